@@ -1,0 +1,9 @@
+"""PyTorch checkpoints into this package's trees of weights, and back, by tables of rules.
+
+mapping                     the engine: rules, transforms, coverage, loading leaf by leaf
+flux                        the MM-DiT's tables (diffusers and the original single file), whole pipelines
+text_encoders autoencoder   the tables of T5, CLIP and the autoencoder
+transcoders                 the tables of the reference's transcoders and SAEs
+torch_files                 `.pt` files, PyTorch's noise, PyTorch's side of `convert check`: the one file with torch
+check                       `difffract convert check`: the converted model against the PyTorch one, block by block
+"""

@@ -1,0 +1,64 @@
+"""Reading a component's `config.json` by an allow-list: what is not understood is refused, not skipped.
+
+1. An `AllowList` names every attribute of a configuration: *read* ones carry numbers that our own configuration takes,
+   *fixed* ones may only have values that our modules compute, *inert* ones have no effect on a forward pass.
+2. `read_attributes` compares a configuration with it and collects all that is wrong: missing, unknown, unsupported.
+3. If anything is, one error names all of it; else the read attributes come back, absent ones with their default.
+
+An attribute that a later version of a library adds is unknown here, and stops the conversion until someone has decided
+whether it changes the numbers.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from difffract_jax.config import UserError
+
+REQUIRED = object()
+"""Marks a read attribute without a default."""
+
+
+class AllowList(NamedTuple):
+    """The attributes of one kind of configuration.
+
+    Attributes:
+        component: what is configured, as the error shall call it.
+        read: attribute to default, `REQUIRED` where there is none.
+        fixed: attribute to the values our modules support.
+        inert: attributes without effect on a forward pass.
+    """
+
+    component: str
+    read: Mapping[str, object]
+    fixed: Mapping[str, tuple[object, ...]]
+    inert: frozenset[str]
+
+
+def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[str, object]:
+    """Returns the read attributes of a configuration, if all of it is understood.
+
+    Args:
+        attributes: the contents of a `config.json`.
+        allow: what is understood.
+
+    Returns:
+        Every attribute of `allow.read`, with its value or its default.
+
+    Raises:
+        UserError: naming every missing, unknown and unsupported attribute.
+    """
+    missing = [name for name, default in allow.read.items() if default is REQUIRED and name not in attributes]
+    unknown = [name for name in attributes if name not in {*allow.read, *allow.fixed, *allow.inert}]
+    unsupported = [
+        f"{name}={attributes[name]!r} (supported: {', '.join(map(repr, values))})"
+        for name, values in allow.fixed.items()
+        if name in attributes and attributes[name] not in values
+    ]
+    found = {"missing": missing, "not understood": unknown, "unsupported": unsupported}
+    problems = [f"{kind}: {', '.join(names)}" for kind, names in found.items() if names]
+    if problems:
+        raise UserError(
+            f"The configuration of the {allow.component} cannot be converted; {'; '.join(problems)}. "
+            "Convert a pipeline of the FLUX.1 architecture, without these attributes."
+        )
+    return {name: attributes.get(name, default) for name, default in allow.read.items()}

@@ -1,0 +1,219 @@
+"""PyTorch's side: `.pt` files, the noise of a seed, and the activations that `convert check` compares with.
+
+1. torch and diffusers are optional and take seconds to import, so `_module` imports one on first use; a missing one is
+   a clear sentence. No other file of the package touches them.
+2. `read_state` and `write_state` take a `.pt` state dict to NumPy arrays and back. Files are unpickled with
+   `weights_only`, so that nothing in them is executed, and memory-mapped where their format allows.
+3. `torch_noise` draws the starting latents that diffusers draws for a seed.
+4. `record_*` run one PyTorch component of a diffusers directory in float32 and return its inputs and outputs; forward
+   hooks catch every block's.
+"""
+
+import importlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float32, Int
+
+from difffract_jax.config import UserError
+
+
+class TextRecord(NamedTuple):
+    """What PyTorch's text encoders return for one prompt.
+
+    Attributes:
+        t5: T5's last hidden state.
+        clip: CLIP's last hidden state.
+        pooled: CLIP's pooled vector.
+    """
+
+    t5: Float32[np.ndarray, "txt t5_width"]
+    clip: Float32[np.ndarray, "clip clip_width"]
+    pooled: Float32[np.ndarray, "clip_width"]
+
+
+class TransformerInputs(NamedTuple):
+    """One call of a transformer.
+
+    Attributes:
+        latents: packed noisy latents.
+        text: T5's last hidden state.
+        pooled: CLIP's pooled vector.
+        t: denoising time in [0, 1], 1 = noise.
+        guidance: guidance scale, None for a model without.
+        grid: rows and columns of image tokens.
+    """
+
+    latents: Float32[np.ndarray, "img channels"]
+    text: Float32[np.ndarray, "txt t5_width"]
+    pooled: Float32[np.ndarray, "clip_width"]
+    t: float
+    guidance: float | None
+    grid: tuple[int, int]
+
+
+class BlockRecord(NamedTuple):
+    """What went into and came out of one block.
+
+    Attributes:
+        img: image stream before the block.
+        txt: text stream before the block.
+        cond: conditioning vector.
+        img_out: image stream after the block.
+        txt_out: text stream after the block.
+    """
+
+    img: Float32[np.ndarray, "img d_model"]
+    txt: Float32[np.ndarray, "txt d_model"]
+    cond: Float32[np.ndarray, "d_model"]
+    img_out: Float32[np.ndarray, "img d_model"]
+    txt_out: Float32[np.ndarray, "txt d_model"]
+
+
+class TransformerRecord(NamedTuple):
+    """One forward pass of PyTorch's transformer.
+
+    Attributes:
+        double: its double-stream blocks, in order.
+        single: its single-stream blocks, in order.
+        velocity: its output.
+    """
+
+    double: list[BlockRecord]
+    single: list[BlockRecord]
+    velocity: Float32[np.ndarray, "img channels"]
+
+
+def read_state(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a `.pt` state dict; the arrays are views of the file where possible.
+
+    Raises:
+        UserError: when the file is damaged, holds anything but tensors by name, or torch is not installed.
+    """
+    torch = _module("torch")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is truncated or no state dict of tensors ({reason}); download or copy it again."
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors; save one with torch.save(module.state_dict(), path).")
+    return {str(key): _array(torch, value.detach()) for key, value in state.items()}
+
+
+def write_state(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays as a `.pt` state dict."""
+    torch = _module("torch")
+    torch.save({key: _tensor(torch, value) for key, value in state.items()}, path)
+
+
+def torch_noise(seed: int, channels: int, height: int, width: int) -> Float32[np.ndarray, "1 channels height width"]:
+    """Draws the standard normal latents that diffusers draws for a seed, with PyTorch's CPU generator.
+
+    Args:
+        seed: seed of the generator.
+        channels: latent channels of the autoencoder, before packing.
+        height: latent height, before packing: the image's over the autoencoder's factor.
+        width: latent width, likewise.
+    """
+    torch = _module("torch")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32).numpy()
+
+
+def _module(name: str) -> Any:
+    """Imports torch, diffusers or transformers when it is first needed: the one hidden import outside the CLI."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise UserError(
+            f"This needs {name}, which is not installed; run: pip install 'difffract_jax[torch]'."
+        ) from None
+
+
+def _is_zip(path: Path) -> bool:
+    """Says whether a file is in the zip format of PyTorch 1.6 and later, the only one that can be memory-mapped."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _array(torch: Any, tensor: Any) -> np.ndarray:
+    """Returns a tensor's array without a copy; NumPy gets bfloat16 by way of its bits."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _tensor(torch: Any, value: np.ndarray) -> Any:
+    array = np.array(value, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def record_text(directory: Path, t5_ids: Int[np.ndarray, "txt"], clip_ids: Int[np.ndarray, "clip"]) -> TextRecord:
+    """Runs both PyTorch text encoders on one prompt's ids."""
+    torch, transformers = _module("torch"), _module("transformers")
+    t5 = transformers.T5EncoderModel.from_pretrained(directory / "text_encoder_2", dtype=torch.float32).eval()
+    clip = transformers.CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = t5(torch.from_numpy(t5_ids[None].astype(np.int64))).last_hidden_state
+        pooled = clip(torch.from_numpy(clip_ids[None].astype(np.int64)))
+    return TextRecord(hidden[0].numpy(), pooled.last_hidden_state[0].numpy(), pooled.pooler_output[0].numpy())
+
+
+def record_decoding(directory: Path, latent: Float32[np.ndarray, "h w latent"]) -> Float32[np.ndarray, "H W rgb"]:
+    """Runs the PyTorch autoencoder's decoder on one unscaled latent."""
+    torch, diffusers = _module("torch"), _module("diffusers")
+    vae = diffusers.AutoencoderKL.from_pretrained(directory / "vae", torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        image = vae.decode(torch.from_numpy(latent.transpose(2, 0, 1)[None].copy())).sample
+    return image[0].permute(1, 2, 0).numpy()
+
+
+def record_transformer(directory: Path, inputs: TransformerInputs) -> TransformerRecord:
+    """Runs the PyTorch transformer once and returns what went into and came out of every block."""
+    torch, diffusers = _module("torch"), _module("diffusers")
+    path = directory / "transformer"
+    model = diffusers.FluxTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32).eval()
+    blocks: dict[int, BlockRecord] = {}
+
+    def keep(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        def arrays(img: Any, txt: Any) -> tuple[np.ndarray, np.ndarray]:
+            return img[0].numpy().copy(), txt[0].numpy().copy()
+
+        txt_out, img_out = output
+        given = arrays(kwargs["hidden_states"], kwargs["encoder_hidden_states"])
+        blocks[id(module)] = BlockRecord(*given, kwargs["temb"][0].numpy().copy(), *arrays(img_out, txt_out))
+
+    modules = [*model.transformer_blocks, *model.single_transformer_blocks]
+    for module in modules:
+        module.register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        velocity = model(**_arguments(torch, inputs)).sample
+    found = [blocks[id(module)] for module in modules]
+    depth = len(model.transformer_blocks)
+    return TransformerRecord(found[:depth], found[depth:], velocity[0].numpy())
+
+
+def _arguments(torch: Any, inputs: TransformerInputs) -> dict[str, Any]:
+    """Returns the arguments of diffusers' forward pass; image positions are (0, row, column), text positions 0."""
+    rows, columns = inputs.grid
+    ids = np.stack(np.broadcast_arrays(0.0, np.arange(rows)[:, None], np.arange(columns)[None]), axis=-1)
+    return {
+        "hidden_states": torch.from_numpy(inputs.latents[None]),
+        "encoder_hidden_states": torch.from_numpy(inputs.text[None]),
+        "pooled_projections": torch.from_numpy(inputs.pooled[None]),
+        "timestep": torch.tensor([inputs.t]),
+        "guidance": None if inputs.guidance is None else torch.tensor([inputs.guidance]),
+        "img_ids": torch.from_numpy(ids.reshape(-1, 3).astype(np.float32)),
+        "txt_ids": torch.zeros(inputs.text.shape[0], 3),
+    }

@@ -1,0 +1,61 @@
+"""Circuit tracing for FLUX diffusion transformers in JAX.
+
+The packages, each importing only from those above it:
+
+    config axes ops checkpoint sharding     settings, axis names, pure maths, files, meshes
+    models                                  MM-DiT, T5, CLIP, autoencoder, sampler, pipeline: prompt -> image
+    transcoders                             sparse stand-ins for the model's MLPs
+    converters                              PyTorch checkpoints -> ours, by rule tables (a package beside this one)
+    circuits                                capture -> replacement -> attribution -> graph -> pruning, interventions
+    loading cli                             models and transcoders by name or directory; the `difffract` command
+
+In a few lines:
+
+    import difffract_jax as dfx
+    pipe, tcs = dfx.load_pipeline("flux"), dfx.load_transcoders("transcoders")
+    trace = dfx.capture(pipe, tcs, "a red circle left of a blue square", seed=0, step=1)
+    graph = dfx.attribute(trace, tcs, target=dfx.Feature.parse("img/2/f401@12"))
+    dfx.prune(graph).save("circuit.npz")
+
+The names below are loaded on first use, so that importing this package costs nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "UserError": "difffract_jax.config",
+    "make_mesh": "difffract_jax.sharding",
+    "load_pipeline": "difffract_jax.loading",
+    "save_pipeline": "difffract_jax.loading",
+    "load_transcoders": "difffract_jax.loading",
+    "save_transcoders": "difffract_jax.loading",
+    "generate": "difffract_jax.models.pipeline",
+    "random_pipeline": "difffract_jax.models.pipeline",
+    "random_transcoders": "difffract_jax.transcoders.transcoder",
+    "capture": "difffract_jax.circuits.trace",
+    "replacement": "difffract_jax.circuits.replacement",
+    "attribute": "difffract_jax.circuits.attribution",
+    "Feature": "difffract_jax.circuits.feature",
+    "Graph": "difffract_jax.circuits.graph",
+    "prune": "difffract_jax.circuits.pruning",
+    "compare": "difffract_jax.circuits.compare",
+    "read_graph": "difffract_jax.circuits.compare",
+    "Edit": "difffract_jax.circuits.interventions",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the module of a public name when the name is first used (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'difffract_jax' has no attribute '{name}'")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

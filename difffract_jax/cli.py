@@ -1,0 +1,373 @@
+"""The `difffract` command: settings in, artefacts and a short table out.
+
+1. `main` runs one command and turns its end into an exit status: 0 done, 1 failed with one sentence, 2 wrong usage,
+   130 interrupted. `--debug`, anywhere on the line, shows the traceback instead of the sentence.
+2. A command merges its options into settings: defaults, then `--config FILE`, then options, then `--set`.
+3. What can be refused cheaply is refused before weights are read; the work itself is the package's own functions.
+4. Progress goes to stderr, results to stdout: a table for people, one JSON object with `--json` for machines.
+
+Functions import what they use when they run, and only here, so that `difffract --help` answers without loading JAX.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from difffract_jax import __version__
+from difffract_jax import options as opt
+from difffract_jax.config import (
+    ConvertConfig,
+    DemoConfig,
+    GenerateConfig,
+    PruneConfig,
+    TraceConfig,
+    UserError,
+    provenance,
+)
+
+STYLE: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    "rich_markup_mode": "markdown",
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
+convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
+app.add_typer(convert, name="convert")
+
+
+def main() -> None:
+    """Runs the command line; the entry point `difffract`."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="difffract")
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            _fail(f"{error.filename}: {error.strerror}.")
+        _fail(str(error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    sys.stderr.write(f"Error: {sentence}\n")
+    sys.exit(1)
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"difffract_jax {__version__}")
+        raise typer.Exit()
+    return wanted
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a failure's traceback; anywhere on the line.")]
+
+
+@app.callback()
+def _root(version: Version = False, debug: Debug = False) -> None:
+    """Trace circuits in FLUX diffusion transformers, in JAX.
+
+    Start with `difffract demo`. Exit status: 0 done, 1 failed with one sentence on stderr, 2 wrong usage.
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, opt.option(DemoConfig, "out")] = None,
+    seed: Annotated[int | None, opt.option(DemoConfig, "seed")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Generate an image and trace a circuit, end to end, on a small random pipeline. Needs no files.
+
+    Example: `difffract demo --out demo`
+    """
+    settings = opt.settings_of(DemoConfig, locals())
+    from difffract_jax.demo import run
+    from difffract_jax.report import emit, progress
+
+    with progress("Tracing") as advance:
+        result = run(settings, advance)
+    emit(result, as_json=json)
+
+
+@convert.command("flux")
+def convert_flux(
+    source: opt.Source = None,
+    out: opt.Target = None,
+    dtype: opt.Dtype = None,
+    mesh: Annotated[str | None, opt.option(ConvertConfig, "mesh")] = None,
+    overwrite: opt.Overwrite = None,
+    json: opt.Json = False,
+) -> None:
+    """Convert a FLUX pipeline: a diffusers directory, or an original single-file safetensors.
+
+    Example: `difffract convert flux FLUX.1-schnell flux-schnell --dtype bf16`
+    """
+    settings = opt.settings_of(ConvertConfig, locals())
+    from difffract_jax.loading import load_pipeline, save_pipeline
+    from difffract_jax.report import emit, parameter_counts
+    from difffract_jax.sharding import make_mesh, parse_mesh, pipeline_shardings
+
+    placed = pipeline_shardings(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
+    pipe = load_pipeline(settings.source, dtype=_dtype(settings.dtype), sharding=placed)
+    save_pipeline(pipe, settings.out, overwrite=settings.overwrite)
+    emit({"converted": str(settings.out)} | parameter_counts(pipe), as_json=json)
+
+
+@convert.command("transcoders")
+def convert_transcoders(
+    source: opt.Source = None,
+    out: opt.Target = None,
+    to_torch: opt.ToTorch = False,
+    overwrite: opt.Overwrite = None,
+    json: opt.Json = False,
+) -> None:
+    """Convert a directory of the reference's `.pt` transcoders or SAEs (needs the extra `torch`), or back.
+
+    Example: `difffract convert transcoders checkpoints/transcoders transcoders`
+    """
+    settings = opt.settings_of(ConvertConfig, locals())
+    from difffract_jax.loading import load_transcoders, save_transcoders
+    from difffract_jax.report import emit
+
+    tcs = load_transcoders(settings.source)
+    if to_torch:
+        from converters.transcoders import export_transcoders
+
+        export_transcoders(tcs, settings.out, overwrite=settings.overwrite)
+    else:
+        save_transcoders(tcs, settings.out, overwrite=settings.overwrite)
+    sites = {"img layers": list(tcs.img_layers), "txt layers": list(tcs.txt_layers), "features": tcs.config.features}
+    emit({"converted": str(settings.out)} | sites, as_json=json)
+
+
+@convert.command("check")
+def convert_check(
+    source: Annotated[Path, typer.Argument(help="The PyTorch pipeline, a diffusers directory.")],
+    converted: Annotated[
+        Path | None, typer.Argument(help="Our directory of it; SOURCE converted in memory if left out.")
+    ] = None,
+    json: opt.Json = False,
+) -> None:
+    """Compare a converted pipeline with the PyTorch one, block by block (needs the extra `torch`).
+
+    Example: `difffract convert check FLUX.1-schnell flux-schnell`
+    """
+    from converters.check import check
+    from difffract_jax.loading import load_pipeline
+    from difffract_jax.report import emit
+
+    rows = check(source, load_pipeline(converted or source))
+    emit({"blocks": [row._asdict() for row in rows]}, as_json=json)
+
+
+@app.command()
+def generate(
+    model: opt.Model = None,
+    prompt: opt.Prompt = None,
+    out: Annotated[Path | None, opt.option(GenerateConfig, "out")] = None,
+    seed: opt.Seed = None,
+    steps: opt.Steps = None,
+    height: opt.Height = None,
+    width: opt.Width = None,
+    text_tokens: opt.TextTokens = None,
+    guidance: Annotated[float | None, opt.option(GenerateConfig, "guidance")] = None,
+    latents: opt.Latents = None,
+    noise: opt.Noise = None,
+    dtype: opt.Dtype = None,
+    dry_run: opt.DryRun = False,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Generate an image from a prompt.
+
+    Example: `difffract generate flux-schnell "a red fox at dawn" --seed 0 --steps 4 --out image.png`
+    """
+    settings = opt.settings_of(GenerateConfig, locals())
+    _check_out(settings.out, ".png")
+    from difffract_jax.report import emit, progress, save_image
+
+    record = provenance("generate", settings)
+    if dry_run:
+        return emit(record, as_json=json)
+    from difffract_jax.loading import load_pipeline
+    from difffract_jax.models import pipeline
+
+    pipe = load_pipeline(settings.model, dtype=_dtype(settings.dtype))
+    with progress("Denoising") as advance:
+        result = pipeline.generate(
+            pipe,
+            settings.prompt,
+            **settings.model_dump(include={"seed", "steps", "height", "width", "text_tokens", "guidance"}),
+            latents=_starting_noise(pipe, settings),
+            progress=advance,
+        )
+    _warn_cut(result.cut)
+    save_image(result.image, settings.out, record)
+    emit({"image": str(settings.out), "size": f"{result.image.shape[1]}x{result.image.shape[0]}"}, as_json=json)
+
+
+@app.command()
+def trace(
+    model: opt.Model = None,
+    transcoders: Annotated[str | None, opt.argument(TraceConfig, "transcoders")] = None,
+    prompt: opt.Prompt = None,
+    target: Annotated[str | None, opt.option(TraceConfig, "target")] = None,
+    step: Annotated[int | None, opt.option(TraceConfig, "step")] = None,
+    steps: opt.Steps = None,
+    seed: opt.Seed = None,
+    height: opt.Height = None,
+    width: opt.Width = None,
+    text_tokens: opt.TextTokens = None,
+    max_nodes: Annotated[int | None, opt.option(TraceConfig, "max_nodes")] = None,
+    expansion_batch: Annotated[int | None, opt.option(TraceConfig, "expansion_batch")] = None,
+    min_attribution: Annotated[float | None, opt.option(TraceConfig, "min_attribution")] = None,
+    include_padding: opt.IncludePadding = None,
+    latents: opt.Latents = None,
+    noise: opt.Noise = None,
+    out: Annotated[Path | None, opt.option(TraceConfig, "out")] = None,
+    export_json: Annotated[Path | None, opt.option(TraceConfig, "export_json")] = None,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Trace the circuit behind one feature at one denoising step, and save it as a graph.
+
+    Example: `difffract trace flux-schnell transcoders "a red fox" --target img/2/f326@14 --step 1 --out graph.npz`
+    """
+    settings = opt.settings_of(TraceConfig, locals())
+    _check_out(settings.out, ".npz")
+    if settings.export_json:
+        _check_out(settings.export_json, ".json")
+    from difffract_jax.circuits.feature import Feature
+
+    feature = Feature.parse(settings.target)
+    from difffract_jax.circuits.attribution import attribute
+    from difffract_jax.circuits.reference_json import write_reference_json
+    from difffract_jax.circuits.trace import capture
+    from difffract_jax.loading import load_pipeline, load_transcoders
+    from difffract_jax.report import emit, graph_summary, progress
+
+    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    run = {"seed", "step", "steps", "height", "width", "text_tokens", "include_padding"}
+    captured = capture(
+        pipe, tcs, settings.prompt, **settings.model_dump(include=run), latents=_starting_noise(pipe, settings)
+    )
+    expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
+    with progress("Expanding nodes") as advance:
+        graph = attribute(captured, tcs, target=feature, **expansion, progress=advance)
+    graph = graph.with_metadata(provenance("trace", settings, transcoders=tcs.source))
+    graph.save(settings.out)
+    if settings.export_json:
+        write_reference_json(graph, settings.export_json)
+    emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
+
+
+@app.command()
+def prune(
+    graph: Annotated[Path | None, opt.argument(PruneConfig, "graph")] = None,
+    mode: Annotated[Literal["difffract"] | None, opt.option(PruneConfig, "mode")] = None,
+    node_threshold: Annotated[float | None, opt.option(PruneConfig, "node_threshold")] = None,
+    edge_threshold: Annotated[float | None, opt.option(PruneConfig, "edge_threshold")] = None,
+    out: Annotated[Path | None, opt.option(PruneConfig, "out")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Keep a graph's most influential features and edges.
+
+    Example: `difffract prune graph.npz --node-threshold .8 --edge-threshold .98 --out pruned.npz`
+    """
+    settings = opt.settings_of(PruneConfig, locals())
+    _check_out(settings.out, ".npz")
+    from difffract_jax.circuits import pruning
+    from difffract_jax.circuits.graph import Graph
+    from difffract_jax.report import emit, graph_summary
+
+    pruned = pruning.prune(
+        Graph.load(settings.graph),
+        mode=settings.mode,
+        node_threshold=settings.node_threshold,
+        edge_threshold=settings.edge_threshold,
+    )
+    pruned.save(settings.out)
+    emit({"graph": str(settings.out)} | graph_summary(pruned), as_json=json)
+
+
+@app.command()
+def export(
+    graph: opt.GraphFile,
+    out: Annotated[Path, typer.Option("--out", help="File to write.")],
+    format: Annotated[Literal["difffract-v2"], typer.Option("--format", help="The reference's JSON.")] = "difffract-v2",
+    json: opt.Json = False,
+) -> None:
+    """Write a graph in another tool's format; `difffract-v2` sums it over positions, as the reference does.
+
+    Example: `difffract export graph.npz --format difffract-v2 --out graph.json`
+    """
+    from difffract_jax.circuits.graph import Graph
+    from difffract_jax.circuits.reference_json import write_reference_json
+    from difffract_jax.report import emit
+
+    _check_out(out, ".json")
+    write_reference_json(Graph.load(graph), out)
+    emit({"exported": str(out), "format": format}, as_json=json)
+
+
+@app.command()
+def compare(a: opt.GraphFile, b: opt.GraphFile, json: opt.Json = False) -> None:
+    """Compare two graphs, of either format: which nodes and edges both have, and how far their edges differ.
+
+    Example: `difffract compare graph.npz reference_graph.json --json`
+    """
+    from difffract_jax.circuits import compare as comparing
+    from difffract_jax.report import emit
+
+    emit(comparing.compare(comparing.read_graph(a), comparing.read_graph(b))._asdict(), as_json=json)
+
+
+def _dtype(name: Literal["f32", "bf16"]) -> Any:
+    import jax.numpy as jnp
+
+    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
+
+
+def _check_out(path: Path, suffix: str) -> None:
+    """Refuses an output file that could not be written, before any work is done for it."""
+    if path.suffix != suffix:
+        raise UserError(f"The output file must end in {suffix}, but got {path}.")
+    if not path.parent.is_dir():
+        raise UserError(f"The folder {path.parent} of the output file {path.name} does not exist; create it first.")
+
+
+def _warn_cut(cut: str) -> None:
+    if cut:
+        sys.stderr.write(
+            f"Warning: the prompt is longer than the text length; cut off was: {cut!r}. Raise --text-tokens.\n"
+        )
+
+
+def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
+    """Returns the packed starting noise that --latents or --noise asks for; None leaves it to the seed."""
+    if settings.latents is not None:
+        import numpy as np
+
+        return np.load(settings.latents, allow_pickle=False)
+    if settings.noise == "jax":
+        return None
+    from converters.torch_files import torch_noise
+
+    vae, defaults = pipe.config.vae, pipe.config.defaults
+    rows, columns = (
+        size // (2 * vae.factor) for size in (settings.height or defaults.height, settings.width or defaults.width)
+    )
+    noise = torch_noise(settings.seed, vae.latent_channels, 2 * rows, 2 * columns)
+    # diffusers packs 2 x 2 pixels into one token, channel index = channel * 4 + row * 2 + column.
+    blocks = noise.reshape(vae.latent_channels, rows, 2, columns, 2).transpose(1, 3, 0, 2, 4)
+    return blocks.reshape(rows * columns, 4 * vae.latent_channels)

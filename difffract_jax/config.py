@@ -1,0 +1,238 @@
+"""Settings of a run: frozen, documented, validated, and free of anything heavy.
+
+1. A command's settings are one frozen pydantic model below; a field's meaning stands under it and is its `--help`.
+2. Values come in layers, later ones winning: the field's default, a YAML file, the options given, `--set a.b=c`.
+3. A key that no field has is refused with the nearest name that exists; a value that no field takes is refused with the
+   reason. All such problems of one call are told together, in one `UserError`.
+4. `provenance` turns the settings back into plain JSON values, with the versions and the sources that a result came
+   from; every artefact carries it.
+
+Architecture numbers are facts about checkpoints and live in `models/presets.py`; here are choices only.
+"""
+
+import difflib
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. Its message is one clear sentence: what was passed, expected, and what to do."""
+
+
+class Settings(BaseModel):
+    """What all settings share: frozen, no unknown keys, a docstring under every field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class GenerateConfig(Settings):
+    """Settings of `difffract generate`: prompt to image."""
+
+    model: str
+    """Model to run: a converted directory or a diffusers directory (converted in memory)."""
+    prompt: str
+    """What the image shall show."""
+    out: Path = Path("image.png")
+    """Image file to write; its metadata carry these settings."""
+    seed: int = Field(0, ge=0)
+    """Seed of the starting noise."""
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps; the model's own default when left out."""
+    height: int | None = Field(None, ge=1)
+    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
+    width: int | None = Field(None, ge=1)
+    """Image width in pixels, as the height."""
+    text_tokens: int | None = Field(None, ge=1)
+    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    guidance: float | None = None
+    """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
+    latents: Path | None = None
+    """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
+    noise: Literal["jax", "torch"] = "jax"
+    """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+    dtype: Literal["f32", "bf16"] = "f32"
+    """Precision of weights and activations."""
+
+
+class TraceConfig(Settings):
+    """Settings of `difffract trace`: one target's circuit at one denoising step."""
+
+    model: str
+    """Model to trace: a converted directory or a diffusers directory (converted in memory)."""
+    transcoders: str
+    """Transcoders of its MLPs: a converted directory or a directory of `.pt` files."""
+    prompt: str
+    """Prompt of the run that is traced."""
+    target: str
+    """Feature whose activation is explained, STREAM/BLOCK/fN[@POSITION], as in img/2/f401@12; without a position,
+    the one where it is strongest."""
+    step: int = Field(0, ge=0)
+    """Denoising step that is traced, counted from 0."""
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps of the run; the model's own default when left out."""
+    seed: int = Field(0, ge=0)
+    """Seed of the starting noise."""
+    height: int | None = Field(None, ge=1)
+    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
+    width: int | None = Field(None, ge=1)
+    """Image width in pixels, as the height."""
+    text_tokens: int | None = Field(None, ge=1)
+    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    max_nodes: int = Field(1000, ge=1)
+    """Feature nodes to expand, the target included."""
+    expansion_batch: int = Field(50, ge=1)
+    """Nodes expanded between two computations of influence."""
+    min_attribution: float = Field(1e-3, ge=0)
+    """Smallest absolute edge that is kept, in units of the target's pre-activation; also the smallest feature value."""
+    include_padding: bool = False
+    """Trace padded text positions like any other token, as the reference does, instead of keeping their true MLP."""
+    latents: Path | None = None
+    """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
+    noise: Literal["jax", "torch"] = "jax"
+    """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+    out: Path = Path("graph.npz")
+    """Graph file to write."""
+    export_json: Path | None = None
+    """Also write the graph, summed over positions, as the reference's JSON version 2 to this file."""
+
+
+class PruneConfig(Settings):
+    """Settings of `difffract prune`: which nodes and edges of a graph are kept."""
+
+    graph: Path
+    """Graph file (`.npz`) to prune."""
+    mode: Literal["difffract"] = "difffract"
+    """Whose rule: `difffract` cuts features and edges per stream, as the reference does."""
+    node_threshold: float = Field(0.8, ge=0, le=1)
+    """Share of each stream's total influence that the kept features hold, in [0, 1]; 1 keeps all."""
+    edge_threshold: float = Field(0.98, ge=0, le=1)
+    """Share of each stream's edge scores that the kept edges hold, in [0, 1]; 1 keeps all."""
+    out: Path = Path("pruned.npz")
+    """Graph file to write."""
+
+
+class ConvertConfig(Settings):
+    """Settings of `difffract convert`: a checkpoint of another library into ours."""
+
+    source: Path
+    """Checkpoint to read: a diffusers directory, a single-file safetensors, or a directory of `.pt` transcoders."""
+    out: Path
+    """Directory to write; it must not exist yet, unless --overwrite is given."""
+    dtype: Literal["f32", "bf16"] = "f32"
+    """Precision of the weights that are written."""
+    mesh: str | None = None
+    """Devices to spread the weights over, as in data=1,feature=8; one device when left out."""
+    overwrite: bool = False
+    """Replace the output directory if it exists; the old one stays until the new one is complete."""
+
+
+class DemoConfig(Settings):
+    """Settings of `difffract demo`."""
+
+    out: Path = Path("difffract-demo")
+    """Directory for the image and the graphs."""
+    seed: int = Field(0, ge=0)
+    """Seed of the random weights, the noise and the choice of the target."""
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def resolve(
+    cls: type[S], options: Mapping[str, object] | None = None, *, file: Path | None = None, sets: Sequence[str] = ()
+) -> S:
+    """Merges the layers of settings and validates the result.
+
+    Args:
+        cls: the settings wanted, one of the classes above.
+        options: values given on the command line; those that are None count as not given.
+        file: YAML file of settings.
+        sets: overrides `a.b=c`, c in YAML's notation; they win over everything else.
+
+    Returns:
+        The settings, frozen.
+
+    Raises:
+        UserError: naming every unknown key, missing key and refused value.
+    """
+    merged: dict[str, Any] = {} if file is None else read_yaml(file)
+    merged |= {key: value for key, value in (options or {}).items() if value is not None}
+    for override in sets:
+        _override(merged, override)
+    try:
+        return cls.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_sentence(cls, error)) from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Reads a YAML file of settings; an empty file has none."""
+    try:
+        content: object = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold `key: value` lines, but holds a {type(content).__name__}.")
+    return {str(key): value for key, value in cast(dict[object, Any], content).items()}
+
+
+def provenance(command: str, settings: Settings, **sources: str) -> dict[str, Any]:
+    """Returns what a result must carry to be made again: command, settings with the seed, versions, source hashes."""
+    packages = ("difffract_jax", "jax", "flax", "numpy", "transformers")
+    return {
+        "command": command,
+        "settings": settings.model_dump(mode="json"),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "sources": sources,
+    }
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Returns "; did you mean `x`?" for the known name closest to `name`, or the list of all when none is close."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean `{matches[0]}`?" if matches else f"; known are {', '.join(f'`{key}`' for key in known)}."
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Applies one `a.b=c` to the nested dictionary `values`."""
+    path, separator, text = override.partition("=")
+    if not separator or not all(path.split(".")):
+        raise UserError(f"`--set {override}` is not of the form key=value; write for example --set max_nodes=200.")
+    *parents, last = path.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"`--set {override}` reaches into `{parent}`, which is a value and has no keys of its own.")
+        values = cast(dict[str, Any], child)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"`--set {override}` has a value that is not valid YAML; quote it.") from None
+
+
+def _sentence(cls: type[Settings], error: ValidationError) -> str:
+    """Turns pydantic's report into one sentence that names every problem."""
+    problems: list[str] = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"] if isinstance(part, str))
+        if item["type"] == "extra_forbidden":
+            problems.append(f"`{key}` is no setting{nearest(key, list(cls.model_fields))}")
+        elif item["type"] == "missing":
+            problems.append(f"`{key}` is missing")
+        else:
+            problems.append(f"`{key}` was {item['input']!r}, but {_lower(item['msg'])}")
+    return (
+        f"The settings are not valid ({cls.__name__}): " + "; ".join(problem.rstrip(".") for problem in problems) + "."
+    )
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]

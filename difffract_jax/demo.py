@@ -1,0 +1,45 @@
+"""The demonstration: everything this package does, end to end, with no files needed.
+
+1. Make a small pipeline and transcoders with random weights. Nothing they show means anything; the mathematics is real.
+2. Generate an image.
+3. Capture one denoising step, trace one feature's circuit, and check that its edges and bias add up.
+4. Prune the circuit, and save image and graphs with the record of how they were made.
+"""
+
+from typing import Any
+
+from difffract_jax.circuits.attribution import attribute
+from difffract_jax.circuits.feature import Feature
+from difffract_jax.circuits.pruning import prune
+from difffract_jax.circuits.trace import capture
+from difffract_jax.config import DemoConfig, provenance
+from difffract_jax.models.pipeline import generate, random_pipeline
+from difffract_jax.report import Advance, graph_summary, save_image
+from difffract_jax.transcoders.transcoder import random_transcoders
+
+PROMPT = "a red circle left of a blue square"
+NOTICE = "Random weights: the image is noise and the features mean nothing; the attribution and its check are real."
+
+
+def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
+    """Runs the demonstration and returns what to print.
+
+    Args:
+        settings: where to write, and the seed.
+        advance: callback of the progress bar.
+    """
+    settings.out.mkdir(parents=True, exist_ok=True)
+    record = provenance("demo", settings)
+    paths = {name: settings.out / name for name in ("image.png", "graph.npz", "pruned.npz")}
+    pipe = random_pipeline(seed=settings.seed)
+    tcs = random_transcoders(pipe, seed=settings.seed)
+    save_image(generate(pipe, PROMPT, seed=settings.seed).image, paths["image.png"], record)
+    trace = capture(pipe, tcs, PROMPT, seed=settings.seed, step=1)
+    target = Feature.parse(f"img/{max(tcs.img_layers)}/f{settings.seed % tcs.config.features}")
+    graph = attribute(trace, tcs, target=target, max_nodes=100, expansion_batch=20, progress=advance)
+    graph = graph.with_metadata(record)
+    pruned = prune(graph)
+    graph.save(paths["graph.npz"])
+    pruned.save(paths["pruned.npz"])
+    kept = {"edges kept by pruning": f"{len(pruned.edge_attribution)} of {len(graph.edge_attribution)}"}
+    return {"note": NOTICE} | {name: str(path) for name, path in paths.items()} | kept | graph_summary(graph)

@@ -1,0 +1,235 @@
+"""Files: writes that happen whole or not at all, and the safetensors format, read and written tensor by tensor.
+
+1. `atomic_directory` and `atomic_file` let a caller write beside the target and rename on success.
+2. `TensorFile` memory-maps a safetensors file: eight bytes of header length, a JSON header (name -> type, shape, byte
+   range), then the bytes. A tensor costs no memory until it is read.
+3. `write_tensors` writes that format from an iterator, so that one tensor is in memory at a time; `write_sharded`
+   splits large sets into numbered shards with the `STEM.safetensors.index.json` that all readers expect.
+
+NumPy only: nothing here knows about JAX.
+"""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from difffract_jax.config import UserError
+
+SHARD_BYTES = 4 * 2**30
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+"""The types of the safetensors format that are understood, as NumPy types."""
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorInfo(NamedTuple):
+    """Where one tensor lies.
+
+    Attributes:
+        dtype: its type, a key of `DTYPES` or a code that is not understood.
+        shape: its shape.
+        begin: offset of its first byte from the end of the header.
+        end: offset past its last byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile:
+    """One safetensors file, memory-mapped: `file[name]` is a read-only view that costs no memory until it is read.
+
+    Attributes:
+        path: the file.
+        tensors: what its header lists, by name.
+        missing_bytes: how many of the promised bytes the file lacks; 0 for a whole file.
+    """
+
+    def __init__(self, path: Path):
+        """Reads the header; raises `UserError` when even that is cut off or is no safetensors header."""
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{path} is truncated or no safetensors file; download or copy it again.")
+            self.tensors = _parse_header(path, file.read(length))
+        self._start = 8 + length
+        promised = max((info.end for info in self.tensors.values()), default=0)
+        # A plain array over the map: `np.memmap` itself would make every slice and transpose a memmap object.
+        self._bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        self.missing_bytes = max(0, promised - (size - self._start))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        info = self.tensors[name]
+        raw = self._bytes[self._start + info.begin : self._start + info.end]
+        return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in header.items()
+        }
+        for info in tensors.values():
+            if info.dtype in DTYPES and info.end - info.begin != _size(DTYPES[info.dtype], info.shape):
+                raise ValueError("a tensor's bytes do not match its shape")
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} has no valid safetensors header; download or copy it again.") from None
+
+
+@contextmanager
+def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Hands out a temporary directory that becomes `path` when the block ends well, and is removed otherwise.
+
+    An interrupt counts as a failure too. An existing target is refused unless it is empty or `overwrite` is given, and
+    then replaced only once the new one is complete.
+    """
+    target = Path(path)
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not overwrite:
+        raise UserError(f"{target} exists already; name another output, or pass --overwrite to replace it.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        # `mkdtemp` makes a private directory; the result should be as readable as any other.
+        partial.chmod(0o777 & ~_umask())
+        yield partial
+        if target.is_dir():
+            shutil.rmtree(target)
+        elif target.exists():
+            target.unlink()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Hands out a temporary file path that becomes `path` when the block ends well, and is removed otherwise."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: writers such as `np.savez` and Pillow go by it.
+    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_shards(directory: Path, name: str) -> list[TensorFile]:
+    """Opens the file or shards of one tree; raises `UserError` naming all that are missing or cut off."""
+    index = directory / f"{name}.safetensors.index.json"
+    names = {f"{name}.safetensors"}
+    if index.exists():
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    absent = sorted(shard for shard in names if not (directory / shard).exists())
+    if absent:
+        raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
+    files = [TensorFile(directory / shard) for shard in sorted(names)]
+    cut = [f"{file.path} (by {file.missing_bytes} bytes)" for file in files if file.missing_bytes]
+    if cut:
+        raise UserError(f"Truncated: {', '.join(cut)}; copy the directory again.")
+    return files
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], values: Iterable[Any]) -> None:
+    """Writes a safetensors file one tensor at a time.
+
+    Args:
+        path: the file.
+        tensors: name, type and shape of each tensor, in order.
+        values: the tensors themselves, in the same order; an iterator may make each when it is asked for.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        size = _size(dtype, shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data must start at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for value in values:
+            file.write(raw_bytes(value))
+
+
+def shard(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Groups names, in order, so that each group holds at most `limit` bytes; a larger tensor stands alone."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
+
+
+def write_sharded(
+    directory: Path, stem: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], value: Callable[[str], Any]
+) -> None:
+    """Writes `STEM.safetensors`, or numbered shards of at most `SHARD_BYTES` with the index that readers expect.
+
+    Args:
+        directory: where to.
+        stem: name of the file.
+        tensors: type and shape of each tensor.
+        value: returns a tensor by name; called once for each.
+    """
+    sizes = {name: _size(*kind) for name, kind in tensors.items()}
+    groups = shard(sizes, SHARD_BYTES)
+    weight_map = {}
+    for number, names in enumerate(groups, 1):
+        file = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05}-of-{len(groups):05}.safetensors"
+        write_tensors(directory / file, [(name, *tensors[name]) for name in names], map(value, names))
+        weight_map |= dict.fromkeys(names, file)
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def raw_bytes(value: Any) -> np.ndarray:
+    """Returns the bytes of an array, without a copy when it is contiguous; bfloat16 has no buffer of its own."""
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+
+
+def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _umask() -> int:
+    """Returns the process's umask; there is no way to read it but to set it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,268 @@
+"""Models and transcoders by name or path, and saving them in this package's own format.
+
+1. A model is a directory that `save_pipeline` wrote, or a diffusers directory, which is converted in memory.
+2. A set of transcoders is a directory that `save_transcoders` wrote, or one of the reference's `.pt` files.
+3. Our directories hold a `config.json` (format version, kind, content hash, every size) and one safetensors file per
+   part; a pipeline's also its tokenizers. They are written whole or not at all.
+
+    kind "pipeline"      transformer t5 clip vae .safetensors, tokenizer/ tokenizer_2/
+    kind "transformer"   transformer.safetensors; a single file that was converted without `base`
+    kind "transcoders"   img txt .safetensors, each stacked over its stream's layers
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from converters.pipelines import (
+    Sharding,
+    abstract_module,
+    convert_pipeline,
+    convert_transformer,
+    is_diffusers_directory,
+)
+from converters.transcoders import (
+    export_transcoders,
+    is_torch_directory,
+    stacked_transcoders,
+    transcoders_from_torch,
+)
+from difffract_jax.checkpoint import atomic_directory, load_tree, read_config, save_trees
+from difffract_jax.config import UserError
+from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.mmdit import FluxConfig, MMDiT
+from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
+from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.models.tokenizers import load_tokenizers
+from difffract_jax.sharding import MMDIT, shardings
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
+
+C = TypeVar("C")
+
+
+def load_pipeline(
+    model: str | Path, *, dtype: Any = jnp.float32, sharding: Sharding | None = None, verify: bool | None = None
+) -> Pipeline:
+    """Loads a FLUX pipeline.
+
+    Args:
+        model: a directory that `save_pipeline` wrote, or a diffusers directory.
+        dtype: type of the weights in memory.
+        sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
+        verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
+
+    Raises:
+        UserError: when `model` is neither, or is damaged; the message says what to do.
+    """
+    path = _model_path(model)
+    if is_diffusers_directory(path):
+        return convert_pipeline(path, dtype=dtype, sharding=sharding)
+    record = _read_kind(path, "pipeline")
+    config = pipeline_config_from_json(record["config"], path)
+    modules = {
+        name: load_tree(
+            path, abstract, name=name, sharding=None if sharding is None else sharding(name, abstract), verify=verify
+        )
+        for name, abstract in _abstract_parts(config, dtype).items()
+    }
+    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config)
+
+
+def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
+    """Writes a pipeline in this package's format; returns its content hash.
+
+    Args:
+        pipe: the pipeline.
+        out: directory to write; it appears only when it is complete.
+        overwrite: replace an existing directory.
+    """
+    trees = {"transformer": pipe.transformer, "t5": pipe.t5, "clip": pipe.clip, "vae": pipe.vae}
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
+        pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
+        return save_trees(trees, partial, {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)})
+
+
+def convert_flux(
+    source: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: Any = jnp.float32,
+    sharding: Sharding | None = None,
+    overwrite: bool = False,
+) -> Pipeline | MMDiT:
+    """Converts a diffusers directory, or an original single file, into a directory of ours.
+
+    Args:
+        source: the directory or `.safetensors` file.
+        out: directory to write; it appears only when it is complete.
+        base: for a single file, the diffusers directory with the other parts; without it only the transformer is
+            converted.
+        dtype: type of the weights that are written.
+        sharding: where the weights go meanwhile, see `load_pipeline`.
+        overwrite: replace an existing directory.
+
+    Returns:
+        What was written: the pipeline, or the transformer alone.
+    """
+    if Path(source).is_dir() and base is not None:
+        raise UserError(f"--base completes a single file, but {source} is a directory with all parts; leave it out.")
+    # Entered first, so that an occupied target is refused before hours of work.
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        if Path(source).is_dir() or base is not None:
+            pipe = convert_pipeline(source, base=base, dtype=dtype, sharding=sharding)
+            save_pipeline(pipe, partial)
+            return pipe
+        transformer, config = convert_transformer(source, dtype=dtype, sharding=sharding)
+        record = {"kind": "transformer", "config": dataclasses.asdict(config)}
+        save_trees({"transformer": transformer}, partial, record)
+        return transformer
+
+
+def load_transcoders(
+    path: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None, verify: bool | None = None
+) -> TranscoderSet:
+    """Loads the transcoders or SAEs of a model's MLPs.
+
+    Args:
+        path: a directory that `save_transcoders` wrote, or one of the reference's `.pt` files.
+        dtype: type of the weights in memory.
+        sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
+        verify: compare the content hash of our own directories; left out, that of files under 200 MB.
+    """
+    directory = _model_path(path)
+    if is_torch_directory(directory):
+        return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)
+    record = _read_kind(directory, "transcoders")
+    config = from_json(TranscoderConfig, record["config"], directory)
+    img_layers, txt_layers = (tuple(record["layers"][stream]) for stream in ("img", "txt"))
+    img, txt = (
+        load_tree(
+            directory, stacked_transcoders(config, len(layers), dtype), name=name, sharding=sharding, verify=verify
+        )
+        if layers
+        else None
+        for name, layers in (("img", img_layers), ("txt", txt_layers))
+    )
+    return TranscoderSet(img, txt, img_layers, txt_layers, config, record["content_hash"])
+
+
+def save_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> str:
+    """Writes a set of transcoders in this package's format; returns its content hash."""
+    trees = {name: stack for name, stack in (("img", tcs.img), ("txt", tcs.txt)) if stack is not None}
+    record = {
+        "kind": "transcoders",
+        "config": dataclasses.asdict(tcs.config),
+        "layers": {"img": list(tcs.img_layers), "txt": list(tcs.txt_layers)},
+    }
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        return save_trees(trees, partial, record)
+
+
+def convert_transcoders(
+    source: str | Path, out: str | Path, *, to_torch: bool = False, dtype: Any = jnp.float32, overwrite: bool = False
+) -> TranscoderSet:
+    """Converts the reference's `.pt` files into a directory of ours, or back.
+
+    Args:
+        source: directory to read, of either kind.
+        out: directory to write; it appears only when it is complete.
+        to_torch: write `.pt` files instead of our format.
+        dtype: type of the weights that are written.
+        overwrite: replace an existing directory.
+    """
+    tcs = load_transcoders(source, dtype=dtype)
+    (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
+    return tcs
+
+
+def check_transcoders_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
+    """Refuses transcoders of another width, or of sites that the model does not have.
+
+    Args:
+        tcs: the transcoders.
+        config: the model they shall be used with.
+    """
+    if tcs.config.d_model != config.d_model:
+        raise UserError(
+            f"The transcoders are {tcs.config.d_model} wide, but the model is {config.d_model} wide; "
+            "give transcoders that were trained on this model."
+        )
+    sites = [("img", layer) for layer in tcs.img_layers] + [("txt", layer) for layer in tcs.txt_layers]
+    absent = [f"{stream}/{layer}" for stream, layer in sites if not 0 <= layer < config.depth_double]
+    if absent:
+        raise UserError(
+            f"The transcoders are for the sites {', '.join(absent)}, but the model has double-stream blocks 0 to "
+            f"{config.depth_double - 1}; give transcoders that were trained on this model."
+        )
+
+
+def mesh_sharding(mesh: Mesh) -> Sharding:
+    """Returns the sharding that spreads a transformer over a mesh by its rules and repeats the other parts on it."""
+
+    def place(part: str, abstract: Any) -> Any:
+        return shardings(abstract, mesh, MMDIT) if part == "transformer" else NamedSharding(mesh, PartitionSpec())
+
+    return place
+
+
+def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> PipelineConfig:
+    """Rebuilds a pipeline's configuration from `config.json`."""
+    parts = {
+        "transformer": FluxConfig,
+        "t5": T5Config,
+        "clip": CLIPConfig,
+        "vae": AutoencoderConfig,
+        "scheduler": SchedulerConfig,
+        "defaults": GenerationDefaults,
+    }
+    if record.keys() != parts.keys():
+        raise UserError(f"The config.json in {path} does not describe the parts {', '.join(parts)}; convert it again.")
+    return PipelineConfig(**{name: from_json(cls, record[name], path) for name, cls in parts.items()})
+
+
+def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
+    """Rebuilds a frozen dataclass of plain values; JSON has turned its tuples into lists."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
+
+
+def _model_path(model: str | Path) -> Path:
+    if str(model) == "organism":
+        raise UserError("`organism`, the embedded model, comes with a later release; give a directory.")
+    path = Path(model)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory; give one that difffract or diffusers wrote.")
+    return path
+
+
+def _read_kind(path: Path, kind: str) -> dict[str, Any]:
+    """Reads our `config.json` and checks that it is of the kind that is wanted."""
+    record = read_config(path)
+    found = record.get("kind")
+    if found == "transformer":
+        raise UserError(f"{path} holds a transformer alone; convert the single file again with --base DIR.")
+    if found != kind:
+        raise UserError(f"{path} holds {found or 'something else'}, but {kind} is wanted here; give another directory.")
+    return record
+
+
+def _abstract_parts(config: PipelineConfig, dtype: Any) -> dict[str, Any]:
+    return {
+        "transformer": abstract_module(MMDiT, config.transformer, dtype),
+        "t5": abstract_module(T5Encoder, config.t5, dtype),
+        "clip": abstract_module(CLIPTextEncoder, config.clip, dtype),
+        "vae": abstract_module(Autoencoder, config.vae, dtype),
+    }

@@ -1,0 +1,127 @@
+"""Prompts to token ids, as FLUX has them: T5 ids for the text stream, CLIP ids for the pooled vector.
+
+1. Load both tokenizers from a pipeline directory: `tokenizer/` (CLIP: `tokenizer.json`, or `vocab.json` and
+   `merges.txt` as the FLUX.1 releases have it) and `tokenizer_2/` (T5: `tokenizer.json`).
+2. Tokenise the prompt with each, closing token included.
+3. Too long: keep the first `length - 1` tokens and the closing one; what T5 loses is reported in the prompt's own
+   words. Too short: fill up with the tokenizer's padding token.
+
+Everything here is NumPy; PyTorch is not needed and not loaded.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+from transformers import CLIPTokenizer, T5Tokenizer
+
+from difffract_jax.config import UserError
+
+LONGEST_CLIP = 10_000
+"""transformers says 1e30 where a tokenizer names no length of its own; no CLIP has as many positions as this."""
+
+
+class Tokenizers(NamedTuple):
+    """The two tokenizers of a pipeline.
+
+    Attributes:
+        t5: tokenizer of the text stream.
+        clip: tokenizer of the pooled vector.
+        clip_length: tokens every CLIP prompt is padded to.
+    """
+
+    t5: T5Tokenizer
+    clip: CLIPTokenizer
+    clip_length: int
+
+
+class TokenIds(NamedTuple):
+    """One tokenised prompt.
+
+    Attributes:
+        t5_ids: ids for T5, padded to the text length.
+        t5_mask: True for the prompt's own tokens, the closing `</s>` included; False for padding.
+        clip_ids: ids for CLIP, padded to its length.
+        cut: the end of the prompt that did not fit into the T5 ids; empty where all did.
+    """
+
+    t5_ids: Int32[np.ndarray, "txt"]
+    t5_mask: Bool[np.ndarray, "txt"]
+    clip_ids: Int32[np.ndarray, "clip"]
+    cut: str
+
+
+def load_tokenizers(directory: str | Path) -> Tokenizers:
+    """Loads both tokenizers of a pipeline directory, from its files alone.
+
+    Args:
+        directory: holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5).
+
+    Returns:
+        The tokenizers and CLIP's length.
+
+    Raises:
+        UserError: if files are missing or broken, or CLIP's tokenizer names no length.
+    """
+    clip_home, t5_home = Path(directory) / "tokenizer", Path(directory) / "tokenizer_2"
+    _require(clip_home, ("tokenizer.json",), ("vocab.json", "merges.txt"))
+    _require(t5_home, ("tokenizer.json",))
+    clip = CLIPTokenizer.from_pretrained(clip_home, local_files_only=True)
+    t5 = T5Tokenizer.from_pretrained(t5_home, local_files_only=True)
+    if clip.model_max_length > LONGEST_CLIP:
+        raise UserError(
+            f"{clip_home} does not say how long CLIP's prompts are; "
+            "a tokenizer_config.json with model_max_length (77 in FLUX.1) is needed there."
+        )
+    return Tokenizers(t5, clip, clip.model_max_length)
+
+
+def encode_prompt(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> TokenIds:
+    """Tokenises one prompt for both encoders.
+
+    Args:
+        tokenizers: from `load_tokenizers`.
+        prompt: any text, also the empty one.
+        text_tokens: length of the T5 ids, padding and closing token included.
+
+    Returns:
+        The ids, which of the T5 ids are the prompt's, and what had to be cut off.
+
+    Raises:
+        UserError: if `text_tokens` leaves no room for a token.
+    """
+    if text_tokens < 1:
+        raise UserError(f"text_tokens must be at least 1, but got {text_tokens}; FLUX.1 was trained with 256 or 512.")
+    # verbose=False: a prompt longer than the tokenizer's own length is reported below, not in transformers' log.
+    t5 = tokenizers.t5(prompt, return_offsets_mapping=True, verbose=False)
+    clip = tokenizers.clip(prompt, verbose=False)
+    return TokenIds(
+        _fit(t5.input_ids, text_tokens, tokenizers.t5.pad_token_id),
+        np.arange(text_tokens) < len(t5.input_ids),
+        _fit(clip.input_ids, tokenizers.clip_length, tokenizers.clip.pad_token_id),
+        "" if len(t5.input_ids) <= text_tokens else prompt[t5.offset_mapping[text_tokens - 1][0] :].strip(),
+    )
+
+
+def _fit(ids: list[int], length: int, padding: int) -> Int32[np.ndarray, "length"]:
+    """Cuts before the closing token, or pads after it."""
+    kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+    return np.array(kept + [padding] * (length - len(kept)), np.int32)
+
+
+def _require(home: Path, *choices: tuple[str, ...]) -> None:
+    """Refuses a tokenizer directory that holds none of the `choices` of files, or broken JSON.
+
+    transformers would make up a tokenizer of four words instead.
+    """
+    complete = [files for files in choices if all((home / name).is_file() for name in files)]
+    if not complete:
+        wanted = ", or ".join(" and ".join(files) for files in choices)
+        raise UserError(f"{home} lacks the files of a tokenizer: it must hold {wanted}; copy them from the pipeline.")
+    for path in (home / name for name in complete[0] if name.endswith(".json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not readable as JSON ({error}); copy it again from the pipeline.") from error

@@ -1,0 +1,128 @@
+"""What the command line shows: results on stdout, progress on stderr, settings inside the files.
+
+1. `emit` prints a result, a dictionary of JSON values, as a table of its plain values and one table per list of rows.
+2. `progress` shows one bar on stderr while a command works; it hands out a callback `advance(done, total)`.
+3. `graph_summary` boils a graph down to what one wants to know first: its target, its size, the target's strongest
+   sources, and whether edges and bias add up to the pre-activations. It reads the graph's arrays only.
+4. `save_image` writes a PNG with its provenance.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from difffract_jax.checkpoint import atomic_file, leaf_paths
+
+KINDS = ("feature", "error", "input", "output", "rest")
+STREAMS = ("img", "txt", "latent")
+Advance = Callable[[int, int], None]
+
+
+def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
+    """Prints a result on stdout, for machines as one JSON object, for people as tables."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+        return
+    console = Console(soft_wrap=True)
+    plain = Table(show_header=False, box=None, pad_edge=False)
+    tables = []
+    for name, value in result.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            tables.append(_rows(name, value))
+        else:
+            plain.add_row(name, _text(value))
+    console.print(plain, *tables, sep="\n")
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Advance]:
+    """Shows a progress bar on stderr for as long as the context lasts."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def save_image(image: UInt8[np.ndarray, "H W rgb"], path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a PNG whose text chunk `difffract_jax` is the record of how it was made, as JSON."""
+    info = PngInfo()
+    info.add_itxt("difffract_jax", json.dumps(record))
+    with atomic_file(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG", pnginfo=info)
+
+
+def parameter_counts(pipe: Any) -> dict[str, int]:
+    """Returns how many parameters each module of a pipeline has."""
+    modules = {"transformer": pipe.transformer, "t5": pipe.t5, "clip": pipe.clip, "autoencoder": pipe.vae}
+    counts = {name: sum(leaf.size for leaf in leaf_paths(tree).values()) for name, tree in modules.items()}
+    return {f"{name} parameters": count for name, count in counts.items()}
+
+
+def graph_summary(graph: Any, most: int = 8) -> dict[str, Any]:
+    """Returns what one wants to know of a graph first.
+
+    Args:
+        graph: the graph; its first expanded target is the one that it explains.
+        most: how many of the target's strongest incoming edges to list.
+    """
+    target = int(graph.target_node[0])
+    incoming = np.flatnonzero(graph.edge_target == target)
+    strongest = incoming[np.argsort(-np.abs(graph.edge_attribution[incoming]), kind="stable")][:most]
+    rows = [
+        {"from": _node(graph, int(graph.edge_source[edge])), "attribution": float(graph.edge_attribution[edge])}
+        for edge in strongest
+    ]
+    kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
+    return {
+        "target": _node(graph, target),
+        "nodes": {kind: count for kind, count in kinds.items() if count},
+        "edges": len(graph.edge_attribution),
+        "conservation error": conservation_error(graph),
+        "strongest sources": rows,
+    }
+
+
+def conservation_error(graph: Any) -> float:
+    """Returns the largest |edges + bias - pre-activation| over the sum of absolute edges, among all expanded targets.
+
+    The sums are those stored before any threshold, so that pruning does not change the result.
+    """
+    residual = np.abs(graph.target_sum + graph.target_bias - graph.target_preactivation)
+    return float(np.max(residual / graph.target_abs_sum, initial=0.0))
+
+
+def _node(graph: Any, index: int) -> str:
+    """Returns a node's name: `img/2/f401@12`, `error img/2@12`, `input txt@3`; no position once summed over them."""
+    kind, stream = KINDS[graph.node_kind[index]], STREAMS[graph.node_stream[index]]
+    position = f"@{graph.node_position[index]}" if graph.node_position[index] >= 0 else ""
+    if kind == "feature":
+        return f"{stream}/{graph.node_block[index]}/f{graph.node_feature[index]}{position}"
+    place = stream if kind == "input" else f"{stream}/{graph.node_block[index]}"
+    return f"{kind} {place}{position}"
+
+
+def _rows(title: str, rows: list[Mapping[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(_text, row.values()))
+    return table
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping | list):
+        return json.dumps(value)
+    return str(value)

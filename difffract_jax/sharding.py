@@ -1,0 +1,233 @@
+"""Where weights live: the one mesh constructor, and sharding rules as data.
+
+1. A mesh has named axes: `data` (examples, targets), `site` (transcoders) and `feature` (a transcoder's features, a
+   model's heads and MLP columns). `make_mesh` is the only place that builds one.
+2. Every parameter path has exactly one `AxisRule`, which names its axes in the words of `axes.py`: pattern -> axes.
+3. `PLACEMENT` says which logical axes lie across which mesh axis; every other axis is whole on each device.
+4. `shardings` puts 2 and 3 together for one tree of weights: path -> `NamedSharding`. `table` prints it.
+
+Symbols: in a pattern `*` stands for one part of a path, `**` for any number of parts, `{a,b}` for a or b; a path is
+`checkpoint.leaf_paths`' key, as in `double.img.attn.qkv.kernel`.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from difffract_jax.checkpoint import leaf_paths
+from difffract_jax.config import UserError, nearest
+
+MESH_AXES = ("data", "site", "feature")
+
+
+class AxisRule(NamedTuple):
+    """The logical axes of every parameter whose path matches a pattern.
+
+    Attributes:
+        pattern: path pattern, see the module docstring.
+        axes: one name per axis of the array, or `WHOLE` for parameters that are never split.
+    """
+
+    pattern: str
+    axes: tuple[str, ...] | None
+
+
+WHOLE: tuple[str, ...] | None = None
+"""Axes of a parameter that every device holds in full."""
+
+MMDIT = (
+    AxisRule("{img_in,txt_in}.kernel", ("inputs", "d_model")),
+    AxisRule("{time_in,vector_in,guidance_in}.up.kernel", ("inputs", "d_ff")),
+    AxisRule("{time_in,vector_in,guidance_in}.down.kernel", ("d_ff", "d_model")),
+    AxisRule("{time_in,vector_in,guidance_in}.up.bias", ("d_ff",)),
+    AxisRule("{time_in,vector_in,guidance_in}.down.bias", ("d_model",)),
+    AxisRule("{img_in,txt_in}.bias", ("d_model",)),
+    AxisRule("double.*.mod.kernel", ("layer", "d_model", "modulation")),
+    AxisRule("double.*.mod.bias", ("layer", "modulation")),
+    AxisRule("double.*.attn.qkv.kernel", ("layer", "d_model", "heads")),
+    AxisRule("double.*.attn.qkv.bias", ("layer", "heads")),
+    AxisRule("double.*.attn.{q_norm,k_norm}.scale", ("layer", "head_dim")),
+    AxisRule("double.*.attn.proj.kernel", ("layer", "heads", "d_model")),
+    AxisRule("double.*.mlp.up.kernel", ("layer", "d_model", "d_ff")),
+    AxisRule("double.*.mlp.up.bias", ("layer", "d_ff")),
+    AxisRule("double.*.mlp.down.kernel", ("layer", "d_ff", "d_model")),
+    AxisRule("double.*.{attn.proj,mlp.down}.bias", ("layer", "d_model")),
+    AxisRule("single.mod.kernel", ("layer", "d_model", "modulation")),
+    AxisRule("single.mod.bias", ("layer", "modulation")),
+    AxisRule("single.qkv.kernel", ("layer", "d_model", "heads")),
+    AxisRule("single.qkv.bias", ("layer", "heads")),
+    AxisRule("single.{q_norm,k_norm}.scale", ("layer", "head_dim")),
+    AxisRule("single.up.kernel", ("layer", "d_model", "d_ff")),
+    AxisRule("single.up.bias", ("layer", "d_ff")),
+    AxisRule("single.attn_out.kernel", ("layer", "heads", "d_model")),
+    AxisRule("single.mlp_out.kernel", ("layer", "d_ff", "d_model")),
+    AxisRule("single.mlp_out.bias", ("layer", "d_model")),
+    AxisRule("final.mod.kernel", ("d_model", "modulation")),
+    AxisRule("final.mod.bias", ("modulation",)),
+    AxisRule("final.proj.kernel", ("d_model", "outputs")),
+    AxisRule("final.proj.bias", ("outputs",)),
+)
+"""Axes of the MM-DiT; `heads` includes head_dim and, before attention, q, k and v."""
+
+TRANSCODER = (
+    AxisRule("{time_in,time_out}.kernel", ("layer", "time_embed", "time_embed_out")),
+    AxisRule("{time_in,time_out}.bias", ("layer", "time_embed")),
+    AxisRule("film.kernel", ("layer", "time_embed", "modulation")),
+    AxisRule("film.bias", ("layer", "modulation")),
+    AxisRule("enc.kernel", ("layer", "d_model", "feat")),
+    AxisRule("enc.bias", ("layer", "feat")),
+    AxisRule("dec.kernel", ("layer", "feat", "d_model")),
+    AxisRule("dec.bias", ("layer", "d_model")),
+    AxisRule("skip.kernel", ("layer", "d_model", "d_model_out")),
+)
+"""Axes of one stream's stacked transcoders."""
+
+T5 = (
+    AxisRule("embed.embedding", ("vocab", "t5_width")),
+    AxisRule("relative_bias.embedding", ("buckets", "head")),
+    AxisRule("blocks.{attn_norm,ff_norm}.scale", ("layer", "t5_width")),
+    AxisRule("blocks.attn.{q,k,v}.kernel", ("layer", "t5_width", "heads")),
+    AxisRule("blocks.attn.o.kernel", ("layer", "heads", "t5_width")),
+    AxisRule("blocks.ff.{gate,up}.kernel", ("layer", "t5_width", "d_ff")),
+    AxisRule("blocks.ff.down.kernel", ("layer", "d_ff", "t5_width")),
+    AxisRule("final_norm.scale", ("t5_width",)),
+)
+"""Axes of the T5 encoder, 4.8 billion parameters in FLUX."""
+
+CLIP = (AxisRule("**", WHOLE),)
+"""The CLIP text encoder has 0.1 billion parameters: not worth a communication."""
+
+AUTOENCODER = (AxisRule("**", WHOLE),)
+"""The autoencoder has 0.1 billion parameters, most of them in small convolutions."""
+
+PIPELINE = {"transformer": MMDIT, "t5": T5, "clip": CLIP, "vae": AUTOENCODER}
+"""The rules of each module of a pipeline."""
+
+PLACEMENT: Mapping[str, str] = {"heads": "feature", "d_ff": "feature", "feat": "feature", "modulation": "feature"}
+"""Which logical axes are split, and across which mesh axis."""
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the mesh of the given axis sizes over the first devices.
+
+    Axes are of type Auto: an explicit axis refuses an ordinary matrix product that contracts over it.
+
+    Args:
+        shape: size of each axis, `{"data": 2, "feature": 4}`; axes left out have size 1.
+        devices: devices to use, all of this process's backend when left out.
+    """
+    for name, size in shape.items():
+        if name not in MESH_AXES:
+            raise UserError(f"`{name}` is no mesh axis{nearest(name, MESH_AXES)}")
+        if size < 1:
+            raise UserError(f"Mesh axis `{name}` must have a size of at least 1, but got {size}.")
+    sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
+    found = list(jax.devices() if devices is None else devices)
+    if prod(sizes) > len(found):
+        wanted = " x ".join(f"{name} {size}" for name, size in shape.items())
+        raise UserError(f"The mesh {wanted} needs {prod(sizes)} devices, but only {len(found)} are here.")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=found[: prod(sizes)])
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads `data=2,feature=4` as axis sizes."""
+    shape: dict[str, int] = {}
+    for item in text.split(","):
+        name, separator, size = item.strip().partition("=")
+        if not separator or not size.isdecimal() or name in shape:
+            raise UserError(f"`{text}` is no mesh; write each axis once with its size, as in data=2,feature=4.")
+        shape[name] = int(size)
+    return shape
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> Any:
+    """Returns a tree like `tree` whose leaves are the `NamedSharding`s of its arrays.
+
+    Args:
+        tree: weights, or their shapes from `jax.eval_shape`.
+        mesh: mesh to place them on.
+        rules: the axis rules of that kind of tree, such as `MMDIT`.
+        placement: logical axis -> mesh axis.
+    """
+    specs = partition_specs(tree, mesh, rules, placement)
+    leaves = [NamedSharding(mesh, spec) for spec in specs.values()]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+def pipeline_shardings(mesh: Mesh) -> Callable[[str, Any], Any]:
+    """Returns the function (module of a pipeline, its abstract tree) -> tree of shardings."""
+    return lambda module, tree: shardings(tree, mesh, PIPELINE[module])
+
+
+def partition_specs(
+    tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT
+) -> dict[str, PartitionSpec]:
+    """Returns the `PartitionSpec` of every path of `tree`, in the tree's order."""
+    return {
+        path: _partition_spec(path, leaf.shape, match(path, rules).axes, mesh, placement)
+        for path, leaf in leaf_paths(tree).items()
+    }
+
+
+def match(path: str, rules: Sequence[AxisRule]) -> AxisRule:
+    """Returns the one rule whose pattern matches `path`; none or several are an error in the rules."""
+    found = [rule for rule in rules if _regex(rule.pattern).fullmatch(path)]
+    if len(found) != 1:
+        names = ", ".join(rule.pattern for rule in found) or "no rule"
+        raise ValueError(f"Parameter {path} must match exactly one sharding rule, but matches {names}.")
+    return found[0]
+
+
+def table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> str:
+    """Returns one line per parameter: path, shape, logical axes, mesh axes."""
+    specs = partition_specs(tree, mesh, rules, placement)
+    lines = []
+    for path, leaf in leaf_paths(tree).items():
+        axes = match(path, rules).axes
+        lines.append(f"{path:<36} {leaf.shape!s:<22} {'whole' if axes is None else ' '.join(axes):<32} {specs[path]}")
+    return "\n".join(lines)
+
+
+def initialize_distributed(
+    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins this process to a multi-host run; does nothing when it has joined already.
+
+    Args:
+        coordinator: address `host:port` of the first process; found by JAX itself on TPU pods and under Slurm.
+        processes: how many processes take part.
+        process_id: this process's number, from 0.
+    """
+    if not jax.distributed.is_initialized():
+        jax.distributed.initialize(coordinator, processes, process_id)
+
+
+def _partition_spec(
+    path: str, shape: tuple[int, ...], axes: tuple[str, ...] | None, mesh: Mesh, placement: Mapping[str, str]
+) -> PartitionSpec:
+    if axes is None:
+        return PartitionSpec()
+    if len(axes) != len(shape):
+        raise ValueError(f"Parameter {path} has shape {shape}, but its sharding rule names the axes {axes}.")
+    entries = [_mesh_axis(axis, size, mesh, placement) for axis, size in zip(axes, shape, strict=True)]
+    used = [entry for entry in entries if entry]
+    if len(used) != len(set(used)):
+        raise ValueError(f"Parameter {path} would be split twice over one mesh axis: {axes} -> {entries}.")
+    return PartitionSpec(*entries)
+
+
+def _mesh_axis(axis: str, size: int, mesh: Mesh, placement: Mapping[str, str]) -> str | None:
+    """Returns the mesh axis that splits `axis`, or None: an axis that does not divide evenly stays whole."""
+    name = placement.get(axis)
+    return name if name is not None and mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """Translates a path pattern; `re.escape` leaves nothing special but what is put back here."""
+    text = re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", "[^.]+")
+    text = text.replace(r"\{", "(?:").replace(r"\}", ")").replace(",", "|")
+    return re.compile(text)

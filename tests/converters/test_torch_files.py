@@ -1,0 +1,96 @@
+"""PyTorch's side: state dicts, the noise of a seed, and a clear sentence where torch is missing or a file is broken."""
+
+import importlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from converters import torch_files
+from converters.torch_files import (
+    TransformerInputs,
+    read_state,
+    record_decoding,
+    record_text,
+    record_transformer,
+    torch_noise,
+    write_state,
+)
+from difffract_jax.config import UserError
+from tolerances import REFERENCE
+
+PIPELINE = REFERENCE / "pipeline"
+
+
+def test_state_dicts_come_back_identical(tmp_path):
+    state = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(3, ml_dtypes.bfloat16)}
+    write_state(tmp_path / "a.pt", state)
+    read = read_state(tmp_path / "a.pt")
+    assert all(read[key].dtype == state[key].dtype and np.array_equal(read[key], state[key]) for key in state)
+
+
+def test_state_dicts_of_old_pytorch_are_read(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert np.array_equal(read_state(tmp_path / "a.pt")["a"], [1, 1])
+
+
+class Surprise:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": Surprise()}, torch.ones(2)])
+def test_anything_but_tensors_by_name_is_refused_and_nothing_is_executed(tmp_path, content, capsys):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt (holds no|is truncated or no) state dict of tensors"):
+        read_state(tmp_path / "a.pt")
+    assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, -40])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    write_state(tmp_path / "a.pt", {"a": np.ones(100, np.float32)})
+    (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:keep])
+    with pytest.raises(UserError, match="a.pt is truncated or no state dict of tensors"):
+        read_state(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+def test_noise_is_what_diffusers_draws(seed):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    expected = randn_tensor((1, 4, 12, 10), generator=generator, device=torch.device("cpu"), dtype=torch.float32)
+    assert np.array_equal(torch_noise(seed, 4, 12, 10), expected.numpy())
+
+
+@pytest.mark.parametrize("name", ["torch", "diffusers"])
+def test_a_missing_package_is_one_sentence(monkeypatch, name):
+    def missing(wanted):
+        raise ModuleNotFoundError(f"No module named '{wanted}'", name=wanted)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(
+        UserError, match=rf"needs {name}, which is not installed; run: pip install 'difffract_jax\[torch\]'"
+    ):
+        torch_files._module(name)
+
+
+def test_a_package_that_is_broken_inside_says_so(monkeypatch):
+    def broken(wanted):
+        raise ModuleNotFoundError("No module named 'inner'", name="inner")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    with pytest.raises(ModuleNotFoundError, match="inner"):
+        torch_files._module("torch")
+
+
+def test_every_part_of_the_pytorch_pipeline_is_recorded():
+    text = record_text(PIPELINE, np.arange(2, 7), np.arange(3, 10))
+    assert (text.t5.shape, text.clip.shape, text.pooled.shape) == ((5, 32), (7, 24), (24,))
+    latents = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
+    record = record_transformer(PIPELINE, TransformerInputs(latents, text.t5, text.pooled, 0.5, None, (2, 3)))
+    assert (len(record.double), len(record.single), record.velocity.shape) == (3, 2, (6, 16))
+    for before, after in zip((*record.double, *record.single), (*record.double[1:], *record.single), strict=False):
+        assert np.array_equal(before.img_out, after.img) and np.array_equal(before.txt_out, after.txt)
+    assert record_decoding(PIPELINE, np.ones((3, 2, 4), np.float32)).shape == (24, 16, 3)

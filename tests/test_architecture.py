@@ -1,0 +1,207 @@
+"""The house rules that a machine can hold: import order, hidden imports, what may touch PyTorch, docstrings, sizes.
+
+1. Parse every file of the packages once.
+2. Give every module a rank, `ORDER`; an import must point to a lower rank, or stay within the package without a cycle.
+3. Check the other rules on the same trees.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import difffract_jax
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("difffract_jax", "converters")
+ORDER = (
+    ("difffract_jax", "difffract_jax.config", "difffract_jax.axes"),
+    ("difffract_jax.ops", "difffract_jax.files"),
+    ("difffract_jax.checkpoint",),
+    ("difffract_jax.sharding",),
+    ("difffract_jax.models",),
+    ("difffract_jax.organism",),
+    ("difffract_jax.transcoders",),
+    ("difffract_jax.circuits", "converters"),
+    ("difffract_jax.studies", "difffract_jax.dashboards", "difffract_jax.loading"),
+    ("difffract_jax.report", "difffract_jax.options"),
+    ("difffract_jax.demo",),
+    ("difffract_jax.cli",),
+)
+NUMPY_ONLY = ("graph", "influence", "pruning", "feature", "expansion", "compare", "reference_json")
+LIGHT = ("difffract_jax", "difffract_jax.cli", *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY))
+TORCH_FILES = "converters/torch_files.py"
+FLAX_NAMES = {"Module", "Param", "Rngs", "List", "Linear", "Conv", "Embed", "LayerNorm", "RMSNorm", "GroupNorm"}
+MAX_LINES, MAX_FUNCTION = 400, 60
+# One letter of each in brackets, so that this file does not match what it forbids.
+FORBIDDEN = re.compile(
+    r"\b(TO[D]O|FIX[M]E|NotImplemented[E]rror)\b|except\s*:|except [E]xception|from __future__ import [a]nnotations"
+    r"|allow_pickle=[T]rue|weights_only=[F]alse|pytest\.[s]kip|mark\.[s]kip|mark\.[x]fail|assert [T]rue\b"
+    r"|[\"' ]/(?:[h]ome|[r]oot|[w]ork|[t]mp|[o]pt)/"
+)
+
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+NAMES = [str(path.relative_to(ROOT)) for path in FILES]
+TREES = {name: ast.parse(path.read_text()) for name, path in zip(NAMES, FILES, strict=True)}
+MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in NAMES}
+
+
+def imported(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Yields every module that `tree` imports, in whatever way, with the node that does it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield (inner if inner in MODULES else str(node.module)), node
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from ((arg.value, node) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def rank(module: str) -> tuple[int, str]:
+    """Returns the position in `ORDER` of the longest name that `module` is or lies in, and that name."""
+    homes = [(len(name), place, name) for place, group in enumerate(ORDER) for name in group]
+    fits = [
+        home for home in homes if module == home[2] or (home[2] != "difffract_jax" and module.startswith(f"{home[2]}."))
+    ]
+    assert fits, f"{module} has no place in ORDER"
+    return max(fits)[1:]
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_only_to_the_left(module: str) -> None:
+    place, home = rank(module)
+    for target, node in imported(TREES[MODULES[module]]):
+        if target.split(".")[0] not in PACKAGES or target == module:
+            continue
+        other, other_home = rank(target)
+        line = f"{MODULES[module]}:{node.lineno} imports {target}"
+        assert other < place or other_home == home, f"{line}, which does not lie to its left"
+
+
+def test_imports_have_no_cycle() -> None:
+    edges = {
+        module: {target for target, _ in imported(TREES[name]) if target in MODULES and target != module}
+        for module, name in MODULES.items()
+    }
+    while leaves := {module for module, targets in edges.items() if not targets & edges.keys()}:
+        edges = {module: targets for module, targets in edges.items() if module not in leaves}
+    assert not edges, f"these modules import one another in a circle: {sorted(edges)}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "difffract_jax/cli.py"])
+def test_no_import_is_hidden_in_a_function(name: str) -> None:
+    hidden = [
+        f"{name}:{node.lineno}"
+        for function in functions(TREES[name])
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    assert not hidden
+    assert "TYPE_CHECKING" not in (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != TORCH_FILES])
+def test_only_one_file_touches_pytorch(name: str) -> None:
+    assert not {target.split(".")[0] for target, _ in imported(TREES[name])} & {"torch", "diffusers"}
+
+
+def test_diffusers_is_imported_on_first_use_only() -> None:
+    direct = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for target, node in imported(tree)
+        if target.startswith("diffusers") and not isinstance(node, ast.Call)
+    ]
+    assert not direct
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_do_not_load_jax(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'jax', 'flax', 'torch', 'transformers'}} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flax_is_used_as_a_tree_of_weights_only(name: str) -> None:
+    used = {
+        node.attr
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx"
+    }
+    assert used <= FLAX_NAMES
+    assert not [target for target, _ in imported(TREES[name]) if target.startswith("flax.linen")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_public_has_a_docstring_and_annotations(name: str) -> None:
+    tree = TREES[name]
+    assert ast.get_docstring(tree), f"{name} has no docstring"
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+    members = [node for scope in (tree, *classes) for node in scope.body if isinstance(node, ast.FunctionDef)]
+    public = [node for node in members if not node.name.startswith("_")]
+    assert not [f"{name}:{node.lineno} {node.name}" for node in (*public, *classes) if not ast.get_docstring(node)]
+    for node in public:
+        arguments = [arg for arg in (*node.args.args, *node.args.kwonlyargs) if arg.arg not in ("self", "cls")]
+        bare = [arg.arg for arg in arguments if arg.annotation is None]
+        assert node.returns and not bare, f"{name}:{node.lineno} {node.name} lacks annotations: {bare or 'the result'}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_and_functions_stay_short(name: str) -> None:
+    assert len((ROOT / name).read_text().splitlines()) <= MAX_LINES
+    for node in functions(TREES[name]):
+        docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
+        length = (node.end_lineno or 0) - node.lineno + 1 - docstring
+        assert length <= MAX_FUNCTION, f"{name}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_no_file_holds_a_shortcut() -> None:
+    files = [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    found = [(path.name, match.group()) for path in files for match in FORBIDDEN.finditer(path.read_text())]
+    assert not found
+    assert not [path for path in files if path.stem in ("utils", "helpers", "misc", "common")]
+
+
+def test_public_names_are_few_and_resolve_and_explain_themselves() -> None:
+    names = [name for name in difffract_jax.__all__ if name != "__version__"]
+    assert len(names) < 25
+    assert dir(difffract_jax) == sorted(difffract_jax.__all__)
+    for name in names:
+        assert getattr(difffract_jax, name).__doc__, f"difffract_jax.{name} has no docstring"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        difffract_jax.__getattr__("nothing")
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=\[]", line)[0].lower() for line in project["dependencies"]}
+    declared |= {"yaml": "pyyaml", "PIL": "pillow"}.keys() | {"torch", "diffusers", *PACKAGES}
+    used = {target.split(".")[0] for tree in TREES.values() for target, _ in imported(tree)}
+    assert used - set(sys.stdlib_module_names) <= declared
+
+
+def test_constraints_pin_every_direct_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pinned = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+( ;.*)?", line) for line in lines)
+    assert {re.split(r"[<>=\[]", line)[0].lower().replace("_", "-") for line in wanted} <= pinned
+
+
+def test_the_version_stands_in_one_place_twice() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == difffract_jax.__version__

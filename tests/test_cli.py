@@ -1,0 +1,137 @@
+"""The command line: help that teaches, exit statuses, one sentence per failure, and a circuit from end to end."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from difffract_jax import cli
+
+COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
+COMMANDS += ("generate", "trace", "prune", "export", "compare")
+
+
+class Run(NamedTuple):
+    """How one command line ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def difffract(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs `difffract ARGUMENTS` in this process."""
+
+    def run(*arguments: object) -> Run:
+        monkeypatch.setattr(sys, "argv", ["difffract", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return Run(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_with_an_example(command: str, difffract: Callable[..., Run]) -> None:
+    run = difffract(*command.split(), "--help")
+    assert run.status == 0
+    assert f"Example: difffract {command}" in " ".join(run.out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_named_in_the_help_of_its_group(command: str, difffract: Callable[..., Run]) -> None:
+    *group, name = command.split()
+    assert re.search(rf"^│ {name} ", difffract(*group, "--help").out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("statement", ["difffract_jax", "difffract_jax.cli"])
+def test_importing_takes_less_than_a_second_and_a_half(statement: str) -> None:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", f"import {statement}"], check=True)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 1.5
+
+
+def test_the_version_is_told(difffract: Callable[..., Run]) -> None:
+    assert difffract("--version").out.startswith("difffract_jax 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nothing",),
+        ("trace", "model"),
+        ("generate",),
+        ("generate", "model", "prompt", "--steps", "many"),
+        ("generate", "model", "prompt", "--noise", "numpy"),
+        ("prune", "graph.npz", "--mode", "other"),
+        ("export", "graph.npz"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callable[..., Run]) -> None:
+    run = difffract(*arguments)
+    assert run.status == 2
+    assert run.out == "" or arguments == ("generate",)
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate", "m", "p", "--out", "image.bmp"), "The output file must end in .png, but got image.bmp."),
+        (("generate", "m", "p", "--out", "no/image.png"), "The folder no of the output file image.png does not exist"),
+        (("generate", "m", "p", "--steps", "0"), "`steps` was 0, but input should be greater than or equal to 1"),
+        (("generate", "m", "p", "--set", "step=1"), "`step` is no setting; did you mean `steps`?"),
+        (("generate", "m", "p", "--config", "no.yaml"), "no.yaml: No such file or directory."),
+        (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
+        (("prune", "no.npz"), "no.npz"),
+        (("compare", "no.npz", "no.npz"), "no.npz"),
+        (("prune", "g.npz", "--node-threshold", "1.5"), "`node_threshold` was 1.5, but input should be less than or"),
+    ],
+)
+def test_a_failure_is_one_sentence(
+    arguments: tuple[str, ...],
+    told: str,
+    difffract: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = difffract(*arguments)
+    assert (run.status, run.out) == (1, "")
+    assert run.err.startswith("Error: ") and run.err.count("\n") == 1
+    assert told in run.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(difffract: Callable[..., Run]) -> None:
+    with pytest.raises(ValueError, match="must end in .png"):
+        difffract("generate", "m", "p", "--out", "image.bmp", "--debug")
+
+
+def test_an_interruption_exits_with_130(difffract: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "provenance", interrupted)
+    run = difffract("generate", "m", "p")
+    assert run.status == 130
+    assert "Traceback" not in run.err
+
+
+def test_a_dry_run_prints_the_resolved_settings(difffract: Callable[..., Run]) -> None:
+    run = difffract("generate", "m", "a fox", "--set", "steps=2", "--dry-run", "--json")
+    assert run.status == 0
+    assert json.loads(run.out)["settings"]["steps"] == 2

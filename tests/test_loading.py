@@ -1,0 +1,202 @@
+"""Models and transcoders by path: saved and loaded alike, and every wrong path refused with what to do."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from converters.flux import FLUX_SINGLE_FILE
+from converters.mapping import ConversionError, save_tree
+from difffract_jax.config import UserError
+from difffract_jax.loading import (
+    check_transcoders_fit,
+    convert_flux,
+    convert_transcoders,
+    load_pipeline,
+    load_transcoders,
+    mesh_sharding,
+    save_pipeline,
+    save_transcoders,
+)
+from difffract_jax.models.mmdit import MMDiT
+from difffract_jax.models.tokenizers import encode_prompt
+from difffract_jax.sharding import make_mesh
+from tolerances import REFERENCE
+
+PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline(PIPELINE)
+
+
+@pytest.fixture(scope="module")
+def saved(pipe, tmp_path_factory):
+    out = tmp_path_factory.mktemp("saved") / "flux"
+    save_pipeline(pipe, out)
+    return out
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def tcs():
+    return load_transcoders(TRANSCODERS)
+
+
+def assert_equal(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(x, y)
+
+
+def test_a_saved_pipeline_is_the_converted_one(pipe, saved):
+    loaded = load_pipeline(saved)
+    assert loaded.config == pipe.config
+    assert_equal(loaded[:4], pipe[:4])
+    for prompt in ("a red fox at dawn, oil painting", "", "héllo  Wörld"):
+        ours, theirs = (encode_prompt(p.tokenizers, prompt, 12) for p in (loaded, pipe))
+        assert all(np.array_equal(x, y) for x, y in zip(ours[:3], theirs[:3], strict=True))
+
+
+def test_a_pipeline_loads_in_the_type_that_is_asked_for(saved):
+    half = load_pipeline(saved, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half[:4])} == {jnp.bfloat16.dtype}
+
+
+def test_a_transformer_is_spread_over_a_mesh(saved, pipe):
+    sharding = mesh_sharding(make_mesh({"feature": 2}))
+    for source in (saved, PIPELINE):
+        spread = load_pipeline(source, sharding=sharding)
+        assert not spread.transformer.single.up.kernel.sharding.is_fully_replicated
+        assert spread.t5.final_norm.scale.sharding.is_fully_replicated
+        assert_equal(spread[:4], pipe[:4])
+
+
+def test_converting_writes_what_loading_reads(tmp_path, pipe):
+    convert_flux(PIPELINE, tmp_path / "out", dtype=jnp.bfloat16)
+    assert load_pipeline(tmp_path / "out").config == pipe.config
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with pytest.raises(UserError, match="exists already"):
+        convert_flux(PIPELINE, tmp_path / "out")
+    convert_flux(PIPELINE, tmp_path / "out", overwrite=True)
+    assert_equal(load_pipeline(tmp_path / "out")[:4], pipe[:4])
+
+
+def test_a_single_file_alone_is_a_transformer_and_says_so(pipe, tmp_path, monkeypatch):
+    file = tmp_path / "flux.safetensors"
+    save_file({key: np.ascontiguousarray(value) for key, value in save_tree(pipe.transformer, FLUX_SINGLE_FILE)}, file)
+    with pytest.raises(UserError, match=r"is a single file; convert it first: .* --base DIR"):
+        load_pipeline(file)
+    full = convert_flux(file, tmp_path / "full", base=PIPELINE)
+    assert_equal(load_pipeline(tmp_path / "full")[:4], full[:4])
+    monkeypatch.setattr("converters.pipelines.ROPE_AXES", pipe.config.transformer.rope_axes)
+    alone = convert_flux(file, tmp_path / "alone")
+    assert isinstance(alone, MMDiT)
+    with pytest.raises(UserError, match="holds a transformer alone; convert the single file again with --base DIR"):
+        load_pipeline(tmp_path / "alone")
+    with pytest.raises(UserError, match="--base completes a single file"):
+        convert_flux(PIPELINE, tmp_path / "never", base=PIPELINE)
+
+
+@pytest.mark.parametrize("error", [ConversionError, KeyboardInterrupt])
+def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, error):
+    source = shutil.copytree(PIPELINE, tmp_path / "source", copy_function=shutil.copyfile)
+    weights = source / "vae" / "diffusion_pytorch_model.safetensors"
+    if error is ConversionError:
+        weights.write_bytes(weights.read_bytes()[:-1])
+    else:
+        monkeypatch.setattr("difffract_jax.loading.save_trees", lambda *args: (_ for _ in ()).throw(error))
+    with pytest.raises(error):
+        convert_flux(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("organism", "comes with a later release"),
+        ("nowhere/at/all", "is no directory"),
+        (TRANSCODERS, "holds no config.json"),
+        (PIPELINE / "transformer", "names no format_version"),
+    ],
+)
+def test_what_is_no_model_is_refused(model, message):
+    with pytest.raises(UserError, match=message):
+        load_pipeline(model)
+
+
+def test_a_model_and_transcoders_are_not_confused(saved, tcs, tmp_path):
+    save_transcoders(tcs, tmp_path / "tcs")
+    with pytest.raises(UserError, match="holds transcoders, but pipeline is wanted"):
+        load_pipeline(tmp_path / "tcs")
+    with pytest.raises(UserError, match="holds pipeline, but transcoders is wanted"):
+        load_transcoders(saved)
+
+
+def test_a_damaged_copy_is_refused_by_name(copy):
+    weights = copy / "vae.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-3])
+    with pytest.raises(UserError, match=r"vae.safetensors \(by 3 bytes\)"):
+        load_pipeline(copy)
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="differ from their recorded hash"):
+        load_pipeline(copy)
+    weights.unlink()
+    with pytest.raises(UserError, match="lacks vae.safetensors"):
+        load_pipeline(copy)
+
+
+def test_a_configuration_that_does_not_fit_is_refused(copy):
+    path = copy / "config.json"
+    record = json.loads(path.read_text())
+    extra = json.loads(path.read_text())
+    extra["config"]["vae"]["colour"] = 1
+    path.write_text(json.dumps(extra))
+    with pytest.raises(UserError, match="does not fit AutoencoderConfig"):
+        load_pipeline(copy)
+    del record["config"]["vae"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="does not describe the parts transformer, t5, clip, vae"):
+        load_pipeline(copy)
+
+
+@pytest.mark.parametrize("name", ["transcoders", "saes"])
+def test_saved_transcoders_are_the_converted_ones(tmp_path, name):
+    tcs = load_transcoders(REFERENCE / name)
+    save_transcoders(tcs, tmp_path / "out")
+    loaded = load_transcoders(tmp_path / "out")
+    assert loaded._replace(img=None, txt=None) == tcs._replace(img=None, txt=None)
+    assert_equal((loaded.img, loaded.txt), (tcs.img, tcs.txt))
+
+
+def test_transcoders_go_to_our_format_and_back_bit_for_bit(tmp_path, tcs):
+    convert_transcoders(TRANSCODERS, tmp_path / "ours")
+    convert_transcoders(tmp_path / "ours", tmp_path / "theirs", to_torch=True)
+    assert_equal(load_transcoders(tmp_path / "theirs")[:2], tcs[:2])
+    half = convert_transcoders(TRANSCODERS, tmp_path / "half", dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.img)} == {jnp.bfloat16.dtype}
+
+
+def test_one_stream_alone_is_saved_and_loaded(tmp_path, tcs):
+    save_transcoders(tcs._replace(txt=None, txt_layers=()), tmp_path / "out")
+    loaded = load_transcoders(tmp_path / "out")
+    assert loaded.txt is None and loaded.img_layers == tcs.img_layers
+
+
+def test_transcoders_must_fit_the_model(pipe, tcs):
+    config = pipe.config.transformer
+    check_transcoders_fit(tcs, config)
+    with pytest.raises(UserError, match="sites img/7, txt/9, but the model has double-stream blocks 0 to 2"):
+        check_transcoders_fit(tcs._replace(img_layers=(0, 1, 7), txt_layers=(0, 1, 9)), config)
+    wider = type(tcs.config)(**(vars(tcs.config) | {"d_model": 128}))
+    with pytest.raises(UserError, match="transcoders are 128 wide, but the model is 64 wide"):
+        check_transcoders_fit(tcs._replace(config=wider), config)

@@ -1,0 +1,142 @@
+"""Meshes and sharding rules: every parameter has exactly one rule, and eight devices hold what one holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
+
+from difffract_jax import sharding
+from difffract_jax.checkpoint import leaf_paths
+from difffract_jax.config import UserError
+from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.sharding import AxisRule, make_mesh, match, parse_mesh, partition_specs, shardings, table
+
+RULES = (AxisRule("blocks.{up,down}.kernel", ("layer", "d_model", "feat")), AxisRule("**.bias", None))
+TREE = {"blocks": {"up": {"kernel": jnp.arange(2 * 3 * 8.0).reshape(2, 3, 8), "bias": jnp.ones(5)}}}
+
+
+def test_a_mesh_has_auto_axes_and_the_sizes_asked_for() -> None:
+    mesh = make_mesh({"data": 2, "feature": 4})
+    assert mesh.shape == {"data": 2, "site": 1, "feature": 4}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ({"features": 2}, "`features` is no mesh axis; did you mean `feature`?"),
+        ({"data": 0}, "Mesh axis `data` must have a size of at least 1, but got 0."),
+        ({"data": 3, "feature": 4}, "The mesh data 3 x feature 4 needs 12 devices, but only 8 are here."),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(shape: dict[str, int], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        make_mesh(shape)
+    assert told in str(error.value)
+
+
+def test_a_mesh_is_read_from_text() -> None:
+    assert parse_mesh("data=2, feature=4") == {"data": 2, "feature": 4}
+
+
+@pytest.mark.parametrize("text", ["", "data", "data=x", "data=2,data=4", "data=2;feature=4"])
+def test_text_that_is_no_mesh_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="write each axis once with its size"):
+        parse_mesh(text)
+
+
+def test_rules_become_specs_and_an_axis_that_does_not_divide_stays_whole() -> None:
+    specs = partition_specs(TREE, make_mesh({"feature": 8}), RULES)
+    assert specs == {"blocks.up.bias": PartitionSpec(), "blocks.up.kernel": PartitionSpec(None, None, "feature")}
+    assert partition_specs(TREE, make_mesh({"feature": 3}), RULES)["blocks.up.kernel"] == PartitionSpec(
+        None, None, None
+    )
+
+
+def test_no_rule_or_two_rules_for_a_path_are_an_error() -> None:
+    with pytest.raises(ValueError, match="blocks.up.scale must match exactly one sharding rule, but matches no rule"):
+        match("blocks.up.scale", RULES)
+    with pytest.raises(ValueError, match=r"matches blocks.\{up,down\}.kernel, \*\*"):
+        match("blocks.up.kernel", (*RULES, AxisRule("**", None)))
+
+
+def test_a_rule_of_the_wrong_rank_is_an_error() -> None:
+    with pytest.raises(ValueError, match="has shape .5,., but its sharding rule names the axes"):
+        partition_specs(TREE, make_mesh({}), (RULES[0], AxisRule("**.bias", ("layer", "feat"))))
+
+
+def test_one_mesh_axis_never_splits_a_parameter_twice() -> None:
+    with pytest.raises(ValueError, match="would be split twice over one mesh axis"):
+        partition_specs({"w": jnp.ones((8, 8))}, make_mesh({"feature": 8}), (AxisRule("w", ("heads", "feat")),))
+
+
+def test_placed_weights_equal_the_originals_and_are_spread() -> None:
+    mesh = make_mesh({"feature": 8})
+    placed = jax.device_put(TREE, shardings(TREE, mesh, RULES))
+    for path, leaf in leaf_paths(placed).items():
+        np.testing.assert_array_equal(leaf, leaf_paths(TREE)[path])
+    assert placed["blocks"]["up"]["kernel"].addressable_shards[0].data.shape == (2, 3, 1)
+
+
+def test_the_table_has_a_line_per_parameter() -> None:
+    lines = table(TREE, make_mesh({"feature": 8}), RULES).splitlines()
+    assert [line.split()[0] for line in lines] == list(leaf_paths(TREE))
+    assert "layer d_model feat" in lines[1] and "'feature'" in lines[1]
+
+
+def test_joining_a_multi_host_run_twice_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: bool(calls))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    sharding.initialize_distributed("host:1234", 2, 0)
+    sharding.initialize_distributed("host:1234", 2, 0)
+    assert calls == [("host:1234", 2, 0)]
+
+
+TREES = {
+    "t5": (
+        sharding.T5,
+        lambda: T5Encoder(
+            T5Config(vocab=32, d_model=16, d_kv=4, d_ff=32, layers=2, heads=4, gated=True, activation="gelu_new"),
+            rngs=nnx.Rngs(0),
+        ),
+    ),
+    "clip": (
+        sharding.CLIP,
+        lambda: CLIPTextEncoder(
+            CLIPConfig(vocab=32, d_model=8, d_ff=16, layers=2, heads=2, positions=8, activation="gelu", eos_token_id=2),
+            rngs=nnx.Rngs(0),
+        ),
+    ),
+    "autoencoder": (
+        sharding.AUTOENCODER,
+        lambda: Autoencoder(
+            AutoencoderConfig(
+                in_channels=3,
+                latent_channels=4,
+                widths=(8, 8),
+                layers_per_block=1,
+                norm_groups=4,
+                scaling_factor=0.4,
+                shift_factor=0.1,
+                quant_conv=True,
+                post_quant_conv=True,
+                mid_attention=True,
+            ),
+            rngs=nnx.Rngs(0),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_every_parameter_of_every_module_matches_exactly_one_rule(kind: str) -> None:
+    rules, build = TREES[kind]
+    tree = jax.eval_shape(build)
+    mesh = make_mesh({"feature": 8})
+    assert partition_specs(tree, mesh, rules).keys() == leaf_paths(tree).keys()
+    assert {match(path, rules) for path in leaf_paths(tree)} == set(rules), "a rule that matches nothing is out of date"
