@@ -32,7 +32,7 @@ _HOME = {
     "load_transcoders": "difffract_jax.loading",
     "save_transcoders": "difffract_jax.loading",
     "generate": "difffract_jax.models.pipeline",
-    "random_pipeline": "difffract_jax.models.pipeline",
+    "random_pipeline": "difffract_jax.models.tiny",
     "random_transcoders": "difffract_jax.transcoders.transcoder",
     "capture": "difffract_jax.circuits.trace",
     "replacement": "difffract_jax.circuits.replacement",

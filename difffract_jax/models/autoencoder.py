@@ -27,7 +27,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from difffract_jax.models.precision import standardise, widen
+from difffract_jax.ops import standardise, widen
 
 EPS = 1e-6
 """Added to the variance under the root of every norm; AutoencoderKL has no setting for it."""

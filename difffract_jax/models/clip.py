@@ -24,7 +24,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from difffract_jax.models.precision import attend, standardise, widen
+from difffract_jax.ops import attend, standardise, widen
 
 LEGACY_EOS_TOKEN_ID = 2
 

@@ -24,7 +24,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from difffract_jax.models.precision import attend, widen
+from difffract_jax.ops import attend, widen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,193 @@
+"""The MM-DiT of FLUX.1 (METHOD section 1), from packed latents to a velocity.
+
+1. `embed`: packed latents and text embeddings become two residual streams; time, pooled prompt and, in FLUX.1-dev,
+   guidance become one vector `vec`, the same for all tokens.
+2. `run_double`: the double-stream blocks.
+3. `finish`: the single-stream blocks on the joined sequence, then the last norm and projection.
+
+Blocks are stacked on a leading layer axis and scanned; `tap` picks what each block reports, so that a caller keeps
+only what it reduces to. Every function is for one example; batches are `jax.vmap` outside.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from difffract_jax.models.blocks import (
+    BlockActs,
+    Cond,
+    DoubleBlock,
+    FluxConfig,
+    SingleActs,
+    SingleBlock,
+    Streams,
+    join,
+    split,
+)
+from difffract_jax.ops import film, layer_norm, rope_table, sinusoid, widen
+
+TIME_CHANNELS = 256
+"""Channels of the sinusoids that embed time and guidance."""
+
+
+class Inputs(NamedTuple):
+    """What one evaluation of the transformer takes.
+
+    Attributes:
+        latents: packed latents, [img channels].
+        text: text embedding, [txt text_width].
+        pooled: pooled prompt embedding, [pooled_width].
+        t: denoising time in [0, 1], 1 = noise.
+        guidance: guidance scale, for models that take one.
+    """
+
+    latents: Float[Array, "img channels"]
+    text: Float[Array, "txt text_width"]
+    pooled: Float[Array, "pooled_width"]
+    t: Float[Array, ""]
+    guidance: Float[Array, ""] | None = None
+
+
+def drop(acts: Any) -> None:
+    """The tap that keeps nothing."""
+
+
+class Embedder(nnx.Module):
+    """Two layers with a SiLU in between: what time, guidance and the pooled prompt enter through."""
+
+    def __init__(self, inputs: int, d_model: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+        self.up = nnx.Linear(inputs, d_model, param_dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(d_model, d_model, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "inputs"]) -> Float[Array, "d_model"]:
+        """Embeds one vector."""
+        return self.down(jax.nn.silu(self.up(x)))
+
+
+class Final(nnx.Module):
+    """The last norm, modulated by shift and scale, and the projection to a velocity."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+        self.mod = nnx.Linear(config.d_model, 2 * config.d_model, param_dtype=dtype, rngs=rngs)
+        self.proj = nnx.Linear(config.d_model, config.out_channels, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, h: Float[Array, "img d_model"], cond: Cond) -> Float[Array, "img outputs"]:
+        """Turns the image stream into a velocity."""
+        shift, scale = self.mod(jax.nn.silu(cond.vec)).reshape(2, -1)
+        return self.proj(film(layer_norm(h)[0], scale, shift))
+
+
+class MMDiT(nnx.Module):
+    """The whole transformer; `double` and `single` are stacks of blocks with a leading layer axis."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        d_model = config.d_model
+        self.config = config
+        self.img_in = nnx.Linear(config.in_channels, d_model, param_dtype=dtype, rngs=rngs)
+        self.txt_in = nnx.Linear(config.text_width, d_model, param_dtype=dtype, rngs=rngs)
+        self.time_in = Embedder(TIME_CHANNELS, d_model, rngs=rngs, dtype=dtype)
+        self.vector_in = Embedder(config.pooled_width, d_model, rngs=rngs, dtype=dtype)
+        self.guidance_in = Embedder(TIME_CHANNELS, d_model, rngs=rngs, dtype=dtype) if config.guidance else None
+        self.double = _stack(DoubleBlock, config, config.depth_double, rngs, dtype)
+        self.single = _stack(SingleBlock, config, config.depth_single, rngs, dtype)
+        self.final = Final(config, rngs=rngs, dtype=dtype)
+
+    def embed(self, inputs: Inputs, grid: tuple[int, int]) -> tuple[Streams[Float[Array, "rows d_model"]], Cond]:
+        """Returns the residual streams entering the first block, and what all blocks share.
+
+        Args:
+            inputs: of one evaluation.
+            grid: rows and columns of image tokens.
+
+        Raises:
+            ValueError: if the model takes guidance and there is none, or the other way round.
+        """
+        if (inputs.guidance is None) == self.config.guidance:
+            wanted = "needs a guidance scale" if self.config.guidance else "takes no guidance scale"
+            raise ValueError(f"This model {wanted}, but guidance was {inputs.guidance}.")
+        dtype = self.img_in.kernel.dtype
+        vec = self.time_in(_time_channels(inputs.t, dtype)) + self.vector_in(inputs.pooled.astype(dtype))
+        if self.guidance_in is not None and inputs.guidance is not None:
+            vec = vec + self.guidance_in(_time_channels(inputs.guidance, dtype))
+        streams = Streams(self.img_in(inputs.latents.astype(dtype)), self.txt_in(inputs.text.astype(dtype)))
+        ids = position_ids(grid, inputs.text.shape[0])
+        cos, sin = rope_table(ids, self.config.rope_axes, self.config.rope_theta)
+        wide = np.promote_types(dtype, np.float32)
+        return streams, Cond(vec, jnp.asarray(cos, wide), jnp.asarray(sin, wide))
+
+    def __call__(self, inputs: Inputs, grid: tuple[int, int]) -> Float[Array, "img outputs"]:
+        """Returns the velocity of one example."""
+        h, cond = self.embed(inputs, grid)
+        h, _ = run_double(self.double, h, cond)
+        return self.finish(h, cond)
+
+    def finish(self, h: Streams[Float[Array, "rows d_model"]], cond: Cond) -> Float[Array, "img outputs"]:
+        """Runs what follows the double-stream blocks: the single-stream blocks and the last projection."""
+        joint, _ = run_single(self.single, join(h), cond)
+        return self.final(split(joint, h.txt.shape[0]).img, cond)
+
+
+def _stack(block: Callable[..., Any], config: FluxConfig, depth: int, rngs: nnx.Rngs, dtype: DTypeLike) -> Any:
+    build = jax.vmap(lambda key: block(config, rngs=nnx.Rngs(key), dtype=dtype))
+    return build(jax.random.split(rngs.params(), depth))
+
+
+def _time_channels(t: Float[Array, ""], dtype: DTypeLike) -> Float[Array, "time_embed"]:
+    """Embeds 1000 t; in float32 before the cast, since bfloat16 would turn 750 into 752."""
+    return sinusoid(1000 * widen(t), TIME_CHANNELS, "cos_sin").astype(dtype)
+
+
+def position_ids(grid: tuple[int, int], text_tokens: int) -> Float[np.ndarray, "seq axes"]:
+    """Returns [0, row, column] of every position, text first; text tokens are all at zero."""
+    rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
+    img = np.stack([np.zeros(rows.size), rows.ravel(), columns.ravel()], axis=1)
+    return np.concatenate([np.zeros((text_tokens, 3)), img]).astype(np.float64)
+
+
+def run_double(
+    blocks: DoubleBlock,
+    h: Streams[Float[Array, "rows d_model"]],
+    cond: Cond,
+    *,
+    tap: Callable[[BlockActs], Any] = drop,
+    mlp: Callable[[Any, DoubleBlock, Streams[Any]], Streams[Any]] | None = None,
+    per_layer: Any = None,
+) -> tuple[Streams[Float[Array, "rows d_model"]], Any]:
+    """Applies stacked double-stream blocks in order.
+
+    Args:
+        blocks: the stack.
+        h: residual streams entering the first.
+        cond: what they share.
+        tap: what each block reports of its `BlockActs`; stacked on a leading layer axis.
+        mlp: `mlp(slice, block, x) -> y` stands in for the MLPs.
+        per_layer: tree with a leading layer axis; its slices are `mlp`'s first argument.
+
+    Returns:
+        The residual streams after the last block, and the reports.
+    """
+
+    def step(h: Streams[Any], layer: tuple[DoubleBlock, Any]) -> tuple[Streams[Any], Any]:
+        block, extra = layer
+        h, acts = block(h, cond, mlp=None if mlp is None else lambda block, x: mlp(extra, block, x))
+        return h, tap(acts)
+
+    return jax.lax.scan(step, h, (blocks, per_layer))
+
+
+def run_single(
+    blocks: SingleBlock, h: Float[Array, "seq d_model"], cond: Cond, *, tap: Callable[[SingleActs], Any] = drop
+) -> tuple[Float[Array, "seq d_model"], Any]:
+    """Applies stacked single-stream blocks in order; see `run_double`."""
+
+    def step(h: Float[Array, "seq d_model"], block: SingleBlock) -> tuple[Any, Any]:
+        h, acts = block(h, cond)
+        return h, tap(acts)
+
+    return jax.lax.scan(step, h, blocks)

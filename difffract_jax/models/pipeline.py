@@ -1,0 +1,351 @@
+"""From a prompt to an image: the pieces of a FLUX pipeline, and the loop that runs them.
+
+1. `plan_run` fixes sizes and schedule, and refuses what does not divide.
+2. `encode` turns the prompt into a text embedding (T5) and a pooled embedding (CLIP).
+3. `start` gives packed noise; `sample` takes Euler steps along velocities. The velocity is an argument: the model's
+   own, or that of an edited or replaced model.
+4. `decode` turns packed latents into pixels (autoencoder).
+
+`generate` does all four. Weights are arguments of the jitted functions; one step is compiled once per size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, UInt8
+
+from difffract_jax.config import UserError
+from difffract_jax.models import sampler
+from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
+from difffract_jax.models.sampler import PATCH, SchedulerConfig
+from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.models.tokenizers import Tokenizers, encode_prompt
+from difffract_jax.ops import widen
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What a run takes that names nothing else.
+
+    Attributes:
+        height: image height in pixels.
+        width: image width in pixels.
+        text_tokens: length of the text sequence, padding included.
+        steps: denoising steps.
+        guidance: guidance scale, for models that take one.
+    """
+
+    height: int
+    width: int
+    text_tokens: int
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """Shapes of a pipeline's parts, its schedule, and the defaults of a run."""
+
+    transformer: FluxConfig
+    t5: T5Config
+    clip: CLIPConfig
+    vae: AutoencoderConfig
+    scheduler: SchedulerConfig
+    defaults: GenerationDefaults
+
+
+class Pipeline(NamedTuple):
+    """A FLUX pipeline.
+
+    Attributes:
+        transformer: the MM-DiT.
+        t5: encoder of the text stream.
+        clip: encoder of the pooled prompt.
+        vae: autoencoder between latents and pixels.
+        tokenizers: both tokenizers.
+        config: shapes, schedule, defaults.
+        source: content hash of the weights; "" if not known.
+    """
+
+    transformer: MMDiT
+    t5: T5Encoder
+    clip: CLIPTextEncoder
+    vae: Autoencoder
+    tokenizers: Tokenizers
+    config: PipelineConfig
+    source: str = ""
+
+
+class Run(NamedTuple):
+    """Sizes and schedule of one run.
+
+    Attributes:
+        grid: rows and columns of image tokens.
+        text_tokens: length of the text sequence.
+        sigmas: noise level entering every step, and the final 0.
+        guidance: guidance scale; None for models that take none.
+    """
+
+    grid: tuple[int, int]
+    text_tokens: int
+    sigmas: Float32[np.ndarray, "step_and_end"]
+    guidance: float | None
+
+
+class EncodedPrompt(NamedTuple):
+    """What the text encoders make of a prompt.
+
+    Attributes:
+        text: T5's embedding of every position, padding included.
+        pooled: CLIP's pooled embedding.
+        mask: True for the prompt's own tokens, the closing one included; False for padding.
+        cut: the end of the prompt that did not fit; "" if all did.
+    """
+
+    text: Float[Array, "txt text_width"]
+    pooled: Float[Array, "pooled_width"]
+    mask: Bool[np.ndarray, "txt"]
+    cut: str
+
+
+class GeneratedImage(NamedTuple):
+    """The result of a run.
+
+    Attributes:
+        image: pixels.
+        latents: packed latents after the last step.
+        cut: the end of the prompt that did not fit; "" if all did.
+    """
+
+    image: UInt8[np.ndarray, "H W rgb"]
+    latents: Float[Array, "img channels"]
+    cut: str
+
+
+Velocity = Callable[[Any, Inputs, Array, tuple[int, int]], Float[Array, "img outputs"]]
+"""`velocity(params, inputs, step, grid)`: a named function, since each is compiled once."""
+
+
+def plan_run(
+    config: PipelineConfig,
+    *,
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    text_tokens: int | None = None,
+    guidance: float | None = None,
+) -> Run:
+    """Fixes the sizes and the schedule of a run; what is left out comes from the pipeline's defaults.
+
+    Args:
+        config: of the pipeline.
+        steps: denoising steps.
+        height: image height in pixels.
+        width: image width in pixels.
+        text_tokens: length of the text sequence.
+        guidance: guidance scale.
+
+    Raises:
+        UserError: if a size does not divide, a number is too small, or the model takes no guidance scale.
+    """
+    defaults = config.defaults
+    height, width = height or defaults.height, width or defaults.width
+    unit = PATCH * config.vae.factor
+    if height < unit or width < unit or height % unit or width % unit:
+        nearest = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
+        raise UserError(
+            f"Width and height must be multiples of {unit} pixels, but got {width} x {height}; "
+            f"the nearest size is {nearest}."
+        )
+    takes_guidance = config.transformer.guidance
+    if guidance and not takes_guidance:
+        raise UserError(f"This model takes no guidance scale (FLUX.1-dev does), but got {guidance}; leave it out.")
+    grid = height // unit, width // unit
+    return Run(
+        grid,
+        text_tokens or defaults.text_tokens,
+        sampler.sigmas(config.scheduler, defaults.steps if steps is None else steps, grid[0] * grid[1]),
+        (defaults.guidance if guidance is None else guidance) if takes_guidance else None,
+    )
+
+
+def encode(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
+    """Encodes one prompt.
+
+    Args:
+        pipe: the pipeline.
+        prompt: any text, also the empty one.
+        text_tokens: length of the text sequence.
+    """
+    ids = encode_prompt(pipe.tokenizers, prompt, text_tokens)
+    text, pooled = _encode(pipe.t5, pipe.clip, ids.t5_ids, ids.clip_ids)
+    return EncodedPrompt(text, pooled, ids.t5_mask, ids.cut)
+
+
+@jax.jit
+def _encode(t5: T5Encoder, clip: CLIPTextEncoder, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
+    return t5(t5_ids), clip(clip_ids)[1]
+
+
+def start(pipe: Pipeline, run: Run, seed: int, latents: Any = None) -> Float[Array, "img channels"]:
+    """Returns the packed noise a run starts from.
+
+    Args:
+        pipe: the pipeline.
+        run: sizes of the run.
+        seed: seed of the noise.
+        latents: noise to use instead, packed, [img channels].
+
+    Raises:
+        UserError: if given noise has another shape, or holds NaN or infinity.
+    """
+    shape = run.grid[0] * run.grid[1], pipe.config.transformer.in_channels
+    dtype = np.promote_types(pipe.transformer.img_in.kernel.dtype, np.float32)
+    if latents is None:
+        return sampler.draw_noise(seed, run.grid, shape[1]).astype(dtype)
+    if np.shape(latents) != shape:
+        raise UserError(
+            f"Starting latents must be packed, of shape {shape} (image tokens, channels) for this image size, "
+            f"but got {np.shape(latents)}."
+        )
+    if not np.all(np.isfinite(np.asarray(latents, np.float64))):
+        raise UserError("Starting latents must be finite, but hold NaN or infinity.")
+    return jnp.asarray(latents, dtype)
+
+
+def model_velocity(model: MMDiT, inputs: Inputs, step: Array, grid: tuple[int, int]) -> Float[Array, "img outputs"]:
+    """The model's own velocity; see `Velocity`."""
+    del step  # the model sees the step through its time
+    return model(inputs, grid)
+
+
+@partial(jax.jit, static_argnames=("velocity", "grid"))
+def euler_step(
+    velocity: Velocity, params: Any, inputs: Inputs, sigma_next: Array, step: Array, grid: tuple[int, int]
+) -> Float[Array, "img channels"]:
+    """Takes one step, z + (sigma_next - sigma) v, in at least float32.
+
+    Args:
+        velocity: whose velocity.
+        params: its first argument.
+        inputs: with the latents entering the step, and sigma as t.
+        sigma_next: noise level after the step.
+        step: number of the step.
+        grid: rows and columns of image tokens.
+    """
+    v = velocity(params, inputs, step, grid)
+    return inputs.latents + (sigma_next - inputs.t) * v.astype(inputs.latents.dtype)
+
+
+def step_inputs(run: Run, prompt: EncodedPrompt, latents: Float[Array, "img channels"], step: int) -> Inputs:
+    """Returns what the transformer is given at a step."""
+    dtype = latents.dtype
+    guidance = None if run.guidance is None else jnp.asarray(run.guidance, dtype)
+    return Inputs(latents, prompt.text, prompt.pooled, jnp.asarray(run.sigmas[step], dtype), guidance)
+
+
+def sample(
+    velocity: Velocity,
+    params: Any,
+    run: Run,
+    prompt: EncodedPrompt,
+    latents: Float[Array, "img channels"],
+    *,
+    stop: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Array, "img channels"]:
+    """Takes Euler steps.
+
+    Args:
+        velocity: whose velocity, see `Velocity`.
+        params: its first argument: weights, edits.
+        run: sizes and schedule.
+        prompt: the encoded prompt.
+        latents: packed noise to start from.
+        stop: number of steps to take; all if left out.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        Packed latents entering step `stop`, or after the last.
+    """
+    steps = len(run.sigmas) - 1 if stop is None else stop
+    for step in range(steps):
+        inputs = step_inputs(run, prompt, latents, step)
+        after = jnp.asarray(run.sigmas[step + 1], latents.dtype)
+        latents = euler_step(velocity, params, inputs, after, jnp.asarray(step), run.grid)
+        if progress is not None:
+            jax.block_until_ready(latents)
+            progress(step + 1, steps)
+    return latents
+
+
+def decode(
+    pipe: Pipeline, latents: Float[Array, "img channels"], grid: tuple[int, int]
+) -> UInt8[np.ndarray, "H W rgb"]:
+    """Turns packed latents into pixels.
+
+    Args:
+        pipe: the pipeline.
+        latents: packed latents after the last step.
+        grid: rows and columns of image tokens.
+    """
+    raw = decode_raw(pipe.vae, latents, grid)
+    return np.asarray(jnp.round(255 * jnp.clip(raw / 2 + 0.5, 0, 1)).astype(jnp.uint8))
+
+
+@partial(jax.jit, static_argnames="grid")
+def decode_raw(
+    vae: Autoencoder, latents: Float[Array, "img channels"], grid: tuple[int, int]
+) -> Float[Array, "H W rgb"]:
+    """Returns the decoder's own output, black at -1 and white at 1, in at least float32."""
+    latent = sampler.scale_for_decoder(
+        sampler.unpack(latents, grid), vae.config.scaling_factor, vae.config.shift_factor
+    )
+    return widen(vae.decode(latent.astype(vae.decoder.conv_in.kernel.dtype)))
+
+
+def generate(
+    pipe: Pipeline,
+    prompt: str,
+    *,
+    seed: int = 0,
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    text_tokens: int | None = None,
+    guidance: float | None = None,
+    latents: Any = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> GeneratedImage:
+    """Generates an image from a prompt.
+
+    Args:
+        pipe: the pipeline.
+        prompt: what the image shall show.
+        seed: seed of the starting noise.
+        steps: denoising steps; this and the sizes below: the pipeline's defaults if left out.
+        height: image height in pixels, a multiple of twice the autoencoder's factor.
+        width: image width in pixels, likewise.
+        text_tokens: length of the text sequence, padding included.
+        guidance: guidance scale, for models that take one.
+        latents: packed starting noise, [img channels], instead of the seed's.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        The image, its latents, and what of the prompt was cut off.
+
+    Raises:
+        UserError: if a size or the noise does not fit.
+    """
+    run = plan_run(pipe.config, steps=steps, height=height, width=width, text_tokens=text_tokens, guidance=guidance)
+    encoded = encode(pipe, prompt, run.text_tokens)
+    noise = start(pipe, run, seed, latents)
+    final = sample(model_velocity, pipe.transformer, run, encoded, noise, progress=progress)
+    return GeneratedImage(decode(pipe, final, run.grid), final, encoded.cut)

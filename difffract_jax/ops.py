@@ -1,0 +1,158 @@
+"""Pure maths of the models: norms whose scale can be frozen, rotary positions, attention, embeddings of time.
+
+1. `widen` casts to float32 at least: bfloat16 keeps 8 bits, too few for moments, exponentials and angles.
+2. `layer_norm` returns the 1/sqrt(var + eps) that it used, and uses the one it is given: with it frozen, it is linear.
+3. `rope_table` and `rotate` turn interleaved pairs of columns by angles that depend on the position.
+4. `attend` is softmax attention; its pattern is a function of q and k alone, so that it can be recomputed from them.
+5. `sinusoid` embeds a time, in either of the two orders in use (METHOD sections 1 and 2).
+6. `film` is the feature-wise affine map by which time, and in the MM-DiT the whole conditioning, enters.
+
+Einsum letters: q and k positions, h heads, d head_dim.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns x in float32 at least."""
+    # NumPy's promotion: JAX's own refuses under strict promotion.
+    return x.astype(np.promote_types(x.dtype, np.float32))
+
+
+def standardise(x: Float[Array, "*shape"], axes: tuple[int, ...], eps: float) -> Float[Array, "*shape"]:
+    """Shifts and scales to mean 0 and variance 1.
+
+    Args:
+        x: in float32 or float64.
+        axes: axes to take the moments over.
+        eps: added to the variance under the root.
+
+    Returns:
+        (x - mean) / sqrt(variance + eps).
+    """
+    centred = x - jnp.mean(x, axis=axes, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=axes, keepdims=True) + eps)
+
+
+def layer_norm(
+    x: Float[Array, "rows d_model"], inv_std: Float[Array, "rows"] | None = None, eps: float = 1e-6
+) -> tuple[Float[Array, "rows d_model"], Float[Array, "rows"]]:
+    """Layer norm without weights, over the last axis.
+
+    Args:
+        x: rows to normalise.
+        inv_std: the scale to use instead of x's own; then the norm is linear in x, its mean subtraction included.
+        eps: added to the variance under the root.
+
+    Returns:
+        (x - mean) * inv_std in x's dtype, and inv_std in at least float32.
+    """
+    wide = widen(x)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    if inv_std is None:
+        inv_std = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1) + eps)
+    return (centred * inv_std[:, None]).astype(x.dtype), inv_std
+
+
+def rms_norm(
+    x: Float[Array, "*rows head_dim"], scale: Float[Array, "head_dim"], eps: float = 1e-6
+) -> Float[Array, "*rows head_dim"]:
+    """Divides by the root of the mean square over the last axis, then scales."""
+    wide = widen(x)
+    wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale.astype(wide.dtype)).astype(x.dtype)
+
+
+def film(
+    x: Float[Array, "rows d_model"], scale: Float[Array, "d_model"], shift: Float[Array, "d_model"]
+) -> Float[Array, "rows d_model"]:
+    """Returns (1 + scale) * x + shift."""
+    return x * (1 + scale)[None, :] + shift[None, :]
+
+
+def rope_table(
+    ids: Float[np.ndarray, "seq axes"], widths: tuple[int, ...], theta: float
+) -> tuple[Float[np.ndarray, "seq half"], Float[np.ndarray, "seq half"]]:
+    """Returns cos and sin of every pair's angle at every position, in float64.
+
+    Args:
+        ids: position along each axis.
+        widths: columns of a head that each axis turns; even numbers.
+        theta: base of the geometric sequence of wavelengths.
+    """
+    angles = [
+        ids[:, axis, None] * theta ** -(np.arange(0, width, 2, dtype=np.float64) / width)
+        for axis, width in enumerate(widths)
+    ]
+    joined = np.concatenate(angles, axis=1)
+    return np.cos(joined), np.sin(joined)
+
+
+def rotate(
+    x: Float[Array, "seq heads head_dim"], cos: Float[Array, "seq half"], sin: Float[Array, "seq half"]
+) -> Float[Array, "seq heads head_dim"]:
+    """Turns the column pairs (0, 1), (2, 3), ... of every head by the position's angles."""
+    wide = widen(x)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
+    cos, sin = cos[:, None, :].astype(wide.dtype), sin[:, None, :].astype(wide.dtype)
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "q h d"],
+    k: Float[Array, "k h d"],
+    v: Float[Array, "k h d"],
+    *,
+    scale: float,
+    bias: Float[Array | np.ndarray, "#h q k"] | None = None,
+) -> Float[Array, "q h d"]:
+    """Mixes values by softmax(scale q k^T + bias).
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        scale: factor of the scores.
+        bias: added to the scaled scores; -inf where a query must not see a key.
+
+    Returns:
+        One mixed value per query and head.
+    """
+    return jnp.einsum("hqk,khd->qhd", attention_pattern(q, k, scale=scale, bias=bias).astype(v.dtype), v)
+
+
+def attention_pattern(
+    q: Float[Array, "q h d"],
+    k: Float[Array, "k h d"],
+    *,
+    scale: float,
+    bias: Float[Array | np.ndarray, "#h q k"] | None = None,
+) -> Float[Array, "h q k"]:
+    """Returns softmax(scale q k^T + bias) in at least float32; every row adds up to 1."""
+    wide = np.promote_types(q.dtype, np.float32)
+    scores = scale * jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide)
+    return jax.nn.softmax(scores if bias is None else scores + jnp.asarray(bias, wide))
+
+
+def sinusoid(t: Float[Array, ""], width: int, order: Literal["cos_sin", "sin_cos"]) -> Float[Array, "width"]:
+    """Embeds a number in sines and cosines.
+
+    Args:
+        t: the number; FLUX embeds 1000 times the denoising time.
+        width: channels of the embedding; even.
+        order: `cos_sin` has frequencies 10000^(-i/half), as the MM-DiT; `sin_cos` has 10000^(-i/(half-1)), as the
+            transcoders of the reference.
+    """
+    half = width // 2
+    steps = half if order == "cos_sin" else half - 1
+    # Frequencies in float64 before the cast: at 1000 t a float32 exponent would already cost a digit of the angle.
+    frequencies = jnp.asarray(10000.0 ** -(np.arange(half) / steps), t.dtype)
+    angles = t * frequencies
+    parts = (jnp.cos(angles), jnp.sin(angles)) if order == "cos_sin" else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.concatenate(parts)
