@@ -19,7 +19,7 @@ and rotation, v values. Modulations come as rows: shift1, scale1, gate1, shift2,
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from difffract_jax.ops import attend, film, layer_norm, rms_norm, rotate
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,19 +73,19 @@ class FluxConfig:
         return int(self.d_model * self.mlp_ratio)
 
 
-class Streams(NamedTuple, Generic[T]):
-    """One thing per stream of the double-stream blocks.
+class Streams(NamedTuple):
+    """One thing per stream of the double-stream blocks, mostly arrays [rows d_model].
 
     Attributes:
         img: the image stream's.
         txt: the text stream's.
     """
 
-    img: T
-    txt: T
+    img: Any
+    txt: Any
 
 
-def both(function: Callable[..., T], *pairs: Any) -> Streams[T]:
+def both(function: Callable[..., Any], *pairs: Any) -> Streams:
     """Applies a function to each stream; `pairs` are anything with `img` and `txt`."""
     return Streams(function(*(pair.img for pair in pairs)), function(*(pair.txt for pair in pairs)))
 
@@ -118,8 +116,8 @@ class Frozen(NamedTuple):
 
     q: Float[Array, "seq heads head_dim"]
     k: Float[Array, "seq heads head_dim"]
-    inv_std1: Streams[Float[Array, "rows"]]
-    inv_std2: Streams[Float[Array, "rows"]]
+    inv_std1: Streams
+    inv_std2: Streams
 
 
 class BlockActs(NamedTuple):
@@ -134,10 +132,10 @@ class BlockActs(NamedTuple):
     """
 
     frozen: Frozen
-    attn_out: Streams[Float[Array, "rows d_model"]]
-    mlp_in: Streams[Float[Array, "rows d_model"]]
-    mlp_out: Streams[Float[Array, "rows d_model"]]
-    residual: Streams[Float[Array, "rows d_model"]]
+    attn_out: Streams
+    mlp_in: Streams
+    mlp_out: Streams
+    residual: Streams
 
 
 class SingleFrozen(NamedTuple):
@@ -216,12 +214,12 @@ class DoubleBlock(nnx.Module):
 
     def __call__(
         self,
-        h: Streams[Float[Array, "rows d_model"]],
+        h: Streams,
         cond: Cond,
         *,
         frozen: Frozen | None = None,
         mlp: "DoubleMLP | None" = None,
-    ) -> tuple[Streams[Float[Array, "rows d_model"]], BlockActs]:
+    ) -> tuple[Streams, BlockActs]:
         """Runs the block.
 
         Args:
@@ -252,16 +250,16 @@ class DoubleBlock(nnx.Module):
         return h, BlockActs(used, attn_out, x, y, h)
 
 
-DoubleMLP = Callable[[DoubleBlock, Streams[Float[Array, "rows d_model"]]], Streams[Float[Array, "rows d_model"]]]
+DoubleMLP = Callable[[DoubleBlock, Streams], Streams]
 """Stands in for the MLPs of a double-stream block."""
 
 
-def run_mlps(block: DoubleBlock, x: Streams[Float[Array, "rows d_model"]]) -> Streams[Float[Array, "rows d_model"]]:
+def run_mlps(block: DoubleBlock, x: Streams) -> Streams:
     """The block's own MLPs."""
     return both(lambda stream, rows: stream.mlp(rows), block, x)
 
 
-def modulations(block: DoubleBlock, vec: Float[Array, "d_model"]) -> Streams[Float[Array, "six d_model"]]:
+def modulations(block: DoubleBlock, vec: Float[Array, "d_model"]) -> Streams:
     """Returns shift1, scale1, gate1, shift2, scale2, gate2 of both streams."""
     return both(lambda stream: stream.mod(jax.nn.silu(vec)).reshape(6, -1), block)
 
@@ -276,18 +274,18 @@ def merge_heads(x: Float[Array, "rows heads head_dim"]) -> Float[Array, "rows wi
     return x.reshape(x.shape[0], -1)
 
 
-def join(pair: Streams[Float[Array, "rows *rest"]]) -> Float[Array, "seq *rest"]:
+def join(pair: Streams) -> Float[Array, "seq *rest"]:
     """Puts the streams into one sequence, text first."""
     return jnp.concatenate([pair.txt, pair.img])
 
 
-def split(joint: Float[Array, "seq *rest"], text_tokens: int) -> Streams[Float[Array, "rows *rest"]]:
+def split(joint: Float[Array, "seq *rest"], text_tokens: int) -> Streams:
     """Undoes `join`."""
     return Streams(img=joint[text_tokens:], txt=joint[:text_tokens])
 
 
 def joint_queries_keys(
-    block: DoubleBlock, m: Streams[Float[Array, "rows d_model"]], cond: Cond
+    block: DoubleBlock, m: Streams, cond: Cond
 ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
     """Returns queries and keys of the joint sequence, normalised and rotated."""
 

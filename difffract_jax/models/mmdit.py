@@ -98,7 +98,7 @@ class MMDiT(nnx.Module):
         self.single = _stack(SingleBlock, config, config.depth_single, rngs, dtype)
         self.final = Final(config, rngs=rngs, dtype=dtype)
 
-    def embed(self, inputs: Inputs, grid: tuple[int, int]) -> tuple[Streams[Float[Array, "rows d_model"]], Cond]:
+    def embed(self, inputs: Inputs, grid: tuple[int, int]) -> tuple[Streams, Cond]:
         """Returns the residual streams entering the first block, and what all blocks share.
 
         Args:
@@ -127,7 +127,7 @@ class MMDiT(nnx.Module):
         h, _ = run_double(self.double, h, cond)
         return self.finish(h, cond)
 
-    def finish(self, h: Streams[Float[Array, "rows d_model"]], cond: Cond) -> Float[Array, "img outputs"]:
+    def finish(self, h: Streams, cond: Cond) -> Float[Array, "img outputs"]:
         """Runs what follows the double-stream blocks: the single-stream blocks and the last projection."""
         joint, _ = run_single(self.single, join(h), cond)
         return self.final(split(joint, h.txt.shape[0]).img, cond)
@@ -152,13 +152,13 @@ def position_ids(grid: tuple[int, int], text_tokens: int) -> Float[np.ndarray, "
 
 def run_double(
     blocks: DoubleBlock,
-    h: Streams[Float[Array, "rows d_model"]],
+    h: Streams,
     cond: Cond,
     *,
     tap: Callable[[BlockActs], Any] = drop,
-    mlp: Callable[[Any, DoubleBlock, Streams[Any]], Streams[Any]] | None = None,
+    mlp: Callable[[Any, DoubleBlock, Streams], Streams] | None = None,
     per_layer: Any = None,
-) -> tuple[Streams[Float[Array, "rows d_model"]], Any]:
+) -> tuple[Streams, Any]:
     """Applies stacked double-stream blocks in order.
 
     Args:
@@ -173,7 +173,7 @@ def run_double(
         The residual streams after the last block, and the reports.
     """
 
-    def step(h: Streams[Any], layer: tuple[DoubleBlock, Any]) -> tuple[Streams[Any], Any]:
+    def step(h: Streams, layer: tuple[DoubleBlock, Any]) -> tuple[Streams, Any]:
         block, extra = layer
         h, acts = block(h, cond, mlp=None if mlp is None else lambda block, x: mlp(extra, block, x))
         return h, tap(acts)

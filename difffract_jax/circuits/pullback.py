@@ -1,0 +1,245 @@
+"""Edges by pull-back: the incoming edges of many targets at once, exactly (METHOD section 4).
+
+A target's pre-activation is u = g . x + c at its site and position, with g = (1 + alpha) * w_f. From the highest
+target's block downwards:
+
+1. Add g to the cotangent of x for the targets that lie in this block.
+2. The cotangent of the MLP sublayer's output y is gate2 times that of the residual stream. Contract it with the decoder
+   vectors of the features that can be sources there, times their values, and with the error: these are edges.
+3. Pull the cotangents through the frozen block with `jax.vjp`, vectorised over targets. The attention pattern is
+   recomputed once per block for all of them.
+
+Below the last block the cotangent of h0, times h0, gives the edges of the inputs. The number of blocks walked is an
+argument of the compiled program, not a shape: targets in low blocks cost less and compile nothing new.
+
+A row of edges has one place per source, in this order: for each block the features of the image stream (position by
+position, K each), those of the text stream, the errors of both; after all blocks, the inputs of both. `Layout` knows.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from difffract_jax.circuits.replacement import Replacement, Sites, Sources, run, site
+from difffract_jax.circuits.trace import Record
+from difffract_jax.models.blocks import DoubleBlock, Frozen, Streams, both
+from difffract_jax.transcoders.transcoder import Transcoder
+
+GATHER_BYTES = 2**20
+"""Decoder vectors gathered at a time: few enough to stay in a processor's cache until they have been used."""
+
+
+class Targets(NamedTuple):
+    """Features whose incoming edges are wanted.
+
+    Attributes:
+        stream: 0 image, 1 text.
+        layer: block, counted from the trace's first.
+        position: within the stream.
+        feature: of the site's transcoder.
+    """
+
+    stream: Int[Array, "target"]
+    layer: Int[Array, "target"]
+    position: Int[Array, "target"]
+    feature: Int[Array, "target"]
+
+
+class Layout(NamedTuple):
+    """Where the edges of which sources stand in a row.
+
+    Attributes:
+        layers: number of blocks.
+        rows: positions of each stream.
+        active: places for features per position, of each stream.
+    """
+
+    layers: int
+    rows: Streams
+    active: Streams
+
+    @property
+    def features(self) -> int:
+        """Places for features per block."""
+        return self.rows.img * self.active.img + self.rows.txt * self.active.txt
+
+    @property
+    def per_layer(self) -> int:
+        """Places per block, errors included."""
+        return self.features + self.rows.img + self.rows.txt
+
+    @property
+    def size(self) -> int:
+        """Places in a row."""
+        return self.layers * self.per_layer + self.rows.img + self.rows.txt
+
+
+def layout_of(sources: Sources) -> Layout:
+    """Returns the layout of rows over these sources."""
+    layers = sources.values.img.shape[0]
+    return Layout(layers, both(lambda v: v.shape[1], sources.values), both(lambda v: v.shape[2], sources.values))
+
+
+def pull_back(replacement: Replacement, targets: Targets) -> Float[Array, "target source"]:
+    """Returns the attribution of every source to every target, value(source) * d u(target) / d value(source).
+
+    Args:
+        replacement: from `prepare`.
+        targets: as many as shall be computed together; each number of them is compiled once.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _pull_back(*replacement, targets)
+
+
+@jax.jit
+def _pull_back(record: Record, sites: Streams, sources: Sources, targets: Targets) -> Float[Array, "target source"]:
+    layout = layout_of(sources)
+    gradients = target_gradients(record, sites, targets)
+    count, dtype = gradients.shape[0], gradients.dtype
+    top = jnp.max(targets.layer)
+    cotangent = both(lambda h: jnp.zeros((count, *h.shape), dtype), sources.boundary)
+
+    def body(i: Array, carry: tuple[Array, Streams]) -> tuple[Array, Streams]:
+        edges, cotangent = carry
+        layer = top - i
+        block, frozen, values, errors = jax.tree.map(
+            lambda leaf: leaf[layer], (record.blocks, record.frozen, sources.values, sources.errors)
+        )
+        here = jnp.where(targets.layer == layer, 1, 0).astype(dtype)[:, None] * gradients
+        into = Streams(*(_scatter(here, targets, i, c.shape) for i, c in enumerate(cotangent)))
+        slices = both(lambda s: Sites(s.stack, jax.tree.map(lambda leaf: leaf[layer], s.layers)), sites)
+        cotangent, written = _pull_block(block, frozen, record, slices, cotangent, into)
+        found = both(_contract, slices, values, errors, written)
+        row = jnp.concatenate([found.img[0], found.txt[0], found.img[1], found.txt[1]], axis=1)
+        return jax.lax.dynamic_update_slice(edges, row, (0, layer * layout.per_layer)), cotangent
+
+    empty = jnp.zeros((count, layout.size), dtype)
+    edges, cotangent = jax.lax.fori_loop(0, top + 1, body, (empty, cotangent))
+    inputs = both(lambda c, h: jnp.einsum("tsm,sm->ts", c, h), cotangent, sources.boundary)
+    return jax.lax.dynamic_update_slice(edges, jnp.concatenate(inputs, axis=1), (0, layout.layers * layout.per_layer))
+
+
+def _scatter(
+    gradients: Float[Array, "target d_model"], targets: Targets, stream: int, shape: tuple[int, ...]
+) -> Float[Array, "target rows d_model"]:
+    """Puts each target's gradient at its position, if it is of this stream."""
+    mine = jnp.where(targets.stream == stream, 1, 0).astype(gradients.dtype)[:, None] * gradients
+    return jnp.zeros(shape, gradients.dtype).at[jnp.arange(shape[0]), targets.position].set(mine, mode="drop")
+
+
+def _pull_block(
+    block: DoubleBlock,
+    frozen: Frozen,
+    record: Record,
+    sites: Streams,
+    cotangent: Streams,
+    into: Streams,
+) -> tuple[Streams, Streams]:
+    """Pulls cotangents of (residual stream after the block, x) back to (residual stream before it, y)."""
+
+    def forward(h: Streams, y: Streams) -> tuple[Streams, Streams]:
+        h, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(_add_skip, sites, y, x))
+        return h, acts.mlp_in
+
+    # The map is affine: any point will do.
+    origin = both(lambda c: jnp.zeros(c.shape[1:], c.dtype), cotangent)
+    _, pull = jax.vjp(forward, origin, origin)
+    return jax.vmap(pull)((cotangent, into))
+
+
+def _add_skip(
+    sites: Sites, y: Float[Array, "rows d_model"], x: Float[Array, "rows d_model"]
+) -> Float[Array, "rows d_model"]:
+    """Adds the one path through an MLP sublayer that is not a feature: a transcoder's skip."""
+    if sites.stack is None or not sites.stack.config.skip:
+        return y
+    skip = site(sites.stack, sites.layers.slot).skip
+    return y + jnp.where(sites.layers.live[:, None], skip(x), 0)
+
+
+def _contract(
+    sites: Sites,
+    values: Float[Array, "rows active"],
+    errors: Float[Array, "rows d_model"],
+    written: Float[Array, "target rows d_model"],
+) -> tuple[Float[Array, "target places"], Float[Array, "target rows"]]:
+    """Returns the edges of one stream's features and errors in one block."""
+    from_errors = jnp.einsum("tsm,sm->ts", written, errors)
+    if sites.stack is None:
+        return jnp.zeros((written.shape[0], 0), written.dtype), from_errors
+
+    def position(places: tuple[Array, Array, Array]) -> Float[Array, "target active"]:
+        index, value, cotangent = places
+        vectors = decoder[sites.layers.slot, index]
+        return jnp.einsum("tm,km->tk", cotangent, vectors) * value[None, :]
+
+    decoder = sites.stack.dec.kernel[...]
+    per_position = values.shape[1] * decoder.shape[2] * decoder.dtype.itemsize
+    chunk = max(1, min(values.shape[0], GATHER_BYTES // per_position))
+    by_position = (sites.layers.index, values, written.transpose(1, 0, 2))
+    found = jax.lax.map(position, by_position, batch_size=chunk if chunk > 1 else None)
+    return found.transpose(1, 0, 2).reshape(written.shape[0], -1), from_errors
+
+
+def target_gradients(record: Record, sites: Streams, targets: Targets) -> Float[Array, "target d_model"]:
+    """Returns g = (1 + alpha) * w_f of every target."""
+    rows = [_encoder_rows(s, record, targets)[0] for s in sites]
+    return jnp.where((targets.stream == 0)[:, None], rows[0], rows[1])
+
+
+def preactivations(replacement: Replacement, targets: Targets, x: Streams) -> Float[Array, "target"]:
+    """Returns u of every target.
+
+    Args:
+        replacement: from `prepare`.
+        targets: which features.
+        x: inputs of the MLP sublayers: the record's, or the affine map's at any sources.
+    """
+    with jax.default_matmul_precision("highest"):
+        return preactivations_at(replacement.record, replacement.sites, targets, x)
+
+
+@jax.jit
+def preactivations_at(record: Record, sites: Streams, targets: Targets, x: Streams) -> Array:
+    """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
+    found = []
+    for stream, rows in zip(sites, x, strict=True):
+        gradients, constant = _encoder_rows(stream, record, targets)
+        here = rows.at[targets.layer, targets.position].get(mode="clip")
+        found.append(jnp.sum(gradients * here, axis=1) + constant)
+    return jnp.where(targets.stream == 0, found[0], found[1])
+
+
+def _encoder_rows(
+    sites: Sites, record: Record, targets: Targets
+) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
+    """Returns (1 + alpha) * w_f, and b_f + w_f . beta, of every target as if it were of this stream."""
+    if sites.stack is None:
+        none = jnp.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), record.boundary.img.dtype)
+        return none, none[:, 0]
+    stack: Transcoder = sites.stack
+    alpha, beta = jax.vmap(lambda slot: site(stack, slot).scale_shift(record.t))(sites.layers.slot)
+    slot = sites.layers.slot[targets.layer]
+    vectors = stack.enc.kernel[slot, :, targets.feature]
+    constant = stack.enc.bias[slot, targets.feature] + jnp.sum(vectors * beta[targets.layer], axis=1)
+    return vectors * (1 + alpha[targets.layer]), constant
+
+
+def push_forward(replacement: Replacement, change: Sources) -> Streams:
+    """Returns how every MLP sublayer's input moves when the sources move: J change, `jax.linearize`'s map.
+
+    Args:
+        replacement: from `prepare`.
+        change: of the sources, in their own units.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _push_forward(*replacement, change)
+
+
+@jax.jit
+def _push_forward(record: Record, sites: Streams, sources: Sources, change: Sources) -> Any:
+    _, push = jax.linearize(partial(run, record, sites), sources)
+    return push(change)

@@ -1,0 +1,169 @@
+"""Edges are exact: they add up, they equal interventions, and pulling back is the transpose of pushing forward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difffract_jax.circuits import pullback
+from difffract_jax.circuits.attribution import affine_constant, source_table
+from difffract_jax.circuits.pullback import Targets, preactivations, pull_back, push_forward
+from difffract_jax.circuits.replacement import prepare, run
+from tolerances import TOL, relative_error
+from traces import Exact, make_exact
+
+
+def some_targets(exact, count=12, seed=0):
+    """Targets spread over streams, blocks and positions; active or not, the laws hold."""
+    rng = np.random.default_rng(seed)
+    sites = [(0, b) for b in exact.tcs.img_layers] + [(1, b) for b in exact.tcs.txt_layers]
+    chosen = [sites[i] for i in rng.integers(0, len(sites), count)]
+    rows = [exact.trace.record.mlp_in[s].shape[1] for s, _ in chosen]
+    columns = (
+        [s for s, _ in chosen],
+        [b - exact.trace.info.first_block for _, b in chosen],
+        [rng.integers(0, n) for n in rows],
+        rng.integers(0, exact.tcs.config.features, count),
+    )
+    return Targets(*(jnp.asarray(np.array(column), jnp.int32) for column in columns))
+
+
+def evaluate(exact, sources):
+    """The affine map."""
+    return jax.jit(run)(exact.replacement.record, exact.replacement.sites, sources)
+
+
+def test_edges_and_bias_add_up_to_the_preactivation(exact):
+    targets = some_targets(exact)
+    edges = np.asarray(pull_back(exact.replacement, targets))
+    u = preactivations(exact.replacement, targets, exact.trace.record.mlp_in)
+    bias = preactivations(exact.replacement, targets, affine_constant(exact.replacement))
+    residual = np.abs(edges.sum(axis=1) + bias - u)
+    assert np.max(residual / np.abs(edges).sum(axis=1)) <= TOL.conservation_x64
+
+
+def test_every_kind_of_edge_is_the_effect_of_its_direct_intervention(exact):
+    targets = some_targets(exact, seed=1)
+    edges = np.asarray(pull_back(exact.replacement, targets))
+    table = source_table(exact.replacement, exact.trace.info)
+    rng = np.random.default_rng(2)
+    before = preactivations(exact.replacement, targets, evaluate(exact, exact.replacement.sources))
+    for kind in (0, 1, 2):
+        for row in rng.choice(np.flatnonzero((table.kind == kind) & (table.value > 0)), 6):
+            doubled = _double(exact, table, row)
+            after = preactivations(exact.replacement, targets, evaluate(exact, doubled))
+            assert np.max(np.abs((after - before) - edges[:, row])) <= TOL.intervention_x64 * np.abs(edges).max()
+
+
+def _double(exact, table, row):
+    """The sources with one of them, a value or a whole vector, doubled."""
+    sources = exact.replacement.sources
+    stream, position = int(table.stream[row]), int(table.position[row])
+    layer = int(table.block[row]) - exact.trace.info.first_block
+    field = ("values", "errors", "boundary")[table.kind[row]]
+    pair = getattr(sources, field)
+    if field == "values":
+        index = np.asarray(exact.replacement.sites[stream].layers.index)[layer, position]
+        place = (layer, position, int(np.flatnonzero(index == table.feature[row])[0]))
+    else:
+        place = (layer, position) if field == "errors" else (position,)
+    new = pair[stream].at[place].multiply(2)
+    return sources._replace(**{field: pair._replace(**{pair._fields[stream]: new})})
+
+
+def test_pulling_back_is_reverse_mode_on_the_affine_map(exact):
+    targets = some_targets(exact, seed=3)
+    sources = exact.replacement.sources
+
+    def u(sources):
+        x = run(exact.replacement.record, exact.replacement.sites, sources)
+        return preactivations(exact.replacement, targets, x)
+
+    gradients = jax.jit(jax.jacrev(u))(sources)
+    edges = pull_back(exact.replacement, targets)
+    table = source_table(exact.replacement, exact.trace.info)
+    for kind, field in ((0, "values"), (1, "errors"), (2, "boundary")):
+        for stream in (0, 1):
+            product = getattr(gradients, field)[stream] * getattr(sources, field)[stream][None]
+            expected = product if kind == 0 else product.sum(axis=-1)
+            ours = edges[:, (table.kind == kind) & (table.stream == stream)]
+            if expected.size and np.any(expected):
+                assert relative_error(ours, expected.reshape(len(ours), -1)) <= TOL.x64
+
+
+def test_pulling_back_is_the_transpose_of_pushing_forward(exact):
+    targets = some_targets(exact, seed=4)
+    rng = np.random.default_rng(5)
+    shares = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), exact.replacement.sources.values)
+    zeros = jax.tree.map(jnp.zeros_like, exact.replacement.sources)
+    change = zeros._replace(values=jax.tree.map(jnp.multiply, exact.replacement.sources.values, shares))
+    moved = push_forward(exact.replacement, change)
+    constant = preactivations(exact.replacement, targets, jax.tree.map(jnp.zeros_like, moved))
+    pushed = preactivations(exact.replacement, targets, moved) - constant
+    table = source_table(exact.replacement, exact.trace.info)
+    weights = np.zeros(len(table.kind))
+    for stream in (0, 1):
+        weights[(table.kind == 0) & (table.stream == stream)] = np.asarray(shares[stream]).ravel()
+    pulled = np.asarray(pull_back(exact.replacement, targets)) @ weights
+    assert relative_error(pulled, pushed) <= TOL.x64
+
+
+def test_sources_lie_in_strictly_lower_blocks(exact):
+    targets = some_targets(exact, seed=6)
+    edges = np.asarray(pull_back(exact.replacement, targets))
+    table = source_table(exact.replacement, exact.trace.info)
+    for row, layer in zip(edges, np.asarray(targets.layer), strict=True):
+        assert not row[table.block >= layer + exact.trace.info.first_block].any()
+
+
+def test_a_stream_without_sources_has_no_edges(x64):
+    exact = make_exact()
+    table = source_table(exact.replacement, exact.trace.info)
+    silent = exact.replacement.sources
+    silent = silent._replace(
+        boundary=silent.boundary._replace(txt=jnp.zeros_like(silent.boundary.txt)),
+        values=silent.values._replace(txt=jnp.zeros_like(silent.values.txt)),
+        errors=silent.errors._replace(txt=jnp.zeros_like(silent.errors.txt)),
+    )
+    edges = np.asarray(pull_back(exact.replacement._replace(sources=silent), some_targets(exact)))
+    assert not edges[:, table.stream == 1].any() and edges[:, table.stream == 0].any()
+
+
+def test_one_by_one_is_the_same_as_together(x64):
+    exact = make_exact()
+    targets = some_targets(exact, 5)
+    together = pull_back(exact.replacement, targets)
+    for i in range(5):
+        alone = pull_back(exact.replacement, jax.tree.map(lambda column, i=i: column[i : i + 1], targets))
+        assert relative_error(alone[0], together[i]) <= TOL.x64
+
+
+def test_how_decoder_vectors_are_gathered_changes_nothing(x64, monkeypatch):
+    exact = make_exact()
+    targets = some_targets(exact, 3)
+    usual = pull_back(exact.replacement, targets)
+    for size in (1, 10_000, 2**30):
+        monkeypatch.setattr(pullback, "GATHER_BYTES", size)
+        pullback._pull_back.clear_cache()
+        assert relative_error(pull_back(exact.replacement, targets), usual) <= TOL.x64
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_float32_adds_up_too(golden, seed):
+    trace = golden.trace(seed % 2, seed + 1)
+    replacement = prepare(trace, golden.tcs)
+    exact = Exact(golden.pipe, golden.tcs, trace, replacement)
+    targets = some_targets(exact, 20, seed)
+    edges = np.asarray(pull_back(replacement, targets), np.float64)
+    u = preactivations(replacement, targets, trace.record.mlp_in)
+    bias = preactivations(replacement, targets, affine_constant(replacement))
+    residual = np.abs(edges.sum(axis=1) + np.asarray(bias, np.float64) - np.asarray(u, np.float64))
+    assert np.max(residual / np.abs(edges).sum(axis=1)) <= TOL.conservation_f32
+
+
+def test_targets_of_any_block_share_one_program(x64):
+    exact = make_exact()
+    pullback._pull_back.clear_cache()
+    for seed in range(4):
+        pull_back(exact.replacement, some_targets(exact, 6, seed))
+    assert pullback._pull_back._cache_size() == 1

@@ -1,0 +1,86 @@
+"""The replacement is exact at the trace, and affine everywhere else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difffract_jax.circuits.replacement import replacement
+from difffract_jax.config import UserError
+from difffract_jax.transcoders.transcoder import Transcoder
+from tolerances import TOL, relative_error
+from traces import make_exact, make_transcoders
+
+
+def random_like(tree, seed, size=1.0):
+    """A tree of normal noise."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype), tree)
+
+
+def test_it_is_exact_at_the_trace(exact):
+    f, sources = replacement(exact.trace, exact.tcs)
+    for ours, recorded in zip(jax.jit(f)(sources), exact.trace.record.mlp_in, strict=True):
+        assert relative_error(ours, recorded) <= TOL.x64
+
+
+def test_its_derivative_is_the_same_everywhere(exact):
+    f, sources = replacement(exact.trace, exact.tcs)
+    direction = random_like(sources, 1)
+
+    @jax.jit
+    def derivative(at):
+        return jax.jvp(f, (at,), (direction,))[1]
+
+    for here, far in zip(derivative(sources), derivative(random_like(sources, 2, 100.0)), strict=True):
+        assert relative_error(here, far) <= TOL.x64
+
+
+def test_a_finite_step_is_its_derivative(exact):
+    f, sources = replacement(exact.trace, exact.tcs)
+    step = random_like(sources, 3)
+    moved = jax.jit(f)(jax.tree.map(jnp.add, sources, step))
+    linear = jax.jit(jax.linearize(f, sources)[1])(step)
+    for after, before, change in zip(moved, jax.jit(f)(sources), linear, strict=True):
+        assert relative_error(after - before, change) <= TOL.x64
+
+
+def test_only_active_features_are_sources(exact):
+    tcs, record = exact.tcs, exact.trace.record
+    first = exact.trace.info.first_block
+    for stream, stack, layers in (("img", tcs.img, tcs.img_layers), ("txt", tcs.txt, tcs.txt_layers)):
+        values = getattr(exact.replacement.sources.values, stream)
+        index = getattr(exact.replacement.sites, stream).layers.index
+        dense = np.zeros((*values.shape[:2], tcs.config.features))
+        np.put_along_axis(dense, np.asarray(index), np.asarray(values), axis=2)
+        expected = np.zeros_like(dense)
+        for slot, block in enumerate(layers):
+            tc: Transcoder = jax.tree.map(lambda leaf, s=slot: leaf[s], stack)
+            z = tc.encode(getattr(record.mlp_in, stream)[block - first], record.t)
+            expected[block - first] = np.where(np.asarray(getattr(record.replaceable, stream))[:, None], z, 0)
+        assert np.allclose(dense, expected, rtol=0, atol=1e-13)
+
+
+def test_sites_without_a_transcoder_are_one_constant_each(x64):
+    exact = make_exact(img=(0, 2), txt=(0, 2))
+    for stream in ("img", "txt"):
+        errors = getattr(exact.replacement.sources.errors, stream)
+        assert np.array_equal(errors[1], getattr(exact.trace.record.mlp_out, stream)[1])
+        assert not getattr(exact.replacement.sources.values, stream)[1].any()
+
+
+def test_padded_positions_keep_their_true_mlp(x64):
+    exact = make_exact(prompt="a red", text_tokens=16)
+    padded = ~np.asarray(exact.trace.record.replaceable.txt)
+    assert padded.any()
+    errors, outputs = exact.replacement.sources.errors.txt, exact.trace.record.mlp_out.txt
+    assert np.array_equal(errors[:, padded], outputs[:, padded])
+    assert not exact.replacement.sources.values.txt[:, padded].any()
+
+
+@pytest.mark.parametrize("layers", [(0, 1), (0, 2)])
+def test_another_set_of_transcoders_fits_only_inside_the_trace(x64, layers):
+    exact = make_exact(img=(1, 2), txt=(1, 2))
+    other = make_transcoders(exact.pipe.config.transformer, img=layers, txt=())
+    with pytest.raises(UserError, match="recorded the blocks 1 to 2, but the transcoders have block 0"):
+        replacement(exact.trace, other)

@@ -1,0 +1,114 @@
+"""Traces to test on: the golden pipeline's, and small random ones in float64."""
+
+import json
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from converters.torch_files import torch_noise
+from difffract_jax.circuits.replacement import Replacement, prepare
+from difffract_jax.circuits.trace import Trace, capture
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.sampler import pack
+from difffract_jax.models.tiny import random_pipeline, random_weights
+from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+from tolerances import REFERENCE
+
+PROMPTS = (
+    "a red fox at dawn, oil painting",
+    "lighthouse and a tin robot in heavy fog, pixel art, emerald green",
+)
+SIZE = {"height": 96, "width": 96, "text_tokens": 16}
+
+
+class Golden(NamedTuple):
+    """The reference's pipeline and transcoders, and how to capture one of its traces."""
+
+    pipe: Pipeline
+    tcs: TranscoderSet
+    forward: dict[str, np.ndarray]
+
+    def trace(self, prompt: int, step: int, latents: np.ndarray | None = None, **more) -> Trace:
+        """Captures as the reference did, padding included; seed 7 unless other starting noise is given."""
+        latents = self.forward[f"p{prompt}_initial_latents"] if latents is None else latents
+        return capture(
+            self.pipe, self.tcs, PROMPTS[prompt], step=step, latents=latents, **SIZE, **{"include_padding": True} | more
+        )
+
+
+def golden_trace(golden: Golden, number: int) -> tuple[Trace, dict]:
+    """Returns the trace of a golden graph and its target; starting noise is PyTorch's, as the reference drew it."""
+    target = json.loads((REFERENCE / f"golden_graph_{number}.json").read_text())["target"]
+    noise = pack(torch_noise(target["seed"], 4, 12, 12)[0].transpose(1, 2, 0))
+    return golden.trace(target["prompt_index"], target["step"], np.asarray(noise)), target
+
+
+def make_transcoders(
+    config, *, img=(0, 1, 2), txt=(0, 1, 2), features=40, skip=False, conditioning="film", seed=0, dtype=jnp.float64
+) -> TranscoderSet:
+    """Random transcoders in which no weight is trivial; about a sixth of the features are active."""
+    shape = TranscoderConfig(
+        d_model=config.d_model,
+        features=features,
+        time_embed=0 if conditioning == "none" else 8,
+        conditioning=conditioning,
+        skip=skip,
+    )
+    stacks = []
+    for number, layers in enumerate((img, txt)):
+        keys = jax.random.split(jax.random.key(0), max(len(layers), 1))
+        build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
+        stack = random_weights(jax.eval_shape(build, keys), 2 * seed + number)
+        stack.enc.bias[...] = stack.enc.bias[...] - 1
+        stacks.append(stack if layers else None)
+    return TranscoderSet(stacks[0], stacks[1], tuple(img), tuple(txt), shape, f"made:{seed}")
+
+
+class Exact(NamedTuple):
+    """A small float64 trace with its replacement."""
+
+    pipe: Pipeline
+    tcs: TranscoderSet
+    trace: Trace
+    replacement: Replacement
+
+
+def make_exact(seed=0, prompt="a red circle", text_tokens=16, include_padding=False, **transcoders) -> Exact:
+    """Captures step 1 of a random pipeline; to be called under the `x64` fixture."""
+    pipe = random_pipeline(seed=seed, dtype=jnp.float64)
+    tcs = make_transcoders(pipe.config.transformer, seed=seed, **transcoders)
+    trace = capture(
+        pipe,
+        tcs,
+        prompt,
+        seed=seed,
+        step=1,
+        height=24,
+        width=32,
+        text_tokens=text_tokens,
+        include_padding=include_padding,
+    )
+    return Exact(pipe, tcs, trace, prepare(trace, tcs))
+
+
+VARIANTS = {
+    "every site": {},
+    "padding replaced": {"include_padding": True},
+    "a skip": {"skip": True},
+    "raw time": {"conditioning": "film_raw_t"},
+    "no time": {"conditioning": "none"},
+    "a gap": {"img": (0, 2), "txt": (0, 2)},
+    "no first block": {"img": (1, 2), "txt": (2,)},
+    "no text": {"txt": ()},
+    "no image": {"img": (), "txt": (0, 1, 2)},
+}
+
+
+@cache
+def variant(name: str) -> Exact:
+    """Makes one of `VARIANTS`, once for all tests; to be called under the `x64` fixture."""
+    return make_exact(seed=len(name), **VARIANTS[name])
