@@ -1,0 +1,320 @@
+"""Iterative expansion on the host (METHOD section 5, mode `difffract`): what to expand next, and the resulting graph.
+
+1. A table lists every possible source of a trace, one row each. A target's edges come as one dense row over the table.
+2. `add`: keep the edges of at least `min_attribution`; from features only those whose value exceeds it too.
+3. `next_batch`: among the expanded, A = column shares of the edges between them and reach = e_target + B e_target. A
+   source that is not expanded scores sum over targets of |edge| * reach(target); the best are next.
+4. `compact`: edges between expanded features, from errors and from inputs stay. What comes from features that were not
+   expanded is summed per (target, site, position) into `rest` nodes.
+5. `aggregate`: sum edges over positions, so that a node is a feature of a site.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
+from numpy.typing import NDArray
+
+from difffract_jax.circuits.graph import ERROR, FEATURE, REST, Graph
+from difffract_jax.circuits.influence import column_shares, reach
+
+
+class SourceTable(NamedTuple):
+    """Every possible source of one trace, a row each.
+
+    Attributes:
+        kind: 0 feature, 1 error, 2 input.
+        stream: 0 img, 1 txt.
+        block: the model's block; -1 for inputs.
+        position: within the stream.
+        feature: -1 for errors and inputs.
+        value: a feature's value, 0 for places that hold none; 1 for errors and inputs.
+        step: the trace's denoising step.
+    """
+
+    kind: UInt8[np.ndarray, "source"]
+    stream: UInt8[np.ndarray, "source"]
+    block: Int16[np.ndarray, "source"]
+    position: Int32[np.ndarray, "source"]
+    feature: Int32[np.ndarray, "source"]
+    value: Float32[np.ndarray, "source"]
+    step: int
+
+
+class Edges(NamedTuple):
+    """Edges by rows of the table."""
+
+    source: Int64[np.ndarray, "edge"]
+    target: Int64[np.ndarray, "edge"]
+    attribution: Float32[np.ndarray, "edge"]
+
+
+class Totals(NamedTuple):
+    """What every expanded target must add up to.
+
+    Attributes:
+        preactivation: u.
+        bias: value of the affine map at zero sources.
+        sum: of all edges, before any threshold.
+        abs_sum: of their absolute values.
+    """
+
+    preactivation: Float64[np.ndarray, "expanded"]
+    bias: Float64[np.ndarray, "expanded"]
+    sum: Float64[np.ndarray, "expanded"]
+    abs_sum: Float64[np.ndarray, "expanded"]
+
+
+class Expansion(NamedTuple):
+    """How far an expansion has come.
+
+    Attributes:
+        table: the sources.
+        target: row of the graph's target.
+        min_attribution: smallest edge kept.
+        expanded: rows of the expanded features, in the order in which they were added.
+        totals: of the expanded, in that order.
+        edges: into the expanded.
+    """
+
+    table: SourceTable
+    target: int
+    min_attribution: float
+    expanded: Int64[np.ndarray, "expanded"]
+    totals: Totals
+    edges: Edges
+
+
+def start(table: SourceTable, target: int, min_attribution: float) -> Expansion:
+    """Returns an expansion with nothing expanded yet.
+
+    Args:
+        table: the sources.
+        target: row of the graph's target, a feature.
+        min_attribution: smallest edge to keep.
+    """
+    none = np.zeros(0, np.int64)
+    totals = Totals(*(np.zeros(0) for _ in Totals._fields))
+    return Expansion(table, target, min_attribution, none, totals, Edges(none, none, np.zeros(0, np.float32)))
+
+
+def add(
+    state: Expansion,
+    rows: Int64[np.ndarray, "target"],
+    attributions: Float32[np.ndarray, "target source"] | Float64[np.ndarray, "target source"],
+    preactivation: Float64[np.ndarray, "target"],
+    bias: Float64[np.ndarray, "target"],
+) -> Expansion:
+    """Adds the edges of newly expanded targets.
+
+    Args:
+        state: the expansion.
+        rows: the targets.
+        attributions: of every row of the table to every target.
+        preactivation: of every target.
+        bias: of every target.
+    """
+    found = [_edges_of(state, int(row), values) for row, values in zip(rows, attributions, strict=True)]
+    sums = np.array([np.sum(values, dtype=np.float64) for values in attributions])
+    abs_sums = np.array([np.sum(np.abs(values), dtype=np.float64) for values in attributions])
+    new = Totals(preactivation, bias, sums, abs_sums)
+    totals = Totals(*(np.concatenate(pair) for pair in zip(state.totals, new, strict=True)))
+    edges = Edges(*(np.concatenate(parts) for parts in zip(state.edges, *found, strict=True)))
+    return state._replace(expanded=np.concatenate([state.expanded, rows]), totals=totals, edges=edges)
+
+
+def _edges_of(state: Expansion, row: int, values: NDArray[np.floating]) -> Edges:
+    """Returns one target's edges that are large enough."""
+    smallest = state.min_attribution
+    source = np.flatnonzero((values >= smallest) | (values <= -smallest))
+    strong = (state.table.kind[source] != FEATURE) | (state.table.value[source] > smallest)
+    source = source[strong & (values[source] != 0)]
+    return Edges(source, np.full(source.size, row), values[source].astype(np.float32))
+
+
+def next_batch(state: Expansion, size: int) -> Int64[np.ndarray, "target"]:
+    """Returns the rows of the most influential features that are not expanded, at most `size`; the best first."""
+    rows = state.table.kind.size
+    expanded = np.zeros(rows, bool)
+    expanded[state.expanded] = True
+    number = np.zeros(rows, np.int64)
+    number[state.expanded] = np.arange(state.expanded.size)
+    edges, count = state.edges, state.expanded.size
+    inner = expanded[edges.source]
+    source, target = number[edges.source[inner]], number[edges.target[inner]]
+    shares = column_shares(target, edges.attribution[inner], count)
+    level = state.table.block[state.expanded].astype(np.int64)
+    reached = reach(level, source, target, shares, int(number[state.target]))
+    outer = ~inner & (state.table.kind[edges.source] == FEATURE)
+    weight = np.abs(edges.attribution[outer]).astype(np.float64) * reached[number[edges.target[outer]]]
+    candidates, place = np.unique(edges.source[outer], return_inverse=True)
+    scores = np.bincount(place, weight, candidates.size)
+    best = np.argsort(-scores, kind="stable")[: max(size, 0)]
+    return candidates[best[scores[best] > 0]]
+
+
+def compact(state: Expansion) -> Graph:
+    """Returns the graph of what was expanded, position by position."""
+    table, edges = state.table, state.edges
+    expanded = np.zeros(table.kind.size, bool)
+    expanded[state.expanded] = True
+    unexpanded = (table.kind[edges.source] == FEATURE) & ~expanded[edges.source]
+    rest = _rest_edges(state, Edges(*(column[unexpanded] for column in edges)))
+    kept = Edges(*(column[~unexpanded] for column in edges))
+    # A rest node is keyed by the row of its site's error at its position, past the end of the table.
+    source = np.concatenate([kept.source, rest.source + table.kind.size])
+    target = np.concatenate([kept.target, rest.target])
+    attribution = np.concatenate([kept.attribution, rest.attribution])
+    nodes = np.unique(np.concatenate([source, state.expanded]))
+    row = nodes % table.kind.size
+    kind = np.where(nodes >= table.kind.size, REST, table.kind[row]).astype(np.uint8)
+    order = _node_order(kind, table.block[row], table.stream[row], table.position[row], table.feature[row])
+    order = np.concatenate([order[nodes[order] == state.target], order[nodes[order] != state.target]])
+    nodes, row, kind = nodes[order], row[order], kind[order]
+    number = _inverse(nodes)
+    edge_order = np.lexsort((number(source), number(target)))
+    first = np.argsort(number(state.expanded), kind="stable")
+    totals = Totals(*(column[first] for column in state.totals))
+    indptr, position, value = _activation_maps(table, row, kind, state.target)
+    return Graph(
+        node_kind=kind,
+        node_step=np.full(nodes.size, table.step, np.int16),
+        node_stream=table.stream[row],
+        node_block=table.block[row],
+        node_position=table.position[row],
+        node_feature=np.where(kind == FEATURE, table.feature[row], -1).astype(np.int32),
+        node_value=np.where(kind == FEATURE, table.value[row], 1).astype(np.float32),
+        node_influence=np.full(nodes.size, np.nan, np.float32),
+        edge_source=number(source)[edge_order].astype(np.int32),
+        edge_target=number(target)[edge_order].astype(np.int32),
+        edge_attribution=attribution[edge_order].astype(np.float32),
+        target_node=number(state.expanded)[first].astype(np.int32),
+        target_preactivation=totals.preactivation,
+        target_bias=totals.bias,
+        target_sum=totals.sum,
+        target_abs_sum=totals.abs_sum,
+        map_indptr=indptr,
+        map_position=position,
+        map_value=value,
+    )
+
+
+def _rest_edges(state: Expansion, edges: Edges) -> Edges:
+    """Sums edges from unexpanded features per (target, site, position); sources are the rows of the errors there."""
+    table = state.table
+    errors = np.flatnonzero(table.kind == ERROR)
+    place = _places(table)
+    order = np.argsort(place[errors], kind="stable")
+    error_row = errors[order][np.searchsorted(place[errors][order], place[edges.source])]
+    pairs, group = np.unique(np.stack([edges.target, error_row]), axis=1, return_inverse=True)
+    sums = np.bincount(group.ravel(), edges.attribution.astype(np.float64), pairs.shape[1])
+    large = (np.abs(sums) >= state.min_attribution) & (sums != 0)
+    return Edges(pairs[1, large], pairs[0, large], sums[large].astype(np.float32))
+
+
+def _places(table: SourceTable) -> Int64[np.ndarray, "source"]:
+    """Returns one number per (stream, block, position)."""
+    rows = int(table.position.max()) + 1
+    blocks = int(table.block.max()) + 2
+    return (table.stream.astype(np.int64) * blocks + table.block + 1) * rows + table.position
+
+
+def _node_order(*keys: NDArray[np.integer]) -> Int64[np.ndarray, "node"]:
+    return np.lexsort(keys[::-1])
+
+
+def _inverse(nodes: Int64[np.ndarray, "node"]):
+    """Returns the function from entries of `nodes` to their places."""
+    order = np.argsort(nodes, kind="stable")
+    return lambda entries: order[np.searchsorted(nodes, entries, sorter=order)]
+
+
+def _activation_maps(
+    table: SourceTable, row: Int64[np.ndarray, "node"], kind: UInt8[np.ndarray, "node"], target: int
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """Returns every feature node's values over all positions, in CSR form; the target's at its own position alone."""
+    active = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
+    features = int(table.feature.max(initial=0)) + 1
+    blocks = int(table.block.max()) + 2
+
+    def key(rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        site = table.stream[rows].astype(np.int64) * blocks + table.block[rows]
+        return site * features + table.feature[rows]
+
+    active = active[np.lexsort((table.position[active], key(active)))]
+    keys = key(active)
+    begin, end = (np.searchsorted(keys, key(row), side) for side in ("left", "right"))
+    lengths = np.where((kind == FEATURE) & (row != target), end - begin, 0)
+    lengths[row == target] = 1
+    indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    entry = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths) + np.repeat(begin, lengths)
+    chosen = np.where(np.repeat(row == target, lengths), target, active[entry] if active.size else 0)
+    return indptr, table.position[chosen], table.value[chosen]
+
+
+def aggregate(graph: Graph) -> Graph:
+    """Sums a graph over positions: a node becomes a feature, the error, the rest or the input of a site.
+
+    Args:
+        graph: position by position; one that is summed already is returned as it is.
+
+    Returns:
+        The sums. A feature's map stays; the map of another node is its attribution from each position, to all targets.
+    """
+    if not graph.by_position:
+        return graph
+    columns = (graph.node_kind, graph.node_step, graph.node_block, graph.node_stream, graph.node_feature)
+    not_target = np.arange(graph.node_kind.size) != graph.target
+    keys = np.stack([not_target.astype(np.int64), *(c.astype(np.int64) for c in columns)])
+
+    _, first, group = np.unique(keys, axis=1, return_index=True, return_inverse=True)
+    group = group.ravel().astype(np.int64)
+    count = first.size
+    pairs, place = np.unique(
+        np.stack([group[graph.edge_target], group[graph.edge_source]]), axis=1, return_inverse=True
+    )
+    sums = np.bincount(place.ravel(), graph.edge_attribution.astype(np.float64), pairs.shape[1])
+    targets, which = np.unique(group[graph.target_node], return_inverse=True)
+    totals = {
+        name: np.bincount(which, getattr(graph, name), targets.size)
+        for name in ("target_preactivation", "target_bias", "target_sum", "target_abs_sum")
+    }
+    indptr, position, value = _summed_maps(graph, group, first)
+    top = np.full(count, -np.inf)
+    np.maximum.at(top, group, graph.node_value)
+    return replace(
+        graph,
+        **{name: getattr(graph, name)[first] for name in _SAME},
+        node_position=np.full(count, -1, np.int32),
+        node_value=top.astype(np.float32),
+        edge_source=pairs[1].astype(np.int32),
+        edge_target=pairs[0].astype(np.int32),
+        edge_attribution=sums.astype(np.float32),
+        target_node=targets.astype(np.int32),
+        **totals,
+        map_indptr=indptr,
+        map_position=position,
+        map_value=value,
+        supernodes={},
+    )
+
+
+_SAME = ("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence")
+
+
+def _summed_maps(
+    graph: Graph, group: Int64[np.ndarray, "node"], first: Int64[np.ndarray, "group"]
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """Returns the maps of summed nodes: a feature's own, else what leaves each position."""
+    leaving = np.bincount(graph.edge_source, graph.edge_attribution.astype(np.float64), graph.node_kind.size)
+    other = np.flatnonzero(graph.node_kind != FEATURE)
+    lengths = np.diff(graph.map_indptr)
+    own = np.repeat(np.isin(np.arange(lengths.size), first) & (graph.node_kind == FEATURE), lengths)
+    owner = np.repeat(group, lengths)[own]
+    owners = np.concatenate([owner, group[other]])
+    positions = np.concatenate([graph.map_position[own], graph.node_position[other]])
+    values = np.concatenate([graph.map_value[own], leaving[other].astype(np.float32)])
+    order = np.lexsort((positions, owners))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=first.size))]).astype(np.int64)
+    return indptr, positions[order].astype(np.int32), values[order].astype(np.float32)

@@ -1,0 +1,110 @@
+"""How features are written: STREAM/BLOCK/fN[@POSITIONS][#STEPS].
+
+    img/3/f401          feature 401 of image-stream block 3, at every position
+    txt/0/f7@2          at text position 2
+    img/2/f4@0-15,20#0,1    at positions 0 to 15 and 20, in steps 0 and 1
+    single/5/f9@img12   of single-stream block 5, at image position 12 of the joint sequence
+
+Blocks, features, positions and steps count from 0; positions within their stream.
+"""
+
+import re
+from dataclasses import dataclass
+
+from difffract_jax.config import UserError
+
+STREAMS = ("img", "txt", "single")
+_RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
+_PATTERN = re.compile(
+    rf"(?P<stream>img|txt|single)/(?P<block>\d+)/f(?P<feature>\d+)"
+    rf"(?:@(?P<side>img|txt)?(?P<positions>{_RANGES}))?(?:#(?P<steps>{_RANGES}))?"
+)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature of one MLP sublayer's transcoder, and where and when it is meant.
+
+    Attributes:
+        stream: "img", "txt" or, for single-stream blocks, "single".
+        block: block of that kind.
+        feature: of the site's transcoder.
+        positions: positions within the stream, ascending; None for all, or for wherever it is strongest.
+        steps: denoising steps, ascending; None for all.
+        side: for single-stream blocks, whose positions are meant, "img" or "txt"; else None.
+    """
+
+    stream: str
+    block: int
+    feature: int
+    positions: tuple[int, ...] | None = None
+    steps: tuple[int, ...] | None = None
+    side: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.stream not in STREAMS:
+            raise UserError(f"A feature's stream must be one of {', '.join(STREAMS)}, but got {self.stream!r}.")
+        if (self.side is not None) != (self.stream == "single" and self.positions is not None):
+            raise UserError(
+                f"Positions in single-stream blocks need their stream, as in single/5/f9@img12, and only there; "
+                f"got {self.stream}/{self.block}/f{self.feature}."
+            )
+
+    @staticmethod
+    def parse(text: str) -> "Feature":
+        """Reads a feature.
+
+        Args:
+            text: in the form of the module docstring.
+
+        Raises:
+            UserError: if it is not of that form.
+
+        Example:
+            >>> Feature.parse("img/2/f4@0-2,20#1").positions
+            (0, 1, 2, 20)
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise UserError(
+                f"{text!r} is no feature; write STREAM/BLOCK/fN[@POSITIONS][#STEPS] with a stream img, txt or single, "
+                "as in img/2/f401@12 or txt/0/f7@0-3#1."
+            )
+        part = match.groupdict()
+        return Feature(
+            part["stream"],
+            int(part["block"]),
+            int(part["feature"]),
+            _numbers(part["positions"], text),
+            _numbers(part["steps"], text),
+            part["side"],
+        )
+
+    def __str__(self) -> str:
+        positions = "" if self.positions is None else f"@{self.side or ''}{_ranges(self.positions)}"
+        steps = "" if self.steps is None else f"#{_ranges(self.steps)}"
+        return f"{self.stream}/{self.block}/f{self.feature}{positions}{steps}"
+
+
+def _numbers(ranges: str | None, text: str) -> tuple[int, ...] | None:
+    """Reads `0-15,20`."""
+    if ranges is None:
+        return None
+    found: set[int] = set()
+    for item in ranges.split(","):
+        first, _, last = item.partition("-")
+        if last and int(last) < int(first):
+            raise UserError(f"{text!r} counts from {first} down to {last}; write {last}-{first}.")
+        found.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Writes `0-15,20`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

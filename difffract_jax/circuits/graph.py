@@ -1,0 +1,243 @@
+"""A circuit as arrays, and its file.
+
+Nodes come in the order: the graph's own target; the other features; errors; inputs; outputs; rest. Within a kind they
+are sorted by step, block, stream, position and feature. An edge has attribution(source -> target), in units of the
+target's pre-activation; edges are sorted by target, then source.
+
+1. `Graph` checks itself when it is made: lengths, types, and that every index points somewhere.
+2. `save` writes one `.npz` without pickled objects, whole or not at all; `load` refuses what is damaged.
+
+Every expanded target carries its pre-activation u, its bias, and the sum and absolute sum of all its edges before any
+threshold, so that sum + bias = u can be checked however much of the graph has been dropped.
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
+
+from difffract_jax.config import UserError
+from difffract_jax.files import atomic_file
+
+FORMAT_VERSION = 1
+FEATURE, ERROR, INPUT, OUTPUT, REST = range(5)
+KINDS = ("feature", "error", "input", "output", "rest")
+IMG, TXT, LATENT = range(3)
+STREAMS = ("img", "txt", "latent")
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A circuit.
+
+    Attributes:
+        node_kind: 0 feature, 1 error, 2 input, 3 output, 4 rest (unexpanded features of one site and position).
+        node_step: denoising step, from 0.
+        node_stream: 0 img, 1 txt, 2 latent.
+        node_block: block; double-stream blocks first, then single-stream ones; -1 for inputs.
+        node_position: position within the stream; -1 where positions are summed over.
+        node_feature: feature; -1 for other kinds.
+        node_value: a feature's value (the largest over positions where these are summed over); 1 for other kinds,
+            whose vectors are taken whole.
+        node_influence: influence on the graph's target, from pruning; NaN before it.
+        edge_source: node.
+        edge_target: node; a feature.
+        edge_attribution: value of the source times the derivative of the target's pre-activation by it.
+        target_node: expanded nodes; the first is the graph's own target.
+        target_preactivation: u of each.
+        target_bias: value of the affine map at zero sources.
+        target_sum: sum of all edges into it, before any threshold.
+        target_abs_sum: sum of their absolute values.
+        map_indptr: start of each node's activation map; one longer than the nodes.
+        map_position: positions of the maps.
+        map_value: a feature's value there; for other kinds, once positions are summed over, the attribution from there.
+        supernodes: name -> nodes grouped under it.
+        metadata: JSON values: where the graph comes from.
+    """
+
+    node_kind: UInt8[np.ndarray, "node"]
+    node_step: Int16[np.ndarray, "node"]
+    node_stream: UInt8[np.ndarray, "node"]
+    node_block: Int16[np.ndarray, "node"]
+    node_position: Int32[np.ndarray, "node"]
+    node_feature: Int32[np.ndarray, "node"]
+    node_value: Float32[np.ndarray, "node"]
+    node_influence: Float32[np.ndarray, "node"]
+    edge_source: Int32[np.ndarray, "edge"]
+    edge_target: Int32[np.ndarray, "edge"]
+    edge_attribution: Float32[np.ndarray, "edge"]
+    target_node: Int32[np.ndarray, "expanded"]
+    target_preactivation: Float64[np.ndarray, "expanded"]
+    target_bias: Float64[np.ndarray, "expanded"]
+    target_sum: Float64[np.ndarray, "expanded"]
+    target_abs_sum: Float64[np.ndarray, "expanded"]
+    map_indptr: Int64[np.ndarray, "node_and_end"]
+    map_position: Int32[np.ndarray, "entry"]
+    map_value: Float32[np.ndarray, "entry"]
+    supernodes: dict[str, list[int]] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ValueError(f"These arrays are no graph: {'; '.join(problems)}.")
+
+    @property
+    def target(self) -> int:
+        """The node that the graph explains."""
+        return int(self.target_node[0])
+
+    @property
+    def by_position(self) -> bool:
+        """Whether nodes stand for single positions, rather than sums over them."""
+        return bool(np.any(self.node_position[self.node_kind == FEATURE] >= 0))
+
+    def with_metadata(self, more: Mapping[str, Any]) -> "Graph":
+        """Returns the graph with entries added to its metadata; entries of the same name are replaced."""
+        return replace(self, metadata=self.metadata | dict(more))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the graph to a `.npz` file.
+
+        Args:
+            path: file to write; it appears only when it is complete.
+        """
+        record = {"format_version": FORMAT_VERSION} | self.metadata
+        arrays = {name: getattr(self, name) for name in _DTYPES}
+        texts = {"supernodes": self.supernodes, "metadata": record}
+        encoded = {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
+        with atomic_file(Path(path)) as partial, partial.open("wb") as stream:
+            np.savez_compressed(stream, **arrays, **encoded)
+
+    @staticmethod
+    def load(path: str | Path) -> "Graph":
+        """Reads a graph that `save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            UserError: if it is no such file, is damaged, or is of another format version.
+        """
+        arrays = _read_arrays(Path(path))
+        missing = [name for name in (*_DTYPES, "supernodes", "metadata") if name not in arrays]
+        if missing:
+            raise UserError(f"{path} is no graph of difffract: it lacks {', '.join(missing)}; trace it again.")
+        try:
+            supernodes, metadata = (json.loads(arrays[name].tobytes()) for name in ("supernodes", "metadata"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: its metadata are not JSON ({error}); trace it again.") from None
+        version = metadata.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path} has graph format {version}, but this release reads {FORMAT_VERSION}; trace it again."
+            )
+        try:
+            return Graph(**{name: arrays[name] for name in _DTYPES}, supernodes=supernodes, metadata=metadata)
+        except ValueError as error:
+            raise UserError(f"{path} is damaged. {error} Trace it again.") from None
+
+
+_DTYPES: dict[str, type] = {
+    "node_kind": np.uint8,
+    "node_step": np.int16,
+    "node_stream": np.uint8,
+    "node_block": np.int16,
+    "node_position": np.int32,
+    "node_feature": np.int32,
+    "node_value": np.float32,
+    "node_influence": np.float32,
+    "edge_source": np.int32,
+    "edge_target": np.int32,
+    "edge_attribution": np.float32,
+    "target_node": np.int32,
+    "target_preactivation": np.float64,
+    "target_bias": np.float64,
+    "target_sum": np.float64,
+    "target_abs_sum": np.float64,
+    "map_indptr": np.int64,
+    "map_position": np.int32,
+    "map_value": np.float32,
+}
+assert [f.name for f in fields(Graph)] == [*_DTYPES, "supernodes", "metadata"]
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise UserError(f"{path} is a single array, no graph; give a file that `difffract trace` wrote.")
+            return dict(file)
+    except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is no readable .npz file ({error}); give a file that `difffract trace` wrote."
+        ) from None
+
+
+def _problems(graph: Graph) -> list[str]:
+    """Names everything that keeps the arrays from being a graph."""
+    arrays = {name: getattr(graph, name) for name in _DTYPES}
+    wrong = [
+        f"{name} is {array.dtype} with {array.ndim} axes instead of {np.dtype(_DTYPES[name])} with 1"
+        for name, array in arrays.items()
+        if array.dtype != _DTYPES[name] or array.ndim != 1
+    ]
+    if wrong:
+        return wrong
+    nodes = graph.node_kind.size
+    lengths = {"node": nodes, "edge": graph.edge_source.size, "target": graph.target_node.size}
+    lengths["map"] = graph.map_position.size
+    wrong = [
+        f"{name} has {array.size} entries instead of {lengths[name.split('_')[0]]}"
+        for name, array in arrays.items()
+        if name != "map_indptr" and array.size != lengths[name.split("_")[0]]
+    ]
+    if graph.map_indptr.size != nodes + 1:
+        wrong.append(f"map_indptr has {graph.map_indptr.size} entries instead of {nodes + 1}")
+    elif graph.map_indptr[0] != 0 or graph.map_indptr[-1] != lengths["map"] or np.any(np.diff(graph.map_indptr) < 0):
+        wrong.append("map_indptr does not divide the maps")
+    for name in ("edge_source", "edge_target", "target_node"):
+        array = arrays[name]
+        if array.size and not 0 <= array.min() <= array.max() < nodes:
+            wrong.append(f"{name} points outside the {nodes} nodes")
+    if not graph.target_node.size:
+        wrong.append("it has no target")
+    if np.any(graph.node_kind >= len(KINDS)) or np.any(graph.node_stream >= len(STREAMS)):
+        wrong.append("a node has a kind or stream that does not exist")
+    return wrong
+
+
+def keep(graph: Graph, nodes: np.ndarray, edges: np.ndarray) -> Graph:
+    """Returns the graph of some of its nodes and edges.
+
+    Args:
+        graph: the graph.
+        nodes: mask of the nodes to keep; the target is kept in any case.
+        edges: mask of the edges to keep; those that lose an end are dropped.
+    """
+    nodes = nodes.copy()
+    nodes[graph.target] = True
+    edges = edges & nodes[graph.edge_source] & nodes[graph.edge_target]
+    number = np.cumsum(nodes, dtype=np.int32) - 1
+    number = number.astype(np.int32)
+    targets = nodes[graph.target_node]
+    lengths = np.diff(graph.map_indptr)
+    entries = np.repeat(nodes, lengths)
+    arrays = {name: getattr(graph, name) for name in _DTYPES}
+    for name, array in arrays.items():
+        group = name.split("_")[0]
+        if group != "map":
+            arrays[name] = array[{"node": nodes, "edge": edges, "target": targets}[group]]
+    for name in ("edge_source", "edge_target", "target_node"):
+        arrays[name] = number[arrays[name]]
+    arrays["map_indptr"] = np.concatenate([[0], np.cumsum(lengths[nodes])]).astype(np.int64)
+    arrays["map_position"], arrays["map_value"] = graph.map_position[entries], graph.map_value[entries]
+    kept = {name: [int(number[n]) for n in group if nodes[n]] for name, group in graph.supernodes.items()}
+    return replace(graph, **arrays, supernodes={name: group for name, group in kept.items() if group})

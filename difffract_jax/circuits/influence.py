@@ -1,0 +1,70 @@
+"""How much every node bears on one target, along all paths (METHOD section 5).
+
+    A   |attribution|, each column (target) divided by its sum: the share of a target's edges that a source holds
+    B   A + A^2 + A^3 + ... = (I - A)^-1 - I, over paths of every length
+
+Edges lead from lower (step, block) to higher, so that A is triangular: B e_target comes from walking the blocks from
+the highest down, each edge once; no matrix is inverted.
+
+Symbols: e_target is 1 at the target and 0 elsewhere; reach = e_target + B e_target.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float64, Int64
+from numpy.typing import NDArray
+
+
+def column_shares(
+    target: NDArray[np.integer], attribution: NDArray[np.floating], nodes: int
+) -> Float64[np.ndarray, "edge"]:
+    """Divides each edge's absolute attribution by the sum of those into its target.
+
+    Args:
+        target: target node of each edge.
+        attribution: of each edge.
+        nodes: how many nodes there are.
+    """
+    size = np.abs(attribution).astype(np.float64)
+    total = np.bincount(target, size, nodes)[target]
+    return np.divide(size, total, out=np.zeros_like(size), where=total > 0)
+
+
+def reach(
+    level: Int64[np.ndarray, "node"],
+    source: NDArray[np.integer],
+    target: NDArray[np.integer],
+    share: Float64[np.ndarray, "edge"],
+    root: int,
+) -> Float64[np.ndarray, "node"]:
+    """Returns e_root + B e_root.
+
+    Args:
+        level: of each node; every edge leads to a higher one.
+        source: node of each edge.
+        target: node of each edge.
+        share: entry of A of each edge.
+        root: the node that influence is on.
+
+    Raises:
+        ValueError: if an edge does not lead to a higher level: the graph may have a cycle.
+    """
+    if np.any(level[source] >= level[target]):
+        raise ValueError("An edge must lead from a lower (step, block) to a higher one, but one does not.")
+    result = np.zeros(level.size)
+    result[root] = 1.0
+    order = np.argsort(-level[target], kind="stable")
+    source, target, share = source[order], target[order], share[order]
+    changes = np.flatnonzero(np.diff(level[target], prepend=np.iinfo(np.int64).max))
+    for begin, end in pairwise(np.append(changes, source.size)):
+        # Everything above this level is done, hence the reach of these targets is final.
+        part = slice(begin, end)
+        result += np.bincount(source[part], share[part] * result[target[part]], level.size)
+    return result
+
+
+def levels(step: NDArray[np.integer], block: NDArray[np.integer]) -> Int64[np.ndarray, "node"]:
+    """Returns one number per node that orders (step, block); inputs have block -1."""
+    step, block = step.astype(np.int64), block.astype(np.int64)
+    return step * (int(block.max(initial=0)) + 2) + block + 1
