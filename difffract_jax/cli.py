@@ -101,6 +101,7 @@ def demo(
 def convert_flux(
     source: opt.Source = None,
     out: opt.Target = None,
+    base: Annotated[Path | None, opt.option(ConvertConfig, "base")] = None,
     dtype: opt.Dtype = None,
     mesh: Annotated[str | None, opt.option(ConvertConfig, "mesh")] = None,
     overwrite: opt.Overwrite = None,
@@ -111,14 +112,20 @@ def convert_flux(
     Example: `difffract convert flux FLUX.1-schnell flux-schnell --dtype bf16`
     """
     settings = opt.settings_of(ConvertConfig, locals())
-    from difffract_jax.loading import load_pipeline, save_pipeline
+    from difffract_jax import loading
     from difffract_jax.report import emit, parameter_counts
     from difffract_jax.sharding import make_mesh, parse_mesh, pipeline_shardings
 
     placed = pipeline_shardings(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
-    pipe = load_pipeline(settings.source, dtype=_dtype(settings.dtype), sharding=placed)
-    save_pipeline(pipe, settings.out, overwrite=settings.overwrite)
-    emit({"converted": str(settings.out)} | parameter_counts(pipe), as_json=json)
+    made = loading.convert_flux(
+        settings.source,
+        settings.out,
+        base=settings.base,
+        dtype=_dtype(settings.dtype),
+        sharding=placed,
+        overwrite=settings.overwrite,
+    )
+    emit({"converted": str(settings.out)} | parameter_counts(made), as_json=json)
 
 
 @convert.command("transcoders")
@@ -134,16 +141,12 @@ def convert_transcoders(
     Example: `difffract convert transcoders checkpoints/transcoders transcoders`
     """
     settings = opt.settings_of(ConvertConfig, locals())
-    from difffract_jax.loading import load_transcoders, save_transcoders
+    from difffract_jax import loading
     from difffract_jax.report import emit
 
-    tcs = load_transcoders(settings.source)
-    if to_torch:
-        from converters.transcoders import export_transcoders
-
-        export_transcoders(tcs, settings.out, overwrite=settings.overwrite)
-    else:
-        save_transcoders(tcs, settings.out, overwrite=settings.overwrite)
+    tcs = loading.convert_transcoders(
+        settings.source, settings.out, to_torch=to_torch, dtype=_dtype(settings.dtype), overwrite=settings.overwrite
+    )
     sites = {"img layers": list(tcs.img_layers), "txt layers": list(tcs.txt_layers), "features": tcs.config.features}
     emit({"converted": str(settings.out)} | sites, as_json=json)
 
@@ -264,7 +267,8 @@ def trace(
     expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
     with progress("Expanding nodes") as advance:
         graph = attribute(captured, tcs, target=feature, **expansion, progress=advance)
-    graph = graph.with_metadata(provenance("trace", settings, transcoders=tcs.source))
+    _warn_cut(captured.info.cut)
+    graph = graph.with_metadata(provenance("trace", settings, model=pipe.source, transcoders=tcs.source))
     graph.save(settings.out)
     if settings.export_json:
         write_reference_json(graph, settings.export_json)
@@ -363,11 +367,9 @@ def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
         return None
     from converters.torch_files import torch_noise
 
-    vae, defaults = pipe.config.vae, pipe.config.defaults
-    rows, columns = (
-        size // (2 * vae.factor) for size in (settings.height or defaults.height, settings.width or defaults.width)
-    )
-    noise = torch_noise(settings.seed, vae.latent_channels, 2 * rows, 2 * columns)
-    # diffusers packs 2 x 2 pixels into one token, channel index = channel * 4 + row * 2 + column.
-    blocks = noise.reshape(vae.latent_channels, rows, 2, columns, 2).transpose(1, 3, 0, 2, 4)
-    return blocks.reshape(rows * columns, 4 * vae.latent_channels)
+    from difffract_jax.models.pipeline import plan_run
+    from difffract_jax.models.sampler import pack
+
+    rows, columns = plan_run(pipe.config, height=settings.height, width=settings.width).grid
+    noise = torch_noise(settings.seed, pipe.config.vae.latent_channels, 2 * rows, 2 * columns)
+    return pack(noise[0].transpose(1, 2, 0))

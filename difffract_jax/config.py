@@ -124,6 +124,8 @@ class ConvertConfig(Settings):
     """Checkpoint to read: a diffusers directory, a single-file safetensors, or a directory of `.pt` transcoders."""
     out: Path
     """Directory to write; it must not exist yet, unless --overwrite is given."""
+    base: Path | None = None
+    """For a single file, which holds a transformer alone: diffusers directory with the other parts of the pipeline."""
     dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the weights that are written."""
     mesh: str | None = None

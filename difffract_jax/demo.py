@@ -13,7 +13,8 @@ from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.trace import capture
 from difffract_jax.config import DemoConfig, provenance
-from difffract_jax.models.pipeline import generate, random_pipeline
+from difffract_jax.models.pipeline import generate
+from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.report import Advance, graph_summary, save_image
 from difffract_jax.transcoders.transcoder import random_transcoders
 
@@ -32,7 +33,7 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     record = provenance("demo", settings)
     paths = {name: settings.out / name for name in ("image.png", "graph.npz", "pruned.npz")}
     pipe = random_pipeline(seed=settings.seed)
-    tcs = random_transcoders(pipe, seed=settings.seed)
+    tcs = random_transcoders(pipe.config.transformer, seed=settings.seed)
     save_image(generate(pipe, PROMPT, seed=settings.seed).image, paths["image.png"], record)
     trace = capture(pipe, tcs, PROMPT, seed=settings.seed, step=1)
     target = Feature.parse(f"img/{max(tcs.img_layers)}/f{settings.seed % tcs.config.features}")

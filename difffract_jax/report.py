@@ -61,9 +61,10 @@ def save_image(image: UInt8[np.ndarray, "H W rgb"], path: Path, record: Mapping[
         Image.fromarray(image).save(partial, format="PNG", pnginfo=info)
 
 
-def parameter_counts(pipe: Any) -> dict[str, int]:
-    """Returns how many parameters each module of a pipeline has."""
-    modules = {"transformer": pipe.transformer, "t5": pipe.t5, "clip": pipe.clip, "autoencoder": pipe.vae}
+def parameter_counts(made: Any) -> dict[str, int]:
+    """Returns how many parameters each module of a pipeline has, or a transformer alone."""
+    names = ("transformer", "t5", "clip", "vae")
+    modules = {name: getattr(made, name) for name in names} if isinstance(made, tuple) else {"transformer": made}
     counts = {name: sum(leaf.size for leaf in leaf_paths(tree).values()) for name, tree in modules.items()}
     return {f"{name} parameters": count for name, count in counts.items()}
 
