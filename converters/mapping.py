@@ -271,7 +271,9 @@ def _fill_leaf(buffer: np.ndarray, source: Source | ArraySource, assignment: Ass
     problems = []
     slices = buffer.reshape(-1, *buffer.shape[len(assignment.stack) :])
     for part, keys in zip(slices, assignment.sources, strict=True):
-        part[...] = assignment.rule.transform.forward(tuple(source[key] for key in keys))[place]
+        # An overflow in the cast leaves infinities, which are reported below with their key.
+        with np.errstate(over="ignore"):
+            part[...] = assignment.rule.transform.forward(tuple(source[key] for key in keys))[place]
         if not np.isfinite(part).all():
             guilty = _not_finite(source, keys)
             problems += guilty or [f"{' + '.join(keys)} holds values too large for {buffer.dtype}"]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
 
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file
@@ -33,7 +32,7 @@ STREAMS = ("img", "txt", "latent")
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A circuit.
+    """A circuit. All arrays have one axis; their types are those of the file, which `_DTYPES` lists.
 
     Attributes:
         node_kind: 0 feature, 1 error, 2 input, 3 output, 4 rest (unexpanded features of one site and position).
@@ -60,25 +59,25 @@ class Graph:
         metadata: JSON values: where the graph comes from.
     """
 
-    node_kind: UInt8[np.ndarray, "node"]
-    node_step: Int16[np.ndarray, "node"]
-    node_stream: UInt8[np.ndarray, "node"]
-    node_block: Int16[np.ndarray, "node"]
-    node_position: Int32[np.ndarray, "node"]
-    node_feature: Int32[np.ndarray, "node"]
-    node_value: Float32[np.ndarray, "node"]
-    node_influence: Float32[np.ndarray, "node"]
-    edge_source: Int32[np.ndarray, "edge"]
-    edge_target: Int32[np.ndarray, "edge"]
-    edge_attribution: Float32[np.ndarray, "edge"]
-    target_node: Int32[np.ndarray, "expanded"]
-    target_preactivation: Float64[np.ndarray, "expanded"]
-    target_bias: Float64[np.ndarray, "expanded"]
-    target_sum: Float64[np.ndarray, "expanded"]
-    target_abs_sum: Float64[np.ndarray, "expanded"]
-    map_indptr: Int64[np.ndarray, "node_and_end"]
-    map_position: Int32[np.ndarray, "entry"]
-    map_value: Float32[np.ndarray, "entry"]
+    node_kind: np.ndarray
+    node_step: np.ndarray
+    node_stream: np.ndarray
+    node_block: np.ndarray
+    node_position: np.ndarray
+    node_feature: np.ndarray
+    node_value: np.ndarray
+    node_influence: np.ndarray
+    edge_source: np.ndarray
+    edge_target: np.ndarray
+    edge_attribution: np.ndarray
+    target_node: np.ndarray
+    target_preactivation: np.ndarray
+    target_bias: np.ndarray
+    target_sum: np.ndarray
+    target_abs_sum: np.ndarray
+    map_indptr: np.ndarray
+    map_position: np.ndarray
+    map_value: np.ndarray
     supernodes: dict[str, list[int]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -168,17 +167,17 @@ assert [f.name for f in fields(Graph)] == [*_DTYPES, "supernodes", "metadata"]
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"{path} is a single array, no graph; give a file that `difffract trace` wrote.")
-            return dict(file)
-    except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path} is no readable .npz file ({error}); give a file that `difffract trace` wrote."
-        ) from None
+    with path.open("rb") as stream:
+        try:
+            loaded = np.load(stream, allow_pickle=False)
+            arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else None
+        except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{path} is no readable .npz file ({error}); give a file that `difffract trace` wrote."
+            ) from None
+    if arrays is None:
+        raise UserError(f"{path} is a single array, no graph; give a file that `difffract trace` wrote.")
+    return arrays
 
 
 def _problems(graph: Graph) -> list[str]:

@@ -114,7 +114,7 @@ def _pull_back(record: Record, sites: Streams, sources: Sources, targets: Target
         cotangent, written = _pull_block(block, frozen, record, slices, cotangent, into)
         found = both(_contract, slices, values, errors, written)
         row = jnp.concatenate([found.img[0], found.txt[0], found.img[1], found.txt[1]], axis=1)
-        return jax.lax.dynamic_update_slice(edges, row, (0, layer * layout.per_layer)), cotangent
+        return jax.lax.dynamic_update_slice(edges, row, (jnp.zeros_like(layer), layer * layout.per_layer)), cotangent
 
     empty = jnp.zeros((count, layout.size), dtype)
     edges, cotangent = jax.lax.fori_loop(0, top + 1, body, (empty, cotangent))

@@ -122,7 +122,6 @@ def test_a_directory_without_files_or_sizes_is_refused(tmp_path):
     ("change", "message"),
     [
         ({"conditioning": "film"}, "conditioning='film'"),
-        ({"activation": "gelu"}, "activation='gelu'"),
         ({"skip": True}, "skip=True"),
     ],
 )

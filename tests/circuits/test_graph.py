@@ -1,0 +1,118 @@
+"""A graph survives its file, and a damaged file says what is wrong."""
+
+import io
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from difffract_jax.circuits.graph import Graph, keep
+from difffract_jax.config import UserError
+from random_graphs import random_graph
+
+
+def assert_same(a, b):
+    for field in fields(Graph):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, np.ndarray):
+            assert x.dtype == y.dtype and np.array_equal(x, y, equal_nan=x.dtype.kind == "f"), field.name
+        else:
+            assert x == y, field.name
+
+
+@given(st.integers(0, 10_000), st.dictionaries(st.text(), st.integers() | st.text() | st.none(), max_size=3))
+@settings(max_examples=15, deadline=None)
+def test_what_is_saved_is_loaded(tmp_path_factory, seed, metadata):
+    path = tmp_path_factory.mktemp("graph") / "g.npz"
+    metadata.pop("format_version", None)
+    graph = replace(random_graph(seed), supernodes={"a": [0, 1]}).with_metadata(metadata)
+    graph.save(path)
+    assert_same(Graph.load(path), graph)
+
+
+def test_keeping_everything_is_the_same_graph():
+    graph = replace(random_graph(2), supernodes={"a": [0, 2]})
+    ones = (np.ones(graph.node_kind.size, bool), np.ones(graph.edge_source.size, bool))
+    assert_same(keep(graph, *ones), graph)
+
+
+def test_edges_go_with_their_nodes():
+    graph = replace(random_graph(2), supernodes={"a": [0, 2], "b": [2]})
+    nodes = np.arange(graph.node_kind.size) != 2
+    kept = keep(graph, nodes, np.ones(graph.edge_source.size, bool))
+    gone = (graph.edge_source == 2) | (graph.edge_target == 2)
+    assert kept.edge_source.size == np.sum(~gone) and kept.supernodes == {"a": [0]}
+    assert np.array_equal(kept.node_feature, graph.node_feature[nodes])
+    assert np.array_equal(kept.node_feature[kept.edge_source], graph.node_feature[graph.edge_source[~gone]])
+
+
+@pytest.fixture
+def arrays(tmp_path):
+    path = tmp_path / "g.npz"
+    random_graph(0).save(path)
+    return dict(np.load(path))
+
+
+def rewritten(tmp_path, arrays):
+    path = tmp_path / "changed.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def metadata(**entries):
+    return np.frombuffer(json.dumps(entries).encode(), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"edge_source": None}, "it lacks edge_source; trace it again"),
+        ({"edge_source": np.zeros(1, np.int32)}, "entries instead of 1"),
+        ({"node_kind": np.zeros(3, np.int64)}, "node_kind is int64 with 1 axes instead of uint8"),
+        ({"target_node": np.array([10**6], np.int32)}, "entries instead of 1"),
+        ({"map_indptr": np.zeros(2, np.int64)}, "map_indptr has 2 entries"),
+        ({"metadata": metadata(format_version=99)}, "graph format 99, but this release reads 1"),
+        ({"metadata": np.zeros(4, np.uint8)}, "its metadata are not JSON"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, arrays, change, sentence):
+    merged = {name: array for name, array in (arrays | change).items() if array is not None}
+    with pytest.raises(UserError, match=sentence):
+        Graph.load(rewritten(tmp_path, merged))
+
+
+def test_an_index_that_points_nowhere_is_refused(tmp_path, arrays):
+    arrays["edge_source"][0] = 10**6
+    with pytest.raises(UserError, match="edge_source points outside the"):
+        Graph.load(rewritten(tmp_path, arrays))
+
+
+def test_what_is_no_graph_file_is_refused(tmp_path):
+    for name, content in (("text.npz", b"hello"), ("empty.npz", b""), ("cut.npz", b"PK\x03\x04 and no more")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=f"{name} is no readable .npz file"):
+            Graph.load(tmp_path / name)
+    single = io.BytesIO()
+    np.save(single, np.zeros(3))
+    (tmp_path / "single.npz").write_bytes(single.getvalue())
+    with pytest.raises(UserError, match="is a single array, no graph"):
+        Graph.load(tmp_path / "single.npz")
+
+
+def test_a_pickle_is_not_opened(tmp_path, arrays):
+    path = rewritten(tmp_path, arrays | {"node_value": np.array([{}], dtype=object)})
+    with pytest.raises(UserError, match=r"is no readable \.npz file"):
+        Graph.load(path)
+
+
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "g.npz"
+    random_graph(0).save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(np, "savez_compressed", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        random_graph(1).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
