@@ -366,7 +366,6 @@ def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
     if settings.noise == "jax":
         return None
     from converters.torch_files import torch_noise
-
     from difffract_jax.models.pipeline import plan_run
     from difffract_jax.models.sampler import pack
 

@@ -8,8 +8,7 @@
 
 from typing import Any
 
-from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.feature import Feature
+from difffract_jax.circuits.attribution import attribute, strongest_feature
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.trace import capture
 from difffract_jax.config import DemoConfig, provenance
@@ -36,7 +35,7 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     tcs = random_transcoders(pipe.config.transformer, seed=settings.seed)
     save_image(generate(pipe, PROMPT, seed=settings.seed).image, paths["image.png"], record)
     trace = capture(pipe, tcs, PROMPT, seed=settings.seed, step=1)
-    target = Feature.parse(f"img/{max(tcs.img_layers)}/f{settings.seed % tcs.config.features}")
+    target = strongest_feature(trace, tcs, "img", max(tcs.img_layers))
     graph = attribute(trace, tcs, target=target, max_nodes=100, expansion_batch=20, progress=advance)
     graph = graph.with_metadata(record)
     pruned = prune(graph)

@@ -180,6 +180,28 @@ def _vectors(kind: int, stream: int, block: int, rows: int) -> tuple[np.ndarray,
     return (*same, np.arange(rows), np.full(rows, -1), np.ones(rows))
 
 
+def strongest_feature(trace: Trace, tcs: TranscoderSet, stream: str, block: int) -> Feature:
+    """Returns the feature with the largest value at one site, at the position where it has it.
+
+    Args:
+        trace: from `capture`.
+        tcs: the transcoders it was captured for.
+        stream: "img" or "txt".
+        block: the model's double-stream block.
+
+    Raises:
+        UserError: if nothing is active there.
+    """
+    table = source_table(prepare(trace, tcs), trace.info)
+    rows = np.flatnonzero(
+        (table.kind == FEATURE) & (table.stream == STREAMS.index(stream)) & (table.block == block) & (table.value > 0)
+    )
+    if not rows.size:
+        raise UserError(f"No feature is active at {stream}/{block} in step {trace.info.step}; choose another site.")
+    row = rows[np.argmax(table.value[rows])]
+    return Feature(stream, block, int(table.feature[row]), (int(table.position[row]),))
+
+
 def target_row(prepared: Replacement, info: TraceInfo, table: SourceTable, target: Feature) -> int:
     """Returns the row of the target at its position.
 

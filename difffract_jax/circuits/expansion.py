@@ -234,14 +234,19 @@ def _activation_maps(
     table: SourceTable, row: Int64[np.ndarray, "node"], kind: UInt8[np.ndarray, "node"], target: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
     """Returns every feature node's values over all positions, in CSR form; the target's at its own position alone."""
-    active = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
     features = int(table.feature.max(initial=0)) + 1
     blocks = int(table.block.max()) + 2
 
     def key(rows: NDArray[np.integer]) -> NDArray[np.int64]:
-        site = table.stream[rows].astype(np.int64) * blocks + table.block[rows]
+        # Inputs have block -1, hence the 1.
+        site = table.stream[rows].astype(np.int64) * blocks + table.block[rows] + 1
         return site * features + table.feature[rows]
 
+    active = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
+    # Of a million active features a graph names a few hundred: pick theirs before sorting.
+    named = np.zeros(2 * blocks * features, bool)
+    named[key(row[kind == FEATURE])] = True
+    active = active[named[key(active)]]
     active = active[np.lexsort((table.position[active], key(active)))]
     keys = key(active)
     begin, end = (np.searchsorted(keys, key(row), side) for side in ("left", "right"))

@@ -12,6 +12,9 @@ target's block downwards:
 Below the last block the cotangent of h0, times h0, gives the edges of the inputs. The number of blocks walked is an
 argument of the compiled program, not a shape: targets in low blocks cost less and compile nothing new.
 
+Targets are sorted by block, highest first, and walked in pieces: at every block only those pieces that have begun take
+part. Pieces are small enough for a processor's cache; see `Sizes`.
+
 A row of edges has one place per source, in this order: for each block the features of the image stream (position by
 position, K each), those of the text stream, the errors of both; after all blocks, the inputs of both. `Layout` knows.
 """
@@ -30,6 +33,10 @@ from difffract_jax.transcoders.transcoder import Transcoder
 
 GATHER_BYTES = 2**20
 """Decoder vectors gathered at a time: few enough to stay in a processor's cache until they have been used."""
+PULL_BYTES = 2**22
+"""Cotangents of one stream pair pulled through a block at a time on a processor, likewise; accelerators take them all."""
+CONTRACT_TARGETS = 32
+"""Targets at most for which gathered decoder vectors are used together."""
 
 
 class Targets(NamedTuple):
@@ -83,6 +90,44 @@ def layout_of(sources: Sources) -> Layout:
     return Layout(layers, both(lambda v: v.shape[1], sources.values), both(lambda v: v.shape[2], sources.values))
 
 
+class Sizes(NamedTuple):
+    """How many targets go through which part of the program together; each divides the next.
+
+    Attributes:
+        pull: through the pull-back of a block.
+        contract: through the contraction with decoder vectors.
+        batch: through the program, filled up.
+    """
+
+    pull: int
+    contract: int
+    batch: int
+
+
+def sizes_for(targets: int, cotangent_bytes: int, backend: str) -> Sizes:
+    """Divides a number of targets.
+
+    Args:
+        targets: how many there are.
+        cotangent_bytes: of one target.
+        backend: of JAX, as in `jax.default_backend()`.
+
+    Example:
+        >>> sizes_for(50, 320 * 512 * 4, "cpu")
+        Sizes(pull=5, contract=25, batch=50)
+    """
+    contract = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
+    most = max(1, PULL_BYTES // cotangent_bytes) if backend == "cpu" else contract
+    pieces = _ceil(contract, min(most, contract))
+    pull = _ceil(contract, pieces)
+    contract = pull * pieces
+    return Sizes(pull, contract, contract * _ceil(targets, contract))
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def pull_back(replacement: Replacement, targets: Targets) -> Float[Array, "target source"]:
     """Returns the attribution of every source to every target, value(source) * d u(target) / d value(source).
 
@@ -90,36 +135,64 @@ def pull_back(replacement: Replacement, targets: Targets) -> Float[Array, "targe
         replacement: from `prepare`.
         targets: as many as shall be computed together; each number of them is compiled once.
     """
+    count, boundary = targets.layer.shape[0], replacement.record.boundary
+    sizes = sizes_for(count, sum(h.nbytes for h in boundary), jax.default_backend())
+    # Highest first: then those that have begun at any block are the first so many.
+    order = jnp.argsort(-targets.layer, stable=True)
+    filled = jnp.concatenate([order, jnp.full(sizes.batch - count, order[-1])])
     with jax.default_matmul_precision("highest"):
-        return _pull_back(*replacement, targets)
+        edges = _pull_back(*replacement, jax.tree.map(lambda column: column[filled], targets), sizes)
+    return edges if bool(jnp.all(order == jnp.arange(count))) and sizes.batch == count else edges[jnp.argsort(order)]
 
 
-@jax.jit
-def _pull_back(record: Record, sites: Streams, sources: Sources, targets: Targets) -> Float[Array, "target source"]:
+@partial(jax.jit, static_argnames="sizes")
+def _pull_back(
+    record: Record, sites: Streams, sources: Sources, targets: Targets, sizes: Sizes
+) -> Float[Array, "target source"]:
     layout = layout_of(sources)
     gradients = target_gradients(record, sites, targets)
-    count, dtype = gradients.shape[0], gradients.dtype
-    top = jnp.max(targets.layer)
-    cotangent = both(lambda h: jnp.zeros((count, *h.shape), dtype), sources.boundary)
+    dtype = gradients.dtype
+    cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), dtype), sources.boundary)
 
-    def body(i: Array, carry: tuple[Array, Streams]) -> tuple[Array, Streams]:
+    def block_step(i: Array, carry: tuple[Array, Streams]) -> tuple[Array, Streams]:
         edges, cotangent = carry
-        layer = top - i
+        layer = targets.layer[0] - i
         block, frozen, values, errors = jax.tree.map(
             lambda leaf: leaf[layer], (record.blocks, record.frozen, sources.values, sources.errors)
         )
-        here = jnp.where(targets.layer == layer, 1, 0).astype(dtype)[:, None] * gradients
-        into = Streams(*(_scatter(here, targets, i, c.shape) for i, c in enumerate(cotangent)))
         slices = both(lambda s: Sites(s.stack, jax.tree.map(lambda leaf: leaf[layer], s.layers)), sites)
-        cotangent, written = _pull_block(block, frozen, record, slices, cotangent, into)
-        found = both(_contract, slices, values, errors, written)
-        row = jnp.concatenate([found.img[0], found.txt[0], found.img[1], found.txt[1]], axis=1)
-        return jax.lax.dynamic_update_slice(edges, row, (jnp.zeros_like(layer), layer * layout.per_layer)), cotangent
+        pull = partial(_pull_block, block, frozen, record, slices)
 
-    empty = jnp.zeros((count, layout.size), dtype)
-    edges, cotangent = jax.lax.fori_loop(0, top + 1, body, (empty, cotangent))
+        def contract(piece: Array, edges: Array) -> Array:
+            first = piece * sizes.contract
+            written = pull(
+                _some(cotangent, first, sizes.contract), both(jnp.zeros_like, _some(cotangent, first, sizes.contract))
+            )[1]
+            found = both(_contract, slices, values, errors, written)
+            row = jnp.concatenate([found.img[0], found.txt[0], found.img[1], found.txt[1]], axis=1)
+            return jax.lax.dynamic_update_slice(edges, row, (first, layer * layout.per_layer))
+
+        def through(piece: Array, cotangent: Streams) -> Streams:
+            first = piece * sizes.pull
+            some, mine = _some((targets, gradients), first, sizes.pull), _some(cotangent, first, sizes.pull)
+            here = jnp.where(some[0].layer == layer, 1, 0).astype(dtype)[:, None] * some[1]
+            into = Streams(*(_scatter(here, some[0], stream, c.shape) for stream, c in enumerate(mine)))
+            pulled = pull(mine, into)[0]
+            return both(lambda c, new: jax.lax.dynamic_update_slice_in_dim(c, new, first, 0), cotangent, pulled)
+
+        begun, begin = (jnp.sum(where, dtype=jnp.int32) for where in (targets.layer > layer, targets.layer >= layer))
+        edges = jax.lax.fori_loop(0, (begun + sizes.contract - 1) // sizes.contract, contract, edges)
+        return edges, jax.lax.fori_loop(0, (begin + sizes.pull - 1) // sizes.pull, through, cotangent)
+
+    empty = jnp.zeros((sizes.batch, layout.size), dtype)
+    edges, cotangent = jax.lax.fori_loop(0, targets.layer[0] + 1, block_step, (empty, cotangent))
     inputs = both(lambda c, h: jnp.einsum("tsm,sm->ts", c, h), cotangent, sources.boundary)
     return jax.lax.dynamic_update_slice(edges, jnp.concatenate(inputs, axis=1), (0, layout.layers * layout.per_layer))
+
+
+def _some(tree: Any, first: Array, count: int) -> Any:
+    """Returns `count` targets' part of a tree with a leading target axis."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count), tree)
 
 
 def _scatter(

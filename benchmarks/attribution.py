@@ -1,0 +1,208 @@
+"""Seconds per expanded node, on the golden pipeline and on a middle size; compilation apart.
+
+1. `golden`: the reference's small pipeline and its transcoders, the target of golden graph 0.
+2. `middle`: 8 double- and 4 single-stream blocks, width 512, 256 image and 64 text tokens, 4,096 features per site, random
+   weights, encoder biases such that about 7% of the features are active; the target lies in img block 7.
+3. Each is traced once to compile, then five times; the median counts. It includes encoding the trace, expansion,
+   influence and compaction, and not the capture, as the reference's figure does not either.
+4. Beside it stands a floor: the multiplications that cannot be avoided, counted, over the rate of a matrix product
+   measured in the same run. Machines are shared and noisy: compare ratios within one run.
+
+    python benchmarks/attribution.py [--size golden|middle] [--threads 1]
+
+Reference (PyTorch, one thread, same sizes): 0.213 s per node on the middle size at threshold 1e-4.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+PARSER.add_argument("--size", choices=["golden", "middle", "both"], default="both", help="what to trace")
+PARSER.add_argument("--threads", type=int, default=1, help="processor threads; 0 leaves the choice to XLA")
+PARSER.add_argument("--nodes", type=int, default=100, help="features to expand")
+PARSER.add_argument(
+    "--expansion-batch", type=int, default=50, help="features expanded between computations of influence"
+)
+PARSER.add_argument("--min-attribution", type=float, default=1e-4, help="smallest edge kept")
+PARSER.add_argument("--repeats", type=int, default=5, help="runs whose median is taken")
+
+ARGS = PARSER.parse_args() if __name__ == "__main__" else PARSER.parse_args([])
+if ARGS.threads == 1 and __name__ == "__main__":
+    # One core, and one thread in XLA's pool: both must be set before JAX starts.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+import jax  # noqa: E402  (after the settings above)
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from difffract_jax.circuits.attribution import attribute, source_table, strongest_feature  # noqa: E402
+from difffract_jax.circuits.feature import Feature  # noqa: E402
+from difffract_jax.circuits.replacement import prepare  # noqa: E402
+from difffract_jax.circuits.trace import Trace, capture  # noqa: E402
+from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
+from difffract_jax.models.mmdit import FluxConfig  # noqa: E402
+from difffract_jax.models.tiny import random_pipeline  # noqa: E402
+from difffract_jax.transcoders.transcoder import TranscoderSet, random_transcoders  # noqa: E402
+
+REFERENCE = Path(__file__).parents[1] / "tests" / "data" / "reference"
+MIDDLE = FluxConfig(
+    depth_double=8,
+    depth_single=4,
+    heads=8,
+    head_dim=64,
+    rope_axes=(16, 24, 24),
+    in_channels=64,
+    out_channels=64,
+    text_width=256,
+    pooled_width=128,
+    guidance=False,
+)
+ACTIVE = 0.07
+REFERENCE_SECONDS = {"middle": 0.213}
+"""The reference's seconds per expanded node, measured with PyTorch 2.13 on one thread of a 2-core Xeon with AVX-512."""
+
+
+def golden() -> tuple[Trace, TranscoderSet, Feature]:
+    """The trace of golden graph 0, but for its starting noise."""
+    pipe, tcs = load_pipeline(REFERENCE / "pipeline"), load_transcoders(REFERENCE / "transcoders")
+    prompt = json.loads((REFERENCE / "golden_graph_0.json").read_text())["target"]["prompt"]
+    noise = np.load(REFERENCE / "golden_forward.npz")["p0_initial_latents"]
+    size = {"height": 96, "width": 96, "text_tokens": 16}
+    trace = capture(pipe, tcs, prompt, step=1, latents=noise, include_padding=True, **size)
+    return trace, tcs, Feature.parse("img/2/f326@14")
+
+
+def middle() -> tuple[Trace, TranscoderSet, Feature]:
+    """A random trace of the middle size, with encoder biases at the quantile of the recorded inputs."""
+    pipe, tcs = random_pipeline(transformer=MIDDLE), random_transcoders(MIDDLE, features=4096)
+    trace = capture(
+        pipe,
+        tcs,
+        "a red circle left of a blue square",
+        step=1,
+        height=128,
+        width=128,
+        text_tokens=64,
+        include_padding=True,
+    )
+    for stack, inputs in zip((tcs.img, tcs.txt), trace.record.mlp_in, strict=True):
+        for layer, x in enumerate(inputs):
+            u = np.asarray(x @ stack.enc.kernel[layer])
+            stack.enc.bias[...] = stack.enc.bias[...].at[layer].set(-np.quantile(u, 1 - ACTIVE))
+    return trace, tcs, strongest_feature(trace, tcs, "img", 7)
+
+
+def describe(trace: Trace, tcs: TranscoderSet) -> dict[str, Any]:
+    """Returns the sizes that decide how long a trace takes."""
+    values = prepare(trace, tcs).sources.values
+    return {
+        "blocks": trace.record.mlp_in.img.shape[0],
+        "tokens": [rows.shape[1] for rows in trace.record.mlp_in],
+        "width": trace.record.boundary.img.shape[1],
+        "features": tcs.config.features,
+        "active": [round(float(np.mean(np.asarray(v) > 0) * v.shape[2]), 1) for v in values],
+        "places": [v.shape[2] for v in values],
+    }
+
+
+def floor_flops(trace: Trace, tcs: TranscoderSet, blocks: np.ndarray) -> float:
+    """Counts the multiplications and additions that targets in the given blocks need.
+
+    Per block below the target's and token: two projections (values and output) of width x width, the pattern applied to
+    values, and one product per active feature.
+    """
+    values = prepare(trace, tcs).sources.values
+    rows = sum(v.shape[1] for v in values)
+    width = trace.record.boundary.img.shape[1]
+    active = sum(np.sum(np.asarray(v) > 0, axis=(1, 2)) for v in values)
+    per_block = 4 * rows * width**2 + 2 * rows**2 * width
+    depth = blocks - trace.info.first_block
+    return float(sum((d + 1) * per_block + 2 * width * active[:d].sum() for d in depth))
+
+
+def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
+    """Returns the best floating-point operations per second of a float32 matrix product, size x size."""
+    a = jnp.ones((size, size), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    product(a).block_until_ready()
+    return max(2 * size**3 / seconds(lambda: product(a).block_until_ready()) for _ in range(repeats))
+
+
+def seconds(work: Any) -> float:
+    """Returns how long `work()` takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dict[str, Any]:
+    """Traces repeatedly; returns settings and figures."""
+    settings = {
+        "max_nodes": ARGS.nodes,
+        "expansion_batch": ARGS.expansion_batch,
+        "min_attribution": ARGS.min_attribution,
+    }
+
+    def run() -> Any:
+        return attribute(trace, tcs, target=target, **settings)
+
+    begin = time.perf_counter()
+    graph = run()
+    first = time.perf_counter() - begin
+    rate = matmul_rate()
+    times = sorted(seconds(run) for _ in range(ARGS.repeats))
+    nodes = len(graph.target_node)
+    per_node = times[len(times) // 2] / nodes
+    floor = floor_flops(trace, tcs, graph.node_block[graph.target_node].astype(int)) / rate / nodes
+    result = {
+        "size": name,
+        **describe(trace, tcs),
+        **settings,
+        "target": str(target),
+        "expanded": nodes,
+        "edges": int(graph.edge_source.size),
+        "sources": int(source_table(prepare(trace, tcs), trace.info).kind.size),
+        "first run, with compilation, s": round(first, 2),
+        "runs, s": [round(t, 3) for t in times],
+        "median s per node": round(per_node, 5),
+        "matmul GFLOP/s": round(rate / 1e9, 1),
+        "floor s per node": round(floor, 5),
+        "floor over measured": round(floor / per_node, 3),
+    }
+    if name in REFERENCE_SECONDS:
+        result["reference over measured"] = round(REFERENCE_SECONDS[name] / per_node, 2)
+    return result
+
+
+def main() -> None:
+    """Prints the machine, then one block per size."""
+    record = {
+        "machine": platform.processor() or platform.machine(),
+        "cpu": next(
+            (l.split(": ")[1] for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")),
+            "?",
+        )
+        if Path("/proc/cpuinfo").exists()
+        else "?",
+        "devices": [str(device) for device in jax.devices()],
+        "threads": ARGS.threads,
+        "load": os.getloadavg(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+    sys.stdout.write(json.dumps(record, indent=1) + "\n")
+    for name, make in (("golden", golden), ("middle", middle)):
+        if ARGS.size in (name, "both"):
+            sys.stdout.write(json.dumps(measure(name, *make()), indent=1) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
