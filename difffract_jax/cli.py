@@ -17,6 +17,7 @@ import typer
 
 from difffract_jax import __version__
 from difffract_jax import options as opt
+from difffract_jax.cli_organism import organism
 from difffract_jax.config import (
     ConvertConfig,
     DemoConfig,
@@ -36,6 +37,7 @@ STYLE: dict[str, Any] = {
 app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
 convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
+app.add_typer(organism, name="organism")
 
 
 def main() -> None:

@@ -41,9 +41,12 @@ from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.sharding import MMDIT, shardings
+from difffract_jax.sums import check_sums
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
 C = TypeVar("C")
+ORGANISM = Path(__file__).parent / "organism" / "weights"
+"""The embedded model, a diffusers directory."""
 
 
 def load_pipeline(
@@ -52,7 +55,7 @@ def load_pipeline(
     """Loads a FLUX pipeline.
 
     Args:
-        model: a directory that `save_pipeline` wrote, or a diffusers directory.
+        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, or a diffusers directory.
         dtype: type of the weights in memory.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
@@ -61,6 +64,7 @@ def load_pipeline(
         UserError: when `model` is neither, or is damaged; the message says what to do.
     """
     path = _model_path(model)
+    check_sums(path)
     if is_diffusers_directory(path):
         return convert_pipeline(path, dtype=dtype, sharding=sharding)
     record = _read_kind(path, "pipeline")
@@ -239,7 +243,7 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
 
 def _model_path(model: str | Path) -> Path:
     if str(model) == "organism":
-        raise UserError("`organism`, the embedded model, comes with a later release; give a directory.")
+        return ORGANISM
     path = Path(model)
     if path.suffix == ".safetensors" and path.is_file():
         raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")

@@ -167,7 +167,9 @@ def ablations(pipe: Pipeline, size: int, *, progress: Progress | None = None) ->
     for stream, layer in sites(config):
         name = f"{stream}/{layer}"
         shares = {kind: right((stream, layer), value, name) for kind, value in (("mean", mean), ("zero", zero))}
-        rows.append({"site": name, "images": size, "whole": whole} | shares | {"points lost": 100 * (whole - shares["mean"])})
+        rows.append(
+            {"site": name, "images": size, "whole": whole} | shares | {"points lost": 100 * (whole - shares["mean"])}
+        )
     return rows
 
 

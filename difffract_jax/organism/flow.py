@@ -1,10 +1,10 @@
 """Training of the transformer by rectified flow (arXiv 2209.03003), on latents and text embeddings made beforehand.
 
-1. A pool of scenes is drawn, encoded by the frozen autoencoder (posterior mean, shifted, scaled, packed) and by the frozen
-   text encoders.
-2. One step draws rows of the pool, noise e and times t, uniform in [0, 1] for most and one of schnell's four for the rest,
-   and takes a gradient of mean |v(z_t, t) - (e - x)|^2 at z_t = (1 - t) x + t e. The velocity points from data to noise,
-   as FLUX's does: one Euler step is z + (t_next - t) v.
+1. A pool of scenes is drawn, encoded by the frozen autoencoder (posterior mean, shifted, scaled, packed) and by the
+   frozen text encoders.
+2. One step draws rows of the pool, noise e and times t, uniform in [0, 1] for most and one of schnell's four for the
+   rest, and takes a gradient of mean |v(z_t, t) - (e - x)|^2 at z_t = (1 - t) x + t e. The velocity points from data to
+   noise, as FLUX's does: one Euler step is z + (t_next - t) v.
 3. Muon for the matrices of the blocks, Adam for the rest (biases, norms, the layers that read and write channels).
 4. The learning rate is flat and then falls linearly to zero, twice: the second, shorter run starts warm from the first.
 5. Samples are drawn from an exponential moving average of the weights.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float32, Key
 
 from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
@@ -124,7 +124,9 @@ def batch(recipe: FlowRecipe, seed: int, step: int, pool: Rows) -> Rows:
     return Rows(*(part[rows] for part in pool))
 
 
-def train_step(recipe: FlowRecipe, state: FlowState, rows: Rows, key: Key[Array, ""]) -> tuple[FlowState, dict[str, Array]]:
+def train_step(
+    recipe: FlowRecipe, state: FlowState, rows: Rows, key: Key[Array, ""]
+) -> tuple[FlowState, dict[str, Array]]:
     """Takes one step; returns the new state and the loss."""
     keys = jax.random.split(key, 4)
     count = rows.latents.shape[0]

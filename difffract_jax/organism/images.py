@@ -1,7 +1,7 @@
 """Training of the autoencoder on the world's scenes.
 
-1. Loss of one image x in [-1, 1]: mean |x - x^| + mean (x - x^)^2 + `kl` * mean KL(posterior || N(0, 1)), x^ decoded from
-   a sample of the posterior. The first term keeps edges sharp, the second outliers rare, the third latents smooth.
+1. Loss of one image x in [-1, 1]: mean |x - x^| + mean (x - x^)^2 + `kl` * mean KL(posterior || N(0, 1)), x^ decoded
+   from a sample of the posterior. The first term keeps edges sharp, the second outliers rare, the third latents smooth.
 2. Adam, linear warm-up, then a cosine to zero.
 3. Afterwards the latents' mean and standard deviation over all channels are measured: shift factor and one over scaling
    factor, so that the transformer sees latents of about unit variance, as FLUX's does.

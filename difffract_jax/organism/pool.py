@@ -28,15 +28,13 @@ AT_ONCE = 128
 
 
 @jax.jit
-def encode_images(
-    vae: Autoencoder, images: Float[Array, "scene row column rgb"]
-) -> Float[Array, "scene h w latent"]:
+def encode_images(vae: Autoencoder, images: Float[Array, "scene row column rgb"]) -> Float[Array, "scene h w latent"]:
     """Returns the posterior means of images in [0, 1], not shifted and not scaled."""
     return jax.vmap(lambda image: vae.encode(2 * image - 1)[0])(images)
 
 
 def measure_latents(vae: Autoencoder, seed: int, batches: int = 8) -> tuple[float, float]:
-    """Returns scaling and shift factor: one over the standard deviation, and the mean, over all latents and channels."""
+    """Returns scaling and shift factor: one over the standard deviation, and the mean, of all latents together."""
     latents = [np.asarray(encode_images(vae, scenes(seed, i, AT_ONCE).images()), np.float64) for i in range(batches)]
     joined = np.concatenate(latents)
     return 1 / float(joined.std()), float(joined.mean())

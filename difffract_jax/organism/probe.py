@@ -1,7 +1,7 @@
 """Where the organism binds colours to nouns: linear probes, and a replacement test of the text encoder.
 
-1. Probe: from the state of a noun's token, read the colour that the caption gives to that noun, by ridge regression onto
-   one-hot colours, fitted on training contents and tested on held-out ones. Chance is one in eight. Probed are T5's
+1. Probe: from the state of a noun's token, read the colour that the caption gives to that noun, by ridge regression
+   onto one-hot colours, fitted on training contents and tested on held-out ones. Chance is one in eight. Probed are T5's
    embedding, T5's output, and the text tokens after every block of the transformer at the first step, where the image
    stream is noise and can tell nothing.
 2. Replacement: every T5 state becomes the mean state of its word at its position, over many captions. If binding stays
@@ -21,11 +21,12 @@ from difffract_jax.models.batch import draw
 from difffract_jax.models.blocks import join
 from difffract_jax.models.mmdit import Inputs, run_double, run_single
 from difffract_jax.models.pipeline import Pipeline, Run, plan_run
+from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import FIRST_SEED, WORLD_SEED, held_out, see, share
 from difffract_jax.organism.render import NOUNS
 from difffract_jax.organism.scorer import judge
 from difffract_jax.organism.text import Prompts, encode_all, tokenise
-from difffract_jax.organism.world import COLOUR_NAMES, Scenes, scenes
+from difffract_jax.organism.world import Scenes, scenes
 
 RIDGE = 1e-3
 """Penalty of the regression, relative to the mean square of the states."""

@@ -1,7 +1,7 @@
 """Drawing the organism's world: flat figures with a soft shadow on a calm background, 48 x 48 pixels.
 
-1. A figure is a function of unit coordinates (u to the right, v downwards, the figure within [-1, 1]) that returns signed
-   distances, negative inside: of its body, and of its accent (a tomato's calyx, a carrot's tuft), where it has one.
+1. A figure is a function of unit coordinates (u to the right, v downwards, the figure within [-1, 1]) that returns
+   signed distances, negative inside: of its body, and of its accent (a tomato's calyx, a carrot's tuft) if it has one.
 2. Distances times the radius in pixels become coverage by a ramp one pixel wide, which smooths the edges.
 3. Every figure is lit from above, has a darker rim and drops a shadow; figures are laid over the background in order.
 
@@ -89,9 +89,7 @@ def _lemon(u: Plane, v: Plane) -> Distances:
 
 
 def _tomato(u: Plane, v: Plane) -> Distances:
-    calyx = np.minimum(
-        _ellipse(u, v + np.float32(0.56), 0.50, 0.17), _box(u, v + np.float32(0.80), 0.12, 0.20)
-    )
+    calyx = np.minimum(_ellipse(u, v + np.float32(0.56), 0.50, 0.17), _box(u, v + np.float32(0.80), 0.12, 0.20))
     return _ellipse(u, v - np.float32(0.16), 0.95, 0.80), calyx
 
 

@@ -2,8 +2,8 @@
 
 1. Pixels that differ from the empty background by more than a shadow does, joined where they touch, are components;
    those under `SMALLEST` pixels are specks.
-2. Colour: every pixel of a component votes for the nearest colour of the palette, or for the accent, which does not count.
-   Less than `MAJORITY` of the votes for one colour, or pixels far from it, make the colour unreadable.
+2. Colour: every pixel inside a component votes for the nearest colour of the palette, or for the accent, which does not
+   count. Less than `MAJORITY` of the votes for one colour, or pixels far from it, make the colour unreadable.
 3. Kind: each figure is drawn in that colour over the background, with the component's area and centre of mass, and
    compared: the share of the component's energy that it leaves unexplained. The least one wins;
    above `UNEXPLAINED` the kind is unreadable.
@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 from scipy import ndimage, stats
 
+from difffract_jax.organism.captions import PLACES, RELATIONS
 from difffract_jax.organism.render import ACCENT, COLOURS, NOUNS, PALETTE, SIDE, background, coverage, draw
-from difffract_jax.organism.world import PLACES, RADII, RELATIONS, Scenes
+from difffract_jax.organism.world import RADII, Scenes
 
 FOREGROUND = 0.22
-"""Euclidean distance from the background, in RGB in [0, 1], above which a pixel belongs to an object; shadows stay below."""
+"""Euclidean distance from the background, RGB in [0, 1], above which a pixel belongs to an object; shadows stay below."""
 SMALLEST, LARGEST_SPECK = 14, 5
 """Pixels of the smallest object; of the largest speck that is overlooked. Between them lies an unreadable object."""
 CORE = 0.65

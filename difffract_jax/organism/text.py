@@ -6,8 +6,8 @@ transformer. So the encoders learn as little as they may:
 1. T5: every token's state shall be `code[word] + code[position]`, fixed orthonormal directions scaled to unit variance,
    padding included. FLUX gives text no rotary positions, so T5 must carry them; it has relative biases alone and has to
    find positions by attention. A state that held anything of its neighbours would miss its target.
-2. CLIP: its position table stays zero. With one layer, the pooled state is then the same whatever the order of the words:
-   a bag of words, relation word included. A linear head, dropped afterwards, reads from it which words there are.
+2. CLIP: its position table stays zero. With one layer, the pooled state is then the same whatever the order of the
+   words: a bag of words, relation word included. A linear head, dropped afterwards, reads from it which words there are.
 3. Half of the prompts are captions, half random words of random number, so that no word's position can be guessed.
 
 Both train together with Adam and a cosine to zero.
@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.t5 import T5Config, T5Encoder
-from difffract_jax.models.tokenizers import Tokenizers
+from difffract_jax.models.tokenizers import SPACE, Tokenizers
 from difffract_jax.organism.recipe import TextRecipe
-from difffract_jax.organism.vocabulary import CLIP_TOKENS, SPACE, TEXT_TOKENS, WORDS
+from difffract_jax.organism.vocabulary import CLIP_TOKENS, TEXT_TOKENS, WORDS
 from difffract_jax.organism.world import scenes
 
 T5_SPECIAL = 4
@@ -61,7 +61,9 @@ class Prompts(NamedTuple):
 
 def t5_config() -> T5Config:
     """Returns the organism's T5: 2 layers, width 96."""
-    return T5Config(vocab=T5_SPECIAL + len(WORDS), d_model=96, d_kv=24, d_ff=192, layers=2, heads=4, buckets=64, max_distance=32)
+    return T5Config(
+        vocab=T5_SPECIAL + len(WORDS), d_model=96, d_kv=24, d_ff=192, layers=2, heads=4, buckets=64, max_distance=32
+    )
 
 
 def clip_config(tokenizers: Tokenizers) -> CLIPConfig:

@@ -1,7 +1,7 @@
 """The organism's training, from nothing to a pipeline, resumable at any moment.
 
-1. Three stages, each a pure `state, metrics = step(state, batch, key)`: `text`, then `images`, then `flow`, which needs the
-   results of the other two and a pool of encoded scenes.
+1. Three stages, each a pure `state, metrics = step(state, batch, key)`: `text`, then `images`, then `flow`, which needs
+   the results of the other two and a pool of encoded scenes.
 2. Batch and key of a step depend on the seed and on the step's number alone. A run that was interrupted and resumed
    therefore ends with the very same weights as one that was not.
 3. Every `save_every` steps, at the end of a stage, and when the run is interrupted, the stage's state replaces its
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
@@ -65,7 +64,9 @@ class Stage(NamedTuple):
     key: Key[Array, ""]
 
 
-def train(recipe: OrganismRecipe, directory: Path, *, resume: bool = False, progress: Progress | None = None) -> Pipeline:
+def train(
+    recipe: OrganismRecipe, directory: Path, *, resume: bool = False, progress: Progress | None = None
+) -> Pipeline:
     """Trains the organism.
 
     Args:

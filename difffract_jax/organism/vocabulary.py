@@ -1,7 +1,7 @@
 """The organism's two tokenizers: one token per word of the world, in the file formats of FLUX's.
 
-1. `WORDS` is the closed vocabulary, in a fixed order; a token's id is its place in the files that ship with the weights.
-2. T5: a Unigram tokenizer with one piece per word and none for single characters, so that any other word is unknown. Its
+1. `WORDS` is the closed vocabulary, in a fixed order; a token's id is its place in the files that ship with the model.
+2. T5: a Unigram tokenizer with one piece per word and none for single characters, so that other words are unknown. Its
    configuration says `closed_vocabulary`, and `encode_prompt` therefore refuses unknown words by name.
 3. CLIP: a byte-pair tokenizer whose merges rebuild every word, learned from the list of words; ties go to the pair that
    comes first in the alphabet, so that the result never changes.
@@ -13,9 +13,9 @@ from collections import Counter
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from difffract_jax.models.tokenizers import Tokenizers
+from difffract_jax.models.tokenizers import SPACE, Tokenizers
+from difffract_jax.organism.captions import COLOUR_NAMES, SIZE_NAMES
 from difffract_jax.organism.render import NOUNS
-from difffract_jax.organism.world import COLOUR_NAMES, SIZE_NAMES
 
 WORDS = (
     *("a", "an", "and", "at", "image", "is", "of", "on", "picture", "the", "there", "to", "with"),
@@ -28,7 +28,6 @@ WORDS = (
 
 TEXT_TOKENS, CLIP_TOKENS = 20, 20
 """Length of a prompt, closing token included; the longest caption has 16 words."""
-SPACE = "\u2581"
 
 
 def make_tokenizers() -> Tokenizers:

@@ -1,7 +1,7 @@
 """The organism's world: scenes of one to three objects, and captions that say what is in them.
 
-1. An object is a noun, a colour and a size. Shapes take any of eight colours; concepts (lemon, tomato, leaf, carrot) are
-   always drawn in the one colour of their own, their prior.
+1. An object is a noun, a colour and a size. Shapes take any of eight colours; concepts (lemon, tomato, leaf, carrot)
+   are always drawn in the one colour of their own, their prior.
 2. A scene places one object (anywhere near the middle, or at a named side), two (beside or above one another) or three.
 3. A caption names every object, mostly without the size, and the arrangement in one of several wordings. Concepts are
    mostly named without a colour; `CONTRADICTING` of them are named in a colour they do not have, and drawn in their
@@ -19,36 +19,21 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from difffract_jax.organism.render import COLOURS, NOUNS, SIDE, draw
+from difffract_jax.organism.captions import (
+    COLOUR_NAMES,
+    CONCEPTS,
+    PLACES,
+    RELATIONS,
+    SIZE_NAMES,
+    caption,
+    named_as,
+    object_phrase,
+    parse,
+)
+from difffract_jax.organism.render import NOUNS, draw
 
-CONCEPTS = {"lemon": "yellow", "tomato": "red", "leaf": "green", "carrot": "orange"}
-"""Noun -> the colour it always has."""
-
-COLOUR_NAMES = tuple(COLOURS)
-SIZE_NAMES = ("small", "big")
 RADII = ((5.8, 6.6), (8.2, 9.0))
 """Smallest and largest radius in pixels of a small and of a big object."""
-
-RELATIONS = ("left", "right", "above", "below", "and")
-"""Where the first of two objects is, seen from the second; "and" leaves it open."""
-PLACES = ("left", "right", "top", "bottom", "middle")
-"""Where a single object is; "middle" is not said."""
-
-PREFIXES = ("", "", "", "a picture of ", "an image of ", "there is ")
-RELATION_WORDS = {
-    "left": (" left of ", " to the left of ", " on the left of "),
-    "right": (" right of ", " to the right of ", " on the right of "),
-    "above": (" above ", " over "),
-    "below": (" below ", " under "),
-    "and": (" and ", " and ", " with "),
-}
-PLACE_WORDS = {
-    "left": (" on the left", " at the left"),
-    "right": (" on the right", " at the right"),
-    "top": (" at the top",),
-    "bottom": (" at the bottom",),
-    "middle": ("",),
-}
 
 CONCEPT_SHARE = 0.35
 """Share of objects that are concepts."""
@@ -146,6 +131,34 @@ def scenes(seed: int, batch: int, size: int, split: Split = "train", counts: tup
     return joined.take(np.arange(size))
 
 
+def from_caption(text: str, copies: int = 1) -> Scenes:
+    """Returns scenes as a caption asks for them, for drawing or judging; what it leaves open is drawn.
+
+    Args:
+        text: a caption of the grammar.
+        copies: how many scenes.
+
+    Raises:
+        UserError: if it is no caption, see `captions.parse`.
+    """
+    parsed = parse(text)
+    rng = np.random.default_rng(0)
+    number = len(parsed.objects)
+    count, shape = np.full(copies, number), (copies, SLOTS)
+    kind, colour, named, size = (np.zeros(shape, int) for _ in range(4))
+    for slot, thing in enumerate(parsed.objects):
+        kind[:, slot] = NOUNS.index(thing.noun)
+        colour[:, slot] = COLOUR_NAMES.index(CONCEPTS.get(thing.noun, thing.colour))
+        named[:, slot] = COLOUR_NAMES.index(thing.colour) if thing.colour else -1
+        size[:, slot] = SIZE_NAMES.index(thing.size) if thing.size else rng.integers(0, 2, copies)
+    names = PLACES if number == 1 else RELATIONS
+    arrangement = np.full(copies, names.index(parsed.arrangement) if number < 3 else -1)
+    radius = np.array(RADII, np.float32).mean(axis=1)[size]
+    centre = _place(rng, count, arrangement)
+    held_out = _held_out(count, kind, colour, named, arrangement)
+    return Scenes(count, kind, colour, named, size, arrangement, centre, radius, (text,) * copies, held_out)
+
+
 def concatenate(parts: list[Scenes]) -> Scenes:
     """Puts batches of scenes behind one another."""
     arrays = [part._replace(captions=np.array(part.captions, object)) for part in parts]
@@ -236,39 +249,17 @@ def _captions(
     arrangement: np.ndarray,
 ) -> tuple[str, ...]:
     """Puts scenes into words."""
-    chance = rng.random((len(count), 2))
+    wording = rng.random((len(count), 2))
     lines = []
-    for row in range(len(count)):
+    for row, number in enumerate(count.tolist()):
         phrases = [
-            object_phrase(NOUNS[kind[row, slot]], _name(COLOUR_NAMES, named[row, slot]), _name(SIZE_NAMES, size[row, slot]))
-            for slot in range(count[row])
+            object_phrase(
+                NOUNS[kind[row, slot]], named_as(COLOUR_NAMES, named[row, slot]), named_as(SIZE_NAMES, size[row, slot])
+            )
+            for slot in range(number)
         ]
-        pick = chance[row]
-        prefix = PREFIXES[int(pick[0] * len(PREFIXES))]
-        if count[row] == 1:
-            words = PLACE_WORDS[PLACES[arrangement[row]]]
-            lines.append(prefix + phrases[0] + words[int(pick[1] * len(words))])
-        elif count[row] == 2:
-            words = RELATION_WORDS[RELATIONS[arrangement[row]]]
-            lines.append(prefix + phrases[0] + words[int(pick[1] * len(words))] + phrases[1])
-        else:
-            lines.append(prefix + " and ".join(phrases))
+        lines.append(caption(phrases, int(arrangement[row]), wording[row]))
     return tuple(lines)
-
-
-def _name(names: tuple[str, ...], index: int) -> str:
-    return names[index] if index >= 0 else ""
-
-
-def object_phrase(noun: str, colour: str = "", size: str = "") -> str:
-    """Returns how a caption names an object.
-
-    Example:
-        >>> object_phrase("circle", "orange"), object_phrase("lemon", size="big")
-        ('an orange circle', 'a big lemon')
-    """
-    words = " ".join(word for word in (size, colour, noun) if word)
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def _held_out(
@@ -288,7 +279,9 @@ def _held_out(
             first, second = second, first
             name = {"right": "left", "below": "above"}.get(name, name)
         hashed = zlib.crc32(f"{first} {name} {second}".encode()) % HELD_OUT_SHARE == 0
-        sides = {"left": ("left", "right"), "above": ("top", "bottom"), "and": ("", "")}[name] if number == 2 else (name,)
+        sides = (
+            {"left": ("left", "right"), "above": ("top", "bottom"), "and": ("", "")}[name] if number == 2 else (name,)
+        )
         out[row] = hashed or any((what, side) in placed for what, side in zip((first, second), sides, strict=False))
     return out
 
