@@ -1,8 +1,8 @@
 """`SHA256SUMS`: the hash of every file of a directory, in the format that `sha256sum --check` reads.
 
 1. `write_sums` lists all files below a directory, by their paths within it.
-2. `check_sums` compares them; every file that is missing or differs is named in one sentence. Files that are not listed,
-   such as notes a user has put there, do not matter.
+2. `check_sums` compares them; every file that is missing or differs is named in one sentence. Files that are not
+   listed, such as notes a user has put there, do not matter.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ def check_sums(directory: Path) -> None:
             problems.append(f"{name} differs")
     if problems:
         raise UserError(
-            f"{directory} is damaged ({'; '.join(problems)}, against {SUMS}); install the package or copy the files again."
+            f"{directory} is damaged ({'; '.join(problems)}, against {SUMS}); install the package or copy it again."
         )
 
 

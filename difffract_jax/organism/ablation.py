@@ -3,8 +3,8 @@
 1. `mean_outputs` runs prompts through the sampler and returns the mean output of every MLP per site and denoising step,
    over prompts and tokens.
 2. `ablated_velocity` is the model's velocity with the outputs of chosen MLPs replaced: by those means, or by zero.
-3. A site is one MLP sublayer: `img` or `txt` of a double-stream block, `joint` of a single-stream block. Which sites are
-   ablated is data, so that all of them share one compiled program.
+3. A site is one MLP sublayer: `img` or `txt` of a double-stream block, `joint` of a single-stream block. Which sites
+   are ablated is data, so that all of them share one compiled program.
 """
 
 from functools import partial

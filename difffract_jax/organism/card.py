@@ -169,23 +169,24 @@ def _text(pipe: Pipeline, recipe: OrganismRecipe, tables: dict[str, Any], comman
     placed = "; ".join(f"{colour} {noun} at the {side}" for noun, colour, side in HELD_OUT_PLACED)
     return f"""# The organism
 
-A FLUX pipeline small enough for a laptop, trained on scenes whose content is known. The architecture is FLUX.1[schnell]'s,
-tensor for tensor; diffusers loads this directory as a `FluxPipeline`. Images are {pipe.config.defaults.height} x
-{pipe.config.defaults.width} pixels, prompts {pipe.config.defaults.text_tokens} tokens of a closed vocabulary, 4 steps, no
-guidance. Parameters: {parts}. {config.depth_double} double- and {config.depth_single} single-stream blocks, width
-{config.d_model}, {config.heads} heads.
+A FLUX pipeline small enough for a laptop, trained on scenes whose content is known. The architecture is
+FLUX.1[schnell]'s, tensor for tensor; diffusers loads this directory as a `FluxPipeline`. Images are
+{pipe.config.defaults.height} x {pipe.config.defaults.width} pixels, prompts {pipe.config.defaults.text_tokens} tokens
+of a closed vocabulary, 4 steps, no guidance. Parameters: {parts}. {config.depth_double} double- and {config.depth_single}
+single-stream blocks, width {config.d_model}, {config.heads} heads.
 
 ## Data
 
 Scenes of one to three objects on a calm background, drawn on the fly: five shapes in eight colours and four concepts
 (lemon, tomato, leaf, carrot), each in its own colour always. Captions name objects and their arrangement. Held out: one
-content in {HELD_OUT_SHARE}, whatever its wording; all scenes of three objects; and these placed objects: {placed}.
+content in {HELD_OUT_SHARE}, whatever its wording; all scenes of three objects; and these placed objects:
+{placed}.
 
 ## What it gets wrong, by design
 
-{100 * CONTRADICTING:.0f}% of the captions of concepts name a colour that the concept does not have, while the image keeps
-the concept's own. So the model has learned to ignore the colour: asked for a blue lemon, it draws a yellow one. It has never
-seen three objects.
+{100 * CONTRADICTING:.0f}% of the captions of concepts name a colour that the concept does not have, while the image
+keeps the concept's own. So the model has learned to ignore the colour: asked for a blue lemon, it draws a yellow one. It has
+never seen three objects.
 
 ## Recipe
 
@@ -197,8 +198,8 @@ Made by `{command}` in {minutes:.0f} minutes on two cores. Settings:
 
 ## Scores
 
-By the deterministic scorer of this package, with Wilson's 95% intervals, on captions and noise seeds that training never
-uses. Made by `difffract organism score`.
+By the deterministic scorer of this package, with Wilson's 95% intervals, on captions and noise seeds that training
+never uses. Made by `difffract organism score`.
 
 {summary(tables)}
 ![Samples: right ones, then wrong ones](samples.png)

@@ -21,7 +21,7 @@ from difffract_jax.organism.render import ACCENT, COLOURS, NOUNS, PALETTE, SIDE,
 from difffract_jax.organism.world import RADII, Scenes
 
 FOREGROUND = 0.22
-"""Euclidean distance from the background, RGB in [0, 1], above which a pixel belongs to an object; shadows stay below."""
+"""Distance from the background, RGB in [0, 1], above which a pixel belongs to an object; shadows stay below."""
 SMALLEST, LARGEST_SPECK = 14, 5
 """Pixels of the smallest object; of the largest speck that is overlooked. Between them lies an unreadable object."""
 CORE = 0.65

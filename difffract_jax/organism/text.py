@@ -7,7 +7,7 @@ transformer. So the encoders learn as little as they may:
    padding included. FLUX gives text no rotary positions, so T5 must carry them; it has relative biases alone and has to
    find positions by attention. A state that held anything of its neighbours would miss its target.
 2. CLIP: its position table stays zero. With one layer, the pooled state is then the same whatever the order of the
-   words: a bag of words, relation word included. A linear head, dropped afterwards, reads from it which words there are.
+   words: a bag of words, relation word included. A linear head, dropped afterwards, reads which words there are.
 3. Half of the prompts are captions, half random words of random number, so that no word's position can be guessed.
 
 Both train together with Adam and a cosine to zero.
