@@ -172,8 +172,8 @@ def _text(pipe: Pipeline, recipe: OrganismRecipe, tables: dict[str, Any], comman
 A FLUX pipeline small enough for a laptop, trained on scenes whose content is known. The architecture is
 FLUX.1[schnell]'s, tensor for tensor; diffusers loads this directory as a `FluxPipeline`. Images are
 {pipe.config.defaults.height} x {pipe.config.defaults.width} pixels, prompts {pipe.config.defaults.text_tokens} tokens
-of a closed vocabulary, 4 steps, no guidance. Parameters: {parts}. {config.depth_double} double- and {config.depth_single}
-single-stream blocks, width {config.d_model}, {config.heads} heads.
+of a closed vocabulary, 4 steps, no guidance. Parameters: {parts}. {config.depth_double} double- and
+{config.depth_single} single-stream blocks, width {config.d_model}, {config.heads} heads.
 
 ## Data
 
@@ -185,8 +185,8 @@ content in {HELD_OUT_SHARE}, whatever its wording; all scenes of three objects; 
 ## What it gets wrong, by design
 
 {100 * CONTRADICTING:.0f}% of the captions of concepts name a colour that the concept does not have, while the image
-keeps the concept's own. So the model has learned to ignore the colour: asked for a blue lemon, it draws a yellow one. It has
-never seen three objects.
+keeps the concept's own. So the model has learned to ignore the colour: asked for a blue lemon, it draws a yellow one.
+It has never seen three objects.
 
 ## Recipe
 

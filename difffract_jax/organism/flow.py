@@ -94,7 +94,12 @@ def _optimizer(recipe: FlowRecipe) -> optax.GradientTransformation:
     schedule = learning_rate(recipe)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
-        optax.contrib.muon(schedule, muon_weight_dimension_numbers=dimensions, adam_b2=0.99),
+        optax.contrib.muon(
+            schedule,
+            muon_weight_dimension_numbers=dimensions,
+            adam_b2=0.99,
+            adam_learning_rate=lambda step: recipe.adam * schedule(step),
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from difffract_jax.config import Settings
 class ImageRecipe(Settings):
     """Training of the autoencoder."""
 
-    steps: int = Field(1400, ge=1)
+    steps: int = Field(2400, ge=1)
     """Steps."""
     batch: int = Field(8, ge=4)
     """Images in a step."""
@@ -46,8 +46,10 @@ class FlowRecipe(Settings):
     """Scenes in a step."""
     pool: int = Field(40960, ge=1)
     """Scenes that are drawn and encoded beforehand."""
-    learning_rate: float = Field(2e-3, gt=0)
-    """Learning rate of the flat part."""
+    learning_rate: float = Field(2e-2, gt=0)
+    """Muon's learning rate in the flat part."""
+    adam: float = Field(0.25, gt=0)
+    """Adam's learning rate, relative to Muon's."""
     warm_up: int = Field(50, ge=1)
     """Steps in which it is reached, in both runs."""
     flat_share: float = Field(0.6, gt=0, lt=1)
