@@ -157,6 +157,7 @@ def convert_check(
     converted: Annotated[
         Path | None, typer.Argument(help="Our directory of it; SOURCE converted in memory if left out.")
     ] = None,
+    tolerance: opt.Tolerance = 1e-5,
     json: opt.Json = False,
 ) -> None:
     """Compare a converted pipeline with the PyTorch one, block by block (needs the extra `torch`).
@@ -167,8 +168,14 @@ def convert_check(
     from difffract_jax.loading import load_pipeline
     from difffract_jax.report import emit
 
-    rows = check(source, load_pipeline(converted or source))
+    rows = check(source, load_pipeline(converted or source), tolerance=tolerance)
     emit({"blocks": [row._asdict() for row in rows]}, as_json=json)
+    wrong = [row.part for row in rows if not row.equal]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(rows)} parts differ from PyTorch's: {', '.join(wrong)}; convert the source again, "
+            "or allow for --dtype bf16 with --tolerance 2e-2."
+        )
 
 
 @app.command()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.pipelines import (
     Sharding,
@@ -40,7 +39,6 @@ from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, Pipeline
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.sharding import MMDIT, shardings
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
 C = TypeVar("C")
@@ -181,36 +179,6 @@ def convert_transcoders(
     tcs = load_transcoders(source, dtype=dtype)
     (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
     return tcs
-
-
-def check_transcoders_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
-    """Refuses transcoders of another width, or of sites that the model does not have.
-
-    Args:
-        tcs: the transcoders.
-        config: the model they shall be used with.
-    """
-    if tcs.config.d_model != config.d_model:
-        raise UserError(
-            f"The transcoders are {tcs.config.d_model} wide, but the model is {config.d_model} wide; "
-            "give transcoders that were trained on this model."
-        )
-    sites = [("img", layer) for layer in tcs.img_layers] + [("txt", layer) for layer in tcs.txt_layers]
-    absent = [f"{stream}/{layer}" for stream, layer in sites if not 0 <= layer < config.depth_double]
-    if absent:
-        raise UserError(
-            f"The transcoders are for the sites {', '.join(absent)}, but the model has double-stream blocks 0 to "
-            f"{config.depth_double - 1}; give transcoders that were trained on this model."
-        )
-
-
-def mesh_sharding(mesh: Mesh) -> Sharding:
-    """Returns the sharding that spreads a transformer over a mesh by its rules and repeats the other parts on it."""
-
-    def place(part: str, abstract: Any) -> Any:
-        return shardings(abstract, mesh, MMDIT) if part == "transformer" else NamedSharding(mesh, PartitionSpec())
-
-    return place
 
 
 def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> PipelineConfig:

@@ -10,9 +10,10 @@
 All modes are affine in the code: z' = scale * z + offset.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ from difffract_jax.models.mmdit import Inputs, MMDiT, run_double
 from difffract_jax.models.pipeline import GeneratedImage, Pipeline, Run, decode, encode, plan_run, sample, start
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
-Mode = Literal["zero", "scale", "invert", "set", "add"]
-Form = Literal["delta", "replace"]
+MODES = ("zero", "scale", "invert", "set", "add")
+FORMS = ("delta", "replace")
 STREAMS = ("img", "txt")
 LEAST_MAXIMUM = 1e-6
 """A feature's maximum counts as at least this where a threshold is a share of it, as in the reference."""
@@ -64,14 +65,16 @@ class Edit:
     """
 
     feature: Feature | Site | str
-    mode: Mode
-    amount: float = 1.0
+    mode: str
+    amount: float | int = 1.0
     steps: frozenset[int] | None = None
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UserError(f"An edit's mode must be one of {', '.join(get_args(Mode))}, but got {self.mode!r}.")
+        if self.mode not in MODES:
+            raise UserError(f"An edit's mode must be one of {', '.join(MODES)}, but got {self.mode!r}.")
+        if not math.isfinite(self.amount):
+            raise UserError(f"An edit's amount must be a finite number, but got {self.amount}.")
         if isinstance(self.feature, str):
             object.__setattr__(self, "feature", Feature.parse(self.feature))
         if self.threshold is not None and isinstance(self.feature, Site):
@@ -84,10 +87,10 @@ class Edit:
         """Scale and offset of the code."""
         return {
             "zero": (0.0, 0.0),
-            "scale": (self.amount, 0.0),
+            "scale": (float(self.amount), 0.0),
             "invert": (-1.0, 0.0),
-            "set": (0.0, self.amount),
-            "add": (1.0, self.amount),
+            "set": (0.0, float(self.amount)),
+            "add": (1.0, float(self.amount)),
         }[self.mode]
 
 
@@ -145,7 +148,7 @@ def steer(
     prompt: str,
     edits: Sequence[Edit],
     *,
-    form: Form = "delta",
+    form: str = "delta",
     replaced: Sequence[Site] = (),
     seed: int = 0,
     steps: int | None = None,
@@ -177,11 +180,13 @@ def steer(
     Raises:
         UserError: if an edit names a site, feature, position or step that does not exist, or a size does not fit.
     """
+    if form not in FORMS:
+        raise UserError(f"The form of edits must be one of {', '.join(FORMS)}, but got {form!r}.")
     check_fit(tcs, pipe.config.transformer)
     run = plan_run(pipe.config, steps=steps, height=height, width=width, text_tokens=text_tokens, guidance=guidance)
     edited = edit_model(pipe.transformer, tcs, edits, run, replaced)
     encoded = encode(pipe, prompt, run.text_tokens)
-    velocity = {"delta": delta_velocity, "replace": replace_velocity}[form]
+    velocity = delta_velocity if form == "delta" else replace_velocity
     final = sample(velocity, edited, run, encoded, start(pipe, run, seed, latents), progress=progress)
     return GeneratedImage(decode(pipe, final, run.grid), final, encoded.cut)
 

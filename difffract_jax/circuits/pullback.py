@@ -34,7 +34,7 @@ from difffract_jax.transcoders.transcoder import Transcoder
 GATHER_BYTES = 2**20
 """Decoder vectors gathered at a time: few enough to stay in a processor's cache until they have been used."""
 PULL_BYTES = 2**22
-"""Cotangents of one stream pair pulled through a block at a time on a processor, likewise; accelerators take them all."""
+"""Cotangents pulled through a block at a time on a processor, likewise; accelerators take them all."""
 CONTRACT_TARGETS = 32
 """Targets at most for which gathered decoder vectors are used together."""
 

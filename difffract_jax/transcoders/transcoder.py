@@ -11,11 +11,10 @@ y in place of x. A module is for one site and one denoising time; `TranscoderSet
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -199,20 +198,3 @@ def random_transcoders(
     layers = tuple(range(config.depth_double))
     stacks = [jax.vmap(build)(keys) for keys in jax.random.split(jax.random.key(seed), (2, len(layers)))]
     return TranscoderSet(stacks[0], stacks[1], layers, layers, shape, f"random:{seed}")
-
-
-def traced_sites(tcs: TranscoderSet, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which of the model's blocks have a transcoder, image and text, as booleans [layer]."""
-    return tuple(np.isin(np.arange(depth), layers) for layers in (tcs.img_layers, tcs.txt_layers))
-
-
-def over_layers(tcs: TranscoderSet, depth: int) -> Any:
-    """Returns both stacks spread over all of the model's blocks, zero where a block has no transcoder."""
-
-    def spread(stack: Transcoder | None, layers: tuple[int, ...]) -> Any:
-        if stack is None:
-            return None
-        index = np.array(layers)
-        return jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape[1:]), leaf.dtype).at[index].set(leaf), stack)
-
-    return spread(tcs.img, tcs.img_layers), spread(tcs.txt, tcs.txt_layers)

@@ -173,7 +173,7 @@ def trace(golden):
         ("img/2/f326#0", "is asked for at other steps than the traced one, 1"),
         ("txt/2/f324@15", "lies on padding, where transcoders are not used; name one of the prompt's own tokens, 0 to"),
         ("single/0/f1", "lies in the single-stream blocks, but only img and txt sites are traced."),
-        ("img/2/f326@5", "img/2/f326@5 is inactive there; it is active at the positions (values): 14 ("),
+        ("img/2/f326@8", "img/2/f326@8 is inactive there; it is active at the positions (values): 14 ("),
     ],
 )
 def test_a_target_that_cannot_be_traced_is_refused(golden, trace, target, sentence):
