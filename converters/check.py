@@ -118,7 +118,8 @@ def _transformer(
     model: MMDiT, given: TransformerInputs, record: TransformerRecord
 ) -> Iterator[tuple[str, Any, Any, int]]:
     guidance = None if given.guidance is None else jnp.float32(given.guidance)
-    inputs = Inputs(*map(jnp.asarray, (given.latents, given.text, given.pooled)), jnp.float32(given.t), guidance)
+    latents, text, pooled = map(jnp.asarray, (given.latents, given.text, given.pooled))
+    inputs = Inputs(latents, text, pooled, jnp.float32(given.t), guidance)
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
     first = record.double[0]
     yield "embeddings", (h, cond.vec), (Streams(first.img, first.txt), first.cond), 1

@@ -367,9 +367,9 @@ def _warn_cut(cut: str) -> None:
 def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
     """Returns the packed starting noise that --latents or --noise asks for; None leaves it to the seed."""
     if settings.latents is not None:
-        import numpy as np
+        from difffract_jax.files import read_array
 
-        return np.load(settings.latents, allow_pickle=False)
+        return read_array(settings.latents)
     if settings.noise == "jax":
         return None
     from converters.torch_files import torch_noise

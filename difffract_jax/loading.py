@@ -30,8 +30,17 @@ from converters.transcoders import (
     stacked_transcoders,
     transcoders_from_torch,
 )
-from difffract_jax.checkpoint import atomic_directory, load_tree, read_config, save_trees
+from difffract_jax.checkpoint import (
+    VERIFY_BELOW_BYTES,
+    atomic_directory,
+    leaf_paths,
+    load_tree,
+    read_config,
+    save_trees,
+    tree_hash,
+)
 from difffract_jax.config import UserError
+from difffract_jax.files import sample_hash
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -42,6 +51,8 @@ from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
 C = TypeVar("C")
+PARTS = ("transformer", "t5", "clip", "vae")
+"""The modules of a pipeline that hold weights."""
 
 
 def load_pipeline(
@@ -60,7 +71,7 @@ def load_pipeline(
     """
     path = _model_path(model)
     if is_diffusers_directory(path):
-        return convert_pipeline(path, dtype=dtype, sharding=sharding)
+        return identified(convert_pipeline(path, dtype=dtype, sharding=sharding), path)
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
@@ -69,7 +80,24 @@ def load_pipeline(
         )
         for name, abstract in _abstract_parts(config, dtype).items()
     }
-    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config)
+    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, source=record["content_hash"])
+
+
+def identified(pipe: Pipeline, path: Path) -> Pipeline:
+    """Gives a pipeline that was converted in memory the identity that images and graphs record.
+
+    Args:
+        pipe: the pipeline.
+        path: where its weights came from.
+
+    Returns:
+        The pipeline; its `source` is the content hash it would be saved under, or for weights too large to hash in
+        passing, that of their files' names, sizes, beginnings and ends.
+    """
+    parts = {name: getattr(pipe, name) for name in PARTS}
+    if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
+        return pipe._replace(source=tree_hash(parts))
+    return pipe._replace(source=f"sampled:{sample_hash(path)}")
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -80,7 +108,7 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         out: directory to write; it appears only when it is complete.
         overwrite: replace an existing directory.
     """
-    trees = {"transformer": pipe.transformer, "t5": pipe.t5, "clip": pipe.clip, "vae": pipe.vae}
+    trees = {name: getattr(pipe, name) for name in PARTS}
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")

@@ -12,9 +12,11 @@ from safetensors.numpy import save_file
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import ConversionError, save_tree
 from difffract_jax.config import UserError
+from difffract_jax.files import sample_hash
 from difffract_jax.loading import (
     convert_flux,
     convert_transcoders,
+    identified,
     load_pipeline,
     load_transcoders,
     save_pipeline,
@@ -58,10 +60,16 @@ def assert_equal(a, b):
 def test_a_saved_pipeline_is_the_converted_one(pipe, saved):
     loaded = load_pipeline(saved)
     assert loaded.config == pipe.config
+    assert loaded.source == pipe.source == json.loads((saved / "config.json").read_text())["content_hash"]
     assert_equal(loaded[:4], pipe[:4])
     for prompt in ("a red fox at dawn, oil painting", "", "héllo  Wörld"):
         ours, theirs = (encode_prompt(p.tokenizers, prompt, 12) for p in (loaded, pipe))
         assert all(np.array_equal(x, y) for x, y in zip(ours[:3], theirs[:3], strict=True))
+
+
+def test_large_weights_are_identified_by_samples_of_their_files(pipe, monkeypatch):
+    monkeypatch.setattr("difffract_jax.loading.VERIFY_BELOW_BYTES", 1000)
+    assert identified(pipe, PIPELINE).source == f"sampled:{sample_hash(PIPELINE)}"
 
 
 def test_a_pipeline_loads_in_the_type_that_is_asked_for(saved):

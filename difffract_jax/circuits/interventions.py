@@ -83,6 +83,12 @@ class Edit:
             )
 
     @property
+    def site(self) -> Site:
+        """The MLP sublayer that is edited."""
+        assert not isinstance(self.feature, str)  # parsed when the edit was made
+        return Site(self.feature.stream, self.feature.block)
+
+    @property
     def affine(self) -> tuple[float, float]:
         """Scale and offset of the code."""
         return {
@@ -207,9 +213,9 @@ def edit_model(
     rows = Streams(run.grid[0] * run.grid[1], run.text_tokens)
     layers = []
     for stream, blocks, count in zip(STREAMS, (tcs.img_layers, tcs.txt_layers), rows, strict=True):
-        mine = [edit for edit in edits if edit.feature.stream == stream]
+        mine = [edit for edit in edits if edit.site.stream == stream]
         also = {block for name, block in replaced if name == stream}
-        absent = sorted(({edit.feature.block for edit in mine} | also) - set(blocks))
+        absent = sorted(({edit.site.block for edit in mine} | also) - set(blocks))
         if absent:
             raise UserError(
                 f"There is no transcoder at {stream}/{absent[0]}; blocks with one: {', '.join(map(str, blocks))}."
@@ -217,7 +223,7 @@ def edit_model(
         for edit in mine:
             _check_edit(edit, tcs.config.features, count, len(run.sigmas) - 1)
         layers.append(_lay_out(mine, also, blocks, depth, count, len(run.sigmas) - 1, model.img_in.kernel.dtype))
-    unknown = [edit.feature for edit in edits if edit.feature.stream not in STREAMS]
+    unknown = [edit.feature for edit in edits if edit.site.stream not in STREAMS]
     if unknown:
         raise UserError(f"{unknown[0]} lies in the single-stream blocks, but only img and txt sites can be edited.")
     return EditedModel(model, Streams(tcs.img, tcs.txt), Streams(*layers))
@@ -245,7 +251,7 @@ def _check_edit(edit: Edit, features: int, rows: int, steps: int) -> None:
 def _lay_out(
     edits: Sequence[Edit], also: set[int], blocks: tuple[int, ...], depth: int, rows: int, steps: int, dtype: Any
 ) -> EditLayers:
-    per_block = [[edit for edit in edits if edit.feature.block == block] for block in range(depth)]
+    per_block = [[edit for edit in edits if edit.site.block == block] for block in range(depth)]
     most = max(map(len, per_block))
     feature, threshold = np.full((depth, most), -1), np.full((depth, most), -1.0)
     scale, offset = np.ones((depth, most)), np.zeros((depth, most))
@@ -260,8 +266,10 @@ def _lay_out(
     slot = [blocks.index(block) if block in blocks else 0 for block in range(depth)]
     touched = [bool(here) or block in also for block, here in enumerate(per_block)]
     wide = np.promote_types(dtype, np.float32)
-    numbers = (jnp.asarray(array, wide) for array in (scale, offset, threshold))
-    table = EditTable(jnp.asarray(feature, jnp.int32), *numbers, jnp.asarray(positions), jnp.asarray(on))
+    scales, offsets, thresholds = (jnp.asarray(array, wide) for array in (scale, offset, threshold))
+    table = EditTable(
+        jnp.asarray(feature, jnp.int32), scales, offsets, thresholds, jnp.asarray(positions), jnp.asarray(on)
+    )
     return EditLayers(jnp.asarray(slot, jnp.int32), jnp.asarray(touched), table)
 
 

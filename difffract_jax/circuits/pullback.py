@@ -297,6 +297,7 @@ def _encoder_rows(
     alpha, beta = jax.vmap(lambda slot: site(stack, slot).scale_shift(record.t))(sites.layers.slot)
     slot = sites.layers.slot[targets.layer]
     vectors = stack.enc.kernel[slot, :, targets.feature]
+    assert stack.enc.bias is not None
     constant = stack.enc.bias[slot, targets.feature] + jnp.sum(vectors * beta[targets.layer], axis=1)
     return vectors * (1 + alpha[targets.layer]), constant
 

@@ -166,7 +166,12 @@ def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
 
 
 def random_transcoders(
-    config: FluxConfig, *, seed: int = 0, features: int | None = None, active: float = 0.07, dtype: DTypeLike = None
+    config: FluxConfig,
+    *,
+    seed: int = 0,
+    features: int | None = None,
+    active: float = 0.07,
+    dtype: DTypeLike = jnp.float32,
 ) -> TranscoderSet:
     """Makes untrained transcoders for every double-stream MLP of a model; for tests, benchmarks and demonstrations.
 
@@ -178,13 +183,12 @@ def random_transcoders(
         seed: of the weights.
         features: features per site; 8 per channel if left out.
         active: share of features that fire.
-        dtype: of the weights; float32 if left out.
+        dtype: of the weights.
     """
     shape = TranscoderConfig(
         d_model=config.d_model, features=features or 8 * config.d_model, time_embed=0, conditioning="none"
     )
     bias = jax.scipy.stats.norm.ppf(active)
-    dtype = jnp.float32 if dtype is None else dtype
 
     def build(key: jax.Array) -> Transcoder:
         tc = Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype)
@@ -192,6 +196,7 @@ def random_transcoders(
         vectors = (vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)).astype(dtype)
         tc.dec.kernel[...] = vectors
         tc.enc.kernel[...] = vectors.T
+        assert tc.enc.bias is not None
         tc.enc.bias[...] = jnp.full(shape.features, bias, dtype)
         return tc
 
