@@ -159,6 +159,7 @@ def convert_check(
     converted: Annotated[
         Path | None, typer.Argument(help="Our directory of it; SOURCE converted in memory if left out.")
     ] = None,
+    tolerance: opt.Tolerance = 1e-5,
     json: opt.Json = False,
 ) -> None:
     """Compare a converted pipeline with the PyTorch one, block by block (needs the extra `torch`).
@@ -169,8 +170,14 @@ def convert_check(
     from difffract_jax.loading import load_pipeline
     from difffract_jax.report import emit
 
-    rows = check(source, load_pipeline(converted or source))
+    rows = check(source, load_pipeline(converted or source), tolerance=tolerance)
     emit({"blocks": [row._asdict() for row in rows]}, as_json=json)
+    wrong = [row.part for row in rows if not row.equal]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(rows)} parts differ from PyTorch's: {', '.join(wrong)}; convert the source again, "
+            "or allow for --dtype bf16 with --tolerance 2e-2."
+        )
 
 
 @app.command()
@@ -362,9 +369,9 @@ def _warn_cut(cut: str) -> None:
 def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
     """Returns the packed starting noise that --latents or --noise asks for; None leaves it to the seed."""
     if settings.latents is not None:
-        import numpy as np
+        from difffract_jax.files import read_array
 
-        return np.load(settings.latents, allow_pickle=False)
+        return read_array(settings.latents)
     if settings.noise == "jax":
         return None
     from converters.torch_files import torch_noise

@@ -109,10 +109,10 @@ class PruneConfig(Settings):
     """Graph file (`.npz`) to prune."""
     mode: Literal["difffract"] = "difffract"
     """Whose rule: `difffract` cuts features and edges per stream, as the reference does."""
-    node_threshold: float = Field(0.8, ge=0, le=1)
-    """Share of each stream's total influence that the kept features hold, in [0, 1]; 1 keeps all."""
-    edge_threshold: float = Field(0.98, ge=0, le=1)
-    """Share of each stream's edge scores that the kept edges hold, in [0, 1]; 1 keeps all."""
+    node_threshold: float = Field(0.8, gt=0, le=1)
+    """Share of each stream's total influence that the kept features hold, in (0, 1]; 1 keeps all."""
+    edge_threshold: float = Field(0.98, gt=0, le=1)
+    """Share of each stream's edge scores that the kept edges hold, in (0, 1]; 1 keeps all."""
     out: Path = Path("pruned.npz")
     """Graph file to write."""
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.pipelines import (
     Sharding,
@@ -31,8 +30,17 @@ from converters.transcoders import (
     stacked_transcoders,
     transcoders_from_torch,
 )
-from difffract_jax.checkpoint import atomic_directory, load_tree, read_config, save_trees
+from difffract_jax.checkpoint import (
+    VERIFY_BELOW_BYTES,
+    atomic_directory,
+    leaf_paths,
+    load_tree,
+    read_config,
+    save_trees,
+    tree_hash,
+)
 from difffract_jax.config import UserError
+from difffract_jax.files import sample_hash
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -40,13 +48,13 @@ from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, Pipeline
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.sharding import MMDIT, shardings
 from difffract_jax.sums import check_sums
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
 C = TypeVar("C")
 ORGANISM = Path(__file__).parent / "organism" / "weights"
 """The embedded model, a diffusers directory."""
+PARTS = ("transformer", "t5", "clip", "vae")
 
 
 def load_pipeline(
@@ -66,7 +74,7 @@ def load_pipeline(
     path = _model_path(model)
     check_sums(path)
     if is_diffusers_directory(path):
-        return convert_pipeline(path, dtype=dtype, sharding=sharding)
+        return identified(convert_pipeline(path, dtype=dtype, sharding=sharding), path)
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
@@ -75,7 +83,24 @@ def load_pipeline(
         )
         for name, abstract in _abstract_parts(config, dtype).items()
     }
-    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config)
+    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, source=record["content_hash"])
+
+
+def identified(pipe: Pipeline, path: Path) -> Pipeline:
+    """Gives a pipeline that was converted in memory the identity that images and graphs record.
+
+    Args:
+        pipe: the pipeline.
+        path: where its weights came from.
+
+    Returns:
+        The pipeline; its `source` is the content hash it would be saved under, or for weights too large to hash in
+        passing, that of their files' names, sizes, beginnings and ends.
+    """
+    parts = {name: getattr(pipe, name) for name in PARTS}
+    if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
+        return pipe._replace(source=tree_hash(parts))
+    return pipe._replace(source=f"sampled:{sample_hash(path)}")
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -86,7 +111,7 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         out: directory to write; it appears only when it is complete.
         overwrite: replace an existing directory.
     """
-    trees = {"transformer": pipe.transformer, "t5": pipe.t5, "clip": pipe.clip, "vae": pipe.vae}
+    trees = {name: getattr(pipe, name) for name in PARTS}
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
@@ -185,36 +210,6 @@ def convert_transcoders(
     tcs = load_transcoders(source, dtype=dtype)
     (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
     return tcs
-
-
-def check_transcoders_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
-    """Refuses transcoders of another width, or of sites that the model does not have.
-
-    Args:
-        tcs: the transcoders.
-        config: the model they shall be used with.
-    """
-    if tcs.config.d_model != config.d_model:
-        raise UserError(
-            f"The transcoders are {tcs.config.d_model} wide, but the model is {config.d_model} wide; "
-            "give transcoders that were trained on this model."
-        )
-    sites = [("img", layer) for layer in tcs.img_layers] + [("txt", layer) for layer in tcs.txt_layers]
-    absent = [f"{stream}/{layer}" for stream, layer in sites if not 0 <= layer < config.depth_double]
-    if absent:
-        raise UserError(
-            f"The transcoders are for the sites {', '.join(absent)}, but the model has double-stream blocks 0 to "
-            f"{config.depth_double - 1}; give transcoders that were trained on this model."
-        )
-
-
-def mesh_sharding(mesh: Mesh) -> Sharding:
-    """Returns the sharding that spreads a transformer over a mesh by its rules and repeats the other parts on it."""
-
-    def place(part: str, abstract: Any) -> Any:
-        return shardings(abstract, mesh, MMDIT) if part == "transformer" else NamedSharding(mesh, PartitionSpec())
-
-    return place
 
 
 def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> PipelineConfig:

@@ -206,3 +206,14 @@ def test_constraints_pin_every_direct_dependency() -> None:
 def test_the_version_stands_in_one_place_twice() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == difffract_jax.__version__
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_module_of_ours_that_is_imported_exists(name: str) -> None:
+    # An import inside a function of cli.py fails only when that command is run.
+    absent = [
+        f"{name}:{node.lineno} {target}"
+        for target, node in imported(TREES[name])
+        if target.split(".")[0] in PACKAGES and target not in MODULES
+    ]
+    assert not absent

@@ -15,7 +15,7 @@ Everything here is NumPy; PyTorch is not needed and not loaded.
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -113,7 +113,7 @@ def encode_prompt(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> Toke
     )
 
 
-def _fit(ids: list[int], length: int, padding: int) -> Int32[np.ndarray, "length"]:
+def _fit(ids: list[int], length: int, padding: Any) -> Int32[np.ndarray, "length"]:
     """Cuts before the closing token, or pads after it."""
     kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
     return np.array(kept + [padding] * (length - len(kept)), np.int32)
