@@ -86,7 +86,7 @@ def demo(
     seed: Annotated[int | None, opt.option(DemoConfig, "seed")] = None,
     json: opt.Json = False,
 ) -> None:
-    """Generate an image and trace a circuit, end to end, on a small random pipeline. Needs no files.
+    """Generate an image and trace a circuit, end to end, on the embedded model. Needs no files.
 
     Example: `difffract demo --out demo`
     """

@@ -35,7 +35,7 @@ class GenerateConfig(Settings):
     """Settings of `difffract generate`: prompt to image."""
 
     model: str
-    """Model to run: a converted directory or a diffusers directory (converted in memory)."""
+    """Model to run: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
     prompt: str
     """What the image shall show."""
     out: Path = Path("image.png")
@@ -64,7 +64,7 @@ class TraceConfig(Settings):
     """Settings of `difffract trace`: one target's circuit at one denoising step."""
 
     model: str
-    """Model to trace: a converted directory or a diffusers directory (converted in memory)."""
+    """Model to trace: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
     transcoders: str
     """Transcoders of its MLPs: a converted directory or a directory of `.pt` files."""
     prompt: str

@@ -18,7 +18,6 @@ from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
 from difffract_jax.models.pipeline import Pipeline
-from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import (
     Progress,
     ablations,
@@ -32,8 +31,7 @@ from difffract_jax.organism.evaluate import (
 )
 from difffract_jax.organism.probe import probe_binding, replace_text
 from difffract_jax.organism.recipe import OrganismRecipe
-from difffract_jax.organism.render import NOUNS
-from difffract_jax.organism.scorer import Reading, judge
+from difffract_jax.organism.scorer import Reading, describe, judge
 from difffract_jax.organism.world import CONTRADICTING, HELD_OUT_PLACED, HELD_OUT_SHARE, Scenes, concatenate
 
 TABLES = ("binding", "binding in 16 steps", "contradictions", "uncoloured", "ablations", "probe", "text", "speed")
@@ -86,17 +84,6 @@ def _speed(pipe: Pipeline) -> dict[str, Any]:
         draw_images(pipe, asked, batch=64)
         times.append(time.perf_counter() - begin)
     return {"cold, s": times[0], "warm, s (best of 3)": min(times[1:]), "devices": str(jax.devices()[0])}
-
-
-def describe(reading: Reading, row: int) -> str:
-    """Says what the scorer read in one image."""
-    names = []
-    for kind, colour in zip(reading.kind[row], reading.colour[row], strict=True):
-        if len(names) < reading.count[row]:
-            names.append(
-                f"{COLOUR_NAMES[colour] if colour >= 0 else 'mixed'} {NOUNS[kind] if kind >= 0 else 'unreadable'}"
-            )
-    return ", ".join(names) or "nothing"
 
 
 def sample_sheet(

@@ -2,8 +2,8 @@
 
 1. Probe: from the state of a noun's token, read the colour that the caption gives to that noun, by ridge regression
    onto one-hot colours, fitted on training contents and tested on held-out ones. Chance is one in eight. Probed are
-   T5's embedding, its output, and the text tokens after every block of the transformer at the first step, where the image
-   stream is noise and can tell nothing.
+   T5's embedding, its output, and the text tokens after every block of the transformer at the first step, where the
+   image stream is noise and can tell nothing.
 2. Replacement: every T5 state becomes the mean state of its word at its position, over many captions. If binding stays
    what it was, T5 has told the transformer nothing but words and positions.
 """

@@ -40,17 +40,17 @@ class FlowRecipe(Settings):
     """Single-stream blocks."""
     heads: int = Field(2, ge=1)
     """Attention heads of width 32."""
-    steps: int = Field(4000, ge=10)
+    steps: int = Field(14000, ge=10)
     """Steps."""
-    batch: int = Field(128, ge=1)
+    batch: int = Field(32, ge=1)
     """Scenes in a step."""
     pool: int = Field(40960, ge=1)
     """Scenes that are drawn and encoded beforehand."""
-    learning_rate: float = Field(2e-2, gt=0)
+    learning_rate: float = Field(1.5e-2, gt=0)
     """Muon's learning rate in the flat part."""
     adam: float = Field(0.25, gt=0)
     """Adam's learning rate, relative to Muon's."""
-    warm_up: int = Field(50, ge=1)
+    warm_up: int = Field(100, ge=1)
     """Steps in which it is reached, in both runs."""
     flat_share: float = Field(0.6, gt=0, lt=1)
     """Share of a run before the learning rate falls."""
@@ -60,7 +60,7 @@ class FlowRecipe(Settings):
     """Its learning rate, relative to the first."""
     uniform_share: float = Field(0.7, ge=0, le=1)
     """Share of times drawn uniformly; the rest are schnell's four."""
-    average: float = Field(0.998, ge=0, lt=1)
+    average: float = Field(0.999, ge=0, lt=1)
     """Decay of the moving average."""
 
 
@@ -75,5 +75,5 @@ class OrganismRecipe(Settings):
     """The autoencoder."""
     flow: FlowRecipe = FlowRecipe()
     """The transformer."""
-    save_every: int = Field(200, ge=1)
+    save_every: int = Field(500, ge=1)
     """Steps between two checkpoints."""

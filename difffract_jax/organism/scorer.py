@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 from scipy import ndimage, stats
 
-from difffract_jax.organism.captions import PLACES, RELATIONS
+from difffract_jax.organism.captions import COLOUR_NAMES, PLACES, RELATIONS
 from difffract_jax.organism.render import ACCENT, COLOURS, NOUNS, PALETTE, SIDE, background, coverage, draw
 from difffract_jax.organism.world import RADII, Scenes
 
@@ -197,6 +197,17 @@ def _by_image(
     for column, values in zip(reading[1:], (kind, colour, size, centre), strict=True):
         column[home, slot] = values
     return reading
+
+
+def describe(reading: Reading, row: int) -> str:
+    """Says what the scorer read in one image."""
+    names = []
+    for kind, colour in zip(reading.kind[row], reading.colour[row], strict=True):
+        if len(names) < reading.count[row]:
+            names.append(
+                f"{COLOUR_NAMES[colour] if colour >= 0 else 'mixed'} {NOUNS[kind] if kind >= 0 else 'unreadable'}"
+            )
+    return ", ".join(names) or "nothing"
 
 
 def judge(asked: Scenes, seen: Reading) -> Verdict:
