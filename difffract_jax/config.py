@@ -231,9 +231,8 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
             problems.append(f"`{key}` is missing")
         else:
             problems.append(f"`{key}` was {item['input']!r}, but {_lower(item['msg'])}")
-    return (
-        f"The settings are not valid ({cls.__name__}): " + "; ".join(problem.rstrip(".") for problem in problems) + "."
-    )
+    told = "; ".join(problem.rstrip(".") for problem in problems)
+    return f"The settings are not valid ({cls.__name__}): {told}{'' if told.endswith('?') else '.'}"
 
 
 def _lower(text: str) -> str:

@@ -231,8 +231,8 @@ def read_array(path: Path) -> np.ndarray:
     """Reads the one array of a `.npy` file; anything else is a `UserError`."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no readable .npy file ({error}); write it with numpy.save.") from None
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{path} is no readable .npy file; write it with numpy.save.") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} holds several arrays, but one is wanted; write it with numpy.save.")
     return array

@@ -171,10 +171,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         try:
             loaded = np.load(stream, allow_pickle=False)
             arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else None
-        except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path} is no readable .npz file ({error}); give a file that `difffract trace` wrote."
-            ) from None
+        except (zipfile.BadZipFile, EOFError, ValueError, KeyError):
+            raise UserError(f"{path} is no readable .npz file; give a file that `difffract trace` wrote.") from None
     if arrays is None:
         raise UserError(f"{path} is a single array, no graph; give a file that `difffract trace` wrote.")
     return arrays
