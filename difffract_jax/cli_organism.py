@@ -5,7 +5,6 @@ Functions import what they use when they run, as in `cli.py`, so that help answe
 
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -163,15 +162,15 @@ def train(
     matplotlib.use("Agg")
     from converters.export import export_pipeline
     from difffract_jax.organism.card import measure, write_card
+    from difffract_jax.organism.train import minutes_taken
     from difffract_jax.organism.train import train as run
     from difffract_jax.report import emit
     from difffract_jax.sums import write_sums
 
-    begin = time.monotonic()
     command = shlex.join(["difffract", "organism", "train", *_chosen(out, config, sets)])
     with _stages() as advance:
         pipe = run(recipe, out, resume=resume, progress=advance)
-        minutes = (time.monotonic() - begin) / 60
+        minutes = minutes_taken(out)
         pipeline = out / "pipeline"
         export_pipeline(pipe, pipeline, overwrite=True)
         tables = measure(pipe, images, progress=advance) if images else {}

@@ -146,7 +146,8 @@ def parse(text: str) -> Parsed:
     for thing in objects:
         if not thing.colour and thing.noun not in CONCEPTS:
             raise UserError(f"The caption {text!r} gives the {thing.noun} no colour, but shapes need one.")
-    seen = [(thing.noun, thing.colour or CONCEPTS[thing.noun]) for thing in objects]
+    # A concept has its own colour whatever the caption calls it: two lemons are always drawn alike.
+    seen = [(thing.noun, CONCEPTS.get(thing.noun, thing.colour)) for thing in objects]
     for pair in seen:
         if seen.count(pair) > 1:
             raise UserError(

@@ -76,9 +76,10 @@ def learning_rate(recipe: FlowRecipe) -> optax.Schedule:
     parts = []
     for steps, rate in ((first, recipe.learning_rate), (recipe.steps - first, recipe.restart * recipe.learning_rate)):
         flat = int(steps * recipe.flat_share)
+        warm_up = min(recipe.warm_up, flat)
         parts += [
-            (recipe.warm_up, optax.linear_schedule(0.0, rate, recipe.warm_up)),
-            (flat - recipe.warm_up, optax.constant_schedule(rate)),
+            (warm_up, optax.linear_schedule(0.0, rate, warm_up)),
+            (flat - warm_up, optax.constant_schedule(rate)),
             (steps - flat, optax.linear_schedule(rate, 0.0, steps - flat)),
         ]
     ends = np.cumsum([steps for steps, _ in parts])[:-1].tolist()

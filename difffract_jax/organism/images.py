@@ -48,7 +48,8 @@ def autoencoder_config(scaling: float = 1.0, shift: float = 0.0) -> AutoencoderC
 
 
 def _optimizer(recipe: ImageRecipe) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, recipe.warm_up, recipe.steps)
+    warm_up = min(recipe.warm_up, recipe.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warm_up, recipe.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
 
@@ -59,9 +60,9 @@ def init(recipe: ImageRecipe, seed: int) -> ImageState:
 
 
 def batch(recipe: ImageRecipe, seed: int, step: int) -> Float32[np.ndarray, "scene row column rgb"]:
-    """Returns the images of one step, in [-1, 1]; of all numbers of objects, since decoding knows no captions."""
-    drawn = scenes(seed, step, recipe.batch - recipe.batch // 4)
-    triples = scenes(seed, step, recipe.batch // 4, "held out", (3,))
+    """Returns the images of one step, in [-1, 1]: scenes of one to three objects, scattered as widely as they may be."""
+    drawn = scenes(seed, step, recipe.batch - recipe.batch // 4, scatter=1.0)
+    triples = scenes(seed, step, recipe.batch // 4, "held out", (3,), scatter=1.0)
     return 2 * np.concatenate([drawn.images(), triples.images()]) - 1
 
 

@@ -40,7 +40,7 @@ class FlowRecipe(Settings):
     """Single-stream blocks."""
     heads: int = Field(2, ge=1)
     """Attention heads of width 32."""
-    steps: int = Field(14000, ge=10)
+    steps: int = Field(13000, ge=10)
     """Steps."""
     batch: int = Field(32, ge=1)
     """Scenes in a step."""
@@ -52,7 +52,7 @@ class FlowRecipe(Settings):
     """Adam's learning rate, relative to Muon's."""
     warm_up: int = Field(100, ge=1)
     """Steps in which it is reached, in both runs."""
-    flat_share: float = Field(0.6, gt=0, lt=1)
+    flat_share: float = Field(0.5, gt=0, lt=1)
     """Share of a run before the learning rate falls."""
     restart_share: float = Field(0.3, gt=0, lt=1)
     """Share of the steps that the second run has."""

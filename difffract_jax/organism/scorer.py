@@ -24,6 +24,8 @@ FOREGROUND = 0.22
 """Distance from the background, RGB in [0, 1], above which a pixel belongs to an object; shadows stay below."""
 SMALLEST, LARGEST_SPECK = 14, 5
 """Pixels of the smallest object; of the largest speck that is overlooked. Between them lies an unreadable object."""
+LARGEST = 1.2 * RADII[1][1]
+"""Radius in pixels above which a component is no object: more than it would fit the window of the comparison."""
 CORE = 0.65
 """Distance from the background above which a pixel votes, as a share of the component's 90th percentile."""
 MAJORITY, NEAR = 0.6, 0.30
@@ -87,11 +89,11 @@ def read(images: Float32[np.ndarray, "image row column rgb"]) -> Reading:
     connected[1] = 1
     labels, total = ndimage.label(distance > FOREGROUND, structure=connected)
     area = np.bincount(labels.ravel(), minlength=total + 1)
-    keep = np.flatnonzero(area > LARGEST_SPECK)[1:]
+    keep = 1 + np.flatnonzero(area[1:] > LARGEST_SPECK)
     home = ndimage.minimum(np.arange(len(images))[:, None, None] + np.zeros_like(labels), labels, keep).astype(int)
     colour = np.array([_colour(images[i], distance[i], labels[i] == n) for i, n in zip(home, keep, strict=True)], int)
     kind, radius, centre = _figures(images, labels, distance, home, keep, colour)
-    kind = np.where(area[keep] < SMALLEST, UNREADABLE, kind)
+    kind = np.where((area[keep] < SMALLEST) | (radius > LARGEST), UNREADABLE, kind)
     return _by_image(len(images), home, kind, colour, (radius > _BIG).astype(int), centre)
 
 

@@ -125,7 +125,8 @@ def batch(recipe: TextRecipe, tokenizers: Tokenizers, seed: int, step: int) -> P
 
 
 def _optimizer(recipe: TextRecipe) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, 50, recipe.steps)
+    warm_up = min(50, recipe.steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, recipe.learning_rate, warm_up, recipe.steps)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
 
 

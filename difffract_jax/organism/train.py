@@ -15,7 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +40,8 @@ Progress = Callable[[str, int, int, float], None]
 """Called with stage, steps done, steps in all, and the latest loss."""
 LOG_EVERY = 50
 """Steps between two lines of metrics."""
+LONGEST_GAP = 120.0
+"""Seconds between two lines from which on the run counts as interrupted."""
 SCALE_SEED, POOL_SEED, DATA_SEED, KEY_SEED = range(4)
 """What each stream of randomness is for; every stage adds its own number."""
 
@@ -86,10 +88,12 @@ def train(
     report = progress or (lambda *_: None)
     encoders = fit(_text_stage(recipe, tokenizers), directory, recipe.save_every, report)
     vae = _scaled(fit(_image_stage(recipe), directory, recipe.save_every, report).vae, _seed(recipe, 1, SCALE_SEED))
-    pool_progress = partial(_pool_progress, report)
-    pool = build_pool(
-        vae, encoders.t5, encoders.clip, tokenizers, _seed(recipe, 2, POOL_SEED), recipe.flow.pool, pool_progress
-    )
+
+    @cache
+    def pool() -> flow.Rows:
+        seed, told = _seed(recipe, 2, POOL_SEED), partial(_pool_progress, report)
+        return build_pool(vae, encoders.t5, encoders.clip, tokenizers, seed, recipe.flow.pool, told)
+
     model = fit(_flow_stage(recipe, pool), directory, recipe.save_every, report).average
     config = PipelineConfig(
         transformer=model.config,
@@ -100,6 +104,17 @@ def train(
         defaults=GenerationDefaults(height=SIDE, width=SIDE, text_tokens=TEXT_TOKENS, steps=4, guidance=0.0),
     )
     return Pipeline(model, encoders.t5, encoders.clip, vae, tokenizers, config)
+
+
+def minutes_taken(directory: Path) -> float:
+    """Returns how long the steps of a run have taken, interruptions left out, by the times in its `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    total = 0.0
+    for before, after in zip(lines, lines[1:], strict=False):
+        gap = after["time"] - before["time"]
+        if before["stage"] == after["stage"] and gap < LONGEST_GAP:
+            total += gap
+    return total / 60
 
 
 def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any:
@@ -131,7 +146,9 @@ def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any
                 "Lower the learning rate of that stage."
             ) from None
         except KeyboardInterrupt:
-            _save(state, home)
+            # A step that was interrupted may have given its state away already; then the last checkpoint stays.
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                _save(state, home)
             raise
     _save(state, home)
     return state
@@ -208,12 +225,13 @@ def _image_stage(recipe: OrganismRecipe) -> Stage:
     )
 
 
-def _flow_stage(recipe: OrganismRecipe, pool: flow.Rows) -> Stage:
+def _flow_stage(recipe: OrganismRecipe, pool: Callable[[], flow.Rows]) -> Stage:
+    """The pool is made when the first step asks for it: a finished stage needs none."""
     return Stage(
         "flow",
         recipe.flow.steps,
         partial(flow.init, recipe.flow, recipe.seed),
-        lambda step: flow.batch(recipe.flow, _seed(recipe, 2, DATA_SEED), step, pool),
+        lambda step: flow.batch(recipe.flow, _seed(recipe, 2, DATA_SEED), step, pool()),
         jax.jit(partial(flow.train_step, recipe.flow), donate_argnums=0),
         _key(recipe, 2),
     )

@@ -56,6 +56,8 @@ HELD_OUT_PLACED = (
 SLOTS = 3
 NEAR, FAR, HALF, JITTER, WANDER = 12.5, 35.5, 24.0, 1.5, 4.0
 """Centres of the two sides and of the middle, jitter around them, and how far pairs wander together, in pixels."""
+SCATTER = 0.4
+"""Share of jitter and wandering that captioned scenes take; the autoencoder trains on all of it."""
 TRIPLES = (((12.5, 13.5), (35.5, 13.5), (24.0, 35.0)), ((24.0, 13.0), (12.5, 35.0), (35.5, 35.0)))
 _OFFSETS = {"left": (-1, 0), "right": (1, 0), "above": (0, -1), "below": (0, 1)}
 
@@ -105,7 +107,14 @@ PRIOR = np.array([COLOUR_NAMES.index(CONCEPTS[noun]) if noun in CONCEPTS else -1
 IS_CONCEPT = PRIOR >= 0
 
 
-def scenes(seed: int, batch: int, size: int, split: Split = "train", counts: tuple[int, ...] = (1, 2)) -> Scenes:
+def scenes(
+    seed: int,
+    batch: int,
+    size: int,
+    split: Split = "train",
+    counts: tuple[int, ...] = (1, 2),
+    scatter: float = SCATTER,
+) -> Scenes:
     """Returns one batch of the endless world.
 
     Args:
@@ -114,6 +123,7 @@ def scenes(seed: int, batch: int, size: int, split: Split = "train", counts: tup
         size: scenes in it.
         split: "train", or "held out" for contents that training never sees.
         counts: how many objects the scenes may have. Scenes of three are held out whatever they hold.
+        scatter: share of `JITTER` and `WANDER` by which objects leave their places.
 
     Returns:
         The scenes. Two batches of one seed share no random number.
@@ -125,7 +135,7 @@ def scenes(seed: int, batch: int, size: int, split: Split = "train", counts: tup
     rng = np.random.default_rng([seed, batch])
     found: list[Scenes] = []
     while sum(len(part.captions) for part in found) < size:
-        drawn = _draw_contents(rng, 2 * size if split == "train" else 12 * size, counts)
+        drawn = _draw_contents(rng, 2 * size if split == "train" else 12 * size, counts, scatter)
         found.append(drawn.take(drawn.held_out == (split == "held out")))
     joined = concatenate(found)
     return joined.take(np.arange(size))
@@ -154,7 +164,7 @@ def from_caption(text: str, copies: int = 1) -> Scenes:
     names = PLACES if number == 1 else RELATIONS
     arrangement = np.full(copies, names.index(parsed.arrangement) if number < 3 else -1)
     radius = np.array(RADII, np.float32).mean(axis=1)[size]
-    centre = _place(rng, count, arrangement)
+    centre = _place(rng, count, arrangement, SCATTER)
     held_out = _held_out(count, kind, colour, named, arrangement)
     return Scenes(count, kind, colour, named, size, arrangement, centre, radius, (text,) * copies, held_out)
 
@@ -166,7 +176,7 @@ def concatenate(parts: list[Scenes]) -> Scenes:
     return joined._replace(captions=tuple(joined.captions))
 
 
-def _draw_contents(rng: np.random.Generator, size: int, counts: tuple[int, ...]) -> Scenes:
+def _draw_contents(rng: np.random.Generator, size: int, counts: tuple[int, ...], scatter: float) -> Scenes:
     # Pairs are what the model must learn to bind; single objects come once in four scenes.
     weights = np.array([1.0 if count == 1 else 3.0 for count in counts])
     count = rng.choice(counts, size, p=weights / weights.sum())
@@ -179,7 +189,7 @@ def _draw_contents(rng: np.random.Generator, size: int, counts: tuple[int, ...])
     )
     low, high = np.array(RADII, np.float32)[large].transpose(2, 0, 1)
     radius = low + (high - low) * rng.random((size, SLOTS), np.float32)
-    centre = _place(rng, count, arrangement)
+    centre = _place(rng, count, arrangement, scatter)
     chance = rng.random((size, SLOTS))
     other = (PRIOR[kind] + rng.integers(1, len(COLOUR_NAMES), (size, SLOTS))) % len(COLOUR_NAMES)
     named = np.where(
@@ -212,13 +222,13 @@ def _draw_objects(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.n
 
 
 def _place(
-    rng: np.random.Generator, count: Int[np.ndarray, "scene"], arrangement: Int[np.ndarray, "scene"]
+    rng: np.random.Generator, count: Int[np.ndarray, "scene"], arrangement: Int[np.ndarray, "scene"], scatter: float
 ) -> Float32[np.ndarray, "scene slot xy"]:
     """Places objects as the arrangement says; an open one is drawn, diagonals included."""
     size = len(count)
     centre = np.full((size, SLOTS, 2), HALF, np.float32)
-    jitter = rng.uniform(-JITTER, JITTER, (size, SLOTS, 2))
-    wander = rng.uniform(-WANDER, WANDER, (size, 2))
+    jitter = scatter * rng.uniform(-JITTER, JITTER, (size, SLOTS, 2))
+    wander = scatter * rng.uniform(-WANDER, WANDER, (size, 2))
     free = rng.choice([(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (1, 1), (-1, 1), (1, -1)], size)
     sides = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
     single = np.array([sides[place] for place in PLACES])[arrangement]
@@ -249,16 +259,16 @@ def _captions(
     arrangement: np.ndarray,
 ) -> tuple[str, ...]:
     """Puts scenes into words."""
-    wording = rng.random((len(count), 2))
     lines = []
-    for row, number in enumerate(count.tolist()):
+    wording = rng.random((len(count), 2)).tolist()
+    said = (np.where(np.arange(SLOTS) < count[:, None], column, -1).tolist() for column in (kind, named, size))
+    for how, arranged, *objects in zip(wording, arrangement.tolist(), *said, strict=True):
         phrases = [
-            object_phrase(
-                NOUNS[kind[row, slot]], named_as(COLOUR_NAMES, named[row, slot]), named_as(SIZE_NAMES, size[row, slot])
-            )
-            for slot in range(number)
+            object_phrase(NOUNS[noun], named_as(COLOUR_NAMES, colour), named_as(SIZE_NAMES, large))
+            for noun, colour, large in zip(*objects, strict=True)
+            if noun >= 0
         ]
-        lines.append(caption(phrases, int(arrangement[row]), wording[row]))
+        lines.append(caption(phrases, arranged, (how[0], how[1])))
     return tuple(lines)
 
 
