@@ -60,7 +60,7 @@ def init(recipe: ImageRecipe, seed: int) -> ImageState:
 
 
 def batch(recipe: ImageRecipe, seed: int, step: int) -> Float32[np.ndarray, "scene row column rgb"]:
-    """Returns the images of one step, in [-1, 1]: scenes of one to three objects, scattered as widely as they may be."""
+    """Returns the images of one step, in [-1, 1]: scenes of one to three objects, scattered as widely as may be."""
     drawn = scenes(seed, step, recipe.batch - recipe.batch // 4, scatter=1.0)
     triples = scenes(seed, step, recipe.batch // 4, "held out", (3,), scatter=1.0)
     return 2 * np.concatenate([drawn.images(), triples.images()]) - 1
