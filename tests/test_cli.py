@@ -2,9 +2,9 @@
 
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -54,14 +54,16 @@ def test_every_command_is_named_in_the_help_of_its_group(command: str, difffract
     assert re.search(rf"^│ {name} ", difffract(*group, "--help").out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("statement", ["difffract_jax", "difffract_jax.cli"])
-def test_importing_takes_less_than_a_second_and_a_half(statement: str) -> None:
+@pytest.mark.parametrize("code", ["import difffract_jax", "from difffract_jax.cli import main; main()"])
+def test_importing_and_asking_for_help_take_less_than_a_second_and_a_half(code: str) -> None:
+    # Processor time, which is what the clock shows on a quiet machine, and the same on a busy one.
     times = []
     for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", f"import {statement}"], check=True)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 1.5
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code, "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0 < min(times) < 1.5
 
 
 def test_the_version_is_told(difffract: Callable[..., Run]) -> None:
