@@ -7,7 +7,7 @@
 
     kind "pipeline"      transformer t5 clip vae .safetensors, tokenizer/ tokenizer_2/
     kind "transformer"   transformer.safetensors; a single file that was converted without `base`
-    kind "transcoders"   img txt .safetensors, each stacked over its stream's layers
+    kind "transcoders"   img txt joint .safetensors, each stacked over its stream's layers
 """
 
 import dataclasses
@@ -142,25 +142,37 @@ def load_transcoders(
         return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
-    img_layers, txt_layers = (tuple(record["layers"][stream]) for stream in ("img", "txt"))
-    img, txt = (
-        load_tree(
-            directory, stacked_transcoders(config, len(layers), dtype), name=name, sharding=sharding, verify=verify
+    layers = {stream: tuple(record["layers"].get(stream, ())) for stream in ("img", "txt", "joint")}
+    stacks: dict[str, Any] = {
+        name: load_tree(
+            directory, stacked_transcoders(config, len(at), dtype), name=name, sharding=sharding, verify=verify
         )
-        if layers
+        if at
         else None
-        for name, layers in (("img", img_layers), ("txt", txt_layers))
-    )
-    return TranscoderSet(img, txt, img_layers, txt_layers, config, record["content_hash"])
+        for name, at in layers.items()
+    }
+    places: dict[str, Any] = {f"{name}_layers": at for name, at in layers.items()}
+    return TranscoderSet(**stacks, **places, config=config, source=record["content_hash"])
 
 
-def save_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> str:
-    """Writes a set of transcoders in this package's format; returns its content hash."""
-    trees = {name: stack for name, stack in (("img", tcs.img), ("txt", tcs.txt)) if stack is not None}
+def save_transcoders(
+    tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False, provenance: Mapping[str, Any] | None = None
+) -> str:
+    """Writes a set of transcoders in this package's format; returns its content hash.
+
+    Args:
+        tcs: the transcoders.
+        out: directory to write; it appears only when it is complete.
+        overwrite: replace an existing directory.
+        provenance: how they were made, from `config.provenance`.
+    """
+    stacks = {"img": tcs.img, "txt": tcs.txt, "joint": tcs.joint}
+    trees = {name: stack for name, stack in stacks.items() if stack is not None}
     record = {
         "kind": "transcoders",
         "config": dataclasses.asdict(tcs.config),
-        "layers": {"img": list(tcs.img_layers), "txt": list(tcs.txt_layers)},
+        "layers": {"img": list(tcs.img_layers), "txt": list(tcs.txt_layers), "joint": list(tcs.joint_layers)},
+        "provenance": dict(provenance or {}),
     }
     with atomic_directory(out, overwrite=overwrite) as partial:
         return save_trees(trees, partial, record)
@@ -181,27 +193,6 @@ def convert_transcoders(
     tcs = load_transcoders(source, dtype=dtype)
     (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
     return tcs
-
-
-def check_transcoders_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
-    """Refuses transcoders of another width, or of sites that the model does not have.
-
-    Args:
-        tcs: the transcoders.
-        config: the model they shall be used with.
-    """
-    if tcs.config.d_model != config.d_model:
-        raise UserError(
-            f"The transcoders are {tcs.config.d_model} wide, but the model is {config.d_model} wide; "
-            "give transcoders that were trained on this model."
-        )
-    sites = [("img", layer) for layer in tcs.img_layers] + [("txt", layer) for layer in tcs.txt_layers]
-    absent = [f"{stream}/{layer}" for stream, layer in sites if not 0 <= layer < config.depth_double]
-    if absent:
-        raise UserError(
-            f"The transcoders are for the sites {', '.join(absent)}, but the model has double-stream blocks 0 to "
-            f"{config.depth_double - 1}; give transcoders that were trained on this model."
-        )
 
 
 def mesh_sharding(mesh: Mesh) -> Sharding:

@@ -13,7 +13,6 @@ from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import ConversionError, save_tree
 from difffract_jax.config import UserError
 from difffract_jax.loading import (
-    check_transcoders_fit,
     convert_flux,
     convert_transcoders,
     load_pipeline,
@@ -25,6 +24,7 @@ from difffract_jax.loading import (
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.sharding import make_mesh
+from difffract_jax.transcoders.transcoder import check_fit
 from tolerances import REFERENCE
 
 PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
@@ -194,9 +194,9 @@ def test_one_stream_alone_is_saved_and_loaded(tmp_path, tcs):
 
 def test_transcoders_must_fit_the_model(pipe, tcs):
     config = pipe.config.transformer
-    check_transcoders_fit(tcs, config)
+    check_fit(tcs, config)
     with pytest.raises(UserError, match="sites img/7, txt/9, but the model has double-stream blocks 0 to 2"):
-        check_transcoders_fit(tcs._replace(img_layers=(0, 1, 7), txt_layers=(0, 1, 9)), config)
+        check_fit(tcs._replace(img_layers=(0, 1, 7), txt_layers=(0, 1, 9)), config)
     wider = type(tcs.config)(**(vars(tcs.config) | {"d_model": 128}))
     with pytest.raises(UserError, match="transcoders are 128 wide, but the model is 64 wide"):
-        check_transcoders_fit(tcs._replace(config=wider), config)
+        check_fit(tcs._replace(config=wider), config)
