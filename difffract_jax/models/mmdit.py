@@ -182,12 +182,19 @@ def run_double(
 
 
 def run_single(
-    blocks: SingleBlock, h: Float[Array, "seq d_model"], cond: Cond, *, tap: Callable[[SingleActs], Any] = drop
+    blocks: SingleBlock,
+    h: Float[Array, "seq d_model"],
+    cond: Cond,
+    *,
+    tap: Callable[[SingleActs], Any] = drop,
+    mlp: Callable[[Any, SingleBlock, Array], Array] | None = None,
+    per_layer: Any = None,
 ) -> tuple[Float[Array, "seq d_model"], Any]:
     """Applies stacked single-stream blocks in order; see `run_double`."""
 
-    def step(h: Float[Array, "seq d_model"], block: SingleBlock) -> tuple[Any, Any]:
-        h, acts = block(h, cond)
+    def step(h: Float[Array, "seq d_model"], layer: tuple[SingleBlock, Any]) -> tuple[Any, Any]:
+        block, extra = layer
+        h, acts = block(h, cond, mlp=None if mlp is None else lambda block, x: mlp(extra, block, x))
         return h, tap(acts)
 
-    return jax.lax.scan(step, h, blocks)
+    return jax.lax.scan(step, h, (blocks, per_layer))
