@@ -26,6 +26,7 @@ from difffract_jax.config import (
     UserError,
     provenance,
 )
+from difffract_jax.transcoder_cli import register
 
 STYLE: dict[str, Any] = {
     "no_args_is_help": True,
@@ -36,6 +37,7 @@ STYLE: dict[str, Any] = {
 app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
 convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
+register(app)
 
 
 def main() -> None:
