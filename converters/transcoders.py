@@ -115,6 +115,8 @@ def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool =
         )
         if value != wanted
     ]
+    if tcs.joint is not None:
+        differs.append("sites in single-stream blocks (the reference has none)")
     if differs:
         raise UserError(
             f"These transcoders cannot be written as `.pt` files, as they have {', '.join(differs)}; "

@@ -27,6 +27,7 @@ from difffract_jax.config import (
     UserError,
     provenance,
 )
+from difffract_jax.transcoder_cli import register
 
 STYLE: dict[str, Any] = {
     "no_args_is_help": True,
@@ -38,6 +39,7 @@ app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
 convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
+register(app)
 
 
 def main() -> None:

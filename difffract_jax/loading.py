@@ -7,7 +7,7 @@
 
     kind "pipeline"      transformer t5 clip vae .safetensors, tokenizer/ tokenizer_2/
     kind "transformer"   transformer.safetensors; a single file that was converted without `base`
-    kind "transcoders"   img txt .safetensors, each stacked over its stream's layers
+    kind "transcoders"   img txt joint .safetensors, each stacked over its stream's layers
 """
 
 import dataclasses
@@ -171,25 +171,37 @@ def load_transcoders(
         return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
-    img_layers, txt_layers = (tuple(record["layers"][stream]) for stream in ("img", "txt"))
-    img, txt = (
-        load_tree(
-            directory, stacked_transcoders(config, len(layers), dtype), name=name, sharding=sharding, verify=verify
+    layers = {stream: tuple(record["layers"].get(stream, ())) for stream in ("img", "txt", "joint")}
+    stacks: dict[str, Any] = {
+        name: load_tree(
+            directory, stacked_transcoders(config, len(at), dtype), name=name, sharding=sharding, verify=verify
         )
-        if layers
+        if at
         else None
-        for name, layers in (("img", img_layers), ("txt", txt_layers))
-    )
-    return TranscoderSet(img, txt, img_layers, txt_layers, config, record["content_hash"])
+        for name, at in layers.items()
+    }
+    places: dict[str, Any] = {f"{name}_layers": at for name, at in layers.items()}
+    return TranscoderSet(**stacks, **places, config=config, source=record["content_hash"])
 
 
-def save_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> str:
-    """Writes a set of transcoders in this package's format; returns its content hash."""
-    trees = {name: stack for name, stack in (("img", tcs.img), ("txt", tcs.txt)) if stack is not None}
+def save_transcoders(
+    tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False, provenance: Mapping[str, Any] | None = None
+) -> str:
+    """Writes a set of transcoders in this package's format; returns its content hash.
+
+    Args:
+        tcs: the transcoders.
+        out: directory to write; it appears only when it is complete.
+        overwrite: replace an existing directory.
+        provenance: how they were made, from `config.provenance`.
+    """
+    stacks = {"img": tcs.img, "txt": tcs.txt, "joint": tcs.joint}
+    trees = {name: stack for name, stack in stacks.items() if stack is not None}
     record = {
         "kind": "transcoders",
         "config": dataclasses.asdict(tcs.config),
-        "layers": {"img": list(tcs.img_layers), "txt": list(tcs.txt_layers)},
+        "layers": {"img": list(tcs.img_layers), "txt": list(tcs.txt_layers), "joint": list(tcs.joint_layers)},
+        "provenance": dict(provenance or {}),
     }
     with atomic_directory(out, overwrite=overwrite) as partial:
         return save_trees(trees, partial, record)

@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Settings)
 def field(cls: type[Settings], name: str) -> dict[str, Any]:
     """Returns the help of a setting, with its default, for `typer.Option` or `typer.Argument`."""
     info = cls.model_fields[name]
-    silent = info.is_required() or info.default is None or info.default is False
+    silent = info.is_required() or info.default in (None, False, ())
     default = "" if silent else f" Default: {info.default}."
     return {"help": " ".join((info.description or "").split()) + default, "show_default": False}
 

@@ -70,6 +70,26 @@ def stages() -> Iterator[Callable[..., None]]:
         yield advance
 
 
+@contextmanager
+def training_progress() -> Iterator[tuple[Callable[[int, int, Mapping[str, float]], None], Callable[[str], None]]]:
+    """Shows on stderr how training goes: a bar with time left, rows per second, FVU, L0 and share of dead features.
+
+    Hands out `advance(done, total, values)` and `note(sentence)`, which prints above the bar.
+    """
+    columns = (*Progress.get_default_columns(), TextColumn("{task.fields[values]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Training", total=None, values="")
+
+        def advance(done: int, total: int, values: Mapping[str, float]) -> None:
+            shown = (
+                f"{values['rows_per_second']:,.0f} rows/s  FVU {values['fvu']:.3f}  L0 {values['l0']:.1f}  "
+                f"dead {values['dead']:.1%}"
+            )
+            bar.update(task, completed=done, total=total, values=shown)
+
+        yield advance, lambda sentence: bar.console.print(f"Note: {sentence}", soft_wrap=True, highlight=False)
+
+
 def save_image(image: UInt8[np.ndarray, "H W rgb"], path: Path, record: Mapping[str, Any]) -> None:
     """Writes a PNG whose text chunk `difffract_jax` is the record of how it was made, as JSON."""
     info = PngInfo()

@@ -79,7 +79,7 @@ TRANSCODER = (
     AxisRule("film.kernel", ("layer", "time_embed", "modulation")),
     AxisRule("film.bias", ("layer", "modulation")),
     AxisRule("enc.kernel", ("layer", "d_model", "feat")),
-    AxisRule("enc.bias", ("layer", "feat")),
+    AxisRule("{enc.bias,threshold}", ("layer", "feat")),
     AxisRule("dec.kernel", ("layer", "feat", "d_model")),
     AxisRule("dec.bias", ("layer", "d_model")),
     AxisRule("skip.kernel", ("layer", "d_model", "d_model_out")),

@@ -32,10 +32,17 @@ ORDER = (
     ("difffract_jax.report", "difffract_jax.options"),
     ("difffract_jax.demo",),
     ("difffract_jax.cli_organism",),
+    ("difffract_jax.transcoder_cli",),
     ("difffract_jax.cli",),
 )
+COMMANDS = ("difffract_jax/cli.py", "difffract_jax/cli_organism.py", "difffract_jax/transcoder_cli.py")
 NUMPY_ONLY = ("graph", "influence", "pruning", "feature", "expansion", "compare", "reference_json")
-LIGHT = ("difffract_jax", "difffract_jax.cli", *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY))
+LIGHT = (
+    "difffract_jax",
+    "difffract_jax.cli",
+    "difffract_jax.transcoders.settings",
+    *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY),
+)
 TORCH_FILES = "converters/torch_files.py"
 FLAX_NAMES = {"Module", "Param", "Rngs", "List", "Linear", "Conv", "Embed", "LayerNorm", "RMSNorm", "GroupNorm"}
 MAX_LINES, MAX_FUNCTION = 400, 60
@@ -101,7 +108,7 @@ def test_imports_have_no_cycle() -> None:
     assert not edges, f"these modules import one another in a circle: {sorted(edges)}"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("difffract_jax/cli")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in COMMANDS])
 def test_no_import_is_hidden_in_a_function(name: str) -> None:
     hidden = [
         f"{name}:{node.lineno}"
@@ -189,8 +196,10 @@ def test_public_names_are_few_and_resolve_and_explain_themselves() -> None:
 def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=\[]", line)[0].lower() for line in project["dependencies"]}
-    declared |= {"yaml": "pyyaml", "PIL": "pillow"}.keys() | {"torch", "diffusers", *PACKAGES}
-    used = {target.split(".")[0] for tree in TREES.values() for target, _ in imported(tree)}
+    extras = (line for lines in project["optional-dependencies"].values() for line in lines)
+    declared |= {re.split(r"[<>=\[]", line)[0].lower() for line in extras}
+    declared |= {"yaml": "pyyaml", "PIL": "pillow", "orbax": "orbax-checkpoint"}.keys() | {*PACKAGES}
+    used = {target.split(".")[0].lower() for tree in TREES.values() for target, _ in imported(tree)}
     assert used - set(sys.stdlib_module_names) <= declared
 
 

@@ -36,6 +36,8 @@ class Tolerances(NamedTuple):
     """Identities that hold exactly in real arithmetic, evaluated in float64."""
     sharded: float = 1e-5
     """Sharded against single-device float32: reductions are split in another order."""
+    pmap: float = 1e-6
+    """A few training steps under pmap against jit: the mean of eight parts' gradients, one rounding apart."""
     bf16: float = 2e-2
     """bfloat16 keeps 8 bits: one rounding is 4e-3, a few blocks stay within this."""
 

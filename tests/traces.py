@@ -48,15 +48,14 @@ def golden_trace(golden: Golden, number: int) -> tuple[Trace, dict]:
 
 
 def make_transcoders(
-    config, *, img=(0, 1, 2), txt=(0, 1, 2), features=40, skip=False, conditioning="film", seed=0, dtype=jnp.float64
+    config, *, img=(0, 1, 2), txt=(0, 1, 2), conditioning="film", seed=0, dtype=jnp.float64, **shape
 ) -> TranscoderSet:
     """Random transcoders in which no weight is trivial; about a sixth of the features are active."""
     shape = TranscoderConfig(
         d_model=config.d_model,
-        features=features,
         time_embed=0 if conditioning == "none" else 8,
         conditioning=conditioning,
-        skip=skip,
+        **{"features": 40} | shape,
     )
     stacks = []
     for number, layers in enumerate((img, txt)):
@@ -64,6 +63,8 @@ def make_transcoders(
         build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
         stack = random_weights(jax.eval_shape(build, keys), 2 * seed + number)
         stack.enc.bias[...] = stack.enc.bias[...] - 1
+        if shape.activation == "jumprelu":
+            stack.threshold[...] = 0.2 + jnp.abs(stack.threshold[...])
         stacks.append(stack if layers else None)
     return TranscoderSet(stacks[0], stacks[1], tuple(img), tuple(txt), shape, f"made:{seed}")
 
@@ -101,6 +102,8 @@ VARIANTS = {
     "a skip": {"skip": True},
     "raw time": {"conditioning": "film_raw_t"},
     "no time": {"conditioning": "none"},
+    "a threshold": {"activation": "jumprelu"},
+    "the largest few": {"activation": "topk", "k": 5, "skip": True},
     "a gap": {"img": (0, 2), "txt": (0, 2)},
     "no first block": {"img": (1, 2), "txt": (2,)},
     "no text": {"txt": ()},

@@ -270,7 +270,7 @@ def _inactive_everywhere(
     examples = dict.fromkeys(f"f{table.feature[r]}@{table.position[r]}" for r in order[:5])
     return (
         f"{target} is inactive at every position of step {info.step}: it comes closest at position {best}, where its "
-        f"pre-activation is {u[best]:.3g} and would have to exceed 0. Strongest at this site: {', '.join(examples)}."
+        f"pre-activation is {u[best]:.3g}, too little to be active. Strongest at this site: {', '.join(examples)}."
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64
 
 from difffract_jax.circuits.pullback import Targets, preactivations_at
-from difffract_jax.circuits.replacement import Replacement
+from difffract_jax.circuits.replacement import Replacement, Sources
 from difffract_jax.models.blocks import DoubleBlock, Streams, both, run_mlps
 from difffract_jax.models.mmdit import run_double
 
@@ -34,8 +34,8 @@ def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Fl
 
 @jax.jit
 def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float[Array, "ablated target"]:
-    record, sites, _ = replacement
-    values = jax.nn.relu(preactivations_at(record, sites, features, record.mlp_in))
+    record, sites, sources = replacement
+    values = _values(sites, sources, features)
 
     def run(one: tuple[Targets, Array]) -> Float[Array, "target"]:
         feature, value = one
@@ -48,6 +48,16 @@ def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> F
         return preactivations_at(record, sites, readouts, live_inputs(replacement, Streams(*changes)))
 
     return jax.lax.map(run, (features, values), batch_size=ABLATIONS_AT_ONCE)
+
+
+def _values(sites: Streams, sources: Sources, features: Targets) -> Float[Array, "ablated"]:
+    """Returns the features' recorded values, 0 where they are inactive, whatever the activation."""
+    found = []
+    for layers, values in zip(both(lambda s: s.layers, sites), sources.values, strict=True):
+        at = features.layer, features.position
+        here = layers.index.at[at].get(mode="clip") == features.feature[:, None]
+        found.append(jnp.sum(jnp.where(here, values.at[at].get(mode="clip"), 0), axis=1))
+    return jnp.where(features.stream == 0, found[0], found[1])
 
 
 def _vector_at(stack, slots, feature: Targets, stream: int, like: Array) -> Float[Array, "layer rows d_model"]:

@@ -188,7 +188,7 @@ def run_single(
     cond: Cond,
     *,
     tap: Callable[[SingleActs], Any] = drop,
-    mlp: Callable[[Any, SingleBlock, Any], Any] | None = None,
+    mlp: Callable[[Any, SingleBlock, Array], Array] | None = None,
     per_layer: Any = None,
 ) -> tuple[Float[Array, "seq d_model"], Any]:
     """Applies stacked single-stream blocks in order; see `run_double`."""

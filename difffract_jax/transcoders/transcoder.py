@@ -3,15 +3,19 @@
     e(t)          sinusoidal embedding of the denoising time
     alpha, beta   scale and shift from e, by two layers with SiLU after both, and a linear head
     u = W_enc ((1 + alpha) * x + beta) + b_enc      pre-activations, one per feature
-    z = relu(u)                                     the code
+    z = activate(u)                                 the code; never negative
     y^ = W_dec z + b_dec  (+ W_skip x)              what stands in for y = MLP(x)
+
+Activations: `relu`; `topk`, the k largest positive of each row; `batchtopk`, the k per row on average that are largest
+over all rows given together, for training only; `jumprelu`, those above a threshold per feature, which is also how a
+trained `batchtopk` is exported. In all of them an active feature has z = u, so that attribution is the same.
 
 Rows of `dec.kernel` are the features' decoder vectors; the reference's have unit norm. An SAE is the same module with
 y in place of x. A module is for one site and one denoising time; `TranscoderSet` stacks those of a stream.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +27,10 @@ from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
 
-CONDITIONINGS = ("film", "film_raw_t", "none")
+Conditioning = Literal["film", "film_raw_t", "none"]
+Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+CUTOFF_HALVINGS = 40
+"""Halvings of the interval that holds BatchTopK's cut-off: more than float32 resolves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,24 +43,35 @@ class TranscoderConfig:
         time_embed: channels of the time embedding; 0 without conditioning.
         conditioning: how time enters. `film`: embedded as the model does, 1000 t, so that steps are far apart;
             `film_raw_t`: t itself, as the reference; `none`: not at all.
-        activation: from pre-activation to code.
+        activation: from pre-activation to code, see the module.
         skip: whether an affine path leads around the code.
         role: `transcoder` maps x to y, `sae` y to y.
+        k: active features per row of `topk`, and on average of `batchtopk`; 0 for the others.
     """
 
     d_model: int
     features: int
     time_embed: int
-    conditioning: Literal["film", "film_raw_t", "none"] = "film"
-    activation: Literal["relu"] = "relu"
+    conditioning: str = "film"
+    activation: str = "relu"
     skip: bool = False
     role: Literal["transcoder", "sae"] = "transcoder"
+    k: int = 0
 
     def __post_init__(self) -> None:
-        if self.conditioning not in CONDITIONINGS:
-            raise UserError(f"conditioning must be one of {', '.join(CONDITIONINGS)}, but is {self.conditioning!r}.")
-        if self.activation != "relu":
-            raise UserError(f"activation must be relu, the only one this release has, but is {self.activation!r}.")
+        for name, known in (("conditioning", get_args(Conditioning)), ("activation", get_args(Activation))):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}.")
+        counted = self.activation in ("topk", "batchtopk")
+        if counted and not 1 <= self.k <= self.features:
+            raise UserError(
+                f"k must lie in [1, {self.features}], the number of features, with activation {self.activation}, "
+                f"but is {self.k}."
+            )
+        if not counted and self.k:
+            raise UserError(
+                f"k is for topk and batchtopk, but is {self.k} with activation {self.activation}; leave it."
+            )
         if (self.time_embed == 0) != (self.conditioning == "none"):
             raise UserError(
                 f"time_embed is {self.time_embed} with conditioning {self.conditioning!r}, but it must be 0 exactly "
@@ -73,6 +91,8 @@ class Transcoder(nnx.Module):
             self.film = nnx.Linear(time, 2 * d_model, param_dtype=dtype, rngs=rngs)
         self.enc = nnx.Linear(d_model, config.features, param_dtype=dtype, rngs=rngs)
         self.dec = nnx.Linear(config.features, d_model, param_dtype=dtype, rngs=rngs)
+        if config.activation == "jumprelu":
+            self.threshold = nnx.Param(jnp.zeros(config.features, dtype))
         if config.skip:
             self.skip = nnx.Linear(d_model, d_model, use_bias=False, param_dtype=dtype, rngs=rngs)
 
@@ -104,7 +124,25 @@ class Transcoder(nnx.Module):
 
     def encode(self, x: Float[Array, "rows d_model"], t: Float[Array, ""]) -> Float[Array, "rows feat"]:
         """Returns the code z of every row; arguments as `preactivation`."""
-        return jax.nn.relu(self.preactivation(x, t))
+        return self.activate(self.preactivation(x, t))
+
+    def activate(self, u: Float[Array, "rows feat"]) -> Float[Array, "rows feat"]:
+        """Turns pre-activations into codes, see the module.
+
+        Args:
+            u: pre-activations; with `batchtopk`, a row's code depends on the others.
+        """
+        match self.config.activation:
+            case "relu":
+                return jax.nn.relu(u)
+            case "topk":
+                values, index = jax.lax.top_k(u, self.config.k)
+                rows = jnp.arange(u.shape[0])[:, None]
+                return jnp.zeros_like(u).at[rows, index].set(jax.nn.relu(values))
+            case "batchtopk":
+                return above(u, batch_cutoff(u, self.config.k))
+            case _:
+                return above(u, self.threshold[None, :])
 
     def decode(self, z: Float[Array, "rows feat"], x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
         """Returns y^ from a code, and from the input where there is a skip.
@@ -121,6 +159,35 @@ class Transcoder(nnx.Module):
         return self.decode(self.encode(x, t), x)
 
 
+def above(u: Float[Array, "rows feat"], threshold: Float[Array, "*#shape"]) -> Float[Array, "rows feat"]:
+    """Returns u where it exceeds a threshold, and 0 elsewhere."""
+    return jnp.where(u > threshold, u, 0)
+
+
+def batch_cutoff(u: Float[Array, "rows feat"], k: int, *, axis: str | None = None) -> Float[Array, ""]:
+    """Returns the least value, up to rounding, that at most k entries per row on average exceed; at least 0.
+
+    It is found by halving an interval, which needs counts alone: no sort, and over devices nothing but their sum.
+
+    Args:
+        u: pre-activations.
+        k: entries per row.
+        axis: mapped axis of the devices that hold the other rows; None if these are all.
+    """
+
+    def halve(_: Any, ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        active = jnp.mean(jnp.sum(u > middle, axis=1), dtype=u.dtype)
+        crowded = (active if axis is None else jax.lax.pmean(active, axis)) > k
+        return jnp.where(crowded, middle, low), jnp.where(crowded, high, middle)
+
+    u = jax.lax.stop_gradient(u)
+    largest = jnp.maximum(jnp.max(u), 0)
+    ends = jnp.zeros((), u.dtype), largest if axis is None else jax.lax.pmax(largest, axis)
+    return jax.lax.fori_loop(0, CUTOFF_HALVINGS, halve, ends)[1]
+
+
 class TranscoderSet(NamedTuple):
     """The transcoders of a model's MLPs, one stack per stream.
 
@@ -131,6 +198,8 @@ class TranscoderSet(NamedTuple):
         txt_layers: the same for the text stream.
         config: shape of each.
         source: content hash of the weights.
+        joint: single-stream blocks', stacked over `joint_layers`; None if there are none.
+        joint_layers: single-stream blocks of their stack, counted from the first of them, ascending.
     """
 
     img: Transcoder | None
@@ -139,6 +208,8 @@ class TranscoderSet(NamedTuple):
     txt_layers: tuple[int, ...]
     config: TranscoderConfig
     source: str
+    joint: Transcoder | None = None
+    joint_layers: tuple[int, ...] = ()
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
@@ -156,12 +227,19 @@ def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
             f"The transcoders are {tcs.config.d_model} wide, but the model is {config.d_model} wide; "
             "give transcoders that were trained on this model."
         )
-    sites = [("img", layer) for layer in tcs.img_layers] + [("txt", layer) for layer in tcs.txt_layers]
-    absent = [f"{stream}/{layer}" for stream, layer in sites if not 0 <= layer < config.depth_double]
+    if tcs.config.activation == "batchtopk":
+        raise UserError(
+            "These transcoders have activation batchtopk, whose codes depend on which rows come together; "
+            "export them with a threshold, as `difffract train` does."
+        )
+    depths = {"img": config.depth_double, "txt": config.depth_double, "single": config.depth_single}
+    layers = {"img": tcs.img_layers, "txt": tcs.txt_layers, "single": tcs.joint_layers}
+    absent = [f"{s}/{layer}" for s, depth in depths.items() for layer in layers[s] if not 0 <= layer < depth]
     if absent:
         raise UserError(
             f"The transcoders are for the sites {', '.join(absent)}, but the model has double-stream blocks 0 to "
-            f"{config.depth_double - 1}; give transcoders that were trained on this model."
+            f"{config.depth_double - 1} and {config.depth_single} single-stream blocks; give transcoders that were "
+            "trained on this model."
         )
 
 

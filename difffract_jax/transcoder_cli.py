@@ -1,0 +1,137 @@
+"""The commands that make transcoders: `harvest`, `train`, `evaluate`; registered by `cli.py`.
+
+They follow its rules: settings in, artefacts and a short table out; progress on stderr; imports when a command runs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from difffract_jax import options as opt
+from difffract_jax.config import provenance, resolve
+from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, RowSettings, TrainConfig
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in `out`, from its newest checkpoint.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command()(harvest)
+    app.command()(train)
+    app.command()(evaluate)
+
+
+def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = False) -> None:
+    """Write the inputs and outputs of a model's MLPs to disk, for `train --set rows=DIR` to read.
+
+    Example: `difffract harvest configs/smoke.yaml --set out=rows`
+    """
+    settings = resolve(HarvestConfig, _shared(config, HarvestConfig), sets=sets or ())
+    from difffract_jax.report import emit, progress
+    from difffract_jax.transcoders.sources import open_sampler
+    from difffract_jax.transcoders.store import write_store
+
+    pipe, caption = _pipeline(settings)
+    sources: dict[Any, Any] = {
+        split: open_sampler(settings, pipe, split, caption=caption) for split in ("train", "validation")
+    }
+    wanted = {"train": settings.train_prompts, "validation": settings.validation_prompts}
+    chunks: dict[Any, int] = {split: -(-count // settings.prompts_at_once) for split, count in wanted.items()}
+    record = provenance("harvest", settings, model=pipe.source)
+    with progress("Harvesting") as advance:
+        made = write_store(sources, chunks, settings.out, record, advance)
+    rows = {split: sum(max(shard.values()) for shard in shards) for split, shards in made["rows"].items()}
+    emit({"rows": str(settings.out), "sites": len(sources["train"].sites.names)} | rows, as_json=json)
+
+
+def train(config: ConfigFile = None, sets: opt.Sets = None, resume: Resume = False, json: opt.Json = False) -> None:
+    """Train transcoders, or SAEs, of a model's MLPs. SIGTERM saves and exits with 0; `--resume` goes on.
+
+    Example: `difffract train configs/smoke.yaml --set out=run`
+    """
+    settings = resolve(TrainConfig, file=config, sets=sets or ())
+    from difffract_jax.loading import save_transcoders
+    from difffract_jax.report import emit, training_progress
+    from difffract_jax.transcoders.store import open_store
+    from difffract_jax.transcoders.train import Watch, open_mesh
+    from difffract_jax.transcoders.train import train as run
+
+    mesh, sae = open_mesh(settings), settings.role == "sae"
+    if settings.rows is None:
+        from difffract_jax.transcoders.sources import open_sampler
+
+        pipe, caption = _pipeline(settings, mesh)
+        source: Any = open_sampler(settings, pipe, "train", caption=caption, mesh=mesh, sae=sae)
+        sources = {"model": pipe.source}
+    else:
+        source = open_store(settings.rows, "train", settings.seed, sae=sae)
+        sources = {"rows": str(settings.rows)}
+    record = provenance("train", settings, **sources)
+    with training_progress() as (advance, note):
+        done = run(settings, source, record, Watch(advance, note), resume=resume)
+    result: dict[str, Any] = {"run": str(settings.out), "step": done.step} | done.metrics
+    if done.transcoders is None:
+        emit(result | {"stopped": "before the last step; go on with --resume"}, as_json=json)
+        return
+    out = settings.out / "transcoders"
+    save_transcoders(done.transcoders, out, overwrite=True, provenance=record)
+    emit(result | {"transcoders": str(out)}, as_json=json)
+
+
+def evaluate(
+    run: Annotated[Path | None, opt.argument(EvaluateConfig, "run")] = None,
+    out: Annotated[Path | None, opt.option(EvaluateConfig, "out")] = None,
+    prompts_count: Annotated[int | None, opt.option(EvaluateConfig, "prompts_count")] = None,
+    images: Annotated[int | None, opt.option(EvaluateConfig, "images")] = None,
+    pareto: Annotated[list[Path] | None, opt.option(EvaluateConfig, "pareto")] = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Measure how faithful trained transcoders are, on prompts that training never saw, and write a report.
+
+    Example: `difffract evaluate run --images 8`
+    """
+    settings = opt.settings_of(EvaluateConfig, locals())
+    from difffract_jax.loading import load_transcoders
+    from difffract_jax.report import emit, progress
+    from difffract_jax.transcoders.evaluate import evaluate as measure
+    from difffract_jax.transcoders.evaluate import read_run
+    from difffract_jax.transcoders.evaluation_report import write_report
+
+    runs = {path: read_run(path) for path in (settings.run, *settings.pareto)}
+    first = runs[settings.run]
+    pipe, caption = _pipeline(first)
+    results = {}
+    for path, trained in runs.items():
+        with progress(f"Measuring {path}") as advance:
+            tcs = load_transcoders(path / "transcoders")
+            results[str(path)] = measure(settings, trained, pipe, tcs, caption=caption, progress=advance)
+    record = provenance("evaluate", settings, model=pipe.source)
+    report = write_report(results, settings.out or settings.run / "report", record)
+    emit({"report": str(report)} | results[str(settings.run)].summary(), as_json=json)
+
+
+def _shared(config: Path | None, cls: type[RowSettings]) -> dict[str, Any]:
+    """Returns the settings of a file that `cls` has: one file serves training and harvesting alike."""
+    from difffract_jax.config import read_yaml
+
+    other = TrainConfig.model_fields.keys() - cls.model_fields.keys()
+    return {} if config is None else {key: v for key, v in read_yaml(config).items() if key not in other}
+
+
+def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
+    """Returns the model, spread over a mesh if one is given, and its world's captions if it has a world."""
+    import jax.numpy as jnp
+
+    from difffract_jax.loading import load_pipeline
+    from difffract_jax.sharding import pipeline_shardings
+
+    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[settings.model_dtype]
+    if settings.model == "tiny":
+        from difffract_jax.models.tiny import random_pipeline
+
+        return random_pipeline(dtype=dtype), None
+    sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh)
+    return load_pipeline(settings.model, dtype=dtype, sharding=sharding), None

@@ -1,0 +1,160 @@
+"""Checkpoints of a run (Orbax, written in the background), and the directory that they live in.
+
+1. `locked` lets one process at a time work in a run's directory; the lock goes with the process, however it ends.
+   `stop_signal` turns SIGTERM into a question that the run asks itself between two steps.
+2. `save` writes state and buffer under their paths, and a record of plain values: where the data are, the last metrics,
+   and a fingerprint of every array. Orbax shows a checkpoint under its name only when it is complete.
+3. `restore` takes the newest checkpoint that can be read and whose arrays have their fingerprints, and tells which ones
+   it had to pass over. Arrays go where the current mesh wants them, whatever mesh they were saved from.
+"""
+
+import fcntl
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from difffract_jax.checkpoint import leaf_paths
+from difffract_jax.config import UserError
+
+CHECKPOINTS = "checkpoints"
+Checkpointer = Any
+"""Orbax's `training.Checkpointer`; its annotations refuse what its functions take."""
+_TRAINING: Any = ocp.training
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read.
+
+    Attributes:
+        step: its number.
+        trees: name -> tree.
+        record: the plain values saved with it.
+        passed: newer checkpoints that could not be used, and why.
+    """
+
+    step: int
+    trees: dict[str, Any]
+    record: dict[str, Any]
+    passed: list[str]
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a run's directory for this process.
+
+    Raises:
+        UserError: if another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"Another run is working in {directory}; wait for it, or name another out.") from None
+        yield
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM into an answer: the function handed out says whether it has come."""
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield came.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield came.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def open_checkpoints(directory: Path, keep: int) -> Checkpointer:
+    """Opens the checkpoints of a run; to be closed, which waits for what is being written.
+
+    Args:
+        directory: of the run.
+        keep: how many of the newest to keep.
+    """
+    return _TRAINING.Checkpointer(
+        (directory / CHECKPOINTS).absolute(),
+        preservation_policy=_TRAINING.preservation_policies.LatestN(keep),
+        cleanup_tmp_directories=True,
+    )
+
+
+def save(checkpoints: Checkpointer, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Begins to write a checkpoint; the arrays may be reused as soon as this returns.
+
+    Args:
+        checkpoints: from `open_checkpoints`.
+        step: its number.
+        trees: name -> tree of arrays.
+        record: plain values to save with it.
+    """
+    flat = {name: leaf_paths(tree) for name, tree in trees.items()}
+    prints = {name: fingerprints(leaves) for name, leaves in flat.items()}
+    if jax.default_backend() == "cpu":
+        # Here an array and its NumPy view share memory, which the next step would overwrite under the writer.
+        flat = jax.tree.map(jnp.copy, flat)
+    # A step is written again when a run goes on from before a damaged checkpoint of it.
+    checkpoints.save_checkpointables_async(
+        step, flat, force=True, overwrite=True, custom_metadata={**record, "fingerprints": prints}
+    )
+
+
+def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
+    """Reads the newest good checkpoint.
+
+    Args:
+        checkpoints: from `open_checkpoints`.
+        abstract: name -> tree of shapes with the shardings wanted.
+
+    Raises:
+        UserError: if there is none.
+    """
+    passed = []
+    for entry in reversed(checkpoints.checkpoints):
+        wanted = {name: leaf_paths(tree) for name, tree in abstract.items()}
+        try:
+            flat = checkpoints.load_checkpointables(entry.step, wanted)
+            record = dict(checkpoints.metadata(entry.step).custom_metadata)
+            prints = record.pop("fingerprints")
+        # Whatever a damaged file makes the readers say, it is damage; an interrupt is not among these.
+        except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            passed.append(f"checkpoint {entry.step} cannot be read ({type(error).__name__})")
+            continue
+        wrong = [f"{n}.{p}" for n, leaves in flat.items() for p, f in fingerprints(leaves).items() if prints[n][p] != f]
+        if wrong:
+            passed.append(f"checkpoint {entry.step} is damaged ({wrong[0]})")
+            continue
+        trees = {
+            name: jax.tree.unflatten(jax.tree.structure(tree), [flat[name][path] for path in wanted[name]])
+            for name, tree in abstract.items()
+        }
+        return Restored(entry.step, trees, record, passed)
+    reason = "; ".join(passed) or "it has none"
+    raise UserError(f"No checkpoint of {checkpoints.directory} can be used: {reason}; start again in another out.")
+
+
+def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Returns a number per array that changes with any of its bits: the sum of its words, each times an odd number."""
+    return {path: int(value) for path, value in _fingerprints(dict(leaves)).items()}
+
+
+@jax.jit
+def _fingerprints(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: _fingerprint(leaf) for path, leaf in leaves.items()}
+
+
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize])
+    weights = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape) * np.uint32(2) + np.uint32(1)
+    return jnp.sum(words.astype(jnp.uint32) * weights, dtype=jnp.uint32)

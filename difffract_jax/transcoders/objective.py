@@ -1,0 +1,239 @@
+"""What a transcoder is trained to minimise, for a batch of rows of one site (METHOD section 2).
+
+    fit   = mean_rows |y - y^|^2 / (sum of y's variances over rows + 1e-6), the fraction of variance unexplained
+    relu        fit + sparsity * mean_rows sum_f z                            the reference's loss
+    topk,       fit + aux_weight * aux; the code is as sparse as k says       Gao et al. 2024; Bussmann et al. 2024
+    batchtopk
+    jumprelu    fit + l0_weight * (L0 / sparsity - 1)^2, `sparsity` being the L0 wanted; the jump has no slope, so the
+                threshold's gradient is that of a jump smeared over `bandwidth`     Rajamanoharan et al. 2024
+
+`aux` revives features that have been silent for `dead_after` rows: the `aux_k` strongest of them per row shall explain
+what the others left, r = y - y^. It is |r - W_dec z_dead|^2 over r's own variance: no b_dec, which y^ has already.
+
+Rows may lie on several devices of a mapped axis. Means over rows are then means of means: variances and L0 enter as
+constants that the devices agree on, so that the mean of the devices' gradients is the gradient of the whole batch.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from difffract_jax.transcoders.transcoder import Transcoder, above, batch_cutoff
+
+EPSILON = 1e-6
+"""Added to the variance, as the reference does."""
+
+
+class Rows(NamedTuple):
+    """Rows of one site, or of several with a leading site axis.
+
+    Attributes:
+        x: what the transcoder reads.
+        y: what it shall return.
+        t: denoising time of each row, in [0, 1].
+    """
+
+    x: Float[Array, "*site rows d_model"]
+    y: Float[Array, "*site rows d_model"]
+    t: Float[Array, "*site rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Constants of the loss; those that differ between sites are arguments.
+
+    Attributes:
+        aux_weight: of `aux`; 0 leaves it out.
+        aux_k: silent features per row that `aux` may use.
+        dead_after: rows after which a silent feature counts as dead.
+        l0_weight: of `jumprelu`'s penalty.
+        bandwidth: over which a jump is smeared, in units of the pre-activations.
+        bf16: multiply matrices in bfloat16, with sums in float32.
+    """
+
+    aux_weight: float = 0.0
+    aux_k: int = 32
+    dead_after: int = 1_000_000
+    l0_weight: float = 1.0
+    bandwidth: float = 0.05
+    bf16: bool = False
+
+
+class Report(NamedTuple):
+    """What a loss computed besides; means over rows, on every device the same.
+
+    Attributes:
+        loss: what is minimised.
+        fvu: fraction of variance unexplained.
+        l1: sum of a row's code.
+        l0: active features per row.
+        cutoff: what a pre-activation had to exceed, `batchtopk`; else 0.
+        fired: which features were active in any row.
+    """
+
+    loss: Float[Array, "*site"]
+    fvu: Float[Array, "*site"]
+    l1: Float[Array, "*site"]
+    l0: Float[Array, "*site"]
+    cutoff: Float[Array, "*site"]
+    fired: Bool[Array, "*site feat"]
+
+
+def site_loss(
+    tc: Transcoder,
+    rows: Rows,
+    silent: Int[Array, "feat"],
+    sparsity: Float[Array, ""],
+    revive: Bool[Array, ""],
+    pressure: Float[Array, ""],
+    objective: Objective,
+    axis: str | None = None,
+) -> tuple[Float[Array, ""], Report]:
+    """Returns the loss of one site, and what came up on the way.
+
+    Args:
+        tc: the site's transcoder.
+        rows: a batch, or this device's part of it.
+        silent: rows since each feature was last active.
+        sparsity: weight of the L1 penalty, or L0 wanted; not read by topk and batchtopk.
+        revive: whether to compute `aux`; the same for all sites, as a branch is then skipped, not computed and dropped.
+        pressure: factor of the penalty for active features, which may rise to 1 while training begins.
+        objective: constants.
+        axis: mapped axis of the devices that hold the other rows; None if these are all.
+    """
+
+    def mean(value: Float[Array, "rows *rest"]) -> Float[Array, "*rest"]:
+        local = jnp.mean(value, axis=0)
+        return local if axis is None else jax.lax.pmean(local, axis)
+
+    u = preactivations(tc, rows, objective)
+    z, cutoff = codes(tc, u, objective, axis)
+    residual = rows.y - decode(tc, z, rows.x, objective)
+    variance = jnp.sum(mean(jnp.square(rows.y - mean(rows.y)[None]))) + EPSILON
+    fit = jnp.mean(jnp.sum(jnp.square(residual), axis=1)) / variance
+    # Plain means here: what is differentiated is this device's share of the loss.
+    l1 = jnp.mean(jnp.sum(z, axis=1))
+    l0 = mean(jnp.sum(z > 0, axis=1).astype(z.dtype))
+    loss = fit
+    match tc.config.activation:
+        case "relu":
+            loss = loss + pressure * sparsity * l1
+        case "jumprelu":
+            loss = loss + pressure * objective.l0_weight * _excess(tc, u, l0, sparsity, objective)
+        case _:
+            if objective.aux_weight:
+                aux = partial(_aux, tc, u, jax.lax.stop_gradient(residual), silent, objective, mean)
+                loss = loss + objective.aux_weight * jax.lax.cond(revive, aux, lambda: jnp.zeros((), u.dtype))
+    fired = jnp.any(z > 0, axis=0)
+    if axis is not None:
+        fired = jax.lax.pmax(fired.astype(jnp.int32), axis) > 0
+    whole = [mean(value[None]) for value in jax.lax.stop_gradient((loss, fit, l1))]
+    return loss, Report(loss=whole[0], fvu=whole[1], l1=whole[2], l0=l0, cutoff=cutoff, fired=fired)
+
+
+def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"], bf16: bool) -> Float[Array, "rows columns"]:
+    """Multiplies two float32 matrices; with `bf16`, rounded to bfloat16 first, but summed in float32."""
+    if not bf16:
+        return a @ b
+    return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def preactivations(tc: Transcoder, rows: Rows, objective: Objective) -> Float[Array, "rows feat"]:
+    """Returns u of rows of mixed times."""
+    alpha, beta = jax.vmap(tc.scale_shift)(rows.t)
+    return matmul((1 + alpha) * rows.x + beta, tc.enc.kernel[...], objective.bf16) + tc.enc.bias[None, :]
+
+
+def codes(
+    tc: Transcoder, u: Float[Array, "rows feat"], objective: Objective, axis: str | None
+) -> tuple[Float[Array, "rows feat"], Float[Array, ""]]:
+    """Returns the codes, and the cut-off of `batchtopk`."""
+    none = jnp.zeros((), u.dtype)
+    match tc.config.activation:
+        case "batchtopk":
+            cutoff = batch_cutoff(u, tc.config.k, axis=axis)
+            return above(u, cutoff), cutoff
+        case "jumprelu":
+            return jump(u, tc.threshold[...], objective.bandwidth), none
+        case _:
+            return tc.activate(u), none
+
+
+def decode(
+    tc: Transcoder, z: Float[Array, "rows feat"], x: Float[Array, "rows d_model"], objective: Objective
+) -> Float[Array, "rows d_model"]:
+    """Returns y^ of codes; see `Transcoder.decode`."""
+    y = matmul(z, tc.dec.kernel[...], objective.bf16) + tc.dec.bias[None, :]
+    return y + matmul(x, tc.skip.kernel[...], objective.bf16) if tc.config.skip else y
+
+
+def _aux(tc: Transcoder, u: Array, residual: Array, silent: Array, objective: Objective, mean: Any) -> Float[Array, ""]:
+    """Returns how much of the residual the dead features leave; 1 if there are none, with no gradient."""
+    dead = silent > objective.dead_after
+    values, index = jax.lax.top_k(jnp.where(dead[None], u, -jnp.inf), min(objective.aux_k, u.shape[1]))
+    at = jnp.arange(u.shape[0])[:, None], index
+    z = jnp.zeros_like(u).at[at].set(jax.nn.relu(values))
+    left = residual - matmul(z, tc.dec.kernel[...], objective.bf16)
+    variance = jnp.sum(mean(jnp.square(residual - mean(residual)[None]))) + EPSILON
+    # With fewer dead features than places, each would get more than its share of the gradient.
+    share = jnp.minimum(jnp.sum(dead) / min(objective.aux_k, u.shape[1]), 1)
+    return share * jnp.mean(jnp.sum(jnp.square(left), axis=1)) / variance
+
+
+def _excess(
+    tc: Transcoder, u: Float[Array, "rows feat"], l0: Array, wanted: Float[Array, ""], objective: Objective
+) -> Float[Array, ""]:
+    """Returns (L0 / wanted - 1)^2, written as its tangent at the L0 of all devices: the same value and gradient."""
+    smeared = jnp.mean(jnp.sum(step(u, tc.threshold[...], objective.bandwidth), axis=1))
+    excess = jax.lax.stop_gradient(l0) / wanted - 1
+    return excess**2 + 2 * excess * (smeared - jax.lax.stop_gradient(smeared)) / wanted
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def jump(u: Float[Array, "rows feat"], threshold: Float[Array, "feat"], bandwidth: float) -> Float[Array, "rows feat"]:
+    """Returns u where it exceeds its threshold, else 0; the threshold's gradient is that of a smeared jump.
+
+    Args:
+        u: pre-activations.
+        threshold: of every feature.
+        bandwidth: width of the smear; a row counts if u lies within half of it from the threshold.
+    """
+    return above(u, threshold[None])
+
+
+def _jump_forward(u: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array]]:
+    return jump(u, threshold, bandwidth), (u, threshold)
+
+
+def _jump_backward(bandwidth: float, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    u, threshold = saved
+    slope = -threshold * jnp.sum(g * _near(u, threshold, bandwidth), axis=0)
+    return jnp.where(u > threshold[None], g, 0), slope
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def step(u: Float[Array, "rows feat"], threshold: Float[Array, "feat"], bandwidth: float) -> Float[Array, "rows feat"]:
+    """Returns 1 where u exceeds its threshold, else 0; gradient to the threshold alone, as for `jump`."""
+    return (u > threshold[None]).astype(u.dtype)
+
+
+def _step_forward(u: Array, threshold: Array, bandwidth: float) -> tuple[Array, tuple[Array, Array]]:
+    return step(u, threshold, bandwidth), (u, threshold)
+
+
+def _step_backward(bandwidth: float, saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    u, threshold = saved
+    return jnp.zeros_like(u), -jnp.sum(g * _near(u, threshold, bandwidth), axis=0)
+
+
+def _near(u: Array, threshold: Array, bandwidth: float) -> Array:
+    """The rectangular kernel of height 1 / bandwidth around each threshold."""
+    return (jnp.abs(u - threshold[None]) < bandwidth / 2).astype(u.dtype) / bandwidth
+
+
+jump.defvjp(_jump_forward, _jump_backward)
+step.defvjp(_step_forward, _step_backward)

@@ -1,0 +1,79 @@
+"""From settings to rows: the sampler on a model's prompts, or a store on disk, for one split.
+
+`prompts` in the settings names a file or dataset, or `world`, the endless captions of a caller: any function from a
+number to a caption. The embedded organism has one.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from difffract_jax.config import UserError
+from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.transcoders.harvest import Sampler
+from difffract_jax.transcoders.prompts import Prompts, PromptWorld, Split, read_prompts, split_prompts
+from difffract_jax.transcoders.settings import RowSettings
+from difffract_jax.transcoders.sites import parse_sites
+
+WORLD = "world"
+Caption = Callable[[int], str]
+
+
+def open_prompts(settings: RowSettings, split: Split, caption: Caption | None = None) -> Prompts:
+    """Returns one split of the prompts that the settings name.
+
+    Args:
+        settings: say which.
+        split: training or validation.
+        caption: caption number i of a world; needed for `prompts: world`.
+    """
+    if settings.prompts != WORLD:
+        return split_prompts(read_prompts(settings.prompts), settings.validation_share, settings.seed)[split]
+    if caption is None:
+        raise UserError("prompts: world needs a model with a world of its own, the organism; give a file of prompts.")
+    return PromptWorld(caption, split, settings.validation_share)
+
+
+def open_sampler(
+    settings: RowSettings,
+    pipe: Pipeline,
+    split: Split,
+    *,
+    caption: Caption | None = None,
+    mesh: Mesh | None = None,
+    sae: bool = False,
+) -> Sampler:
+    """Returns the sampler as a source of rows.
+
+    Args:
+        settings: say which rows.
+        pipe: the model.
+        split: whose prompts.
+        caption: see `open_prompts`.
+        mesh: devices to spread the prompts over, by its `data` axis where that divides them.
+        sae: report y for x.
+    """
+    run = plan_run(
+        pipe.config,
+        steps=settings.steps_per_image,
+        height=settings.height,
+        width=settings.width,
+        text_tokens=settings.text_tokens,
+    )
+    spread: Any = None
+    if mesh is not None:
+        even = settings.prompts_at_once % mesh.shape["data"] == 0
+        spread = NamedSharding(mesh, PartitionSpec("data") if even else PartitionSpec())
+    return Sampler(
+        pipe=pipe,
+        sites=parse_sites(settings.sites, pipe.config.transformer),
+        run=run,
+        prompts=open_prompts(settings, split, caption),
+        seed=settings.seed,
+        prompts_at_once=settings.prompts_at_once,
+        tokens_per_step=settings.tokens_per_step,
+        include_padding=settings.include_padding,
+        sae=sae,
+        spread=spread,
+    )

@@ -1,0 +1,399 @@
+"""The training run: rows in, transcoders out, and at every moment something on disk to go on from.
+
+    out/train.json           settings, versions, source hashes
+    out/metrics.jsonl        one line per `log_every` steps
+    out/checkpoints/STEP     weights, optimiser, buffer, position in the data (`checkpoints`)
+
+1. Take the directory's lock. Begin, or with `resume` go on from the newest good checkpoint, which gives bit for bit
+   what an uninterrupted run would have.
+2. Until the last step: a batch from the buffer, a step; at the end of a round, new rows.
+3. Every `checkpoint_every` steps, at SIGTERM and at the end: check that the losses are finite, and save.
+
+One random seed and the numbers in a `Position` decide everything that is drawn: there are no generator states to keep.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
+
+from difffract_jax.checkpoint import atomic_file, tree_hash
+from difffract_jax.config import UserError
+from difffract_jax.sharding import make_mesh, parse_mesh
+from difffract_jax.transcoders import buffer as buffers
+from difffract_jax.transcoders.buffer import Plan, Position
+from difffract_jax.transcoders.checkpoints import (
+    CHECKPOINTS,
+    Checkpointer,
+    locked,
+    open_checkpoints,
+    restore,
+    save,
+    stop_signal,
+)
+from difffract_jax.transcoders.harvest import RowSource
+from difffract_jax.transcoders.logs import (
+    Clock,
+    Sink,
+    cut_metrics,
+    matmul_rate,
+    open_sinks,
+    profiled,
+    write_metrics,
+)
+from difffract_jax.transcoders.objective import Objective
+from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
+from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.state import (
+    Moments,
+    TrainState,
+    export,
+    init_params,
+    init_state,
+    measure,
+    place,
+    state_shardings,
+)
+from difffract_jax.transcoders.step import (
+    Metrics,
+    Recipe,
+    jit_step,
+    optimizer,
+    pmap_step,
+    repeat_state,
+    rows_sharding,
+    split_rows,
+)
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
+
+SETTINGS = "train.json"
+MEASURED_ROWS = 8192
+"""Rows of a site that the scales and first biases are taken from."""
+
+
+class Trained(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        step: steps done.
+        transcoders: what it made; None if it was stopped before the last step.
+        metrics: means over sites of the last line that was logged.
+    """
+
+    step: int
+    transcoders: TranscoderSet | None
+    metrics: dict[str, float]
+
+
+class Watch(NamedTuple):
+    """Who is told how a run goes.
+
+    Attributes:
+        progress: called with (steps done, steps in all, means over sites).
+        note: called with a sentence.
+    """
+
+    progress: Callable[[int, int, Mapping[str, float]], None]
+    note: Callable[[str], None]
+
+
+class _Run(NamedTuple):
+    """What a run keeps from step to step."""
+
+    state: TrainState
+    store: buffers.Store
+    position: Position
+
+
+class _Fixed(NamedTuple):
+    """What a run never changes."""
+
+    settings: TrainConfig
+    source: RowSource
+    mesh: Mesh
+    recipe: Recipe
+    plan: Plan
+    shape: TranscoderConfig
+
+
+def train(
+    settings: TrainConfig, source: RowSource, record: Mapping[str, Any], watch: Watch, *, resume: bool = False
+) -> Trained:
+    """Trains transcoders for every site of a source of rows.
+
+    Args:
+        settings: of the run.
+        source: where rows come from.
+        record: settings, versions and sources, from `config.provenance`.
+        watch: who is told.
+        resume: go on with the run in `settings.out`.
+
+    Raises:
+        UserError: if the settings do not fit one another or the run to be resumed, or the loss ceases to be finite.
+    """
+    check_remote(settings.out)
+    fixed = _fix(settings, source)
+    _check_directory(settings, resume)
+    with locked(settings.out):
+        _check_directory(settings, resume)
+        checkpoints = open_checkpoints(settings.out, settings.keep)
+        try:
+            begun = resume and checkpoints.latest is not None
+            run = _resume(fixed, checkpoints, watch) if begun else _begin(fixed, record)
+            return _loop(fixed, run, checkpoints, watch)
+        finally:
+            checkpoints.close()
+
+
+def recipe_of(settings: TrainConfig, round_batches: int) -> Recipe:
+    """Returns the constants of the training step.
+
+    Args:
+        settings: of the run.
+        round_batches: steps between two refreshes of the buffer, the cycle of `cosine_cycles`.
+    """
+    names = ("lr", "b1", "b2", "weight_decay", "schedule", "warmup", "decay", "steps", "sparsity_warmup", "clip")
+    objective = Objective(
+        bf16=settings.matmul == "bf16",
+        **settings.model_dump(include={"aux_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
+    )
+    constants = settings.model_dump(include={*names, "project_decoder"})
+    return Recipe(objective=objective, cycle=round_batches, **constants)
+
+
+def shape_of(settings: TrainConfig, width: int) -> TranscoderConfig:
+    """Returns the shape of each transcoder on rows of a width."""
+    return TranscoderConfig(
+        d_model=width,
+        features=round(settings.expansion * width),
+        k=settings.k if "topk" in settings.activation else 0,
+        **settings.model_dump(include={"time_embed", "conditioning", "activation", "skip", "role"}),
+    )
+
+
+def sparsities(settings: TrainConfig, sites: Sites) -> Float[np.ndarray, "site"]:
+    """Returns what `objective.site_loss` is given as sparsity for every site."""
+    if settings.activation == "jumprelu":
+        return np.full(len(sites.names), settings.target_l0, np.float32)
+    weights = [settings.l1_txt if name.startswith("txt/") else settings.l1 for name in sites.names]
+    return np.array(weights, np.float32)
+
+
+def open_mesh(settings: TrainConfig) -> Mesh:
+    """Returns the devices that the settings ask for."""
+    return make_mesh(parse_mesh(settings.mesh))
+
+
+def _fix(settings: TrainConfig, source: RowSource) -> _Fixed:
+    mesh = open_mesh(settings)
+    shape = shape_of(settings, source.width)
+    if settings.activation == "jumprelu" and settings.target_l0 > shape.features:
+        raise UserError(
+            f"target_l0 must be at most {shape.features}, the number of features, but is {settings.target_l0}."
+        )
+    sizes = {"data": settings.batch, "site": len(source.sites.names), "feature": shape.features}
+    words = {"data": "batch", "site": "the number of sites", "feature": "the number of features"}
+    for axis, size in sizes.items():
+        if size % mesh.shape[axis]:
+            raise UserError(
+                f"The mesh has {axis}={mesh.shape[axis]}, but {words[axis]}, {size}, is not divisible by it; "
+                "change one of them."
+            )
+    if settings.parallel == "pmap" and mesh.size != mesh.shape["data"]:
+        raise UserError("parallel: pmap spreads rows alone; use a mesh with a data axis only, or parallel: jit.")
+    plan = buffers.plan_buffer(settings.buffer_rows, settings.batch, settings.refresh, settings.seed)
+    return _Fixed(settings, source, mesh, recipe_of(settings, plan.round_batches), plan, shape)
+
+
+def _check_directory(settings: TrainConfig, resume: bool) -> None:
+    """Refuses to begin where a run has begun, or to go on where none has or with other settings."""
+    path = settings.out / SETTINGS
+    if not resume:
+        if path.exists():
+            raise UserError(f"{settings.out} holds a run already; pass --resume to go on with it, or name another out.")
+        return
+    if not path.exists():
+        raise UserError(f"{settings.out} holds no run to resume; leave --resume out to begin one.")
+    before = json.loads(path.read_text())["settings"]
+    changed = changed_fields(before, settings.model_dump(mode="json"))
+    if changed:
+        raise UserError(
+            f"The run in {settings.out} was begun with other settings ({'; '.join(changed)}); "
+            "resume with the same, or begin another run."
+        )
+
+
+def _begin(fixed: _Fixed, record: Mapping[str, Any]) -> _Run:
+    """Fills the buffer, makes the first weights, and writes down the settings: from then on there is a run."""
+    settings, source = fixed.settings, fixed.source
+    dtype = jnp.bfloat16 if settings.model_dtype == "bf16" else jnp.float32
+    store = buffers.empty_store(source.sites, source.width, fixed.plan.capacity, dtype, fixed.mesh)
+    store, position = buffers.fill(store, source, fixed.plan)
+    count = min((MEASURED_ROWS, *position.counts))
+    rows = buffers.gather(store, {name: np.arange(count, dtype=np.int32) for name in store})
+    state = _first_state(fixed, measure(rows, settings.scale_rows))
+    cut_metrics(settings.out, 0)
+    with atomic_file(settings.out / SETTINGS) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+    return _Run(place(state, state_shardings(state, fixed.mesh)), store, position)
+
+
+def _first_state(fixed: _Fixed, moments: Moments) -> TrainState:
+    params = init_params(jax.random.key(fixed.settings.seed), fixed.shape, fixed.settings.init, moments)
+    sparsity = jnp.asarray(sparsities(fixed.settings, fixed.source.sites))
+    return init_state(params, optimizer(fixed.recipe), moments, sparsity)
+
+
+def _resume(fixed: _Fixed, checkpoints: Checkpointer, watch: Watch) -> _Run:
+    """Reads the newest good checkpoint onto this run's mesh."""
+    settings, source = fixed.settings, fixed.source
+    sites, width = len(source.sites.names), source.width
+    flat = jax.ShapeDtypeStruct((sites, width), jnp.float32)
+    scale = jax.ShapeDtypeStruct((sites,), jnp.float32)
+    state = jax.eval_shape(
+        lambda moments: _first_state(fixed, moments), Moments(*cast(Any, (flat, flat, scale, scale)))
+    )
+    dtype = jnp.bfloat16 if settings.model_dtype == "bf16" else jnp.float32
+    store = buffers.empty_store(source.sites, width, fixed.plan.capacity, dtype, fixed.mesh)
+    abstract = {
+        "state": jax.tree.map(_with_sharding, state, state_shardings(state, fixed.mesh)),
+        "buffer": jax.tree.map(lambda a: _with_sharding(a, a.sharding), store),
+    }
+    found = restore(checkpoints, abstract)
+    for sentence in found.passed:
+        watch.note(f"{sentence}; going on from checkpoint {found.step}.")
+    cut_metrics(settings.out, found.step)
+    position = Position(**{**found.record["position"], "counts": tuple(found.record["position"]["counts"])})
+    return _Run(found.trees["state"], found.trees["buffer"], position)
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _loop(fixed: _Fixed, run: _Run, checkpoints: Checkpointer, watch: Watch) -> Trained:
+    settings = fixed.settings
+    step_function = _step_function(fixed, run.state)
+    sinks = open_sinks(settings.out, settings.tensorboard, settings.wandb, settings.model_dump(mode="json"))
+    state, store, position = run
+    if settings.parallel == "pmap":
+        state = _per_device(repeat_state(state, fixed.mesh.size), fixed.mesh)
+    first = step = int(run.state.step)
+    saved, means, clock = step if step else -1, {}, _clock(fixed)
+    with stop_signal() as stopped, profiled(settings.out, settings.profile, first) as profile:
+        while step < settings.steps and not stopped():
+            if position.served == fixed.plan.round_batches:
+                store, position = buffers.refresh(store, fixed.source, fixed.plan, position)
+            rows = _batch(fixed, store, position)
+            state, metrics = step_function(state, rows)
+            step, position = step + 1, position._replace(served=position.served + 1)
+            profile(step, metrics)
+            if step % settings.log_every == 0 or step == settings.steps:
+                means = _log(fixed, step, metrics, clock, sinks)
+                watch.progress(step, settings.steps, means)
+            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped():
+                _check_finite(fixed, step, metrics, saved)
+                _save(fixed, checkpoints, state, store, position)
+                saved = step
+    if stopped() and saved != step:
+        _save(fixed, checkpoints, state, store, position)
+    done = step >= settings.steps
+    return Trained(step, transcoders_of(_one(fixed, state), fixed.source.sites) if done else None, means)
+
+
+def _one(fixed: _Fixed, state: TrainState) -> TrainState:
+    """Returns the state itself; of pmap's copies the first."""
+    return jax.tree.map(lambda a: a[0], state) if fixed.settings.parallel == "pmap" else state
+
+
+def _save(fixed: _Fixed, checkpoints: Checkpointer, state: TrainState, store: Any, position: Position) -> None:
+    one = _one(fixed, state)
+    record = {"position": position._asdict() | {"counts": list(position.counts)}}
+    save(checkpoints, int(one.step), {"state": one, "buffer": store}, record)
+
+
+def _step_function(fixed: _Fixed, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+    if fixed.settings.parallel == "jit":
+        return jit_step(fixed.recipe, fixed.mesh, state)
+    step = pmap_step(fixed.recipe, list(fixed.mesh.devices.flat))
+
+    def on_devices(state: TrainState, rows: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, _per_device(split_rows(rows, fixed.mesh.size), fixed.mesh))
+        return state, jax.tree.map(lambda a: a[0], metrics)
+
+    return on_devices
+
+
+def _per_device(tree: Any, mesh: Mesh) -> Any:
+    """Returns a tree with a leading device axis spread as pmap wants it."""
+    return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("data"))), tree)
+
+
+def _batch(fixed: _Fixed, store: buffers.Store, position: Position) -> Any:
+    """Returns the next batch of the round, where the step wants it."""
+    orders = buffers.serving_orders(buffers.groups_of(store), fixed.plan, position)
+    here = slice(position.served * fixed.plan.batch, (position.served + 1) * fixed.plan.batch)
+    rows = buffers.gather(store, {name: order[here] for name, order in orders.items()})
+    return place(rows, rows_sharding(fixed.mesh))
+
+
+def _check_finite(fixed: _Fixed, step: int, metrics: Metrics, saved: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(np.asarray(metrics.loss)))
+    if bad.size:
+        names = ", ".join(fixed.source.sites.names[i] for i in bad[:4])
+        left = f"checkpoint {saved} is intact" if saved >= 0 else "there is no checkpoint yet"
+        raise UserError(f"The loss is not finite at step {step} ({names}); {left}; lower lr, or set clip, and go on.")
+
+
+def _clock(fixed: _Fixed) -> Clock:
+    config, settings = fixed.shape, fixed.settings
+    # Encoder and decoder forward, and three products backward; one more, to x, where FiLM learns from it.
+    products = 5 + (config.conditioning != "none")
+    row_flops = 2 * products * config.d_model * config.features
+    peak = matmul_rate(settings.matmul == "bf16") * fixed.mesh.size
+    return Clock(settings.batch * len(fixed.source.sites.names), row_flops, peak)
+
+
+def _log(fixed: _Fixed, step: int, metrics: Metrics, clock: Clock, sinks: list[Sink]) -> dict[str, float]:
+    """Writes a line, and returns the means over sites."""
+    per_site: dict[str, np.ndarray] = {name: np.asarray(value) for name, value in metrics._asdict().items()}
+    rate, share = clock.lap(step)
+    means = {name: float(np.mean(values)) for name, values in per_site.items()}
+    means |= {"rows_per_second": rate, "matmul_share": share}
+    sites = {
+        name: {what: float(values[i]) for what, values in per_site.items()}
+        for i, name in enumerate(fixed.source.sites.names)
+    }
+    write_metrics(fixed.settings.out, {"step": step, "time": time.time(), **means, "sites": sites})
+    for sink in sinks:
+        sink(step, means)
+    _check_finite(fixed, step, metrics, _newest(fixed.settings.out))
+    return means
+
+
+def _newest(out: Path) -> int:
+    return max((int(path.name) for path in (out / CHECKPOINTS).glob("*") if path.name.isdecimal()), default=-1)
+
+
+def transcoders_of(state: TrainState, sites: Sites) -> TranscoderSet:
+    """Returns what a state exports, taken apart by group.
+
+    Args:
+        state: of the training.
+        sites: in the order of its stack.
+    """
+    stack, config = export(state)
+    stacks: dict[str, Any] = {
+        name: jax.tree.map(lambda leaf, at=at: leaf[at], stack) for name, at in sites.slices.items()
+    }
+    source = tree_hash(stacks)
+    return TranscoderSet(
+        stacks.get("img"), stacks.get("txt"), sites.img, sites.txt, config, source, stacks.get("joint"), sites.joint
+    )

@@ -1,0 +1,84 @@
+"""`difffract harvest`, `train` and `evaluate` from end to end on the small random pipeline, and what they refuse."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from difffract_jax import cli
+from difffract_jax.loading import load_transcoders
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("steps=6", "batch=32", "buffer_rows=128", "tokens_per_step=8", "steps_per_image=2", "height=16", "width=24")
+SMALL += ("checkpoint_every=3", "log_every=2", "k=4", "expansion=2", "time_embed=8", "prompts_at_once=2")
+
+
+@pytest.fixture
+def difffract(monkeypatch, capsys):
+    """Runs `difffract COMMAND configs/smoke.yaml --set ...` in the repository's folder; returns status, out, err."""
+
+    def run(*arguments, sets=()):
+        given = [str(a) for a in arguments] + [part for each in sets for part in ("--set", each)]
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["difffract", *given])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.slow
+def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
+    rows, run = tmp_path / "rows", tmp_path / "run"
+    more = (f"out={rows}", "train_prompts=16", "validation_prompts=2")
+    small = [each for each in SMALL if each.split("=")[0] in ("tokens_per_step", "steps_per_image", "height", "width")]
+    status, out, _ = difffract("harvest", "configs/smoke.yaml", "--json", sets=(*small, "prompts_at_once=2", *more))
+    assert status == 0 and json.loads(out)["sites"] == 8
+    for source in ((), (f"rows={rows}",)):
+        place = run if not source else tmp_path / "stored"
+        status, out, err = difffract("train", "configs/smoke.yaml", "--json", sets=(*SMALL, f"out={place}", *source))
+        assert status == 0, err
+        assert json.loads(out)["step"] == 6
+        tcs = load_transcoders(place / "transcoders")
+        assert (tcs.img_layers, tcs.joint_layers, tcs.config.activation) == ((0, 1, 2), (0, 1), "jumprelu")
+        assert json.loads((place / "transcoders" / "config.json").read_text())["provenance"]["command"] == "train"
+    status, out, err = difffract("evaluate", run, "--prompts-count", 2, "--images", 1, "--json")
+    assert status == 0, err
+    assert np.isfinite(json.loads(out)["fvu"]) and "By site" in (run / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "sets", "told"),
+    [
+        ("train", ("activation=gelu",), "`activation` was 'gelu', but input should be 'relu', 'topk'"),
+        ("train", ("sites=[img/9]",), "The site img/9 does not exist: the model has 3 double-stream blocks"),
+        ("train", ("prompts=no.txt",), "no.txt is no file of prompts"),
+        ("train", ("prompts=world",), "prompts: world needs a model with a world of its own"),
+        ("train", ("mesh=data=3",), "data=3, but batch, 32, is not divisible by it"),
+        ("train", ("activation=jumprelu", "target_l0=65"), "target_l0 must be at most 64"),
+        ("train", ("batch=256",), "buffer_rows must be at least batch, 256"),
+        ("train", ("rows=nothing",), "holds no config.json"),
+        ("train", ("step=3",), "`step` is no setting; did you mean `steps`?"),
+        ("train", ("out=pyproject.toml/run",), "Not a directory"),
+        ("harvest", ("out=pyproject.toml/rows",), "Not a directory"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(difffract, tmp_path, command, sets, told):
+    out = tmp_path / "run"
+    common = SMALL if command == "train" else SMALL[3:7]
+    status, printed, err = difffract(command, "configs/smoke.yaml", sets=(*common, f"out={out}", *sets))
+    assert (status, printed) == (1, "")
+    assert told in err and err.startswith("Error: ") and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_is_none_or_unfinished_is_not_evaluated(difffract, tmp_path):
+    assert "holds no training run" in difffract("evaluate", tmp_path)[2]
+    (tmp_path / "train.json").write_text("{}")
+    assert "has not finished; go on with difffract train --resume" in difffract("evaluate", tmp_path)[2]
