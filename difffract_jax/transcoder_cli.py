@@ -126,6 +126,7 @@ def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from difffract_jax.loading import load_pipeline
+    from difffract_jax.organism.world import caption_at
     from difffract_jax.sharding import pipeline_shardings
 
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[settings.model_dtype]
@@ -134,4 +135,5 @@ def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
 
         return random_pipeline(dtype=dtype), None
     sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh)
-    return load_pipeline(settings.model, dtype=dtype, sharding=sharding), None
+    pipe = load_pipeline(settings.model, dtype=dtype, sharding=sharding)
+    return pipe, caption_at if settings.model == "organism" else None
