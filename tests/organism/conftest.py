@@ -85,7 +85,7 @@ def stages() -> Iterator[SimpleNamespace]:
         yield SimpleNamespace(
             text=train._text_stage(RECIPE, make_tokenizers()),
             images=train._image_stage(RECIPE),
-            flow=train._flow_stage(RECIPE, NO_ROWS),
+            flow=train._flow_stage(RECIPE, lambda: NO_ROWS),
             traces=traces,
         )
 

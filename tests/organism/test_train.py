@@ -20,11 +20,13 @@ from difffract_jax.organism.train import (
     DATA_SEED,
     KEY_SEED,
     LOG_EVERY,
+    LONGEST_GAP,
     POOL_SEED,
     SCALE_SEED,
     Stage,
     _seed,
     fit,
+    minutes_taken,
     train,
 )
 
@@ -188,6 +190,20 @@ def test_a_training_that_is_interrupted_in_every_stage_ends_with_the_very_same_w
     ]
     assert_same_weights(parts(pipe), parts(trained.pipeline))
     assert pipe.config == trained.pipeline.config
+
+
+def test_a_finished_run_is_loaded_without_a_step_or_a_pool(trained, recipe):
+    told = []
+    pipe = train(recipe, trained.directory, resume=True, progress=lambda *what: told.append(what))
+    assert not told
+    assert_same_weights(parts(pipe), parts(trained.pipeline))
+
+
+def test_the_minutes_of_a_run_leave_out_interruptions_and_what_lies_between_stages(tmp_path):
+    times = [("text", 0), ("text", 30), ("text", 30 + 2 * LONGEST_GAP), ("images", 400), ("images", 490), ("flow", 499)]
+    lines = [json.dumps({"stage": stage, "step": 1, "time": 1e9 + time}) for stage, time in times]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert minutes_taken(tmp_path) == pytest.approx(2)
 
 
 def test_every_stream_of_randomness_has_a_seed_of_its_own(recipe):
