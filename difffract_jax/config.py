@@ -220,13 +220,24 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UserError(f"`--set {override}` has a value that is not valid YAML; quote it.") from None
 
 
+def _keys(cls: type[Settings]) -> list[str]:
+    """Returns the names of all settings, those within others by their path."""
+    keys: list[str] = []
+    for name, info in cls.model_fields.items():
+        inner = info.annotation
+        keys.append(name)
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            keys += [f"{name}.{key}" for key in _keys(inner)]
+    return keys
+
+
 def _sentence(cls: type[Settings], error: ValidationError) -> str:
     """Turns pydantic's report into one sentence that names every problem."""
     problems: list[str] = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if isinstance(part, str))
         if item["type"] == "extra_forbidden":
-            problems.append(f"`{key}` is no setting{nearest(key, list(cls.model_fields))}")
+            problems.append(f"`{key}` is no setting{nearest(key, _keys(cls))}")
         elif item["type"] == "missing":
             problems.append(f"`{key}` is missing")
         else:

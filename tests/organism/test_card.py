@@ -28,15 +28,14 @@ def half_empty(pipe, asked, **options):
 @pytest.fixture
 def counted(monkeypatch):
     """Replaces every measurement by one that tells how many images it was given."""
-    row = {"binding": "images", "ablations": "images", "contradictions": "images"}
-    for name in (*row, "probe_binding", "replace_text"):
+    for name in ("binding", "ablations", "contradictions", "probe_binding", "replace_text"):
         monkeypatch.setattr(card, name, lambda pipe, size, steps=4, progress=None: [{"images": size, "steps": steps}])
     monkeypatch.setattr(card, "uncoloured", lambda pipe, size, progress=None: {"images": size, "steps": 4})
     monkeypatch.setattr(card, "_speed", lambda pipe: {"images": 64, "steps": 4})
 
 
-def test_all_tables_come_in_order_each_of_its_share_of_the_images(counted):
-    found = card.measure(None, 100)
+def test_all_tables_come_in_order_each_of_its_share_of_the_images(organism, counted):
+    found = card.measure(organism, 100)
     assert [(rows[0]["images"], rows[0]["steps"]) for rows in found.values()] == [
         (100, 4),
         (100, 16),
@@ -50,20 +49,20 @@ def test_all_tables_come_in_order_each_of_its_share_of_the_images(counted):
     assert len(found) == len(card.TABLES)
 
 
-def test_no_table_is_made_of_no_images(counted):
-    assert all(rows[0]["images"] >= 1 for rows in card.measure(None, 1).values())
+def test_no_table_is_made_of_no_images(organism, counted):
+    assert all(rows[0]["images"] >= 1 for rows in card.measure(organism, 1).values())
 
 
 @pytest.mark.parametrize("name", card.TABLES)
-def test_one_table_may_be_made_alone(counted, name):
-    assert list(card.measure(None, 8, (name,))) == [list(card.measure(None, 8))[card.TABLES.index(name)]]
+def test_one_table_may_be_made_alone(organism, counted, name):
+    assert list(card.measure(organism, 8, (name,))) == [list(card.measure(organism, 8))[card.TABLES.index(name)]]
 
 
-def test_speed_is_measured_cold_and_warm(monkeypatch):
+def test_speed_is_measured_cold_and_warm(organism, monkeypatch):
     batches = []
     monkeypatch.setattr(card, "draw_images", lambda pipe, asked, batch: batches.append((len(asked.captions), batch)))
     monkeypatch.setattr(card.jax, "clear_caches", lambda: batches.append("cleared"))
-    row = card._speed(None)
+    row = card._speed(organism)
     assert batches == ["cleared"] + [(64, 64)] * 4
     assert row["cold, s"] >= 0 and row["warm, s (best of 3)"] >= 0
 

@@ -78,10 +78,10 @@ def test_a_group_is_the_same_every_time_and_grows_at_its_end():
     assert held_out(40, "two shapes", 1).captions != held_out(40, "two shapes", 2).captions
 
 
-def test_a_true_painter_is_always_right(paint):
+def test_a_true_painter_is_always_right(organism, paint):
     paint(painter)
     told = []
-    rows = binding(None, 30, progress=lambda *what: told.append(what))
+    rows = binding(organism, 30, progress=lambda *what: told.append(what))
     assert [(row["what"], row["images"], row["right"], row["share"]) for row in rows] == [
         (group, 30, 30, 1.0) for group in GROUPS
     ]
@@ -91,16 +91,16 @@ def test_a_true_painter_is_always_right(paint):
 @pytest.mark.parametrize(
     ("who", "verdict"), [(painter, "prior"), (obedient, "asked"), (wilful, "other"), (noisy, "unreadable")]
 )
-def test_contradicted_concepts_are_sorted_by_the_colour_they_come_out_in(paint, who, verdict):
+def test_contradicted_concepts_are_sorted_by_the_colour_they_come_out_in(organism, paint, who, verdict):
     paint(who)
-    rows = contradictions(None, 40)
+    rows = contradictions(organism, 40)
     assert [row["what"] for row in rows] == ["prior", "asked", "other", "unreadable"]
     assert sum(row["right"] for row in rows) == 40 and all(row["images"] == 40 for row in rows)
     # Pink carrots are too pale to be read, see the scorer's tests; one in 28 is one.
     assert next(row["right"] for row in rows if row["what"] == verdict) >= 36
 
 
-def test_contradictory_prompts_name_their_first_object_in_a_foreign_colour(paint):
+def test_contradictory_prompts_name_their_first_object_in_a_foreign_colour(organism, paint):
     seen = []
 
     def watching(pipe, asked, **options):
@@ -108,7 +108,7 @@ def test_contradictory_prompts_name_their_first_object_in_a_foreign_colour(paint
         return pixels(asked)
 
     paint(watching)
-    contradictions(None, 25)
+    contradictions(organism, 25)
     (asked,) = seen
     assert IS_CONCEPT[asked.kind[:, 0]].all() and len(asked.captions) == 25
     assert np.all((asked.named[:, 0] >= 0) & (asked.named[:, 0] != asked.colour[:, 0]))
@@ -117,9 +117,9 @@ def test_contradictory_prompts_name_their_first_object_in_a_foreign_colour(paint
 
 
 @pytest.mark.parametrize(("who", "right"), [(painter, 30), (wilful, 0), (noisy, 0)])
-def test_uncoloured_concepts_are_right_in_their_prior(paint, who, right):
+def test_uncoloured_concepts_are_right_in_their_prior(organism, paint, who, right):
     paint(who)
-    row = uncoloured(None, 30)
+    row = uncoloured(organism, 30)
     assert (row["images"], row["right"]) == (30, right)
 
 

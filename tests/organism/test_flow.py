@@ -162,7 +162,9 @@ def test_muons_updates_are_orthogonal_and_adams_all_of_one_size():
     singular = np.linalg.svd(np.asarray(updates["double.img.attn.proj.kernel"][0]), compute_uv=False)
     assert singular[0] / singular[-1] < 2  # Newton and Schulz bring all within 0.7 and 1.2, up to their scale
     sizes = np.abs(updates["img_in.kernel"])
-    assert np.median(sizes) == pytest.approx(recipe.adam * recipe.learning_rate, rel=1e-3)  # Adam's epsilon
+    assert sizes.min() == pytest.approx(sizes.max(), rel=1e-2)  # Adam's epsilon
+    # Nesterov's momentum is a little ahead of the rate.
+    assert np.median(sizes) == pytest.approx(recipe.adam * recipe.learning_rate, rel=0.25)
 
 
 def test_the_shape_of_the_transformer_follows_the_recipe():
