@@ -1,7 +1,7 @@
 """Seconds per expanded node, on the golden pipeline and on a middle size; compilation apart.
 
 1. `golden`: the reference's small pipeline and its transcoders, the target of golden graph 0.
-2. `middle`: 8 double- and 4 single-stream blocks, width 512, 256 image and 64 text tokens, 4,096 features per site, random
+2. `middle`: 8 double- and 4 single-stream blocks, width 512, 256 + 64 tokens, 4,096 features per site, random
    weights, encoder biases such that about 7% of the features are active; the target lies in img block 7.
 3. Each is traced once to compile, then five times; the median counts. It includes encoding the trace, expansion,
    influence and compaction, and not the capture, as the reference's figure does not either.
@@ -186,7 +186,11 @@ def main() -> None:
     record = {
         "machine": platform.processor() or platform.machine(),
         "cpu": next(
-            (l.split(": ")[1] for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name")),
+            (
+                line.split(": ")[1]
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")
+            ),
             "?",
         )
         if Path("/proc/cpuinfo").exists()

@@ -215,7 +215,8 @@ def flux_config_from_shapes(
             f"The file is no FLUX.1 transformer in the original layout: it lacks {', '.join(missing)}; "
             "give the original release or a diffusers directory."
         )
-    (width, inputs), (_, text), (_, pooled), (outputs, _), (head_dim,) = (shapes[key] or () for key in tell.values())
+    sizes: list[Any] = [shapes[key] for key in tell.values()]
+    (width, inputs), (_, text), (_, pooled), (outputs, _), (head_dim,) = sizes
     if sum(rope_axes) != head_dim:
         raise UserError(
             f"The file has heads of {head_dim} dimensions, which the axes {rope_axes} do not divide; "

@@ -192,8 +192,8 @@ def _shape_problems(
             tuple(leaves[p].shape[len(assignment.stack) :]) if p in leaves else () for p in assignment.targets
         )
         for keys in assignment.sources:
-            given = tuple(shapes.get(key) for key in keys)
-            if None in given:
+            given = tuple(shape for key in keys if (shape := shapes.get(key)) is not None)
+            if len(given) < len(keys):
                 continue
             case = (assignment.rule.transform, given, wanted)
             if case not in seen:  # layers of a stack are alike, so one of each kind is worked out

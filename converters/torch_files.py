@@ -173,7 +173,9 @@ def record_text(directory: Path, t5_ids: Int[np.ndarray, "txt"], clip_ids: Int[n
 def record_decoding(directory: Path, latent: Float32[np.ndarray, "h w latent"]) -> Float32[np.ndarray, "H W rgb"]:
     """Runs the PyTorch autoencoder's decoder on one unscaled latent."""
     torch, diffusers = _module("torch"), _module("diffusers")
-    vae = diffusers.AutoencoderKL.from_pretrained(directory / "vae", torch_dtype=torch.float32).eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(
+        directory / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
+    ).eval()
     with torch.no_grad():
         image = vae.decode(torch.from_numpy(latent.transpose(2, 0, 1)[None].copy())).sample
     return image[0].permute(1, 2, 0).numpy()
@@ -183,7 +185,9 @@ def record_transformer(directory: Path, inputs: TransformerInputs) -> Transforme
     """Runs the PyTorch transformer once and returns what went into and came out of every block."""
     torch, diffusers = _module("torch"), _module("diffusers")
     path = directory / "transformer"
-    model = diffusers.FluxTransformer2DModel.from_pretrained(path, torch_dtype=torch.float32).eval()
+    model = diffusers.FluxTransformer2DModel.from_pretrained(
+        path, torch_dtype=torch.float32, low_cpu_mem_usage=False
+    ).eval()
     blocks: dict[int, BlockRecord] = {}
 
     def keep(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:

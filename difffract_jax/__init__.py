@@ -37,15 +37,17 @@ _HOME = {
     "capture": "difffract_jax.circuits.trace",
     "replacement": "difffract_jax.circuits.replacement",
     "attribute": "difffract_jax.circuits.attribution",
+    "strongest_feature": "difffract_jax.circuits.attribution",
     "Feature": "difffract_jax.circuits.feature",
     "Graph": "difffract_jax.circuits.graph",
     "prune": "difffract_jax.circuits.pruning",
     "compare": "difffract_jax.circuits.compare",
     "read_graph": "difffract_jax.circuits.compare",
     "Edit": "difffract_jax.circuits.interventions",
+    "steer": "difffract_jax.circuits.interventions",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

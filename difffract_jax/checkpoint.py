@@ -73,12 +73,15 @@ def _key_text(key: Any) -> str:
             return str(key.key)
 
 
-def placement(sharding: Any) -> Callable[[str], jax.sharding.Sharding | None]:
+def placement(sharding: Any) -> Callable[[str], Any]:
     """Returns the function path -> sharding for whatever stands for one.
 
     Args:
         sharding: None (the default device), one sharding for every leaf, a function of the path, or a tree of
             shardings with the structure of the weights.
+
+    Returns:
+        The function; what it returns is a `Sharding` or None.
     """
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return lambda path: sharding

@@ -17,6 +17,8 @@ import typer
 
 from difffract_jax import __version__
 from difffract_jax import options as opt
+from difffract_jax.cli_organism import organism
+from difffract_jax.cli_transcoders import register
 from difffract_jax.config import (
     ConvertConfig,
     DemoConfig,
@@ -26,7 +28,6 @@ from difffract_jax.config import (
     UserError,
     provenance,
 )
-from difffract_jax.transcoder_cli import register
 
 STYLE: dict[str, Any] = {
     "no_args_is_help": True,
@@ -37,6 +38,7 @@ STYLE: dict[str, Any] = {
 app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
 convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
+app.add_typer(organism, name="organism")
 register(app)
 
 
@@ -86,7 +88,7 @@ def demo(
     seed: Annotated[int | None, opt.option(DemoConfig, "seed")] = None,
     json: opt.Json = False,
 ) -> None:
-    """Generate an image and trace a circuit, end to end, on a small random pipeline. Needs no files.
+    """Generate an image and trace a circuit, end to end, on the embedded model. Needs no files.
 
     Example: `difffract demo --out demo`
     """
@@ -159,6 +161,7 @@ def convert_check(
     converted: Annotated[
         Path | None, typer.Argument(help="Our directory of it; SOURCE converted in memory if left out.")
     ] = None,
+    tolerance: opt.Tolerance = 1e-5,
     json: opt.Json = False,
 ) -> None:
     """Compare a converted pipeline with the PyTorch one, block by block (needs the extra `torch`).
@@ -169,8 +172,14 @@ def convert_check(
     from difffract_jax.loading import load_pipeline
     from difffract_jax.report import emit
 
-    rows = check(source, load_pipeline(converted or source))
+    rows = check(source, load_pipeline(converted or source), tolerance=tolerance)
     emit({"blocks": [row._asdict() for row in rows]}, as_json=json)
+    wrong = [row.part for row in rows if not row.equal]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(rows)} parts differ from PyTorch's: {', '.join(wrong)}; convert the source again, "
+            "or allow for --dtype bf16 with --tolerance 2e-2."
+        )
 
 
 @app.command()
@@ -362,9 +371,9 @@ def _warn_cut(cut: str) -> None:
 def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
     """Returns the packed starting noise that --latents or --noise asks for; None leaves it to the seed."""
     if settings.latents is not None:
-        import numpy as np
+        from difffract_jax.files import read_array
 
-        return np.load(settings.latents, allow_pickle=False)
+        return read_array(settings.latents)
     if settings.noise == "jax":
         return None
     from converters.torch_files import torch_noise

@@ -35,7 +35,7 @@ class GenerateConfig(Settings):
     """Settings of `difffract generate`: prompt to image."""
 
     model: str
-    """Model to run: a converted directory or a diffusers directory (converted in memory)."""
+    """Model to run: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
     prompt: str
     """What the image shall show."""
     out: Path = Path("image.png")
@@ -64,7 +64,7 @@ class TraceConfig(Settings):
     """Settings of `difffract trace`: one target's circuit at one denoising step."""
 
     model: str
-    """Model to trace: a converted directory or a diffusers directory (converted in memory)."""
+    """Model to trace: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
     transcoders: str
     """Transcoders of its MLPs: a converted directory or a directory of `.pt` files."""
     prompt: str
@@ -109,10 +109,10 @@ class PruneConfig(Settings):
     """Graph file (`.npz`) to prune."""
     mode: Literal["difffract"] = "difffract"
     """Whose rule: `difffract` cuts features and edges per stream, as the reference does."""
-    node_threshold: float = Field(0.8, ge=0, le=1)
-    """Share of each stream's total influence that the kept features hold, in [0, 1]; 1 keeps all."""
-    edge_threshold: float = Field(0.98, ge=0, le=1)
-    """Share of each stream's edge scores that the kept edges hold, in [0, 1]; 1 keeps all."""
+    node_threshold: float = Field(0.8, gt=0, le=1)
+    """Share of each stream's total influence that the kept features hold, in (0, 1]; 1 keeps all."""
+    edge_threshold: float = Field(0.98, gt=0, le=1)
+    """Share of each stream's edge scores that the kept edges hold, in (0, 1]; 1 keeps all."""
     out: Path = Path("pruned.npz")
     """Graph file to write."""
 
@@ -231,9 +231,8 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
             problems.append(f"`{key}` is missing")
         else:
             problems.append(f"`{key}` was {item['input']!r}, but {_lower(item['msg'])}")
-    return (
-        f"The settings are not valid ({cls.__name__}): " + "; ".join(problem.rstrip(".") for problem in problems) + "."
-    )
+    told = "; ".join(problem.rstrip(".") for problem in problems)
+    return f"The settings are not valid ({cls.__name__}): {told}{'' if told.endswith('?') else '.'}"
 
 
 def _lower(text: str) -> str:

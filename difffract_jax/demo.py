@@ -1,7 +1,7 @@
 """The demonstration: everything this package does, end to end, with no files needed.
 
-1. Make a small pipeline and transcoders with random weights. Nothing they show means anything; the mathematics is real.
-2. Generate an image.
+1. Load the embedded model. Its transcoders are random as yet: their features mean nothing.
+2. Generate an image of `PROMPT`, and read from its pixels whether it shows what was asked.
 3. Capture one denoising step, trace one feature's circuit, and check that its edges and bias add up.
 4. Prune the circuit, and save image and graphs with the record of how they were made.
 """
@@ -12,13 +12,21 @@ from difffract_jax.circuits.attribution import attribute, strongest_feature
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.trace import capture
 from difffract_jax.config import DemoConfig, provenance
+from difffract_jax.loading import load_pipeline
 from difffract_jax.models.pipeline import generate
-from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.organism.evaluate import see
+from difffract_jax.organism.scorer import describe, judge
+from difffract_jax.organism.world import from_caption
 from difffract_jax.report import Advance, graph_summary, save_image
 from difffract_jax.transcoders.transcoder import random_transcoders
 
 PROMPT = "a red circle left of a blue square"
-NOTICE = "Random weights: the image is noise and the features mean nothing; the attribution and its check are real."
+NOTICE = (
+    "The model is the embedded one, trained; image and verdict are real, and so are the attribution and its check. "
+    "The transcoders are random: their features mean nothing yet."
+)
+ENLARGED = 8
+"""Screen pixels per pixel of the image that is saved."""
 
 
 def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
@@ -31,9 +39,13 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     settings.out.mkdir(parents=True, exist_ok=True)
     record = provenance("demo", settings)
     paths = {name: settings.out / name for name in ("image.png", "graph.npz", "pruned.npz")}
-    pipe = random_pipeline(seed=settings.seed)
+    pipe = load_pipeline("organism")
     tcs = random_transcoders(pipe.config.transformer, seed=settings.seed)
-    save_image(generate(pipe, PROMPT, seed=settings.seed).image, paths["image.png"], record)
+    image = generate(pipe, PROMPT, seed=settings.seed).image
+    save_image(image.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1), paths["image.png"], record)
+    reading = see(image[None])
+    right = judge(from_caption(PROMPT), reading).right[0]
+    shown = {"prompt": PROMPT, "the image shows": describe(reading, 0), "as asked": "yes" if right else "no"}
     trace = capture(pipe, tcs, PROMPT, seed=settings.seed, step=1)
     target = strongest_feature(trace, tcs, "img", max(tcs.img_layers))
     graph = attribute(trace, tcs, target=target, max_nodes=100, expansion_batch=20, progress=advance)
@@ -42,4 +54,4 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     graph.save(paths["graph.npz"])
     pruned.save(paths["pruned.npz"])
     kept = {"edges kept by pruning": f"{len(pruned.edge_attribution)} of {len(graph.edge_attribution)}"}
-    return {"note": NOTICE} | {name: str(path) for name, path in paths.items()} | kept | graph_summary(graph)
+    return {"note": NOTICE} | shown | {name: str(path) for name, path in paths.items()} | kept | graph_summary(graph)

@@ -9,11 +9,13 @@
 NumPy only: nothing here knows about JAX.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 from difffract_jax.config import UserError
 
 SHARD_BYTES = 4 * 2**30
+SAMPLE_BYTES = 2**20
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -219,9 +222,33 @@ def write_sharded(
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def raw_bytes(value: Any) -> np.ndarray:
+def raw_bytes(value: Any) -> memoryview:
     """Returns the bytes of an array, without a copy when it is contiguous; bfloat16 has no buffer of its own."""
-    return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
+
+
+def read_array(path: Path) -> np.ndarray:
+    """Reads the one array of a `.npy` file; anything else is a `UserError`."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{path} is no readable .npy file; write it with numpy.save.") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} holds several arrays, but one is wanted; write it with numpy.save.")
+    return array
+
+
+def sample_hash(directory: Path) -> str:
+    """Returns a hash of the names, sizes, first and last MiB of all safetensors files under a directory."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLE_BYTES))
+            file.seek(max(0, size - SAMPLE_BYTES))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.pipelines import (
     Sharding,
@@ -31,8 +30,17 @@ from converters.transcoders import (
     stacked_transcoders,
     transcoders_from_torch,
 )
-from difffract_jax.checkpoint import atomic_directory, load_tree, read_config, save_trees
+from difffract_jax.checkpoint import (
+    VERIFY_BELOW_BYTES,
+    atomic_directory,
+    leaf_paths,
+    load_tree,
+    read_config,
+    save_trees,
+    tree_hash,
+)
 from difffract_jax.config import UserError
+from difffract_jax.files import sample_hash
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -40,10 +48,13 @@ from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, Pipeline
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.sharding import MMDIT, shardings
+from difffract_jax.sums import check_sums
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
 C = TypeVar("C")
+ORGANISM = Path(__file__).parent / "organism" / "weights"
+"""The embedded model, a diffusers directory."""
+PARTS = ("transformer", "t5", "clip", "vae")
 
 
 def load_pipeline(
@@ -52,7 +63,7 @@ def load_pipeline(
     """Loads a FLUX pipeline.
 
     Args:
-        model: a directory that `save_pipeline` wrote, or a diffusers directory.
+        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, or a diffusers directory.
         dtype: type of the weights in memory.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
@@ -61,8 +72,9 @@ def load_pipeline(
         UserError: when `model` is neither, or is damaged; the message says what to do.
     """
     path = _model_path(model)
+    check_sums(path)
     if is_diffusers_directory(path):
-        return convert_pipeline(path, dtype=dtype, sharding=sharding)
+        return identified(convert_pipeline(path, dtype=dtype, sharding=sharding), path)
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
@@ -71,7 +83,24 @@ def load_pipeline(
         )
         for name, abstract in _abstract_parts(config, dtype).items()
     }
-    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config)
+    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, source=record["content_hash"])
+
+
+def identified(pipe: Pipeline, path: Path) -> Pipeline:
+    """Gives a pipeline that was converted in memory the identity that images and graphs record.
+
+    Args:
+        pipe: the pipeline.
+        path: where its weights came from.
+
+    Returns:
+        The pipeline; its `source` is the content hash it would be saved under, or for weights too large to hash in
+        passing, that of their files' names, sizes, beginnings and ends.
+    """
+    parts = {name: getattr(pipe, name) for name in PARTS}
+    if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
+        return pipe._replace(source=tree_hash(parts))
+    return pipe._replace(source=f"sampled:{sample_hash(path)}")
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -82,7 +111,7 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         out: directory to write; it appears only when it is complete.
         overwrite: replace an existing directory.
     """
-    trees = {"transformer": pipe.transformer, "t5": pipe.t5, "clip": pipe.clip, "vae": pipe.vae}
+    trees = {name: getattr(pipe, name) for name in PARTS}
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
@@ -195,15 +224,6 @@ def convert_transcoders(
     return tcs
 
 
-def mesh_sharding(mesh: Mesh) -> Sharding:
-    """Returns the sharding that spreads a transformer over a mesh by its rules and repeats the other parts on it."""
-
-    def place(part: str, abstract: Any) -> Any:
-        return shardings(abstract, mesh, MMDIT) if part == "transformer" else NamedSharding(mesh, PartitionSpec())
-
-    return place
-
-
 def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> PipelineConfig:
     """Rebuilds a pipeline's configuration from `config.json`."""
     parts = {
@@ -230,7 +250,7 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
 
 def _model_path(model: str | Path) -> Path:
     if str(model) == "organism":
-        raise UserError("`organism`, the embedded model, comes with a later release; give a directory.")
+        return ORGANISM
     path = Path(model)
     if path.suffix == ".safetensors" and path.is_file():
         raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")

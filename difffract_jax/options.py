@@ -56,6 +56,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 IncludePadding = Annotated[bool | None, typer.Option("--include-padding", **field(TraceConfig, "include_padding"))]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
 ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
+Tolerance = Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")]
 
 
 def settings_of(cls: type[S], given: Mapping[str, Any]) -> S:

@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from rich.progress import Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from difffract_jax.checkpoint import atomic_file, leaf_paths
@@ -71,6 +72,22 @@ def training_progress() -> Iterator[tuple[Callable[[int, int, Mapping[str, float
             bar.update(task, completed=done, total=total, values=shown)
 
         yield advance, lambda sentence: bar.console.print(f"Note: {sentence}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[..., None]]:
+    """Shows one bar per stage on stderr, with the time left, and yields `advance(stage, done, total, loss)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def advance(stage: str, done: int, total: int, loss: float = math.nan) -> None:
+            note = "" if math.isnan(loss) else f"loss {loss:.4f}"
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, note=note)
+            bar.update(tasks[stage], completed=done, total=total, note=note)
+
+        yield advance
 
 
 def save_image(image: UInt8[np.ndarray, "H W rgb"], path: Path, record: Mapping[str, Any]) -> None:

@@ -7,7 +7,15 @@ from safetensors import numpy as official
 
 from difffract_jax import files
 from difffract_jax.config import UserError
-from difffract_jax.files import TensorFile, atomic_directory, atomic_file, open_shards, write_sharded
+from difffract_jax.files import (
+    TensorFile,
+    atomic_directory,
+    atomic_file,
+    open_shards,
+    read_array,
+    sample_hash,
+    write_sharded,
+)
 
 TENSORS = {
     "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -108,3 +116,32 @@ def test_a_finished_directory_replaces_the_old_one_only_when_asked(tmp_path):
         assert (out / "a.txt").exists()
     assert [path.name for path in out.iterdir()] == ["b.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_sampled_hash_knows_names_sizes_beginnings_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 16)
+    (tmp_path / "part").mkdir()
+    write(tmp_path / "part")
+    path, seen = tmp_path / "part" / "model.safetensors", {sample_hash(tmp_path)}
+    whole = path.read_bytes()
+    for changed in (whole[:-1] + b"?", b"?" + whole[1:], whole + b"?"):
+        path.write_bytes(changed)
+        seen.add(sample_hash(tmp_path))
+    path.write_bytes(whole)
+    path.rename(tmp_path / "part" / "other.safetensors")
+    assert len(seen | {sample_hash(tmp_path)}) == 5
+    path.with_name("other.safetensors").rename(path)
+    assert sample_hash(tmp_path) in seen
+
+
+def test_one_array_is_read_and_nothing_else(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert read_array(tmp_path / "a.npy").tolist() == [0, 1, 2]
+    np.savez(tmp_path / "b.npz", a=np.ones(1), b=np.ones(1))
+    with pytest.raises(UserError, match="holds several arrays, but one is wanted"):
+        read_array(tmp_path / "b.npz")
+    (tmp_path / "c.npy").write_bytes(b"neither")
+    (tmp_path / "d.npy").write_bytes(b"")
+    for name in ("c.npy", "d.npy"):
+        with pytest.raises(UserError, match=f"{name} is no readable .npy file"):
+            read_array(tmp_path / name)

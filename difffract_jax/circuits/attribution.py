@@ -113,10 +113,9 @@ def _expand(
     batch: int,
 ) -> Expansion:
     """Computes the edges into a few targets, and adds them."""
-    # A lone target, as the first one is, has a program of its own; all other batches are filled up to one size.
-    size = 1 if rows.size == 1 else batch
-    filled = np.concatenate([rows, np.repeat(rows[-1:], size - rows.size)])
-    targets = targets_of(state.table, info, filled)
+    # Every batch is filled up to one size, so that one program does for all.
+    filler = np.full(batch - rows.size, -1, np.int32)
+    targets = jax.tree.map(lambda column: jnp.concatenate([column, filler]), targets_of(state.table, info, rows))
     u, bias = (
         np.asarray(preactivations(prepared, targets, x), np.float64)[: rows.size]
         for x in (prepared.record.mlp_in, constant)

@@ -105,7 +105,8 @@ def _nodes(graph: Graph, merged: bool) -> list[Node]:
     # Files disagree on the block of inputs; there is one input per stream and position.
     block = np.where(kind == INPUT, -1, graph.node_block)
     columns = (kind, graph.node_step, graph.node_stream, block, graph.node_position, graph.node_feature)
-    return [tuple(map(int, row)) for row in zip(*columns, strict=True)]
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [(kind, step, stream, block, position, feature) for kind, step, stream, block, position, feature in rows]
 
 
 def _edges(graph: Graph, nodes: list[Node]) -> dict[tuple[Node, Node], float]:

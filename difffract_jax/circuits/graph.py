@@ -107,11 +107,11 @@ class Graph:
             path: file to write; it appears only when it is complete.
         """
         record = {"format_version": FORMAT_VERSION} | self.metadata
-        arrays = {name: getattr(self, name) for name in _DTYPES}
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in _DTYPES}
         texts = {"supernodes": self.supernodes, "metadata": record}
-        encoded = {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
+        arrays |= {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
         with atomic_file(Path(path)) as partial, partial.open("wb") as stream:
-            np.savez_compressed(stream, **arrays, **encoded)
+            np.savez_compressed(stream, **arrays)
 
     @staticmethod
     def load(path: str | Path) -> "Graph":
@@ -171,10 +171,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         try:
             loaded = np.load(stream, allow_pickle=False)
             arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else None
-        except (zipfile.BadZipFile, EOFError, ValueError, KeyError) as error:
-            raise UserError(
-                f"{path} is no readable .npz file ({error}); give a file that `difffract trace` wrote."
-            ) from None
+        except (zipfile.BadZipFile, EOFError, ValueError, KeyError):
+            raise UserError(f"{path} is no readable .npz file; give a file that `difffract trace` wrote.") from None
     if arrays is None:
         raise UserError(f"{path} is a single array, no graph; give a file that `difffract trace` wrote.")
     return arrays

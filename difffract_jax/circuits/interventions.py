@@ -10,9 +10,10 @@
 All modes are affine in the code: z' = scale * z + offset.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +28,8 @@ from difffract_jax.models.mmdit import Inputs, MMDiT, run_double
 from difffract_jax.models.pipeline import GeneratedImage, Pipeline, Run, decode, encode, plan_run, sample, start
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
-Mode = Literal["zero", "scale", "invert", "set", "add"]
-Form = Literal["delta", "replace"]
+MODES = ("zero", "scale", "invert", "set", "add")
+FORMS = ("delta", "replace")
 STREAMS = ("img", "txt")
 LEAST_MAXIMUM = 1e-6
 """A feature's maximum counts as at least this where a threshold is a share of it, as in the reference."""
@@ -64,14 +65,16 @@ class Edit:
     """
 
     feature: Feature | Site | str
-    mode: Mode
-    amount: float = 1.0
+    mode: str
+    amount: float | int = 1.0
     steps: frozenset[int] | None = None
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UserError(f"An edit's mode must be one of {', '.join(get_args(Mode))}, but got {self.mode!r}.")
+        if self.mode not in MODES:
+            raise UserError(f"An edit's mode must be one of {', '.join(MODES)}, but got {self.mode!r}.")
+        if not math.isfinite(self.amount):
+            raise UserError(f"An edit's amount must be a finite number, but got {self.amount}.")
         if isinstance(self.feature, str):
             object.__setattr__(self, "feature", Feature.parse(self.feature))
         if self.threshold is not None and isinstance(self.feature, Site):
@@ -80,14 +83,20 @@ class Edit:
             )
 
     @property
+    def site(self) -> Site:
+        """The MLP sublayer that is edited."""
+        assert not isinstance(self.feature, str)  # parsed when the edit was made
+        return Site(self.feature.stream, self.feature.block)
+
+    @property
     def affine(self) -> tuple[float, float]:
         """Scale and offset of the code."""
         return {
             "zero": (0.0, 0.0),
-            "scale": (self.amount, 0.0),
+            "scale": (float(self.amount), 0.0),
             "invert": (-1.0, 0.0),
-            "set": (0.0, self.amount),
-            "add": (1.0, self.amount),
+            "set": (0.0, float(self.amount)),
+            "add": (1.0, float(self.amount)),
         }[self.mode]
 
 
@@ -145,7 +154,7 @@ def steer(
     prompt: str,
     edits: Sequence[Edit],
     *,
-    form: Form = "delta",
+    form: str = "delta",
     replaced: Sequence[Site] = (),
     seed: int = 0,
     steps: int | None = None,
@@ -177,11 +186,13 @@ def steer(
     Raises:
         UserError: if an edit names a site, feature, position or step that does not exist, or a size does not fit.
     """
+    if form not in FORMS:
+        raise UserError(f"The form of edits must be one of {', '.join(FORMS)}, but got {form!r}.")
     check_fit(tcs, pipe.config.transformer)
     run = plan_run(pipe.config, steps=steps, height=height, width=width, text_tokens=text_tokens, guidance=guidance)
     edited = edit_model(pipe.transformer, tcs, edits, run, replaced)
     encoded = encode(pipe, prompt, run.text_tokens)
-    velocity = {"delta": delta_velocity, "replace": replace_velocity}[form]
+    velocity = delta_velocity if form == "delta" else replace_velocity
     final = sample(velocity, edited, run, encoded, start(pipe, run, seed, latents), progress=progress)
     return GeneratedImage(decode(pipe, final, run.grid), final, encoded.cut)
 
@@ -202,9 +213,9 @@ def edit_model(
     rows = Streams(run.grid[0] * run.grid[1], run.text_tokens)
     layers = []
     for stream, blocks, count in zip(STREAMS, (tcs.img_layers, tcs.txt_layers), rows, strict=True):
-        mine = [edit for edit in edits if edit.feature.stream == stream]
+        mine = [edit for edit in edits if edit.site.stream == stream]
         also = {block for name, block in replaced if name == stream}
-        absent = sorted(({edit.feature.block for edit in mine} | also) - set(blocks))
+        absent = sorted(({edit.site.block for edit in mine} | also) - set(blocks))
         if absent:
             raise UserError(
                 f"There is no transcoder at {stream}/{absent[0]}; blocks with one: {', '.join(map(str, blocks))}."
@@ -212,7 +223,7 @@ def edit_model(
         for edit in mine:
             _check_edit(edit, tcs.config.features, count, len(run.sigmas) - 1)
         layers.append(_lay_out(mine, also, blocks, depth, count, len(run.sigmas) - 1, model.img_in.kernel.dtype))
-    unknown = [edit.feature for edit in edits if edit.feature.stream not in STREAMS]
+    unknown = [edit.feature for edit in edits if edit.site.stream not in STREAMS]
     if unknown:
         raise UserError(f"{unknown[0]} lies in the single-stream blocks, but only img and txt sites can be edited.")
     return EditedModel(model, Streams(tcs.img, tcs.txt), Streams(*layers))
@@ -240,7 +251,7 @@ def _check_edit(edit: Edit, features: int, rows: int, steps: int) -> None:
 def _lay_out(
     edits: Sequence[Edit], also: set[int], blocks: tuple[int, ...], depth: int, rows: int, steps: int, dtype: Any
 ) -> EditLayers:
-    per_block = [[edit for edit in edits if edit.feature.block == block] for block in range(depth)]
+    per_block = [[edit for edit in edits if edit.site.block == block] for block in range(depth)]
     most = max(map(len, per_block))
     feature, threshold = np.full((depth, most), -1), np.full((depth, most), -1.0)
     scale, offset = np.ones((depth, most)), np.zeros((depth, most))
@@ -255,8 +266,10 @@ def _lay_out(
     slot = [blocks.index(block) if block in blocks else 0 for block in range(depth)]
     touched = [bool(here) or block in also for block, here in enumerate(per_block)]
     wide = np.promote_types(dtype, np.float32)
-    numbers = (jnp.asarray(array, wide) for array in (scale, offset, threshold))
-    table = EditTable(jnp.asarray(feature, jnp.int32), *numbers, jnp.asarray(positions), jnp.asarray(on))
+    scales, offsets, thresholds = (jnp.asarray(array, wide) for array in (scale, offset, threshold))
+    table = EditTable(
+        jnp.asarray(feature, jnp.int32), scales, offsets, thresholds, jnp.asarray(positions), jnp.asarray(on)
+    )
     return EditLayers(jnp.asarray(slot, jnp.int32), jnp.asarray(touched), table)
 
 

@@ -34,7 +34,7 @@ from difffract_jax.transcoders.transcoder import Transcoder
 GATHER_BYTES = 2**20
 """Decoder vectors gathered at a time: few enough to stay in a processor's cache until they have been used."""
 PULL_BYTES = 2**22
-"""Cotangents of one stream pair pulled through a block at a time on a processor, likewise; accelerators take them all."""
+"""Cotangents pulled through a block at a time on a processor, likewise; accelerators take them all."""
 CONTRACT_TARGETS = 32
 """Targets at most for which gathered decoder vectors are used together."""
 
@@ -44,7 +44,8 @@ class Targets(NamedTuple):
 
     Attributes:
         stream: 0 image, 1 text.
-        layer: block, counted from the trace's first.
+        layer: block, counted from the trace's first; -1 for a place that only fills up: it costs next to nothing, and
+            has no edges.
         position: within the stream.
         feature: of the site's transcoder.
     """
@@ -139,9 +140,10 @@ def pull_back(replacement: Replacement, targets: Targets) -> Float[Array, "targe
     sizes = sizes_for(count, sum(h.nbytes for h in boundary), jax.default_backend())
     # Highest first: then those that have begun at any block are the first so many.
     order = jnp.argsort(-targets.layer, stable=True)
-    filled = jnp.concatenate([order, jnp.full(sizes.batch - count, order[-1])])
+    padding = (0, sizes.batch - count)
+    filled = jax.tree.map(lambda column: jnp.pad(column[order], padding, constant_values=-1), targets)
     with jax.default_matmul_precision("highest"):
-        edges = _pull_back(*replacement, jax.tree.map(lambda column: column[filled], targets), sizes)
+        edges = _pull_back(*replacement, filled, sizes)
     return edges if bool(jnp.all(order == jnp.arange(count))) and sizes.batch == count else edges[jnp.argsort(order)]
 
 
@@ -297,6 +299,7 @@ def _encoder_rows(
     alpha, beta = jax.vmap(lambda slot: site(stack, slot).scale_shift(record.t))(sites.layers.slot)
     slot = sites.layers.slot[targets.layer]
     vectors = stack.enc.kernel[slot, :, targets.feature]
+    assert stack.enc.bias is not None
     constant = stack.enc.bias[slot, targets.feature] + jnp.sum(vectors * beta[targets.layer], axis=1)
     return vectors * (1 + alpha[targets.layer]), constant
 

@@ -305,6 +305,7 @@ def values(stream: DoubleStream, m: Float[Array, "rows d_model"]) -> Float[Array
 
 
 def _project(layer: nnx.Linear, x: Float[Array, "rows d_model"], columns: slice) -> Float[Array, "rows columns"]:
+    assert layer.bias is not None
     return x @ layer.kernel[:, columns] + layer.bias[None, columns]
 
 
@@ -343,6 +344,7 @@ class SingleBlock(nnx.Module):
         v = split_heads(_project(self.qkv, x, slice(2 * width, None)), head_dim)
         mixed = merge_heads(attend(q, k, v, scale=head_dim**-0.5))
         y = run_mlp(self, x) if mlp is None else mlp(self, x)
+        assert self.mlp_out.bias is not None
         h = h + gate[None, :] * (self.attn_out(mixed) + y + self.mlp_out.bias[None, :])
         return h, SingleActs(SingleFrozen(q, k, inv_std), x, y, h)
 

@@ -10,6 +10,7 @@ only what it reduces to. Every function is for one example; batches are `jax.vma
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -175,7 +176,7 @@ def run_double(
 
     def step(h: Streams, layer: tuple[DoubleBlock, Any]) -> tuple[Streams, Any]:
         block, extra = layer
-        h, acts = block(h, cond, mlp=None if mlp is None else lambda block, x: mlp(extra, block, x))
+        h, acts = block(h, cond, mlp=None if mlp is None else partial(mlp, extra))
         return h, tap(acts)
 
     return jax.lax.scan(step, h, (blocks, per_layer))
@@ -187,7 +188,7 @@ def run_single(
     cond: Cond,
     *,
     tap: Callable[[SingleActs], Any] = drop,
-    mlp: Callable[[Any, SingleBlock, Array], Array] | None = None,
+    mlp: Callable[[Any, SingleBlock, Any], Any] | None = None,
     per_layer: Any = None,
 ) -> tuple[Float[Array, "seq d_model"], Any]:
     """Applies stacked single-stream blocks in order; see `run_double`."""

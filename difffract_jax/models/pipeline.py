@@ -156,7 +156,8 @@ def plan_run(
         UserError: if a size does not divide, a number is too small, or the model takes no guidance scale.
     """
     defaults = config.defaults
-    height, width = height or defaults.height, width or defaults.width
+    height = defaults.height if height is None else height
+    width = defaults.width if width is None else width
     unit = PATCH * config.vae.factor
     if height < unit or width < unit or height % unit or width % unit:
         nearest = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
@@ -170,7 +171,7 @@ def plan_run(
     grid = height // unit, width // unit
     return Run(
         grid,
-        text_tokens or defaults.text_tokens,
+        defaults.text_tokens if text_tokens is None else text_tokens,
         sampler.sigmas(config.scheduler, defaults.steps if steps is None else steps, grid[0] * grid[1]),
         (defaults.guidance if guidance is None else guidance) if takes_guidance else None,
     )

@@ -63,7 +63,7 @@ def random_pipeline(*, seed: int = 0, transformer: FluxConfig = TINY, dtype: DTy
             layers=2,
             heads=2,
             positions=tokenizers.clip_length,
-            eos_token_id=tokenizers.clip.eos_token_id,
+            eos_token_id=len(tokenizers.clip) - 1,  # <|endoftext|>, the last of the vocabulary
         ),
         vae=AutoencoderConfig(
             latent_channels=transformer.in_channels // 4,

@@ -6,19 +6,25 @@
 3. Too long: keep the first `length - 1` tokens and the closing one; what T5 loses is reported in the prompt's own
    words. Too short: fill up with the tokenizer's padding token.
 
+4. A T5 tokenizer whose configuration says `closed_vocabulary` (the organism's) has no token for unknown words: there,
+   capitals and punctuation are dropped, and any other word is refused by name.
+
 Everything here is NumPy; PyTorch is not needed and not loaded.
 """
 
 import json
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, nearest
 
+SPACE = "\u2581"
+"""What a T5 piece begins with that begins a word."""
 LONGEST_CLIP = 10_000
 """transformers says 1e30 where a tokenizer names no length of its own; no CLIP has as many positions as this."""
 
@@ -90,10 +96,12 @@ def encode_prompt(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> Toke
         The ids, which of the T5 ids are the prompt's, and what had to be cut off.
 
     Raises:
-        UserError: if `text_tokens` leaves no room for a token.
+        UserError: if `text_tokens` leaves no room for a token, or a closed vocabulary lacks a word.
     """
     if text_tokens < 1:
         raise UserError(f"text_tokens must be at least 1, but got {text_tokens}; FLUX.1 was trained with 256 or 512.")
+    if tokenizers.t5.init_kwargs.get("closed_vocabulary"):
+        prompt = _known_words(tokenizers.t5, prompt)
     # verbose=False: a prompt longer than the tokenizer's own length is reported below, not in transformers' log.
     t5 = tokenizers.t5(prompt, return_offsets_mapping=True, verbose=False)
     clip = tokenizers.clip(prompt, verbose=False)
@@ -105,10 +113,21 @@ def encode_prompt(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> Toke
     )
 
 
-def _fit(ids: list[int], length: int, padding: int) -> Int32[np.ndarray, "length"]:
+def _fit(ids: list[int], length: int, padding: Any) -> Int32[np.ndarray, "length"]:
     """Cuts before the closing token, or pads after it."""
     kept = ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
     return np.array(kept + [padding] * (length - len(kept)), np.int32)
+
+
+def _known_words(t5: T5Tokenizer, prompt: str) -> str:
+    """Returns a prompt in lower case without punctuation; refuses it if a closed vocabulary lacks one of its words."""
+    words = re.sub(r"[^\w\s]", " ", prompt.lower()).split()
+    known = sorted(piece[1:] for piece in t5.get_vocab() if piece[0] == SPACE and len(piece) > 1)
+    unknown = [word for word in dict.fromkeys(words) if word not in known]
+    if unknown:
+        problems = "; ".join(f"`{word}`{nearest(word, known)}".rstrip(".") for word in unknown)
+        raise UserError(f"The model's vocabulary of {len(known)} words lacks {problems}.")
+    return " ".join(words)
 
 
 def _require(home: Path, *choices: tuple[str, ...]) -> None:

@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -245,7 +244,12 @@ def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
 
 
 def random_transcoders(
-    config: FluxConfig, *, seed: int = 0, features: int | None = None, active: float = 0.07, dtype: DTypeLike = None
+    config: FluxConfig,
+    *,
+    seed: int = 0,
+    features: int | None = None,
+    active: float = 0.07,
+    dtype: DTypeLike = jnp.float32,
 ) -> TranscoderSet:
     """Makes untrained transcoders for every double-stream MLP of a model; for tests, benchmarks and demonstrations.
 
@@ -257,13 +261,12 @@ def random_transcoders(
         seed: of the weights.
         features: features per site; 8 per channel if left out.
         active: share of features that fire.
-        dtype: of the weights; float32 if left out.
+        dtype: of the weights.
     """
     shape = TranscoderConfig(
         d_model=config.d_model, features=features or 8 * config.d_model, time_embed=0, conditioning="none"
     )
     bias = jax.scipy.stats.norm.ppf(active)
-    dtype = jnp.float32 if dtype is None else dtype
 
     def build(key: jax.Array) -> Transcoder:
         tc = Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype)
@@ -271,26 +274,10 @@ def random_transcoders(
         vectors = (vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)).astype(dtype)
         tc.dec.kernel[...] = vectors
         tc.enc.kernel[...] = vectors.T
+        assert tc.enc.bias is not None
         tc.enc.bias[...] = jnp.full(shape.features, bias, dtype)
         return tc
 
     layers = tuple(range(config.depth_double))
     stacks = [jax.vmap(build)(keys) for keys in jax.random.split(jax.random.key(seed), (2, len(layers)))]
     return TranscoderSet(stacks[0], stacks[1], layers, layers, shape, f"random:{seed}")
-
-
-def traced_sites(tcs: TranscoderSet, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns which of the model's blocks have a transcoder, image and text, as booleans [layer]."""
-    return tuple(np.isin(np.arange(depth), layers) for layers in (tcs.img_layers, tcs.txt_layers))
-
-
-def over_layers(tcs: TranscoderSet, depth: int) -> Any:
-    """Returns both stacks spread over all of the model's blocks, zero where a block has no transcoder."""
-
-    def spread(stack: Transcoder | None, layers: tuple[int, ...]) -> Any:
-        if stack is None:
-            return None
-        index = np.array(layers)
-        return jax.tree.map(lambda leaf: jnp.zeros((depth, *leaf.shape[1:]), leaf.dtype).at[index].set(leaf), stack)
-
-    return spread(tcs.img, tcs.img_layers), spread(tcs.txt, tcs.txt_layers)

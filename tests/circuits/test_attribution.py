@@ -124,10 +124,10 @@ def test_one_program_does_for_a_trace(x64):
     pullback._pull_back.clear_cache()
     settings = {"max_nodes": 40, "expansion_batch": 9}
     attribute(exact.trace, exact.tcs, target=strongest(exact), **settings)
-    # One for the lone first target, one for the batches that follow, whatever their blocks.
-    assert pullback._pull_back._cache_size() == 2
+    # The lone first target and every batch that follows, whatever their blocks.
+    assert pullback._pull_back._cache_size() == 1
     attribute(exact.trace, exact.tcs, target=Feature("img", 1, strongest_at(exact, 1)), **settings)
-    assert pullback._pull_back._cache_size() == 2
+    assert pullback._pull_back._cache_size() == 1
 
 
 def strongest_at(exact, block):
@@ -148,7 +148,7 @@ def test_progress_and_provenance_are_kept(x64):
     )
     assert seen == [(1, 12), (5, 12), (9, 12), (12, 12)]
     assert graph.metadata["trace"]["prompt"] == "a red circle"
-    assert graph.metadata["trace"]["model"] == exact.pipe.source
+    assert graph.metadata["trace"]["model"] == exact.pipe.source != ""
     assert graph.metadata["transcoders"] == exact.tcs.source
     assert graph.metadata["attribution"]["max_nodes"] == 12
 
@@ -173,7 +173,7 @@ def trace(golden):
         ("img/2/f326#0", "is asked for at other steps than the traced one, 1"),
         ("txt/2/f324@15", "lies on padding, where transcoders are not used; name one of the prompt's own tokens, 0 to"),
         ("single/0/f1", "lies in the single-stream blocks, but only img and txt sites are traced."),
-        ("img/2/f326@5", "img/2/f326@5 is inactive there; it is active at the positions (values): 14 ("),
+        ("img/2/f326@8", "img/2/f326@8 is inactive there; it is active at the positions (values): 14 ("),
     ],
 )
 def test_a_target_that_cannot_be_traced_is_refused(golden, trace, target, sentence):

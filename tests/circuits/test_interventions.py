@@ -39,7 +39,8 @@ def test_interventions_are_the_reference_s(golden, case):
     noise = golden.forward["p0_initial_latents"]
     result = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits_of(case)), form="replace", latents=noise, **SIZE)
     assert relative_error(result.latents, expected) <= TOL.intervention_f32
-    assert relative_error(result.latents, golden.forward["p0_final_latents"]) > 100 * TOL.intervention_f32
+    # What is agreed upon must be an effect: clearly larger than the tolerance. The smallest of these edits moves 0.5%.
+    assert relative_error(expected, golden.forward["p0_final_latents"]) > 10 * TOL.intervention_f32
 
 
 @pytest.mark.parametrize("prompt", [0, 1])
@@ -127,5 +128,7 @@ def test_an_edit_of_what_does_not_exist_is_refused(tiny, edits, sentence):
 def test_an_edit_that_makes_no_sense_is_refused():
     with pytest.raises(UserError, match="mode must be one of zero, scale, invert, set, add, but got 'double'"):
         Edit("img/1/f0", "double")
+    with pytest.raises(UserError, match="amount must be a finite number, but got nan"):
+        Edit("img/1/f0", "scale", float("nan"))
     with pytest.raises(UserError, match="leave it out where a whole site is edited"):
         Edit(Site("img", 0), "zero", threshold=0.2)

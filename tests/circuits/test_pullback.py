@@ -138,6 +138,15 @@ def test_one_by_one_is_the_same_as_together(x64):
         assert relative_error(alone[0], together[i]) <= TOL.x64
 
 
+def test_places_that_fill_up_change_nothing_and_have_no_edges(x64):
+    exact = make_exact()
+    targets = some_targets(exact, 5)
+    mixed = jax.tree.map(lambda column: jnp.insert(column, jnp.array([0, 2, 5]), -1), targets)
+    edges = pull_back(exact.replacement, mixed)
+    assert not edges[np.asarray(mixed.layer) < 0].any()
+    assert relative_error(edges[np.asarray(mixed.layer) >= 0], pull_back(exact.replacement, targets)) <= TOL.x64
+
+
 def test_how_decoder_vectors_are_gathered_changes_nothing(x64, monkeypatch):
     exact = make_exact()
     targets = some_targets(exact, 3)

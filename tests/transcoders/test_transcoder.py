@@ -1,119 +1,140 @@
-"""The transcoder module: what every activation keeps, and what a configuration may not say."""
+"""Transcoders and SAEs against the golden data, and what their options mean."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from converters.transcoders import transcoders_from_torch
-from difffract_jax.checkpoint import leaf_paths
-from difffract_jax.circuits.replacement import site
 from difffract_jax.config import UserError
-from difffract_jax.loading import load_transcoders, save_transcoders
-from difffract_jax.models.tiny import TINY
-from difffract_jax.sharding import TRANSCODER, match
-from difffract_jax.transcoders.transcoder import TranscoderConfig, batch_cutoff, check_fit
+from difffract_jax.loading import load_transcoders
+from difffract_jax.models.tiny import TINY, random_weights
+from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, check_fit, random_transcoders
 from tolerances import REFERENCE, TOL, relative_error
-from traces import make_transcoders
 
-ROWS, FEATURES, K = 24, 40, 5
-
-
-def made(activation, **more):
-    """One random transcoder, float32, with inputs for it."""
-    tcs = make_transcoders(TINY, activation=activation, features=FEATURES, dtype=jnp.float32, **more)
-    x = jax.random.normal(jax.random.key(1), (ROWS, TINY.d_model))
-    return site(tcs.img, jnp.int32(0)), x, jnp.float32(0.5)
+FOLDERS = {"tc": "transcoders", "sae": "saes"}
 
 
-@pytest.mark.parametrize(("role", "name"), [("tc", "transcoders"), ("sae", "saes")])
-def test_the_reference_s_outputs(role, name):
-    golden = np.load(REFERENCE / "golden_transcoder.npz")
-    tcs = transcoders_from_torch(REFERENCE / name)
-    for stream, stack, layers in (("img", tcs.img, tcs.img_layers), ("txt", tcs.txt, tcs.txt_layers)):
-        for slot, layer in enumerate(layers):
-            tc = site(stack, jnp.int32(slot))
-            x, t, z, y = (golden[f"{role}_{stream}_{layer}_{what}"] for what in ("x", "t", "z", "rec"))
-            codes = jax.vmap(lambda x, t, tc=tc: tc.encode(x[None], t)[0])(x, t)
-            assert relative_error(codes, z) <= TOL.f32_block
-            assert relative_error(tc.decode(codes, jnp.asarray(x)), y) <= TOL.f32_block
+@pytest.fixture(scope="module", params=FOLDERS)
+def kind(request):
+    """Which modules, and their set."""
+    return request.param, load_transcoders(REFERENCE / FOLDERS[request.param])
 
 
-@pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
-def test_an_active_feature_has_its_pre_activation_for_a_value(activation):
-    tc, x, t = made(activation, k=K if "topk" in activation else 0)
-    u, z = tc.preactivation(x, t), tc.encode(x, t)
-    assert np.all(z >= 0) and np.any(z > 0) and np.any(z == 0)
-    assert np.array_equal(np.where(z > 0, u, 0), z)
+@pytest.fixture(scope="module")
+def golden():
+    return dict(np.load(REFERENCE / "golden_transcoder.npz"))
 
 
-def test_topk_keeps_the_largest_of_each_row():
-    tc, x, t = made("topk", k=K)
-    u, z = np.asarray(tc.preactivation(x, t)), np.asarray(tc.encode(x, t))
-    for row, code in zip(u, z, strict=True):
-        largest = np.sort(row)[-K:]
-        assert sorted(code[code > 0]) == sorted(largest[largest > 0])
+@jax.jit
+def everything(stack, layer, x, t):
+    """Scale, shift, pre-activation, code and reconstruction of rows that each have their own time."""
+    module = jax.tree.map(lambda leaf: leaf[layer], stack)
+
+    def row(x, t):
+        scale, shift = module.scale_shift(t)
+        z = module.encode(x[None], t)
+        return {"scale": scale, "shift": shift, "h_pre": module.preactivation(x[None], t)[0], "z": z[0]} | {
+            "rec": module(x[None], t)[0],
+            "decoded": module.decode(z, x[None])[0],
+        }
+
+    return jax.vmap(row)(x, t)
 
 
-def test_batchtopk_keeps_the_largest_of_all_rows_together():
-    tc, x, t = made("batchtopk", k=K)
-    u, z = np.asarray(tc.preactivation(x, t)), np.asarray(tc.encode(x, t))
-    assert sorted(z[z > 0]) == sorted(np.sort(u.ravel())[-K * ROWS :])
-    assert len(set((z > 0).sum(axis=1))) > 1
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("stream", ["img", "txt"])
+def test_golden_forward_passes_are_met(kind, golden, stream, layer):
+    name, tcs = kind
+    place = f"{name}_{stream}_{layer}"
+    found = everything(getattr(tcs, stream), layer, golden[f"{place}_x"], golden[f"{place}_t"])
+    for array in ("scale", "shift", "h_pre", "z", "rec"):
+        assert relative_error(found[array], golden[f"{place}_{array}"]) <= TOL.f32_block, array
+    assert np.array_equal(found["rec"], found["decoded"])
+    assert np.array_equal(found["z"] > 0, golden[f"{place}_z"] > 0)
 
 
-def test_a_batch_with_fewer_positive_entries_keeps_them_all():
-    u = jnp.array([[1.0, -1.0, 2.0], [-3.0, 0.5, -1.0]])
-    assert 0 < batch_cutoff(u, 3) < 0.5
+@pytest.mark.parametrize("stream", ["img", "txt"])
+def test_what_time_and_the_block_s_shift_add_to_a_feature_is_golden(golden, stream):
+    tcs = load_transcoders(REFERENCE / "transcoders")
+    for layer in range(3):
+        module = jax.tree.map(lambda leaf, n=layer: leaf[n], getattr(tcs, stream))
+        place = f"tc_{stream}_{layer}_effbias"
+        features, shifts = golden[f"{place}_feats"], jnp.asarray(golden[f"{place}_block_shift"])
+        for row, t in enumerate(golden[f"{place}_t"]):
+            bare = module.preactivation(jnp.zeros((1, 64)), jnp.asarray(t))[0, features]
+            assert relative_error(bare, golden[f"{place}_noshift"][row]) <= TOL.f32_block
+            shifted = module.preactivation(shifts[row][None], jnp.asarray(t))[0, features]
+            assert relative_error(shifted, golden[place][row]) <= TOL.f32_block
 
 
-def test_the_cutoff_over_devices_is_that_of_all_rows():
-    u = jax.random.normal(jax.random.key(0), (8, 16, FEATURES)) * jnp.arange(1.0, 9)[:, None, None]
-    split = jax.pmap(lambda u: batch_cutoff(u, K, axis="data"), axis_name="data")(u)
-    assert np.all(split == batch_cutoff(u.reshape(-1, FEATURES), K))
+def make(dtype=jnp.float64, **config):
+    shape = TranscoderConfig(**{"d_model": 6, "features": 20, "time_embed": 8} | config)
+    return random_weights(jax.eval_shape(lambda: Transcoder(shape, rngs=nnx.Rngs(0), dtype=dtype)), 0)
 
 
-def test_jumprelu_has_a_threshold_per_feature():
-    tc, x, t = made("jumprelu")
-    u = np.asarray(tc.preactivation(x, t))
-    assert np.array_equal(tc.encode(x, t), np.where(u > np.asarray(tc.threshold[...]), u, 0))
+X = np.random.default_rng(0).standard_normal((5, 6))
+
+
+def test_a_skip_adds_one_linear_path(x64):
+    module, x = make(skip=True), jnp.asarray(X)
+    z = module.encode(x, jnp.asarray(0.5))
+    assert relative_error(module.decode(z, x) - module.decode(z, 0 * x), x @ module.skip.kernel[...]) <= TOL.x64
+    assert relative_error(module(x, jnp.asarray(0.5)), module.decode(z, x)) <= TOL.x64
+
+
+def test_the_default_tells_steps_apart_and_the_reference_s_form_hardly_does(x64):
+    near = {}
+    for conditioning in ("film", "film_raw_t"):
+        module = make(conditioning=conditioning, time_embed=256)
+        early, late = (jnp.concatenate(module.scale_shift(jnp.asarray(t))) for t in (1.0, 0.25))
+        near[conditioning] = relative_error(early, late)
+    assert near["film"] > 3 * near["film_raw_t"]
+    bare = make(conditioning="none", time_embed=0)
+    assert not any(part.any() for part in bare.scale_shift(jnp.asarray(0.3)))
+    assert np.array_equal(bare.encode(jnp.asarray(X), jnp.asarray(1.0)), bare.encode(jnp.asarray(X), jnp.asarray(0.1)))
+
+
+def test_a_code_is_never_negative_and_decodes_linearly(x64):
+    module, x = make(), jnp.asarray(X)
+    z = module.encode(x, jnp.asarray(0.5))
+    assert np.all(np.asarray(z) >= 0) and np.any(np.asarray(z) > 0)
+    u = module.preactivation(x, jnp.asarray(0.5))
+    assert np.array_equal(z, np.maximum(u, 0))
+    zero = module.decode(0 * z, x)
+    assert relative_error(module.decode(2 * z, x) - zero, 2 * (module.decode(z, x) - zero)) <= TOL.x64
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "sentence"),
     [
-        ({"activation": "gelu"}, "activation must be one of relu, topk, batchtopk, jumprelu, but is 'gelu'"),
-        ({"conditioning": "step"}, "conditioning must be one of film, film_raw_t, none, but is 'step'"),
-        ({"activation": "topk"}, r"k must lie in \[1, 64\], the number of features, with activation topk, but is 0"),
-        ({"activation": "batchtopk", "k": 65}, "activation batchtopk, but is 65"),
-        ({"k": 3}, "k is for topk and batchtopk, but is 3 with activation relu"),
-        ({"time_embed": 0}, "time_embed is 0 with conditioning 'film'"),
+        ({"time_embed": 0}, "it must be 0 exactly where conditioning is none"),
+        ({"conditioning": "none"}, "time_embed is 8 with conditioning 'none'"),
     ],
 )
-def test_a_configuration_that_means_nothing_is_refused(change, told):
-    with pytest.raises(UserError, match=told):
-        TranscoderConfig(**({"d_model": 8, "features": 64, "time_embed": 4} | change))
+def test_a_shape_that_makes_no_sense_is_refused(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        TranscoderConfig(**{"d_model": 6, "features": 20, "time_embed": 8} | change)
 
 
-def test_codes_that_depend_on_the_batch_are_not_traced():
-    with pytest.raises(UserError, match="activation batchtopk, whose codes depend on which rows come together"):
-        check_fit(make_transcoders(TINY, activation="batchtopk", k=K, dtype=jnp.float32), TINY)
+def test_random_transcoders_have_unit_vectors_and_the_share_that_was_asked_for():
+    tcs = random_transcoders(TINY, features=500, active=0.07)
+    assert tcs.img_layers == tcs.txt_layers == (0, 1, 2)
+    for stack in (tcs.img, tcs.txt):
+        norms = np.linalg.norm(stack.dec.kernel[...], axis=2)
+        assert np.abs(norms - 1).max() <= TOL.f32_block
+        assert np.array_equal(stack.enc.kernel[...], np.swapaxes(stack.dec.kernel[...], 1, 2))
+    x = np.random.default_rng(0).standard_normal((400, 32)).astype(np.float32)
+    module = jax.tree.map(lambda leaf: leaf[0], tcs.img)
+    assert 0.06 < float((module.encode(jnp.asarray(x), jnp.float32(1)) > 0).mean()) < 0.08
+    assert not np.array_equal(tcs.img.enc.kernel[...], random_transcoders(TINY, seed=1, features=500).img.enc.kernel)
 
 
-def test_single_stream_sites_are_saved_loaded_and_checked(tmp_path):
-    made = make_transcoders(TINY, activation="jumprelu", dtype=jnp.float32, img=(0, 2))
-    tcs = made._replace(joint=made.img, joint_layers=(0, 1))
-    save_transcoders(tcs, tmp_path / "out")
-    loaded = load_transcoders(tmp_path / "out")
-    assert (loaded.joint_layers, loaded.config) == ((0, 1), tcs.config)
-    assert all(map(np.array_equal, jax.tree.leaves(loaded[:2] + loaded[6:7]), jax.tree.leaves(tcs[:2] + tcs[6:7])))
-    check_fit(loaded, TINY)
-    with pytest.raises(UserError, match="sites single/2, but the model has .* 2 single-stream blocks"):
-        check_fit(loaded._replace(joint_layers=(0, 2)), TINY)
-
-
-def test_every_parameter_has_one_sharding_rule():
-    for shape in ({"activation": "jumprelu", "skip": True}, {"conditioning": "none"}):
-        tcs = make_transcoders(TINY, dtype=jnp.float32, **shape)
-        for path, leaf in leaf_paths(tcs.img).items():
-            assert len(match(path, TRANSCODER).axes) == leaf.ndim
+def test_another_width_or_site_is_refused():
+    tcs = random_transcoders(TINY)
+    check_fit(tcs, TINY)
+    with pytest.raises(UserError, match="sites img/7, txt/9, but the model has double-stream blocks 0 to 2"):
+        check_fit(tcs._replace(img_layers=(0, 1, 7), txt_layers=(0, 1, 9)), TINY)
+    wider = TranscoderConfig(**(vars(tcs.config) | {"d_model": 128}))
+    with pytest.raises(UserError, match="The transcoders are 128 wide, but the model is 32 wide"):
+        check_fit(tcs._replace(config=wider), TINY)

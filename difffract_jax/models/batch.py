@@ -1,0 +1,141 @@
+"""Many images at once: the loop of `pipeline`, vectorised over prompts and seeds, compiled once per size.
+
+1. Encode every prompt; draw every seed's noise. Both are what `pipeline.generate` uses for one.
+2. Scan over the steps; one step evaluates the velocity of all examples by `jax.vmap`.
+3. Decode all latents.
+
+The velocity is an argument, as in the pipeline: the model's own, or that of an edited or ablated model.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from difffract_jax.config import UserError
+from difffract_jax.models import sampler
+from difffract_jax.models.mmdit import Inputs
+from difffract_jax.models.pipeline import Pipeline, Run, Velocity, decode_raw, encode, model_velocity, plan_run
+
+
+def generate_batch(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    velocity: Velocity = model_velocity,
+    params: Any = None,
+    batch: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> UInt8[np.ndarray, "image H W rgb"]:
+    """Generates one image per prompt and seed.
+
+    Args:
+        pipe: the pipeline; sizes are its defaults.
+        prompts: one per image.
+        seeds: of the starting noise, one per image.
+        steps: denoising steps; the pipeline's default if left out.
+        velocity: whose velocity, see `pipeline.Velocity`.
+        params: its first argument; the pipeline's transformer if left out.
+        batch: images computed together.
+        progress: called with (images done, images in all).
+
+    Returns:
+        Pixels.
+
+    Raises:
+        UserError: if there are not as many seeds as prompts.
+    """
+    if len(prompts) != len(seeds):
+        raise UserError(f"Every prompt needs one seed, but got {len(prompts)} prompts and {len(seeds)} seeds.")
+    run = plan_run(pipe.config, steps=steps)
+    encoded = {prompt: encode(pipe, prompt, run.text_tokens) for prompt in dict.fromkeys(prompts)}
+    text, pooled = (jnp.stack([getattr(encoded[prompt], name) for prompt in prompts]) for name in ("text", "pooled"))
+    channels = pipe.config.transformer.in_channels
+    noise = jnp.stack([sampler.draw_noise(seed, run.grid, channels) for seed in seeds])
+    return draw(pipe, run, text, pooled, noise, velocity=velocity, params=params, batch=batch, progress=progress)
+
+
+def draw(
+    pipe: Pipeline,
+    run: Run,
+    text: Float[Array, "image txt text_width"],
+    pooled: Float[Array, "image pooled_width"],
+    noise: Float[Array, "image img channels"],
+    *,
+    velocity: Velocity = model_velocity,
+    params: Any = None,
+    batch: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> UInt8[np.ndarray, "image H W rgb"]:
+    """Generates one image per row of embeddings and noise; see `generate_batch`."""
+    weights = pipe.transformer if params is None else params
+    images = []
+    for first in range(0, len(noise), batch):
+        rows = np.arange(first, min(first + batch, len(noise)))
+        # The last batch is filled up, so that every batch has the compiled size.
+        filled = np.resize(rows, batch) if first else rows
+        latents = sample_batch(velocity, weights, run, text[filled], pooled[filled], noise[filled])
+        images.append(np.asarray(_pixels(pipe.vae, latents, run.grid))[: len(rows)])
+        if progress is not None:
+            progress(int(rows[-1]) + 1, len(noise))
+    return np.concatenate(images)
+
+
+def sample_batch(
+    velocity: Velocity,
+    params: Any,
+    run: Run,
+    text: Float[Array, "image txt text_width"],
+    pooled: Float[Array, "image pooled_width"],
+    noise: Float[Array, "image img channels"],
+) -> Float[Array, "image img channels"]:
+    """Takes all Euler steps of many examples.
+
+    Args:
+        velocity: whose velocity.
+        params: its first argument.
+        run: sizes and schedule.
+        text: text embeddings.
+        pooled: pooled prompt embeddings.
+        noise: packed starting noise.
+
+    Returns:
+        Packed latents after the last step.
+    """
+    return _sample(velocity, params, text, pooled, noise, jnp.asarray(run.sigmas), run.grid, run.guidance)
+
+
+@partial(jax.jit, static_argnames=("velocity", "grid", "guidance"))
+def _sample(
+    velocity: Velocity,
+    params: Any,
+    text: Array,
+    pooled: Array,
+    noise: Array,
+    sigmas: Array,
+    grid: tuple[int, int],
+    guidance: float | None,
+) -> Array:
+    def step(latents: Array, levels: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        sigma, after, number = levels
+        scale = None if guidance is None else jnp.asarray(guidance, latents.dtype)
+
+        def one(z: Array, txt: Array, vec: Array) -> Array:
+            return velocity(params, Inputs(z, txt, vec, sigma, scale), number, grid)
+
+        return latents + (after - sigma) * jax.vmap(one)(latents, text, pooled).astype(latents.dtype), None
+
+    levels = (sigmas[:-1], sigmas[1:], jnp.arange(sigmas.shape[0] - 1))
+    return jax.lax.scan(step, noise, levels)[0]
+
+
+@partial(jax.jit, static_argnames="grid")
+def _pixels(vae: Any, latents: Float[Array, "image img channels"], grid: tuple[int, int]) -> Array:
+    raw = jax.vmap(lambda z: decode_raw(vae, z, grid))(latents)
+    return jnp.round(255 * jnp.clip(raw / 2 + 0.5, 0, 1)).astype(jnp.uint8)

@@ -1,0 +1,156 @@
+"""Training of the transformer by rectified flow (arXiv 2209.03003), on latents and text embeddings made beforehand.
+
+1. A pool of scenes is drawn, encoded by the frozen autoencoder (posterior mean, shifted, scaled, packed) and by the
+   frozen text encoders.
+2. One step draws rows of the pool, noise e and times t, uniform in [0, 1] for most and one of schnell's four for the
+   rest, and takes a gradient of mean |v(z_t, t) - (e - x)|^2 at z_t = (1 - t) x + t e. The velocity points from data to
+   noise, as FLUX's does: one Euler step is z + (t_next - t) v.
+3. Muon for the matrices of the blocks, Adam for the rest (biases, norms, the layers that read and write channels).
+4. The learning rate is flat and then falls linearly to zero, twice: the second, shorter run starts warm from the first.
+5. Samples are drawn from an exponential moving average of the weights.
+
+At the start every modulation is the identity and the last projection zero, so that blocks are plain residual blocks.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Key
+
+from difffract_jax.checkpoint import leaf_paths
+from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
+from difffract_jax.organism.recipe import FlowRecipe
+
+GRID = (6, 6)
+"""Rows and columns of image tokens."""
+SCHNELL_TIMES = (1.0, 0.75, 0.5, 0.25)
+
+
+class FlowState(NamedTuple):
+    """State of the training.
+
+    Attributes:
+        model: the transformer.
+        average: moving average of its weights.
+        optimizer: state of Muon and Adam.
+        step: steps taken.
+    """
+
+    model: MMDiT
+    average: MMDiT
+    optimizer: optax.OptState
+    step: Array
+
+
+class Rows(NamedTuple):
+    """Training data: packed latents, text embeddings, pooled embeddings."""
+
+    latents: Float32[np.ndarray, "row img channels"]
+    text: Float32[np.ndarray, "row txt text_width"]
+    pooled: Float32[np.ndarray, "row pooled_width"]
+
+
+def transformer_config(recipe: FlowRecipe) -> FluxConfig:
+    """Returns the organism's transformer."""
+    return FluxConfig(
+        depth_double=recipe.depth_double,
+        depth_single=recipe.depth_single,
+        heads=recipe.heads,
+        head_dim=32,
+        rope_axes=(8, 12, 12),
+        in_channels=32,
+        out_channels=32,
+        text_width=96,
+        pooled_width=64,
+        guidance=False,
+    )
+
+
+def learning_rate(recipe: FlowRecipe) -> optax.Schedule:
+    """Returns the schedule: warm-up, flat, linear to zero; then once more at `restart` of the rate."""
+    first = int(recipe.steps * (1 - recipe.restart_share))
+    parts = []
+    for steps, rate in ((first, recipe.learning_rate), (recipe.steps - first, recipe.restart * recipe.learning_rate)):
+        flat = int(steps * recipe.flat_share)
+        warm_up = min(recipe.warm_up, flat)
+        parts += [
+            (warm_up, optax.linear_schedule(0.0, rate, warm_up)),
+            (flat - warm_up, optax.constant_schedule(rate)),
+            (steps - flat, optax.linear_schedule(rate, 0.0, steps - flat)),
+        ]
+    ends = np.cumsum([steps for steps, _ in parts])[:-1].tolist()
+    return optax.join_schedules([schedule for _, schedule in parts], ends)
+
+
+def _optimizer(recipe: FlowRecipe) -> optax.GradientTransformation:
+    matrices = optax.contrib.MuonDimensionNumbers(1, 2)
+
+    def dimensions(weights: dict[str, Array]) -> dict[str, Any]:
+        return {name: matrices if _in_block(name) else None for name in weights}
+
+    schedule = learning_rate(recipe)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.contrib.muon(
+            schedule,
+            muon_weight_dimension_numbers=dimensions,
+            adam_b2=0.99,
+            adam_learning_rate=lambda step: recipe.adam * schedule(step),
+        ),
+    )
+
+
+def _in_block(name: str) -> bool:
+    """Says whether a weight is a stack of matrices of blocks."""
+    return name.startswith(("double.", "single.")) and name.endswith(".kernel")
+
+
+def init(recipe: FlowRecipe, seed: int) -> FlowState:
+    """Returns the state before the first step."""
+    model = MMDiT(transformer_config(recipe), rngs=nnx.Rngs(seed))
+    width = model.config.d_model
+    for stream, gates in ((model.double.img, (2, 5)), (model.double.txt, (2, 5)), (model.single, (2,))):
+        bias = np.zeros(stream.mod.bias.shape, np.float32).reshape(len(stream.mod.bias), -1, width)
+        bias[:, gates] = 1
+        stream.mod.bias[...] = jnp.asarray(bias.reshape(stream.mod.bias.shape))
+        stream.mod.kernel[...] = 0.1 * stream.mod.kernel[...]
+    for layer in (model.final.mod, model.final.proj):
+        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+    average = jax.tree.map(jnp.copy, model)
+    return FlowState(model, average, _optimizer(recipe).init(leaf_paths(model)), jnp.zeros((), jnp.int32))
+
+
+def batch(recipe: FlowRecipe, seed: int, step: int, pool: Rows) -> Rows:
+    """Returns the rows of one step."""
+    rows = np.random.default_rng([seed, step, 2]).integers(0, len(pool.latents), recipe.batch)
+    return Rows(*(part[rows] for part in pool))
+
+
+def train_step(
+    recipe: FlowRecipe, state: FlowState, rows: Rows, key: Key[Array, ""]
+) -> tuple[FlowState, dict[str, Array]]:
+    """Takes one step; returns the new state and the loss."""
+    keys = jax.random.split(key, 4)
+    count = rows.latents.shape[0]
+    uniform = jax.random.uniform(keys[0], (count,))
+    fixed = jax.random.choice(keys[1], jnp.array(SCHNELL_TIMES), (count,))
+    t = jnp.where(jax.random.uniform(keys[2], (count,)) < recipe.uniform_share, uniform, fixed)
+    noise = jax.random.normal(keys[3], rows.latents.shape)
+    noisy = (1 - t[:, None, None]) * rows.latents + t[:, None, None] * noise
+
+    def loss(model: MMDiT) -> Array:
+        velocity = jax.vmap(lambda *inputs: model(Inputs(*inputs), GRID))(noisy, rows.text, rows.pooled, t)
+        return jnp.mean(jnp.square(velocity - (noise - rows.latents)))
+
+    value, gradients = jax.value_and_grad(loss)(state.model)
+    weights = leaf_paths(state.model)
+    updates, optimizer = _optimizer(recipe).update(leaf_paths(gradients), state.optimizer, weights)
+    new = optax.apply_updates(weights, updates)
+    model = jax.tree.unflatten(jax.tree.structure(state.model), [new[name] for name in weights])
+    decay = jnp.minimum(recipe.average, (1 + state.step) / (10 + state.step))
+    average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average, model)
+    return FlowState(model, average, optimizer, state.step + 1), {"loss": value}

@@ -1,0 +1,147 @@
+"""Where the organism binds colours to nouns: linear probes, and a replacement test of the text encoder.
+
+1. Probe: from the state of a noun's token, read the colour that the caption gives to that noun, by ridge regression
+   onto one-hot colours, fitted on training contents and tested on held-out ones. Chance is one in eight. Probed are
+   T5's embedding, its output, and the text tokens after every block of the transformer at the first step, where the
+   image stream is noise and can tell nothing.
+2. Replacement: every T5 state becomes the mean state of its word at its position, over many captions. If binding stays
+   what it was, T5 has told the transformer nothing but words and positions.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from difffract_jax.models import sampler
+from difffract_jax.models.batch import draw
+from difffract_jax.models.blocks import join
+from difffract_jax.models.mmdit import Inputs, run_double, run_single
+from difffract_jax.models.pipeline import Pipeline, Run, plan_run
+from difffract_jax.organism.captions import COLOUR_NAMES
+from difffract_jax.organism.evaluate import FIRST_SEED, WORLD_SEED, held_out, see, share
+from difffract_jax.organism.render import NOUNS
+from difffract_jax.organism.scorer import judge
+from difffract_jax.organism.text import Prompts, encode_all, tokenise
+from difffract_jax.organism.world import Scenes, scenes
+
+RIDGE = 1e-3
+"""Penalty of the regression, relative to the mean square of the states."""
+
+
+def probe_binding(pipe: Pipeline, size: int = 2048) -> list[dict[str, Any]]:
+    """Returns the probe's accuracy at every place.
+
+    Args:
+        pipe: the organism.
+        size: captions to fit on, and as many to test on.
+    """
+    fit, test = _shapes_only(size, "train"), held_out(size, "two shapes", WORLD_SEED + 4)
+    fitted, tested = _noun_states(pipe, fit), _noun_states(pipe, test)
+    rows = []
+    for place, (states, colours) in fitted.items():
+        weights = _ridge(states, colours)
+        held, wanted = tested[place]
+        guess = (np.c_[held, np.ones(len(held))] @ weights).argmax(axis=1)
+        rows.append(share(place, int((guess == wanted).sum()), len(wanted)))
+    return rows
+
+
+def replace_text(pipe: Pipeline, size: int = 500) -> list[dict[str, Any]]:
+    """Returns two-object binding with T5's own states, and with the mean of each word at each position.
+
+    Args:
+        pipe: the organism.
+        size: images of each.
+    """
+    asked, run = held_out(size, "two shapes"), plan_run(pipe.config)
+    prompts = tokenise(pipe.tokenizers, asked.captions)
+    text, pooled = encode_all(pipe.t5, pipe.clip, prompts)
+    rows = []
+    for name, states in (("T5's states", text), ("mean of word and position", _means(pipe, prompts, np.asarray(text)))):
+        images = _draw(pipe, run, jnp.asarray(states), pooled)
+        rows.append(share(name, int(judge(asked, see(images)).right.sum()), size))
+    return rows
+
+
+def _means(pipe: Pipeline, prompts: Prompts, text: Float[np.ndarray, "prompt txt width"]) -> np.ndarray:
+    """Replaces states by the mean over many captions of the same token at the same position."""
+    total = np.zeros((len(pipe.tokenizers.t5), *text.shape[1:]))
+    count = np.zeros(total.shape[:2])
+    for number in range(16):
+        drawn = tokenise(pipe.tokenizers, scenes(WORLD_SEED + 5, number, 512).captions)
+        states = np.asarray(encode_all(pipe.t5, pipe.clip, drawn)[0])
+        at = drawn.t5_ids, np.broadcast_to(np.arange(text.shape[1]), drawn.t5_ids.shape)
+        np.add.at(total, at, states)
+        np.add.at(count, at, 1)
+    at = prompts.t5_ids, np.broadcast_to(np.arange(text.shape[1]), prompts.t5_ids.shape)
+    mean = total[at] / np.maximum(count[at], 1)[..., None]
+    return np.where(count[at][..., None] > 0, mean, text).astype(np.float32)
+
+
+def _draw(pipe: Pipeline, run: Run, text: Array, pooled: Array) -> np.ndarray:
+    seeds = range(FIRST_SEED, FIRST_SEED + len(text))
+    noise = jnp.stack([sampler.draw_noise(seed, run.grid, pipe.config.transformer.in_channels) for seed in seeds])
+    return draw(pipe, run, text, pooled, noise)
+
+
+def _shapes_only(size: int, split: Any) -> Scenes:
+    """Returns scenes of two coloured shapes."""
+    drawn = scenes(WORLD_SEED + 6, 0, 8 * size, split, (2,))
+    coloured = (drawn.named[:, :2] == drawn.colour[:, :2]).all(axis=1)
+    return drawn.take(coloured).take(np.arange(size))
+
+
+def _noun_states(pipe: Pipeline, asked: Scenes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns, by place, the states of all nouns' tokens and their colours."""
+    prompts = tokenise(pipe.tokenizers, asked.captions)
+    rows, positions, colours = _nouns(asked)
+    text, pooled = encode_all(pipe.t5, pipe.clip, prompts)
+    embedded = pipe.t5.embed.embedding[...][prompts.t5_ids]
+    stages = [("before T5", embedded), ("after T5", text), *_block_states(pipe, text, pooled)]
+    return {name: (np.asarray(states)[rows, positions], colours) for name, states in stages}
+
+
+def _nouns(asked: Scenes) -> tuple[Int[np.ndarray, "noun"], Int[np.ndarray, "noun"], Int[np.ndarray, "noun"]]:
+    """Returns caption, position and colour of every coloured noun; the colour is the word before it."""
+    found = [
+        (row, position, COLOUR_NAMES.index(words[position - 1]))
+        for row, words in enumerate(caption.split() for caption in asked.captions)
+        for position, word in enumerate(words)
+        if word in NOUNS and words[position - 1] in COLOUR_NAMES
+    ]
+    return tuple(np.array(column) for column in zip(*found, strict=True))
+
+
+def _block_states(pipe: Pipeline, text: Array, pooled: Array) -> list[tuple[str, Array]]:
+    """Returns the text tokens after the entrance and after every block, at the first step."""
+    run = plan_run(pipe.config)
+    noise = jnp.stack([sampler.draw_noise(i, run.grid, pipe.config.transformer.in_channels) for i in range(len(text))])
+    entered, double, single = _run_blocks(pipe.transformer, noise, text, pooled, run.grid)
+    length = text.shape[1]
+    named = [("txt entering", entered)]
+    named += [(f"txt after double/{layer}", states) for layer, states in enumerate(jnp.swapaxes(double, 0, 1))]
+    return named + [
+        (f"txt after single/{layer}", states[:, :length]) for layer, states in enumerate(jnp.swapaxes(single, 0, 1))
+    ]
+
+
+@partial(jax.jit, static_argnames="grid")
+def _run_blocks(model: Any, noise: Array, text: Array, pooled: Array, grid: tuple[int, int]) -> tuple[Array, ...]:
+    def one(z: Array, txt: Array, vec: Array) -> tuple[Array, ...]:
+        h, cond = model.embed(Inputs(z, txt, vec, jnp.ones((), z.dtype)), grid)
+        after, double = run_double(model.double, h, cond, tap=lambda acts: acts.residual.txt)
+        _, single = run_single(model.single, join(after), cond, tap=lambda acts: acts.residual)
+        return h.txt, double, single
+
+    return jax.vmap(one)(noise, text, pooled)
+
+
+def _ridge(states: Float[np.ndarray, "noun width"], colours: Int[np.ndarray, "noun"]) -> np.ndarray:
+    """Fits one-hot colours; the last row of the result is the intercept."""
+    x = np.c_[states, np.ones(len(states))].astype(np.float64)
+    penalty = RIDGE * np.mean(np.square(states)) * len(states) * np.eye(x.shape[1])
+    return np.linalg.solve(x.T @ x + penalty, x.T @ np.eye(len(COLOUR_NAMES))[colours])

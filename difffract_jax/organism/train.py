@@ -1,0 +1,248 @@
+"""The organism's training, from nothing to a pipeline, resumable at any moment.
+
+1. Three stages, each a pure `state, metrics = step(state, batch, key)`: `text`, then `images`, then `flow`, which needs
+   the results of the other two and a pool of encoded scenes.
+2. Batch and key of a step depend on the seed and on the step's number alone. A run that was interrupted and resumed
+   therefore ends with the very same weights as one that was not.
+3. Every `save_every` steps, at the end of a stage, and when the run is interrupted, the stage's state replaces its
+   checkpoint on disk, whole or not at all. Metrics are appended to `metrics.jsonl`.
+4. A loss that is not finite ends the run; the last checkpoint stays.
+
+The directory: `recipe.json`, `metrics.jsonl`, and one checkpoint per stage.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Key
+
+from difffract_jax.checkpoint import atomic_directory, atomic_file, load_tree, save_trees
+from difffract_jax.config import UserError
+from difffract_jax.models.autoencoder import Autoencoder
+from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
+from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.tokenizers import Tokenizers
+from difffract_jax.organism import flow, images, text
+from difffract_jax.organism.pool import build_pool, measure_latents
+from difffract_jax.organism.recipe import OrganismRecipe
+from difffract_jax.organism.render import SIDE
+from difffract_jax.organism.vocabulary import TEXT_TOKENS, make_tokenizers
+
+Progress = Callable[[str, int, int, float], None]
+"""Called with stage, steps done, steps in all, and the latest loss."""
+LOG_EVERY = 50
+"""Steps between two lines of metrics."""
+LONGEST_GAP = 120.0
+"""Seconds between two lines from which on the run counts as interrupted."""
+SCALE_SEED, POOL_SEED, DATA_SEED, KEY_SEED = range(4)
+"""What each stream of randomness is for; every stage adds its own number."""
+
+
+class Stage(NamedTuple):
+    """One stage of the training.
+
+    Attributes:
+        name: of its checkpoint.
+        steps: how many.
+        init: makes the first state.
+        batch: step -> data.
+        step: state, data, key -> state, metrics; jitted.
+        key: of its randomness.
+    """
+
+    name: str
+    steps: int
+    init: Callable[[], Any]
+    batch: Callable[[int], Any]
+    step: Callable[[Any, Any, Key[Array, ""]], tuple[Any, dict[str, Array]]]
+    key: Key[Array, ""]
+
+
+def train(
+    recipe: OrganismRecipe, directory: Path, *, resume: bool = False, progress: Progress | None = None
+) -> Pipeline:
+    """Trains the organism.
+
+    Args:
+        recipe: every number that the result depends on.
+        directory: of the run.
+        resume: go on with a run that was interrupted.
+        progress: called after every step.
+
+    Returns:
+        The pipeline, with the averaged weights of the transformer.
+
+    Raises:
+        UserError: if the directory holds a run already, or one of another recipe, or a loss is not finite.
+    """
+    _open_run(recipe, directory, resume)
+    tokenizers = make_tokenizers()
+    report = progress or (lambda *_: None)
+    encoders = fit(_text_stage(recipe, tokenizers), directory, recipe.save_every, report)
+    vae = _scaled(fit(_image_stage(recipe), directory, recipe.save_every, report).vae, _seed(recipe, 1, SCALE_SEED))
+
+    @cache
+    def pool() -> flow.Rows:
+        seed, told = _seed(recipe, 2, POOL_SEED), partial(_pool_progress, report)
+        return build_pool(vae, encoders.t5, encoders.clip, tokenizers, seed, recipe.flow.pool, told)
+
+    model = fit(_flow_stage(recipe, pool), directory, recipe.save_every, report).average
+    config = PipelineConfig(
+        transformer=model.config,
+        t5=encoders.t5.config,
+        clip=encoders.clip.config,
+        vae=vae.config,
+        scheduler=SchedulerConfig(),
+        defaults=GenerationDefaults(height=SIDE, width=SIDE, text_tokens=TEXT_TOKENS, steps=4, guidance=0.0),
+    )
+    return Pipeline(model, encoders.t5, encoders.clip, vae, tokenizers, config)
+
+
+def minutes_taken(directory: Path) -> float:
+    """Returns how long the steps of a run have taken, interruptions left out, by the times in its `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    total = 0.0
+    for before, after in zip(lines, lines[1:], strict=False):
+        gap = after["time"] - before["time"]
+        if before["stage"] == after["stage"] and gap < LONGEST_GAP:
+            total += gap
+    return total / 60
+
+
+def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any:
+    """Runs a stage from its last checkpoint, or from the start, to its end; returns the final state."""
+    abstract = jax.eval_shape(stage.init)
+    home = directory / stage.name
+    state = load_tree(home, abstract) if home.is_dir() else stage.init()
+    first = int(state.step)
+    if first >= stage.steps:
+        return state
+    with ThreadPoolExecutor(1) as ahead, (directory / "metrics.jsonl").open("a") as log:
+        waiting = ahead.submit(stage.batch, first)
+        try:
+            for step in range(first, stage.steps):
+                data = waiting.result()
+                waiting = ahead.submit(stage.batch, step + 1)
+                state, metrics = stage.step(state, data, jax.random.fold_in(stage.key, step))
+                loss = float(metrics["loss"])
+                if not np.isfinite(loss):
+                    raise FloatingPointError
+                report(stage.name, step + 1, stage.steps, loss)
+                if (step + 1) % LOG_EVERY == 0 or step + 1 == stage.steps:
+                    _log(log, stage.name, step + 1, metrics)
+                if (step + 1) % save_every == 0:
+                    _save(state, home)
+        except FloatingPointError:
+            raise UserError(
+                f"The loss of stage {stage.name} is not finite at step {step}; {home} keeps the last good checkpoint. "
+                "Lower the learning rate of that stage."
+            ) from None
+        except KeyboardInterrupt:
+            # A step that was interrupted may have given its state away already; then the last checkpoint stays.
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                _save(state, home)
+            raise
+    _save(state, home)
+    return state
+
+
+def _save(state: Any, home: Path) -> None:
+    with atomic_directory(home, overwrite=True) as partial:
+        save_trees({"model": state}, partial, {"kind": "training state", "step": int(state.step)})
+
+
+def _log(log: Any, stage: str, step: int, metrics: dict[str, Array]) -> None:
+    values = {name: float(value) for name, value in metrics.items()}
+    log.write(json.dumps({"stage": stage, "step": step, "time": round(time.time(), 1)} | values) + "\n")
+    log.flush()
+
+
+def _open_run(recipe: OrganismRecipe, directory: Path, resume: bool) -> None:
+    """Makes the directory of a new run, or checks that a run to resume is of the same recipe."""
+    path = directory / "recipe.json"
+    wanted = recipe.model_dump(mode="json")
+    if not path.exists():
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"{directory} holds other files; give a new directory for the run.")
+        directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as partial_file:
+            partial_file.write_text(json.dumps(wanted, indent=2) + "\n")
+        return
+    if not resume:
+        raise UserError(f"{directory} holds a run already; add --resume to go on with it, or give a new directory.")
+    found = json.loads(path.read_text())
+    changed = [
+        f"{part}.{name}" if isinstance(value, dict) else part
+        for part, value in wanted.items()
+        for name in (value if isinstance(value, dict) else [part])
+        if (found.get(part, {}).get(name) if isinstance(value, dict) else found.get(part))
+        != (value[name] if isinstance(value, dict) else value)
+    ]
+    if changed:
+        raise UserError(
+            f"The run in {directory} was started with other values of {', '.join(changed)}; "
+            "resume it with the same, or give a new directory."
+        )
+
+
+def _seed(recipe: OrganismRecipe, stage: int, purpose: int) -> int:
+    """Returns the seed of one stream of randomness of one stage."""
+    return int(np.random.SeedSequence([recipe.seed, stage, purpose]).generate_state(1)[0])
+
+
+def _key(recipe: OrganismRecipe, stage: int) -> Key[Array, ""]:
+    return jax.random.key(_seed(recipe, stage, KEY_SEED))
+
+
+def _text_stage(recipe: OrganismRecipe, tokenizers: Tokenizers) -> Stage:
+    step = jax.jit(partial(text.train_step, recipe.text, recipe.seed), donate_argnums=0)
+    return Stage(
+        "text",
+        recipe.text.steps,
+        partial(text.init, recipe.text, tokenizers, recipe.seed),
+        partial(text.batch, recipe.text, tokenizers, _seed(recipe, 0, DATA_SEED)),
+        lambda state, prompts, key: step(state, prompts),
+        _key(recipe, 0),
+    )
+
+
+def _image_stage(recipe: OrganismRecipe) -> Stage:
+    return Stage(
+        "images",
+        recipe.images.steps,
+        partial(images.init, recipe.images, recipe.seed),
+        partial(images.batch, recipe.images, _seed(recipe, 1, DATA_SEED)),
+        jax.jit(partial(images.train_step, recipe.images), donate_argnums=0),
+        _key(recipe, 1),
+    )
+
+
+def _flow_stage(recipe: OrganismRecipe, pool: Callable[[], flow.Rows]) -> Stage:
+    """The pool is made when the first step asks for it: a finished stage needs none."""
+    return Stage(
+        "flow",
+        recipe.flow.steps,
+        partial(flow.init, recipe.flow, recipe.seed),
+        lambda step: flow.batch(recipe.flow, _seed(recipe, 2, DATA_SEED), step, pool()),
+        jax.jit(partial(flow.train_step, recipe.flow), donate_argnums=0),
+        _key(recipe, 2),
+    )
+
+
+def _scaled(vae: Autoencoder, seed: int) -> Autoencoder:
+    """Returns the autoencoder with its measured scaling and shift factors in its configuration."""
+    config = images.autoencoder_config(*measure_latents(vae, seed))
+    template = jax.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+    return jax.tree.unflatten(jax.tree.structure(template), jax.tree.leaves(vae))
+
+
+def _pool_progress(report: Progress, done: int, total: int) -> None:
+    report("pool", done, total, float("nan"))

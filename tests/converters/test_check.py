@@ -1,0 +1,48 @@
+"""`convert check` finds nothing where nothing is wrong, and names the one block that is."""
+
+import jax
+import pytest
+
+from converters.check import check
+from converters.export import export_pipeline
+from difffract_jax.config import UserError
+from difffract_jax.loading import load_pipeline
+from difffract_jax.models.mmdit import FluxConfig
+from difffract_jax.models.tiny import TINY, random_pipeline
+from tolerances import REFERENCE, TOL
+
+PIPELINE = REFERENCE / "pipeline"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline(PIPELINE)
+
+
+def test_every_part_of_a_converted_pipeline_is_pytorch_s(pipe):
+    rows = check(PIPELINE, pipe, tolerance=TOL.f32_block)
+    blocks = ["double 0", "double 1", "double 2", "single 0", "single 1"]
+    assert [row.part for row in rows] == ["t5", "clip", "embeddings", *blocks, "whole transformer", "autoencoder"]
+    assert all(row.equal and 0 < row.error <= row.bar for row in rows)
+
+
+def test_a_model_with_guidance_is_checked_too(tmp_path):
+    pipe = random_pipeline(transformer=FluxConfig(**(vars(TINY) | {"guidance": True})))
+    export_pipeline(pipe, tmp_path / "dev")
+    blocks = [row for row in check(tmp_path / "dev", pipe) if row.part.startswith(("double", "single", "whole"))]
+    assert len(blocks) == 6 and all(row.equal for row in blocks)
+
+
+def test_the_one_wrong_block_is_named(pipe):
+    kernel = pipe.transformer.double.txt.mlp.up.kernel
+    spoilt = jax.tree.map(lambda leaf: leaf, pipe.transformer)
+    spoilt.double.txt.mlp.up.kernel[...] = kernel[...].at[1, 0].add(0.1)
+    rows = check(PIPELINE, pipe._replace(transformer=spoilt))
+    assert [row.part for row in rows if not row.equal] == ["double 1", "whole transformer"]
+
+
+def test_what_cannot_be_compared_is_refused(pipe, tmp_path):
+    with pytest.raises(UserError, match="is no diffusers directory; give the one that the pipeline was converted from"):
+        check(tmp_path, pipe)
+    with pytest.raises(UserError, match="have different shapes in: transformer, t5, clip, vae"):
+        check(PIPELINE, random_pipeline())

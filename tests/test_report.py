@@ -1,0 +1,69 @@
+"""What is printed: tables for people, JSON for machines, progress apart from both; images that know their origin."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from difffract_jax.circuits.graph import FEATURE
+from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.report import conservation_error, emit, graph_summary, parameter_counts, progress, save_image
+from random_graphs import random_graph
+
+RESULT = {
+    "name": "x",
+    "share": 0.123456789,
+    "rows": [{"from": "img/0/f1", "attribution": 1.5}, {"from": "b", "attribution": 2}],
+}
+
+
+def test_machines_get_one_json_object(capsys):
+    emit(RESULT, as_json=True)
+    assert json.loads(capsys.readouterr().out) == RESULT
+
+
+def test_people_get_every_value_in_a_table(capsys):
+    emit(RESULT)
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("name", "0.1235", "rows", "from", "img/0/f1", "1.5"))
+
+
+def test_progress_goes_to_the_error_stream(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a bar is drawn on terminals alone
+    with progress("Working") as advance:
+        advance(1, 2)
+    out, err = capsys.readouterr()
+    assert out == "" and "Working" in err
+
+
+def test_an_image_carries_how_it_was_made(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 4, 3)).astype(np.uint8)
+    save_image(pixels, tmp_path / "a.png", {"seed": 3, "prompt": "ein Füchs"})
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.asarray(image), pixels)
+        assert json.loads(image.text["difffract_jax"]) == {"seed": 3, "prompt": "ein Füchs"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_summary_counts_nodes_and_names_the_strongest_sources():
+    graph = random_graph(3)
+    told = graph_summary(graph, most=3)
+    assert sum(told["nodes"].values()) == graph.node_kind.size and told["edges"] == graph.edge_source.size
+    assert told["nodes"]["feature"] == np.sum(graph.node_kind == FEATURE)
+    incoming = np.abs(graph.edge_attribution[graph.edge_target == graph.target])
+    assert [abs(row["attribution"]) for row in told["strongest sources"]] == sorted(map(float, incoming))[::-1][:3]
+
+
+def test_the_conservation_error_is_the_worst_target_s():
+    graph = random_graph(3)
+    graph.target_bias[:] = graph.target_preactivation - graph.target_sum
+    assert conservation_error(graph) <= 1e-15
+    graph.target_bias[-1] += 0.5 * graph.target_abs_sum[-1]
+    assert abs(conservation_error(graph) - 0.5) < 1e-12
+
+
+def test_parameters_are_counted_per_part():
+    pipe = random_pipeline()
+    counts = parameter_counts(pipe)
+    assert list(counts) == [f"{name} parameters" for name in ("transformer", "t5", "clip", "vae")]
+    assert parameter_counts(pipe.transformer) == {"transformer parameters": counts["transformer parameters"]}
