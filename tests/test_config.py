@@ -17,9 +17,10 @@ from difffract_jax.config import (
     provenance,
     resolve,
 )
+from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ALL = (GenerateConfig, TraceConfig, PruneConfig, ConvertConfig, DemoConfig)
+ALL = (GenerateConfig, TraceConfig, PruneConfig, ConvertConfig, DemoConfig, HarvestConfig, TrainConfig, EvaluateConfig)
 TRACE = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
 
 
@@ -30,9 +31,10 @@ def test_every_setting_is_documented(cls: type[Settings]) -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_config_loads_and_says_how_to_run_it(file: Path) -> None:
-    cls = {"trace": TraceConfig, "generate": GenerateConfig}[file.stem]
+    runs = {"trace": (TraceConfig, "trace --config"), "generate": (GenerateConfig, "generate --config")}
+    cls, command = runs.get(file.stem, (TrainConfig, "train"))
     resolve(cls, file=file)
-    assert f"difffract {file.stem} --config configs/{file.name}" in file.read_text()
+    assert f"difffract {command} configs/{file.name}" in file.read_text()
 
 
 def test_later_layers_win(tmp_path: Path) -> None:
