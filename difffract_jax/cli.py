@@ -18,6 +18,7 @@ import typer
 from difffract_jax import __version__
 from difffract_jax import options as opt
 from difffract_jax.cli_organism import organism
+from difffract_jax.cli_transcoders import register
 from difffract_jax.config import (
     ConvertConfig,
     DemoConfig,
@@ -27,7 +28,6 @@ from difffract_jax.config import (
     UserError,
     provenance,
 )
-from difffract_jax.transcoder_cli import register
 
 STYLE: dict[str, Any] = {
     "no_args_is_help": True,

@@ -20,7 +20,7 @@ from difffract_jax.config import (
 from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ALL = (GenerateConfig, TraceConfig, PruneConfig, ConvertConfig, DemoConfig, TrainConfig, HarvestConfig, EvaluateConfig)
+ALL = (GenerateConfig, TraceConfig, PruneConfig, ConvertConfig, DemoConfig, HarvestConfig, TrainConfig, EvaluateConfig)
 TRACE = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
 
 
@@ -31,9 +31,9 @@ def test_every_setting_is_documented(cls: type[Settings]) -> None:
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_config_loads_and_says_how_to_run_it(file: Path) -> None:
-    cls = {"trace": TraceConfig, "generate": GenerateConfig}.get(file.stem, TrainConfig)
+    runs = {"trace": (TraceConfig, "trace --config"), "generate": (GenerateConfig, "generate --config")}
+    cls, command = runs.get(file.stem, (TrainConfig, "train"))
     resolve(cls, file=file)
-    command = "train" if cls is TrainConfig else f"{file.stem} --config"
     assert f"difffract {command} configs/{file.name}" in file.read_text()
 
 

@@ -53,8 +53,6 @@ HELD_OUT_PLACED = (
 )
 """Never seen in training: this noun in this colour at this side, alone or as one of two."""
 
-CAPTION_SEED = 30_000
-"""Seed of `caption_at`."""
 SLOTS = 3
 NEAR, FAR, HALF, JITTER, WANDER = 12.5, 35.5, 24.0, 1.5, 4.0
 """Centres of the two sides and of the middle, jitter around them, and how far pairs wander together, in pixels."""
@@ -141,15 +139,6 @@ def scenes(
         found.append(drawn.take(drawn.held_out == (split == "held out")))
     joined = concatenate(found)
     return joined.take(np.arange(size))
-
-
-def caption_at(number: int) -> str:
-    """Returns caption number `number` of an endless sequence, for whoever needs prompts of this world.
-
-    Args:
-        number: from 0.
-    """
-    return scenes(CAPTION_SEED, number, 1).captions[0]
 
 
 def from_caption(text: str, copies: int = 1) -> Scenes:

@@ -12,6 +12,10 @@ from difffract_jax import options as opt
 from difffract_jax.config import provenance, resolve
 from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, RowSettings, TrainConfig
 
+CAPTION_SEED = 40_000
+"""World of the captions that transcoders are trained on: another than those of the model's training and scores."""
+AT_ONCE = 8
+"""Captions drawn together."""
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in `out`, from its newest checkpoint.")]
 
@@ -126,7 +130,6 @@ def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from difffract_jax.loading import load_pipeline
-    from difffract_jax.organism.world import caption_at
     from difffract_jax.sharding import pipeline_shardings
 
     dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[settings.model_dtype]
@@ -135,5 +138,16 @@ def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
 
         return random_pipeline(dtype=dtype), None
     sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh)
-    pipe = load_pipeline(settings.model, dtype=dtype, sharding=sharding)
-    return pipe, caption_at if settings.model == "organism" else None
+    return load_pipeline(settings.model, dtype=dtype, sharding=sharding), _world(settings)
+
+
+def _world(settings: RowSettings) -> Any:
+    """Returns the organism's captions by number, drawn apart from those that it was trained and is scored on."""
+    if settings.model != "organism":
+        return None
+    from difffract_jax.organism.world import scenes
+
+    def caption(number: int) -> str:
+        return scenes(CAPTION_SEED + settings.seed, number // AT_ONCE, AT_ONCE).captions[number % AT_ONCE]
+
+    return caption
