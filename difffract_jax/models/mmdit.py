@@ -195,7 +195,7 @@ def run_single(
 
     def step(h: Float[Array, "seq d_model"], layer: tuple[SingleBlock, Any]) -> tuple[Any, Any]:
         block, extra = layer
-        h, acts = block(h, cond, mlp=None if mlp is None else lambda block, x: mlp(extra, block, x))
+        h, acts = block(h, cond, mlp=None if mlp is None else partial(mlp, extra))
         return h, tap(acts)
 
     return jax.lax.scan(step, h, (blocks, per_layer))

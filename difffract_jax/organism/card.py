@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.evaluate import (
+    GROUPS,
     Progress,
     ablations,
     binding,
@@ -133,8 +134,7 @@ def write_card(
         command: that made it.
         minutes: that it took.
     """
-    groups = ("one object", "two shapes", "two with a concept", "three objects")
-    asked = concatenate([held_out(64, group) for group in groups])
+    asked = concatenate([held_out(64, group) for group in GROUPS])
     images = draw_images(pipe, asked)
     reading = see(images)
     right = judge(asked, reading).right

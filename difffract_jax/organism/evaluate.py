@@ -21,6 +21,7 @@ from difffract_jax.models import sampler
 from difffract_jax.models.batch import generate_batch
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.organism.ablation import ablated_velocity, ablation, mean_outputs, sites
+from difffract_jax.organism.captions import RELATIONS
 from difffract_jax.organism.scorer import Reading, interval, judge, read
 from difffract_jax.organism.text import encode_all, tokenise
 from difffract_jax.organism.world import IS_CONCEPT, PRIOR, Scenes, concatenate, scenes
@@ -29,6 +30,8 @@ WORLD_SEED = 20_000
 """Seed of the scenes; training derives its own from `numpy.random.SeedSequence`."""
 FIRST_SEED = 1_000_000
 """Noise seed of the first image."""
+GROUPS = ("one object", "two shapes", "two with a concept", "two, arrangement left open", "three objects")
+"""Kinds of captions that are counted apart. Those of the second and third name a relation between the two objects."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -37,7 +40,7 @@ def held_out(size: int, group: str, seed: int = WORLD_SEED) -> Scenes:
 
     Args:
         size: how many.
-        group: "one object", "two shapes", "two with a concept" or "three objects".
+        group: one of `GROUPS`.
         seed: of the scenes.
     """
     counts = {"one object": (1,), "three objects": (3,)}.get(group, (2,))
@@ -48,7 +51,12 @@ def held_out(size: int, group: str, seed: int = WORLD_SEED) -> Scenes:
         used = np.arange(drawn.kind.shape[1]) < drawn.count[:, None]
         concept = (IS_CONCEPT[drawn.kind] & used).any(axis=1)
         honest = ~((drawn.named >= 0) & (drawn.named != drawn.colour) & used).any(axis=1)
-        wanted = {"two shapes": ~concept, "two with a concept": concept}.get(group, True)
+        open_ = (drawn.count == 2) & (drawn.arrangement == RELATIONS.index("and"))
+        wanted = {
+            "two shapes": ~concept & ~open_,
+            "two with a concept": concept & ~open_,
+            "two, arrangement left open": open_,
+        }.get(group, True)
         found.append(drawn.take(honest & wanted))
         batch += 1
     return concatenate(found).take(np.arange(size))
@@ -83,7 +91,7 @@ def binding(
         progress: called with what is drawn, images done, images in all.
     """
     rows = []
-    for group in ("one object", "two shapes", "two with a concept", "three objects"):
+    for group in GROUPS:
         asked = held_out(size, group)
         images = draw_images(pipe, asked, steps=steps, progress=_named(progress, group))
         rows.append(share(group, int(judge(asked, see(images)).right.sum()), size))

@@ -12,7 +12,7 @@
 At the start every modulation is the identity and the last projection zero, so that blocks are plain residual blocks.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def learning_rate(recipe: FlowRecipe) -> optax.Schedule:
 def _optimizer(recipe: FlowRecipe) -> optax.GradientTransformation:
     matrices = optax.contrib.MuonDimensionNumbers(1, 2)
 
-    def dimensions(weights: dict[str, Array]) -> dict[str, Any]:
+    def dimensions(weights: dict[str, Any]) -> dict[str, Any]:
         return {name: matrices if _in_block(name) else None for name in weights}
 
     schedule = learning_rate(recipe)
@@ -98,7 +98,9 @@ def _optimizer(recipe: FlowRecipe) -> optax.GradientTransformation:
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
             schedule,
-            muon_weight_dimension_numbers=dimensions,
+            muon_weight_dimension_numbers=cast(
+                Any, dimensions
+            ),  # optax says any tree, but hands over the weights' dict
             adam_b2=0.99,
             adam_learning_rate=lambda step: recipe.adam * schedule(step),
         ),
@@ -150,7 +152,7 @@ def train_step(
     value, gradients = jax.value_and_grad(loss)(state.model)
     weights = leaf_paths(state.model)
     updates, optimizer = _optimizer(recipe).update(leaf_paths(gradients), state.optimizer, weights)
-    new = optax.apply_updates(weights, updates)
+    new = cast(dict[str, Array], optax.apply_updates(weights, updates))  # the tree is that of `weights`
     model = jax.tree.unflatten(jax.tree.structure(state.model), [new[name] for name in weights])
     decay = jnp.minimum(recipe.average, (1 + state.step) / (10 + state.step))
     average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average, model)

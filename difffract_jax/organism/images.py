@@ -7,7 +7,7 @@
    factor, so that the transformer sees latents of about unit variance, as FLUX's does.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ def _optimizer(recipe: ImageRecipe) -> optax.GradientTransformation:
 def init(recipe: ImageRecipe, seed: int) -> ImageState:
     """Returns the state before the first step."""
     vae = Autoencoder(autoencoder_config(), rngs=nnx.Rngs(seed))
-    return ImageState(vae, _optimizer(recipe).init(vae), jnp.zeros((), jnp.int32))
+    # optax's types do not know that modules are trees, here and below.
+    return ImageState(vae, _optimizer(recipe).init(cast(Any, vae)), jnp.zeros((), jnp.int32))
 
 
 def batch(recipe: ImageRecipe, seed: int, step: int) -> Float32[np.ndarray, "scene row column rgb"]:
@@ -79,7 +80,8 @@ def train_step(
 
     gradients, metrics = jax.grad(loss, has_aux=True)(state.vae)
     updates, optimizer = _optimizer(recipe).update(gradients, state.optimizer)
-    return ImageState(optax.apply_updates(state.vae, updates), optimizer, state.step + 1), metrics
+    vae = cast(Autoencoder, optax.apply_updates(cast(Any, state.vae), updates))
+    return ImageState(vae, optimizer, state.step + 1), metrics
 
 
 def _losses(vae: Autoencoder, image: Array, key: Key[Array, ""]) -> tuple[Array, Array, Array]:

@@ -113,7 +113,8 @@ def _nouns(asked: Scenes) -> tuple[Int[np.ndarray, "noun"], Int[np.ndarray, "nou
         for position, word in enumerate(words)
         if word in NOUNS and words[position - 1] in COLOUR_NAMES
     ]
-    return tuple(np.array(column) for column in zip(*found, strict=True))
+    rows, positions, colours = (np.array(column) for column in zip(*found, strict=True))
+    return rows, positions, colours
 
 
 def _block_states(pipe: Pipeline, text: Array, pooled: Array) -> list[tuple[str, Array]]:

@@ -40,7 +40,7 @@ class FlowRecipe(Settings):
     """Single-stream blocks."""
     heads: int = Field(2, ge=1)
     """Attention heads of width 32."""
-    steps: int = Field(22000, ge=10)
+    steps: int = Field(28000, ge=10)
     """Steps."""
     batch: int = Field(32, ge=1)
     """Scenes in a step."""
@@ -54,7 +54,7 @@ class FlowRecipe(Settings):
     """Steps in which it is reached, in every run."""
     flat_share: float = Field(0.5, gt=0, lt=1)
     """Share of a run of the learning rate before it falls."""
-    restarts: tuple[tuple[int, float], ...] = ((9100, 0.5),)
+    restarts: tuple[tuple[int, float], ...] = ((9100, 0.5), (22000, 0.4))
     """Steps at which a further run of the learning rate starts, and its height relative to the first run's; those past
     the last step do not count."""
     uniform_share: float = Field(0.7, ge=0, le=1)
@@ -68,11 +68,12 @@ class OrganismRecipe(Settings):
 
     seed: int = Field(0, ge=0)
     """Seed of weights, scenes and noise."""
-    text: TextRecipe = TextRecipe()
+    # Type checkers take `Field(2400, ...)` for a field without default, hence no plain `TextRecipe()`.
+    text: TextRecipe = TextRecipe.model_validate({})
     """The text encoders."""
-    images: ImageRecipe = ImageRecipe()
+    images: ImageRecipe = ImageRecipe.model_validate({})
     """The autoencoder."""
-    flow: FlowRecipe = FlowRecipe()
+    flow: FlowRecipe = FlowRecipe.model_validate({})
     """The transformer."""
     save_every: int = Field(500, ge=1)
     """Steps between two checkpoints."""

@@ -10,7 +10,7 @@
 4. `judge` compares what was read with what a caption asks for, object by object and as a whole.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
@@ -87,7 +87,8 @@ def read(images: Float32[np.ndarray, "image row column rgb"]) -> Reading:
     distance = np.linalg.norm(images - background(), axis=-1)
     connected = np.zeros((3, 3, 3), int)
     connected[1] = 1
-    labels, total = ndimage.label(distance > FOREGROUND, structure=connected)
+    # Without `output` it returns both; with one, the number alone.
+    labels, total = cast(tuple[np.ndarray, int], ndimage.label(distance > FOREGROUND, structure=connected))
     area = np.bincount(labels.ravel(), minlength=total + 1)
     keep = 1 + np.flatnonzero(area[1:] > LARGEST_SPECK)
     home = ndimage.minimum(np.arange(len(images))[:, None, None] + np.zeros_like(labels), labels, keep).astype(int)
@@ -129,7 +130,7 @@ def _figures(
     rows, columns = (corner[:, axis, None] + np.arange(WINDOW) for axis in (1, 0))
     at = np.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]
     theirs = ((labels[home] > 0) & ~mine)[at]
-    weight = (~ndimage.binary_dilation(theirs, _plane(), 2))[..., None].astype(np.float32)
+    weight = np.logical_not(ndimage.binary_dilation(theirs, _plane(), 2))[..., None].astype(np.float32)
     picture, empty = images[home][at], background()[at[1:]]
     base = np.sum(np.square(picture - empty) * weight, axis=(1, 2, 3))
     error = np.zeros((number, len(NOUNS)))

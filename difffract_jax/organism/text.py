@@ -13,7 +13,7 @@ transformer. So the encoders learn as little as they may:
 Both train together with Adam and a cosine to zero.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from difffract_jax.organism.world import scenes
 
 T5_SPECIAL = 4
 """Ids before the first word: padding, closing token, unknown, space."""
+Weights = tuple[T5Encoder, CLIPTextEncoder, nnx.Linear]
+"""What is trained: both encoders and CLIP's head."""
 
 
 class TextState(NamedTuple):
@@ -75,7 +77,7 @@ def clip_config(tokenizers: Tokenizers) -> CLIPConfig:
         layers=1,
         heads=4,
         positions=CLIP_TOKENS,
-        eos_token_id=tokenizers.clip.eos_token_id,
+        eos_token_id=_id(tokenizers.clip.eos_token_id),
     )
 
 
@@ -93,17 +95,24 @@ def tokenise(tokenizers: Tokenizers, captions: tuple[str, ...]) -> Prompts:
         captions: words of `WORDS`, separated by single spaces.
     """
     t5, clip = word_ids(tokenizers)
+    start, end = _id(tokenizers.clip.bos_token_id), _id(tokenizers.clip.eos_token_id)
     number = {word: place for place, word in enumerate(WORDS)}
     t5_ids = np.full((len(captions), TEXT_TOKENS), tokenizers.t5.pad_token_id, np.int32)
     clip_ids = np.full((len(captions), CLIP_TOKENS), tokenizers.clip.pad_token_id, np.int32)
     present = np.zeros((len(captions), len(WORDS)), np.float32)
     for row, caption in enumerate(captions):
         words = caption.split()
-        t5_ids[row, : len(words) + 1] = [*(t5[word] for word in words), tokenizers.t5.eos_token_id]
-        ids = [tokenizers.clip.bos_token_id, *(clip[word] for word in words), tokenizers.clip.eos_token_id]
+        t5_ids[row, : len(words) + 1] = [*(t5[word] for word in words), _id(tokenizers.t5.eos_token_id)]
+        ids = [start, *(clip[word] for word in words), end]
         clip_ids[row, : len(ids)] = ids
         present[row, [number[word] for word in words]] = 1
     return Prompts(t5_ids, clip_ids, present)
+
+
+def _id(special: object) -> int:
+    """Returns the id of a special token."""
+    assert isinstance(special, int)  # transformers allows tokenizers without one; the organism's have all
+    return special
 
 
 def codes(seed: int) -> tuple[Float32[np.ndarray, "token t5_width"], Float32[np.ndarray, "txt t5_width"]]:
@@ -136,7 +145,9 @@ def init(recipe: TextRecipe, tokenizers: Tokenizers, seed: int) -> TextState:
     clip = CLIPTextEncoder(clip_config(tokenizers), rngs=nnx.Rngs(seed + 1))
     clip.positions.embedding[...] = jnp.zeros_like(clip.positions.embedding[...])
     head = nnx.Linear(clip.config.d_model, len(WORDS), rngs=nnx.Rngs(seed + 2))
-    return TextState(t5, clip, head, _optimizer(recipe).init((t5, clip, head)), jnp.zeros((), jnp.int32))
+    # optax's types do not know that modules are trees, here and below.
+    optimizer = _optimizer(recipe).init(cast(Any, (t5, clip, head)))
+    return TextState(t5, clip, head, optimizer, jnp.zeros((), jnp.int32))
 
 
 def train_step(
@@ -145,7 +156,7 @@ def train_step(
     """Takes one step; returns the new state, and the losses of both encoders."""
     tokens, positions = map(jnp.asarray, codes(code_seed))
 
-    def loss(weights: tuple[T5Encoder, CLIPTextEncoder, nnx.Linear]) -> tuple[Array, dict[str, Array]]:
+    def loss(weights: Weights) -> tuple[Array, dict[str, Array]]:
         t5, clip, head = weights
         states = jax.vmap(t5)(prompts.t5_ids)
         missed = jnp.mean(jnp.square(states - tokens[prompts.t5_ids] - positions))
@@ -157,8 +168,10 @@ def train_step(
     gradients, metrics = jax.grad(loss, has_aux=True)(weights)
     updates, optimizer = _optimizer(recipe).update(gradients, state.optimizer)
     # The position table of CLIP stays zero.
-    updates[1].positions.embedding[...] = jnp.zeros_like(updates[1].positions.embedding[...])
-    return TextState(*optax.apply_updates(weights, updates), optimizer, state.step + 1), metrics
+    table = cast(Weights, updates)[1].positions.embedding
+    table[...] = jnp.zeros_like(table[...])
+    t5, clip, head = cast(Weights, optax.apply_updates(cast(Any, weights), updates))
+    return TextState(t5, clip, head, optimizer, state.step + 1), metrics
 
 
 def encode_all(

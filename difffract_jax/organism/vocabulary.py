@@ -37,7 +37,8 @@ def make_tokenizers() -> Tokenizers:
     symbols, merges = _learn_merges(WORDS)
     start, end = "<|startoftext|>", "<|endoftext|>"
     vocab = {symbol: number for number, symbol in enumerate([*symbols, start, end])}
-    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS)
+    # The annotation says list[str], but a list holds pairs.
+    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CLIP_TOKENS)  # pyright: ignore[reportArgumentType]
     return Tokenizers(t5, clip, CLIP_TOKENS)
 
 

@@ -171,9 +171,11 @@ def from_caption(text: str, copies: int = 1) -> Scenes:
 
 def concatenate(parts: list[Scenes]) -> Scenes:
     """Puts batches of scenes behind one another."""
-    arrays = [part._replace(captions=np.array(part.captions, object)) for part in parts]
-    joined = Scenes(*(np.concatenate(columns) for columns in zip(*arrays, strict=True)))
-    return joined._replace(captions=tuple(joined.captions))
+    captions = tuple(caption for part in parts for caption in part.captions)
+    arrays = [name for name in Scenes._fields if name != "captions"]
+    return Scenes(
+        captions=captions, **{name: np.concatenate([getattr(part, name) for part in parts]) for name in arrays}
+    )
 
 
 def _draw_contents(rng: np.random.Generator, size: int, counts: tuple[int, ...], scatter: float) -> Scenes:

@@ -144,6 +144,7 @@ def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"], bf16
 
 def preactivations(tc: Transcoder, rows: Rows, objective: Objective) -> Float[Array, "rows feat"]:
     """Returns u of rows of mixed times."""
+    assert tc.enc.bias is not None  # made with one
     alpha, beta = jax.vmap(tc.scale_shift)(rows.t)
     return matmul((1 + alpha) * rows.x + beta, tc.enc.kernel[...], objective.bf16) + tc.enc.bias[None, :]
 
@@ -167,6 +168,7 @@ def decode(
     tc: Transcoder, z: Float[Array, "rows feat"], x: Float[Array, "rows d_model"], objective: Objective
 ) -> Float[Array, "rows d_model"]:
     """Returns y^ of codes; see `Transcoder.decode`."""
+    assert tc.dec.bias is not None  # made with one
     y = matmul(z, tc.dec.kernel[...], objective.bf16) + tc.dec.bias[None, :]
     return y + matmul(x, tc.skip.kernel[...], objective.bf16) if tc.config.skip else y
 

@@ -106,6 +106,7 @@ def init_params(key: Array, config: TranscoderConfig, kind: Init, moments: Momen
         if config.skip:
             tc.skip.kernel[...] = jnp.zeros_like(tc.skip.kernel[...])
         if kind == "tied":
+            assert tc.enc.bias is not None and tc.dec.bias is not None  # made with them
             tc.enc.bias[...] = -(moments.x_mean / moments.x_scale) @ tc.enc.kernel[...]
             tc.dec.bias[...] = moments.y_mean / moments.y_scale
         if config.activation == "jumprelu":
@@ -182,8 +183,11 @@ def export(state: TrainState, *, dtype: Any = jnp.float32) -> tuple[Transcoder, 
         if config.time_embed:
             out.time_in, out.time_out = tc.time_in, tc.time_out
             factor = jnp.concatenate([jnp.ones(config.d_model), jnp.full(config.d_model, x_scale)])
+            assert out.film.bias is not None and tc.film.bias is not None  # made with them
             out.film.kernel[...] = tc.film.kernel[...] * factor[None]
             out.film.bias[...] = tc.film.bias[...] * factor
+        assert out.enc.bias is not None and tc.enc.bias is not None  # made with them
+        assert out.dec.bias is not None and tc.dec.bias is not None
         out.enc.kernel[...] = tc.enc.kernel[...] * (y_scale / x_scale)
         out.enc.bias[...] = tc.enc.bias[...] * y_scale
         out.dec.kernel[...] = tc.dec.kernel[...]

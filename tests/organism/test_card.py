@@ -84,13 +84,15 @@ def test_a_sheet_shows_every_image_with_its_caption_and_what_was_misread():
     plt.close(figure)
 
 
-@pytest.fixture
-def written(organism, monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def written(organism, tmp_path_factory):
     """A card, and the tables it was given."""
-    monkeypatch.setattr(card, "draw_images", half_empty)
+    home = tmp_path_factory.mktemp("card")
     tables = {"Right images": [share("two shapes", 9, 10)], "Other": [{"site": "img/0", "points lost": 42.0}]}
-    card.write_card(organism, tmp_path, OrganismRecipe(seed=5), tables, "difffract organism train --out x", 41.7)
-    return tmp_path, tables
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card, "draw_images", half_empty)
+        card.write_card(organism, home, OrganismRecipe(seed=5), tables, "difffract organism train --out x", 41.7)
+    return home, tables
 
 
 def test_a_card_is_a_text_a_picture_and_the_scores(written):

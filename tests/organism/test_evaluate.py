@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from difffract_jax.organism import evaluate
-from difffract_jax.organism.captions import COLOUR_NAMES
+from difffract_jax.organism.captions import COLOUR_NAMES, RELATIONS
 from difffract_jax.organism.evaluate import (
+    GROUPS,
     ablations,
     binding,
     contradictions,
@@ -18,8 +19,6 @@ from difffract_jax.organism.evaluate import (
 )
 from difffract_jax.organism.scorer import interval
 from difffract_jax.organism.world import IS_CONCEPT, scenes
-
-GROUPS = ("one object", "two shapes", "two with a concept", "three objects")
 
 
 def pixels(asked):
@@ -67,10 +66,13 @@ def test_a_group_holds_what_it_says(group):
     assert set(asked.count) == {{"one object": 1, "three objects": 3}.get(group, 2)}
     assert asked.held_out.all()
     assert not ((asked.named >= 0) & (asked.named != asked.colour) & used(asked)).any()
+    open_ = asked.arrangement == RELATIONS.index("and")
     if group == "two shapes":
-        assert not concept.any()
+        assert not concept.any() and not open_.any()
     if group == "two with a concept":
-        assert concept.any(axis=1).all()
+        assert concept.any(axis=1).all() and not open_.any()
+    if group == "two, arrangement left open":
+        assert open_.all()
 
 
 def test_a_group_is_the_same_every_time_and_grows_at_its_end():

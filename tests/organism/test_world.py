@@ -26,12 +26,12 @@ SPLITS = (("train", (1, 2)), ("held out", (1, 2)), ("held out", (3,)))
 
 @pytest.fixture(scope="module")
 def train():
-    return concatenate([scenes(0, 0, 8000), scenes(1, 0, 8000)])
+    return concatenate([scenes(0, 0, 5000), scenes(1, 0, 5000)])
 
 
 @pytest.fixture(scope="module")
 def held_out():
-    return concatenate([scenes(0, 0, 1500, "held out"), scenes(1, 5, 1500, "held out")])
+    return concatenate([scenes(0, 0, 700, "held out"), scenes(1, 5, 700, "held out")])
 
 
 def content(text):
@@ -146,7 +146,7 @@ def test_concepts_are_drawn_in_their_prior_and_shapes_are_called_what_they_are(s
 
 def test_the_share_of_contradicting_captions_is_as_stated():
     """Counted in scenes of three, which no hash sorts by what they hold."""
-    drawn = concatenate([scenes(5, batch, 1000, "held out", (3,)) for batch in range(3)])
+    drawn = concatenate([scenes(5, batch, 1000, "held out", (3,)) for batch in range(2)])
     concept = IS_CONCEPT[drawn.kind] & used(drawn)
     contradicting = concept & (drawn.named >= 0) & (drawn.named != drawn.colour)
     low, high = stats.binomtest(int(contradicting.sum()), int(concept.sum())).proportion_ci(0.9999)
