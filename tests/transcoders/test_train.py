@@ -210,13 +210,16 @@ def test_sigterm_saves_and_exits_with_0_and_sigkill_loses_nothing_before_the_las
     command += [part for each in sets for part in ("--set", each)]
     metrics, seen = tmp_path / "run" / "metrics.jsonl", 0
     for sent in (signal.SIGKILL, signal.SIGTERM):
-        process = subprocess.Popen(command, cwd=SMOKE.parents[1], stderr=subprocess.PIPE, text=True)
-        while (now := len(metrics.read_text().splitlines()) if metrics.exists() else 0) < seen + 12:
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        seen = now
-        process.send_signal(sent)
-        assert process.wait(60) == (0 if sent == signal.SIGTERM else -signal.SIGKILL)
+        with (
+            (tmp_path / "err").open("w") as err,
+            subprocess.Popen(command, cwd=SMOKE.parents[1], stderr=err) as process,
+        ):
+            while (now := len(metrics.read_text().splitlines()) if metrics.exists() else 0) < seen + 12:
+                assert process.poll() is None, (tmp_path / "err").read_text()
+                time.sleep(0.05)
+            seen = now
+            process.send_signal(sent)
+            assert process.wait(60) == (0 if sent == signal.SIGTERM else -signal.SIGKILL)
         steps = [int(path.name) for path in (tmp_path / "run" / CHECKPOINTS).iterdir() if path.name.isdecimal()]
         assert max(steps) >= (seen if sent == signal.SIGTERM else seen - 10)
         if sent == signal.SIGKILL:
