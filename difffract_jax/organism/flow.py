@@ -98,9 +98,8 @@ def _optimizer(recipe: FlowRecipe) -> optax.GradientTransformation:
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
             schedule,
-            muon_weight_dimension_numbers=cast(
-                Any, dimensions
-            ),  # optax says any tree, but hands over the weights' dict
+            # The annotation says any tree, but what comes is the weights' dict.
+            muon_weight_dimension_numbers=cast(Any, dimensions),
             adam_b2=0.99,
             adam_learning_rate=lambda step: recipe.adam * schedule(step),
         ),
