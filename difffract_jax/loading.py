@@ -166,6 +166,11 @@ def load_transcoders(
         sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
+    if str(path) == "organism":
+        raise UserError(
+            "The organism has no trained transcoders yet; train some with `difffract train configs/train-organism.yaml`, "
+            "or give a directory."
+        )
     directory = _model_path(path)
     if is_torch_directory(directory):
         return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)

@@ -129,7 +129,6 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, error):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("organism", "comes with a later release"),
         ("nowhere/at/all", "is no directory"),
         (TRANSCODERS, "holds no config.json"),
         (PIPELINE / "transformer", "names no format_version"),
@@ -138,6 +137,11 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, error):
 def test_what_is_no_model_is_refused(model, message):
     with pytest.raises(UserError, match=message):
         load_pipeline(model)
+
+
+def test_the_organism_has_no_transcoders_yet():
+    with pytest.raises(UserError, match="organism has no trained transcoders yet"):
+        load_transcoders("organism")
 
 
 def test_a_model_and_transcoders_are_not_confused(saved, tcs, tmp_path):
