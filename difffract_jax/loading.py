@@ -168,8 +168,8 @@ def load_transcoders(
     """
     if str(path) == "organism":
         raise UserError(
-            "The organism has no trained transcoders yet; train some with `difffract train configs/train-organism.yaml`, "
-            "or give a directory."
+            "The organism has no trained transcoders yet; train some with "
+            "`difffract train configs/train-organism.yaml`, or give a directory."
         )
     directory = _model_path(path)
     if is_torch_directory(directory):
