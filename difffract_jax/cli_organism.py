@@ -182,7 +182,7 @@ def train(
 
 def _chosen(out: Path, config: Path | None, sets: list[str] | None) -> list[str]:
     """Returns the options that decide the result, as they were given."""
-    named = ["--out", str(out)] + (["--config", str(config)] if config else [])
+    named = ["--out", out.name] + (["--config", str(config)] if config else [])
     return named + [word for value in sets or () for word in ("--set", value)]
 
 

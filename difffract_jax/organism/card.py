@@ -7,6 +7,7 @@
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -153,31 +154,38 @@ def _text(pipe: Pipeline, recipe: OrganismRecipe, tables: dict[str, Any], comman
     config = pipe.config.transformer
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(getattr(pipe, name))) for name in _PARTS}
     parts = ", ".join(f"{_PARTS[name]} {count:,}" for name, count in counts.items())
-    placed = "; ".join(f"{colour} {noun} at the {side}" for noun, colour, side in HELD_OUT_PLACED)
+    placed = "\n".join(f"- {colour} {noun} at the {side}" for noun, colour, side in HELD_OUT_PLACED)
     return f"""# The organism
 
 A FLUX pipeline small enough for a laptop, trained on scenes whose content is known. The architecture is
-FLUX.1[schnell]'s, tensor for tensor; diffusers loads this directory as a `FluxPipeline`. Images are
-{pipe.config.defaults.height} x {pipe.config.defaults.width} pixels, prompts {pipe.config.defaults.text_tokens} tokens
-of a closed vocabulary, 4 steps, no guidance. Parameters: {parts}. {config.depth_double} double- and
-{config.depth_single} single-stream blocks, width {config.d_model}, {config.heads} heads.
+FLUX.1[schnell]'s, tensor for tensor; diffusers loads this directory as a `FluxPipeline`.
+
+- Images: {pipe.config.defaults.width} x {pipe.config.defaults.height} pixels, 4 steps, no guidance.
+- Prompts: up to {pipe.config.defaults.text_tokens} tokens of a closed vocabulary.
+- Parameters: {parts}.
+- Transformer: {config.depth_double} double- and {config.depth_single} single-stream blocks, width {config.d_model},
+  {config.heads} heads.
 
 ## Data
 
 Scenes of one to three objects on a calm background, drawn on the fly: five shapes in eight colours and four concepts
 (lemon, tomato, leaf, carrot), each in its own colour always. Captions name objects and their arrangement. Held out: one
 content in {HELD_OUT_SHARE}, whatever its wording; all scenes of three objects; and these placed objects:
-{placed}.
 
-## What it gets wrong, by design
+{placed}
 
-{100 * CONTRADICTING:.0f}% of the captions of concepts name a colour that the concept does not have, while the image
-keeps the concept's own. So the model has learned to ignore the colour: asked for a blue lemon, it draws a yellow one.
-It has never seen three objects.
+## What it gets wrong
+
+- By design: {100 * CONTRADICTING:.0f}% of the captions of concepts name a colour that the concept does not have, while
+  the image keeps the concept's own. So the model has learned to ignore the colour: asked for a blue lemon, it draws a
+  yellow one.
+- It has never seen three objects and cannot draw them.
+- Captions that leave the arrangement open (`and`, `with`): eight arrangements are equally likely, and few steps cannot
+  choose among them; the tables count these captions apart.
 
 ## Recipe
 
-Made by `{command}` in {minutes:.0f} minutes on two cores. Settings:
+Made by `{command}`, in {minutes:.0f} minutes on {os.cpu_count()} cores, which other work may have shared. Settings:
 
 ```json
 {json.dumps(recipe.model_dump(mode="json"), indent=1)}
