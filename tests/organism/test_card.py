@@ -108,7 +108,7 @@ def test_a_card_tells_data_recipe_command_scores_and_mistakes(written, organism)
     text = (written[0] / "README.md").read_text()
     recipe = json.loads(text.split("```json\n")[1].split("```")[0])
     assert OrganismRecipe(**recipe) == OrganismRecipe(seed=5)
-    assert "`difffract organism train --out x` in 42 minutes" in text
+    assert "`difffract organism train --out x`, in 42 minutes" in text
     assert "| two shapes | 10 | 9 | 0.900 |" in text and "| img/0 | 42.000 |" in text
     assert "![Samples: right ones, then wrong ones](samples.png)" in text
     assert all(f"{colour} {noun} at the {side}" in text for noun, colour, side in HELD_OUT_PLACED)

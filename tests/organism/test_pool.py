@@ -1,6 +1,7 @@
 """The pool: scenes, encoded as the pipeline encodes prompts and decodes latents."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -57,6 +58,6 @@ def test_texts_are_those_of_the_pipeline(built, trained):
 def test_latents_go_back_to_what_the_autoencoder_made_of_the_image(built, trained):
     vae, image = trained.pipeline.vae, scenes(SEED, 2, 16).images()[5]
     mean = jax.jit(lambda model, pixels: model.encode(pixels)[0])(vae, 2 * image - 1)
-    latent = unpack(built[0].latents[32 + 5], GRID)
+    latent = unpack(jnp.asarray(built[0].latents[32 + 5]), GRID)
     undone = scale_for_decoder(latent, vae.config.scaling_factor, vae.config.shift_factor)
     assert relative_error(undone, mean) <= TOL.f32_block
