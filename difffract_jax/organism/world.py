@@ -129,8 +129,8 @@ def scenes(
         The scenes. Two batches of one seed share no random number.
 
     Example:
-        >>> scenes(0, 0, 2).captions
-        ('a ring to the left of a circle', 'a leaf')
+        >>> scenes(0, 0, 1).captions[0]
+        'a blue circle below a big lemon'
     """
     rng = np.random.default_rng([seed, batch])
     found: list[Scenes] = []
