@@ -171,32 +171,60 @@ def sorted_error(graph: Graph, raw: dict[str, np.ndarray]) -> float:
 
 
 def laws() -> Iterator[Bar]:
-    """Measures, in float64, conservation and single edges against direct interventions, whatever is replaced."""
-    conserved, direct = [], []
+    """Measures conservation and single edges against direct interventions, whatever is replaced."""
+    names = ("every site", "a skip", "a gap")  # the tests hold all of VARIANTS to these bars
     with jax.enable_x64(True):
-        for name in ("every site", "a skip", "a gap"):  # the tests hold all of VARIANTS to these bars
-            exact = make_exact(**VARIANTS[name])
-            table = source_table(exact.replacement, exact.trace.info)
-            rows = np.flatnonzero((table.kind == FEATURE) & (table.value > 0) & (table.block == table.block.max()))
-            stream, position, feature = (jnp.asarray(c[rows[:8]], jnp.int32) for c in (table[1], table[3], table[4]))
-            layer = jnp.full(len(stream), int(table.block.max()) - exact.trace.info.first_block, jnp.int32)
-            targets = Targets(stream, layer, position, feature)
-            edges = np.asarray(pull_back(exact.replacement, targets))
-            record, sites, sources = exact.replacement
-            zero = preactivations(
-                exact.replacement, targets, RUN_REPLACEMENT(record, sites, jax.tree.map(jnp.zeros_like, sources))
-            )
-            u = preactivations(exact.replacement, targets, exact.trace.record.mlp_in)
-            conserved.append(np.max(np.abs(edges.sum(1) + zero - u) / np.abs(edges).sum(1)))
-            before = preactivations(exact.replacement, targets, RUN_REPLACEMENT(record, sites, sources))
-            for place, column in strongest_places(exact, edges):
-                pair = sources.values
-                values = pair[place[0]].at[place[1:]].multiply(2)
-                doubled = sources._replace(values=pair._replace(**{pair._fields[place[0]]: values}))
-                moved = preactivations(exact.replacement, targets, RUN_REPLACEMENT(record, sites, doubled)) - before
-                direct.append(np.max(np.abs(np.asarray(moved) - edges[:, column])) / np.max(np.abs(edges[:, column])))
-    yield bar("conservation per target, float64", TOL.conservation_x64, max(conserved))
-    yield bar("edge against its direct intervention, float64", TOL.intervention_x64, max(direct))
+        exact = [law(make_exact(**VARIANTS[name])) for name in names]
+    single = [law(make_exact(dtype=jnp.float32, **VARIANTS[name])) for name in names]
+    yield bar("conservation per target, float64", TOL.conservation_x64, max(found.conserved for found in exact))
+    yield bar("edge against its direct intervention, float64", TOL.intervention_x64, max(found.edge for found in exact))
+    yield bar(
+        "edge against its direct intervention, float32, over the target's sum of absolute edges",
+        TOL.direct_f32,
+        max(found.share for found in single),
+    )
+
+
+class Law(NamedTuple):
+    """Errors of one trace's edges.
+
+    Attributes:
+        conserved: edges + bias - pre-activation, over the target's sum of absolute edges.
+        edge: edge - effect of doubling its source, over the largest edge of that source.
+        share: the same over the target's sum of absolute edges.
+    """
+
+    conserved: float
+    edge: float
+    share: float
+
+
+def law(exact: Any) -> Law:
+    """Measures eight targets of the last block, and the eight strongest sources of each."""
+    table = source_table(exact.replacement, exact.trace.info)
+    rows = np.flatnonzero((table.kind == FEATURE) & (table.value > 0) & (table.block == table.block.max()))
+    stream, position, feature = (jnp.asarray(c[rows[:8]], jnp.int32) for c in (table[1], table[3], table[4]))
+    layer = jnp.full(len(stream), int(table.block.max()) - exact.trace.info.first_block, jnp.int32)
+    targets = Targets(stream, layer, position, feature)
+    edges = np.asarray(pull_back(exact.replacement, targets), np.float64)
+    sums = np.abs(edges).sum(1)
+    record, sites, sources = exact.replacement
+
+    def values(sources: Any) -> np.ndarray:
+        moved = RUN_REPLACEMENT(record, sites, sources)
+        return np.asarray(preactivations(exact.replacement, targets, moved), np.float64)
+
+    zero = values(jax.tree.map(jnp.zeros_like, sources))
+    u = np.asarray(preactivations(exact.replacement, targets, exact.trace.record.mlp_in), np.float64)
+    before, edge, share = values(sources), [], []
+    for place, column in strongest_places(exact, edges):
+        pair = sources.values
+        doubled = pair[place[0]].at[place[1:]].multiply(2)
+        moved = values(sources._replace(values=pair._replace(**{pair._fields[place[0]]: doubled}))) - before
+        error = np.abs(moved - edges[:, column])
+        edge.append(np.max(error) / np.max(np.abs(edges[:, column])))
+        share.append(np.max(error / sums))
+    return Law(float(np.max(np.abs(edges.sum(1) + zero - u) / sums)), max(edge), max(share))
 
 
 def strongest_places(exact: Any, edges: np.ndarray) -> Iterator[tuple[tuple[int, ...], int]]:

@@ -89,6 +89,7 @@ def evaluate(
     out: Annotated[Path | None, opt.option(EvaluateConfig, "out")] = None,
     prompts_count: Annotated[int | None, opt.option(EvaluateConfig, "prompts_count")] = None,
     images: Annotated[int | None, opt.option(EvaluateConfig, "images")] = None,
+    scored: Annotated[int | None, opt.option(EvaluateConfig, "scored")] = None,
     pareto: Annotated[list[Path] | None, opt.option(EvaluateConfig, "pareto")] = None,
     sets: opt.Sets = None,
     json: opt.Json = False,

@@ -54,6 +54,8 @@ from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 C = TypeVar("C")
 ORGANISM = Path(__file__).parent / "organism" / "weights"
 """The embedded model, a diffusers directory."""
+SHIPPED = {"organism": ORGANISM.parent / "transcoders", "organism-saes": ORGANISM.parent / "saes"}
+"""The embedded model's transcoders and SAEs, by the names that stand for them."""
 PARTS = ("transformer", "t5", "clip", "vae")
 
 
@@ -161,17 +163,13 @@ def load_transcoders(
     """Loads the transcoders or SAEs of a model's MLPs.
 
     Args:
-        path: a directory that `save_transcoders` wrote, or one of the reference's `.pt` files.
+        path: "organism" or "organism-saes" for the embedded model's, a directory that `save_transcoders` wrote, or one
+            of the reference's `.pt` files.
         dtype: type of the weights in memory.
         sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
-    if str(path) == "organism":
-        raise UserError(
-            "The organism has no trained transcoders yet; train some with "
-            "`difffract train configs/train-organism.yaml`, or give a directory."
-        )
-    directory = _model_path(path)
+    directory = SHIPPED[str(path)] if str(path) in SHIPPED else _model_path(path)
     if is_torch_directory(directory):
         return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)
     record = _read_kind(directory, "transcoders")

@@ -30,6 +30,8 @@ class Tolerances(NamedTuple):
     """The same in float64: leaves room for 1e4 roundings of 1e-16 and no more."""
     intervention_x64: float = 1e-9
     """Edge against its direct intervention in float64, per edge."""
+    direct_f32: float = 1e-6
+    """The same in float32, over the target's sum of absolute edges: a few roundings of 6e-8 of a sum of that size."""
     intervention_f32: float = 1e-4
     """Whole-run interventions against the reference's final latents, as `f32_run`."""
     x64: float = 1e-10

@@ -70,7 +70,7 @@ def make_transcoders(
 
 
 class Exact(NamedTuple):
-    """A small float64 trace with its replacement."""
+    """A small trace with its replacement, in float64 unless a test asks for float32."""
 
     pipe: Pipeline
     tcs: TranscoderSet
@@ -78,10 +78,12 @@ class Exact(NamedTuple):
     replacement: Replacement
 
 
-def make_exact(seed=0, prompt="a red circle", text_tokens=16, include_padding=False, **transcoders) -> Exact:
-    """Captures step 1 of a random pipeline; to be called under the `x64` fixture."""
-    pipe = random_pipeline(seed=seed, dtype=jnp.float64)
-    tcs = make_transcoders(pipe.config.transformer, seed=seed, **transcoders)
+def make_exact(
+    seed=0, prompt="a red circle", text_tokens=16, include_padding=False, dtype=jnp.float64, **transcoders
+) -> Exact:
+    """Captures step 1 of a random pipeline; float64 is to be made under the `x64` fixture."""
+    pipe = random_pipeline(seed=seed, dtype=dtype)
+    tcs = make_transcoders(pipe.config.transformer, seed=seed, dtype=dtype, **transcoders)
     trace = capture(
         pipe,
         tcs,

@@ -21,7 +21,7 @@ COLOUR_NAMES = tuple(COLOURS)
 SIZE_NAMES = ("small", "big")
 
 RELATIONS = ("left", "right", "above", "below", "and")
-"""Where the first of two objects is, seen from the second; "and" leaves it open."""
+"""Where the first of two objects is, seen from the second; "and" does not say."""
 PLACES = ("left", "right", "top", "bottom", "middle")
 """Where a single object is; "middle" is not said."""
 

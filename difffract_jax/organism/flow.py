@@ -6,7 +6,7 @@
    rest, and takes a gradient of mean |v(z_t, t) - (e - x)|^2 at z_t = (1 - t) x + t e. The velocity points from data to
    noise, as FLUX's does: one Euler step is z + (t_next - t) v.
 3. Muon for the matrices of the blocks, Adam for the rest (biases, norms, the layers that read and write channels).
-4. The learning rate is flat and then falls linearly to zero, several times: every run starts warm from the one before.
+4. The learning rate is flat and then falls linearly to zero.
 5. Samples are drawn from an exponential moving average of the weights.
 
 At the start every modulation is the identity and the last projection zero, so that blocks are plain residual blocks.
@@ -71,20 +71,11 @@ def transformer_config(recipe: FlowRecipe) -> FluxConfig:
 
 
 def learning_rate(recipe: FlowRecipe) -> optax.Schedule:
-    """Returns the schedule: runs of warm-up, flat, and linear to zero, of the heights that `restarts` says."""
-    runs = [(0, 1.0), *(run for run in recipe.restarts if run[0] < recipe.steps)]
-    parts = []
-    for (begin, height), end in zip(runs, [*(run[0] for run in runs[1:]), recipe.steps], strict=True):
-        steps, rate = end - begin, height * recipe.learning_rate
-        flat = int(steps * recipe.flat_share)
-        warm_up = min(recipe.warm_up, flat)
-        parts += [
-            (warm_up, optax.linear_schedule(0.0, rate, warm_up)),
-            (flat - warm_up, optax.constant_schedule(rate)),
-            (steps - flat, optax.linear_schedule(rate, 0.0, steps - flat)),
-        ]
-    ends = np.cumsum([steps for steps, _ in parts])[:-1].tolist()
-    return optax.join_schedules([schedule for _, schedule in parts], ends)
+    """Returns the schedule: warm-up, flat, and linear to zero."""
+    rate, flat = recipe.learning_rate, int(recipe.steps * recipe.flat_share)
+    warm_up = min(recipe.warm_up, flat)
+    rise, fall = optax.linear_schedule(0.0, rate, warm_up), optax.linear_schedule(rate, 0.0, recipe.steps - flat)
+    return optax.join_schedules([rise, optax.constant_schedule(rate), fall], [warm_up, flat])
 
 
 def _optimizer(recipe: FlowRecipe) -> optax.GradientTransformation:

@@ -40,7 +40,7 @@ class FlowRecipe(Settings):
     """Single-stream blocks."""
     heads: int = Field(2, ge=1)
     """Attention heads of width 32."""
-    steps: int = Field(28000, ge=10)
+    steps: int = Field(30000, ge=10)
     """Steps."""
     batch: int = Field(32, ge=1)
     """Scenes in a step."""
@@ -51,12 +51,9 @@ class FlowRecipe(Settings):
     adam: float = Field(0.25, gt=0)
     """Adam's learning rate, relative to Muon's."""
     warm_up: int = Field(100, ge=1)
-    """Steps in which it is reached, in every run."""
-    flat_share: float = Field(0.5, gt=0, lt=1)
-    """Share of a run of the learning rate before it falls."""
-    restarts: tuple[tuple[int, float], ...] = ((9100, 0.5), (22000, 0.4))
-    """Steps at which a further run of the learning rate starts, and its height relative to the first run's; those past
-    the last step do not count."""
+    """Steps in which it is reached."""
+    flat_share: float = Field(0.3, gt=0, lt=1)
+    """Share of the steps before it falls."""
     uniform_share: float = Field(0.7, ge=0, le=1)
     """Share of times drawn uniformly; the rest are schnell's four."""
     average: float = Field(0.999, ge=0, lt=1)

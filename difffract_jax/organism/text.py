@@ -128,7 +128,7 @@ def batch(recipe: TextRecipe, tokenizers: Tokenizers, seed: int, step: int) -> P
     """Returns the prompts of one step."""
     rng = np.random.default_rng([seed, step, 1])
     half = recipe.batch // 2
-    lengths = rng.integers(0, CLIP_TOKENS - 2, recipe.batch - half)
+    lengths = rng.integers(0, TEXT_TOKENS, recipe.batch - half)
     shuffled = tuple(" ".join(rng.choice(WORDS, length)) for length in lengths)
     return tokenise(tokenizers, scenes(seed, step, half).captions + shuffled)
 

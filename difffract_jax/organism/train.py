@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
@@ -138,7 +139,10 @@ def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any
                 report(stage.name, step + 1, stage.steps, loss)
                 if (step + 1) % LOG_EVERY == 0 or step + 1 == stage.steps:
                     _log(log, stage.name, step + 1, metrics)
-                if (step + 1) % save_every == 0:
+                if (step + 1) % save_every == 0 or step + 1 == stage.steps:
+                    # The loss is of the state before the step: an update that is not finite shows one step late.
+                    if not _finite(state):
+                        raise FloatingPointError
                     _save(state, home)
         except FloatingPointError:
             raise UserError(
@@ -150,8 +154,13 @@ def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
                 _save(state, home)
             raise
-    _save(state, home)
     return state
+
+
+@jax.jit
+def _finite(state: Any) -> Array:
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
 
 
 def _save(state: Any, home: Path) -> None:

@@ -26,8 +26,9 @@ WORDS = (
 )
 """Every word that captions use."""
 
-TEXT_TOKENS, CLIP_TOKENS = 20, 20
-"""Length of a prompt, closing token included; the longest caption has 16 words."""
+TEXT_TOKENS, CLIP_TOKENS = 20, 21
+"""Length of a prompt of at most 19 words: T5 closes it with a token, CLIP opens it with another. Captions have up to
+16 words."""
 
 
 def make_tokenizers() -> Tokenizers:

@@ -5,6 +5,7 @@
 2. Velocity recovered, by step, along the original run: 1 - |v_rep - v|^2 / |v_abl - v|^2, summed over prompts, where
    v_abl has the replaced MLPs' mean outputs instead; for each site alone, and for all together.
 3. Images: the run with all MLPs replaced against the original from the same noise, PSNR and SSIM.
+4. On the organism: the share of images that show what was asked, with all MLPs replaced and without (`scored`).
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ from difffract_jax.transcoders.harvest import Sampler
 from difffract_jax.transcoders.objective import Objective, Rows, preactivations
 from difffract_jax.transcoders.objective import decode as decode_rows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, stacks_of, swaps_of
+from difffract_jax.transcoders.scored import accuracies
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from difffract_jax.transcoders.sources import Caption, open_sampler
 from difffract_jax.transcoders.train import SETTINGS
@@ -79,6 +81,7 @@ class Evaluation(NamedTuple):
         velocity: one row per step: what is recovered with all MLPs replaced.
         alone: one row per site: the same with that MLP alone, over all steps.
         images: one row per prompt.
+        scored: shares of images that show what was asked; empty but for the organism.
         density: by site, counts of features in `DENSITY_EDGES`.
     """
 
@@ -89,6 +92,7 @@ class Evaluation(NamedTuple):
     velocity: list[dict[str, Any]]
     alone: list[dict[str, Any]]
     images: list[dict[str, Any]]
+    scored: list[dict[str, Any]]
     density: dict[str, list[int]]
 
     def summary(self) -> dict[str, float]:
@@ -97,6 +101,9 @@ class Evaluation(NamedTuple):
         means["least velocity recovered"] = min(row["recovered"] for row in self.velocity)
         if self.images:
             means["psnr"] = float(np.mean([row["psnr"] for row in self.images]))
+        if self.scored:
+            original, replaced = (row["share"] for row in self.scored[:2])
+            means |= {"accuracy": original, "accuracy, replaced": replaced}
         return means
 
 
@@ -138,7 +145,8 @@ def evaluate(
     source = open_sampler(trained, pipe, "validation", caption=caption, sae=tcs.config.role == "sae")
     source = replace_sites(source, sites)
     count = -(-settings.prompts_count // source.prompts_at_once)
-    total = count + settings.prompts_count + settings.images
+    asked = settings.scored if trained.model == "organism" else 0
+    total = count + settings.prompts_count + settings.images + asked
     sums: dict[str, Sums] = {}
     for number in range(count):
         chunk = source.chunk(number)
@@ -150,13 +158,14 @@ def evaluate(
     build = _Builder(source, stacks, means)
     velocity, alone = _velocities(build, settings.prompts_count, lambda done: progress(count + done, total))
     images = [_image(build, n) for n in range(settings.images)]
+    judged = accuracies(pipe, tcs, asked, lambda done: progress(total - asked + done, total)) if asked else []
     progress(total, total)
     names = sites.names
     by_step = [row for name in sites.groups for row in _step_rows(sites, name, sums[name], source.run.sigmas)]
     per_site = [row for name in sites.groups for row in _site_rows(sites, name, sums[name])]
     density = {n: row.pop("density") for n, row in zip(names, per_site, strict=True)}
     return Evaluation(
-        tcs.config.role, source.run.sigmas[:-1].tolist(), by_step, per_site, velocity, alone, images, density
+        tcs.config.role, source.run.sigmas[:-1].tolist(), by_step, per_site, velocity, alone, images, judged, density
     )
 
 

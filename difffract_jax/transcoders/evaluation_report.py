@@ -72,6 +72,8 @@ def page(name: str, results: Mapping[str, Evaluation]) -> str:
     ]
     if first.images:
         parts += ["## Images with all MLPs replaced, against the original from the same noise", _table(first.images)]
+    if first.scored:
+        parts += ["## Images that show what was asked, held-out captions, same noise", _table(first.scored)]
     if len(results) > 1:
         parts += ["## Sparsity against faithfulness", "![Pareto figure](pareto.png)", _table(points(results))]
     return "\n\n".join(parts) + "\n"

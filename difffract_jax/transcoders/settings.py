@@ -172,6 +172,8 @@ class EvaluateConfig(Settings):
     """Validation prompts whose rows are measured."""
     images: int = Field(8, ge=0)
     """Of these, prompts whose images are made again with replaced MLPs."""
+    scored: int = Field(500, ge=0)
+    """On the organism: held-out captions drawn with all MLPs replaced and without, for its scorer to judge."""
     pareto: tuple[Path, ...] = ()
     """Further runs on the same model, to be drawn into one figure: FVU and velocity recovered against L0."""
 

@@ -10,7 +10,7 @@ from difffract_jax.circuits.attribution import affine_constant, source_table
 from difffract_jax.circuits.pullback import Targets, preactivations, pull_back, push_forward
 from difffract_jax.circuits.replacement import prepare, run
 from tolerances import TOL, relative_error
-from traces import Exact, make_exact
+from traces import VARIANTS, Exact, make_exact
 
 
 def some_targets(exact, count=12, seed=0):
@@ -53,6 +53,20 @@ def test_every_kind_of_edge_is_the_effect_of_its_direct_intervention(exact):
             doubled = _double(exact, table, row)
             after = preactivations(exact.replacement, targets, evaluate(exact, doubled))
             assert np.max(np.abs((after - before) - edges[:, row])) <= TOL.intervention_x64 * np.abs(edges).max()
+
+
+@pytest.mark.parametrize("name", ["every site", "a skip", "a gap"])
+def test_edges_are_direct_interventions_in_float32_too(name):
+    exact = make_exact(dtype=jnp.float32, **VARIANTS[name])
+    targets = some_targets(exact, seed=1)
+    edges = np.asarray(pull_back(exact.replacement, targets))
+    assert edges.dtype == np.float32
+    table, scale = source_table(exact.replacement, exact.trace.info), np.abs(edges).sum(axis=1, dtype=np.float64)
+    before = np.asarray(preactivations(exact.replacement, targets, evaluate(exact, exact.replacement.sources)))
+    for row in np.random.default_rng(2).choice(np.flatnonzero(table.value > 0), 18):
+        after = preactivations(exact.replacement, targets, evaluate(exact, _double(exact, table, row)))
+        moved = np.asarray(after, np.float64) - before
+        assert np.max(np.abs(moved - edges[:, row]) / scale) <= TOL.direct_f32
 
 
 def _double(exact, table, row):

@@ -129,6 +129,15 @@ def test_a_finished_stage_is_loaded_and_takes_no_step(home, expected):
     assert_same_weights(fit(toy_stage(), home, 100, interrupt_at("toy", STEPS)), expected)
 
 
+def test_an_update_that_is_not_finite_is_not_saved(home):
+    """The loss is of the state before the step, so it looks well while the state has gone."""
+    stage = toy_stage(bad_step=3)
+    careless = stage._replace(step=lambda *given: (stage.step(*given)[0], {"loss": jnp.zeros(())}))
+    with pytest.raises(UserError, match="not finite at step 3; .* keeps the last good checkpoint"):
+        fit(careless, home, 2, nothing)
+    assert read_config(home / "toy")["step"] == 2
+
+
 def test_a_loss_that_is_not_finite_ends_the_stage_and_keeps_its_last_checkpoint(home, tmp_path):
     with pytest.raises(UserError) as caught:
         fit(toy_stage(bad_step=5), home, 2, nothing)

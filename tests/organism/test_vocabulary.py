@@ -116,3 +116,7 @@ def test_what_does_not_fit_is_told(tokenizers, words):
     assert ids.cut == " ".join(prompt[TEXT_TOKENS - 1 :])
     assert ids.t5_mask.all() and ids.t5_ids[-1] == tokenizers.t5.eos_token_id
     assert ids.clip_ids[-1] == tokenizers.clip.eos_token_id
+    # Both encoders see the same words.
+    last = prompt[TEXT_TOKENS - 2]
+    assert ids.t5_ids[-2] == tokenizers.t5.get_vocab()[SPACE + last]
+    assert ids.clip_ids[-2] == tokenizers.clip.get_vocab()[f"{last}</w>"]
