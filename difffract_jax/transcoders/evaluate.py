@@ -205,7 +205,7 @@ def row_sums(stack: Transcoder, rows: Rows, valid: Array, times: Float[Array, "s
     return jax.vmap(one)(stack, rows.x, rows.y)
 
 
-def _measures(sums: Any, where: Any) -> dict[str, float]:
+def measures(sums: Any, where: Any) -> dict[str, float]:
     """Returns the measures of one site from sums over some steps."""
     n = float(np.sum(sums.rows[where]))
     y = np.asarray(sums.y[where], np.float64)
@@ -229,7 +229,7 @@ def _step_rows(sites: Any, group: str, sums: Sums, sigmas: Any) -> list[dict[str
     for i, name in enumerate(_names(sites, group)):
         one = jax.tree.map(lambda a, i=i: np.asarray(a[i]), sums)
         rows += [
-            {"site": name, "step": step, "sigma": float(sigmas[step])} | _measures(one, slice(step, step + 1))
+            {"site": name, "step": step, "sigma": float(sigmas[step])} | measures(one, slice(step, step + 1))
             for step in range(len(sigmas) - 1)
         ]
     return rows
@@ -242,7 +242,7 @@ def _site_rows(sites: Any, group: str, sums: Sums) -> list[dict[str, Any]]:
         share = one.fired / max(float(one.rows.sum()), 1)
         counts, _ = np.histogram(np.log10(np.maximum(share[share > 0], 1e-6)), DENSITY_EDGES)
         dead = {"dead": float(np.mean(share == 0)), "density": counts.tolist()}
-        rows.append({"site": name} | _measures(one, slice(None)) | dead)
+        rows.append({"site": name} | measures(one, slice(None)) | dead)
     return rows
 
 
