@@ -1,6 +1,6 @@
 """The demonstration: everything this package does, end to end, with no files needed.
 
-1. Load the embedded model. Its transcoders are random as yet: their features mean nothing.
+1. Load the embedded model and its transcoders.
 2. Generate an image of `PROMPT`, and read from its pixels whether it shows what was asked.
 3. Capture one denoising step, trace one feature's circuit, and check that its edges and bias add up.
 4. Prune the circuit, and save image and graphs with the record of how they were made.
@@ -12,18 +12,17 @@ from difffract_jax.circuits.attribution import attribute, strongest_feature
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.trace import capture
 from difffract_jax.config import DemoConfig, provenance
-from difffract_jax.loading import load_pipeline
+from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.models.pipeline import generate
 from difffract_jax.organism.evaluate import see
 from difffract_jax.organism.scorer import describe, judge
 from difffract_jax.organism.world import from_caption
 from difffract_jax.report import Advance, graph_summary, save_image
-from difffract_jax.transcoders.transcoder import random_transcoders
 
 PROMPT = "a red circle left of a blue square"
 NOTICE = (
-    "The model is the embedded one, trained; image and verdict are real, and so are the attribution and its check. "
-    "The transcoders are random: their features mean nothing yet."
+    "Model and transcoders are the embedded ones, trained on synthetic scenes: image, verdict, features, circuit and "
+    "check are real."
 )
 ENLARGED = 8
 """Screen pixels per pixel of the image that is saved."""
@@ -40,7 +39,7 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     record = provenance("demo", settings)
     paths = {name: settings.out / name for name in ("image.png", "graph.npz", "pruned.npz")}
     pipe = load_pipeline("organism")
-    tcs = random_transcoders(pipe.config.transformer, seed=settings.seed)
+    tcs = load_transcoders("organism")
     image = generate(pipe, PROMPT, seed=settings.seed).image
     save_image(image.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1), paths["image.png"], record)
     reading = see(image[None])

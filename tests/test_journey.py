@@ -219,7 +219,7 @@ def test_a_broken_checkpoint_is_refused_whole(difffract, broken, name):
             ("organism", TRANSCODERS, PROMPT, "--target", "img/1/f1"),
             "sites img/2, txt/2, but the model has double-stream",
         ),
-        (("organism", "organism", PROMPT, "--target", "img/1/f1"), "The organism has no trained transcoders yet"),
+        (("organism", "organism-saes", PROMPT, "--target", "img/1/f1"), "these are SAEs; give a directory of"),
         ((PIPELINE, TRANSCODERS, PROMPT, "--target", "img/2/f1", "--height", 100), "multiples of 16 pixels"),
         ((PIPELINE, TRANSCODERS, PROMPT, "--target", "img/2/f1", "--latents", "no.npy"), "no.npy"),
         ((PIPELINE, TRANSCODERS, PROMPT, "--target", "img/2/f1", "--latents", __file__), "is no readable .npy file"),

@@ -139,11 +139,6 @@ def test_what_is_no_model_is_refused(model, message):
         load_pipeline(model)
 
 
-def test_the_organism_has_no_transcoders_yet():
-    with pytest.raises(UserError, match="organism has no trained transcoders yet"):
-        load_transcoders("organism")
-
-
 def test_a_model_and_transcoders_are_not_confused(saved, tcs, tmp_path):
     save_transcoders(tcs, tmp_path / "tcs")
     with pytest.raises(UserError, match="holds transcoders, but pipeline is wanted"):

@@ -10,6 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import jax
@@ -99,7 +100,9 @@ def sample_sheet(
         if place >= len(images):
             continue
         axis.imshow(images[place], interpolation="nearest")
-        verdict = "" if right[place] else f"\nread: {describe(reading, place)}"
+        verdict = (
+            "" if right[place] else "\n" + _wrap(shorten(f"read: {describe(reading, place)}", 60, placeholder=" ..."))
+        )
         axis.set_title(
             _wrap(asked.captions[place]) + verdict, fontsize=8, color="black" if right[place] else "firebrick"
         )
