@@ -9,6 +9,8 @@
 
 `aux` revives features that have been silent for `dead_after` rows: the `aux_k` strongest of them per row shall explain
 what the others left, r = y - y^. It is |r - W_dec z_dead|^2 over r's own variance: no b_dec, which y^ has already.
+A feature whose pre-activations are all negative has no gradient there. `lift_weight` * mean_rows sum_dead
+relu(cut-off - u) raises those until they fire (Anthropic's pre-activation loss, for dead features alone).
 
 Rows may lie on several devices of a mapped axis. Means over rows are then means of means: variances and L0 enter as
 constants that the devices agree on, so that the mean of the devices' gradients is the gradient of the whole batch.
@@ -48,6 +50,7 @@ class Objective:
 
     Attributes:
         aux_weight: of `aux`; 0 leaves it out.
+        lift_weight: of what raises dead features' pre-activations; 0 leaves it out.
         aux_k: silent features per row that `aux` may use.
         dead_after: rows after which a silent feature counts as dead.
         l0_weight: of `jumprelu`'s penalty.
@@ -56,6 +59,7 @@ class Objective:
     """
 
     aux_weight: float = 0.0
+    lift_weight: float = 0.0
     aux_k: int = 32
     dead_after: int = 1_000_000
     l0_weight: float = 1.0
@@ -125,6 +129,10 @@ def site_loss(
         case "jumprelu":
             loss = loss + pressure * objective.l0_weight * _excess(tc, u, l0, sparsity, objective)
         case _:
+            if objective.lift_weight:
+                dead = (silent > objective.dead_after)[None]
+                low = jnp.sum(jnp.where(dead, jax.nn.relu(cutoff - u), 0), axis=1)
+                loss = loss + objective.lift_weight * jnp.mean(low)
             if objective.aux_weight:
                 aux = partial(_aux, tc, u, jax.lax.stop_gradient(residual), silent, objective, mean)
                 loss = loss + objective.aux_weight * jax.lax.cond(revive, aux, lambda: jnp.zeros((), u.dtype))

@@ -98,6 +98,9 @@ class TrainConfig(RowSettings):
     """Steps over which the penalty for active features rises from 0 [Towards]."""
     aux_weight: float = Field(1 / 32, ge=0)
     """Weight of the loss that revives dead features of topk and batchtopk [Gao]: 1/32; 0 leaves it out."""
+    lift_weight: float = Field(0.0, ge=0)
+    """Weight of the penalty that raises the pre-activations of dead features of topk and batchtopk until they fire; the
+    pre-activation loss of [Towards], January 2025, for dead features alone. Their 3e-6 is a good start."""
     aux_k: int = Field(64, ge=1)
     """Dead features per row that this loss may use. [Gao]: about half the width."""
     dead_after: int = Field(1_000_000, ge=1)

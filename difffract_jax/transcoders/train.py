@@ -162,7 +162,7 @@ def recipe_of(settings: TrainConfig, round_batches: int) -> Recipe:
     names = ("lr", "b1", "b2", "weight_decay", "schedule", "warmup", "decay", "steps", "sparsity_warmup", "clip")
     objective = Objective(
         bf16=settings.matmul == "bf16",
-        **settings.model_dump(include={"aux_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
+        **settings.model_dump(include={"aux_weight", "lift_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
     )
     constants = settings.model_dump(include={*names, "project_decoder"})
     return Recipe(objective=objective, cycle=round_batches, **constants)

@@ -12,7 +12,7 @@ import pytest
 from converters.mapping import ArraySource, load_tree, save_tree
 from converters.transcoders import TRANSCODER_TORCH, stacked_transcoders
 from difffract_jax.sharding import make_mesh
-from difffract_jax.transcoders.objective import Objective, Rows
+from difffract_jax.transcoders.objective import Objective, Rows, site_loss
 from difffract_jax.transcoders.state import (
     Moments,
     TrainState,
@@ -244,3 +244,23 @@ def test_the_optimiser_is_optax_s_adamw():
         for tx in (optimizer(recipe), optax.adamw(0.1, weight_decay=0.01))
     )
     assert relative_error(ours, theirs) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_a_dead_feature_that_is_always_negative_is_lifted_and_no_other(kind):
+    state, _, batches = make(kind)
+    shape, rows = state.params.config, jax.tree.map(lambda a: a[0], batches[0])
+    tc = jax.tree.map(lambda a: a[0], state.params)
+    tc.enc.bias[...] = tc.enc.bias[...].at[:3].set(-50)
+    silent = jnp.zeros(shape.features, jnp.int32).at[jnp.array([0, 2])].set(1000)
+
+    def slopes(weight):
+        objective = Objective(aux_weight=1 / 32, aux_k=2, dead_after=100, lift_weight=weight)
+        loss = jax.grad(site_loss, has_aux=True)
+        one, zero, yes = jnp.ones(()), jnp.zeros(()), jnp.ones((), bool)
+        return np.asarray(loss(tc, rows, silent, zero, yes, one, objective)[0].enc.bias[...])
+
+    without, lifted = slopes(0.0), slopes(1e-3)
+    np.testing.assert_array_equal(without[:3], 0)
+    np.testing.assert_allclose(lifted[[0, 2]], -1e-3, rtol=TOL.f32_block)  # every row asks for more
+    np.testing.assert_array_equal(np.delete(lifted, [0, 2]), np.delete(without, [0, 2]))
