@@ -170,7 +170,7 @@ def test_libtpu_compiles_the_step_for_chips_that_are_not_here(monkeypatch, capsy
     assert found["fits"] and found["chips"] == 4 and json.loads(out)["smallest"] == "v5e:2x2"
     assert found["arguments"] >= found["state"] + found["rows"] and found["compiled_flops"] > 0
     assert found["communication"]["all-reduce"]["operations"] > 0
-    assert "Compiling for v5e:2x2, mesh site=2,feature=2" in " ".join(err.split())
+    assert "Compiling for v5e:2x2, mesh data=1,site=2,feature=2" in " ".join(err.split())
     status, out, err = run("--topology", "v5e:9x9")
     assert (status, out) == (1, "") and "libtpu knows no topology v5e:9x9" in err and "Traceback" not in err
 
