@@ -1,8 +1,9 @@
-"""The commands that make transcoders: `harvest`, `train`, `evaluate`; registered by `cli.py`.
+"""The commands that make transcoders: `harvest`, `plan`, `train`, `evaluate`; registered by `cli.py`.
 
 They follow its rules: settings in, artefacts and a short table out; progress on stderr; imports when a command runs.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,12 +18,22 @@ CAPTION_SEED = 40_000
 AT_ONCE = 8
 """Captions drawn together."""
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
+Topologies = Annotated[
+    list[str], typer.Option("--topology", help="TPUs to plan for, as chip and shape; give it as often as wanted.")
+]
+Mesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh", help="Devices by axis, as in data=4,site=2,feature=8; `auto` chooses. Default: the config's."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in `out`, from its newest checkpoint.")]
 
 
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.command()(harvest)
+    app.command()(plan)
     app.command()(train)
     app.command()(evaluate)
 
@@ -50,6 +61,40 @@ def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = F
     emit({"rows": str(settings.out), "sites": len(sources["train"].sites.names)} | rows, as_json=json)
 
 
+def plan(
+    topology: Topologies,
+    config: ConfigFile = None,
+    mesh: Mesh = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Say whether training fits TPUs that are not here: memory per chip, FLOPs, communication, by compiling its step.
+
+    Chips are v5e, v5p and v6e, shapes such as v5e:8x8 or v5p:2x2x1. If neither `--mesh` nor the config's `mesh` says
+    how to spread the work, the meshes that should need least memory are compiled, until one fits. Needs the extra
+    `tpu`, but no TPU and no weights. A step of FLUX's size that fits takes minutes to compile; one that does not,
+    seconds.
+
+    Example: `difffract plan configs/train-flux-schnell.yaml --topology v5p:2x2x1 --topology v5e:8x8`
+    """
+    settings = resolve(TrainConfig, file=config, sets=sets or ())
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is used, even where there is one
+    from difffract_jax.report import emit, planned
+    from difffract_jax.sharding import parse_mesh
+    from difffract_jax.transcoders.plan import open_topology, smallest
+    from difffract_jax.transcoders.plan import plan as compile_for
+
+    asked = mesh or (settings.mesh if "mesh" in settings.model_fields_set else "auto")
+    shape = None if asked == "auto" else parse_mesh(asked)
+    places, work = [open_topology(name) for name in topology], _work(settings)
+    plans = [compile_for(work, place, shape, lambda sentence: typer.echo(sentence, err=True)) for place in places]
+    best = smallest(plans)
+    if json:
+        emit({"plans": [found._asdict() for found in plans], "smallest": best and best.topology}, as_json=True)
+    else:
+        emit(planned(plans, best))
+
+
 def train(config: ConfigFile = None, sets: opt.Sets = None, resume: Resume = False, json: opt.Json = False) -> None:
     """Train transcoders, or SAEs, of a model's MLPs. SIGTERM saves and exits with 0; `--resume` goes on.
 
@@ -58,8 +103,9 @@ def train(config: ConfigFile = None, sets: opt.Sets = None, resume: Resume = Fal
     settings = resolve(TrainConfig, file=config, sets=sets or ())
     from difffract_jax.loading import save_transcoders
     from difffract_jax.report import emit, training_progress
+    from difffract_jax.transcoders.setup import open_mesh
     from difffract_jax.transcoders.store import open_store
-    from difffract_jax.transcoders.train import Watch, open_mesh
+    from difffract_jax.transcoders.train import Watch
     from difffract_jax.transcoders.train import train as run
 
     mesh, sae = open_mesh(settings), settings.role == "sae"
@@ -126,20 +172,42 @@ def _shared(config: Path | None, cls: type[RowSettings]) -> dict[str, Any]:
     return {} if config is None else {key: v for key, v in read_yaml(config).items() if key not in other}
 
 
+def _work(settings: TrainConfig) -> Any:
+    """Returns what shall be planned: sites, width, and the model that is read, as shapes alone."""
+    from difffract_jax.loading import PARTS, abstract_pipeline
+    from difffract_jax.transcoders.plan import Work
+    from difffract_jax.transcoders.sites import parse_sites
+    from difffract_jax.transcoders.store import open_store
+
+    if settings.rows is not None:
+        rows = open_store(settings.rows, "train", settings.seed)
+        return Work(settings, rows.sites, rows.width, {})
+    if settings.model == "tiny":
+        pipe, _ = _pipeline(settings)
+        config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
+    else:
+        config, parts = abstract_pipeline(settings.model, _dtype(settings))
+    return Work(settings, parse_sites(settings.sites, config), config.d_model, parts)
+
+
 def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     """Returns the model, spread over a mesh if one is given, and its world's captions if it has a world."""
-    import jax.numpy as jnp
-
     from difffract_jax.loading import load_pipeline
     from difffract_jax.sharding import pipeline_shardings
 
-    dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[settings.model_dtype]
+    dtype = _dtype(settings)
     if settings.model == "tiny":
         from difffract_jax.models.tiny import random_pipeline
 
         return random_pipeline(dtype=dtype), None
     sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh)
     return load_pipeline(settings.model, dtype=dtype, sharding=sharding), _world(settings)
+
+
+def _dtype(settings: RowSettings) -> Any:
+    import jax.numpy as jnp
+
+    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[settings.model_dtype]
 
 
 def _world(settings: RowSettings) -> Any:

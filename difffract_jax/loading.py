@@ -23,6 +23,7 @@ from converters.pipelines import (
     convert_pipeline,
     convert_transformer,
     is_diffusers_directory,
+    pipeline_config,
 )
 from converters.transcoders import (
     export_transcoders,
@@ -41,12 +42,13 @@ from difffract_jax.checkpoint import (
 )
 from difffract_jax.config import UserError
 from difffract_jax.files import sample_hash
-from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
+from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
+from difffract_jax.models.presets import PRESETS
 from difffract_jax.models.sampler import SchedulerConfig
-from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.sums import check_sums
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
@@ -83,9 +85,34 @@ def load_pipeline(
         name: load_tree(
             path, abstract, name=name, sharding=None if sharding is None else sharding(name, abstract), verify=verify
         )
-        for name, abstract in _abstract_parts(config, dtype).items()
+        for name, abstract in _abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
     return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, source=record["content_hash"])
+
+
+def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[FluxConfig, dict[str, Any]]:
+    """Describes a pipeline without reading its weights.
+
+    Args:
+        model: what `load_pipeline` takes; or the name of a published model of which there is no directory here.
+        dtype: type of the weights.
+
+    Returns:
+        The transformer's shape, and part -> abstract tree.
+
+    Raises:
+        UserError: as `load_pipeline`, if it is none of these.
+    """
+    if str(model) in PRESETS and not Path(model).is_dir():
+        shapes = {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
+    else:
+        path = _model_path(model)
+        if is_diffusers_directory(path):
+            config = pipeline_config(path)
+        else:
+            config = pipeline_config_from_json(_read_kind(path, "pipeline")["config"], path)
+        shapes = {name: getattr(config, name) for name in PARTS}
+    return shapes["transformer"], _abstract_parts(shapes, dtype)
 
 
 def identified(pipe: Pipeline, path: Path) -> Pipeline:
@@ -273,10 +300,6 @@ def _read_kind(path: Path, kind: str) -> dict[str, Any]:
     return record
 
 
-def _abstract_parts(config: PipelineConfig, dtype: Any) -> dict[str, Any]:
-    return {
-        "transformer": abstract_module(MMDiT, config.transformer, dtype),
-        "t5": abstract_module(T5Encoder, config.t5, dtype),
-        "clip": abstract_module(CLIPTextEncoder, config.clip, dtype),
-        "vae": abstract_module(Autoencoder, config.vae, dtype),
-    }
+def _abstract_parts(shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    modules = {"transformer": MMDiT, "t5": T5Encoder, "clip": CLIPTextEncoder, "vae": Autoencoder}
+    return {name: abstract_module(module, shapes[name], dtype) for name, module in modules.items()}

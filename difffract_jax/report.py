@@ -4,13 +4,14 @@
 2. `progress` shows one bar on stderr while a command works; it hands out a callback `advance(done, total)`.
 3. `graph_summary` boils a graph down to what one wants to know first: its target, its size, the target's strongest
    sources, and whether edges and bias add up to the pre-activations. It reads the graph's arrays only.
-4. `save_image` writes a PNG with its provenance.
+4. `planned` lays plans of training beside one another.
+5. `save_image` writes a PNG with its provenance.
 """
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,33 @@ def training_progress() -> Iterator[tuple[Callable[[int, int, Mapping[str, float
         yield advance, lambda sentence: bar.console.print(f"Note: {sentence}", soft_wrap=True, highlight=False)
 
 
+def planned(plans: Sequence[Any], smallest: Any) -> dict[str, Any]:
+    """Returns a table of plans for people, one column each, and the smallest that fits.
+
+    Args:
+        plans: from `transcoders.plan`.
+        smallest: one of them; None if none fits.
+    """
+    sizes = ("state", "rows", "buffer", "model", "arguments", "outputs", "temporaries", "peak", "needed", "hbm")
+    moved = sorted({kind for plan in plans for kind in plan.communication})
+
+    def column(plan: Any) -> dict[str, str]:
+        cells = {"chips": str(plan.chips), "mesh": ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())}
+        cells |= {f"{name}, GiB": _over(getattr(plan, name), 2**30) for name in sizes}
+        cells |= {"fits": "yes" if plan.fits else "no", "matmul TFLOP/step": _over(plan.flops, 1e12)}
+        cells["compiled TFLOP/chip"] = _over(plan.compiled_flops, 1e12)
+        for kind in moved:
+            seen = plan.communication.get(kind)
+            cells[kind] = f"{seen['operations']} x, {_over(seen['bytes'], 2**30)} GiB" if seen else "-"
+        return cells | {"compiled in, s": f"{plan.seconds:.0f}"}
+
+    columns = {plan.topology: column(plan) for plan in plans}
+    names = list(next(iter(columns.values())))
+    rows = [{"per chip": name} | {title: cells[name] for title, cells in columns.items()} for name in names]
+    best = "none of these" if smallest is None else f"{smallest.topology}, {columns[smallest.topology]['mesh']}"
+    return {"smallest that fits": best, "plan": rows}
+
+
 def save_image(image: UInt8[np.ndarray, "H W rgb"], path: Path, record: Mapping[str, Any]) -> None:
     """Writes a PNG whose text chunk `difffract_jax` is the record of how it was made, as JSON."""
     info = PngInfo()
@@ -147,6 +175,11 @@ def _node(graph: Any, index: int) -> str:
         return f"{stream}/{graph.node_block[index]}/f{graph.node_feature[index]}{position}"
     place = stream if kind == "input" else f"{stream}/{graph.node_block[index]}"
     return f"{kind} {place}{position}"
+
+
+def _over(value: float | None, unit: float) -> str:
+    """Returns a number in a unit with two decimals, or a dash where it is not known."""
+    return "-" if value is None else f"{value / unit:.2f}"
 
 
 def _rows(title: str, rows: list[Mapping[str, Any]]) -> Table:

@@ -16,6 +16,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.checkpoint import leaf_paths
@@ -130,7 +131,13 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     if prod(sizes) > len(found):
         wanted = " x ".join(f"{name} {size}" for name, size in shape.items())
         raise UserError(f"The mesh {wanted} needs {prod(sizes)} devices, but only {len(found)} are here.")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=found[: prod(sizes)])
+    types, used = (AxisType.Auto,) * len(MESH_AXES), found[: prod(sizes)]
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=used)
+    except NotImplementedError:
+        # On a torus of TPUs such as 4x4x4, an axis of size 2 or 8 fits only if it may take a part of a physical axis.
+        split = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
+        return Mesh(split, MESH_AXES, axis_types=types)
 
 
 def parse_mesh(text: str) -> dict[str, int]:

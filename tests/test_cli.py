@@ -14,7 +14,7 @@ import pytest
 from difffract_jax import cli
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
-COMMANDS += ("generate", "trace", "prune", "export", "compare", "harvest", "train", "evaluate")
+COMMANDS += ("generate", "trace", "prune", "export", "compare", "harvest", "plan", "train", "evaluate")
 
 
 class Run(NamedTuple):

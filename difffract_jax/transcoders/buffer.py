@@ -78,18 +78,24 @@ def plan_buffer(capacity: int, batch: int, refresh: float, seed: int) -> Plan:
     return Plan(capacity, batch, max(1, round(capacity * refresh / batch)), seed)
 
 
-def empty_store(sites: Sites, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
-    """Makes a buffer without rows: capacity over `data`, sites over `site`, where they divide evenly."""
+def abstract_store(sites: Sites, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
+    """Returns shape, type and place of a buffer's arrays: capacity over `data`, sites over `site`, where even."""
 
-    def make(shape: tuple[int, ...], kind: Any, axes: tuple[str, ...]) -> Array:
+    def describe(shape: tuple[int, ...], kind: Any, axes: tuple[str, ...]) -> Any:
         even = (a if n % mesh.shape[a] == 0 else None for n, a in zip(shape, axes, strict=False))
-        return jax.device_put(jnp.zeros(shape, kind), NamedSharding(mesh, PartitionSpec(*even)))
+        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*even)))
 
     store = {}
     for name, layers in sites.groups.items():
-        x, y = (make((len(layers), capacity, width), dtype, ("site", "data")) for _ in range(2))
-        store[name] = Rows(x, y, make((capacity,), jnp.float32, ("data",)))
+        x, y = (describe((len(layers), capacity, width), dtype, ("site", "data")) for _ in range(2))
+        store[name] = Rows(x, y, describe((capacity,), jnp.float32, ("data",)))
     return store
+
+
+def empty_store(sites: Sites, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
+    """Makes a buffer without rows."""
+    abstract = abstract_store(sites, width, capacity, dtype, mesh)
+    return jax.tree.map(lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), abstract)
 
 
 def fill(store: Store, source: RowSource, plan: Plan) -> tuple[Store, Position]:

@@ -16,19 +16,16 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
 
 from difffract_jax.checkpoint import atomic_file, tree_hash
 from difffract_jax.config import UserError
-from difffract_jax.sharding import make_mesh, parse_mesh
 from difffract_jax.transcoders import buffer as buffers
-from difffract_jax.transcoders.buffer import Plan, Position
+from difffract_jax.transcoders.buffer import Position
 from difffract_jax.transcoders.checkpoints import (
     CHECKPOINTS,
     Checkpointer,
@@ -48,30 +45,25 @@ from difffract_jax.transcoders.logs import (
     profiled,
     write_metrics,
 )
-from difffract_jax.transcoders.objective import Objective
 from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
+from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, open_mesh, row_flops, set_up
 from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.state import (
-    Moments,
     TrainState,
     export,
-    init_params,
-    init_state,
     measure,
     place,
     state_shardings,
 )
 from difffract_jax.transcoders.step import (
     Metrics,
-    Recipe,
     jit_step,
-    optimizer,
     pmap_step,
     repeat_state,
     rows_sharding,
     split_rows,
 )
-from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
+from difffract_jax.transcoders.transcoder import TranscoderSet
 
 SETTINGS = "train.json"
 MEASURED_ROWS = 8192
@@ -112,17 +104,6 @@ class _Run(NamedTuple):
     position: Position
 
 
-class _Fixed(NamedTuple):
-    """What a run never changes."""
-
-    settings: TrainConfig
-    source: RowSource
-    mesh: Mesh
-    recipe: Recipe
-    plan: Plan
-    shape: TranscoderConfig
-
-
 def train(
     settings: TrainConfig, source: RowSource, record: Mapping[str, Any], watch: Watch, *, resume: bool = False
 ) -> Trained:
@@ -139,77 +120,17 @@ def train(
         UserError: if the settings do not fit one another or the run to be resumed, or the loss ceases to be finite.
     """
     check_remote(settings.out)
-    fixed = _fix(settings, source)
+    setup = set_up(settings, source.sites, source.width, open_mesh(settings))
     _check_directory(settings, resume)
     with locked(settings.out):
         _check_directory(settings, resume)
         checkpoints = open_checkpoints(settings.out, settings.keep)
         try:
             begun = resume and checkpoints.latest is not None
-            run = _resume(fixed, checkpoints, watch) if begun else _begin(fixed, record)
-            return _loop(fixed, run, checkpoints, watch)
+            run = _resume(setup, checkpoints, watch) if begun else _begin(setup, source, record)
+            return _loop(setup, source, run, checkpoints, watch)
         finally:
             checkpoints.close()
-
-
-def recipe_of(settings: TrainConfig, round_batches: int) -> Recipe:
-    """Returns the constants of the training step.
-
-    Args:
-        settings: of the run.
-        round_batches: steps between two refreshes of the buffer, the cycle of `cosine_cycles`.
-    """
-    names = ("lr", "b1", "b2", "weight_decay", "schedule", "warmup", "decay", "steps", "sparsity_warmup", "clip")
-    objective = Objective(
-        bf16=settings.matmul == "bf16",
-        **settings.model_dump(include={"aux_weight", "lift_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
-    )
-    constants = settings.model_dump(include={*names, "project_decoder"})
-    return Recipe(objective=objective, cycle=round_batches, **constants)
-
-
-def shape_of(settings: TrainConfig, width: int) -> TranscoderConfig:
-    """Returns the shape of each transcoder on rows of a width."""
-    return TranscoderConfig(
-        d_model=width,
-        features=round(settings.expansion * width),
-        k=settings.k if "topk" in settings.activation else 0,
-        **settings.model_dump(include={"time_embed", "conditioning", "activation", "skip", "role"}),
-    )
-
-
-def sparsities(settings: TrainConfig, sites: Sites) -> Float[np.ndarray, "site"]:
-    """Returns what `objective.site_loss` is given as sparsity for every site."""
-    if settings.activation == "jumprelu":
-        return np.full(len(sites.names), settings.target_l0, np.float32)
-    weights = [settings.l1_txt if name.startswith("txt/") else settings.l1 for name in sites.names]
-    return np.array(weights, np.float32)
-
-
-def open_mesh(settings: TrainConfig) -> Mesh:
-    """Returns the devices that the settings ask for."""
-    return make_mesh(parse_mesh(settings.mesh))
-
-
-def _fix(settings: TrainConfig, source: RowSource) -> _Fixed:
-    mesh = open_mesh(settings)
-    shape = shape_of(settings, source.width)
-    if settings.activation == "jumprelu" and settings.target_l0 > shape.features:
-        raise UserError(
-            f"target_l0 must be at most {shape.features}, the number of features, but is {settings.target_l0}."
-        )
-    sizes = {"data": settings.batch, "site": len(source.sites.names), "feature": shape.features}
-    words = {"data": "batch", "site": "the number of sites", "feature": "the number of features"}
-    for axis, size in sizes.items():
-        if size % mesh.shape[axis]:
-            raise UserError(
-                f"The mesh has {axis}={mesh.shape[axis]}, but {words[axis]}, {size}, is not divisible by it; "
-                "change one of them."
-            )
-    if settings.parallel == "pmap" and mesh.size != mesh.shape["data"]:
-        raise UserError("parallel: pmap spreads rows alone; use a mesh with a data axis only, or parallel: jit.")
-    plan = buffers.plan_buffer(settings.buffer_rows, settings.batch, settings.refresh, settings.seed)
-    return _Fixed(settings, source, mesh, recipe_of(settings, plan.round_batches), plan, shape)
 
 
 def _check_directory(settings: TrainConfig, resume: bool) -> None:
@@ -230,102 +151,82 @@ def _check_directory(settings: TrainConfig, resume: bool) -> None:
         )
 
 
-def _begin(fixed: _Fixed, record: Mapping[str, Any]) -> _Run:
+def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
     """Fills the buffer, makes the first weights, and writes down the settings: from then on there is a run."""
-    settings, source = fixed.settings, fixed.source
-    dtype = jnp.bfloat16 if settings.model_dtype == "bf16" else jnp.float32
-    store = buffers.empty_store(source.sites, source.width, fixed.plan.capacity, dtype, fixed.mesh)
-    store, position = buffers.fill(store, source, fixed.plan)
+    settings = setup.settings
+    store = buffers.empty_store(setup.sites, setup.width, setup.plan.capacity, setup.dtype, setup.mesh)
+    store, position = buffers.fill(store, source, setup.plan)
     count = min((MEASURED_ROWS, *position.counts))
     rows = buffers.gather(store, {name: np.arange(count, dtype=np.int32) for name in store})
-    state = _first_state(fixed, measure(rows, settings.scale_rows))
+    state = first_state(setup, measure(rows, settings.scale_rows))
     cut_metrics(settings.out, 0)
     with atomic_file(settings.out / SETTINGS) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n")
-    return _Run(place(state, state_shardings(state, fixed.mesh)), store, position)
+    return _Run(place(state, state_shardings(state, setup.mesh)), store, position)
 
 
-def _first_state(fixed: _Fixed, moments: Moments) -> TrainState:
-    params = init_params(jax.random.key(fixed.settings.seed), fixed.shape, fixed.settings.init, moments)
-    sparsity = jnp.asarray(sparsities(fixed.settings, fixed.source.sites))
-    return init_state(params, optimizer(fixed.recipe), moments, sparsity)
-
-
-def _resume(fixed: _Fixed, checkpoints: Checkpointer, watch: Watch) -> _Run:
+def _resume(setup: Setup, checkpoints: Checkpointer, watch: Watch) -> _Run:
     """Reads the newest good checkpoint onto this run's mesh."""
-    settings, source = fixed.settings, fixed.source
-    sites, width = len(source.sites.names), source.width
-    flat = jax.ShapeDtypeStruct((sites, width), jnp.float32)
-    scale = jax.ShapeDtypeStruct((sites,), jnp.float32)
-    state = jax.eval_shape(
-        lambda moments: _first_state(fixed, moments), Moments(*cast(Any, (flat, flat, scale, scale)))
-    )
-    dtype = jnp.bfloat16 if settings.model_dtype == "bf16" else jnp.float32
-    store = buffers.empty_store(source.sites, width, fixed.plan.capacity, dtype, fixed.mesh)
     abstract = {
-        "state": jax.tree.map(_with_sharding, state, state_shardings(state, fixed.mesh)),
-        "buffer": jax.tree.map(lambda a: _with_sharding(a, a.sharding), store),
+        "state": abstract_state(setup),
+        "buffer": buffers.abstract_store(setup.sites, setup.width, setup.plan.capacity, setup.dtype, setup.mesh),
     }
     found = restore(checkpoints, abstract)
     for sentence in found.passed:
         watch.note(f"{sentence}; going on from checkpoint {found.step}.")
-    cut_metrics(settings.out, found.step)
+    cut_metrics(setup.settings.out, found.step)
     position = Position(**{**found.record["position"], "counts": tuple(found.record["position"]["counts"])})
     return _Run(found.trees["state"], found.trees["buffer"], position)
 
 
-def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _loop(fixed: _Fixed, run: _Run, checkpoints: Checkpointer, watch: Watch) -> Trained:
-    settings = fixed.settings
-    step_function = _step_function(fixed, run.state)
+def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer, watch: Watch) -> Trained:
+    settings = setup.settings
+    step_function = _step_function(setup, run.state)
     sinks = open_sinks(settings.out, settings.tensorboard, settings.wandb, settings.model_dump(mode="json"))
     state, store, position = run
     if settings.parallel == "pmap":
-        state = _per_device(repeat_state(state, fixed.mesh.size), fixed.mesh)
+        state = _per_device(repeat_state(state, setup.mesh.size), setup.mesh)
     first = step = int(run.state.step)
-    saved, means, clock = step if step else -1, {}, _clock(fixed)
+    saved, means, clock = step if step else -1, {}, _clock(setup)
     with stop_signal() as stopped, profiled(settings.out, settings.profile, first) as profile:
         while step < settings.steps and not stopped():
-            if position.served == fixed.plan.round_batches:
-                store, position = buffers.refresh(store, fixed.source, fixed.plan, position)
-            rows = _batch(fixed, store, position)
+            if position.served == setup.plan.round_batches:
+                store, position = buffers.refresh(store, source, setup.plan, position)
+            rows = _batch(setup, store, position)
             state, metrics = step_function(state, rows)
             step, position = step + 1, position._replace(served=position.served + 1)
             profile(step, metrics)
             if step % settings.log_every == 0 or step == settings.steps:
-                means = _log(fixed, step, metrics, clock, sinks)
+                means = _log(setup, step, metrics, clock, sinks)
                 watch.progress(step, settings.steps, means)
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped():
-                _check_finite(fixed, step, metrics, saved)
-                _save(fixed, checkpoints, state, store, position)
+                _check_finite(setup, step, metrics, saved)
+                _save(setup, checkpoints, state, store, position)
                 saved = step
     if stopped() and saved != step:
-        _save(fixed, checkpoints, state, store, position)
+        _save(setup, checkpoints, state, store, position)
     done = step >= settings.steps
-    return Trained(step, transcoders_of(_one(fixed, state), fixed.source.sites) if done else None, means)
+    return Trained(step, transcoders_of(_one(setup, state), setup.sites) if done else None, means)
 
 
-def _one(fixed: _Fixed, state: TrainState) -> TrainState:
+def _one(setup: Setup, state: TrainState) -> TrainState:
     """Returns the state itself; of pmap's copies the first."""
-    return jax.tree.map(lambda a: a[0], state) if fixed.settings.parallel == "pmap" else state
+    return jax.tree.map(lambda a: a[0], state) if setup.settings.parallel == "pmap" else state
 
 
-def _save(fixed: _Fixed, checkpoints: Checkpointer, state: TrainState, store: Any, position: Position) -> None:
-    one = _one(fixed, state)
+def _save(setup: Setup, checkpoints: Checkpointer, state: TrainState, store: Any, position: Position) -> None:
+    one = _one(setup, state)
     record = {"position": position._asdict() | {"counts": list(position.counts)}}
     save(checkpoints, int(one.step), {"state": one, "buffer": store}, record)
 
 
-def _step_function(fixed: _Fixed, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
-    if fixed.settings.parallel == "jit":
-        return jit_step(fixed.recipe, fixed.mesh, state)
-    step = pmap_step(fixed.recipe, list(fixed.mesh.devices.flat))
+def _step_function(setup: Setup, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+    if setup.settings.parallel == "jit":
+        return jit_step(setup.recipe, setup.mesh, state)
+    step = pmap_step(setup.recipe, list(setup.mesh.devices.flat))
 
     def on_devices(state: TrainState, rows: Any) -> tuple[TrainState, Metrics]:
-        state, metrics = step(state, _per_device(split_rows(rows, fixed.mesh.size), fixed.mesh))
+        state, metrics = step(state, _per_device(split_rows(rows, setup.mesh.size), setup.mesh))
         return state, jax.tree.map(lambda a: a[0], metrics)
 
     return on_devices
@@ -336,45 +237,41 @@ def _per_device(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("data"))), tree)
 
 
-def _batch(fixed: _Fixed, store: buffers.Store, position: Position) -> Any:
+def _batch(setup: Setup, store: buffers.Store, position: Position) -> Any:
     """Returns the next batch of the round, where the step wants it."""
-    orders = buffers.serving_orders(buffers.groups_of(store), fixed.plan, position)
-    here = slice(position.served * fixed.plan.batch, (position.served + 1) * fixed.plan.batch)
+    orders = buffers.serving_orders(buffers.groups_of(store), setup.plan, position)
+    here = slice(position.served * setup.plan.batch, (position.served + 1) * setup.plan.batch)
     rows = buffers.gather(store, {name: order[here] for name, order in orders.items()})
-    return place(rows, rows_sharding(fixed.mesh))
+    return place(rows, rows_sharding(setup.mesh))
 
 
-def _check_finite(fixed: _Fixed, step: int, metrics: Metrics, saved: int) -> None:
+def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int) -> None:
     bad = np.flatnonzero(~np.isfinite(np.asarray(metrics.loss)))
     if bad.size:
-        names = ", ".join(fixed.source.sites.names[i] for i in bad[:4])
+        names = ", ".join(setup.sites.names[i] for i in bad[:4])
         left = f"checkpoint {saved} is intact" if saved >= 0 else "there is no checkpoint yet"
         raise UserError(f"The loss is not finite at step {step} ({names}); {left}; lower lr, or set clip, and go on.")
 
 
-def _clock(fixed: _Fixed) -> Clock:
-    config, settings = fixed.shape, fixed.settings
-    # Encoder and decoder forward, and three products backward; one more, to x, where FiLM learns from it.
-    products = 5 + (config.conditioning != "none")
-    row_flops = 2 * products * config.d_model * config.features
-    peak = matmul_rate(settings.matmul == "bf16") * fixed.mesh.size
-    return Clock(settings.batch * len(fixed.source.sites.names), row_flops, peak)
+def _clock(setup: Setup) -> Clock:
+    settings = setup.settings
+    peak = matmul_rate(settings.matmul == "bf16") * setup.mesh.size
+    return Clock(settings.batch * len(setup.sites.names), row_flops(setup.shape), peak)
 
 
-def _log(fixed: _Fixed, step: int, metrics: Metrics, clock: Clock, sinks: list[Sink]) -> dict[str, float]:
+def _log(setup: Setup, step: int, metrics: Metrics, clock: Clock, sinks: list[Sink]) -> dict[str, float]:
     """Writes a line, and returns the means over sites."""
     per_site: dict[str, np.ndarray] = {name: np.asarray(value) for name, value in metrics._asdict().items()}
     rate, share = clock.lap(step)
     means = {name: float(np.mean(values)) for name, values in per_site.items()}
     means |= {"rows_per_second": rate, "matmul_share": share}
     sites = {
-        name: {what: float(values[i]) for what, values in per_site.items()}
-        for i, name in enumerate(fixed.source.sites.names)
+        name: {what: float(values[i]) for what, values in per_site.items()} for i, name in enumerate(setup.sites.names)
     }
-    write_metrics(fixed.settings.out, {"step": step, "time": time.time(), **means, "sites": sites})
+    write_metrics(setup.settings.out, {"step": step, "time": time.time(), **means, "sites": sites})
     for sink in sinks:
         sink(step, means)
-    _check_finite(fixed, step, metrics, _newest(fixed.settings.out))
+    _check_finite(setup, step, metrics, _newest(setup.settings.out))
     return means
 
 

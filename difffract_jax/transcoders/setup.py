@@ -1,0 +1,157 @@
+"""What a run is made of before it has read a row; `train` makes it, and `plan` describes it without making it.
+
+1. `set_up` lays the settings over sites and a width: mesh, constants of the step, shape of a transcoder, sizes of the
+   buffer; and refuses what does not fit together.
+2. `first_state` makes the state from the moments of rows. `abstract_state`, `abstract_rows` and `buffer.abstract_store`
+   say what shapes the arrays have and which devices hold them: what a checkpoint is restored into, and what a step can
+   be compiled for where none of these devices is.
+"""
+
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from difffract_jax.config import UserError
+from difffract_jax.sharding import make_mesh, parse_mesh
+from difffract_jax.transcoders import buffer as buffers
+from difffract_jax.transcoders.objective import Objective, Rows
+from difffract_jax.transcoders.settings import TrainConfig
+from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.state import Moments, TrainState, init_params, init_state, state_shardings
+from difffract_jax.transcoders.step import Recipe, optimizer, rows_sharding
+from difffract_jax.transcoders.transcoder import TranscoderConfig
+
+
+class Setup(NamedTuple):
+    """What a run never changes.
+
+    Attributes:
+        settings: of the run.
+        sites: that have a transcoder.
+        width: channels of a row.
+        mesh: devices.
+        recipe: constants of the step.
+        plan: sizes of the buffer.
+        shape: of each transcoder.
+    """
+
+    settings: TrainConfig
+    sites: Sites
+    width: int
+    mesh: Mesh
+    recipe: Recipe
+    plan: buffers.Plan
+    shape: TranscoderConfig
+
+    @property
+    def dtype(self) -> Any:
+        """Type of the rows in the buffer."""
+        return jnp.bfloat16 if self.settings.model_dtype == "bf16" else jnp.float32
+
+
+def set_up(settings: TrainConfig, sites: Sites, width: int, mesh: Mesh) -> Setup:
+    """Lays settings over sites of a width.
+
+    Raises:
+        UserError: if the settings do not fit one another, the sites or the mesh.
+    """
+    shape = shape_of(settings, width)
+    if settings.activation == "jumprelu" and settings.target_l0 > shape.features:
+        raise UserError(
+            f"target_l0 must be at most {shape.features}, the number of features, but is {settings.target_l0}."
+        )
+    words = {"data": "batch", "site": "the number of sites", "feature": "the number of features"}
+    for axis, size in split_sizes(settings, sites, width).items():
+        if size % mesh.shape[axis]:
+            raise UserError(
+                f"The mesh has {axis}={mesh.shape[axis]}, but {words[axis]}, {size}, is not divisible by it; "
+                "change one of them."
+            )
+    if settings.parallel == "pmap" and mesh.size != mesh.shape["data"]:
+        raise UserError("parallel: pmap spreads rows alone; use a mesh with a data axis only, or parallel: jit.")
+    plan = buffers.plan_buffer(settings.buffer_rows, settings.batch, settings.refresh, settings.seed)
+    return Setup(settings, sites, width, mesh, recipe_of(settings, plan.round_batches), plan, shape)
+
+
+def split_sizes(settings: TrainConfig, sites: Sites, width: int) -> dict[str, int]:
+    """Returns what each axis of the mesh splits, and must divide: rows of a batch, sites, features."""
+    return {"data": settings.batch, "site": len(sites.names), "feature": shape_of(settings, width).features}
+
+
+def recipe_of(settings: TrainConfig, round_batches: int) -> Recipe:
+    """Returns the constants of the training step.
+
+    Args:
+        settings: of the run.
+        round_batches: steps between two refreshes of the buffer, the cycle of `cosine_cycles`.
+    """
+    names = ("lr", "b1", "b2", "weight_decay", "schedule", "warmup", "decay", "steps", "sparsity_warmup", "clip")
+    objective = Objective(
+        bf16=settings.matmul == "bf16",
+        **settings.model_dump(include={"aux_weight", "lift_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
+    )
+    constants = settings.model_dump(include={*names, "project_decoder"})
+    return Recipe(objective=objective, cycle=round_batches, **constants)
+
+
+def shape_of(settings: TrainConfig, width: int) -> TranscoderConfig:
+    """Returns the shape of each transcoder on rows of a width."""
+    return TranscoderConfig(
+        d_model=width,
+        features=round(settings.expansion * width),
+        k=settings.k if "topk" in settings.activation else 0,
+        **settings.model_dump(include={"time_embed", "conditioning", "activation", "skip", "role"}),
+    )
+
+
+def row_flops(shape: TranscoderConfig) -> int:
+    """Returns the floating point operations of the large matrix products that a row of one site needs in a step."""
+    # Encoder and decoder forward, and three products backward; one more, to x, where FiLM learns from it.
+    products = 5 + (shape.conditioning != "none")
+    return 2 * products * shape.d_model * shape.features
+
+
+def sparsities(settings: TrainConfig, sites: Sites) -> Float[np.ndarray, "site"]:
+    """Returns what `objective.site_loss` is given as sparsity for every site."""
+    if settings.activation == "jumprelu":
+        return np.full(len(sites.names), settings.target_l0, np.float32)
+    weights = [settings.l1_txt if name.startswith("txt/") else settings.l1 for name in sites.names]
+    return np.array(weights, np.float32)
+
+
+def open_mesh(settings: TrainConfig) -> Mesh:
+    """Returns the devices that the settings ask for."""
+    return make_mesh(parse_mesh(settings.mesh))
+
+
+def first_state(setup: Setup, moments: Moments) -> TrainState:
+    """Makes the state before the first step from the moments of the sites' rows."""
+    params = init_params(jax.random.key(setup.settings.seed), setup.shape, setup.settings.init, moments)
+    sparsity = jnp.asarray(sparsities(setup.settings, setup.sites))
+    return init_state(params, optimizer(setup.recipe), moments, sparsity)
+
+
+def abstract_state(setup: Setup) -> TrainState:
+    """Returns shape, type and place of every array of the state, without making one."""
+    sites = len(setup.sites.names)
+    mean = jax.ShapeDtypeStruct((sites, setup.width), jnp.float32)
+    scale = jax.ShapeDtypeStruct((sites,), jnp.float32)
+    moments = Moments(*cast(Any, (mean, mean, scale, scale)))
+    state = jax.eval_shape(lambda moments: first_state(setup, moments), moments)
+    return jax.tree.map(_with_sharding, state, state_shardings(state, setup.mesh))
+
+
+def abstract_rows(setup: Setup) -> Rows:
+    """Returns the same of what a step is given: a batch of every site, as `buffer.gather` makes it."""
+    sites, batch = len(setup.sites.names), setup.settings.batch
+    shapes = (sites, batch, setup.width), (sites, batch, setup.width), (sites, batch)
+    rows = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return jax.tree.map(_with_sharding, Rows(*cast(Any, rows)), rows_sharding(setup.mesh))
+
+
+def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
