@@ -131,7 +131,7 @@ def train_step(state: TrainState, rows: Rows, recipe: Recipe, *, axis: str | Non
     pressure = jnp.minimum(1.0, (state.step + 1) / max(1, recipe.sparsity_warmup))
     site = partial(_site_step, recipe=recipe, revive=jnp.any(dead), pressure=pressure, axis=axis)
     every = state._replace(step=jnp.broadcast_to(state.step, rows.t.shape[:1]))
-    params, opt_state, report, norm = jax.vmap(site)(every, wide)
+    params, opt_state, report, norm = _each_site(site, every, wide, recipe)
     seen = rows.t.shape[1] * (1 if axis is None else jax.lax.axis_size(axis))
     memory = jnp.where(state.step == 0, 0, CUTOFF_MEMORY)
     after = state._replace(
@@ -142,6 +142,16 @@ def train_step(state: TrainState, rows: Rows, recipe: Recipe, *, axis: str | Non
         cutoff=memory * state.cutoff + (1 - memory) * report.cutoff,
     )
     return after, Metrics(report.loss, report.fvu, report.l1, report.l0, jnp.mean(dead, axis=1), norm)
+
+
+def _each_site(step: Callable[..., Any], state: TrainState, rows: Rows, recipe: Recipe) -> Any:
+    """Maps a step over the site axis; sparse codes one site after another, as their loops are of different lengths."""
+    if not recipe.objective.sparse:
+        return jax.vmap(step)(state, rows)
+    if rows.t.shape[0] == 1:  # without the copies that a loop makes
+        alone = step(*jax.tree.map(lambda a: a[0], (state, rows)))
+        return jax.tree.map(lambda a: a[None], alone)
+    return jax.lax.map(lambda both: step(*both), (state, rows))
 
 
 def _site_step(
