@@ -29,6 +29,8 @@ LARGEST_GROUP = 16
 """Features whose maximum is looked at first: a cache line of float32."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 8, 256
 """Segments that are summed together: few among the longest, whose lengths differ most."""
+LARGEST_KEY = 2**32
+"""Feature and place of a pair are sorted as one number if it stays below this: several times as fast as two."""
 FLAGS = 64
 """Entries counted together when marked ones are listed."""
 
@@ -147,9 +149,9 @@ def arrange(
     place = jnp.arange(row.size, dtype=jnp.int32)
     by_row = segments(place, jnp.where(real, row, rows), rows)
     key = jnp.where(real, feature, features)
-    if (features + 1) * row.size < 2**32:  # one number for both is sorted several times as fast
+    if (features + 1) * row.size < LARGEST_KEY:
         both = jnp.sort(key.astype(jnp.uint32) * np.uint32(row.size) + place.astype(jnp.uint32))
-        key, order = ((part.astype(jnp.int32)) for part in jnp.divmod(both, np.uint32(row.size)))
+        key, order = (part.astype(jnp.int32) for part in jnp.divmod(both, np.uint32(row.size)))
     else:
         key, order = jax.lax.sort((key, place), num_keys=1)
     return Pairs(row, feature, real, by_row, segments(order, key, features))

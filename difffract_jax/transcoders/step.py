@@ -12,7 +12,7 @@ numbers, for programs that are built on `jax.pmap`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -196,10 +196,12 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState) -> Callable[[TrainSt
     """Returns the step compiled for a mesh; the state is donated.
 
     Args:
-        recipe: constants.
+        recipe: constants; codes are multiplied densely where the mesh has several devices.
         mesh: where state and rows live; the number of sites must be divisible by its `site` axis, rows by `data`.
         state: the state, or its shapes.
     """
+    if mesh.size > 1:
+        recipe = replace(recipe, objective=replace(recipe.objective, sparse=False))
     placed = state_shardings(state, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(

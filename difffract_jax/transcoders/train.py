@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float
 
 from difffract_jax.checkpoint import atomic_file, tree_hash
 from difffract_jax.config import UserError
@@ -48,7 +47,7 @@ from difffract_jax.transcoders.logs import (
     profiled,
     write_metrics,
 )
-from difffract_jax.transcoders.objective import Objective
+from difffract_jax.transcoders.recipe import recipe_of, row_flops, shape_of, sparsities
 from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
 from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.state import (
@@ -152,40 +151,6 @@ def train(
             checkpoints.close()
 
 
-def recipe_of(settings: TrainConfig, round_batches: int) -> Recipe:
-    """Returns the constants of the training step.
-
-    Args:
-        settings: of the run.
-        round_batches: steps between two refreshes of the buffer, the cycle of `cosine_cycles`.
-    """
-    names = ("lr", "b1", "b2", "weight_decay", "schedule", "warmup", "decay", "steps", "sparsity_warmup", "clip")
-    objective = Objective(
-        bf16=settings.matmul == "bf16",
-        **settings.model_dump(include={"aux_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
-    )
-    constants = settings.model_dump(include={*names, "project_decoder"})
-    return Recipe(objective=objective, cycle=round_batches, **constants)
-
-
-def shape_of(settings: TrainConfig, width: int) -> TranscoderConfig:
-    """Returns the shape of each transcoder on rows of a width."""
-    return TranscoderConfig(
-        d_model=width,
-        features=round(settings.expansion * width),
-        k=settings.k if "topk" in settings.activation else 0,
-        **settings.model_dump(include={"time_embed", "conditioning", "activation", "skip", "role"}),
-    )
-
-
-def sparsities(settings: TrainConfig, sites: Sites) -> Float[np.ndarray, "site"]:
-    """Returns what `objective.site_loss` is given as sparsity for every site."""
-    if settings.activation == "jumprelu":
-        return np.full(len(sites.names), settings.target_l0, np.float32)
-    weights = [settings.l1_txt if name.startswith("txt/") else settings.l1 for name in sites.names]
-    return np.array(weights, np.float32)
-
-
 def open_mesh(settings: TrainConfig) -> Mesh:
     """Returns the devices that the settings ask for."""
     return make_mesh(parse_mesh(settings.mesh))
@@ -209,7 +174,7 @@ def _fix(settings: TrainConfig, source: RowSource) -> _Fixed:
     if settings.parallel == "pmap" and mesh.size != mesh.shape["data"]:
         raise UserError("parallel: pmap spreads rows alone; use a mesh with a data axis only, or parallel: jit.")
     plan = buffers.plan_buffer(settings.buffer_rows, settings.batch, settings.refresh, settings.seed)
-    return _Fixed(settings, source, mesh, recipe_of(settings, plan.round_batches), plan, shape)
+    return _Fixed(settings, source, mesh, recipe_of(settings, shape, mesh, plan.round_batches), plan, shape)
 
 
 def _check_directory(settings: TrainConfig, resume: bool) -> None:
@@ -353,12 +318,8 @@ def _check_finite(fixed: _Fixed, step: int, metrics: Metrics, saved: int) -> Non
 
 
 def _clock(fixed: _Fixed) -> Clock:
-    config, settings = fixed.shape, fixed.settings
-    # Encoder and decoder forward, and three products backward; one more, to x, where FiLM learns from it.
-    products = 5 + (config.conditioning != "none")
-    row_flops = 2 * products * config.d_model * config.features
-    peak = matmul_rate(settings.matmul == "bf16") * fixed.mesh.size
-    return Clock(settings.batch * len(fixed.source.sites.names), row_flops, peak)
+    peak = matmul_rate(fixed.settings.matmul == "bf16", fixed.mesh.devices.flat)
+    return Clock(fixed.settings.batch * len(fixed.source.sites.names), row_flops(fixed.shape, fixed.recipe), peak)
 
 
 def _log(fixed: _Fixed, step: int, metrics: Metrics, clock: Clock, sinks: list[Sink]) -> dict[str, float]:
