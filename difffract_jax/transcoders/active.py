@@ -163,13 +163,23 @@ def segments(order: Int[Array, "pair"], key: Int[Array, "pair"], count: int) -> 
     return Segments(order, start, jnp.argsort(start[:-1] - start[1:]).astype(jnp.int32))
 
 
-def blocks(count: int) -> list[slice]:
-    """Returns slices of the ranks: the longest few, then doubling, so that at most half of a block's work is idle."""
+def blocks(rank: Int[Array, "segment"]) -> list[Int[Array, "block member"]]:
+    """Returns segments that are summed together, -1 for none: the longest few, then doubling, then all of one size.
+
+    A block takes as long as its longest segment; doubling keeps what is idle below half of the whole, whatever the
+    lengths, and blocks of one size are compiled once.
+
+    Args:
+        rank: segments, the longest first.
+    """
     found, begin, size = [], 0, SMALLEST_BLOCK
-    while begin < count:
-        found.append(slice(begin, min(begin + size, count)))
+    while begin < rank.size and begin < LARGEST_BLOCK:
+        found.append(rank[begin : begin + size][None])
         begin += size
-        size = min(begin, LARGEST_BLOCK)
+        size = begin
+    rest = rank[begin:]
+    if rest.size:
+        found.append(jnp.pad(rest, (0, -rest.size % LARGEST_BLOCK), constant_values=-1).reshape(-1, LARGEST_BLOCK))
     return found
 
 
@@ -186,22 +196,23 @@ def weighted_sums(
     """
     item, weight = item[by.order], weight[by.order]
     length = by.start[1:] - by.start[:-1]
-    sums = []
-    for block in blocks(by.rank.size):
-        chosen = by.rank[block]
-        first, many = by.start[chosen], length[chosen]
 
-        def add(
-            state: tuple[Array, Array], first: Array = first, many: Array = many
-        ) -> tuple[Array, Array]:  # defaults bind this block's arrays
+    def block_sums(chosen: Int[Array, "member"]) -> Float[Array, "member d_model"]:
+        first = by.start[chosen]
+        many = jnp.where(chosen >= 0, length[chosen], 0)
+
+        def add(state: tuple[Array, Array]) -> tuple[Array, Array]:
             j, total = state
             place = jnp.minimum(first + j, item.size - 1)
             factor = jnp.where(j < many, weight[place], 0)
             return j + 1, total + factor[:, None] * table.at[item[place]].get(mode="promise_in_bounds")
 
         begin = jnp.zeros((), jnp.int32), jnp.zeros((chosen.size, table.shape[1]), table.dtype)
-        sums.append(jax.lax.while_loop(lambda state, most=many[0]: state[0] < most, add, begin)[1])
-    back = jnp.zeros_like(by.rank).at[by.rank].set(jnp.arange(by.rank.size, dtype=by.rank.dtype), unique_indices=True)
+        return jax.lax.while_loop(lambda state: state[0] < many[0], add, begin)[1]
+
+    sums = [jax.lax.map(block_sums, block).reshape(-1, table.shape[1]) for block in blocks(by.rank)]
+    count = by.rank.size
+    back = jnp.zeros_like(by.rank).at[by.rank].set(jnp.arange(count, dtype=by.rank.dtype), unique_indices=True)
     return jnp.concatenate(sums)[back]
 
 

@@ -59,7 +59,9 @@ def losses(state, rows, recipe, sparse, revive):
 
 def same_losses(kind, dtype, revive, bound):
     state, recipe, rows = make(kind, dtype)
-    dense, sparse = (jax.jit(partial(losses, recipe=recipe, sparse=s, revive=revive))(state, rows) for s in (0, 1))
+    dense, sparse = (
+        jax.jit(partial(losses, recipe=recipe, sparse=s, revive=revive))(state, rows) for s in (False, True)
+    )
     for (path, expected), ours in zip(jax.tree.leaves_with_path(dense), jax.tree.leaves(sparse), strict=True):
         assert ours.dtype == expected.dtype
         if np.any(expected):
@@ -109,10 +111,23 @@ def test_pairs_are_sorted_alike_by_one_number_and_by_two(monkeypatch):
     assert all(map(np.array_equal, jax.tree.leaves(one.by_feature)[1:], jax.tree.leaves(two.by_feature)[1:]))
 
 
-def test_blocks_cover_every_segment_once():
+def test_blocks_hold_every_segment_once():
     for count in (1, 8, 9, 100, 5000):
-        covered = np.concatenate([np.arange(count)[block] for block in active.blocks(count)])
-        assert np.array_equal(covered, np.arange(count))
+        rank = jnp.arange(count, dtype=jnp.int32)
+        members = np.concatenate([np.ravel(block) for block in active.blocks(rank)])
+        assert np.array_equal(members[members >= 0], rank)
+
+
+def test_sums_are_those_of_a_scatter_whatever_the_lengths():
+    rng = np.random.default_rng(0)
+    key = np.sort(np.minimum(rng.zipf(1.3, 3000) - 1, 699)).astype(np.int32)
+    item, weight = rng.integers(0, 50, 3000).astype(np.int32), rng.standard_normal(3000, np.float32)
+    table = rng.standard_normal((50, WIDTH), np.float32)
+    by = active.segments(jnp.arange(3000, dtype=jnp.int32), jnp.asarray(key), 600)  # the last hundred are padding
+    ours = active.weighted_sums(jnp.asarray(table), jnp.asarray(item), jnp.asarray(weight), by)
+    expected = np.zeros((700, WIDTH))
+    np.add.at(expected, key, weight[:, None] * table[item])
+    assert relative_error(ours, expected[:600]) <= TOL.f32_block
 
 
 @pytest.mark.parametrize("kind", KINDS)
