@@ -105,7 +105,7 @@ class Clock:
         return rate, rate * self.row_flops / self.peak
 
 
-def matmul_rate(bf16: bool, devices: Iterable[jax.Device]) -> float:
+def matmul_rate(bf16: bool, devices: Iterable[Any]) -> float:
     """Returns the floating point operations per second of square matrix products, best of three, on all devices.
 
     On an accelerator a product must be large, and several must run in one program, or starting them is what is timed.
