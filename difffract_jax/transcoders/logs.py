@@ -6,7 +6,7 @@ lines of steps that it does again. TensorBoard and Weights & Biases get the mean
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -105,16 +105,33 @@ class Clock:
         return rate, rate * self.row_flops / self.peak
 
 
-def matmul_rate(bf16: bool, size: int = 1024) -> float:
-    """Returns the floating point operations per second of a square matrix product on one device, best of three."""
-    a = jnp.ones((size, size), jnp.bfloat16 if bf16 else jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
+def matmul_rate(bf16: bool, devices: Iterable[Any]) -> float:
+    """Returns the floating point operations per second of square matrix products, best of three, on all devices.
+
+    On an accelerator a product must be large, and several must run in one program, or starting them is what is timed.
+    Virtual devices of a CPU share its cores: their number does not count.
+
+    Args:
+        bf16: precision of the factors.
+        devices: of one kind.
+    """
+    devices = list(devices)
+    size, repeats, count = (1024, 1, 1) if devices[0].platform == "cpu" else (4096, 16, len(devices))
+    a = jnp.full((size, size), 1 / size, jnp.bfloat16 if bf16 else jnp.float32)
+
+    @jax.jit
+    def products(a: jax.Array) -> jax.Array:
+        def multiply(_: int, b: jax.Array) -> jax.Array:
+            return jnp.matmul(b, a, preferred_element_type=jnp.float32).astype(a.dtype)
+
+        return jax.lax.fori_loop(0, repeats, multiply, a)
+
     times = []
     for _ in range(4):
         start = time.perf_counter()
-        jax.block_until_ready(product(a))
+        jax.block_until_ready(products(a))
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times[1:])
+    return count * repeats * 2 * size**3 / min(times[1:])
 
 
 @contextmanager

@@ -12,18 +12,22 @@ what the others left, r = y - y^. It is |r - W_dec z_dead|^2 over r's own varian
 A feature whose pre-activations are all negative has no gradient there. `lift_weight` * mean_rows sum_dead
 relu(cut-off - u) raises those until they fire (Anthropic's pre-activation loss, for dead features alone).
 
+With `sparse`, codes of topk and batchtopk are multiplied at their active features alone (`active`); the same numbers.
+
 Rows may lie on several devices of a mapped axis. Means over rows are then means of means: variances and L0 enter as
 constants that the devices agree on, so that the mean of the devices' gradients is the gradient of the whole batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from difffract_jax.transcoders import active
 from difffract_jax.transcoders.transcoder import Transcoder, above, batch_cutoff
 
 EPSILON = 1e-6
@@ -56,6 +60,8 @@ class Objective:
         l0_weight: of `jumprelu`'s penalty.
         bandwidth: over which a jump is smeared, in units of the pre-activations.
         bf16: multiply matrices in bfloat16, with sums in float32.
+        sparse: multiply codes of topk and batchtopk at their active features alone, in float32; for rows that lie on
+            one device, and dense otherwise.
     """
 
     aux_weight: float = 0.0
@@ -65,6 +71,25 @@ class Objective:
     l0_weight: float = 1.0
     bandwidth: float = 0.05
     bf16: bool = False
+    sparse: bool = False
+
+
+class Coded(NamedTuple):
+    """What the loss reads of a batch's codes; means over this device's rows.
+
+    Attributes:
+        y: y^ of every row.
+        l1: sum of a row's code.
+        l0: active features per row.
+        fired: which features were active in any row.
+        cutoff: of `batchtopk`; else 0.
+    """
+
+    y: Float[Array, "rows d_model"]
+    l1: Float[Array, ""]
+    l0: Float[Array, ""]
+    fired: Bool[Array, "feat"]
+    cutoff: Float[Array, ""]
 
 
 class Report(NamedTuple):
@@ -114,33 +139,36 @@ def site_loss(
         local = jnp.mean(value, axis=0)
         return local if axis is None else jax.lax.pmean(local, axis)
 
-    u = preactivations(tc, rows, objective)
-    z, cutoff = codes(tc, u, objective, axis)
-    residual = rows.y - decode(tc, z, rows.x, objective)
+    sparse = objective.sparse and axis is None and "topk" in tc.config.activation
+    x = encoder_input(tc, rows)
+    u = preactivations(tc, x, objective)
+    code = _code_active(tc, rows.x, x, u, objective) if sparse else _code(tc, rows.x, u, objective, axis)
+    residual = rows.y - code.y
     variance = jnp.sum(mean(jnp.square(rows.y - mean(rows.y)[None]))) + EPSILON
     fit = jnp.mean(jnp.sum(jnp.square(residual), axis=1)) / variance
-    # Plain means here: what is differentiated is this device's share of the loss.
-    l1 = jnp.mean(jnp.sum(z, axis=1))
-    l0 = mean(jnp.sum(z > 0, axis=1).astype(z.dtype))
+    l0 = mean(code.l0[None])
     loss = fit
     match tc.config.activation:
         case "relu":
-            loss = loss + pressure * sparsity * l1
+            loss = loss + pressure * sparsity * code.l1
         case "jumprelu":
             loss = loss + pressure * objective.l0_weight * _excess(tc, u, l0, sparsity, objective)
         case _:
             if objective.lift_weight:
-                dead = (silent > objective.dead_after)[None]
-                low = jnp.sum(jnp.where(dead, jax.nn.relu(cutoff - u), 0), axis=1)
-                loss = loss + objective.lift_weight * jnp.mean(low)
+                # Sparsely, u has no gradient: what needs one makes its own, and only where something is dead.
+                again = partial(preactivations, tc, x, objective) if sparse else lambda: u
+                lift = partial(_lift, again, silent, code.cutoff, objective)
+                loss = loss + objective.lift_weight * jax.lax.cond(revive, lift, lambda: jnp.zeros((), u.dtype))
             if objective.aux_weight:
-                aux = partial(_aux, tc, u, jax.lax.stop_gradient(residual), silent, objective, mean)
-                loss = loss + objective.aux_weight * jax.lax.cond(revive, aux, lambda: jnp.zeros((), u.dtype))
-    fired = jnp.any(z > 0, axis=0)
+                left = jax.lax.stop_gradient(residual)
+                revived = partial(_revived_active, tc, x) if sparse else partial(_revived, tc)
+                aux = partial(_aux, revived, u, left, silent, objective, mean)
+                loss = loss + objective.aux_weight * jax.lax.cond(revive, aux, lambda: jnp.zeros((), left.dtype))
+    fired = code.fired
     if axis is not None:
         fired = jax.lax.pmax(fired.astype(jnp.int32), axis) > 0
-    whole = [mean(value[None]) for value in jax.lax.stop_gradient((loss, fit, l1))]
-    return loss, Report(loss=whole[0], fvu=whole[1], l1=whole[2], l0=l0, cutoff=cutoff, fired=fired)
+    whole = [mean(value[None]) for value in jax.lax.stop_gradient((loss, fit, code.l1))]
+    return loss, Report(loss=whole[0], fvu=whole[1], l1=whole[2], l0=l0, cutoff=code.cutoff, fired=fired)
 
 
 def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"], bf16: bool) -> Float[Array, "rows columns"]:
@@ -150,11 +178,52 @@ def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"], bf16
     return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 
-def preactivations(tc: Transcoder, rows: Rows, objective: Objective) -> Float[Array, "rows feat"]:
-    """Returns u of rows of mixed times."""
-    assert tc.enc.bias is not None  # made with one
+def encoder_input(tc: Transcoder, rows: Rows) -> Float[Array, "rows d_model"]:
+    """Returns (1 + alpha) * x + beta of rows of mixed times."""
     alpha, beta = jax.vmap(tc.scale_shift)(rows.t)
-    return matmul((1 + alpha) * rows.x + beta, tc.enc.kernel[...], objective.bf16) + tc.enc.bias[None, :]
+    return (1 + alpha) * rows.x + beta
+
+
+def preactivations(tc: Transcoder, x: Float[Array, "rows d_model"], objective: Objective) -> Float[Array, "rows feat"]:
+    """Returns u of encoder inputs."""
+    assert tc.enc.bias is not None  # made with one
+    return matmul(x, tc.enc.kernel[...], objective.bf16) + tc.enc.bias[None, :]
+
+
+def _code(
+    tc: Transcoder,
+    x: Float[Array, "rows d_model"],
+    u: Float[Array, "rows feat"],
+    objective: Objective,
+    axis: str | None,
+) -> Coded:
+    """Returns codes and y^ by dense products."""
+    z, cutoff = codes(tc, u, objective, axis)
+    l0 = jnp.mean(jnp.sum(z > 0, axis=1).astype(z.dtype))
+    return Coded(decode(tc, z, x, objective), jnp.mean(jnp.sum(z, axis=1)), l0, jnp.any(z > 0, axis=0), cutoff)
+
+
+def _code_active(
+    tc: Transcoder,
+    x: Float[Array, "rows d_model"],
+    encoded: Float[Array, "rows d_model"],
+    u: Float[Array, "rows feat"],
+    objective: Objective,
+) -> Coded:
+    """Returns the same by products at the active features; `encoded` is what the encoder read."""
+    u = jax.lax.stop_gradient(u)
+    if tc.config.activation == "topk":
+        pairs, cutoff = active.largest_per_row(u, tc.config.k), jnp.zeros((), u.dtype)
+    else:
+        pairs, cutoff = active.largest_of_batch(u, tc.config.k)
+    assert tc.enc.bias is not None and tc.dec.bias is not None  # made with them
+    value = jax.nn.relu(active.at_active(encoded, tc.enc.kernel[...], tc.enc.bias[...], u, pairs))
+    y = active.decoded(value, tc.dec.kernel[...], pairs) + tc.dec.bias[None, :]
+    if tc.config.skip:
+        y = y + matmul(x, tc.skip.kernel[...], objective.bf16)
+    rows, features = u.shape
+    fired = jnp.zeros(features, bool).at[pairs.feature].max(value > 0)
+    return Coded(y, jnp.sum(value) / rows, jnp.sum(value > 0).astype(u.dtype) / rows, fired, cutoff)
 
 
 def codes(
@@ -181,17 +250,53 @@ def decode(
     return y + matmul(x, tc.skip.kernel[...], objective.bf16) if tc.config.skip else y
 
 
-def _aux(tc: Transcoder, u: Array, residual: Array, silent: Array, objective: Objective, mean: Any) -> Float[Array, ""]:
+def _lift(
+    again: Callable[[], Float[Array, "rows feat"]],
+    silent: Int[Array, "feat"],
+    cutoff: Float[Array, ""],
+    objective: Objective,
+) -> Float[Array, ""]:
+    """Returns by how much the dead features miss the cut-off, in all."""
+    dead = silent > objective.dead_after
+    return jnp.mean(jnp.sum(jnp.where(dead[None], jax.nn.relu(cutoff - again()), 0), axis=1))
+
+
+def _aux(
+    revived: Callable[..., Array],
+    u: Float[Array, "rows feat"],
+    residual: Float[Array, "rows d_model"],
+    silent: Int[Array, "feat"],
+    objective: Objective,
+    mean: Callable[[Array], Array],
+) -> Float[Array, ""]:
     """Returns how much of the residual the dead features leave; 1 if there are none, with no gradient."""
     dead = silent > objective.dead_after
-    values, index = jax.lax.top_k(jnp.where(dead[None], u, -jnp.inf), min(objective.aux_k, u.shape[1]))
-    at = jnp.arange(u.shape[0])[:, None], index
-    z = jnp.zeros_like(u).at[at].set(jax.nn.relu(values))
-    left = residual - matmul(z, tc.dec.kernel[...], objective.bf16)
+    most = min(objective.aux_k, u.shape[1])
+    left = residual - revived(jnp.where(dead[None], u, -jnp.inf), most, objective)
     variance = jnp.sum(mean(jnp.square(residual - mean(residual)[None]))) + EPSILON
     # With fewer dead features than places, each would get more than its share of the gradient.
-    share = jnp.minimum(jnp.sum(dead) / min(objective.aux_k, u.shape[1]), 1)
+    share = jnp.minimum(jnp.sum(dead) / most, 1)
     return share * jnp.mean(jnp.sum(jnp.square(left), axis=1)) / variance
+
+
+def _revived(
+    tc: Transcoder, u: Float[Array, "rows feat"], most: int, objective: Objective
+) -> Float[Array, "rows d_model"]:
+    """Returns what the `most` largest of u decode to, by dense products."""
+    values, index = jax.lax.top_k(u, most)
+    z = jnp.zeros_like(u).at[jnp.arange(u.shape[0])[:, None], index].set(jax.nn.relu(values))
+    return matmul(z, tc.dec.kernel[...], objective.bf16)
+
+
+def _revived_active(
+    tc: Transcoder, encoded: Float[Array, "rows d_model"], u: Float[Array, "rows feat"], most: int, objective: Objective
+) -> Float[Array, "rows d_model"]:
+    """Returns the same by products at these features."""
+    assert tc.enc.bias is not None  # made with one
+    u = jax.lax.stop_gradient(u)
+    pairs = active.largest_per_row(u, most)
+    value = jax.nn.relu(active.at_active(encoded, tc.enc.kernel[...], tc.enc.bias[...], u, pairs))
+    return active.decoded(value, tc.dec.kernel[...], pairs)
 
 
 def _excess(

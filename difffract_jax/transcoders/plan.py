@@ -24,8 +24,9 @@ from jax.experimental import topologies
 from difffract_jax.config import UserError, nearest
 from difffract_jax.sharding import make_mesh, pipeline_shardings
 from difffract_jax.transcoders.buffer import abstract_store
+from difffract_jax.transcoders.recipe import row_flops
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.setup import Setup, abstract_rows, abstract_state, row_flops, set_up, split_sizes
+from difffract_jax.transcoders.setup import Setup, abstract_rows, abstract_state, set_up, split_sizes
 from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.step import jit_step
 
@@ -264,7 +265,7 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
         needed=needed,
         hbm=topology.hbm,
         fits=compiled is not None and needed <= topology.hbm,
-        flops=float(row_flops(setup.shape) * setup.settings.batch * len(setup.sites.names)),
+        flops=float(row_flops(setup.shape, setup.recipe) * setup.settings.batch * len(setup.sites.names)),
         communication={} if compiled is None else communication(compiled.as_text()),
         seconds=time.perf_counter() - start,
     )

@@ -14,7 +14,7 @@ from difffract_jax.config import Settings, UserError
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
-    *("mesh", "parallel"),
+    *("mesh", "parallel", "sparse_code"),
 )
 """Fields that change how a run is executed or watched, but not what it computes beyond rounding."""
 
@@ -134,6 +134,9 @@ class TrainConfig(RowSettings):
     """Steps to train. [DF]: about 62,000."""
     matmul: Literal["f32", "bf16"] = "f32"
     """Precision of the matrix products; weights, optimiser and sums are float32 in any case."""
+    sparse_code: Literal["auto", "on", "off"] = "auto"
+    """Multiply codes of topk and batchtopk at their active features alone, not by dense products; the numbers are the
+    same up to rounding. Needs a single device. `auto`: on a CPU where k is at most 1/64 of the features."""
     buffer_rows: int = Field(65_536, ge=1)
     """Rows of every site in the shuffle buffer on the device. [DF]: 1,000,000."""
     refresh: float = Field(0.25, gt=0, le=1)
@@ -161,6 +164,8 @@ class TrainConfig(RowSettings):
             raise ValueError("time_embed must be 0 exactly where conditioning is none")
         if self.buffer_rows < self.batch:
             raise ValueError(f"buffer_rows must be at least batch, {self.batch}")
+        if self.sparse_code == "on" and "topk" not in self.activation:
+            raise ValueError(f"sparse_code: on is for topk and batchtopk, but activation is {self.activation}")
         return self
 
 

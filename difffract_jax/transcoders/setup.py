@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 
 from difffract_jax.config import UserError
 from difffract_jax.sharding import make_mesh, parse_mesh
 from difffract_jax.transcoders import buffer as buffers
-from difffract_jax.transcoders.objective import Objective, Rows
+from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.recipe import recipe_of, shape_of, sparsities
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.state import Moments, TrainState, init_params, init_state, state_shardings
@@ -74,53 +73,12 @@ def set_up(settings: TrainConfig, sites: Sites, width: int, mesh: Mesh) -> Setup
     if settings.parallel == "pmap" and mesh.size != mesh.shape["data"]:
         raise UserError("parallel: pmap spreads rows alone; use a mesh with a data axis only, or parallel: jit.")
     plan = buffers.plan_buffer(settings.buffer_rows, settings.batch, settings.refresh, settings.seed)
-    return Setup(settings, sites, width, mesh, recipe_of(settings, plan.round_batches), plan, shape)
+    return Setup(settings, sites, width, mesh, recipe_of(settings, shape, mesh, plan.round_batches), plan, shape)
 
 
 def split_sizes(settings: TrainConfig, sites: Sites, width: int) -> dict[str, int]:
     """Returns what each axis of the mesh splits, and must divide: rows of a batch, sites, features."""
     return {"data": settings.batch, "site": len(sites.names), "feature": shape_of(settings, width).features}
-
-
-def recipe_of(settings: TrainConfig, round_batches: int) -> Recipe:
-    """Returns the constants of the training step.
-
-    Args:
-        settings: of the run.
-        round_batches: steps between two refreshes of the buffer, the cycle of `cosine_cycles`.
-    """
-    names = ("lr", "b1", "b2", "weight_decay", "schedule", "warmup", "decay", "steps", "sparsity_warmup", "clip")
-    objective = Objective(
-        bf16=settings.matmul == "bf16",
-        **settings.model_dump(include={"aux_weight", "lift_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
-    )
-    constants = settings.model_dump(include={*names, "project_decoder"})
-    return Recipe(objective=objective, cycle=round_batches, **constants)
-
-
-def shape_of(settings: TrainConfig, width: int) -> TranscoderConfig:
-    """Returns the shape of each transcoder on rows of a width."""
-    return TranscoderConfig(
-        d_model=width,
-        features=round(settings.expansion * width),
-        k=settings.k if "topk" in settings.activation else 0,
-        **settings.model_dump(include={"time_embed", "conditioning", "activation", "skip", "role"}),
-    )
-
-
-def row_flops(shape: TranscoderConfig) -> int:
-    """Returns the floating point operations of the large matrix products that a row of one site needs in a step."""
-    # Encoder and decoder forward, and three products backward; one more, to x, where FiLM learns from it.
-    products = 5 + (shape.conditioning != "none")
-    return 2 * products * shape.d_model * shape.features
-
-
-def sparsities(settings: TrainConfig, sites: Sites) -> Float[np.ndarray, "site"]:
-    """Returns what `objective.site_loss` is given as sparsity for every site."""
-    if settings.activation == "jumprelu":
-        return np.full(len(sites.names), settings.target_l0, np.float32)
-    weights = [settings.l1_txt if name.startswith("txt/") else settings.l1 for name in sites.names]
-    return np.array(weights, np.float32)
 
 
 def open_mesh(settings: TrainConfig) -> Mesh:

@@ -12,7 +12,7 @@ numbers, for programs that are built on `jax.pmap`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
@@ -131,7 +131,7 @@ def train_step(state: TrainState, rows: Rows, recipe: Recipe, *, axis: str | Non
     pressure = jnp.minimum(1.0, (state.step + 1) / max(1, recipe.sparsity_warmup))
     site = partial(_site_step, recipe=recipe, revive=jnp.any(dead), pressure=pressure, axis=axis)
     every = state._replace(step=jnp.broadcast_to(state.step, rows.t.shape[:1]))
-    params, opt_state, report, norm = jax.vmap(site)(every, wide)
+    params, opt_state, report, norm = _each_site(site, every, wide, recipe)
     seen = rows.t.shape[1] * (1 if axis is None else jax.lax.axis_size(axis))
     memory = jnp.where(state.step == 0, 0, CUTOFF_MEMORY)
     after = state._replace(
@@ -142,6 +142,16 @@ def train_step(state: TrainState, rows: Rows, recipe: Recipe, *, axis: str | Non
         cutoff=memory * state.cutoff + (1 - memory) * report.cutoff,
     )
     return after, Metrics(report.loss, report.fvu, report.l1, report.l0, jnp.mean(dead, axis=1), norm)
+
+
+def _each_site(step: Callable[..., Any], state: TrainState, rows: Rows, recipe: Recipe) -> Any:
+    """Maps a step over the site axis; sparse codes one site after another, as their loops are of different lengths."""
+    if not recipe.objective.sparse:
+        return jax.vmap(step)(state, rows)
+    if rows.t.shape[0] == 1:  # without the copies that a loop makes
+        alone = step(*jax.tree.map(lambda a: a[0], (state, rows)))
+        return jax.tree.map(lambda a: a[None], alone)
+    return jax.lax.map(lambda both: step(*both), (state, rows))
 
 
 def _site_step(
@@ -186,10 +196,12 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState) -> Callable[[TrainSt
     """Returns the step compiled for a mesh; the state is donated.
 
     Args:
-        recipe: constants.
+        recipe: constants; codes are multiplied densely where the mesh has several devices.
         mesh: where state and rows live; the number of sites must be divisible by its `site` axis, rows by `data`.
         state: the state, or its shapes.
     """
+    if mesh.size > 1:
+        recipe = replace(recipe, objective=replace(recipe.objective, sparse=False))
     placed = state_shardings(state, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(

@@ -45,8 +45,9 @@ from difffract_jax.transcoders.logs import (
     profiled,
     write_metrics,
 )
+from difffract_jax.transcoders.recipe import row_flops
 from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
-from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, open_mesh, row_flops, set_up
+from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, open_mesh, set_up
 from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.state import (
     TrainState,
@@ -254,9 +255,8 @@ def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int) -> None
 
 
 def _clock(setup: Setup) -> Clock:
-    settings = setup.settings
-    peak = matmul_rate(settings.matmul == "bf16") * setup.mesh.size
-    return Clock(settings.batch * len(setup.sites.names), row_flops(setup.shape), peak)
+    peak = matmul_rate(setup.settings.matmul == "bf16", setup.mesh.devices.flat)
+    return Clock(setup.settings.batch * len(setup.sites.names), row_flops(setup.shape, setup.recipe), peak)
 
 
 def _log(setup: Setup, step: int, metrics: Metrics, clock: Clock, sinks: list[Sink]) -> dict[str, float]:

@@ -91,6 +91,12 @@ def test_a_run_leaves_settings_metrics_checkpoints_and_transcoders(whole):
     assert sorted(path.name for path in (out / CHECKPOINTS).iterdir()) == ["12", "8"]
 
 
+def test_products_at_active_features_alone_train_alike_and_can_be_profiled(whole, tmp_path):
+    done = run(settings(tmp_path / "run", sparse_code="on", profile=True))
+    assert relative_error(*(np.concatenate([a.ravel() for a in leaves(d)]) for d in (done, whole[1]))) <= TOL.f32_run
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
 @pytest.mark.parametrize("stop_at", [2, 6, 10])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stop_at):
     config = settings(tmp_path / "run", checkpoint_every=2)
