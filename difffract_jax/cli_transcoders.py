@@ -134,6 +134,7 @@ def evaluate(
     run: Annotated[Path | None, opt.argument(EvaluateConfig, "run")] = None,
     out: Annotated[Path | None, opt.option(EvaluateConfig, "out")] = None,
     prompts_count: Annotated[int | None, opt.option(EvaluateConfig, "prompts_count")] = None,
+    velocity_count: Annotated[int | None, opt.option(EvaluateConfig, "velocity_count")] = None,
     images: Annotated[int | None, opt.option(EvaluateConfig, "images")] = None,
     scored: Annotated[int | None, opt.option(EvaluateConfig, "scored")] = None,
     pareto: Annotated[list[Path] | None, opt.option(EvaluateConfig, "pareto")] = None,

@@ -146,7 +146,7 @@ def evaluate(
     source = replace_sites(source, sites)
     count = -(-settings.prompts_count // source.prompts_at_once)
     asked = settings.scored if trained.model == "organism" else 0
-    total = count + settings.prompts_count + settings.images + asked
+    total = count + settings.velocity_count + settings.images + asked
     sums: dict[str, Sums] = {}
     for number in range(count):
         chunk = source.chunk(number)
@@ -156,7 +156,7 @@ def evaluate(
         progress(number + 1, total)
     means = {name: np.asarray(s.y / jnp.maximum(s.rows, 1)[..., None]) for name, s in sums.items()}
     build = _Builder(source, stacks, means)
-    velocity, alone = _velocities(build, settings.prompts_count, lambda done: progress(count + done, total))
+    velocity, alone = _velocities(build, settings.velocity_count, lambda done: progress(count + done, total))
     images = [_image(build, n) for n in range(settings.images)]
     judged = accuracies(pipe, tcs, asked, lambda done: progress(total - asked + done, total)) if asked else []
     progress(total, total)

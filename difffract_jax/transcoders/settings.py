@@ -176,10 +176,12 @@ class EvaluateConfig(Settings):
     """Directory of a finished `difffract train` run."""
     out: Path | None = None
     """Directory of the report; `report` inside the run when left out."""
-    prompts_count: int = Field(32, ge=1)
-    """Validation prompts whose rows are measured."""
+    prompts_count: int = Field(256, ge=1)
+    """Validation prompts whose rows are measured; the more there are, the fewer rare features look dead."""
+    velocity_count: int = Field(32, ge=1)
+    """Validation prompts along whose runs the velocity recovered is measured."""
     images: int = Field(8, ge=0)
-    """Of these, prompts whose images are made again with replaced MLPs."""
+    """Validation prompts whose images are made again with replaced MLPs."""
     scored: int = Field(500, ge=0)
     """On the organism: held-out captions drawn with all MLPs replaced and without, for its scorer to judge."""
     pareto: tuple[Path, ...] = ()

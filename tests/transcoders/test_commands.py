@@ -48,7 +48,7 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
         tcs = load_transcoders(place / "transcoders")
         assert (tcs.img_layers, tcs.joint_layers, tcs.config.activation) == ((0, 1, 2), (0, 1), "jumprelu")
         assert json.loads((place / "transcoders" / "config.json").read_text())["provenance"]["command"] == "train"
-    status, out, err = difffract("evaluate", run, "--prompts-count", 2, "--images", 1, "--json")
+    status, out, err = difffract("evaluate", run, "--prompts-count", 2, "--velocity-count", 2, "--images", 1, "--json")
     assert status == 0, err
     assert np.isfinite(json.loads(out)["fvu"]) and "By site" in (run / "report" / "report.md").read_text()
 

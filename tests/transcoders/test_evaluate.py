@@ -94,7 +94,7 @@ def test_the_report_has_every_measure(pipe, tcs, tmp_path):
     trained = TrainConfig(
         model="tiny", prompts="world", out=tmp_path, validation_share=0.2, prompts_at_once=2, height=16, width=24
     )
-    settings = EvaluateConfig(run=tmp_path, prompts_count=2, images=1)
+    settings = EvaluateConfig(run=tmp_path, prompts_count=2, velocity_count=2, images=1)
     result = evaluate(settings, trained, pipe, tcs, caption=caption)
     assert [row["site"] for row in result.sites] == ["img/0", "img/2", "txt/1", "single/0", "single/1"]
     assert len(result.steps) == 5 * 4 and len(result.velocity) == 4 and len(result.images) == 1

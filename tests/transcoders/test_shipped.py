@@ -32,7 +32,7 @@ def test_both_sets_take_under_twenty_megabytes_together():
 def test_all_mlps_can_be_replaced_at_once(pipe, tmp_path):
     """On a few captions of a world of its own; the report measures many."""
     settings = TrainConfig(model="organism", prompts="world", out=tmp_path, prompts_at_once=8, validation_share=0.2)
-    small = EvaluateConfig(run=tmp_path, prompts_count=8, images=0, scored=0)
+    small = EvaluateConfig(run=tmp_path, prompts_count=8, velocity_count=8, images=0, scored=0)
     tcs = load_transcoders("organism")
     result = evaluate(small, settings, pipe, tcs, caption=caption)
     width = pipe.config.transformer.d_model
