@@ -185,7 +185,7 @@ def _over(value: float | None, unit: float) -> str:
 def _rows(title: str, rows: list[Mapping[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left")
     for name in rows[0]:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")  # a mesh is wrapped, not cut
     for row in rows:
         table.add_row(*map(_text, row.values()))
     return table

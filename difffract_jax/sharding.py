@@ -134,7 +134,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     types, used = (AxisType.Auto,) * len(MESH_AXES), found[: prod(sizes)]
     try:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=used)
-    except NotImplementedError:
+    except RuntimeError:
         # On a torus of TPUs such as 4x4x4, an axis of size 2 or 8 fits only if it may take a part of a physical axis.
         split = mesh_utils.create_device_mesh(sizes, used, allow_split_physical_axes=True)
         return Mesh(split, MESH_AXES, axis_types=types)
