@@ -218,7 +218,7 @@ def measure_all() -> dict[str, Any]:
             ),
             "times torch": round(beside[0] / seconds, 2) if beside else None,
             "bar": BARS.get(name) if beside else None,
-            "first step, with compilation, s": round(first[name][1], 2),
+            "first step, with compilation, s": round(first[name][0], 2),
         }
         for name, (seconds, wall) in median.items()
     }
