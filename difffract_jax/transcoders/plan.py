@@ -244,7 +244,8 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
     """
     state, rows, sizes = abstract_state(setup), abstract_rows(setup), held(setup, model)
     start = time.perf_counter()
-    compiled, found = None, dict[str, Any].fromkeys(("arguments", "outputs", "temporaries", "peak", "compiled_flops"))
+    compiled: Any = None
+    found: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "peak", "compiled_flops"))
     try:
         compiled = jit_step(setup.recipe, setup.mesh, state).lower(state, rows).compile()
     except jax.errors.JaxRuntimeError as error:
