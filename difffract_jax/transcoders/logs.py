@@ -121,7 +121,7 @@ def matmul_rate(bf16: bool, devices: Iterable[Any]) -> float:
 
     @jax.jit
     def products(a: jax.Array) -> jax.Array:
-        def multiply(_: int, b: jax.Array) -> jax.Array:
+        def multiply(_: Any, b: jax.Array) -> jax.Array:
             return jnp.matmul(b, a, preferred_element_type=jnp.float32).astype(a.dtype)
 
         return jax.lax.fori_loop(0, repeats, multiply, a)
