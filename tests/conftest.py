@@ -3,11 +3,14 @@
 1. The CPU, pretending to be eight devices, so that sharding is tested without an accelerator.
 2. No network: a library that would fetch something fails at once.
 3. Matrix products at full float32 precision, which is what the tolerances assume.
-4. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
+4. Compiled programs are dropped before they use up the memory maps that the kernel grants a process.
+5. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
 """
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +20,20 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 25_000
+"""Of the 65,530 that Linux grants by default; every compiled program holds some, and without one the compiler crashes."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Forgets compiled programs after a module if there are too many; those that come back are compiled again."""
+    yield
+    if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_noise_from_a_file_is_the_noise_of_the_run(difffract, made):
 
 def test_the_demonstration_runs_and_says_what_it_is(difffract, tmp_path):
     told = done(difffract("demo", "--out", tmp_path / "demo"))
-    assert "transcoders are random" in told["note"] and told["conservation error"] <= TOL.conservation_f32
+    assert "trained on synthetic scenes" in told["note"] and told["conservation error"] <= TOL.conservation_f32
     assert told["as asked"] == "yes" and told["the image shows"] == "red circle, blue square"
     assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["graph.npz", "image.png", "pruned.npz"]
 

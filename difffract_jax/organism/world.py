@@ -138,7 +138,7 @@ def scenes(
 
     Example:
         >>> scenes(0, 0, 1).captions[0]
-        'a blue circle below a big lemon'
+        'there is a blue circle below a big yellow lemon'
     """
     rng = np.random.default_rng([seed, batch])
     found: list[Scenes] = []
