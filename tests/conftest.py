@@ -24,7 +24,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 25_000
-"""Of the 65,530 that Linux grants by default; every compiled program holds some, and without one the compiler crashes."""
+"""Of the 65,530 that Linux grants; every compiled program holds some, and without one the compiler crashes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
