@@ -24,7 +24,7 @@ from difffract_jax.circuits import expansion as expanding
 from difffract_jax.circuits.expansion import Expansion, SourceTable
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import Graph
-from difffract_jax.circuits.pullback import Layout, Targets, layout_of, preactivations, pull_back
+from difffract_jax.circuits.pullback import Layout, Targets, exact_preactivations, layout_of, pull_back
 from difffract_jax.circuits.replacement import Replacement, prepare, run, site
 from difffract_jax.circuits.trace import Trace, TraceInfo
 from difffract_jax.config import UserError
@@ -116,10 +116,7 @@ def _expand(
     # Every batch is filled up to one size, so that one program does for all.
     filler = np.full(batch - rows.size, -1, np.int32)
     targets = jax.tree.map(lambda column: jnp.concatenate([column, filler]), targets_of(state.table, info, rows))
-    u, bias = (
-        np.asarray(preactivations(prepared, targets, x), np.float64)[: rows.size]
-        for x in (prepared.record.mlp_in, constant)
-    )
+    u, bias = (exact_preactivations(prepared, targets, x)[: rows.size] for x in (prepared.record.mlp_in, constant))
     edges = np.asarray(pull_back(prepared, targets))[: rows.size]
     return expanding.add(state, rows, edges, u, bias)
 

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
 
 from difffract_jax.circuits.replacement import Replacement, Sites, Sources, run, site
 from difffract_jax.circuits.trace import Record
@@ -280,12 +281,28 @@ def preactivations(replacement: Replacement, targets: Targets, x: Streams) -> Fl
 @jax.jit
 def preactivations_at(record: Record, sites: Streams, targets: Targets, x: Streams) -> Array:
     """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
+    gradients, here, constant = _encoder_terms(record, sites, targets, x)
+    return jnp.sum(gradients * here, axis=1) + constant
+
+
+def exact_preactivations(replacement: Replacement, targets: Targets, x: Streams) -> Float64[np.ndarray, "target"]:
+    """Returns what `preactivations` does, summed in float64: u may be far larger than what edges explain."""
+    terms = _terms(replacement.record, replacement.sites, targets, x)
+    gradients, here, constant = (np.asarray(term, np.float64) for term in terms)
+    return np.sum(gradients * here, axis=1) + constant
+
+
+def _encoder_terms(record: Record, sites: Streams, targets: Targets, x: Streams) -> tuple[Array, Array, Array]:
+    """Returns (1 + alpha) * w_f, x, and b_f + w_f . beta of every target: u = the first times the second + the last."""
     found = []
     for stream, rows in zip(sites, x, strict=True):
         gradients, constant = _encoder_rows(stream, record, targets)
-        here = rows.at[targets.layer, targets.position].get(mode="clip")
-        found.append(jnp.sum(gradients * here, axis=1) + constant)
-    return jnp.where(targets.stream == 0, found[0], found[1])
+        found.append((gradients, rows.at[targets.layer, targets.position].get(mode="clip"), constant))
+    first = targets.stream == 0
+    return tuple(jnp.where(first[:, None] if a.ndim == 2 else first, a, b) for a, b in zip(*found, strict=True))
+
+
+_terms = jax.jit(_encoder_terms)
 
 
 def _encoder_rows(
