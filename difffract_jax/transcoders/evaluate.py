@@ -32,7 +32,7 @@ from difffract_jax.models.pipeline import (
     step_inputs,
 )
 from difffract_jax.transcoders.harvest import Sampler
-from difffract_jax.transcoders.objective import Objective, Rows, preactivations
+from difffract_jax.transcoders.objective import Objective, Rows, encoder_input, preactivations
 from difffract_jax.transcoders.objective import decode as decode_rows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, stacks_of, swaps_of
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
@@ -180,7 +180,7 @@ def row_sums(stack: Transcoder, rows: Rows, valid: Array, times: Float[Array, "s
 
     def one(tc: Transcoder, x: Array, y: Array) -> Sums:
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        z = tc.activate(preactivations(tc, Rows(x, y, rows.t), Objective()))
+        z = tc.activate(preactivations(tc, encoder_input(tc, Rows(x, y, rows.t)), Objective()))
         guess = decode_rows(tc, z, x, Objective())
         size, guessed = (jnp.maximum(jnp.linalg.norm(a, axis=1), 1e-12) for a in (y, guess))
         columns = [
