@@ -37,7 +37,7 @@ def test_all_mlps_can_be_replaced_at_once(pipe, tmp_path):
     result = evaluate(small, settings, pipe, tcs, caption=caption)
     width = pipe.config.transformer.d_model
     assert np.mean([row["l0"] for row in result.sites]) <= width / 4
-    assert min(row["recovered"] for row in result.velocity) >= 0.9  # 0.95 over many prompts, in the report
+    assert min(row["recovered"] for row in result.velocity) >= 0.95
 
 
 def caption(number):
@@ -46,4 +46,4 @@ def caption(number):
 
 def test_images_stay_right_with_all_mlps_replaced(pipe):
     rows = {row["what"]: row["right"] for row in accuracies(pipe, load_transcoders("organism"), 64)}
-    assert rows["all MLPs replaced"] >= rows["model"] - 6
+    assert rows["all MLPs replaced"] >= rows["model"] - 2  # three points
