@@ -37,7 +37,7 @@ _HOME = {
     "capture": "difffract_jax.circuits.trace",
     "replacement": "difffract_jax.circuits.replacement",
     "attribute": "difffract_jax.circuits.attribution",
-    "strongest_feature": "difffract_jax.circuits.attribution",
+    "strongest_feature": "difffract_jax.circuits.selection",
     "Feature": "difffract_jax.circuits.feature",
     "Graph": "difffract_jax.circuits.graph",
     "prune": "difffract_jax.circuits.pruning",

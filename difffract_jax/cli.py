@@ -234,8 +234,9 @@ def trace(
     model: opt.Model = None,
     transcoders: Annotated[str | None, opt.argument(TraceConfig, "transcoders")] = None,
     prompt: opt.Prompt = None,
-    target: Annotated[str | None, opt.option(TraceConfig, "target")] = None,
-    step: Annotated[int | None, opt.option(TraceConfig, "step")] = None,
+    target: Annotated[list[str] | None, opt.option(TraceConfig, "target")] = None,
+    weight: Annotated[list[float] | None, opt.option(TraceConfig, "weight")] = None,
+    step: Annotated[str | None, opt.option(TraceConfig, "step")] = None,
     steps: opt.Steps = None,
     seed: opt.Seed = None,
     height: opt.Height = None,
@@ -253,31 +254,32 @@ def trace(
     sets: opt.Sets = None,
     json: opt.Json = False,
 ) -> None:
-    """Trace the circuit behind one feature at one denoising step, and save it as a graph.
+    """Trace the circuit behind a feature, a direction of the velocity or a colour of the image, and save it as a graph.
 
-    Example: `difffract trace flux-schnell transcoders "a red fox" --target img/2/f326@14 --step 1 --out graph.npz`
+    Examples: `difffract trace organism organism "a red circle above a blue square" --target img/1/f12 --step 1`;
+    all steps, from the pixels: `... --target pixels:color=red,box=0,0,32,16 --step 0-3`
     """
     settings = opt.settings_of(TraceConfig, locals())
     _check_out(settings.out, ".npz")
     if settings.export_json:
         _check_out(settings.export_json, ".json")
-    from difffract_jax.circuits.feature import Feature
-
-    feature = Feature.parse(settings.target)
     from difffract_jax.circuits.attribution import attribute
+    from difffract_jax.circuits.outputs import parse_target
     from difffract_jax.circuits.reference_json import write_reference_json
-    from difffract_jax.circuits.trace import capture
+    from difffract_jax.circuits.requests import read_steps, read_weights, record_run, resolve_all
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.report import emit, graph_summary, progress
 
+    asked = [parse_target(text) for text in _listed(settings.target)]
+    steps, weights = read_steps(settings.step), read_weights(settings.weight, len(asked))
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    run = {"seed", "step", "steps", "height", "width", "text_tokens", "include_padding"}
-    captured = capture(
-        pipe, tcs, settings.prompt, **settings.model_dump(include=run), latents=_starting_noise(pipe, settings)
-    )
+    run = {"seed", "steps", "height", "width", "text_tokens", "include_padding"}
+    sizes = settings.model_dump(include=run) | {"latents": _starting_noise(pipe, settings)}
+    captured = record_run(pipe, tcs, settings.prompt, asked, steps, **sizes)
     expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
+    targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
     with progress("Expanding nodes") as advance:
-        graph = attribute(captured, tcs, target=feature, **expansion, progress=advance)
+        graph = attribute(captured, tcs, target=targets, **expansion, progress=advance)
     _warn_cut(captured.info.cut)
     graph = graph.with_metadata(provenance("trace", settings, model=pipe.source, transcoders=tcs.source))
     graph.save(settings.out)
@@ -345,6 +347,10 @@ def compare(a: opt.GraphFile, b: opt.GraphFile, json: opt.Json = False) -> None:
     from difffract_jax.report import emit
 
     emit(comparing.compare(comparing.read_graph(a), comparing.read_graph(b))._asdict(), as_json=json)
+
+
+def _listed(value: str | tuple[str, ...]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _dtype(name: Literal["f32", "bf16"]) -> Any:

@@ -61,7 +61,7 @@ class GenerateConfig(Settings):
 
 
 class TraceConfig(Settings):
-    """Settings of `difffract trace`: one target's circuit at one denoising step."""
+    """Settings of `difffract trace`: the circuit of one or several targets, at one denoising step or over several."""
 
     model: str
     """Model to trace: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
@@ -69,11 +69,15 @@ class TraceConfig(Settings):
     """Transcoders of its MLPs: a converted directory or a directory of `.pt` files."""
     prompt: str
     """Prompt of the run that is traced."""
-    target: str
-    """Feature whose activation is explained, STREAM/BLOCK/fN[@POSITION], as in img/2/f401@12; without a position,
-    the one where it is strongest."""
-    step: int = Field(0, ge=0)
-    """Denoising step that is traced, counted from 0."""
+    target: str | tuple[str, ...]
+    """What is explained: a feature, STREAM/BLOCK/fN[@POSITION][#STEP], as in img/2/f401@12 or single/1/f9@txt3, where
+    it is strongest unless told otherwise; velocity:contrast="other prompt"[,box=X0,Y0,X1,Y1|mask=FILE.png]; or
+    pixels:color=NAME[,minus=NAME][,box=...|mask=...]. May be given several times."""
+    weight: tuple[float, ...] | None = None
+    """Share of a target in the influence, one per target in their order; equal when left out."""
+    step: int | str = 0
+    """Denoising step that is traced, counted from 0; or steps, as in 0-3: one graph over all of them, whose inputs are
+    the text embedding and the latents entering the first, and whose targets lie in the last."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps of the run; the model's own default when left out."""
     seed: int = Field(0, ge=0)

@@ -8,8 +8,9 @@
 
 from typing import Any
 
-from difffract_jax.circuits.attribution import attribute, strongest_feature
+from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.pruning import prune
+from difffract_jax.circuits.selection import strongest_feature
 from difffract_jax.circuits.trace import capture
 from difffract_jax.config import DemoConfig, provenance
 from difffract_jax.loading import load_pipeline, load_transcoders

@@ -138,22 +138,27 @@ def graph_summary(graph: Any, most: int = 8) -> dict[str, Any]:
     """Returns what one wants to know of a graph first.
 
     Args:
-        graph: the graph; its first expanded target is the one that it explains.
-        most: how many of the target's strongest incoming edges to list.
+        graph: the graph.
+        most: how many of the strongest edges into its targets to list.
     """
-    target = int(graph.target_node[0])
-    incoming = np.flatnonzero(graph.edge_target == target)
+    targets = graph.targets
+    incoming = np.flatnonzero(np.isin(graph.edge_target, targets))
     strongest = incoming[np.argsort(-np.abs(graph.edge_attribution[incoming]), kind="stable")][:most]
     rows = [
-        {"from": _node(graph, int(graph.edge_source[edge])), "attribution": float(graph.edge_attribution[edge])}
+        {"from": node_name(graph, int(graph.edge_source[edge]))}
+        | ({"to": node_name(graph, int(graph.edge_target[edge]))} if targets.size > 1 else {})
+        | {"attribution": float(graph.edge_attribution[edge])}
         for edge in strongest
     ]
     kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
+    paths = graph.metadata.get("pooled_path", [])
+    pooled = {"share of the frozen pooled path": ", ".join(f"{path['share']:.3g}" for path in paths)} if paths else {}
     return {
-        "target": _node(graph, target),
+        "target": ", ".join(node_name(graph, int(target)) for target in targets),
         "nodes": {kind: count for kind, count in kinds.items() if count},
         "edges": len(graph.edge_attribution),
         "conservation error": conservation_error(graph),
+        **pooled,
         "strongest sources": rows,
     }
 
@@ -167,14 +172,26 @@ def conservation_error(graph: Any) -> float:
     return float(np.max(residual / graph.target_abs_sum, initial=0.0))
 
 
-def _node(graph: Any, index: int) -> str:
-    """Returns a node's name: `img/2/f401@12`, `error img/2@12`, `input txt@3`; no position once summed over them."""
+def node_name(graph: Any, index: int) -> str:
+    """Returns a node's name: `img/2/f401@12`, `single/0/f7@img3#2`, `error txt/2@1`, `input latent@3`, `output #3`.
+
+    There is no position once the graph is summed over them, and no step where the graph has one alone.
+    """
     kind, stream = KINDS[graph.node_kind[index]], STREAMS[graph.node_stream[index]]
-    position = f"@{graph.node_position[index]}" if graph.node_position[index] >= 0 else ""
+    number, block = int(graph.node_position[index]), int(graph.node_block[index])
+    several = len(graph.metadata.get("steps", [0])) > 1
+    step = f"#{graph.node_step[index]}" if several and kind != "input" else ""
+    if kind == "output":
+        names = graph.metadata.get("attribution", {}).get("target", "output")
+        return f"{names[index] if isinstance(names, list) and index < len(names) else names}{step}"
+    depth = graph.metadata.get("trace", {}).get("depths", [block + 1])[0]
+    side, site = "", f"{stream}/{block}"
+    if block >= depth:
+        side, site = stream, f"single/{block - depth}"
+    position = f"@{side}{number}" if number >= 0 else f"@{side}" if side else ""
     if kind == "feature":
-        return f"{stream}/{graph.node_block[index]}/f{graph.node_feature[index]}{position}"
-    place = stream if kind == "input" else f"{stream}/{graph.node_block[index]}"
-    return f"{kind} {place}{position}"
+        return f"{site}/f{graph.node_feature[index]}{position}{step}"
+    return f"{kind} {stream if kind == 'input' else site}{position}{step}"
 
 
 def _over(value: float | None, unit: float) -> str:

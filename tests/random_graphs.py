@@ -19,7 +19,8 @@ def random_table(rng, *, layers=3, rows=4, active=3, features=6, step=1):
     parts += [(2, stream, -1, position, -1, 1) for stream in (0, 1) for position in range(rows)]
     dtypes = (np.uint8, np.uint8, np.int16, np.int32, np.int32, np.float32)
     columns = zip(*parts, strict=True)
-    return SourceTable(*(np.array(c, dtype) for c, dtype in zip(columns, dtypes, strict=True)), step=step)
+    steps = np.full(len(parts), step, np.int16)
+    return SourceTable(*(np.array(c, dtype) for c, dtype in zip(columns, dtypes, strict=True)), step=steps)
 
 
 def random_edges(rng, table):
@@ -33,7 +34,7 @@ def random_edges(rng, table):
 
 def expand(table, edges, target, *, max_nodes, batch, smallest, bias=0.25):
     """Runs an expansion as `attribute` does, with made-up edges."""
-    state = expansion.start(table, target, smallest)
+    state = expansion.start(table, np.array([target]), np.ones(1), smallest)
     rows = np.array([target])
     while rows.size:
         sums = edges[rows].sum(axis=1, dtype=np.float64)

@@ -26,6 +26,9 @@ class Tolerances(NamedTuple):
     """Largest edge error over the largest edge, against the reference's float32 graphs."""
     conservation_f32: float = 1e-6
     """|sum of edges + bias - pre-activation| over the sum of absolute edges, float32, one step."""
+    conservation_steps_f32: float = 1e-4
+    """The same over several steps: a step's latents are a rounded sum of velocities, and the edges of the earlier steps
+    must make them up again."""
     conservation_x64: float = 1e-9
     """The same in float64: leaves room for 1e4 roundings of 1e-16 and no more."""
     intervention_x64: float = 1e-9

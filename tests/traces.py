@@ -48,7 +48,7 @@ def golden_trace(golden: Golden, number: int) -> tuple[Trace, dict]:
 
 
 def make_transcoders(
-    config, *, img=(0, 1, 2), txt=(0, 1, 2), conditioning="film", seed=0, dtype=jnp.float64, **shape
+    config, *, img=(0, 1, 2), txt=(0, 1, 2), joint=(), conditioning="film", seed=0, dtype=jnp.float64, **shape
 ) -> TranscoderSet:
     """Random transcoders in which no weight is trivial; about a sixth of the features are active."""
     shape = TranscoderConfig(
@@ -58,15 +58,16 @@ def make_transcoders(
         **{"features": 40} | shape,
     )
     stacks = []
-    for number, layers in enumerate((img, txt)):
+    for number, layers in enumerate((img, txt, joint)):
         keys = jax.random.split(jax.random.key(0), max(len(layers), 1))
         build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
-        stack = random_weights(jax.eval_shape(build, keys), 2 * seed + number)
+        stack = random_weights(jax.eval_shape(build, keys), 3 * seed + number)
         stack.enc.bias[...] = stack.enc.bias[...] - 1
         if shape.activation == "jumprelu":
             stack.threshold[...] = 0.2 + jnp.abs(stack.threshold[...])
         stacks.append(stack if layers else None)
-    return TranscoderSet(stacks[0], stacks[1], tuple(img), tuple(txt), shape, f"made:{seed}")
+    layers = tuple(img), tuple(txt)
+    return TranscoderSet(stacks[0], stacks[1], *layers, shape, f"made:{seed}", stacks[2], tuple(joint))
 
 
 class Exact(NamedTuple):
@@ -79,7 +80,13 @@ class Exact(NamedTuple):
 
 
 def make_exact(
-    seed=0, prompt="a red circle", text_tokens=16, include_padding=False, dtype=jnp.float64, **transcoders
+    seed=0,
+    prompt="a red circle",
+    text_tokens=16,
+    include_padding=False,
+    output=False,
+    dtype=jnp.float64,
+    **transcoders,
 ) -> Exact:
     """Captures step 1 of a random pipeline; float64 is to be made under the `x64` fixture."""
     pipe = random_pipeline(seed=seed, dtype=dtype)
@@ -94,6 +101,7 @@ def make_exact(
         width=32,
         text_tokens=text_tokens,
         include_padding=include_padding,
+        output=output,
     )
     return Exact(pipe, tcs, trace, prepare(trace, tcs))
 
@@ -110,6 +118,9 @@ VARIANTS = {
     "no first block": {"img": (1, 2), "txt": (2,)},
     "no text": {"txt": ()},
     "no image": {"img": (), "txt": (0, 1, 2)},
+    "single-stream sites": {"joint": (0, 1), "skip": True},
+    "single-stream sites alone": {"img": (), "txt": (), "joint": (1,)},
+    "through to the velocity": {"img": (0, 2), "txt": (1,), "joint": (1,), "output": True},
 }
 
 

@@ -1,9 +1,14 @@
 """Circuits: from one denoising step of one run to a graph of features, and back to the model.
 
 feature         how features are written: img/3/f401@12#1
-trace           what one step computed, held fixed
+record          what one step computes and a trace holds fixed
+trace           one step, or consecutive ones, recorded
 replacement     the affine map from sources to every MLP sublayer's input
+readout         targets, and what they read
 pullback        edges into many targets at once
+sources         what the places of a row of edges stand for
+engine          targets pulled back through one step or several
+selection       from a feature as written to its row
 expansion       which features to expand next; what was found becomes a graph (NumPy)
 attribution     all of it: a trace and a target to a graph
 graph           the graph and its file (NumPy)

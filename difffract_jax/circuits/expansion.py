@@ -10,27 +10,27 @@
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
 from numpy.typing import NDArray
 
-from difffract_jax.circuits.graph import ERROR, FEATURE, REST, Graph
-from difffract_jax.circuits.influence import column_shares, reach
+from difffract_jax.circuits.graph import ERROR, FEATURE, REST, STREAMS, Graph
+from difffract_jax.circuits.influence import column_shares, levels, reach
 
 
 class SourceTable(NamedTuple):
     """Every possible source of one trace, a row each.
 
     Attributes:
-        kind: 0 feature, 1 error, 2 input.
-        stream: 0 img, 1 txt.
-        block: the model's block; -1 for inputs.
-        position: within the stream.
-        feature: -1 for errors and inputs.
-        value: a feature's value, 0 for places that hold none; 1 for errors and inputs.
-        step: the trace's denoising step.
+        kind: 0 feature, 1 error, 2 input, 3 output; outputs come last, and are targets alone.
+        stream: 0 img, 1 txt, 2 latent.
+        block: the model's block; -1 for inputs, the number of all blocks for outputs.
+        position: within the stream; -1 for outputs.
+        feature: -1 for all else.
+        value: a feature's value, 0 for places that hold none; 1 for errors, inputs and outputs.
+        step: denoising step; inputs that several steps share have the first.
     """
 
     kind: UInt8[np.ndarray, "source"]
@@ -39,7 +39,7 @@ class SourceTable(NamedTuple):
     position: Int32[np.ndarray, "source"]
     feature: Int32[np.ndarray, "source"]
     value: Float32[np.ndarray, "source"]
-    step: int
+    step: Int16[np.ndarray, "source"]
 
 
 class Edges(NamedTuple):
@@ -71,7 +71,8 @@ class Expansion(NamedTuple):
 
     Attributes:
         table: the sources.
-        target: row of the graph's target.
+        targets: rows of the graph's targets.
+        weights: of the targets; positive, their sum is 1.
         min_attribution: smallest edge kept.
         expanded: rows of the expanded features, in the order in which they were added.
         totals: of the expanded, in that order.
@@ -79,24 +80,32 @@ class Expansion(NamedTuple):
     """
 
     table: SourceTable
-    target: int
+    targets: Int64[np.ndarray, "target"]
+    weights: Float64[np.ndarray, "target"]
     min_attribution: float
     expanded: Int64[np.ndarray, "expanded"]
     totals: Totals
     edges: Edges
 
 
-def start(table: SourceTable, target: int, min_attribution: float) -> Expansion:
+def start(
+    table: SourceTable,
+    targets: Int64[np.ndarray, "target"],
+    weights: Float64[np.ndarray, "target"],
+    min_attribution: float,
+) -> Expansion:
     """Returns an expansion with nothing expanded yet.
 
     Args:
         table: the sources.
-        target: row of the graph's target, a feature.
+        targets: rows of the graph's targets, features or outputs.
+        weights: of the targets, positive.
         min_attribution: smallest edge to keep.
     """
     none = np.zeros(0, np.int64)
     totals = Totals(*(np.zeros(0) for _ in Totals._fields))
-    return Expansion(table, target, min_attribution, none, totals, Edges(none, none, np.zeros(0, np.float32)))
+    edges = Edges(none, none, np.zeros(0, np.float32))
+    return Expansion(table, targets, weights / weights.sum(), min_attribution, none, totals, edges)
 
 
 def add(
@@ -144,8 +153,10 @@ def next_batch(state: Expansion, size: int) -> Int64[np.ndarray, "target"]:
     inner = expanded[edges.source]
     source, target = number[edges.source[inner]], number[edges.target[inner]]
     shares = column_shares(target, edges.attribution[inner], count)
-    level = state.table.block[state.expanded].astype(np.int64)
-    reached = reach(level, source, target, shares, int(number[state.target]))
+    level = levels(state.table.step[state.expanded], state.table.block[state.expanded])
+    roots = np.zeros(count)
+    roots[number[state.targets]] = state.weights
+    reached = reach(level, source, target, shares, roots)
     outer = ~inner & (state.table.kind[edges.source] == FEATURE)
     weight = np.abs(edges.attribution[outer]).astype(np.float64) * reached[number[edges.target[outer]]]
     candidates, place = np.unique(edges.source[outer], return_inverse=True)
@@ -169,17 +180,18 @@ def compact(state: Expansion) -> Graph:
     nodes = np.unique(np.concatenate([source, state.expanded]))
     row = nodes % table.kind.size
     kind = np.where(nodes >= table.kind.size, REST, table.kind[row]).astype(np.uint8)
-    order = _node_order(kind, table.block[row], table.stream[row], table.position[row], table.feature[row])
-    order = np.concatenate([order[nodes[order] == state.target], order[nodes[order] != state.target]])
+    columns = (table.step, table.block, table.stream, table.position, table.feature)
+    order = _node_order(kind, *(column[row] for column in columns))
+    order = np.concatenate([np.searchsorted(nodes, state.targets), order[~np.isin(nodes[order], state.targets)]])
     nodes, row, kind = nodes[order], row[order], kind[order]
     number = _inverse(nodes)
     edge_order = np.lexsort((number(source), number(target)))
     first = np.argsort(number(state.expanded), kind="stable")
     totals = Totals(*(column[first] for column in state.totals))
-    indptr, position, value = _activation_maps(table, row, kind, state.target)
+    indptr, position, value = _activation_maps(table, row, kind, state.targets.size)
     return Graph(
         node_kind=kind,
-        node_step=np.full(nodes.size, table.step, np.int16),
+        node_step=table.step[row],
         node_stream=table.stream[row],
         node_block=table.block[row],
         node_position=table.position[row],
@@ -214,10 +226,16 @@ def _rest_edges(state: Expansion, edges: Edges) -> Edges:
 
 
 def _places(table: SourceTable) -> Int64[np.ndarray, "source"]:
-    """Returns one number per (stream, block, position)."""
+    """Returns one number per (step, stream, block, position)."""
     rows = int(table.position.max()) + 1
+    return _sites(table, slice(None)) * rows + table.position
+
+
+def _sites(table: SourceTable, rows: Any) -> Int64[np.ndarray, "row"]:
+    """Returns one number per (step, stream, block); inputs have block -1, hence the 1."""
     blocks = int(table.block.max()) + 2
-    return (table.stream.astype(np.int64) * blocks + table.block + 1) * rows + table.position
+    place = table.step[rows].astype(np.int64) * len(STREAMS) + table.stream[rows]
+    return place * blocks + table.block[rows] + 1
 
 
 def _node_order(*keys: NDArray[np.integer]) -> Int64[np.ndarray, "node"]:
@@ -231,30 +249,32 @@ def _inverse(nodes: Int64[np.ndarray, "node"]):
 
 
 def _activation_maps(
-    table: SourceTable, row: Int64[np.ndarray, "node"], kind: UInt8[np.ndarray, "node"], target: int
+    table: SourceTable, row: Int64[np.ndarray, "node"], kind: UInt8[np.ndarray, "node"], targets: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
-    """Returns every feature node's values over all positions, in CSR form; the target's at its own position alone."""
+    """Returns every feature node's values over all positions, in CSR form.
+
+    The graph's own targets, the first so many nodes, have the value at their own position alone.
+    """
     features = int(table.feature.max(initial=0)) + 1
-    blocks = int(table.block.max()) + 2
 
     def key(rows: NDArray[np.integer]) -> NDArray[np.int64]:
-        # Inputs have block -1, hence the 1.
-        site = table.stream[rows].astype(np.int64) * blocks + table.block[rows] + 1
-        return site * features + table.feature[rows]
+        return _sites(table, rows) * features + table.feature[rows]
 
     active = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
     # Of a million active features a graph names a few hundred: pick theirs before sorting.
-    named = np.zeros(2 * blocks * features, bool)
-    named[key(row[kind == FEATURE])] = True
-    active = active[named[key(active)]]
+    wanted = np.unique(key(row[kind == FEATURE]))
+    place = np.minimum(np.searchsorted(wanted, key(active)), max(wanted.size - 1, 0))
+    active = active[wanted[place] == key(active)] if wanted.size else active[:0]
     active = active[np.lexsort((table.position[active], key(active)))]
     keys = key(active)
     begin, end = (np.searchsorted(keys, key(row), side) for side in ("left", "right"))
-    lengths = np.where((kind == FEATURE) & (row != target), end - begin, 0)
-    lengths[row == target] = 1
+    own = (np.arange(row.size) < targets) & (kind == FEATURE)
+    lengths = np.where(own, 1, np.where(kind == FEATURE, end - begin, 0))
     indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     entry = np.arange(indptr[-1]) - np.repeat(indptr[:-1], lengths) + np.repeat(begin, lengths)
-    chosen = np.where(np.repeat(row == target, lengths), target, active[entry] if active.size else 0)
+    # An own entry's place among the active is not used.
+    listed = active[np.minimum(entry, active.size - 1)] if active.size else np.zeros(entry.size, np.int64)
+    chosen = np.where(np.repeat(own, lengths), np.repeat(row, lengths), listed)
     return indptr, table.position[chosen], table.value[chosen]
 
 
@@ -270,8 +290,9 @@ def aggregate(graph: Graph) -> Graph:
     if not graph.by_position:
         return graph
     columns = (graph.node_kind, graph.node_step, graph.node_block, graph.node_stream, graph.node_feature)
-    not_target = np.arange(graph.node_kind.size) != graph.target
-    keys = np.stack([not_target.astype(np.int64), *(c.astype(np.int64) for c in columns)])
+    # A target stays a node of its own.
+    own = np.minimum(np.arange(graph.node_kind.size), graph.targets.size)
+    keys = np.stack([own, *(c.astype(np.int64) for c in columns)])
 
     _, first, group = np.unique(keys, axis=1, return_index=True, return_inverse=True)
     group = group.ravel().astype(np.int64)

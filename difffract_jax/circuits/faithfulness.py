@@ -5,17 +5,16 @@
 3. Read features' pre-activations. How far they moved is what a graph's influence is compared with.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from difffract_jax.circuits.pullback import Targets, preactivations_at
-from difffract_jax.circuits.replacement import Replacement, Sources
-from difffract_jax.models.blocks import DoubleBlock, Streams, both, run_mlps
-from difffract_jax.models.mmdit import run_double
+from difffract_jax.circuits.readout import Targets, preactivations_at
+from difffract_jax.circuits.record import Reading
+from difffract_jax.circuits.replacement import Replacement, Sites, Sources
+from difffract_jax.models.blocks import DoubleBlock, Groups, SingleBlock, Streams, both, join, run_mlp, run_mlps, split
+from difffract_jax.models.mmdit import run_double, run_single
 
 ABLATIONS_AT_ONCE = 8
 
@@ -35,54 +34,69 @@ def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Fl
 @jax.jit
 def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float[Array, "ablated target"]:
     record, sites, sources = replacement
-    values = _values(sites, sources, features)
+    values = _values(record.mlp_in.img.shape[0], sites, sources, features)
 
     def run(one: tuple[Targets, Array]) -> Float[Array, "target"]:
         feature, value = one
-        changes = [
-            _vector_at(stack, slots, feature, index, like) * -value
-            for index, (stack, slots, like) in enumerate(
-                zip(both(lambda s: s.stack, sites), both(lambda s: s.layers.slot, sites), record.mlp_out, strict=True)
+        changes = Groups(
+            *(
+                -value * _vector_at(site, feature, group, record.mlp_in.img.shape[0], like)
+                for group, (site, like) in enumerate(zip(sites, record.mlp_out, strict=True))
             )
-        ]
-        return preactivations_at(record, sites, readouts, live_inputs(replacement, Streams(*changes)))
+        )
+        return preactivations_at(record, sites, readouts, live_reading(replacement, changes).mlp_in)
 
     return jax.lax.map(run, (features, values), batch_size=ABLATIONS_AT_ONCE)
 
 
-def _values(sites: Streams, sources: Sources, features: Targets) -> Float[Array, "ablated"]:
+def _values(double: int, sites: Groups, sources: Sources, features: Targets) -> Float[Array, "ablated"]:
     """Returns the features' recorded values, 0 where they are inactive, whatever the activation."""
-    found = []
-    for layers, values in zip(both(lambda s: s.layers, sites), sources.values, strict=True):
-        at = features.layer, features.position
-        here = layers.index.at[at].get(mode="clip") == features.feature[:, None]
-        found.append(jnp.sum(jnp.where(here, values.at[at].get(mode="clip"), 0), axis=1))
-    return jnp.where(features.stream == 0, found[0], found[1])
+    total = jnp.zeros(features.layer.shape, sources.boundary.img.dtype)
+    for group, (site, values) in enumerate(zip(sites, sources.values, strict=True)):
+        if not values.size:
+            continue
+        at = features.layer - (double if group == 2 else 0), features.position
+        here = site.layers.index.at[at].get(mode="clip") == features.feature[:, None]
+        found = jnp.sum(jnp.where(here, values.at[at].get(mode="clip"), 0), axis=1)
+        total = jnp.where(features.group == group, found, total)
+    return total
 
 
-def _vector_at(stack, slots, feature: Targets, stream: int, like: Array) -> Float[Array, "layer rows d_model"]:
-    """Returns zeros but for the feature's decoder vector at its place, if it is of this stream."""
-    if stack is None:
+def _vector_at(
+    sites: Sites, feature: Targets, group: int, double: int, like: Float[Array, "layer rows d_model"]
+) -> Float[Array, "layer rows d_model"]:
+    """Returns zeros but for the feature's decoder vector at its place, if it is of this group."""
+    if sites.stack is None or not like.size:
         return jnp.zeros_like(like)
-    vector = stack.dec.kernel[slots[feature.layer], feature.feature]
-    mine = jnp.where(feature.stream == stream, vector, 0)
-    return jnp.zeros_like(like).at[feature.layer, feature.position].set(mine, mode="drop")
+    layer = feature.layer - (double if group == 2 else 0)
+    vector = sites.stack.dec.kernel[sites.layers.slot.at[layer].get(mode="clip"), feature.feature]
+    mine = jnp.where(feature.group == group, vector, 0)
+    return jnp.zeros_like(like).at[layer, feature.position].set(mine, mode="drop")
 
 
-def live_inputs(replacement: Replacement, change: Streams) -> Streams:
+def live_reading(replacement: Replacement, change: Groups) -> Reading:
     """Runs the recorded blocks live with something added to the MLPs' outputs.
 
     Args:
         replacement: from `prepare`; its transcoders are not used.
-        change: what to add.
+        change: what to add, [layer rows d_model] per group.
 
     Returns:
-        The MLP sublayers' inputs x.
+        The MLP sublayers' inputs x, and the velocity if it is recorded.
     """
 
-    def mlp(added: Streams, block: DoubleBlock, x: Streams) -> Streams:
+    def double(added: Streams, block: DoubleBlock, x: Streams) -> Streams:
         return both(jnp.add, run_mlps(block, x), added)
 
+    def single(added: Array, block: SingleBlock, x: Array) -> Array:
+        return run_mlp(block, x) + added
+
     record = replacement.record
-    run = partial(run_double, tap=lambda acts: acts.mlp_in, mlp=mlp, per_layer=change)
-    return run(record.blocks, record.boundary, record.cond)[1]
+    tap = {"tap": lambda acts: acts.mlp_in}
+    added = Streams(change.img, change.txt)
+    h, x = run_double(record.weights.double, record.boundary, record.cond, mlp=double, per_layer=added, **tap)
+    joint, joint_x = run_single(record.weights.single, join(h), record.cond, mlp=single, per_layer=change.joint, **tap)
+    velocity = None
+    if record.weights.final is not None:
+        velocity = record.weights.final(split(joint, h.txt.shape[0]).img, record.cond)
+    return Reading(Groups(*x, joint_x), velocity, record.latents)

@@ -92,6 +92,18 @@ class Graph:
         return int(self.target_node[0])
 
     @property
+    def targets(self) -> np.ndarray:
+        """The nodes that the graph explains: its first ones."""
+        return np.arange(len(self.metadata.get("target_weights", [1.0])))
+
+    @property
+    def root_weights(self) -> np.ndarray:
+        """Weight of every node as a target, float64; their sum is 1."""
+        weights = np.zeros(self.node_kind.size)
+        weights[self.targets] = self.metadata.get("target_weights", [1.0])
+        return weights / weights.sum()
+
+    @property
     def by_position(self) -> bool:
         """Whether nodes stand for single positions, rather than sums over them."""
         return bool(np.any(self.node_position[self.node_kind == FEATURE] >= 0))

@@ -36,24 +36,23 @@ def reach(
     source: NDArray[np.integer],
     target: NDArray[np.integer],
     share: Float64[np.ndarray, "edge"],
-    root: int,
+    roots: Float64[np.ndarray, "node"],
 ) -> Float64[np.ndarray, "node"]:
-    """Returns e_root + B e_root.
+    """Returns r + B r, where r are the targets' weights.
 
     Args:
         level: of each node; every edge leads to a higher one.
         source: node of each edge.
         target: node of each edge.
         share: entry of A of each edge.
-        root: the node that influence is on.
+        roots: weight of each node as what influence is on; 0 for most.
 
     Raises:
         ValueError: if an edge does not lead to a higher level: the graph may have a cycle.
     """
     if np.any(level[source] >= level[target]):
         raise ValueError("An edge must lead from a lower (step, block) to a higher one, but one does not.")
-    result = np.zeros(level.size)
-    result[root] = 1.0
+    result = roots.astype(np.float64)
     order = np.argsort(-level[target], kind="stable")
     source, target, share = source[order], target[order], share[order]
     changes = np.flatnonzero(np.diff(level[target], prepend=np.iinfo(np.int64).max))

@@ -89,7 +89,7 @@ def edge_scores(graph: Graph) -> Float64[np.ndarray, "edge"]:
 def _reach(graph: Graph) -> Float64[np.ndarray, "node"]:
     level = levels(graph.node_step, graph.node_block)
     shares = column_shares(graph.edge_target, graph.edge_attribution, graph.node_kind.size)
-    return reach(level, graph.edge_source, graph.edge_target, shares, graph.target)
+    return reach(level, graph.edge_source, graph.edge_target, shares, graph.root_weights)
 
 
 def top_share(scores: NDArray[np.floating], threshold: float) -> Bool[np.ndarray, "item"]:

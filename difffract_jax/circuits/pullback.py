@@ -1,22 +1,25 @@
 """Edges by pull-back: the incoming edges of many targets at once, exactly (METHOD section 4).
 
-A target's pre-activation is u = g . x + c at its site and position, with g = (1 + alpha) * w_f. From the highest
+A feature's pre-activation is u = g . x + c at its site and position, with g = (1 + alpha) * w_f. From the highest
 target's block downwards:
 
 1. Add g to the cotangent of x for the targets that lie in this block.
-2. The cotangent of the MLP sublayer's output y is gate2 times that of the residual stream. Contract it with the decoder
-   vectors of the features that can be sources there, times their values, and with the error: these are edges.
+2. The cotangent of the MLP sublayer's output y is its gate times that of the residual stream. Contract it with the
+   decoder vectors of the features that can be sources there, times their values, and with the error: these are edges.
 3. Pull the cotangents through the frozen block with `jax.vjp`, vectorised over targets. The attention pattern is
    recomputed once per block for all of them.
 
-Below the last block the cotangent of h0, times h0, gives the edges of the inputs. The number of blocks walked is an
-argument of the compiled program, not a shape: targets in low blocks cost less and compile nothing new.
+A target may also be a direction: of the velocity, which is pulled through the last norm and projection first, or of the
+residual stream entering a block. Single-stream blocks are walked first, on the joint sequence, then the double-stream
+ones. What is left below the last block is the cotangent of h0; `input_edges` contracts it with h0.
 
-Targets are sorted by block, highest first, and walked in pieces: at every block only those pieces that have begun take
-part. Pieces are small enough for a processor's cache; see `Sizes`.
+The number of blocks walked is an argument of the compiled program, not a shape: targets in low blocks cost less and
+compile nothing new. Targets are sorted by where they enter, highest first, and walked in pieces: at every block only
+those pieces that have begun take part. Pieces are small enough for a processor's cache; see `Sizes`.
 
-A row of edges has one place per source, in this order: for each block the features of the image stream (position by
-position, K each), those of the text stream, the errors of both; after all blocks, the inputs of both. `Layout` knows.
+A row of edges has one place per source, in this order: for each double-stream block the features of the image stream
+(position by position, K each), those of the text stream, the errors of both; for each single-stream block the features
+of the joint sequence and its errors; after all blocks, the inputs of both streams. `Layout` knows.
 """
 
 from functools import partial
@@ -24,13 +27,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float
 
+from difffract_jax.circuits.readout import Targets, target_gradients
+from difffract_jax.circuits.record import Reading, Record
 from difffract_jax.circuits.replacement import Replacement, Sites, Sources, run, site
-from difffract_jax.circuits.trace import Record
-from difffract_jax.models.blocks import DoubleBlock, Frozen, Streams, both
-from difffract_jax.transcoders.transcoder import Transcoder
+from difffract_jax.models.blocks import (
+    DoubleBlock,
+    Frozen,
+    Groups,
+    SingleBlock,
+    SingleFrozen,
+    Streams,
+    both,
+)
 
 GATHER_BYTES = 2**20
 """Decoder vectors gathered at a time: few enough to stay in a processor's cache until they have been used."""
@@ -40,56 +50,42 @@ CONTRACT_TARGETS = 32
 """Targets at most for which gathered decoder vectors are used together."""
 
 
-class Targets(NamedTuple):
-    """Features whose incoming edges are wanted.
-
-    Attributes:
-        stream: 0 image, 1 text.
-        layer: block, counted from the trace's first; -1 for a place that only fills up: it costs next to nothing, and
-            has no edges.
-        position: within the stream.
-        feature: of the site's transcoder.
-    """
-
-    stream: Int[Array, "target"]
-    layer: Int[Array, "target"]
-    position: Int[Array, "target"]
-    feature: Int[Array, "target"]
-
-
 class Layout(NamedTuple):
     """Where the edges of which sources stand in a row.
 
     Attributes:
-        layers: number of blocks.
-        rows: positions of each stream.
-        active: places for features per position, of each stream.
+        layers: number of double- and of single-stream layers.
+        rows: positions of each group.
+        active: places for features per position, of each group.
     """
 
-    layers: int
-    rows: Streams
-    active: Streams
+    layers: tuple[int, int]
+    rows: Groups
+    active: Groups
 
     @property
-    def features(self) -> int:
-        """Places for features per block."""
-        return self.rows.img * self.active.img + self.rows.txt * self.active.txt
+    def per_layer(self) -> tuple[int, int]:
+        """Places of a double- and of a single-stream layer, errors included."""
+        img, txt, joint = (rows * (active + 1) for rows, active in zip(self.rows, self.active, strict=True))
+        return img + txt, joint
 
     @property
-    def per_layer(self) -> int:
-        """Places per block, errors included."""
-        return self.features + self.rows.img + self.rows.txt
+    def inputs(self) -> int:
+        """The place where the inputs begin."""
+        return sum(count * size for count, size in zip(self.layers, self.per_layer, strict=True))
 
     @property
     def size(self) -> int:
         """Places in a row."""
-        return self.layers * self.per_layer + self.rows.img + self.rows.txt
+        return self.inputs + self.rows.img + self.rows.txt
 
 
 def layout_of(sources: Sources) -> Layout:
     """Returns the layout of rows over these sources."""
-    layers = sources.values.img.shape[0]
-    return Layout(layers, both(lambda v: v.shape[1], sources.values), both(lambda v: v.shape[2], sources.values))
+    shapes = [values.shape for values in sources.values]
+    return Layout(
+        (shapes[0][0], shapes[2][0]), Groups(*(shape[1] for shape in shapes)), Groups(*(shape[2] for shape in shapes))
+    )
 
 
 class Sizes(NamedTuple):
@@ -130,67 +126,202 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def pull_back(replacement: Replacement, targets: Targets) -> Float[Array, "target source"]:
+class Pulled(NamedTuple):
+    """Targets pulled back through all recorded blocks.
+
+    Attributes:
+        edges: attributions of every feature and error, in the order of `Layout`; without the inputs.
+        boundary: cotangents of h0.
+    """
+
+    edges: Float[Array, "target source"]
+    boundary: Streams
+
+
+def pull_back(
+    replacement: Replacement, targets: Targets, direction: Float[Array, "target img outputs"] | None = None
+) -> Float[Array, "target source"]:
     """Returns the attribution of every source to every target, value(source) * d u(target) / d value(source).
 
     Args:
         replacement: from `prepare`.
         targets: as many as shall be computed together; each number of them is compiled once.
+        direction: of the velocity, for targets that are directions; zeros for features.
+    """
+    pulled = pull(replacement, targets, None if direction is None else velocity_cotangent(replacement, direction))
+    return jnp.concatenate([pulled.edges, input_edges(pulled.boundary, replacement.sources.boundary)], axis=1)
+
+
+def pull(
+    replacement: Replacement, targets: Targets, direction: Float[Array, "target seq d_model"] | None = None
+) -> Pulled:
+    """Pulls targets back through the recorded blocks.
+
+    Args:
+        replacement: from `prepare`.
+        targets: as for `pull_back`.
+        direction: cotangents of the joint residual stream where each direction enters; zeros for features. All
+            directions enter at one layer, and no feature lies above.
     """
     count, boundary = targets.layer.shape[0], replacement.record.boundary
     sizes = sizes_for(count, sum(h.nbytes for h in boundary), jax.default_backend())
     # Highest first: then those that have begun at any block are the first so many.
-    order = jnp.argsort(-targets.layer, stable=True)
-    padding = (0, sizes.batch - count)
-    filled = jax.tree.map(lambda column: jnp.pad(column[order], padding, constant_values=-1), targets)
+    order = jnp.argsort(-targets.enters, stable=True)
+    more = sizes.batch - count
+    filled = jax.tree.map(lambda column: jnp.pad(column[order], (0, more), constant_values=-1), targets)
+    if direction is not None:
+        direction = jnp.pad(direction[order], ((0, more), (0, 0), (0, 0)))
     with jax.default_matmul_precision("highest"):
-        edges = _pull_back(*replacement, filled, sizes)
-    return edges if bool(jnp.all(order == jnp.arange(count))) and sizes.batch == count else edges[jnp.argsort(order)]
+        pulled = _pull_back(*replacement, filled, direction, sizes)
+    if bool(jnp.all(order == jnp.arange(count))) and not more:
+        return pulled
+    back = jnp.argsort(order)
+    return jax.tree.map(lambda leaf: leaf[back], pulled)
+
+
+@jax.jit
+def input_edges(cotangent: Streams, boundary: Streams) -> Float[Array, "target rows"]:
+    """Returns the edges of the residual streams entering the first block, image first."""
+    with jax.default_matmul_precision("highest"):
+        return jnp.concatenate(both(lambda c, h: jnp.einsum("tsm,sm->ts", c, h), cotangent, boundary), axis=1)
+
+
+def velocity_cotangent(
+    replacement: Replacement, direction: Float[Array, "target img outputs"]
+) -> Float[Array, "target seq d_model"]:
+    """Pulls directions of the velocity back to the joint residual stream leaving the last block.
+
+    Args:
+        replacement: of a trace that records the velocity.
+        direction: on velocities.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _velocity_cotangent(replacement.record, direction)
+
+
+@jax.jit
+def _velocity_cotangent(record: Record, direction: Array) -> Array:
+    final, boundary = record.weights.final, record.boundary
+    assert final is not None
+    _, pull_final = jax.vjp(lambda h: final(h, record.cond, record.inv_std), boundary.img)
+    return jnp.pad(jax.vmap(pull_final)(direction)[0], ((0, 0), (boundary.txt.shape[0], 0), (0, 0)))
 
 
 @partial(jax.jit, static_argnames="sizes")
 def _pull_back(
-    record: Record, sites: Streams, sources: Sources, targets: Targets, sizes: Sizes
-) -> Float[Array, "target source"]:
+    record: Record, sites: Groups, sources: Sources, targets: Targets, direction: Array | None, sizes: Sizes
+) -> Pulled:
     layout = layout_of(sources)
     gradients = target_gradients(record, sites, targets)
-    dtype = gradients.dtype
+    text_tokens, dtype = sources.boundary.txt.shape[0], gradients.dtype
+    double, single = layout.layers
     cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), dtype), sources.boundary)
+    top = (targets.enters[0] + 1) // 2  # layers to walk: those below where the first target enters, and its own
+    edges = jnp.zeros((sizes.batch, layout.inputs), dtype)
+    walk = partial(_walk, targets=targets, gradients=gradients, sizes=sizes)
+    if direction is not None:
+        cotangent = both(jnp.add, cotangent, _split_targets(direction, text_tokens))
+    if single:
+        per_layer = (record.weights.single, record.frozen_single, sources.values.joint, sources.errors.joint)
+        stack = _Stack(double, double * layout.per_layer[0], layout.per_layer[1], (2,))
 
-    def block_step(i: Array, carry: tuple[Array, Streams]) -> tuple[Array, Streams]:
+        def single_layer(layer: Array) -> tuple[Any, Any]:
+            block, frozen, values, errors = jax.tree.map(lambda leaf: leaf[layer - double], per_layer)
+            here = (_sites_at(sites.joint, layer - double),)
+            return partial(_pull_single, block, frozen, record, here), (here, (values,), (errors,))
+
+        joint = (jnp.concatenate([cotangent.txt, cotangent.img], axis=1),)
+        edges, joint = walk(stack, jnp.maximum(top, double), single_layer, edges, joint)
+        cotangent = _split_targets(joint[0], text_tokens)
+    if double:
+        here_too = (record.weights.double, record.frozen, *(Streams(s.img, s.txt) for s in sources[1:]))
+        stack = _Stack(0, 0, layout.per_layer[0], (0, 1))
+
+        def double_layer(layer: Array) -> tuple[Any, Any]:
+            block, frozen, values, errors = jax.tree.map(lambda leaf: leaf[layer], here_too)
+            here = both(lambda s: _sites_at(s, layer), Streams(sites.img, sites.txt))
+            return partial(_pull_double, block, frozen, record, here), (here, values, errors)
+
+        edges, cotangent = walk(stack, jnp.minimum(top, double), double_layer, edges, cotangent)
+    return Pulled(edges, cotangent)
+
+
+def _sites_at(sites: Sites, layer: Array) -> Sites:
+    return Sites(sites.stack, jax.tree.map(lambda leaf: leaf[layer], sites.layers))
+
+
+def _split_targets(joint: Float[Array, "target seq d_model"], text_tokens: int) -> Streams:
+    return Streams(joint[:, text_tokens:], joint[:, :text_tokens])
+
+
+class _Stack(NamedTuple):
+    """A run of like layers in the walk.
+
+    Attributes:
+        first: its first layer.
+        begin: place of its first edge.
+        per_layer: places of a layer.
+        groups: of its sites.
+    """
+
+    first: int
+    begin: int
+    per_layer: int
+    groups: tuple[int, ...]
+
+
+def _walk(
+    stack: _Stack,
+    top: Array,
+    layer_of: Any,
+    edges: Array,
+    cotangent: Any,
+    targets: Targets,
+    gradients: Array,
+    sizes: Sizes,
+) -> tuple[Array, Any]:
+    """Walks the layers below `top` down to the stack's first.
+
+    Args:
+        stack: which layers.
+        top: layer after the first to walk.
+        layer_of: from a layer to how it pulls back, and to its sites, values and errors.
+        edges: to write into.
+        cotangent: of the residual streams, one array per group.
+        targets: highest first.
+        gradients: of each target.
+        sizes: of the pieces.
+    """
+    enters = targets.enters
+
+    def step(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         edges, cotangent = carry
-        layer = targets.layer[0] - i
-        block, frozen, values, errors = jax.tree.map(
-            lambda leaf: leaf[layer], (record.blocks, record.frozen, sources.values, sources.errors)
-        )
-        slices = both(lambda s: Sites(s.stack, jax.tree.map(lambda leaf: leaf[layer], s.layers)), sites)
-        pull = partial(_pull_block, block, frozen, record, slices)
+        layer = top - 1 - i
+        pull_layer, (here, values, errors) = layer_of(layer)
 
         def contract(piece: Array, edges: Array) -> Array:
             first = piece * sizes.contract
-            written = pull(
-                _some(cotangent, first, sizes.contract), both(jnp.zeros_like, _some(cotangent, first, sizes.contract))
-            )[1]
-            found = both(_contract, slices, values, errors, written)
-            row = jnp.concatenate([found.img[0], found.txt[0], found.img[1], found.txt[1]], axis=1)
-            return jax.lax.dynamic_update_slice(edges, row, (first, layer * layout.per_layer))
+            some = _some(cotangent, first, sizes.contract)
+            written = pull_layer(some, jax.tree.map(jnp.zeros_like, some))[1]
+            found = [contract_sites(*parts) for parts in zip(here, values, errors, written, strict=True)]
+            row = jnp.concatenate([*(f[0] for f in found), *(f[1] for f in found)], axis=1)
+            return jax.lax.dynamic_update_slice(
+                edges, row, (first, stack.begin + (layer - stack.first) * stack.per_layer)
+            )
 
-        def through(piece: Array, cotangent: Streams) -> Streams:
+        def through(piece: Array, cotangent: Any) -> Any:
             first = piece * sizes.pull
-            some, mine = _some((targets, gradients), first, sizes.pull), _some(cotangent, first, sizes.pull)
-            here = jnp.where(some[0].layer == layer, 1, 0).astype(dtype)[:, None] * some[1]
-            into = Streams(*(_scatter(here, some[0], stream, c.shape) for stream, c in enumerate(mine)))
-            pulled = pull(mine, into)[0]
-            return both(lambda c, new: jax.lax.dynamic_update_slice_in_dim(c, new, first, 0), cotangent, pulled)
+            (some, gradient), mine = _some((targets, gradients), first, sizes.pull), _some(cotangent, first, sizes.pull)
+            at = jnp.where(some.layer == layer, 1, 0).astype(gradient.dtype)[:, None] * gradient
+            into = [_scatter(at, some, group, c.shape) for group, c in zip(stack.groups, mine, strict=True)]
+            pulled = pull_layer(mine, jax.tree.unflatten(jax.tree.structure(mine), into))[0]
+            return jax.tree.map(lambda c, new: jax.lax.dynamic_update_slice_in_dim(c, new, first, 0), cotangent, pulled)
 
-        begun, begin = (jnp.sum(where, dtype=jnp.int32) for where in (targets.layer > layer, targets.layer >= layer))
+        begun, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
         edges = jax.lax.fori_loop(0, (begun + sizes.contract - 1) // sizes.contract, contract, edges)
         return edges, jax.lax.fori_loop(0, (begin + sizes.pull - 1) // sizes.pull, through, cotangent)
 
-    empty = jnp.zeros((sizes.batch, layout.size), dtype)
-    edges, cotangent = jax.lax.fori_loop(0, targets.layer[0] + 1, block_step, (empty, cotangent))
-    inputs = both(lambda c, h: jnp.einsum("tsm,sm->ts", c, h), cotangent, sources.boundary)
-    return jax.lax.dynamic_update_slice(edges, jnp.concatenate(inputs, axis=1), (0, layout.layers * layout.per_layer))
+    return jax.lax.fori_loop(0, top - stack.first, step, (edges, cotangent))
 
 
 def _some(tree: Any, first: Array, count: int) -> Any:
@@ -199,34 +330,50 @@ def _some(tree: Any, first: Array, count: int) -> Any:
 
 
 def _scatter(
-    gradients: Float[Array, "target d_model"], targets: Targets, stream: int, shape: tuple[int, ...]
+    gradients: Float[Array, "target d_model"], targets: Targets, group: int, shape: tuple[int, ...]
 ) -> Float[Array, "target rows d_model"]:
-    """Puts each target's gradient at its position, if it is of this stream."""
-    mine = jnp.where(targets.stream == stream, 1, 0).astype(gradients.dtype)[:, None] * gradients
+    """Puts each target's gradient at its position, if it is of this group."""
+    mine = jnp.where(targets.group == group, 1, 0).astype(gradients.dtype)[:, None] * gradients
     return jnp.zeros(shape, gradients.dtype).at[jnp.arange(shape[0]), targets.position].set(mine, mode="drop")
 
 
-def _pull_block(
-    block: DoubleBlock,
-    frozen: Frozen,
-    record: Record,
-    sites: Streams,
-    cotangent: Streams,
-    into: Streams,
+def _pull_double(
+    block: DoubleBlock, frozen: Frozen, record: Record, sites: Streams, cotangent: Streams, into: Streams
 ) -> tuple[Streams, Streams]:
     """Pulls cotangents of (residual stream after the block, x) back to (residual stream before it, y)."""
 
     def forward(h: Streams, y: Streams) -> tuple[Streams, Streams]:
-        h, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(_add_skip, sites, y, x))
+        h, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(add_skip, sites, y, x))
         return h, acts.mlp_in
 
+    return _pull_affine(forward, cotangent, into)
+
+
+def _pull_single(
+    block: SingleBlock,
+    frozen: SingleFrozen,
+    record: Record,
+    sites: tuple[Sites],
+    cotangent: tuple[Array],
+    into: tuple[Array],
+) -> tuple[tuple[Array], tuple[Array]]:
+    """Does what `_pull_double` does, on the joint sequence."""
+
+    def forward(h: tuple[Array], y: tuple[Array]) -> tuple[tuple[Array], tuple[Array]]:
+        after, acts = block(h[0], record.cond, frozen=frozen, mlp=lambda _, x: add_skip(sites[0], y[0], x))
+        return (after,), (acts.mlp_in,)
+
+    return _pull_affine(forward, cotangent, into)
+
+
+def _pull_affine(forward: Any, cotangent: Any, into: Any) -> Any:
     # The map is affine: any point will do.
-    origin = both(lambda c: jnp.zeros(c.shape[1:], c.dtype), cotangent)
-    _, pull = jax.vjp(forward, origin, origin)
-    return jax.vmap(pull)((cotangent, into))
+    origin = jax.tree.map(lambda c: jnp.zeros(c.shape[1:], c.dtype), cotangent)
+    _, pull_one = jax.vjp(forward, origin, origin)
+    return jax.vmap(pull_one)((cotangent, into))
 
 
-def _add_skip(
+def add_skip(
     sites: Sites, y: Float[Array, "rows d_model"], x: Float[Array, "rows d_model"]
 ) -> Float[Array, "rows d_model"]:
     """Adds the one path through an MLP sublayer that is not a feature: a transcoder's skip."""
@@ -236,7 +383,7 @@ def _add_skip(
     return y + jnp.where(sites.layers.live[:, None], skip(x), 0)
 
 
-def _contract(
+def contract_sites(
     sites: Sites,
     values: Float[Array, "rows active"],
     errors: Float[Array, "rows d_model"],
@@ -260,69 +407,8 @@ def _contract(
     return found.transpose(1, 0, 2).reshape(written.shape[0], -1), from_errors
 
 
-def target_gradients(record: Record, sites: Streams, targets: Targets) -> Float[Array, "target d_model"]:
-    """Returns g = (1 + alpha) * w_f of every target."""
-    rows = [_encoder_rows(s, record, targets)[0] for s in sites]
-    return jnp.where((targets.stream == 0)[:, None], rows[0], rows[1])
-
-
-def preactivations(replacement: Replacement, targets: Targets, x: Streams) -> Float[Array, "target"]:
-    """Returns u of every target.
-
-    Args:
-        replacement: from `prepare`.
-        targets: which features.
-        x: inputs of the MLP sublayers: the record's, or the affine map's at any sources.
-    """
-    with jax.default_matmul_precision("highest"):
-        return preactivations_at(replacement.record, replacement.sites, targets, x)
-
-
-@jax.jit
-def preactivations_at(record: Record, sites: Streams, targets: Targets, x: Streams) -> Array:
-    """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
-    gradients, here, constant = _encoder_terms(record, sites, targets, x)
-    return jnp.sum(gradients * here, axis=1) + constant
-
-
-def exact_preactivations(replacement: Replacement, targets: Targets, x: Streams) -> Float64[np.ndarray, "target"]:
-    """Returns what `preactivations` does, summed in float64: u may be far larger than what edges explain."""
-    terms = _terms(replacement.record, replacement.sites, targets, x)
-    gradients, here, constant = (np.asarray(term, np.float64) for term in terms)
-    return np.sum(gradients * here, axis=1) + constant
-
-
-def _encoder_terms(record: Record, sites: Streams, targets: Targets, x: Streams) -> tuple[Array, Array, Array]:
-    """Returns (1 + alpha) * w_f, x, and b_f + w_f . beta of every target: u = the first times the second + the last."""
-    found = []
-    for stream, rows in zip(sites, x, strict=True):
-        gradients, constant = _encoder_rows(stream, record, targets)
-        found.append((gradients, rows.at[targets.layer, targets.position].get(mode="clip"), constant))
-    first = targets.stream == 0
-    return tuple(jnp.where(first[:, None] if a.ndim == 2 else first, a, b) for a, b in zip(*found, strict=True))
-
-
-_terms = jax.jit(_encoder_terms)
-
-
-def _encoder_rows(
-    sites: Sites, record: Record, targets: Targets
-) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
-    """Returns (1 + alpha) * w_f, and b_f + w_f . beta, of every target as if it were of this stream."""
-    if sites.stack is None:
-        none = jnp.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), record.boundary.img.dtype)
-        return none, none[:, 0]
-    stack: Transcoder = sites.stack
-    alpha, beta = jax.vmap(lambda slot: site(stack, slot).scale_shift(record.t))(sites.layers.slot)
-    slot = sites.layers.slot[targets.layer]
-    vectors = stack.enc.kernel[slot, :, targets.feature]
-    assert stack.enc.bias is not None
-    constant = stack.enc.bias[slot, targets.feature] + jnp.sum(vectors * beta[targets.layer], axis=1)
-    return vectors * (1 + alpha[targets.layer]), constant
-
-
-def push_forward(replacement: Replacement, change: Sources) -> Streams:
-    """Returns how every MLP sublayer's input moves when the sources move: J change, `jax.linearize`'s map.
+def push_forward(replacement: Replacement, change: Sources) -> Reading:
+    """Returns how all that the affine map gives moves with the sources: J change, `jax.linearize`'s map.
 
     Args:
         replacement: from `prepare`.
@@ -333,6 +419,6 @@ def push_forward(replacement: Replacement, change: Sources) -> Streams:
 
 
 @jax.jit
-def _push_forward(record: Record, sites: Streams, sources: Sources, change: Sources) -> Any:
+def _push_forward(record: Record, sites: Groups, sources: Sources, change: Sources) -> Any:
     _, push = jax.linearize(partial(run, record, sites), sources)
     return push(change)

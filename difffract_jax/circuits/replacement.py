@@ -7,7 +7,8 @@
    features, and the errors. `replacement` returns that map and its sources, for anyone's `jax.linearize` or `jax.vjp`.
 
 Codes are kept as the active features alone: `index` and `value` of up to K features per position, K the largest number
-anywhere in a stream. Filling places have value 0. The model's blocks are `trace.info.first_block + layer`.
+anywhere in a group. Filling places have value 0. Layers count through the recorded blocks, double-stream ones first;
+`trace.info.recorded` gives the model's blocks. The single-stream sequence has the text first.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from difffract_jax.circuits.trace import Record, Trace
+from difffract_jax.circuits.record import Reading, Record
+from difffract_jax.circuits.trace import Trace
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import Streams, both
+from difffract_jax.models.blocks import Groups, Streams, both, join, split
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 
 BY_EIGHTS = 8
@@ -29,7 +31,7 @@ BY_EIGHTS = 8
 
 
 class SiteLayers(NamedTuple):
-    """Where one stream's MLP sublayers are replaced; arrays have a leading layer axis.
+    """Where one group's MLP sublayers are replaced; arrays have a leading layer axis.
 
     Attributes:
         slot: place in the stack of each block's transcoder; 0, and nothing live, where there is none.
@@ -43,10 +45,10 @@ class SiteLayers(NamedTuple):
 
 
 class Sites(NamedTuple):
-    """One stream's MLP sublayers in the replacement.
+    """One group's MLP sublayers in the replacement.
 
     Attributes:
-        stack: the stream's transcoders; None if it has none.
+        stack: the group's transcoders; None if it has none.
         layers: where they stand.
     """
 
@@ -59,13 +61,13 @@ class Sources(NamedTuple):
 
     Attributes:
         boundary: residual streams entering the first block.
-        values: values of the active features, [layer rows active].
-        errors: what is added at every site besides, [layer rows d_model].
+        values: values of the active features, [layer rows active] per group.
+        errors: what is added at every site besides, [layer rows d_model] per group.
     """
 
     boundary: Streams
-    values: Streams
-    errors: Streams
+    values: Groups
+    errors: Groups
 
 
 class Replacement(NamedTuple):
@@ -73,16 +75,16 @@ class Replacement(NamedTuple):
 
     Attributes:
         record: the trace's arrays.
-        sites: both streams' MLP sublayers.
+        sites: all groups' MLP sublayers.
         sources: sources at the traced point.
     """
 
     record: Record
-    sites: Streams
+    sites: Groups
     sources: Sources
 
 
-def replacement(trace: Trace, tcs: TranscoderSet) -> tuple[Callable[[Sources], Streams], Sources]:
+def replacement(trace: Trace, tcs: TranscoderSet) -> tuple[Callable[[Sources], Reading], Sources]:
     """Returns the affine map of a trace, and the sources at which it reproduces the trace.
 
     Args:
@@ -90,73 +92,99 @@ def replacement(trace: Trace, tcs: TranscoderSet) -> tuple[Callable[[Sources], S
         tcs: the transcoders it was captured for.
 
     Returns:
-        f, a pure function of sources that returns the MLP sublayers' inputs x of every recorded block, and the sources.
+        f, a pure function of sources that returns the MLP sublayers' inputs x of every recorded block, and the
+        velocity if it is recorded; and the sources.
 
     Example:
         >>> from difffract_jax import capture, random_pipeline, random_transcoders
         >>> pipe = random_pipeline()
         >>> tcs = random_transcoders(pipe.config.transformer)
         >>> f, sources = replacement(capture(pipe, tcs, "a red circle"), tcs)
-        >>> x, push = jax.linearize(f, sources)
-        >>> x.img.shape
+        >>> reading, push = jax.linearize(f, sources)
+        >>> reading.mlp_in.img.shape
         (3, 36, 32)
     """
     prepared = prepare(trace, tcs)
     return partial(run, prepared.record, prepared.sites), prepared.sources
 
 
-def prepare(trace: Trace, tcs: TranscoderSet) -> Replacement:
+def prepare(trace: Trace, tcs: TranscoderSet, *, active: Groups | None = None) -> Replacement:
     """Encodes every replaced site of a trace, and splits its output into features and error.
 
     Args:
         trace: from `capture`.
         tcs: the transcoders it was captured for.
+        active: places for features per position of each group, at least as many as are active; counted if left out.
 
     Raises:
         UserError: if the transcoders have sites outside the trace.
     """
-    record, first = trace.record, trace.info.first_block
-    count = record.mlp_in.img.shape[0]
-    outside = [b for b in (*tcs.img_layers, *tcs.txt_layers) if not first <= b < first + count]
+    record, info = trace.record, trace.info
+    groups = group_layers(tcs, info.depths[0])
+    outside = sorted({block for blocks in groups for block in blocks} - set(info.recorded))
     if outside:
         raise UserError(
-            f"The trace recorded the blocks {first} to {first + count - 1}, but the transcoders have block "
+            f"The trace recorded the blocks {info.recorded[0]} to {info.recorded[-1]}, but the transcoders have block "
             f"{outside[0]}; capture again with these transcoders."
         )
+    stacks = Groups(tcs.img, tcs.txt, tcs.joint)
+    double, single = ([b for b in info.recorded if (b >= info.depths[0]) == last] for last in (False, True))
     with jax.default_matmul_precision("highest"):
-        img, img_values, img_errors = _encode_stream(tcs.img, tcs.img_layers, first, _stream(record, "img"))
-        txt, txt_values, txt_errors = _encode_stream(tcs.txt, tcs.txt_layers, first, _stream(record, "txt"))
-    sources = Sources(record.boundary, Streams(img_values, txt_values), Streams(img_errors, txt_errors))
-    return Replacement(record, Streams(img, txt), sources)
+        parts = [
+            _encode_group(
+                stack,
+                blocks,
+                (double, double, single)[i],
+                _GroupRecord(*(column[i] for column in (record.mlp_in, record.mlp_out, record.replaceable)), record.t),
+                None if active is None else active[i],
+            )
+            for i, (stack, blocks) in enumerate(zip(stacks, groups, strict=True))
+        ]
+    sites, values, errors = (Groups(*column) for column in zip(*parts, strict=True))
+    return Replacement(record, sites, Sources(record.boundary, values, errors))
 
 
-class _StreamRecord(NamedTuple):
+def prepare_steps(traces: tuple[Trace, ...], tcs: TranscoderSet) -> tuple[Replacement, ...]:
+    """Prepares several steps with the same places for features, so that one program does for all.
+
+    Args:
+        traces: of a span.
+        tcs: the transcoders it was captured for.
+    """
+    prepared = [prepare(trace, tcs) for trace in traces]
+    most = Groups(*(max(one.sources.values[i].shape[2] for one in prepared) for i in range(len(Groups._fields))))
+    if all(one.sources.values[i].shape[2] == most[i] for one in prepared for i in range(len(most))):
+        return tuple(prepared)
+    return tuple(prepare(trace, tcs, active=most) for trace in traces)
+
+
+def group_layers(tcs: TranscoderSet, depth_double: int) -> Groups:
+    """Returns the model's blocks of every group's transcoders; single-stream blocks count on after the others."""
+    return Groups(tcs.img_layers, tcs.txt_layers, tuple(depth_double + layer for layer in tcs.joint_layers))
+
+
+class _GroupRecord(NamedTuple):
     mlp_in: Float[Array, "layer rows d_model"]
     mlp_out: Float[Array, "layer rows d_model"]
     replaceable: Bool[Array, "rows"]
     t: Float[Array, ""]
 
 
-def _stream(record: Record, which: str) -> _StreamRecord:
-    index = Streams._fields.index(which)
-    return _StreamRecord(record.mlp_in[index], record.mlp_out[index], record.replaceable[index], record.t)
-
-
-def _encode_stream(
-    stack: Transcoder | None, layers: tuple[int, ...], first: int, record: _StreamRecord
+def _encode_group(
+    stack: Transcoder | None, blocks: tuple[int, ...], recorded: list[int], record: _GroupRecord, most: int | None
 ) -> tuple[Sites, Array, Array]:
-    """Returns one stream's sites, feature values and errors."""
+    """Returns one group's sites, feature values and errors."""
     count, rows, _ = record.mlp_in.shape
-    slot = np.zeros(count, np.int32)
-    slot[np.array(layers, int) - first] = np.arange(len(layers))
-    has = jnp.asarray(np.isin(np.arange(first, first + count), layers))
-    live = has[:, None] & record.replaceable[None]
-    if stack is None:
+    slot, has = np.zeros(count, np.int32), np.isin(np.array(recorded, int), blocks)
+    slot[has] = np.arange(len(blocks))
+    live = jnp.asarray(has)[:, None] & record.replaceable[None]
+    if stack is None or not count:
         none = jnp.zeros((count, rows, 0), jnp.int32)
         layout = SiteLayers(jnp.asarray(slot), live, none)
         return Sites(None, layout), none.astype(record.mlp_in.dtype), record.mlp_out
-    most = int(_count_active(stack, jnp.asarray(slot), live, record))
-    most = min(-(-max(most, 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
+    if most is None:
+        most = int(_count_active(stack, jnp.asarray(slot), live, record))
+        most = min(-(-max(most, 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
     index, values, errors = _find_active(stack, jnp.asarray(slot), live, record, most)
     return Sites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
 
@@ -167,7 +195,7 @@ def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
 
 
 @jax.jit
-def _count_active(stack: Transcoder, slot: Array, live: Array, record: _StreamRecord) -> Int[Array, ""]:
+def _count_active(stack: Transcoder, slot: Array, live: Array, record: _GroupRecord) -> Int[Array, ""]:
     """Returns the largest number of active features at any position of any block."""
 
     def step(most: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -180,7 +208,7 @@ def _count_active(stack: Transcoder, slot: Array, live: Array, record: _StreamRe
 
 @partial(jax.jit, static_argnames="most")
 def _find_active(
-    stack: Transcoder, slot: Array, live: Array, record: _StreamRecord, most: int
+    stack: Transcoder, slot: Array, live: Array, record: _GroupRecord, most: int
 ) -> tuple[Int[Array, "layer rows active"], Float[Array, "layer rows active"], Float[Array, "layer rows d_model"]]:
     """Returns every position's active features, strongest first, their values, and the errors."""
 
@@ -195,24 +223,54 @@ def _find_active(
     return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out))[1]
 
 
-def run(record: Record, sites: Streams, sources: Sources) -> Streams:
-    """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block.
+def run(record: Record, sites: Groups, sources: Sources) -> Reading:
+    """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
 
     Args:
         record: the trace's arrays.
         sites: the MLP sublayers.
         sources: where to evaluate it; zeros give its constant.
     """
-    stacks = both(lambda s: s.stack, sites)
+    joint, x, joint_x = _blocks(record, sites, sources, lambda _, acts: acts.mlp_in)
+    velocity = None
+    if record.weights.final is not None:
+        last = split(joint, sources.boundary.txt.shape[0]).img
+        velocity = record.weights.final(last, record.cond, record.inv_std)
+    return Reading(Groups(*x, joint_x), velocity, record.latents)
 
-    def step(h: Streams, layer: Any) -> tuple[Streams, Streams]:
+
+@jax.jit
+def residuals(record: Record, sites: Groups, sources: Sources) -> tuple[Streams, Array]:
+    """Returns the residual streams entering every block: both streams' [layer rows d_model], the joint one's the same.
+
+    Args:
+        record: the trace's arrays.
+        sites: the MLP sublayers.
+        sources: where to evaluate the affine map.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _blocks(record, sites, sources, lambda h, _: h)[1:]
+
+
+def _blocks(record: Record, sites: Groups, sources: Sources, tap: Callable[[Any, Any], Any]) -> tuple[Array, Any, Any]:
+    """Runs all recorded blocks; returns the last residual stream, and what `tap(h, acts)` keeps of either kind."""
+    double = [Streams(tree.img, tree.txt) for tree in (sites, sources.values, sources.errors)]
+    stacks, layers = both(lambda s: s.stack, double[0]), both(lambda s: s.layers, double[0])
+
+    def step(h: Streams, layer: Any) -> tuple[Streams, Any]:
         block, frozen, *parts = layer
-        h, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(write, stacks, *parts, x))
-        return h, acts.mlp_in
+        after, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(write, stacks, *parts, x))
+        return after, tap(h, acts)
 
-    layers = both(lambda s: s.layers, sites)
-    per_layer = (record.blocks, record.frozen, layers, sources.values, sources.errors)
-    return jax.lax.scan(step, sources.boundary, per_layer)[1]
+    def step_single(h: Array, layer: Any) -> tuple[Array, Any]:
+        block, frozen, *parts = layer
+        after, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: write(sites.joint.stack, *parts, x))
+        return after, tap(h, acts)
+
+    h, kept = jax.lax.scan(step, sources.boundary, (record.weights.double, record.frozen, layers, *double[1:]))
+    single = (record.weights.single, record.frozen_single, sites.joint.layers)
+    joint, kept_single = jax.lax.scan(step_single, join(h), (*single, sources.values.joint, sources.errors.joint))
+    return joint, kept, kept_single
 
 
 def write(

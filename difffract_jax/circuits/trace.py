@@ -1,16 +1,21 @@
 """A trace: everything the replacement of one denoising step holds fixed (METHOD section 3).
 
 1. Run the sampler up to the step, and no further.
-2. Run the transformer's double-stream blocks once, from the first to the last that has a transcoder, and record of each
-   the queries and keys, the norm scales, and the MLPs' inputs and outputs.
+2. Run the transformer's blocks once, from the first to the last that is needed, and record of each the queries and
+   keys, the norm scales, and the MLPs' inputs and outputs. Needed are the blocks with a transcoder and those between;
+   with `output`, all that follow too, so that the velocity itself can be explained.
 3. Mark the positions whose MLPs may be replaced: all image tokens, and the prompt's own text tokens. Transcoders never
    saw padding in training, so that padded positions keep their true MLP unless `include_padding` says otherwise.
+4. Run the blocks once more with the pooled embedding of the empty prompt, live: the replacement holds the path through
+   it constant, and a graph reports how much of its target goes that way.
+
+`capture_steps` records consecutive steps from the first block on: then the image input of a step is carried back
+through the Euler updates, and one graph spans them all (METHOD section 6).
 
 Nothing here depends on the transcoders but the range of blocks. Attention patterns are not stored: q and k give them.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,36 +23,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from difffract_jax.circuits.record import Blocks, Record, Weights, read_live, record_step, take_weights
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import BlockActs, Cond, DoubleBlock, Frozen, Streams
-from difffract_jax.models.mmdit import Inputs, MMDiT, run_double
-from difffract_jax.models.pipeline import Pipeline, encode, model_velocity, plan_run, sample, start, step_inputs
-from difffract_jax.ops import widen
+from difffract_jax.models.pipeline import (
+    EncodedPrompt,
+    Pipeline,
+    Run,
+    encode,
+    euler_step,
+    model_velocity,
+    plan_run,
+    sample,
+    start,
+    step_inputs,
+)
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
-
-
-class Record(NamedTuple):
-    """The arrays of a trace. Stacks have a leading layer axis over the recorded blocks.
-
-    Attributes:
-        blocks: weights of the recorded double-stream blocks.
-        cond: conditioning vector and rotary angles.
-        boundary: residual streams entering the first recorded block, h0.
-        frozen: queries, keys and norm scales.
-        mlp_in: inputs x of the MLP sublayers.
-        mlp_out: their outputs y.
-        replaceable: positions whose MLPs may be replaced.
-        t: denoising time, the value the transformer was fed.
-    """
-
-    blocks: DoubleBlock
-    cond: Cond
-    boundary: Streams
-    frozen: Frozen
-    mlp_in: Streams
-    mlp_out: Streams
-    replaceable: Streams
-    t: Float[Array, ""]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +52,8 @@ class TraceInfo:
         sigmas: noise level entering every step, and the final 0.
         grid: rows and columns of image tokens.
         text_tokens: length of the text sequence.
-        first_block: the model's number of the first recorded block.
+        recorded: the model's block of every recorded layer; single-stream blocks count on after the double-stream ones.
+        depths: double- and single-stream blocks of the model.
         include_padding: whether padded text positions are replaced like any other.
         latents_given: whether the run started from given latents.
         model: content hash of the pipeline.
@@ -75,10 +66,16 @@ class TraceInfo:
     sigmas: tuple[float, ...]
     grid: tuple[int, int]
     text_tokens: int
-    first_block: int
+    recorded: tuple[int, ...]
+    depths: tuple[int, int]
     include_padding: bool
     latents_given: bool
     model: str
+
+    @property
+    def first_block(self) -> int:
+        """The model's number of the first recorded block."""
+        return self.recorded[0]
 
 
 class Trace(NamedTuple):
@@ -93,6 +90,21 @@ class Trace(NamedTuple):
     info: TraceInfo
 
 
+class Span(NamedTuple):
+    """Consecutive denoising steps of one run, each recorded from the first block to the velocity.
+
+    Attributes:
+        traces: one per step, ascending; they share their weights.
+    """
+
+    traces: tuple[Trace, ...]
+
+    @property
+    def info(self) -> TraceInfo:
+        """Where the last step comes from."""
+        return self.traces[-1].info
+
+
 def capture(
     pipe: Pipeline,
     tcs: TranscoderSet,
@@ -100,6 +112,7 @@ def capture(
     *,
     seed: int = 0,
     step: int = 0,
+    output: bool = False,
     steps: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -116,6 +129,7 @@ def capture(
         prompt: of the run.
         seed: seed of the starting noise.
         step: step to record, from 0.
+        output: record through to the velocity, so that it can be a target.
         steps: denoising steps; this and the sizes below: the pipeline's defaults if left out.
         height: image height in pixels.
         width: image width in pixels.
@@ -127,52 +141,147 @@ def capture(
     Raises:
         UserError: if the step or a size is out of range, or the transcoders do not fit the model.
     """
-    check_fit(tcs, pipe.config.transformer)
-    layers = tcs.img_layers + tcs.txt_layers
-    if tcs.config.role != "transcoder" or not layers:
+    sizes = {"steps": steps, "height": height, "width": width, "text_tokens": text_tokens, "guidance": guidance}
+    blocks = _blocks_for(pipe, tcs, output)
+    run = plan_run(pipe.config, **sizes)
+    return _capture(pipe, prompt, run, blocks, (step, step), seed, latents, include_padding).traces[0]
+
+
+def capture_steps(
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    prompt: str,
+    *,
+    first: int = 0,
+    last: int,
+    seed: int = 0,
+    steps: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    text_tokens: int | None = None,
+    guidance: float | None = None,
+    latents: Any = None,
+    include_padding: bool = False,
+) -> Span:
+    """Records consecutive denoising steps of a run, each from the first block to the velocity.
+
+    Args:
+        pipe: the pipeline.
+        tcs: transcoders that the trace is for.
+        prompt: of the run.
+        first: first step; the latents entering it are the span's input.
+        last: last step; a graph's target lies in it unless it says otherwise.
+        seed: this and the rest as for `capture`.
+        steps: denoising steps of the run.
+        height: image height in pixels.
+        width: image width in pixels.
+        text_tokens: length of the text sequence.
+        guidance: guidance scale.
+        latents: packed starting noise.
+        include_padding: replace the MLPs of padded text positions too.
+
+    Raises:
+        UserError: as `capture`, or if the steps are not in order.
+    """
+    sizes = {"steps": steps, "height": height, "width": width, "text_tokens": text_tokens, "guidance": guidance}
+    _blocks_for(pipe, tcs, True)
+    depths = pipe.config.transformer.depth_double, pipe.config.transformer.depth_single
+    blocks = Blocks(0, depths[0], 0, depths[1], True)
+    run = plan_run(pipe.config, **sizes)
+    return _capture(pipe, prompt, run, blocks, (first, last), seed, latents, include_padding)
+
+
+def _blocks_for(pipe: Pipeline, tcs: TranscoderSet, output: bool) -> Blocks:
+    """Returns the blocks that a trace for these transcoders must record."""
+    config = pipe.config.transformer
+    check_fit(tcs, config)
+    double = tcs.img_layers + tcs.txt_layers
+    if tcs.config.role != "transcoder" or not double + tcs.joint_layers:
         raise UserError(
             "Tracing needs transcoders, which map an MLP's input to its output, but these are "
-            f"{'SAEs' if layers else 'none'}; give a directory of transcoders."
+            f"{'SAEs' if double + tcs.joint_layers else 'none'}; give a directory of transcoders."
         )
-    run = plan_run(pipe.config, steps=steps, height=height, width=width, text_tokens=text_tokens, guidance=guidance)
+    end_single = config.depth_single if output else max(tcs.joint_layers, default=-1) + 1
+    if not double:
+        return Blocks(config.depth_double, config.depth_double, min(tcs.joint_layers), end_single, output)
+    end = config.depth_double if end_single else max(double) + 1
+    return Blocks(min(double), end, 0, end_single, output)
+
+
+def _capture(
+    pipe: Pipeline,
+    prompt: str,
+    run: Run,
+    blocks: Blocks,
+    steps: tuple[int, int],
+    seed: int,
+    latents: Any,
+    include_padding: bool,
+) -> Span:
+    first, last = steps
     count = len(run.sigmas) - 1
-    if not 0 <= step < count:
-        raise UserError(f"step must lie in [0, {count}), as the run has {count} steps counted from 0, but got {step}.")
-    encoded = encode(pipe, prompt, run.text_tokens)
+    for step in steps:
+        if not 0 <= step < count:
+            raise UserError(
+                f"step must lie in [0, {count}), as the run has {count} steps counted from 0, but got {step}."
+            )
+    if last < first:
+        raise UserError(f"The steps of a trace must ascend, but got {first} to {last}.")
+    encoded, empty = encode(pipe, prompt, run.text_tokens), encode(pipe, "", run.text_tokens)
     mask = np.ones_like(encoded.mask) if include_padding else encoded.mask
     with jax.default_matmul_precision("highest"):
-        z = sample(model_velocity, pipe.transformer, run, encoded, start(pipe, run, seed, latents), stop=step)
-        inputs = step_inputs(run, encoded, z, step)
-        record = _record(pipe.transformer, inputs, jnp.asarray(mask), run.grid, min(layers), max(layers) + 1)
-    info = TraceInfo(
-        prompt=prompt,
-        cut=encoded.cut,
-        seed=seed,
-        step=step,
-        sigmas=tuple(map(float, run.sigmas)),
-        grid=run.grid,
-        text_tokens=run.text_tokens,
-        first_block=min(layers),
-        include_padding=include_padding,
-        latents_given=latents is not None,
-        model=pipe.source,
+        z = sample(model_velocity, pipe.transformer, run, encoded, start(pipe, run, seed, latents), stop=first)
+        weights = take_weights(pipe.transformer, blocks)
+        records = _record_steps(
+            pipe, run, blocks, weights, encoded, empty, jnp.asarray(mask), z, range(first, last + 1)
+        )
+    config = pipe.config.transformer
+    recorded = (*range(blocks.first, blocks.end),)
+    recorded += (*range(config.depth_double + blocks.first_single, config.depth_double + blocks.end_single),)
+    infos = (
+        TraceInfo(
+            prompt=prompt,
+            cut=encoded.cut,
+            seed=seed,
+            step=step,
+            sigmas=tuple(map(float, run.sigmas)),
+            grid=run.grid,
+            text_tokens=run.text_tokens,
+            recorded=recorded,
+            depths=(config.depth_double, config.depth_single),
+            include_padding=include_padding,
+            latents_given=latents is not None,
+            model=pipe.source,
+        )
+        for step in range(first, last + 1)
     )
-    return Trace(record, info)
+    return Span(tuple(Trace(*pair) for pair in zip(records, infos, strict=True)))
 
 
-@partial(jax.jit, static_argnames=("grid", "first", "end"))
-def _record(
-    model: MMDiT, inputs: Inputs, text_mask: Bool[Array, "txt"], grid: tuple[int, int], first: int, end: int
-) -> Record:
-    """Runs blocks 0 to `end`, and records those from `first` on."""
-    h, cond = jax.tree.map(widen, model.embed(inputs, grid))
-    blocks = jax.tree.map(widen, model.double)
-    before, recorded = (jax.tree.map(lambda w, s=s: w[s], blocks) for s in (slice(first), slice(first, end)))
-    boundary, _ = run_double(before, h, cond)
-    _, (frozen, mlp_in, mlp_out) = run_double(recorded, boundary, cond, tap=_keep)
-    replaceable = Streams(jnp.ones(boundary.img.shape[0], bool), text_mask)
-    return Record(recorded, cond, boundary, frozen, mlp_in, mlp_out, replaceable, inputs.t)
-
-
-def _keep(acts: BlockActs) -> tuple[Frozen, Any, Any]:
-    return acts.frozen, acts.mlp_in, acts.mlp_out
+def _record_steps(
+    pipe: Pipeline,
+    run: Run,
+    blocks: Blocks,
+    weights: Weights,
+    encoded: EncodedPrompt,
+    empty: EncodedPrompt,
+    mask: Bool[Array, "txt"],
+    z: Float[Array, "img channels"],
+    steps: range,
+) -> list[Record]:
+    """Records steps one after the other; the run without the prompt's pooled embedding goes its own way beside it."""
+    records, other = [], z
+    for step in steps:
+        inputs = step_inputs(run, encoded, z, step)
+        unpooled = step_inputs(run, encoded._replace(pooled=empty.pooled), other, step)
+        reading = read_live(pipe.transformer, weights, unpooled, run.grid, blocks)
+        record = record_step(pipe.transformer, weights, inputs, mask, run.grid, blocks)
+        # The weights come back as they went in: one copy for all steps.
+        records.append(record._replace(weights=weights, unpooled=reading))
+        if step < steps[-1]:
+            after, number = jnp.asarray(run.sigmas[step + 1], z.dtype), jnp.asarray(step)
+            z, other = (
+                euler_step(model_velocity, pipe.transformer, given, after, number, run.grid)
+                for given in (inputs, unpooled)
+            )
+    return records

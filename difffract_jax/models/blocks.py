@@ -85,6 +85,20 @@ class Streams(NamedTuple):
     txt: Any
 
 
+class Groups(NamedTuple):
+    """One thing per group of MLP sublayers, those that have the same tokens.
+
+    Attributes:
+        img: the image stream's, of the double-stream blocks.
+        txt: the text stream's.
+        joint: the single-stream blocks', whose sequence has the text first.
+    """
+
+    img: Any
+    txt: Any
+    joint: Any
+
+
 def both(function: Callable[..., Any], *pairs: Any) -> Streams:
     """Applies a function to each stream; `pairs` are anything with `img` and `txt`."""
     return Streams(function(*(pair.img for pair in pairs)), function(*(pair.txt for pair in pairs)))
@@ -219,6 +233,7 @@ class DoubleBlock(nnx.Module):
         *,
         frozen: Frozen | None = None,
         mlp: "DoubleMLP | None" = None,
+        heads: Float[Array, "heads"] | None = None,
     ) -> tuple[Streams, BlockActs]:
         """Runs the block.
 
@@ -227,6 +242,7 @@ class DoubleBlock(nnx.Module):
             cond: what the evaluation's blocks share.
             frozen: record to take queries, keys and norm scales from.
             mlp: stands in for both MLPs, `mlp(block, x) -> y`; `run_mlps` if left out.
+            heads: factor of each attention head's output; 1 if left out.
 
         Returns:
             The residual streams after the block, and what it computed.
@@ -240,6 +256,8 @@ class DoubleBlock(nnx.Module):
         else:
             q, k = frozen.q, frozen.k
         mixed = attend(q, k, join(both(values, self, m)), scale=q.shape[-1] ** -0.5)
+        if heads is not None:
+            mixed = mixed * heads[None, :, None]
         attn_out = both(lambda s, o: s.attn.proj(merge_heads(o)), self, split(mixed, h.txt.shape[0]))
         h = both(lambda r, c, a: r + c[2] * a, h, mod, attn_out)
         normed2 = both(layer_norm, h, Streams(None, None) if frozen is None else frozen.inv_std2)
@@ -329,6 +347,7 @@ class SingleBlock(nnx.Module):
         *,
         frozen: SingleFrozen | None = None,
         mlp: "SingleMLP | None" = None,
+        heads: Float[Array, "heads"] | None = None,
     ) -> tuple[Float[Array, "seq d_model"], SingleActs]:
         """Runs the block on the joint sequence; see `DoubleBlock.__call__`."""
         shift, scale, gate = self.mod(jax.nn.silu(cond.vec)).reshape(3, -1)
@@ -342,10 +361,12 @@ class SingleBlock(nnx.Module):
         else:
             q, k = frozen.q, frozen.k
         v = split_heads(_project(self.qkv, x, slice(2 * width, None)), head_dim)
-        mixed = merge_heads(attend(q, k, v, scale=head_dim**-0.5))
+        mixed = attend(q, k, v, scale=head_dim**-0.5)
+        if heads is not None:
+            mixed = mixed * heads[None, :, None]
         y = run_mlp(self, x) if mlp is None else mlp(self, x)
         assert self.mlp_out.bias is not None
-        h = h + gate[None, :] * (self.attn_out(mixed) + y + self.mlp_out.bias[None, :])
+        h = h + gate[None, :] * (self.attn_out(merge_heads(mixed)) + y + self.mlp_out.bias[None, :])
         return h, SingleActs(SingleFrozen(q, k, inv_std), x, y, h)
 
 

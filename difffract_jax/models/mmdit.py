@@ -80,10 +80,12 @@ class Final(nnx.Module):
         self.mod = nnx.Linear(config.d_model, 2 * config.d_model, param_dtype=dtype, rngs=rngs)
         self.proj = nnx.Linear(config.d_model, config.out_channels, param_dtype=dtype, rngs=rngs)
 
-    def __call__(self, h: Float[Array, "img d_model"], cond: Cond) -> Float[Array, "img outputs"]:
-        """Turns the image stream into a velocity."""
+    def __call__(
+        self, h: Float[Array, "img d_model"], cond: Cond, inv_std: Float[Array, "img"] | None = None
+    ) -> Float[Array, "img outputs"]:
+        """Turns the image stream into a velocity; with a given norm scale, it is affine in the stream."""
         shift, scale = self.mod(jax.nn.silu(cond.vec)).reshape(2, -1)
-        return self.proj(film(layer_norm(h)[0], scale, shift))
+        return self.proj(film(layer_norm(h, inv_std)[0], scale, shift))
 
 
 class MMDiT(nnx.Module):

@@ -5,13 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from difffract_jax.circuits import attribution, pullback
+from difffract_jax.circuits import pullback
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.compare import compare
+from difffract_jax.circuits.engine import make_engine
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE, INPUT, REST
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.reference_json import from_document
+from difffract_jax.circuits.selection import site_preactivations
+from difffract_jax.circuits.sources import source_table
 from difffract_jax.config import UserError
 from difffract_jax.report import conservation_error
 from tolerances import REFERENCE, TOL
@@ -97,10 +100,13 @@ def test_the_bias_is_the_reference_s_with_what_it_leaves_out(graphs, number):
 
 def strongest(exact):
     """The strongest feature of the highest traced site."""
-    table = attribution.source_table(exact.replacement, exact.trace.info)
+    table = source_table((exact.replacement,), (exact.trace.info,))
     rows = np.flatnonzero((table.kind == FEATURE) & (table.block == table.block.max()))
     row = rows[np.argmax(table.value[rows])]
-    return Feature(("img", "txt")[table.stream[row]], int(table.block[row]), int(table.feature[row]))
+    block, depth = int(table.block[row]), exact.trace.info.depths[0]
+    if block >= depth:
+        return Feature("single", block - depth, int(table.feature[row]))
+    return Feature(("img", "txt")[table.stream[row]], block, int(table.feature[row]))
 
 
 def test_a_graph_in_float64_adds_up(exact):
@@ -131,7 +137,7 @@ def test_one_program_does_for_a_trace(x64):
 
 
 def strongest_at(exact, block):
-    table = attribution.source_table(exact.replacement, exact.trace.info)
+    table = source_table((exact.replacement,), (exact.trace.info,))
     rows = np.flatnonzero((table.kind == FEATURE) & (table.block == block) & (table.stream == 0))
     return int(table.feature[rows[np.argmax(table.value[rows])]])
 
@@ -172,7 +178,7 @@ def trace(golden):
         ("img/2/f326@36", "names position 36, but the stream has positions 0 to 35."),
         ("img/2/f326#0", "is asked for at other steps than the traced one, 1"),
         ("txt/2/f324@15", "lies on padding, where transcoders are not used; name one of the prompt's own tokens, 0 to"),
-        ("single/0/f1", "lies in the single-stream blocks, but only img and txt sites are traced."),
+        ("single/0/f1", "There is no transcoder at single/0; blocks with one: none."),
         ("img/2/f326@8", "img/2/f326@8 is inactive there; it is active at the positions (values): 14 ("),
     ],
 )
@@ -183,13 +189,13 @@ def test_a_target_that_cannot_be_traced_is_refused(golden, trace, target, senten
 
 
 def test_a_feature_that_is_nowhere_active_says_how_close_it_comes(golden, trace):
-    replacement = attribution.prepare(trace, golden.tcs)
-    table = attribution.source_table(replacement, trace.info)
+    engine = make_engine(trace, golden.tcs)
+    table = engine.table
     site = (table.kind == FEATURE) & (table.block == 2) & (table.stream == 0) & (table.value > 0)
     silent = min(set(range(512)) - set(table.feature[site].tolist()))
     with pytest.raises(UserError) as caught:
         attribute(trace, golden.tcs, target=Feature("img", 2, silent))
-    u = attribution.site_preactivations(replacement, 0, 2, silent)
+    u = site_preactivations(engine, trace.info, Feature("img", 2, silent))
     assert f"inactive at every position of step 1: it comes closest at position {np.argmax(u)}" in str(caught.value)
     assert "Strongest at this site: f" in str(caught.value)
 

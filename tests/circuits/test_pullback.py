@@ -6,22 +6,26 @@ import numpy as np
 import pytest
 
 from difffract_jax.circuits import pullback
-from difffract_jax.circuits.attribution import affine_constant, source_table
-from difffract_jax.circuits.pullback import Targets, preactivations, pull_back, push_forward
-from difffract_jax.circuits.replacement import prepare, run
+from difffract_jax.circuits.engine import affine_constants
+from difffract_jax.circuits.pullback import pull_back, push_forward
+from difffract_jax.circuits.readout import Targets, preactivations
+from difffract_jax.circuits.replacement import group_layers, prepare, run
+from difffract_jax.circuits.sources import source_table
 from tolerances import TOL, relative_error
 from traces import VARIANTS, Exact, make_exact
 
 
 def some_targets(exact, count=12, seed=0):
-    """Targets spread over streams, blocks and positions; active or not, the laws hold."""
+    """Targets spread over groups, blocks and positions; active or not, the laws hold."""
     rng = np.random.default_rng(seed)
-    sites = [(0, b) for b in exact.tcs.img_layers] + [(1, b) for b in exact.tcs.txt_layers]
+    info = exact.trace.info
+    groups = group_layers(exact.tcs, info.depths[0])
+    sites = [(group, block) for group, blocks in enumerate(groups) for block in blocks]
     chosen = [sites[i] for i in rng.integers(0, len(sites), count)]
     rows = [exact.trace.record.mlp_in[s].shape[1] for s, _ in chosen]
     columns = (
         [s for s, _ in chosen],
-        [b - exact.trace.info.first_block for _, b in chosen],
+        [info.recorded.index(b) for _, b in chosen],
         [rng.integers(0, n) for n in rows],
         rng.integers(0, exact.tcs.config.features, count),
     )
@@ -29,15 +33,24 @@ def some_targets(exact, count=12, seed=0):
 
 
 def evaluate(exact, sources):
-    """The affine map."""
-    return jax.jit(run)(exact.replacement.record, exact.replacement.sites, sources)
+    """The affine map, up to the MLP sublayers' inputs."""
+    return jax.jit(run)(exact.replacement.record, exact.replacement.sites, sources).mlp_in
+
+
+def constant(exact):
+    """The affine map at zero sources."""
+    return affine_constants((exact.replacement,), (exact.trace.info,), across=False)[0].mlp_in
+
+
+def table_of(exact):
+    return source_table((exact.replacement,), (exact.trace.info,))
 
 
 def test_edges_and_bias_add_up_to_the_preactivation(exact):
     targets = some_targets(exact)
     edges = np.asarray(pull_back(exact.replacement, targets))
     u = preactivations(exact.replacement, targets, exact.trace.record.mlp_in)
-    bias = preactivations(exact.replacement, targets, affine_constant(exact.replacement))
+    bias = preactivations(exact.replacement, targets, constant(exact))
     residual = np.abs(edges.sum(axis=1) + bias - u)
     assert np.max(residual / np.abs(edges).sum(axis=1)) <= TOL.conservation_x64
 
@@ -45,11 +58,11 @@ def test_edges_and_bias_add_up_to_the_preactivation(exact):
 def test_every_kind_of_edge_is_the_effect_of_its_direct_intervention(exact):
     targets = some_targets(exact, seed=1)
     edges = np.asarray(pull_back(exact.replacement, targets))
-    table = source_table(exact.replacement, exact.trace.info)
+    table = table_of(exact)
     rng = np.random.default_rng(2)
     before = preactivations(exact.replacement, targets, evaluate(exact, exact.replacement.sources))
     for kind in (0, 1, 2):
-        for row in rng.choice(np.flatnonzero((table.kind == kind) & (table.value > 0)), 6):
+        for row in rng.choice(np.flatnonzero((table.kind == kind) & (table.value > 0) & (table.stream < 2)), 6):
             doubled = _double(exact, table, row)
             after = preactivations(exact.replacement, targets, evaluate(exact, doubled))
             assert np.max(np.abs((after - before) - edges[:, row])) <= TOL.intervention_x64 * np.abs(edges).max()
@@ -61,7 +74,7 @@ def test_edges_are_direct_interventions_in_float32_too(name):
     targets = some_targets(exact, seed=1)
     edges = np.asarray(pull_back(exact.replacement, targets))
     assert edges.dtype == np.float32
-    table, scale = source_table(exact.replacement, exact.trace.info), np.abs(edges).sum(axis=1, dtype=np.float64)
+    table, scale = table_of(exact), np.abs(edges).sum(axis=1, dtype=np.float64)
     before = np.asarray(preactivations(exact.replacement, targets, evaluate(exact, exact.replacement.sources)))
     for row in np.random.default_rng(2).choice(np.flatnonzero(table.value > 0), 18):
         after = preactivations(exact.replacement, targets, evaluate(exact, _double(exact, table, row)))
@@ -71,18 +84,30 @@ def test_edges_are_direct_interventions_in_float32_too(name):
 
 def _double(exact, table, row):
     """The sources with one of them, a value or a whole vector, doubled."""
-    sources = exact.replacement.sources
-    stream, position = int(table.stream[row]), int(table.position[row])
-    layer = int(table.block[row]) - exact.trace.info.first_block
+    sources, info = exact.replacement.sources, exact.trace.info
+    group, block, position = int(table.stream[row]), int(table.block[row]), int(table.position[row])
+    layer = 0
+    if table.kind[row] != 2:
+        layer = info.recorded.index(block)
+        if block >= info.depths[0]:
+            layer -= sources.values.img.shape[0]
+            position += info.text_tokens if group == 0 else 0
+            group = 2
     field = ("values", "errors", "boundary")[table.kind[row]]
     pair = getattr(sources, field)
     if field == "values":
-        index = np.asarray(exact.replacement.sites[stream].layers.index)[layer, position]
+        index = np.asarray(exact.replacement.sites[group].layers.index)[layer, position]
         place = (layer, position, int(np.flatnonzero(index == table.feature[row])[0]))
     else:
         place = (layer, position) if field == "errors" else (position,)
-    new = pair[stream].at[place].multiply(2)
-    return sources._replace(**{field: pair._replace(**{pair._fields[stream]: new})})
+    new = pair[group].at[place].multiply(2)
+    return sources._replace(**{field: pair._replace(**{pair._fields[group]: new})})
+
+
+def group_of(exact, table):
+    """The group of every row of a table."""
+    joint = (table.block >= exact.trace.info.depths[0]) & (table.kind != 2)
+    return np.where(joint, 2, table.stream)
 
 
 def test_pulling_back_is_reverse_mode_on_the_affine_map(exact):
@@ -90,17 +115,17 @@ def test_pulling_back_is_reverse_mode_on_the_affine_map(exact):
     sources = exact.replacement.sources
 
     def u(sources):
-        x = run(exact.replacement.record, exact.replacement.sites, sources)
+        x = run(exact.replacement.record, exact.replacement.sites, sources).mlp_in
         return preactivations(exact.replacement, targets, x)
 
     gradients = jax.jit(jax.jacrev(u))(sources)
     edges = pull_back(exact.replacement, targets)
-    table = source_table(exact.replacement, exact.trace.info)
+    table = table_of(exact)
     for kind, field in ((0, "values"), (1, "errors"), (2, "boundary")):
-        for stream in (0, 1):
-            product = getattr(gradients, field)[stream] * getattr(sources, field)[stream][None]
+        for group in range(len(getattr(sources, field))):
+            product = getattr(gradients, field)[group] * getattr(sources, field)[group][None]
             expected = product if kind == 0 else product.sum(axis=-1)
-            ours = edges[:, (table.kind == kind) & (table.stream == stream)]
+            ours = edges[:, ((table.kind == kind) & (group_of(exact, table) == group))[: edges.shape[1]]]
             if expected.size and np.any(expected):
                 assert relative_error(ours, expected.reshape(len(ours), -1)) <= TOL.x64
 
@@ -111,28 +136,30 @@ def test_pulling_back_is_the_transpose_of_pushing_forward(exact):
     shares = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), exact.replacement.sources.values)
     zeros = jax.tree.map(jnp.zeros_like, exact.replacement.sources)
     change = zeros._replace(values=jax.tree.map(jnp.multiply, exact.replacement.sources.values, shares))
-    moved = push_forward(exact.replacement, change)
-    constant = preactivations(exact.replacement, targets, jax.tree.map(jnp.zeros_like, moved))
-    pushed = preactivations(exact.replacement, targets, moved) - constant
-    table = source_table(exact.replacement, exact.trace.info)
+    moved = push_forward(exact.replacement, change).mlp_in
+    still = preactivations(exact.replacement, targets, jax.tree.map(jnp.zeros_like, moved))
+    pushed = preactivations(exact.replacement, targets, moved) - still
+    table = table_of(exact)
     weights = np.zeros(len(table.kind))
-    for stream in (0, 1):
-        weights[(table.kind == 0) & (table.stream == stream)] = np.asarray(shares[stream]).ravel()
-    pulled = np.asarray(pull_back(exact.replacement, targets)) @ weights
+    for group in (0, 1, 2):
+        weights[(table.kind == 0) & (group_of(exact, table) == group)] = np.asarray(shares[group]).ravel()
+    edges = np.asarray(pull_back(exact.replacement, targets))
+    pulled = edges @ weights[: edges.shape[1]]
     assert relative_error(pulled, pushed) <= TOL.x64
 
 
 def test_sources_lie_in_strictly_lower_blocks(exact):
     targets = some_targets(exact, seed=6)
     edges = np.asarray(pull_back(exact.replacement, targets))
-    table = source_table(exact.replacement, exact.trace.info)
+    table = table_of(exact)
+    block = table.block[: edges.shape[1]]
     for row, layer in zip(edges, np.asarray(targets.layer), strict=True):
-        assert not row[table.block >= layer + exact.trace.info.first_block].any()
+        assert not row[block >= exact.trace.info.recorded[layer]].any()
 
 
 def test_a_stream_without_sources_has_no_edges(x64):
     exact = make_exact()
-    table = source_table(exact.replacement, exact.trace.info)
+    table = table_of(exact)
     silent = exact.replacement.sources
     silent = silent._replace(
         boundary=silent.boundary._replace(txt=jnp.zeros_like(silent.boundary.txt)),
@@ -179,7 +206,7 @@ def test_float32_adds_up_too(golden, seed):
     targets = some_targets(exact, 20, seed)
     edges = np.asarray(pull_back(replacement, targets), np.float64)
     u = preactivations(replacement, targets, trace.record.mlp_in)
-    bias = preactivations(replacement, targets, affine_constant(replacement))
+    bias = preactivations(replacement, targets, constant(exact))
     residual = np.abs(edges.sum(axis=1) + np.asarray(bias, np.float64) - np.asarray(u, np.float64))
     assert np.max(residual / np.abs(edges).sum(axis=1)) <= TOL.conservation_f32
 

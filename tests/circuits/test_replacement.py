@@ -18,9 +18,14 @@ def random_like(tree, seed, size=1.0):
     return jax.tree.map(lambda leaf: jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype), tree)
 
 
+def pairs(*groups):
+    """The arrays of like groups, side by side, where there are any layers."""
+    return [arrays for arrays in zip(*groups, strict=True) if arrays[0].size]
+
+
 def test_it_is_exact_at_the_trace(exact):
     f, sources = replacement(exact.trace, exact.tcs)
-    for ours, recorded in zip(jax.jit(f)(sources), exact.trace.record.mlp_in, strict=True):
+    for ours, recorded in pairs(jax.jit(f)(sources).mlp_in, exact.trace.record.mlp_in):
         assert relative_error(ours, recorded) <= TOL.x64
 
 
@@ -32,7 +37,7 @@ def test_its_derivative_is_the_same_everywhere(exact):
     def derivative(at):
         return jax.jvp(f, (at,), (direction,))[1]
 
-    for here, far in zip(derivative(sources), derivative(random_like(sources, 2, 100.0)), strict=True):
+    for here, far in pairs(derivative(sources).mlp_in, derivative(random_like(sources, 2, 100.0)).mlp_in):
         assert relative_error(here, far) <= TOL.x64
 
 
@@ -41,7 +46,7 @@ def test_a_finite_step_is_its_derivative(exact):
     step = random_like(sources, 3)
     moved = jax.jit(f)(jax.tree.map(jnp.add, sources, step))
     linear = jax.jit(jax.linearize(f, sources)[1])(step)
-    for after, before, change in zip(moved, jax.jit(f)(sources), linear, strict=True):
+    for after, before, change in pairs(moved.mlp_in, jax.jit(f)(sources).mlp_in, linear.mlp_in):
         assert relative_error(after - before, change) <= TOL.x64
 
 

@@ -1,0 +1,259 @@
+"""Targets pulled back through one step, or through all steps of a span (METHOD sections 4 and 6).
+
+Within a step `pullback` does the work. Between steps, packed latents obey
+
+    z_i = z_0 + sum over j < i of (sigma_{j+1} - sigma_j) v_j
+
+so that a cotangent G of z_i is one of every earlier velocity, times its step of sigma, and of z_0. Walking the steps
+backwards, G gathers what reaches each step's latents:
+
+1. At step j, targets of later steps are directions (sigma_{j+1} - sigma_j) G of v_j; features and outputs of step j
+   enter as they are. All go through the blocks together.
+2. The cotangent of the image stream, pulled through its projection, is added to G; that of the text stream is gathered
+   in the same way, for all steps read one text embedding.
+
+Below the first step G and its counterpart meet the latents and the text embedding: the inputs' edges.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int64
+
+from difffract_jax.circuits.expansion import SourceTable
+from difffract_jax.circuits.graph import FEATURE, OUTPUT
+from difffract_jax.circuits.pullback import input_edges, pull, velocity_cotangent
+from difffract_jax.circuits.readout import DIRECTION, Targets, exact_preactivations
+from difffract_jax.circuits.record import Reading, Weights
+from difffract_jax.circuits.replacement import Replacement, prepare_steps, run
+from difffract_jax.circuits.sources import source_table
+from difffract_jax.circuits.trace import Span, Trace, TraceInfo
+from difffract_jax.models.blocks import Streams
+from difffract_jax.transcoders.transcoder import TranscoderSet
+
+
+class Output(NamedTuple):
+    """A target that is no feature: <velocity, v> + <latents, z> + constant at one step.
+
+    Attributes:
+        name: as it was asked for.
+        step: denoising step.
+        velocity: weights of the step's velocity v.
+        latents: weights of the packed latents z entering the step.
+        constant: what does not depend on either.
+    """
+
+    name: str
+    step: int
+    velocity: Float[Array, "img outputs"]
+    latents: Float[Array, "img channels"]
+    constant: float
+
+
+class Engine(NamedTuple):
+    """All that pulling targets back needs.
+
+    Attributes:
+        infos: of the steps' traces.
+        steps: their replacements.
+        constants: what the affine map gives at zero sources, by step.
+        outputs: targets that are no features; their rows end the table.
+        across: whether images are carried back to the latents entering the first step.
+        table: what the places of a row of edges stand for.
+    """
+
+    infos: tuple[TraceInfo, ...]
+    steps: tuple[Replacement, ...]
+    constants: tuple[Reading, ...]
+    outputs: tuple[Output, ...]
+    across: bool
+    table: SourceTable
+
+    @property
+    def sources(self) -> int:
+        """Places in a row of edges."""
+        return self.table.kind.size - len(self.outputs)
+
+
+def make_engine(trace: Trace | Span, tcs: TranscoderSet, outputs: tuple[Output, ...] = ()) -> Engine:
+    """Prepares the steps of a trace or span.
+
+    Args:
+        trace: from `capture` or `capture_steps`.
+        tcs: the transcoders it was captured for.
+        outputs: targets that are no features.
+    """
+    across = isinstance(trace, Span)
+    traces = trace.traces if isinstance(trace, Span) else (trace,)
+    infos = tuple(one.info for one in traces)
+    steps = prepare_steps(traces, tcs)
+    table = source_table(steps, infos, across=across, outputs=[output.step for output in outputs])
+    return Engine(infos, steps, affine_constants(steps, infos, across), outputs, across, table)
+
+
+def affine_constants(steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...], across: bool) -> tuple[Reading, ...]:
+    """Returns what the affine map of every step gives at zero sources: what biases alone make of it."""
+    found = []
+    with jax.default_matmul_precision("highest"):
+        z = jnp.zeros_like(steps[0].record.latents)
+        for prepared, info in zip(steps, infos, strict=True):
+            zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
+            if across:
+                zeros = zeros._replace(
+                    boundary=_enter(prepared.record.weights, z, jnp.zeros_like(prepared.record.text))
+                )
+            found.append(_run(prepared.record, prepared.sites, zeros)._replace(latents=z))
+            if across:
+                z = z + _delta(info) * found[-1].velocity
+    return tuple(found)
+
+
+_run = jax.jit(run)
+
+
+def _delta(info: TraceInfo) -> float:
+    """Returns by how much a step changes sigma."""
+    return float(np.float32(info.sigmas[info.step + 1]) - np.float32(info.sigmas[info.step]))
+
+
+def _enter(weights: Weights, latents: Array, text: Array) -> Streams:
+    """Returns the residual streams entering the first block."""
+    return Streams(weights.img_in(latents), weights.txt_in(text))
+
+
+@jax.jit
+def _pull_enter(weights: Weights, boundary: Streams) -> tuple[Array, Array]:
+    """Pulls cotangents of the residual streams back to (latents, text embedding)."""
+    with jax.default_matmul_precision("highest"):
+        kernels = (weights.img_in.kernel[...], weights.txt_in.kernel[...])
+        return tuple(jnp.einsum("tsm,cm->tsc", c, k) for c, k in zip(boundary, kernels, strict=True))
+
+
+class Rows(NamedTuple):
+    """Edges of some targets, on the host.
+
+    Attributes:
+        edges: from every source.
+        preactivation: u; an output's value.
+        bias: value of the affine map at zero sources.
+    """
+
+    edges: Float64[np.ndarray, "target source"]
+    preactivation: Float64[np.ndarray, "target"]
+    bias: Float64[np.ndarray, "target"]
+
+
+def pull_rows(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int) -> Rows:
+    """Returns the edges into rows of the table, and what they must add up to.
+
+    Args:
+        engine: from `make_engine`.
+        rows: features or outputs; at most `batch`.
+        batch: number of targets the programs are compiled for.
+    """
+    filled = np.concatenate([rows, np.full(batch - rows.size, -1)]).astype(np.int64)
+    reach = _Reach(engine, filled)
+    parts = [reach.through(number) for number in reversed(range(len(engine.steps)))][::-1]
+    edges = np.concatenate([*(part[: rows.size] for part in parts), reach.inputs()[: rows.size]], axis=1)
+    u = read(engine, rows, tuple(step.record.reading for step in engine.steps))
+    return Rows(edges, u, read(engine, rows, engine.constants))
+
+
+class _Reach:
+    """How far back a batch of targets has been pulled; `through` is called from the last step to the first."""
+
+    def __init__(self, engine: Engine, rows: np.ndarray) -> None:
+        self.engine = engine
+        self.step = np.where(rows >= 0, engine.table.step[rows], -1)
+        self.rows = rows
+        record = engine.steps[0].record
+        self.latents = jnp.zeros((rows.size, *record.latents.shape), record.boundary.img.dtype)
+        self.text = jnp.zeros((rows.size, *record.text.shape), record.boundary.txt.dtype)
+        self.boundary: Streams | None = None
+        self.directed = engine.across or bool(engine.outputs)
+
+    def through(self, number: int) -> np.ndarray:
+        """Pulls everything back through one step; returns the edges of its features and errors."""
+        prepared, info = self.engine.steps[number], self.engine.infos[number]
+        targets = targets_of(self.engine, self.rows, number)
+        cotangent = None
+        if self.directed:
+            later = jnp.asarray(self.step > info.step)[:, None, None]
+            direction = jnp.where(later, _delta(info) * self.latents, 0)
+            own = [
+                (i, self._output(row)) for i, row in enumerate(self.rows.tolist()) if self._is_output(row, info.step)
+            ]
+            for i, output in own:
+                direction = direction.at[i].set(output.velocity)
+                self.latents = self.latents.at[i].set(output.latents)
+            cotangent = velocity_cotangent(prepared, direction)
+        pulled = pull(prepared, targets, cotangent)
+        if self.engine.across:
+            latents, text = _pull_enter(prepared.record.weights, pulled.boundary)
+            self.latents, self.text = self.latents + latents, self.text + text
+        self.boundary = pulled.boundary
+        return np.asarray(pulled.edges)
+
+    def inputs(self) -> np.ndarray:
+        """Returns the edges of the inputs."""
+        record = self.engine.steps[0].record
+        latents = jnp.einsum("tsc,sc->ts", self.latents, record.latents, precision="highest")
+        if self.engine.across:
+            text = jnp.einsum("tsc,sc->ts", self.text, record.text, precision="highest")
+            return np.concatenate([text, latents], axis=1)
+        assert self.boundary is not None
+        residual = input_edges(self.boundary, record.boundary)
+        return np.asarray(residual if record.velocity is None else jnp.concatenate([residual, latents], axis=1))
+
+    def _is_output(self, row: int, step: int) -> bool:
+        table = self.engine.table
+        return row >= 0 and bool(table.kind[row] == OUTPUT) and bool(table.step[row] == step)
+
+
+def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
+    """Returns rows of the table as targets of one step: later ones are directions there, earlier ones nothing.
+
+    Args:
+        engine: from `make_engine`.
+        rows: of the table; -1 for places that only fill up.
+        number: of the step within the span.
+    """
+    info, table = engine.infos[number], engine.table
+    layers = {block: layer for layer, block in enumerate(info.recorded)}
+    kind, step = (np.where(rows >= 0, column[rows], -1) for column in (table.kind, table.step))
+    feature = (kind == FEATURE) & (step == info.step)
+    direction = ((kind == OUTPUT) & (step == info.step)) | (step > info.step if engine.across else False)
+    joint = table.block[rows] >= info.depths[0]
+    image = table.stream[rows] == 0
+    group = np.where(direction, DIRECTION, np.where(joint, 2, table.stream[rows]))
+    layer = np.where(feature, [layers.get(int(block), -1) for block in table.block[rows]], -1)
+    layer = np.where(direction, len(info.recorded), layer)
+    position = table.position[rows] + np.where(joint & image, info.text_tokens, 0)
+    columns = (group, layer, np.where(feature, position, 0), np.where(feature, table.feature[rows], 0))
+    return Targets(*(jnp.asarray(column, jnp.int32) for column in columns))
+
+
+def read(
+    engine: Engine, rows: Int64[np.ndarray, "target"], readings: tuple[Reading, ...]
+) -> Float64[np.ndarray, "target"]:
+    """Returns the targets' values in a run, summed in float64.
+
+    Args:
+        engine: from `make_engine`.
+        rows: features or outputs of the table.
+        readings: of the run, by step.
+    """
+    values = np.zeros(rows.size)
+    for number, (prepared, info, reading) in enumerate(zip(engine.steps, engine.infos, readings, strict=True)):
+        here = np.flatnonzero((engine.table.kind[rows] == FEATURE) & (engine.table.step[rows] == info.step))
+        if here.size:
+            targets = targets_of(engine, rows[here], number)
+            values[here] = exact_preactivations(prepared, targets, reading.mlp_in)
+        for i in np.flatnonzero((engine.table.kind[rows] == OUTPUT) & (engine.table.step[rows] == info.step)):
+            output = engine.outputs[int(rows[i]) - engine.sources]
+            assert reading.velocity is not None
+            pairs = ((output.velocity, reading.velocity), (output.latents, reading.latents))
+            values[i] = output.constant + sum(float(np.vdot(*(np.asarray(a, np.float64) for a in p))) for p in pairs)
+    return values

@@ -1,0 +1,158 @@
+"""From a feature as written to its row of the source table: where it is strongest, or why it cannot be a target."""
+
+import numpy as np
+from jaxtyping import Float64
+
+from difffract_jax.circuits.engine import Engine, make_engine
+from difffract_jax.circuits.feature import Feature
+from difffract_jax.circuits.graph import FEATURE, IMG, TXT
+from difffract_jax.circuits.replacement import site
+from difffract_jax.circuits.trace import Span, Trace, TraceInfo
+from difffract_jax.config import UserError
+from difffract_jax.transcoders.transcoder import TranscoderSet
+
+GROUPS = ("img", "txt", "single")
+"""How features of each group are written."""
+
+
+def strongest_feature(trace: Trace | Span, tcs: TranscoderSet, stream: str, block: int) -> Feature:
+    """Returns the feature with the largest value at one site, at the position where it has it.
+
+    Args:
+        trace: from `capture` or `capture_steps`; of a span, its last step counts.
+        tcs: the transcoders it was captured for.
+        stream: "img", "txt" or "single".
+        block: block of that kind.
+
+    Raises:
+        UserError: if nothing is active there.
+    """
+    engine = make_engine(trace, tcs)
+    info = engine.infos[-1]
+    rows = np.flatnonzero(_at_site(engine, Feature(stream, block, 0), info.step))
+    if not rows.size:
+        raise UserError(f"No feature is active at {stream}/{block} in step {info.step}; choose another site.")
+    return named(engine, int(rows[np.argmax(engine.table.value[rows])]))
+
+
+def named(engine: Engine, row: int) -> Feature:
+    """Returns a row of the table as a feature with its position, and its step if there are several."""
+    table, depth = engine.table, engine.infos[0].depths[0]
+    stream, block = ("img", "txt")[table.stream[row]], int(table.block[row])
+    position, steps = (int(table.position[row]),), (int(table.step[row]),) if engine.across else None
+    if block < depth:
+        return Feature(stream, block, int(table.feature[row]), position, steps)
+    return Feature("single", block - depth, int(table.feature[row]), position, steps, stream)
+
+
+def _at_site(engine: Engine, target: Feature, step: int) -> np.ndarray:
+    """Marks the active rows of a site in one step; of a single-stream site, those of the stream that is named."""
+    table, info = engine.table, engine.infos[0]
+    here = (table.kind == FEATURE) & (table.value > 0) & (table.step == step)
+    if target.stream == "single":
+        here &= table.block == info.depths[0] + target.block
+        return here if target.side is None else here & (table.stream == {"img": IMG, "txt": TXT}[target.side])
+    return here & (table.block == target.block) & (table.stream == GROUPS.index(target.stream))
+
+
+def target_row(engine: Engine, target: Feature) -> int:
+    """Returns the row of a feature at its position and step.
+
+    Args:
+        engine: of the trace.
+        target: the feature; without positions, or with several, the one where it is strongest is taken; without a step,
+            the last one traced.
+
+    Raises:
+        UserError: if there is no such feature, or it is active nowhere it may be; the message says where it is.
+    """
+    info = _step_of(engine, target)
+    table = engine.table
+    _check_site(engine, info, target)
+    rows = np.flatnonzero(_at_site(engine, target, info.step) & (table.feature == target.feature))
+    wanted = rows if target.positions is None else rows[np.isin(table.position[rows], target.positions)]
+    if wanted.size:
+        return int(wanted[np.argmax(table.value[wanted])])
+    if rows.size:
+        strongest = rows[np.argsort(-table.value[rows], kind="stable")][:12]
+        places = ", ".join(f"{table.position[r]} ({table.value[r]:.3g})" for r in strongest)
+        raise UserError(
+            f"{target} is inactive there; it is active at the positions (values): {places}"
+            f"{' and others' if rows.size > strongest.size else ''}; name one of them."
+        )
+    raise UserError(_inactive_everywhere(engine, info, target))
+
+
+def _step_of(engine: Engine, target: Feature) -> TraceInfo:
+    """Returns the step in which a target is meant."""
+    if target.steps is None:
+        return engine.infos[-1]
+    found = [info for info in engine.infos if info.step in target.steps]
+    if not found:
+        steps = ", ".join(str(info.step) for info in engine.infos)
+        raise UserError(
+            f"{target} is asked for at other steps than the traced one{'s' if engine.across else ''}, {steps}; "
+            "change one of them."
+        )
+    return found[-1]
+
+
+def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
+    """Refuses a target without a transcoder, feature or position of that number, or on padding."""
+    group = GROUPS.index(target.stream)
+    sites, record = engine.steps[0].sites[group], engine.steps[0].record
+    first = info.depths[0] if target.stream == "single" else 0
+    layers = [block for block in info.recorded if (block >= info.depths[0]) == (target.stream == "single")]
+    live = np.asarray(sites.layers.live)
+    blocks = [] if sites.stack is None else [b - first for b, on in zip(layers, live, strict=True) if on.any()]
+    if target.block not in blocks or sites.stack is None:
+        known = ", ".join(map(str, blocks)) or "none"
+        raise UserError(f"There is no transcoder at {target.stream}/{target.block}; blocks with one: {known}.")
+    features = sites.stack.config.features
+    if target.feature >= features:
+        raise UserError(f"{target} does not exist: the transcoders have features 0 to {features - 1}.")
+    side = {"img": IMG, "txt": TXT}[target.side or ("img" if target.stream == "single" else target.stream)]
+    replaceable = np.asarray(record.replaceable[side])
+    asked = np.array([] if target.positions is None else target.positions, int)
+    beyond = asked[asked >= replaceable.size]
+    if beyond.size:
+        raise UserError(
+            f"{target} names position {beyond[0]}, but the stream has positions 0 to {replaceable.size - 1}."
+        )
+    if asked.size and not replaceable[asked].any():
+        raise UserError(
+            f"{target} lies on padding, where transcoders are not used; name one of the prompt's own tokens, "
+            f"0 to {int(np.flatnonzero(replaceable)[-1])}, or trace with include_padding."
+        )
+
+
+def _inactive_everywhere(engine: Engine, info: TraceInfo, target: Feature) -> str:
+    """Says how far an inactive feature is from being active, and which features of its site are."""
+    u = site_preactivations(engine, info, target)
+    best, table = int(np.argmax(u)), engine.table
+    here = np.flatnonzero(_at_site(engine, target, info.step))
+    order = here[np.argsort(-table.value[here], kind="stable")]
+    examples = dict.fromkeys(f"f{table.feature[r]}@{table.position[r]}" for r in order[:5])
+    return (
+        f"{target} is inactive at every position of step {info.step}: it comes closest at position {best}, where its "
+        f"pre-activation is {u[best]:.3g}, too little to be active. Strongest at this site: {', '.join(examples)}."
+    )
+
+
+def site_preactivations(engine: Engine, info: TraceInfo, target: Feature) -> Float64[np.ndarray, "rows"]:
+    """Returns a feature's pre-activation u at every position; minus infinity where the MLP is not replaced.
+
+    Args:
+        engine: of the trace.
+        info: of the step.
+        target: the feature; of a single-stream site, positions count through the joint sequence, text first.
+    """
+    group = GROUPS.index(target.stream)
+    prepared = engine.steps[engine.infos.index(info)]
+    block = target.block + (info.depths[0] if target.stream == "single" else 0)
+    layer = [b for b in info.recorded if (b >= info.depths[0]) == (target.stream == "single")].index(block)
+    sites = prepared.sites[group]
+    assert sites.stack is not None  # checked before
+    transcoder = site(sites.stack, sites.layers.slot[layer])
+    u = transcoder.preactivation(prepared.record.mlp_in[group][layer], prepared.record.t)[:, target.feature]
+    return np.where(np.asarray(sites.layers.live[layer]), np.asarray(u, np.float64), -np.inf)
