@@ -182,12 +182,11 @@ class _Reach:
         if self.directed:
             later = jnp.asarray(self.step > info.step)[:, None, None]
             direction = jnp.where(later, _delta(info) * self.latents, 0)
-            own = [
-                (i, self._output(row)) for i, row in enumerate(self.rows.tolist()) if self._is_output(row, info.step)
-            ]
-            for i, output in own:
-                direction = direction.at[i].set(output.velocity)
-                self.latents = self.latents.at[i].set(output.latents)
+            for i, row in enumerate(self.rows.tolist()):
+                if self._is_output(row, info.step):
+                    output = self.engine.outputs[row - self.engine.sources]
+                    direction = direction.at[i].set(output.velocity)
+                    self.latents = self.latents.at[i].set(output.latents)
             cotangent = velocity_cotangent(prepared, direction)
         pulled = pull(prepared, targets, cotangent)
         if self.engine.across:

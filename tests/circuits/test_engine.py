@@ -120,7 +120,7 @@ def test_float32_adds_up(kind):
     target = target_of(kind, pipe, tcs, span)
     graph = attribute(span, tcs, target=target, max_nodes=30, expansion_batch=10)
     assert conservation_error(graph) <= TOL.conservation_steps_f32
-    assert set(graph.node_step[graph.node_kind == FEATURE]) == {1, 2, 3}
+    assert set(graph.node_step) == {1, 2, 3}
     trace = capture(pipe, tcs, PROMPT, step=2, output=True, **SIZE)
     graph = attribute(trace, tcs, target=target_of(kind, pipe, tcs, trace), max_nodes=30, expansion_batch=10)
     assert conservation_error(graph) <= TOL.conservation_f32
