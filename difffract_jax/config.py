@@ -107,12 +107,13 @@ class PruneConfig(Settings):
 
     graph: Path
     """Graph file (`.npz`) to prune."""
-    mode: Literal["difffract"] = "difffract"
-    """Whose rule: `difffract` cuts features and edges per stream, as the reference does."""
+    mode: Literal["standard", "difffract"] = "standard"
+    """Whose rule: `standard` cuts all nodes in one list, errors too, and drops what dangles, as circuit-tracer does;
+    `difffract` cuts features and edges per stream and keeps all errors, as the reference does."""
     node_threshold: float = Field(0.8, gt=0, le=1)
-    """Share of each stream's total influence that the kept features hold, in (0, 1]; 1 keeps all."""
+    """Share of the influence that the kept nodes hold, in (0, 1]; 1 keeps all. `difffract`: of each stream's features."""
     edge_threshold: float = Field(0.98, gt=0, le=1)
-    """Share of each stream's edge scores that the kept edges hold, in (0, 1]; 1 keeps all."""
+    """Share of the edge scores that the kept edges hold, in (0, 1]; 1 keeps all. `difffract`: of each stream's."""
     out: Path = Path("pruned.npz")
     """Graph file to write."""
 

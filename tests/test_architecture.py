@@ -34,7 +34,7 @@ ORDER = (
     ("difffract_jax.cli_organism", "difffract_jax.cli_transcoders"),
     ("difffract_jax.cli",),
 )
-NUMPY_ONLY = ("graph", "influence", "pruning", "feature", "expansion", "compare", "reference_json")
+NUMPY_ONLY = ("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json")
 LIGHT = (
     "difffract_jax",
     "difffract_jax.cli",

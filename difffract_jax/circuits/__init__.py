@@ -8,6 +8,7 @@ expansion       which features to expand next; what was found becomes a graph (N
 attribution     all of it: a trace and a target to a graph
 graph           the graph and its file (NumPy)
 influence       how much each node bears on another, on a graph without cycles (NumPy)
+scores          how much of a graph its features explain, rather than errors (NumPy)
 pruning         which nodes and edges to keep (NumPy)
 reference_json  the reference's JSON, read and written (NumPy)
 compare         two graphs side by side (NumPy)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
 from numpy.typing import NDArray
 
-from difffract_jax.circuits.graph import ERROR, FEATURE, REST, Graph
+from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, Graph
 from difffract_jax.circuits.influence import column_shares, reach
 
 
@@ -145,7 +145,8 @@ def next_batch(state: Expansion, size: int) -> Int64[np.ndarray, "target"]:
     source, target = number[edges.source[inner]], number[edges.target[inner]]
     shares = column_shares(target, edges.attribution[inner], count)
     level = state.table.block[state.expanded].astype(np.int64)
-    reached = reach(level, source, target, shares, int(number[state.target]))
+    roots = (state.expanded == state.target).astype(np.float64)
+    reached = reach(level, source, target, shares, roots)
     outer = ~inner & (state.table.kind[edges.source] == FEATURE)
     weight = np.abs(edges.attribution[outer]).astype(np.float64) * reached[number[edges.target[outer]]]
     candidates, place = np.unique(edges.source[outer], return_inverse=True)
@@ -270,8 +271,9 @@ def aggregate(graph: Graph) -> Graph:
     if not graph.by_position:
         return graph
     columns = (graph.node_kind, graph.node_step, graph.node_block, graph.node_stream, graph.node_feature)
-    not_target = np.arange(graph.node_kind.size) != graph.target
-    keys = np.stack([not_target.astype(np.int64), *(c.astype(np.int64) for c in columns)])
+    # Every target stays a node of its own; then come the others.
+    which_target = np.minimum(np.arange(graph.node_kind.size), graph.targets.size)
+    keys = np.stack([which_target, *(c.astype(np.int64) for c in columns)])
 
     _, first, group = np.unique(keys, axis=1, return_index=True, return_inverse=True)
     group = group.ravel().astype(np.int64)
@@ -305,7 +307,7 @@ def aggregate(graph: Graph) -> Graph:
     )
 
 
-_SAME = ("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence")
+_SAME = ("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence", "node_cumulative")
 
 
 def _summed_maps(
@@ -313,7 +315,7 @@ def _summed_maps(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
     """Returns the maps of summed nodes: a feature's own, else what leaves each position."""
     leaving = np.bincount(graph.edge_source, graph.edge_attribution.astype(np.float64), graph.node_kind.size)
-    other = np.flatnonzero(graph.node_kind != FEATURE)
+    other = np.flatnonzero((graph.node_kind != FEATURE) & (graph.node_kind != OUTPUT))
     lengths = np.diff(graph.map_indptr)
     own = np.repeat(np.isin(np.arange(lengths.size), first) & (graph.node_kind == FEATURE), lengths)
     owner = np.repeat(group, lengths)[own]
