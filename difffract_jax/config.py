@@ -111,9 +111,9 @@ class PruneConfig(Settings):
     """Whose rule: `standard` cuts all nodes in one list, errors too, and drops what dangles, as circuit-tracer does;
     `difffract` cuts features and edges per stream and keeps all errors, as the reference does."""
     node_threshold: float = Field(0.8, gt=0, le=1)
-    """Share of the influence that the kept nodes hold, in (0, 1]; 1 keeps all. `difffract`: of each stream's features."""
+    """Share of the influence that the kept nodes hold, in (0, 1]; 1 keeps all. `difffract`: of a stream's features."""
     edge_threshold: float = Field(0.98, gt=0, le=1)
-    """Share of the edge scores that the kept edges hold, in (0, 1]; 1 keeps all. `difffract`: of each stream's."""
+    """Share of the edge scores that the kept edges hold, in (0, 1]; 1 keeps all. `difffract`: of a stream's edges."""
     out: Path = Path("pruned.npz")
     """Graph file to write."""
 

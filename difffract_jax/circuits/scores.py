@@ -13,7 +13,7 @@ A subset of the features is scored by treating the others as error, as Neuronped
 are taken to leave from the error of the same step, site and position, and what enters them is dropped.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -71,7 +71,7 @@ class Links(NamedTuple):
 
     source: Int64[np.ndarray, "edge"]
     target: Int64[np.ndarray, "edge"]
-    attribution: NDArray[np.floating]
+    attribution: NDArray[Any]
 
 
 def _stand_ins(graph: Graph) -> tuple[Int64[np.ndarray, "node"], Int64[np.ndarray, "place"]]:
