@@ -26,6 +26,8 @@ from difffract_jax.circuits.names import node_names
 from difffract_jax.config import UserError
 
 _KEY = ("node_kind", "node_step", "node_block", "node_stream", "node_feature")
+_OF_ONE = ("pruning", "scores", "supernodes", "file")
+"""Metadata that hold for one graph as it is, even where all say the same."""
 _TOTALS = ("target_preactivation", "target_bias", "target_sum")
 
 
@@ -132,9 +134,7 @@ def _common(graphs: Sequence[Graph]) -> dict[str, Any]:
     same = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
     traces = [metadata.get("trace", {}) for metadata in (first, *others)]
     trace = {k: v for k, v in traces[0].items() if all(k in other and other[k] == v for other in traces)}
-    return {key: value for key, value in same.items() if key not in ("pruning", "scores", "supernodes")} | {
-        "trace": trace
-    }
+    return {key: value for key, value in same.items() if key not in _OF_ONE} | {"trace": trace}
 
 
 def _union(graphs: Sequence[Graph]) -> _Union:
