@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from difffract_jax.checkpoint import atomic_file, leaf_paths
+from difffract_jax.circuits.graph import KINDS, Graph
+from difffract_jax.circuits.names import node_names
 
-KINDS = ("feature", "error", "input", "output", "rest")
-STREAMS = ("img", "txt", "latent")
 Advance = Callable[[int, int], None]
 
 
@@ -134,47 +134,41 @@ def parameter_counts(made: Any) -> dict[str, int]:
     return {f"{name} parameters": count for name, count in counts.items()}
 
 
-def graph_summary(graph: Any, most: int = 8) -> dict[str, Any]:
+def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
     """Returns what one wants to know of a graph first.
 
     Args:
-        graph: the graph; its first expanded target is the one that it explains.
+        graph: the graph; of several targets, the sources of the first are listed.
         most: how many of the target's strongest incoming edges to list.
     """
-    target = int(graph.target_node[0])
+    names, target = node_names(graph), int(graph.target_node[0])
     incoming = np.flatnonzero(graph.edge_target == target)
     strongest = incoming[np.argsort(-np.abs(graph.edge_attribution[incoming]), kind="stable")][:most]
     rows = [
-        {"from": _node(graph, int(graph.edge_source[edge])), "attribution": float(graph.edge_attribution[edge])}
+        {"from": names[graph.edge_source[edge]], "attribution": float(graph.edge_attribution[edge])}
         for edge in strongest
     ]
+    known = bool(np.isfinite(graph.target_preactivation).all())  # documents of other tools do not tell
     kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
+    weighted = [{"target": names[node], "weight": float(graph.root_weights[node])} for node in graph.targets]
     return {
-        "target": _node(graph, target),
+        "target": names[target],
+        **({"targets": weighted} if len(weighted) > 1 else {}),
         "nodes": {kind: count for kind, count in kinds.items() if count},
         "edges": len(graph.edge_attribution),
-        "conservation error": conservation_error(graph),
+        "conservation error": conservation_error(graph) if known else None,
         "strongest sources": rows,
     }
 
 
-def conservation_error(graph: Any) -> float:
+def conservation_error(graph: Graph) -> float:
     """Returns the largest |edges + bias - pre-activation| over the sum of absolute edges, among all expanded targets.
 
     The sums are those stored before any threshold, so that pruning does not change the result.
     """
     residual = np.abs(graph.target_sum + graph.target_bias - graph.target_preactivation)
-    return float(np.max(residual / graph.target_abs_sum, initial=0.0))
-
-
-def _node(graph: Any, index: int) -> str:
-    """Returns a node's name: `img/2/f401@12`, `error img/2@12`, `input txt@3`; no position once summed over them."""
-    kind, stream = KINDS[graph.node_kind[index]], STREAMS[graph.node_stream[index]]
-    position = f"@{graph.node_position[index]}" if graph.node_position[index] >= 0 else ""
-    if kind == "feature":
-        return f"{stream}/{graph.node_block[index]}/f{graph.node_feature[index]}{position}"
-    place = stream if kind == "input" else f"{stream}/{graph.node_block[index]}"
-    return f"{kind} {place}{position}"
+    shares = np.divide(residual, graph.target_abs_sum, out=residual.copy(), where=graph.target_abs_sum > 0)
+    return float(np.max(shares, initial=0.0))
 
 
 def _over(value: float | None, unit: float) -> str:
