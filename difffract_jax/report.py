@@ -38,6 +38,8 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
         return
     console = Console(soft_wrap=True)
     plain = Table(show_header=False, box=None, pad_edge=False)
+    plain.add_column()
+    plain.add_column(overflow="fold")  # an address or a path is wrapped, not cut
     tables = []
     for name, value in result.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
