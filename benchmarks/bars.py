@@ -150,7 +150,7 @@ def graphs(golden: Golden) -> Iterator[Bar]:
         feature = Feature(target["stream"], target["layer"], target["feat_idx"])
         graph = attribute(trace, golden.tcs, target=feature, **LIMITS)
         document = json.loads((REFERENCE / f"golden_graph_{number}.json").read_text())
-        for ours, kind in ((graph, "aggregated"), (prune(graph), "pruned")):
+        for ours, kind in ((graph, "aggregated"), (prune(graph, mode="difffract"), "pruned")):
             found = compare(ours, from_document(document[kind]))
             errors.append(found.largest_error)
             differing += len(found.nodes_only_in_a + found.nodes_only_in_b)

@@ -15,15 +15,13 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from difffract_jax import __version__
+from difffract_jax import __version__, cli_graphs, cli_transcoders
 from difffract_jax import options as opt
 from difffract_jax.cli_organism import organism
-from difffract_jax.cli_transcoders import register
 from difffract_jax.config import (
     ConvertConfig,
     DemoConfig,
     GenerateConfig,
-    PruneConfig,
     TraceConfig,
     UserError,
     provenance,
@@ -39,7 +37,8 @@ app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
 convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
-register(app)
+cli_graphs.register(app)
+cli_transcoders.register(app)
 
 
 def main() -> None:
@@ -206,7 +205,7 @@ def generate(
     Example: `difffract generate flux-schnell "a red fox at dawn" --seed 0 --steps 4 --out image.png`
     """
     settings = opt.settings_of(GenerateConfig, locals())
-    _check_out(settings.out, ".png")
+    opt.check_out(settings.out, ".png")
     from difffract_jax.report import emit, progress, save_image
 
     record = provenance("generate", settings)
@@ -260,9 +259,9 @@ def trace(
     all steps, from the pixels: `... --target pixels:color=red,box=0,0,32,16 --step 0-3`
     """
     settings = opt.settings_of(TraceConfig, locals())
-    _check_out(settings.out, ".npz")
+    opt.check_out(settings.out, ".npz")
     if settings.export_json:
-        _check_out(settings.export_json, ".json")
+        opt.check_out(settings.export_json, ".json")
     from difffract_jax.circuits.attribution import attribute
     from difffract_jax.circuits.outputs import parse_target
     from difffract_jax.circuits.reference_json import write_reference_json
@@ -288,67 +287,6 @@ def trace(
     emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
 
 
-@app.command()
-def prune(
-    graph: Annotated[Path | None, opt.argument(PruneConfig, "graph")] = None,
-    mode: Annotated[Literal["difffract"] | None, opt.option(PruneConfig, "mode")] = None,
-    node_threshold: Annotated[float | None, opt.option(PruneConfig, "node_threshold")] = None,
-    edge_threshold: Annotated[float | None, opt.option(PruneConfig, "edge_threshold")] = None,
-    out: Annotated[Path | None, opt.option(PruneConfig, "out")] = None,
-    json: opt.Json = False,
-) -> None:
-    """Keep a graph's most influential features and edges.
-
-    Example: `difffract prune graph.npz --node-threshold .8 --edge-threshold .98 --out pruned.npz`
-    """
-    settings = opt.settings_of(PruneConfig, locals())
-    _check_out(settings.out, ".npz")
-    from difffract_jax.circuits import pruning
-    from difffract_jax.circuits.graph import Graph
-    from difffract_jax.report import emit, graph_summary
-
-    pruned = pruning.prune(
-        Graph.load(settings.graph),
-        mode=settings.mode,
-        node_threshold=settings.node_threshold,
-        edge_threshold=settings.edge_threshold,
-    )
-    pruned.save(settings.out)
-    emit({"graph": str(settings.out)} | graph_summary(pruned), as_json=json)
-
-
-@app.command()
-def export(
-    graph: opt.GraphFile,
-    out: Annotated[Path, typer.Option("--out", help="File to write.")],
-    format: Annotated[Literal["difffract-v2"], typer.Option("--format", help="The reference's JSON.")] = "difffract-v2",
-    json: opt.Json = False,
-) -> None:
-    """Write a graph in another tool's format; `difffract-v2` sums it over positions, as the reference does.
-
-    Example: `difffract export graph.npz --format difffract-v2 --out graph.json`
-    """
-    from difffract_jax.circuits.graph import Graph
-    from difffract_jax.circuits.reference_json import write_reference_json
-    from difffract_jax.report import emit
-
-    _check_out(out, ".json")
-    write_reference_json(Graph.load(graph), out)
-    emit({"exported": str(out), "format": format}, as_json=json)
-
-
-@app.command()
-def compare(a: opt.GraphFile, b: opt.GraphFile, json: opt.Json = False) -> None:
-    """Compare two graphs, of either format: which nodes and edges both have, and how far their edges differ.
-
-    Example: `difffract compare graph.npz reference_graph.json --json`
-    """
-    from difffract_jax.circuits import compare as comparing
-    from difffract_jax.report import emit
-
-    emit(comparing.compare(comparing.read_graph(a), comparing.read_graph(b))._asdict(), as_json=json)
-
-
 def _listed(value: str | tuple[str, ...]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
@@ -357,14 +295,6 @@ def _dtype(name: Literal["f32", "bf16"]) -> Any:
     import jax.numpy as jnp
 
     return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
-
-
-def _check_out(path: Path, suffix: str) -> None:
-    """Refuses an output file that could not be written, before any work is done for it."""
-    if path.suffix != suffix:
-        raise UserError(f"The output file must end in {suffix}, but got {path}.")
-    if not path.parent.is_dir():
-        raise UserError(f"The folder {path.parent} of the output file {path.name} does not exist; create it first.")
 
 
 def _warn_cut(cut: str) -> None:

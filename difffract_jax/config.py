@@ -110,14 +110,70 @@ class PruneConfig(Settings):
     """Settings of `difffract prune`: which nodes and edges of a graph are kept."""
 
     graph: Path
-    """Graph file (`.npz`) to prune."""
-    mode: Literal["difffract"] = "difffract"
-    """Whose rule: `difffract` cuts features and edges per stream, as the reference does."""
+    """Graph file to prune, `.npz` or JSON."""
+    mode: Literal["standard", "difffract"] = "standard"
+    """Whose rule: `standard` cuts all nodes in one list, errors too, and drops what dangles, as circuit-tracer does;
+    `difffract` cuts features and edges per stream and keeps all errors, as the reference does."""
     node_threshold: float = Field(0.8, gt=0, le=1)
-    """Share of each stream's total influence that the kept features hold, in (0, 1]; 1 keeps all."""
+    """Share of the influence that the kept nodes hold, in (0, 1]; 1 keeps all. `difffract`: of a stream's features."""
     edge_threshold: float = Field(0.98, gt=0, le=1)
-    """Share of each stream's edge scores that the kept edges hold, in (0, 1]; 1 keeps all."""
+    """Share of the edge scores that the kept edges hold, in (0, 1]; 1 keeps all. `difffract`: of a stream's edges."""
+    by_position: bool = False
+    """Prune single positions instead of sums over positions."""
     out: Path = Path("pruned.npz")
+    """Graph file to write."""
+
+
+class ViewerOptions(Settings):
+    """How a graph is shown by circuit-tracer's viewer and by Neuronpedia."""
+
+    slug: str = "graph"
+    """Name of the graph in the viewer: letters, digits, dot, dash and underscore."""
+    scan: str | None = None
+    """Where the viewer finds features: for circuit-tracer a folder of their files, by default ./feature_json/SLUG; for
+    Neuronpedia the id of a model that it knows."""
+    by_position: bool = False
+    """Show single positions instead of sums over them; fit for small graphs alone."""
+    feature_url: str | None = None
+    """Address under which feature files lie, ADDRESS/N.json; for Neuronpedia."""
+    dashboard: str | None = None
+    """Address of dashboards, to which features link as ADDRESS/img_3/401."""
+    labels: dict[str, str] = {}
+    """What to call features, by their names as in img/3/f401."""
+    tokens: list[str] = []
+    """Text tokens, to head the columns of text positions; the graph's own, if it knows them, when left out."""
+    max_nodes: int = Field(10_000, ge=1)
+    """Most nodes to write: viewers stop responding well beyond."""
+    max_links: int = Field(100_000, ge=1)
+    """Most edges to write."""
+
+
+class ExportConfig(ViewerOptions):
+    """Settings of `difffract export`: a graph for other tools. All but the first four are for the two viewers."""
+
+    graph: Path
+    """Graph file to export, `.npz` or JSON."""
+    format: Literal["difffract-v2", "circuit-tracer", "neuronpedia", "graphml", "csv"] = "difffract-v2"
+    """What to write: `difffract-v2`, the reference's JSON, summed over positions; `circuit-tracer` and `neuronpedia`,
+    for their viewers; `graphml`, for programs that draw networks; `csv`, a directory with nodes.csv and edges.csv."""
+    out: Path
+    """File to write, for `csv` a directory."""
+    overwrite: bool = False
+    """For `csv`: replace the directory if it exists."""
+
+
+class SupernodesConfig(Settings):
+    """Settings of `difffract supernodes`: which features of a graph are grouped."""
+
+    graph: Path
+    """Graph file to group the features of."""
+    threshold: float = Field(0.5, gt=0, le=1)
+    """Least similarity of any two features in a group, in (0, 1]: the cosine of their edges and activation maps."""
+    map_weight: float = Field(0.25, ge=0, le=1)
+    """Share of the activation maps in the similarity, in [0, 1]; the rest are the edges in and out."""
+    keep: bool = False
+    """Change the groups that the file has, instead of finding new ones."""
+    out: Path = Path("supernodes.npz")
     """Graph file to write."""
 
 

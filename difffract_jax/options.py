@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from difffract_jax.config import ConvertConfig, Settings, TraceConfig, resolve
+from difffract_jax.config import ConvertConfig, Settings, TraceConfig, UserError, resolve
 
 S = TypeVar("S", bound=Settings)
 
@@ -47,7 +47,9 @@ Source = Annotated[Path | None, argument(ConvertConfig, "source")]
 Target = Annotated[Path | None, argument(ConvertConfig, "out")]
 Dtype = Annotated[Literal["f32", "bf16"] | None, option(ConvertConfig, "dtype")]
 Overwrite = Annotated[bool | None, typer.Option("--overwrite", **field(ConvertConfig, "overwrite"))]
-GraphFile = Annotated[Path, typer.Argument(help="Graph file, `.npz` or the reference's JSON version 2.")]
+GraphFile = Annotated[
+    Path, typer.Argument(help="Graph file: `.npz`, the reference's JSON, or circuit-tracer's and Neuronpedia's.")
+]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any setting; wins over all.")
@@ -57,6 +59,19 @@ IncludePadding = Annotated[bool | None, typer.Option("--include-padding", **fiel
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
 ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
 Tolerance = Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")]
+
+
+def check_out(path: Path, suffix: str) -> None:
+    """Refuses an output that could not be written, before any work is done for it.
+
+    Args:
+        path: file or directory to write.
+        suffix: that it must have; "" for a directory, which needs none.
+    """
+    if suffix and path.suffix != suffix:
+        raise UserError(f"The output file must end in {suffix}, but got {path}.")
+    if not path.parent.is_dir():
+        raise UserError(f"The folder {path.parent} of the output file {path.name} does not exist; create it first.")
 
 
 def settings_of(cls: type[S], given: Mapping[str, Any]) -> S:

@@ -25,9 +25,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from difffract_jax.checkpoint import atomic_file, leaf_paths
+from difffract_jax.circuits.graph import KINDS, Graph
+from difffract_jax.circuits.names import node_names
 
-KINDS = ("feature", "error", "input", "output", "rest")
-STREAMS = ("img", "txt", "latent")
 Advance = Callable[[int, int], None]
 
 
@@ -38,6 +38,8 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
         return
     console = Console(soft_wrap=True)
     plain = Table(show_header=False, box=None, pad_edge=False)
+    plain.add_column()
+    plain.add_column(overflow="fold")  # an address or a path is wrapped, not cut
     tables = []
     for name, value in result.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -134,64 +136,46 @@ def parameter_counts(made: Any) -> dict[str, int]:
     return {f"{name} parameters": count for name, count in counts.items()}
 
 
-def graph_summary(graph: Any, most: int = 8) -> dict[str, Any]:
+def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
     """Returns what one wants to know of a graph first.
 
     Args:
         graph: the graph.
         most: how many of the strongest edges into its targets to list.
     """
-    targets = graph.targets
+    names, targets = node_names(graph), graph.targets
     incoming = np.flatnonzero(np.isin(graph.edge_target, targets))
     strongest = incoming[np.argsort(-np.abs(graph.edge_attribution[incoming]), kind="stable")][:most]
     rows = [
-        {"from": node_name(graph, int(graph.edge_source[edge]))}
-        | ({"to": node_name(graph, int(graph.edge_target[edge]))} if targets.size > 1 else {})
+        {"from": names[graph.edge_source[edge]]}
+        | ({"to": names[graph.edge_target[edge]]} if targets.size > 1 else {})
         | {"attribution": float(graph.edge_attribution[edge])}
         for edge in strongest
     ]
+    known = bool(np.isfinite(graph.target_preactivation).all())  # documents of other tools do not tell
     kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
     paths = graph.metadata.get("pooled_path", [])
     pooled = {"share of the frozen pooled path": ", ".join(f"{path['share']:.3g}" for path in paths)} if paths else {}
+    weighted = [{"target": names[node], "weight": float(graph.root_weights[node])} for node in targets]
     return {
-        "target": ", ".join(node_name(graph, int(target)) for target in targets),
+        "target": names[targets[0]],
+        **({"targets": weighted} if len(weighted) > 1 else {}),
         "nodes": {kind: count for kind, count in kinds.items() if count},
         "edges": len(graph.edge_attribution),
-        "conservation error": conservation_error(graph),
+        "conservation error": conservation_error(graph) if known else None,
         **pooled,
         "strongest sources": rows,
     }
 
 
-def conservation_error(graph: Any) -> float:
+def conservation_error(graph: Graph) -> float:
     """Returns the largest |edges + bias - pre-activation| over the sum of absolute edges, among all expanded targets.
 
     The sums are those stored before any threshold, so that pruning does not change the result.
     """
     residual = np.abs(graph.target_sum + graph.target_bias - graph.target_preactivation)
-    return float(np.max(residual / graph.target_abs_sum, initial=0.0))
-
-
-def node_name(graph: Any, index: int) -> str:
-    """Returns a node's name: `img/2/f401@12`, `single/0/f7@img3#2`, `error txt/2@1`, `input latent@3`, `output #3`.
-
-    There is no position once the graph is summed over them, and no step where the graph has one alone.
-    """
-    kind, stream = KINDS[graph.node_kind[index]], STREAMS[graph.node_stream[index]]
-    number, block = int(graph.node_position[index]), int(graph.node_block[index])
-    several = len(graph.metadata.get("steps", [0])) > 1
-    step = f"#{graph.node_step[index]}" if several and kind != "input" else ""
-    if kind == "output":
-        names = graph.metadata.get("attribution", {}).get("target", "output")
-        return f"{names[index] if isinstance(names, list) and index < len(names) else names}{step}"
-    depth = graph.metadata.get("trace", {}).get("depths", [block + 1])[0]
-    side, site = "", f"{stream}/{block}"
-    if block >= depth:
-        side, site = stream, f"single/{block - depth}"
-    position = f"@{side}{number}" if number >= 0 else f"@{side}" if side else ""
-    if kind == "feature":
-        return f"{site}/f{graph.node_feature[index]}{position}{step}"
-    return f"{kind} {stream if kind == 'input' else site}{position}{step}"
+    shares = np.divide(residual, graph.target_abs_sum, out=residual.copy(), where=graph.target_abs_sum > 0)
+    return float(np.max(shares, initial=0.0))
 
 
 def _over(value: float | None, unit: float) -> str:

@@ -4,6 +4,7 @@ import numpy as np
 
 from difffract_jax.circuits import expansion
 from difffract_jax.circuits.expansion import SourceTable
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, REST, Graph
 
 
 def random_table(rng, *, layers=3, rows=4, active=3, features=6, step=1):
@@ -50,3 +51,62 @@ def random_graph(seed, *, layers=3, max_nodes=12, smallest=0.05):
     top = np.flatnonzero((table.kind == 0) & (table.block == layers - 1) & (table.value > smallest))
     edges = random_edges(rng, table)
     return expansion.compact(expand(table, edges, int(top[0]), max_nodes=max_nodes, batch=4, smallest=smallest))
+
+
+def random_output_graph(seed, *, weights=(2.0, 1.0, 0.5), steps=2, blocks=4, rows=3, features=3):
+    """A random circuit with several weighted targets: two outputs and a feature of the last step, over several steps.
+
+    Blocks 2 and 3 are single-stream ones, inputs of the initial noise are of stream 2, and some nodes dangle.
+    """
+    rng = np.random.default_rng(seed)
+    last = steps - 1
+    targets = [
+        (OUTPUT, last, 0, blocks, -1, -1),
+        (OUTPUT, last, 0, blocks, -1, -1),
+        (FEATURE, last, 0, blocks - 1, 0, 0),
+    ]
+    sites = [
+        (step, stream, block, row)
+        for step in range(steps)
+        for block in range(blocks)
+        for stream in (0, 1)
+        for row in range(rows)
+    ]
+    nodes = {(FEATURE, *site, int(rng.integers(features))) for site in sites if rng.random() < 0.7} - {*targets}
+    nodes |= {(kind, *site, -1) for site in sites for kind in (ERROR, REST) if rng.random() < 0.4}
+    nodes |= {(INPUT, 0, stream, -1, row, -1) for stream in (1, 2) for row in range(rows)}
+    nodes = targets[: len(weights)] + sorted(nodes)
+    kind, step, stream, block, position, feature = (np.array(column) for column in zip(*nodes, strict=True))
+    order = step * (blocks + 2) + block
+    can = (order[:, None] < order[None, :]) & np.isin(kind, (FEATURE, OUTPUT))[None, :] & (kind != OUTPUT)[:, None]
+    target, source = np.nonzero((can & (rng.random(can.shape) < 0.15)).T)
+    values = rng.standard_normal(source.size).astype(np.float32)
+    expanded = np.flatnonzero(np.isin(kind, (FEATURE, OUTPUT)))
+    expanded = np.concatenate([expanded[expanded < len(weights)], expanded[expanded >= len(weights)]])
+    sums, abs_sums = (np.bincount(target, v, kind.size)[expanded] for v in (values, np.abs(values)))
+    bias = rng.standard_normal(expanded.size)
+    maps = (kind == FEATURE).astype(np.int64)
+    value = np.where(kind == FEATURE, rng.uniform(0.1, 3, kind.size), 1).astype(np.float32)
+    return Graph(
+        *(
+            array.astype(dtype)
+            for array, dtype in zip((kind, step, stream, block, position, feature), _NODE, strict=True)
+        ),
+        node_value=value,
+        node_influence=np.full(kind.size, np.nan, np.float32),
+        edge_source=source.astype(np.int32),
+        edge_target=target.astype(np.int32),
+        edge_attribution=values,
+        target_node=expanded.astype(np.int32),
+        target_preactivation=sums + bias,
+        target_bias=bias,
+        target_sum=sums,
+        target_abs_sum=abs_sums,
+        map_indptr=np.concatenate([[0], np.cumsum(maps)]),
+        map_position=position[maps > 0].astype(np.int32),
+        map_value=value[maps > 0],
+        metadata={"target_weights": list(weights)},
+    )
+
+
+_NODE = (np.uint8, np.int16, np.uint8, np.int16, np.int32, np.int32)

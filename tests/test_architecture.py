@@ -31,10 +31,13 @@ ORDER = (
     ("difffract_jax.studies", "difffract_jax.dashboards", "difffract_jax.loading"),
     ("difffract_jax.report", "difffract_jax.options"),
     ("difffract_jax.demo",),
-    ("difffract_jax.cli_organism", "difffract_jax.cli_transcoders"),
+    ("difffract_jax.cli_graphs", "difffract_jax.cli_organism", "difffract_jax.cli_transcoders"),
     ("difffract_jax.cli",),
 )
-NUMPY_ONLY = ("graph", "influence", "pruning", "feature", "expansion", "compare", "reference_json")
+NUMPY_ONLY = (
+    *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
+    *("names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
+)
 LIGHT = (
     "difffract_jax",
     "difffract_jax.cli",

@@ -14,7 +14,8 @@ import pytest
 from difffract_jax import cli
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
-COMMANDS += ("generate", "trace", "prune", "export", "compare", "harvest", "plan", "train", "evaluate")
+COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "combine difference", "compare", "export")
+COMMANDS += ("harvest", "plan", "train", "evaluate")
 
 
 class Run(NamedTuple):
@@ -80,6 +81,9 @@ def test_the_version_is_told(difffract: Callable[..., Run]) -> None:
         ("generate", "model", "prompt", "--noise", "numpy"),
         ("prune", "graph.npz", "--mode", "other"),
         ("export", "graph.npz"),
+        ("export", "graph.npz", "--format", "pdf", "--out", "a.pdf"),
+        ("combine", "average"),
+        ("combine", "difference", "a.npz"),
     ],
 )
 def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callable[..., Run]) -> None:
@@ -100,6 +104,14 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callabl
         (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
         (("prune", "no.npz"), "no.npz"),
         (("compare", "no.npz", "no.npz"), "no.npz"),
+        (("supernodes", "no.npz"), "no.npz does not exist; give a graph file"),
+        (("supernodes", "no.npz", "--set-supernode", "a"), "'a' is not of the form NAME=node,node"),
+        (("combine", "average", "no.npz", "--out", "a.json"), "must end in .npz, but got a.json"),
+        (("export", "no.npz", "--format", "graphml", "--out", "g.json"), "must end in .graphml, but got g.json"),
+        (
+            ("export", "no.npz", "--format", "csv", "--out", "no/csv"),
+            "The folder no of the output file csv does not exist",
+        ),
         (("prune", "g.npz", "--node-threshold", "1.5"), "`node_threshold` was 1.5, but input should be less than or"),
     ],
 )

@@ -9,9 +9,11 @@ import pytest
 from difffract_jax.config import (
     ConvertConfig,
     DemoConfig,
+    ExportConfig,
     GenerateConfig,
     PruneConfig,
     Settings,
+    SupernodesConfig,
     TraceConfig,
     UserError,
     provenance,
@@ -20,7 +22,10 @@ from difffract_jax.config import (
 from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ALL = (GenerateConfig, TraceConfig, PruneConfig, ConvertConfig, DemoConfig, HarvestConfig, TrainConfig, EvaluateConfig)
+ALL = (
+    *(GenerateConfig, TraceConfig, PruneConfig, ExportConfig, SupernodesConfig, ConvertConfig, DemoConfig),
+    *(HarvestConfig, TrainConfig, EvaluateConfig),
+)
 TRACE = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
 
 

@@ -63,7 +63,7 @@ def test_a_converted_model_and_the_directory_itself_give_the_reference_s_circuit
         graph = made / f"{number}.npz"
         told = done(difffract("trace", model, tcs, *TRACE, *LIMITS, "--out", graph))
         assert told["target"] == "img/2/f326@14" and told["conservation error"] <= TOL.conservation_f32
-        done(difffract("prune", graph, "--out", made / "pruned.npz"))
+        done(difffract("prune", graph, "--mode", "difffract", "--out", made / "pruned.npz"))
         done(difffract("export", made / "pruned.npz", "--out", made / "pruned.json"))
         golden = json.loads((REFERENCE / "golden_graph_0.json").read_text())
         for file, kind in ((graph, "aggregated"), (made / "pruned.json", "pruned")):

@@ -28,6 +28,12 @@ def test_people_get_every_value_in_a_table(capsys):
     assert all(text in out for text in ("name", "0.1235", "rows", "from", "img/0/f1", "1.5"))
 
 
+def test_a_long_value_is_wrapped_and_not_cut(capsys):
+    address = "http://localhost/" + "x" * 300
+    emit({"open": address})
+    assert address in "".join(capsys.readouterr().out.split())
+
+
 def test_progress_goes_to_the_error_stream(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # a bar is drawn on terminals alone
     with progress("Working") as advance:

@@ -13,8 +13,16 @@ expansion       which features to expand next; what was found becomes a graph (N
 attribution     all of it: a trace and a target to a graph
 graph           the graph and its file (NumPy)
 influence       how much each node bears on another, on a graph without cycles (NumPy)
+scores          how much of a graph its features explain, rather than errors (NumPy)
 pruning         which nodes and edges to keep (NumPy)
 reference_json  the reference's JSON, read and written (NumPy)
+names           what nodes are called (NumPy)
+supernodes      features that do the same, grouped (NumPy)
+combine         averages and differences of circuits over prompts and seeds (NumPy)
+viewer_json     graphs for circuit-tracer's viewer and for Neuronpedia (NumPy)
+viewer_document their documents, read and taken for graphs (NumPy)
+feature_files   examples of features, for the same viewers (NumPy)
+tables          GraphML and CSV (NumPy)
 compare         two graphs side by side (NumPy)
 interventions   features edited in the running model
 faithfulness    features taken off in the real model, to check a graph

@@ -16,6 +16,7 @@ from scipy import stats
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, INPUT, KINDS, REST, STREAMS, Graph
 from difffract_jax.circuits.reference_json import read_reference_json
+from difffract_jax.circuits.viewer_document import graph_of, read_document
 from difffract_jax.config import UserError
 
 Node = tuple[int, int, int, int, int, int]
@@ -52,20 +53,22 @@ class Comparison(NamedTuple):
 
 
 def read_graph(path: str | Path) -> Graph:
-    """Reads a graph of either format.
+    """Reads a graph of any format that is understood.
 
     Args:
-        path: a `.npz` file of ours, or the reference's JSON, told apart by content.
+        path: a `.npz` file of ours, the reference's JSON, or that of circuit-tracer and Neuronpedia; told apart by
+            content.
 
     Raises:
-        UserError: if it is neither.
+        UserError: if it is none of them.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a graph file, .npz or the reference's JSON.")
-    with path.open("rb") as stream:
-        is_json = stream.read(64).lstrip()[:1] in (b"{", b"[")
-    return read_reference_json(path) if is_json else Graph.load(path)
+        raise UserError(f"{path} does not exist; give a graph file, .npz or JSON.")
+    content = path.read_bytes()
+    if content[:64].lstrip()[:1] not in (b"{", b"["):
+        return Graph.load(path)
+    return graph_of(read_document(path)) if b'"qParams"' in content else read_reference_json(path)
 
 
 def compare(a: Graph, b: Graph) -> Comparison:

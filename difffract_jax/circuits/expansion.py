@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
 from numpy.typing import NDArray
 
-from difffract_jax.circuits.graph import ERROR, FEATURE, REST, STREAMS, Graph
+from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, STREAMS, Graph
 from difffract_jax.circuits.influence import column_shares, levels, reach
 
 
@@ -290,9 +290,9 @@ def aggregate(graph: Graph) -> Graph:
     if not graph.by_position:
         return graph
     columns = (graph.node_kind, graph.node_step, graph.node_block, graph.node_stream, graph.node_feature)
-    # A target stays a node of its own.
-    own = np.minimum(np.arange(graph.node_kind.size), graph.targets.size)
-    keys = np.stack([own, *(c.astype(np.int64) for c in columns)])
+    # Every target stays a node of its own; then come the others.
+    which_target = np.minimum(np.arange(graph.node_kind.size), graph.targets.size)
+    keys = np.stack([which_target, *(c.astype(np.int64) for c in columns)])
 
     _, first, group = np.unique(keys, axis=1, return_index=True, return_inverse=True)
     group = group.ravel().astype(np.int64)
@@ -326,7 +326,7 @@ def aggregate(graph: Graph) -> Graph:
     )
 
 
-_SAME = ("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence")
+_SAME = ("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence", "node_cumulative")
 
 
 def _summed_maps(
@@ -334,7 +334,7 @@ def _summed_maps(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
     """Returns the maps of summed nodes: a feature's own, else what leaves each position."""
     leaving = np.bincount(graph.edge_source, graph.edge_attribution.astype(np.float64), graph.node_kind.size)
-    other = np.flatnonzero(graph.node_kind != FEATURE)
+    other = np.flatnonzero((graph.node_kind != FEATURE) & (graph.node_kind != OUTPUT))
     lengths = np.diff(graph.map_indptr)
     own = np.repeat(np.isin(np.arange(lengths.size), first) & (graph.node_kind == FEATURE), lengths)
     owner = np.repeat(group, lengths)[own]

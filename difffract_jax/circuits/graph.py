@@ -1,10 +1,13 @@
 """A circuit as arrays, and its file.
 
-Nodes come in the order: the graph's own target; the other features; errors; inputs; outputs; rest. Within a kind they
+Nodes come in the order: the graph's own targets; the other features; errors; inputs; outputs; rest. Within a kind they
 are sorted by step, block, stream, position and feature. An edge has attribution(source -> target), in units of the
 target's pre-activation; edges are sorted by target, then source.
 
-1. `Graph` checks itself when it is made: lengths, types, and that every index points somewhere.
+A graph explains one target or several, weighted. They are its first nodes and the first entries of `target_node`;
+`metadata["target_weights"]` lists their weights, positive numbers, one each. Without it there is one target.
+
+1. `Graph` checks itself when it is made: lengths, types, its targets, and that every index points somewhere.
 2. `save` writes one `.npz` without pickled objects, whole or not at all; `load` refuses what is damaged.
 
 Every expanded target carries its pre-activation u, its bias, and the sum and absolute sum of all its edges before any
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int64
 
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file
@@ -38,16 +42,17 @@ class Graph:
         node_kind: 0 feature, 1 error, 2 input, 3 output, 4 rest (unexpanded features of one site and position).
         node_step: denoising step, from 0.
         node_stream: 0 img, 1 txt, 2 latent.
-        node_block: block; double-stream blocks first, then single-stream ones; -1 for inputs.
+        node_block: block; double-stream blocks first, then single-stream ones; -1 for inputs; the number of all blocks
+            for outputs.
         node_position: position within the stream; -1 where positions are summed over.
         node_feature: feature; -1 for other kinds.
         node_value: a feature's value (the largest over positions where these are summed over); 1 for other kinds,
             whose vectors are taken whole.
-        node_influence: influence on the graph's target, from pruning; NaN before it.
+        node_influence: influence on the graph's targets, from pruning; NaN before it.
         edge_source: node.
-        edge_target: node; a feature.
+        edge_target: node; a feature or output.
         edge_attribution: value of the source times the derivative of the target's pre-activation by it.
-        target_node: expanded nodes; the first is the graph's own target.
+        target_node: expanded nodes; the first are the graph's own targets.
         target_preactivation: u of each.
         target_bias: value of the affine map at zero sources.
         target_sum: sum of all edges into it, before any threshold.
@@ -55,6 +60,7 @@ class Graph:
         map_indptr: start of each node's activation map; one longer than the nodes.
         map_position: positions of the maps.
         map_value: a feature's value there; for other kinds, once positions are summed over, the attribution from there.
+        node_cumulative: share of all influence held by a node and those above it, from pruning; NaN before it.
         supernodes: name -> nodes grouped under it.
         metadata: JSON values: where the graph comes from.
     """
@@ -78,27 +84,30 @@ class Graph:
     map_indptr: np.ndarray
     map_position: np.ndarray
     map_value: np.ndarray
+    node_cumulative: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     supernodes: dict[str, list[int]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.node_cumulative.size:
+            object.__setattr__(self, "node_cumulative", np.full(self.node_kind.size, np.nan, np.float32))
         problems = _problems(self)
         if problems:
             raise ValueError(f"These arrays are no graph: {'; '.join(problems)}.")
 
     @property
     def target(self) -> int:
-        """The node that the graph explains."""
+        """The first of the nodes that the graph explains."""
         return int(self.target_node[0])
 
     @property
-    def targets(self) -> np.ndarray:
+    def targets(self) -> Int64[np.ndarray, "root"]:
         """The nodes that the graph explains: its first ones."""
         return np.arange(len(self.metadata.get("target_weights", [1.0])))
 
     @property
-    def root_weights(self) -> np.ndarray:
-        """Weight of every node as a target, float64; their sum is 1."""
+    def root_weights(self) -> Float64[np.ndarray, "node"]:
+        """The weight of every node in what the graph explains: 0 but at its targets, where they sum to 1."""
         weights = np.zeros(self.node_kind.size)
         weights[self.targets] = self.metadata.get("target_weights", [1.0])
         return weights / weights.sum()
@@ -136,7 +145,7 @@ class Graph:
             UserError: if it is no such file, is damaged, or is of another format version.
         """
         arrays = _read_arrays(Path(path))
-        missing = [name for name in (*_DTYPES, "supernodes", "metadata") if name not in arrays]
+        missing = [name for name in (*_DTYPES, "supernodes", "metadata") if name not in {*arrays, *_LATER}]
         if missing:
             raise UserError(f"{path} is no graph of difffract: it lacks {', '.join(missing)}; trace it again.")
         try:
@@ -149,7 +158,8 @@ class Graph:
                 f"{path} has graph format {version}, but this release reads {FORMAT_VERSION}; trace it again."
             )
         try:
-            return Graph(**{name: arrays[name] for name in _DTYPES}, supernodes=supernodes, metadata=metadata)
+            known = {name: arrays[name] for name in _DTYPES if name in arrays}
+            return Graph(**known, supernodes=supernodes, metadata=metadata)
         except ValueError as error:
             raise UserError(f"{path} is damaged. {error} Trace it again.") from None
 
@@ -174,7 +184,10 @@ _DTYPES: dict[str, type] = {
     "map_indptr": np.int64,
     "map_position": np.int32,
     "map_value": np.float32,
+    "node_cumulative": np.float32,
 }
+_LATER = ("node_cumulative",)
+"""What files of earlier releases lack; then as if the graph were not pruned."""
 assert [f.name for f in fields(Graph)] == [*_DTYPES, "supernodes", "metadata"]
 
 
@@ -216,11 +229,23 @@ def _problems(graph: Graph) -> list[str]:
         array = arrays[name]
         if array.size and not 0 <= array.min() <= array.max() < nodes:
             wrong.append(f"{name} points outside the {nodes} nodes")
-    if not graph.target_node.size:
-        wrong.append("it has no target")
+    wrong += _wrong_targets(graph)
     if np.any(graph.node_kind >= len(KINDS)) or np.any(graph.node_stream >= len(STREAMS)):
         wrong.append("a node has a kind or stream that does not exist")
     return wrong
+
+
+def _wrong_targets(graph: Graph) -> list[str]:
+    """Names what is wrong with the targets and their weights."""
+    if not graph.target_node.size:
+        return ["it has no target"]
+    weights = graph.metadata.get("target_weights", [1.0])
+    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 < w < np.inf for w in weights)
+    if not numbers or not weights:
+        return [f"its target_weights are {weights} instead of a list of positive numbers"]
+    if not np.array_equal(graph.target_node[: len(weights)], np.arange(len(weights))):
+        return [f"its {len(weights)} targets are not its first nodes and the first of target_node"]
+    return []
 
 
 def keep(graph: Graph, nodes: np.ndarray, edges: np.ndarray) -> Graph:
@@ -228,11 +253,11 @@ def keep(graph: Graph, nodes: np.ndarray, edges: np.ndarray) -> Graph:
 
     Args:
         graph: the graph.
-        nodes: mask of the nodes to keep; the target is kept in any case.
+        nodes: mask of the nodes to keep; the targets are kept in any case.
         edges: mask of the edges to keep; those that lose an end are dropped.
     """
     nodes = nodes.copy()
-    nodes[graph.target] = True
+    nodes[graph.targets] = True
     edges = edges & nodes[graph.edge_source] & nodes[graph.edge_target]
     number = np.cumsum(nodes, dtype=np.int32) - 1
     number = number.astype(np.int32)

@@ -1,12 +1,12 @@
-"""How much every node bears on one target, along all paths (METHOD section 5).
+"""How much every node bears on one target, or on several weighted ones, along all paths (METHOD section 5).
 
     A   |attribution|, each column (target) divided by its sum: the share of a target's edges that a source holds
     B   A + A^2 + A^3 + ... = (I - A)^-1 - I, over paths of every length
 
-Edges lead from lower (step, block) to higher, so that A is triangular: B e_target comes from walking the blocks from
-the highest down, each edge once; no matrix is inverted.
+Edges lead from lower (step, block) to higher, so that A is triangular: B w comes from walking the blocks from the
+highest down, each edge once; no matrix is inverted. Inputs come before all blocks of their step, outputs after them.
 
-Symbols: e_target is 1 at the target and 0 elsewhere; reach = e_target + B e_target.
+Symbols: w holds the targets' weights and 0 elsewhere; reach = w + B w, influence = B w.
 """
 
 from itertools import pairwise
@@ -38,21 +38,21 @@ def reach(
     share: Float64[np.ndarray, "edge"],
     roots: Float64[np.ndarray, "node"],
 ) -> Float64[np.ndarray, "node"]:
-    """Returns r + B r, where r are the targets' weights.
+    """Returns w + B w.
 
     Args:
         level: of each node; every edge leads to a higher one.
         source: node of each edge.
         target: node of each edge.
         share: entry of A of each edge.
-        roots: weight of each node as what influence is on; 0 for most.
+        roots: w, the weight of every node that influence is on; 0 for the others.
 
     Raises:
         ValueError: if an edge does not lead to a higher level: the graph may have a cycle.
     """
     if np.any(level[source] >= level[target]):
         raise ValueError("An edge must lead from a lower (step, block) to a higher one, but one does not.")
-    result = roots.astype(np.float64)
+    result = roots.copy()
     order = np.argsort(-level[target], kind="stable")
     source, target, share = source[order], target[order], share[order]
     changes = np.flatnonzero(np.diff(level[target], prepend=np.iinfo(np.int64).max))
@@ -64,6 +64,6 @@ def reach(
 
 
 def levels(step: NDArray[np.integer], block: NDArray[np.integer]) -> Int64[np.ndarray, "node"]:
-    """Returns one number per node that orders (step, block); inputs have block -1."""
+    """Returns one number per node that orders (step, block); inputs have block -1, outputs the number of blocks."""
     step, block = step.astype(np.int64), block.astype(np.int64)
     return step * (int(block.max(initial=0)) + 2) + block + 1

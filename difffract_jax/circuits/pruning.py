@@ -1,11 +1,21 @@
-"""Which nodes and edges of a circuit to keep (METHOD section 5), mode `difffract`: the reference's rule.
+"""Which nodes and edges of a circuit to keep (METHOD section 5).
 
-1. Sum over positions, unless asked not to.
-2. Influence of every node on the target, over column shares of all edges.
-3. Per stream: feature nodes by influence, until they hold `node_threshold` of the stream's total. Errors, rest, inputs
-   and the target are always kept.
-4. Shares and influence anew on what is left. Per stream of the source: edges by share times the reach of their target,
-   until they hold `edge_threshold` of the stream's total. Features that have lost all their edges go too.
+Both modes sum over positions first, unless asked not to, and take the influence of every node on the weighted targets
+over column shares of all edges. Inputs and targets are always kept.
+
+Mode `standard` (circuit-tracer's `prune_graph`; FACTS section 4):
+
+1. All nodes in one list: the fewest that hold `node_threshold` of all influence stay; ties with the last one too.
+2. Shares and influence anew on what is left. All edges in one list, by share times the reach of their target, cut in
+   the same way at `edge_threshold`.
+3. Until nothing changes: features, errors and rest without an edge out go, and features without an edge in.
+
+Mode `difffract`, the reference's rule, so that graphs can be compared with its own:
+
+1. Per stream: feature nodes by influence, until they hold `node_threshold` of the stream's total. Errors and rest are
+   always kept.
+2. Shares and influence anew. Per stream of the source: edges, until they hold `edge_threshold` of the stream's total.
+   Features that have lost all their edges go too.
 """
 
 from dataclasses import replace
@@ -15,32 +25,36 @@ from jaxtyping import Bool, Float64
 from numpy.typing import NDArray
 
 from difffract_jax.circuits.expansion import aggregate
-from difffract_jax.circuits.graph import FEATURE, Graph, keep
+from difffract_jax.circuits.graph import FEATURE, INPUT, Graph, keep
 from difffract_jax.circuits.influence import column_shares, levels, reach
+from difffract_jax.circuits.scores import scores
 from difffract_jax.config import UserError
 
-MODES = ("difffract",)
+MODES = ("standard", "difffract")
 
 
 def prune(
     graph: Graph,
     *,
-    mode: str = "difffract",
+    mode: str = "standard",
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     by_position: bool = False,
 ) -> Graph:
-    """Keeps the most influential features and edges.
+    """Keeps the most influential nodes and edges.
 
     Args:
         graph: from `attribute`.
-        mode: whose rule; `difffract` is the only one of this release.
-        node_threshold: share of each stream's feature influence to keep, in (0, 1].
-        edge_threshold: share of each stream's edge scores to keep, in (0, 1].
+        mode: whose rule, one of `MODES`.
+        node_threshold: share of influence that the kept nodes hold, in (0, 1]: of all of it, or in mode `difffract` of
+            each stream's features.
+        edge_threshold: share of the edge scores that the kept edges hold, in (0, 1], likewise.
         by_position: prune single positions instead of sums over positions.
 
     Returns:
-        The pruned graph, with `node_influence` as computed before any node was dropped.
+        The pruned graph, with `node_influence` and `node_cumulative` as computed before any node was dropped. Its
+        metadata tell the settings, `pruning`, and `scores`: of the graph before pruning (`unpruned`), of the same
+        graph with every feature that was dropped counted as error (`pinned`), and of the result (`pruned`).
 
     Raises:
         UserError: if the mode is unknown or a threshold out of range.
@@ -52,44 +66,113 @@ def prune(
             raise UserError(f"{name} is a share of influence to keep and must lie in (0, 1], but got {value}.")
     graph = graph if by_position else aggregate(graph)
     influence = node_influence(graph)
-    graph = replace(graph, node_influence=influence.astype(np.float32))
+    cumulative = cumulative_shares(influence).astype(np.float32)
+    graph = replace(graph, node_influence=influence.astype(np.float32), node_cumulative=cumulative)
+    rule = {"standard": _standard, "difffract": _difffract}[mode]
+    nodes, edges = rule(graph, influence, node_threshold, edge_threshold)
+    pruned = keep(graph, nodes, edges)
+    settings = {"mode": mode, "node_threshold": node_threshold, "edge_threshold": edge_threshold}
+    told = {"unpruned": scores(graph), "pinned": scores(graph, pinned=nodes), "pruned": scores(pruned)}
+    return pruned.with_metadata(
+        {"pruning": settings, "scores": {name: found._asdict() for name, found in told.items()}}
+    )
+
+
+Masks = tuple[Bool[np.ndarray, "node"], Bool[np.ndarray, "edge"]]
+
+
+def _standard(
+    graph: Graph, influence: Float64[np.ndarray, "node"], node_threshold: float, edge_threshold: float
+) -> Masks:
+    """Marks what circuit-tracer's rule keeps."""
+    fixed = graph.node_kind == INPUT
+    fixed[graph.targets] = True
+    nodes = fixed | largest(influence, node_threshold)
+    edges = nodes[graph.edge_source] & nodes[graph.edge_target]
+    ranked = np.flatnonzero(edges)
+    edges[ranked] = largest(edge_scores(graph, edges)[ranked], edge_threshold)
+    features = (graph.node_kind == FEATURE) & ~fixed
+    while True:
+        has_out, has_in = (np.zeros(nodes.size, bool) for _ in range(2))
+        has_out[graph.edge_source[edges]] = has_in[graph.edge_target[edges]] = True
+        joined = nodes & (fixed | has_out) & (~features | has_in)
+        if np.array_equal(joined, nodes):
+            return nodes, edges
+        nodes = joined
+        edges &= nodes[graph.edge_source] & nodes[graph.edge_target]
+
+
+def _difffract(
+    graph: Graph, influence: Float64[np.ndarray, "node"], node_threshold: float, edge_threshold: float
+) -> Masks:
+    """Marks what the reference's rule keeps."""
     features = graph.node_kind == FEATURE
-    features[graph.target] = False
+    features[graph.targets] = False
     nodes = ~features
     for stream in np.unique(graph.node_stream):
         mine = np.flatnonzero(features & (graph.node_stream == stream))
         nodes[mine[top_share(influence[mine], node_threshold)]] = True
-    graph = keep(graph, nodes, np.ones(graph.edge_source.size, bool))
-    scores = edge_scores(graph)
-    edges = np.zeros(scores.size, bool)
+    left = nodes[graph.edge_source] & nodes[graph.edge_target]
+    values = edge_scores(graph, left)
+    edges = np.zeros(values.size, bool)
     for stream in np.unique(graph.node_stream):
-        mine = np.flatnonzero(graph.node_stream[graph.edge_source] == stream)
-        edges[mine[top_share(scores[mine], edge_threshold)]] = True
-    graph = keep(graph, np.ones(graph.node_kind.size, bool), edges)
-    joined = np.zeros(graph.node_kind.size, bool)
-    joined[graph.edge_source] = joined[graph.edge_target] = True
-    graph = keep(graph, joined | (graph.node_kind != FEATURE), np.ones(graph.edge_source.size, bool))
-    settings = {"mode": mode, "node_threshold": node_threshold, "edge_threshold": edge_threshold}
-    return graph.with_metadata({"pruning": settings})
+        mine = np.flatnonzero(left & (graph.node_stream[graph.edge_source] == stream))
+        edges[mine[top_share(values[mine], edge_threshold)]] = True
+    joined = np.zeros(nodes.size, bool)
+    joined[graph.edge_source[edges]] = joined[graph.edge_target[edges]] = True
+    return nodes & (joined | (graph.node_kind != FEATURE)), edges
 
 
 def node_influence(graph: Graph) -> Float64[np.ndarray, "node"]:
-    """Returns B e_target: every node's influence on the graph's target, over all paths; 0 for the target."""
-    influence = _reach(graph)
-    influence[graph.target] = 0.0
-    return influence
+    """Returns B w: every node's influence on the graph's weighted targets, over all paths."""
+    return _reach(graph, graph.edge_attribution) - graph.root_weights
 
 
-def edge_scores(graph: Graph) -> Float64[np.ndarray, "edge"]:
-    """Returns each edge's share of its target times the target's reach."""
-    shares = column_shares(graph.edge_target, graph.edge_attribution, graph.node_kind.size)
-    return shares * _reach(graph)[graph.edge_target]
+def edge_scores(graph: Graph, edges: Bool[np.ndarray, "edge"] | None = None) -> Float64[np.ndarray, "edge"]:
+    """Returns each edge's share of its target times the target's reach.
+
+    Args:
+        graph: the graph.
+        edges: mask of those that are there; the others score 0. All if left out.
+    """
+    attribution = graph.edge_attribution if edges is None else np.where(edges, graph.edge_attribution, 0)
+    shares = column_shares(graph.edge_target, attribution, graph.node_kind.size)
+    return shares * _reach(graph, attribution)[graph.edge_target]
 
 
-def _reach(graph: Graph) -> Float64[np.ndarray, "node"]:
+def _reach(graph: Graph, attribution: NDArray[np.floating]) -> Float64[np.ndarray, "node"]:
     level = levels(graph.node_step, graph.node_block)
-    shares = column_shares(graph.edge_target, graph.edge_attribution, graph.node_kind.size)
+    shares = column_shares(graph.edge_target, attribution, graph.node_kind.size)
     return reach(level, graph.edge_source, graph.edge_target, shares, graph.root_weights)
+
+
+def cumulative_shares(scores: NDArray[np.floating]) -> Float64[np.ndarray, "item"]:
+    """Returns for each score the share of the sum that it holds together with those ranked above it; 0 if all are 0.
+
+    Args:
+        scores: not negative.
+    """
+    order = np.argsort(-scores, kind="stable")
+    total = np.cumsum(scores[order], dtype=np.float64)
+    shares = np.zeros(scores.size)
+    if scores.size and total[-1] > 0:
+        shares[order] = total / total[-1]
+    return shares
+
+
+def largest(scores: NDArray[np.floating], threshold: float) -> Bool[np.ndarray, "item"]:
+    """Marks the largest scores: the fewest that hold the threshold's share of their sum, and ties with the last.
+
+    Args:
+        scores: not negative.
+        threshold: share in (0, 1]; all are marked at 1.
+    """
+    if threshold == 1 or not scores.size:
+        return np.ones(scores.size, bool)
+    descending = -np.sort(-scores)
+    total = np.cumsum(descending, dtype=np.float64)
+    last = min(int(np.searchsorted(total, threshold * total[-1])), scores.size - 1)
+    return scores >= descending[last]
 
 
 def top_share(scores: NDArray[np.floating], threshold: float) -> Bool[np.ndarray, "item"]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from difffract_jax.circuits.expansion import aggregate
-from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, REST, STREAMS, Graph
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, LATENT, REST, STREAMS, Graph
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file
 
@@ -41,7 +41,15 @@ def to_document(graph: Graph) -> dict[str, Any]:
 
     Args:
         graph: any graph; it is summed over positions first.
+
+    Raises:
+        UserError: if it has several targets or steps, or nodes that the format does not know.
     """
+    if graph.targets.size > 1 or np.unique(graph.node_step).size > 1 or np.any(graph.node_stream == LATENT):
+        raise UserError(
+            "The reference's JSON holds one target at one step, and no latents as inputs; export this graph in another "
+            "format, or keep it as .npz."
+        )
     position = int(graph.node_position[graph.target]) if graph.by_position else None
     graph = aggregate(graph)
     ids = [node_id(graph, node) for node in range(graph.node_kind.size)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from difffract_jax.circuits.graph import Graph, keep
 from difffract_jax.config import UserError
-from random_graphs import random_graph
+from random_graphs import random_graph, random_output_graph
 
 
 def assert_same(a, b):
@@ -47,6 +47,36 @@ def test_edges_go_with_their_nodes():
     assert kept.edge_source.size == np.sum(~gone) and kept.supernodes == {"a": [0]}
     assert np.array_equal(kept.node_feature, graph.node_feature[nodes])
     assert np.array_equal(kept.node_feature[kept.edge_source], graph.node_feature[graph.edge_source[~gone]])
+
+
+def test_weights_are_shares_of_the_targets():
+    graph = random_output_graph(0)
+    assert graph.targets.tolist() == [0, 1, 2]
+    assert graph.root_weights[:3].tolist() == [2 / 3.5, 1 / 3.5, 0.5 / 3.5] and not graph.root_weights[3:].any()
+    assert random_graph(0).root_weights[0] == 1 and random_graph(0).targets.tolist() == [0]
+
+
+def test_all_targets_are_kept():
+    graph = random_output_graph(0)
+    kept = keep(graph, np.zeros(graph.node_kind.size, bool), np.ones(graph.edge_source.size, bool))
+    assert kept.node_kind.size == 3 and kept.target_node.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("weights", [[], [1.0, -1.0], [0.0], "1", [1.0, float("inf")], [None]])
+def test_weights_that_are_no_weights_are_refused(weights):
+    with pytest.raises(ValueError, match="instead of a list of positive numbers"):
+        random_graph(0).with_metadata({"target_weights": weights})
+
+
+def test_targets_that_are_not_first_are_refused():
+    graph = random_output_graph(0)
+    with pytest.raises(ValueError, match="its 3 targets are not its first nodes"):
+        replace(graph, target_node=graph.target_node[::-1].copy())
+
+
+def test_a_file_from_before_cumulative_shares_is_read(tmp_path, arrays):
+    del arrays["node_cumulative"]
+    assert np.isnan(Graph.load(rewritten(tmp_path, arrays)).node_cumulative).all()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ def test_a_small_graph_by_hand():
     source, target = np.array([0, 1, 1, 2]), np.array([2, 2, 3, 3])
     shares = column_shares(target, np.array([1.0, -3.0, 2.0, 2.0]), 4)
     assert shares.tolist() == [0.25, 0.75, 0.5, 0.5]
-    found = reach(np.array([0, 0, 1, 2]), source, target, shares, np.eye(4)[3])
+    found = reach(np.array([0, 0, 1, 2]), source, target, shares, np.array([0.0, 0, 0, 1]))
     assert found.tolist() == [0.125, 0.5 + 0.375, 0.5, 1.0]
 
 
@@ -38,6 +38,13 @@ def test_it_is_the_inverse_and_the_series(seed):
     assert np.max(np.abs(ours - series[:, graph.target])) <= TOL.x64
 
 
+def test_weights_add():
+    source, target, level = np.array([0, 0, 1]), np.array([1, 2, 2]), np.arange(3)
+    share = np.array([1.0, 0.5, 0.5])
+    one, other = (reach(level, source, target, share, np.eye(3)[node]) for node in (1, 2))
+    assert np.allclose(reach(level, source, target, share, np.array([0, 0.25, 0.75])), 0.25 * one + 0.75 * other)
+
+
 def test_steps_come_before_blocks():
     level = levels(np.array([0, 0, 1, 1], np.int16), np.array([-1, 5, -1, 0], np.int16))
     assert np.all(np.diff(level) > 0)
@@ -45,4 +52,4 @@ def test_steps_come_before_blocks():
 
 def test_a_cycle_is_refused():
     with pytest.raises(ValueError, match="must lead from a lower"):
-        reach(np.array([0, 0]), np.array([0, 1]), np.array([1, 0]), np.array([1.0, 1.0]), np.eye(2)[0])
+        reach(np.array([0, 0]), np.array([0, 1]), np.array([1, 0]), np.array([1.0, 1.0]), np.array([1.0, 0.0]))

@@ -1,0 +1,66 @@
+"""Names of nodes, one each, that people and files can use: img/2/f401@12, error img/2, input txt, pixels:color=red.
+
+A feature is written as in `feature`, so that it can be a target: single/0/f7@img3 in a single-stream block, where the
+stream stays once positions are summed over; the step only where the graph has several. A document that does not tell
+how many double-stream blocks there are has all blocks numbered through the model. A target that shares its name with
+another node, once positions are summed over, is marked.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from difffract_jax.circuits.graph import FEATURE, INPUT, KINDS, OUTPUT, STREAMS, Graph
+from difffract_jax.config import UserError
+
+
+def node_names(graph: Graph) -> list[str]:
+    """Returns the name of every node; no two are alike."""
+    steps = np.unique(graph.node_step).size > 1
+    names = [_name(graph, node, steps) for node in range(graph.node_kind.size)]
+    targets, often = graph.targets.size, Counter(names)
+    names = [f"{name} (target)" if node < targets and often[name] > 1 else name for node, name in enumerate(names)]
+    seen: Counter[str] = Counter()
+    for node, name in enumerate(names):
+        seen[name] += 1
+        names[node] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    return names
+
+
+def _name(graph: Graph, node: int, steps: bool) -> str:
+    kind, stream, block = int(graph.node_kind[node]), STREAMS[graph.node_stream[node]], int(graph.node_block[node])
+    step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
+    if kind == OUTPUT:
+        asked = graph.metadata.get("attribution", {}).get("target", f"output {node}")
+        return f"{asked if isinstance(asked, str) else asked[node]}{step}"
+    site, side = stream if kind == INPUT else f"{stream}/{block}", ""
+    depth = graph.metadata.get("trace", {}).get("depths", [block + 1])[0]
+    if block >= depth:
+        site, side = f"single/{block - depth}", stream
+    name = f"{site}/f{graph.node_feature[node]}" if kind == FEATURE else f"{KINDS[kind]} {site}"
+    number = f"{graph.node_position[node]}" if graph.node_position[node] >= 0 else ""
+    return f"{name}{f'@{side}{number}' if side or number else ''}{step}"
+
+
+def find_nodes(graph: Graph, names: Sequence[str]) -> Int64[np.ndarray, "name"]:
+    """Returns the nodes of some names.
+
+    Args:
+        graph: the graph.
+        names: from `node_names`.
+
+    Raises:
+        UserError: naming the first that no node has, and the nearest that one has.
+    """
+    number = {name: node for node, name in enumerate(node_names(graph))}
+    for name in names:
+        if name not in number:
+            close = difflib.get_close_matches(name, list(number), n=1)
+            hint = (
+                f"did you mean `{close[0]}`?" if close else "write it as in `img/2/f401`, as `export` to csv lists it."
+            )
+            raise UserError(f"The graph has no node `{name}`; {hint}")
+    return np.array([number[name] for name in names], np.int64)
