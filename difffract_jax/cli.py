@@ -26,6 +26,7 @@ from difffract_jax.config import (
     PruneConfig,
     TraceConfig,
     UserError,
+    sentence_of,
     provenance,
 )
 
@@ -51,9 +52,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.filename is not None:
-            _fail(f"{error.filename}: {error.strerror}.")
-        _fail(str(error))
+        _fail(sentence_of(error))
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -27,6 +27,13 @@ Mesh = Annotated[
         "--mesh", help="Devices by axis, as in data=4,site=2,feature=8; `auto` chooses. Default: the config's."
     ),
 ]
+Join = Annotated[
+    str | None,
+    typer.Option(
+        "--join",
+        help="Make this one of several processes: `auto` on a TPU pod or under Slurm, else HOST:PORT,NUMBER,PROCESSES.",
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in `out`, from its newest checkpoint.")]
 
 
@@ -95,14 +102,39 @@ def plan(
         emit(planned(plans, best))
 
 
-def train(config: ConfigFile = None, sets: opt.Sets = None, resume: Resume = False, json: opt.Json = False) -> None:
+def train(
+    config: ConfigFile = None,
+    sets: opt.Sets = None,
+    resume: Resume = False,
+    join: Join = None,
+    json: opt.Json = False,
+) -> None:
     """Train transcoders, or SAEs, of a model's MLPs. SIGTERM saves and exits with 0; `--resume` goes on.
 
     Example: `difffract train configs/smoke.yaml --set out=run`
     """
     settings = resolve(TrainConfig, file=config, sets=sets or ())
+    from difffract_jax.report import emit
+    from difffract_jax.transcoders.processes import is_first
+    from difffract_jax.transcoders.processes import join as join_others
+
+    if join is not None:
+        join_others(join)
+    done = _train(settings, resume)
+    result: dict[str, Any] = {"run": str(settings.out), "step": done.step} | done.metrics
+    if done.transcoders is None:
+        result["stopped"] = "before the last step; go on with --resume"
+    else:
+        result["transcoders"] = str(settings.out / "transcoders")
+    if is_first():
+        emit(result, as_json=json)
+
+
+def _train(settings: TrainConfig, resume: bool) -> Any:
+    """Trains with a progress bar, saves what was made, and returns how the run ended."""
     from difffract_jax.loading import save_transcoders
-    from difffract_jax.report import emit, training_progress
+    from difffract_jax.report import training_progress
+    from difffract_jax.transcoders.processes import is_first, together
     from difffract_jax.transcoders.setup import open_mesh
     from difffract_jax.transcoders.store import open_store
     from difffract_jax.transcoders.train import Watch
@@ -119,15 +151,12 @@ def train(config: ConfigFile = None, sets: opt.Sets = None, resume: Resume = Fal
         source = open_store(settings.rows, "train", settings.seed, sae=sae)
         sources = {"rows": str(settings.rows)}
     record = provenance("train", settings, **sources)
-    with training_progress() as (advance, note):
+    with training_progress(shown=is_first()) as (advance, note):
         done = run(settings, source, record, Watch(advance, note), resume=resume)
-    result: dict[str, Any] = {"run": str(settings.out), "step": done.step} | done.metrics
-    if done.transcoders is None:
-        emit(result | {"stopped": "before the last step; go on with --resume"}, as_json=json)
-        return
-    out = settings.out / "transcoders"
-    save_transcoders(done.transcoders, out, overwrite=True, provenance=record)
-    emit(result | {"transcoders": str(out)}, as_json=json)
+    made = done.transcoders
+    if made is not None:
+        together(lambda: save_transcoders(made, settings.out / "transcoders", overwrite=True, provenance=record))
+    return done
 
 
 def evaluate(

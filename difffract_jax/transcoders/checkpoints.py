@@ -12,17 +12,19 @@ import fcntl
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.config import UserError
+from difffract_jax.transcoders.processes import everywhere, together
 
 CHECKPOINTS = "checkpoints"
 Checkpointer = Any
@@ -48,11 +50,18 @@ class Restored(NamedTuple):
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds a run's directory for this process.
+    """Holds a run's directory for this process, or for all that have joined.
 
     Raises:
         UserError: if another process holds it.
     """
+    with ExitStack() as held:
+        together(lambda: held.enter_context(_lock(directory)))
+        yield
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
         try:
@@ -63,15 +72,21 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into an answer: the function handed out says whether it has come."""
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Turns SIGTERM into an answer: the function handed out, to be asked after every step, says whether it has come.
+
+    Of several processes each may be told at another step; JAX then chooses one that none has passed, for all.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield lambda step: came.is_set()
         return
     before = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield came.is_set
+        yield lambda step: came.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
