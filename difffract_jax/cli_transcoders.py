@@ -3,6 +3,7 @@
 They follow its rules: settings in, artefacts and a short table out; progress on stderr; imports when a command runs.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,12 +135,14 @@ def _train(settings: TrainConfig, resume: bool) -> Any:
     """Trains with a progress bar, saves what was made, and returns how the run ended."""
     from difffract_jax.loading import save_transcoders
     from difffract_jax.report import training_progress
+    from difffract_jax.transcoders.checkpoints import writing
     from difffract_jax.transcoders.processes import is_first, together
     from difffract_jax.transcoders.setup import open_mesh
     from difffract_jax.transcoders.store import open_store
     from difffract_jax.transcoders.train import Watch
     from difffract_jax.transcoders.train import train as run
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what the command then tells
     mesh, sae = open_mesh(settings), settings.role == "sae"
     if settings.rows is None:
         from difffract_jax.transcoders.sources import open_sampler
@@ -155,7 +158,8 @@ def _train(settings: TrainConfig, resume: bool) -> Any:
         done = run(settings, source, record, Watch(advance, note), resume=resume)
     made = done.transcoders
     if made is not None:
-        together(lambda: save_transcoders(made, settings.out / "transcoders", overwrite=True, provenance=record))
+        with writing(settings.out):
+            together(lambda: save_transcoders(made, settings.out / "transcoders", overwrite=True, provenance=record))
     return done
 
 

@@ -1,14 +1,18 @@
 """Checkpoints of a run (Orbax, written in the background), and the directory that they live in.
 
 1. `locked` lets one process at a time work in a run's directory; the lock goes with the process, however it ends.
-   `stop_signal` turns SIGTERM into a question that the run asks itself between two steps.
+   `stop_signal` turns SIGTERM into a question that the run asks itself between two steps; `writing` turns a full disk
+   into a sentence.
 2. `save` writes state and buffer under their paths, and a record of plain values: where the data are, the last metrics,
    and a fingerprint of every array. Orbax shows a checkpoint under its name only when it is complete.
 3. `restore` takes the newest checkpoint that can be read and whose arrays have their fingerprints, and tells which ones
    it had to pass over. Arrays go where the current mesh wants them, whatever mesh they were saved from.
 """
 
+import errno
 import fcntl
+import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +34,8 @@ CHECKPOINTS = "checkpoints"
 Checkpointer = Any
 """Orbax's `training.Checkpointer`; its annotations refuse what its functions take."""
 _TRAINING: Any = ocp.training
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_SYSTEM_CODE = re.compile(r"os_error_code='(\d+)'")
 
 
 class Restored(NamedTuple):
@@ -69,6 +75,36 @@ def _lock(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"Another run is working in {directory}; wait for it, or name another out.") from None
         yield
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Says so where a run's disk is full or read-only, which Orbax reports late, from a thread, and with its own words.
+
+    Raises:
+        UserError: then, naming the newest checkpoint.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        found = _SYSTEM_CODE.search(str(error))
+        code = int(found[1]) if found else getattr(error, "errno", None)
+        if code not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"{directory} cannot be written ({os.strerror(code)}); {intact(newest(directory))}; make room and go on."
+        ) from None
+
+
+def newest(directory: Path) -> int:
+    """Returns the number of a run's newest complete checkpoint, -1 if it has none."""
+    names = (path.name for path in (directory / CHECKPOINTS).glob("*"))
+    return max((int(name) for name in names if name.isdecimal()), default=-1)
+
+
+def intact(step: int) -> str:
+    """Returns half a sentence on what a run that ends with an error has kept."""
+    return f"checkpoint {step} is intact" if step >= 0 else "there is no checkpoint yet"
 
 
 @contextmanager

@@ -27,13 +27,15 @@ from difffract_jax.config import UserError
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.buffer import Position
 from difffract_jax.transcoders.checkpoints import (
-    CHECKPOINTS,
     Checkpointer,
+    intact,
     locked,
+    newest,
     open_checkpoints,
     restore,
     save,
     stop_signal,
+    writing,
 )
 from difffract_jax.transcoders.harvest import RowSource
 from difffract_jax.transcoders.logs import (
@@ -124,7 +126,7 @@ def train(
     check_remote(settings.out)
     setup = set_up(settings, source.sites, source.width, open_mesh(settings))
     together(lambda: _check_directory(settings, resume))
-    with locked(settings.out):
+    with writing(settings.out), locked(settings.out):
         together(lambda: _check_directory(settings, resume))
         checkpoints = open_checkpoints(settings.out, settings.keep)
         try:
@@ -258,8 +260,9 @@ def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int) -> None
     bad = np.flatnonzero(~np.isfinite(np.asarray(metrics.loss)))
     if bad.size:
         names = ", ".join(setup.sites.names[i] for i in bad[:4])
-        left = f"checkpoint {saved} is intact" if saved >= 0 else "there is no checkpoint yet"
-        raise UserError(f"The loss is not finite at step {step} ({names}); {left}; lower lr, or set clip, and go on.")
+        raise UserError(
+            f"The loss is not finite at step {step} ({names}); {intact(saved)}; lower lr, or set clip, and go on."
+        )
 
 
 def _clock(setup: Setup) -> Clock:
@@ -280,12 +283,8 @@ def _log(setup: Setup, step: int, metrics: Metrics, clock: Clock, sinks: list[Si
     together(lambda: write_metrics(setup.settings.out, line))
     for sink in sinks:
         sink(step, means)
-    _check_finite(setup, step, metrics, _newest(setup.settings.out))
+    _check_finite(setup, step, metrics, newest(setup.settings.out))
     return means
-
-
-def _newest(out: Path) -> int:
-    return max((int(path.name) for path in (out / CHECKPOINTS).glob("*") if path.name.isdecimal()), default=-1)
 
 
 def transcoders_of(state: TrainState, sites: Sites) -> TranscoderSet:
