@@ -26,8 +26,8 @@ from difffract_jax.config import (
     PruneConfig,
     TraceConfig,
     UserError,
-    sentence_of,
     provenance,
+    sentence_of,
 )
 
 STYLE: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax import options as opt
-from difffract_jax.config import provenance, resolve
+from difffract_jax.config import UserError, provenance, resolve
 from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, RowSettings, TrainConfig
 
 CAPTION_SEED = 40_000
@@ -33,6 +33,14 @@ Join = Annotated[
     typer.Option(
         "--join",
         help="Make this one of several processes: `auto` on a TPU pod or under Slurm, else HOST:PORT,NUMBER,PROCESSES.",
+    ),
+]
+Ks = Annotated[
+    str | None,
+    typer.Option(
+        "--k",
+        help="Active features to sweep, as in 2,4,8,16: trains what is missing of `--pareto CONFIG` into `--out`, and "
+        "draws it; `--set` then overrides settings of the training.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in `out`, from its newest checkpoint.")]
@@ -171,19 +179,24 @@ def evaluate(
     images: Annotated[int | None, opt.option(EvaluateConfig, "images")] = None,
     scored: Annotated[int | None, opt.option(EvaluateConfig, "scored")] = None,
     pareto: Annotated[list[Path] | None, opt.option(EvaluateConfig, "pareto")] = None,
+    k: Ks = None,
     sets: opt.Sets = None,
     json: opt.Json = False,
 ) -> None:
     """Measure how faithful trained transcoders are, on prompts that training never saw, and write a report.
 
-    Example: `difffract evaluate run --images 8`
+    Examples: `difffract evaluate run --images 8`; `difffract evaluate --pareto smoke.yaml --k 2,4,8 --out sweep`
     """
-    settings = opt.settings_of(EvaluateConfig, locals())
+    given = locals()
+    if k is not None:
+        swept = _sweep(k, pareto or [], out, sets)
+        given |= {"run": swept[0], "pareto": swept[1:], "out": Path(str(out)) / "report", "sets": None}
+    settings = opt.settings_of(EvaluateConfig, given)
     from difffract_jax.loading import load_transcoders
     from difffract_jax.report import emit, progress
     from difffract_jax.transcoders.evaluate import evaluate as measure
     from difffract_jax.transcoders.evaluate import read_run
-    from difffract_jax.transcoders.evaluation_report import write_report
+    from difffract_jax.transcoders.evaluation_report import points, write_report
 
     runs = {path: read_run(path) for path in (settings.run, *settings.pareto)}
     first = runs[settings.run]
@@ -195,7 +208,22 @@ def evaluate(
             results[str(path)] = measure(settings, trained, pipe, tcs, caption=caption, progress=advance)
     record = provenance("evaluate", settings, model=pipe.source)
     report = write_report(results, settings.out or settings.run / "report", record)
-    emit({"report": str(report)} | results[str(settings.run)].summary(), as_json=json)
+    more = {"points": points(results)} if k is not None else results[str(settings.run)].summary()
+    emit({"report": str(report)} | more, as_json=json)
+
+
+def _sweep(k: str, configs: list[Path], out: Path | None, sets: list[str] | None) -> list[Path]:
+    """Trains the runs of a sweep that are missing, and returns the directories of all."""
+    if len(configs) != 1 or out is None:
+        raise typer.BadParameter("--k needs one `--pareto CONFIG`, a YAML file of training settings, and `--out`.")
+    from difffract_jax.transcoders.sweep import is_begun, is_done, parse_ks, sweep
+
+    base = resolve(TrainConfig, file=configs[0], sets=[*(sets or ()), f"out={out}"])
+    runs = sweep(base, parse_ks(k))
+    for settings in [run for run in runs if not is_done(run)]:
+        if _train(settings, is_begun(settings)).transcoders is None:
+            raise UserError(f"The sweep was stopped during {settings.out}; give the command again to go on.")
+    return [run.out for run in runs]
 
 
 def _shared(config: Path | None, cls: type[RowSettings]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 1. `start` forks a process, gives it devices and limits, and runs `difffract ARGUMENTS` in it, as a shell would.
 2. What it prints goes to `NAME.out` and `NAME.err`; it can be killed as any other, and has its own threads and devices.
-3. Compiled programs are read from a cache, which only processes that are to end by themselves add to: one that is killed
-   could leave half an entry.
+3. Compiled programs are read from a cache, which only processes that are to end by themselves add to: one that is
+   killed could leave half an entry.
 """
 
 import multiprocessing

@@ -174,17 +174,9 @@ def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
     passed = []
     for entry in reversed(checkpoints.checkpoints):
         wanted = {name: leaf_paths(tree) for name, tree in abstract.items()}
-        try:
-            flat = checkpoints.load_checkpointables(entry.step, wanted)
-            record = dict(checkpoints.metadata(entry.step).custom_metadata)
-            prints = record.pop("fingerprints")
-        # Whatever a damaged file makes the readers say, it is damage; an interrupt is not among these.
-        except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            passed.append(f"checkpoint {entry.step} cannot be read ({type(error).__name__})")
-            continue
-        wrong = [f"{n}.{p}" for n, leaves in flat.items() for p, f in fingerprints(leaves).items() if prints[n][p] != f]
-        if wrong:
-            passed.append(f"checkpoint {entry.step} is damaged ({wrong[0]})")
+        flat, record, problem = _read(checkpoints, entry.step, wanted)
+        if not everywhere(problem is None):
+            passed.append(f"checkpoint {entry.step} {problem or 'cannot be read by another process'}")
             continue
         trees = {
             name: jax.tree.unflatten(jax.tree.structure(tree), [flat[name][path] for path in wanted[name]])
@@ -193,6 +185,19 @@ def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
         return Restored(entry.step, trees, record, passed)
     reason = "; ".join(passed) or "it has none"
     raise UserError(f"No checkpoint of {checkpoints.directory} can be used: {reason}; start again in another out.")
+
+
+def _read(checkpoints: Checkpointer, step: int, wanted: dict[str, Any]) -> tuple[Any, Any, str | None]:
+    """Returns arrays and record of a checkpoint, and what is wrong with it, None for nothing."""
+    try:
+        flat = checkpoints.load_checkpointables(step, wanted)
+        record = dict(checkpoints.metadata(step).custom_metadata)
+        prints = record.pop("fingerprints")
+    # Whatever a damaged file makes the readers say, it is damage; an interrupt is not among these.
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return None, None, f"cannot be read ({type(error).__name__})"
+    wrong = [f"{n}.{p}" for n, leaves in flat.items() for p, f in fingerprints(leaves).items() if prints[n][p] != f]
+    return flat, record, f"is damaged ({wrong[0]})" if wrong else None
 
 
 def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Several processes as one run: what each of them does, what the first alone does, and how all learn of it.
 
-1. `join` makes this process one of several, each with devices of its own. From then on `jax.devices()` are those of all,
-   and every process runs the same program on the same host data; XLA moves what has to move.
+1. `join` makes this process one of several, each with devices of its own. From then on `jax.devices()` are those of
+   all, and every process runs the same program on the same host data; XLA moves what has to move.
 2. The directory of the run is shared. Orbax writes each process's part of a checkpoint; everything else is written by
    the first process, under `together`, so that all go on or all stop with the same sentence.
 
@@ -39,10 +39,15 @@ def join(text: str) -> None:
             f"`--join {text}` names no processes; write auto, or HOST:PORT,NUMBER,PROCESSES as in host:1234,0,2."
         )
     try:
-        initialize_distributed(*((address, int(numbers[1]), int(numbers[0])) if explicit else ()))
+        if explicit:
+            initialize_distributed(address, int(numbers[1]), int(numbers[0]))
+        else:
+            initialize_distributed()
     except (ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:200]
-        raise UserError(f"The processes could not be joined ({said}); write --join HOST:PORT,NUMBER,PROCESSES.") from None
+        raise UserError(
+            f"The processes could not be joined ({said}); write --join HOST:PORT,NUMBER,PROCESSES."
+        ) from None
 
 
 def is_first() -> bool:

@@ -125,9 +125,9 @@ def train(
     """
     check_remote(settings.out)
     setup = set_up(settings, source.sites, source.width, open_mesh(settings))
-    together(lambda: _check_directory(settings, resume))
+    together(lambda: check_directory(settings, resume))
     with writing(settings.out), locked(settings.out):
-        together(lambda: _check_directory(settings, resume))
+        together(lambda: check_directory(settings, resume))
         checkpoints = open_checkpoints(settings.out, settings.keep)
         try:
             begun = resume and checkpoints.latest is not None
@@ -137,7 +137,7 @@ def train(
             checkpoints.close()
 
 
-def _check_directory(settings: TrainConfig, resume: bool) -> None:
+def check_directory(settings: TrainConfig, resume: bool) -> None:
     """Refuses to begin where a run has begun, or to go on where none has or with other settings."""
     path = settings.out / SETTINGS
     if not resume:

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.store import write_store
 from tolerances import TOL, relative_error
 
-WIDTH, STEPS = 8, 24
+WIDTH = 8
 SETS = ("model=m", "prompts=p", "expansion=4", "k=4", "time_embed=4", "batch=32", "buffer_rows=256", "warmup=2")
-SETS += (f"steps={STEPS}", "lr=3e-3", "log_every=1", "keep=3")
+SETS += ("lr=3e-3", "log_every=1", "keep=3")
+STEPS = 16
 
 
 class Synthetic:
@@ -47,11 +49,12 @@ class Place:
         self.path, self.cache = path, path / "cache"
         write_store({"train": Synthetic()}, {"train": 8}, path / "rows", {})
 
-    def train(self, name, *more, log=None, every=1, **how):
+    def train(self, name, *more, log=None, steps=STEPS, every=1, mesh="data=1", **how):
         """Starts a run, or goes on with it where it has begun."""
         out = self.path / name
         resume = ("--resume",) if (out / "train.json").exists() else ()
-        sets = (*SETS, f"rows={self.path / 'rows'}", f"out={out}", f"checkpoint_every={every}")
+        sets = (*SETS, f"rows={self.path / 'rows'}", f"out={out}")
+        sets += (f"steps={steps}", f"mesh={mesh}", f"checkpoint_every={every}")
         arguments = ("train", *(a for each in sets for a in ("--set", each)), *resume, *more)
         return start(arguments, self.path / (log or name), cache=self.cache, **how)
 
@@ -64,19 +67,13 @@ class Place:
 
     def weights(self, name):
         tcs = load_transcoders(self.path / name / "transcoders")
-        return [np.asarray(leaf) for leaf in _leaves(tcs)]
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((tcs.img, tcs.txt))]
 
     def checkpoints(self, name):
         """Returns the numbers of a run's complete checkpoints, and whether one is being written."""
         names = [path.name for path in (self.path / name / "checkpoints").glob("*")]
         numbers = sorted(int(each) for each in names if each.isdecimal())
         return numbers, any("tmp" in each for each in names)
-
-
-def _leaves(tcs):
-    import jax
-
-    return jax.tree.leaves((tcs.img, tcs.txt))
 
 
 def same(a, b):
@@ -93,22 +90,22 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(place):
-    """The weights of an uninterrupted run on one device."""
-    return place.trained("whole")
+def eight(place):
+    """The weights of an uninterrupted run on eight devices of one process."""
+    return place.trained("eight", every=STEPS // 2, mesh="data=4,feature=2", devices=8)
 
 
-def kill(place, name, rng, writing):
-    """Kills a run at a random moment after its next step or, if asked, while it writes a checkpoint.
+def kill(process, place, name, pause, writing):
+    """Kills a run some time after its next step or, if asked, while it then writes a checkpoint.
 
     Returns:
         Its newest complete checkpoint just before, -1 for none.
     """
-    process, metrics = place.train(name, adds=False), place.path / name / "metrics.jsonl"
-    before = metrics.read_bytes() if metrics.exists() else b""
-    while process.is_alive() and (not metrics.exists() or metrics.read_bytes() in (b"", before)):
+    metrics = place.path / name / "metrics.jsonl"
+    begun = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while process.is_alive() and not (metrics.exists() and metrics.stat().st_mtime_ns > begun):
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.1))
+    time.sleep(pause)
     while process.is_alive() and writing and not place.checkpoints(name)[1]:
         time.sleep(0.0005)
     kept = max(place.checkpoints(name)[0], default=-1)
@@ -119,15 +116,65 @@ def kill(place, name, rng, writing):
     return kept
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(place, whole, kills):
-    name, rng = f"killed-{kills}", np.random.default_rng(kills)
+@pytest.mark.parametrize(("kills", "steps"), [(3, STEPS), pytest.param(10, 48, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(place, kills, steps):
+    whole, name = place.trained(f"whole-{kills}", steps=steps, every=steps), f"killed-{kills}"
+    rng = np.random.default_rng(kills)
     for number in range(kills):
-        kept = kill(place, name, rng, writing=number % 2 == 0)
+        process = place.train(name, steps=steps, adds=False)
+        kept = kill(process, place, name, rng.uniform(0, 0.08), writing=number % 2 == 0)
         assert max(place.checkpoints(name)[0], default=-1) >= kept
-    weights = place.trained(name)
-    assert "Note: checkpoint" not in (place.path / f"{name}.err").read_text(), "every checkpoint could be read"
-    assert same(weights, whole)
+    assert same(place.trained(name, steps=steps), whole)
+    said = (place.path / f"{name}.err").read_text()
+    assert "Note: checkpoint" not in said, "every checkpoint could be read"
     lines = (place.path / name / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
     assert not place.checkpoints(name)[1], "what the kills left half-written is gone"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place, eight):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [
+        place.train(
+            "two", "--join", f"localhost:{port},{n},2", log=f"two-{n}", every=8, mesh="data=4,feature=2", devices=4
+        )
+        for n in range(2)
+    ]
+    for n, process in enumerate(started):
+        status, said = finish(process, place.path / f"two-{n}")
+        assert status == 0, said
+    printed = [(place.path / f"two-{n}.out").read_text().splitlines() for n in range(2)]
+    told = [[line for line in lines if line and not line.startswith("[Gloo]")] for lines in printed]
+    assert told[0] and not told[1], "the first process speaks for all"
+    assert close(place.weights("two"), eight)
+    lines = (place.path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("devices", [2, 1])
+def test_a_checkpoint_of_eight_devices_resumes_on_fewer(place, eight, devices):
+    name = f"on-{devices}"
+    shutil.copytree(place.path / "eight", place.path / name)
+    for later in ("transcoders", f"checkpoints/{STEPS}"):
+        shutil.rmtree(place.path / name / later)
+    assert place.checkpoints(name)[0] == [STEPS // 2]
+    assert close(place.trained(name, every=STEPS, mesh=f"data={devices}", devices=devices), eight)
+    said = json.loads((place.path / name / "metrics.jsonl").read_text().splitlines()[STEPS // 2])
+    first = json.loads((place.path / "eight" / "metrics.jsonl").read_text().splitlines()[STEPS // 2])
+    assert said["time"] > first["time"], "these steps were done again"
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(place, eight):
+    name = "full"
+    shutil.copytree(place.path / "eight", place.path / name)
+    for later in ("transcoders", f"checkpoints/{STEPS}"):
+        shutil.rmtree(place.path / name / later)
+    process = place.train(name, every=STEPS // 4, adds=False, most_bytes=12_000)
+    status, said = finish(process, place.path / name)
+    sentence = f"Error: {place.path / name} cannot be written (File too large); checkpoint {STEPS // 2} is intact"
+    assert status == 1 and said.strip().startswith(sentence) and "\n" not in said.strip()
+    assert place.checkpoints(name)[0] == [STEPS // 2]
+    assert close(place.trained(name, every=STEPS), eight)
