@@ -95,15 +95,18 @@ def eight(place):
     return place.trained("eight", every=STEPS // 2, mesh="data=4,feature=2", devices=8)
 
 
-def kill(process, place, name, pause, writing):
-    """Kills a run some time after its next step or, if asked, while it then writes a checkpoint.
+def kill(place, name, more, pause, writing, **how):
+    """Goes on with a run and kills it after some steps and a pause or, if asked, while it then writes a checkpoint.
 
     Returns:
         Its newest complete checkpoint just before, -1 for none.
     """
-    metrics = place.path / name / "metrics.jsonl"
-    begun = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    while process.is_alive() and not (metrics.exists() and metrics.stat().st_mtime_ns > begun):
+    metrics, begun = place.path / name / "metrics.jsonl", max(place.checkpoints(name)[0], default=0)
+    old = metrics.stat().st_ino if metrics.exists() else None  # a run that goes on writes the file anew, without excess
+    process = place.train(name, adds=False, **how)
+    while process.is_alive() and not (
+        metrics.exists() and metrics.stat().st_ino != old and metrics.read_bytes().count(b"\n") >= begun + more
+    ):
         time.sleep(0.002)
     time.sleep(pause)
     while process.is_alive() and writing and not place.checkpoints(name)[1]:
@@ -116,14 +119,15 @@ def kill(process, place, name, pause, writing):
     return kept
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, STEPS), pytest.param(10, 48, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(3, 24), pytest.param(10, 80, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(place, kills, steps):
     whole, name = place.trained(f"whole-{kills}", steps=steps, every=steps), f"killed-{kills}"
-    rng = np.random.default_rng(kills)
+    rng, kept = np.random.default_rng(kills), []
     for number in range(kills):
-        process = place.train(name, steps=steps, adds=False)
-        kept = kill(process, place, name, rng.uniform(0, 0.08), writing=number % 2 == 0)
-        assert max(place.checkpoints(name)[0], default=-1) >= kept
+        moment = int(rng.integers(2, 5)), rng.uniform(0, 0.08)
+        kept.append(kill(place, name, *moment, writing=number % 2 == 0, steps=steps))
+        assert max(place.checkpoints(name)[0], default=-1) >= kept[-1]
+    assert kept[-1] > 0 and kept == sorted(kept), "every run went on from the one before"
     assert same(place.trained(name, steps=steps), whole)
     said = (place.path / f"{name}.err").read_text()
     assert "Note: checkpoint" not in said, "every checkpoint could be read"
