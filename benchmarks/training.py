@@ -3,7 +3,8 @@
 1. `torch relu`: the recipe (FiLM by time, ReLU + L1, Adam, decoder vectors back to unit norm) as a plain PyTorch loop.
 2. `relu`: our step of the same recipe. `topk`, `batchtopk`: k features per row, with the defaults of `difffract train`
    (gradient clipped, decoder's gradient projected, auxiliary loss), by dense products; `... sparse`: the same at the
-   active features alone.
+   active features alone. `sparsify topk`: the step of EleutherAI's sparsify on the same rows, where it is installed
+   (eai-sparsify, beside torch 2.13.0; without Triton it decodes by PyTorch's embedding_bag).
 3. One step of each in turn, `--repeats` times, so that noise hits all alike; the median counts. One thread is measured
    in processor time, which other processes do not add to; yet they take caches and memory away: the clock's time stands
    beside it, and ratios within one run are what to compare.
@@ -132,6 +133,29 @@ def torch_loop(rows: Rows) -> Callable[[], Any]:
     return take
 
 
+def sparsify_loop(rows: Rows) -> Callable[[], Any]:
+    """Returns a function that takes one step of a TopK transcoder as sparsify's trainer does, with Adam."""
+    import numpy as np
+    import torch
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    torch.manual_seed(0)
+    x, y = (torch.from_numpy(np.array(a[0])) for a in rows[:2])
+    coder = SparseCoder(WIDTH, SparseCoderConfig(num_latents=FEATURES, k=ARGS.k, transcode=True))
+    adam = torch.optim.Adam(coder.parameters(), lr=LR, betas=BETAS)
+    dead = torch.arange(FEATURES) < ARGS.dead * FEATURES
+
+    def take() -> float:
+        out = coder(x, y, dead_mask=dead)
+        loss = out.fvu + out.auxk_loss / 32
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    return take
+
+
 def torch_rate(size: int = 2048) -> float:
     """Returns PyTorch's floating-point operations per second in a float32 matrix product."""
     import torch
@@ -157,7 +181,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, float]:
 
 def row_flops(name: str) -> int:
     """Counts a row's operations: six dense products; or the encoder's alone, and six sums over k active features."""
-    if name.endswith("sparse"):
+    if name.endswith("sparse") or name.startswith("sparsify"):
         return 2 * WIDTH * FEATURES + 6 * 2 * WIDTH * ARGS.k
     return 6 * 2 * WIDTH * FEATURES
 
@@ -195,6 +219,8 @@ def measure_all() -> dict[str, Any]:
         record["torch"] = torch.__version__
         rates["torch"] = torch_rate()
         makers = {"torch relu": lambda: torch_loop(rows)} | makers
+        if importlib.util.find_spec("sparsify"):
+            makers["sparsify topk"] = lambda: sparsify_loop(rows)
     if ARGS.only:
         makers = {name: make for name, make in makers.items() if name in ARGS.only.split(",")}
     steps = {name: make() for name, make in makers.items()}
@@ -214,7 +240,8 @@ def measure_all() -> dict[str, Any]:
             "wall s": round(wall, 4),
             "rows/s": round(BATCH / seconds),
             "share of matmul rate": round(
-                row_flops(name) * BATCH / seconds / rates["torch" if "torch" in name else "jax"], 3
+                row_flops(name) * BATCH / seconds / rates["torch" if name.startswith(("torch", "sparsify")) else "jax"],
+                3,
             ),
             "times torch": round(beside[0] / seconds, 2) if beside else None,
             "bar": BARS.get(name) if beside else None,

@@ -25,6 +25,7 @@ from difffract_jax.config import (
     TraceConfig,
     UserError,
     provenance,
+    sentence_of,
 )
 
 STYLE: dict[str, Any] = {
@@ -50,9 +51,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        if isinstance(error, OSError) and error.filename is not None:
-            _fail(f"{error.filename}: {error.strerror}.")
-        _fail(str(error))
+        _fail(sentence_of(error))
 
 
 def _fail(sentence: str) -> NoReturn:

@@ -3,6 +3,7 @@
 They follow its rules: settings in, artefacts and a short table out; progress on stderr; imports when a command runs.
 """
 
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax import options as opt
-from difffract_jax.config import provenance, resolve
+from difffract_jax.config import UserError, provenance, resolve
 from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, RowSettings, TrainConfig
 
 CAPTION_SEED = 40_000
@@ -25,6 +26,21 @@ Mesh = Annotated[
     str | None,
     typer.Option(
         "--mesh", help="Devices by axis, as in data=4,site=2,feature=8; `auto` chooses. Default: the config's."
+    ),
+]
+Join = Annotated[
+    str | None,
+    typer.Option(
+        "--join",
+        help="Make this one of several processes: `auto` on a TPU pod or under Slurm, else HOST:PORT,NUMBER,PROCESSES.",
+    ),
+]
+Ks = Annotated[
+    str | None,
+    typer.Option(
+        "--k",
+        help="Active features to sweep, as in 2,4,8,16: trains what is missing of `--pareto CONFIG` into `--out`, and "
+        "draws it; `--set` then overrides settings of the training.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in `out`, from its newest checkpoint.")]
@@ -95,19 +111,46 @@ def plan(
         emit(planned(plans, best))
 
 
-def train(config: ConfigFile = None, sets: opt.Sets = None, resume: Resume = False, json: opt.Json = False) -> None:
+def train(
+    config: ConfigFile = None,
+    sets: opt.Sets = None,
+    resume: Resume = False,
+    join: Join = None,
+    json: opt.Json = False,
+) -> None:
     """Train transcoders, or SAEs, of a model's MLPs. SIGTERM saves and exits with 0; `--resume` goes on.
 
     Example: `difffract train configs/smoke.yaml --set out=run`
     """
     settings = resolve(TrainConfig, file=config, sets=sets or ())
+    from difffract_jax.report import emit
+    from difffract_jax.transcoders.processes import is_first
+    from difffract_jax.transcoders.processes import join as join_others
+
+    if join is not None:
+        join_others(join)
+    done = _train(settings, resume)
+    result: dict[str, Any] = {"run": str(settings.out), "step": done.step} | done.metrics
+    if done.transcoders is None:
+        result["stopped"] = "before the last step; go on with --resume"
+    else:
+        result["transcoders"] = str(settings.out / "transcoders")
+    if is_first():
+        emit(result, as_json=json)
+
+
+def _train(settings: TrainConfig, resume: bool) -> Any:
+    """Trains with a progress bar, saves what was made, and returns how the run ended."""
     from difffract_jax.loading import save_transcoders
-    from difffract_jax.report import emit, training_progress
+    from difffract_jax.report import training_progress
+    from difffract_jax.transcoders.checkpoints import writing
+    from difffract_jax.transcoders.processes import is_first, together
     from difffract_jax.transcoders.setup import open_mesh
     from difffract_jax.transcoders.store import open_store
     from difffract_jax.transcoders.train import Watch
     from difffract_jax.transcoders.train import train as run
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what the command then tells
     mesh, sae = open_mesh(settings), settings.role == "sae"
     if settings.rows is None:
         from difffract_jax.transcoders.sources import open_sampler
@@ -119,15 +162,13 @@ def train(config: ConfigFile = None, sets: opt.Sets = None, resume: Resume = Fal
         source = open_store(settings.rows, "train", settings.seed, sae=sae)
         sources = {"rows": str(settings.rows)}
     record = provenance("train", settings, **sources)
-    with training_progress() as (advance, note):
+    with training_progress(shown=is_first()) as (advance, note):
         done = run(settings, source, record, Watch(advance, note), resume=resume)
-    result: dict[str, Any] = {"run": str(settings.out), "step": done.step} | done.metrics
-    if done.transcoders is None:
-        emit(result | {"stopped": "before the last step; go on with --resume"}, as_json=json)
-        return
-    out = settings.out / "transcoders"
-    save_transcoders(done.transcoders, out, overwrite=True, provenance=record)
-    emit(result | {"transcoders": str(out)}, as_json=json)
+    made = done.transcoders
+    if made is not None:
+        with writing(settings.out):
+            together(lambda: save_transcoders(made, settings.out / "transcoders", overwrite=True, provenance=record))
+    return done
 
 
 def evaluate(
@@ -138,19 +179,24 @@ def evaluate(
     images: Annotated[int | None, opt.option(EvaluateConfig, "images")] = None,
     scored: Annotated[int | None, opt.option(EvaluateConfig, "scored")] = None,
     pareto: Annotated[list[Path] | None, opt.option(EvaluateConfig, "pareto")] = None,
+    k: Ks = None,
     sets: opt.Sets = None,
     json: opt.Json = False,
 ) -> None:
     """Measure how faithful trained transcoders are, on prompts that training never saw, and write a report.
 
-    Example: `difffract evaluate run --images 8`
+    Examples: `difffract evaluate run --images 8`; `difffract evaluate --pareto smoke.yaml --k 2,4,8 --out sweep`
     """
-    settings = opt.settings_of(EvaluateConfig, locals())
+    given = locals()
+    if k is not None:
+        swept = _sweep(k, pareto or [], out, sets)
+        given |= {"run": swept[0], "pareto": swept[1:], "out": Path(str(out)) / "report", "sets": None}
+    settings = opt.settings_of(EvaluateConfig, given)
     from difffract_jax.loading import load_transcoders
     from difffract_jax.report import emit, progress
     from difffract_jax.transcoders.evaluate import evaluate as measure
     from difffract_jax.transcoders.evaluate import read_run
-    from difffract_jax.transcoders.evaluation_report import write_report
+    from difffract_jax.transcoders.evaluation_report import points, write_report
 
     runs = {path: read_run(path) for path in (settings.run, *settings.pareto)}
     first = runs[settings.run]
@@ -162,7 +208,22 @@ def evaluate(
             results[str(path)] = measure(settings, trained, pipe, tcs, caption=caption, progress=advance)
     record = provenance("evaluate", settings, model=pipe.source)
     report = write_report(results, settings.out or settings.run / "report", record)
-    emit({"report": str(report)} | results[str(settings.run)].summary(), as_json=json)
+    more = {"points": points(results)} if k is not None else results[str(settings.run)].summary()
+    emit({"report": str(report)} | more, as_json=json)
+
+
+def _sweep(k: str, configs: list[Path], out: Path | None, sets: list[str] | None) -> list[Path]:
+    """Trains the runs of a sweep that are missing, and returns the directories of all."""
+    if len(configs) != 1 or out is None:
+        raise typer.BadParameter("--k needs one `--pareto CONFIG`, a YAML file of training settings, and `--out`.")
+    from difffract_jax.transcoders.sweep import is_begun, is_done, parse_ks, sweep
+
+    base = resolve(TrainConfig, file=configs[0], sets=[*(sets or ()), f"out={out}"])
+    runs = sweep(base, parse_ks(k))
+    for settings in [run for run in runs if not is_done(run)]:
+        if _train(settings, is_begun(settings)).transcoders is None:
+            raise UserError(f"The sweep was stopped during {settings.out}; give the command again to go on.")
+    return [run.out for run in runs]
 
 
 def _shared(config: Path | None, cls: type[RowSettings]) -> dict[str, Any]:

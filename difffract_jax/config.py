@@ -25,6 +25,13 @@ class UserError(ValueError):
     """A mistake the user can mend. Its message is one clear sentence: what was passed, expected, and what to do."""
 
 
+def sentence_of(error: Exception) -> str:
+    """Returns what to tell of an error that ends a command: its own words, or the file and what the system says."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}."
+    return str(error) or type(error).__name__
+
+
 class Settings(BaseModel):
     """What all settings share: frozen, no unknown keys, a docstring under every field."""
 

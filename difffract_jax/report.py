@@ -74,13 +74,18 @@ def stages() -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def training_progress() -> Iterator[tuple[Callable[[int, int, Mapping[str, float]], None], Callable[[str], None]]]:
+def training_progress(
+    *, shown: bool = True
+) -> Iterator[tuple[Callable[[int, int, Mapping[str, float]], None], Callable[[str], None]]]:
     """Shows on stderr how training goes: a bar with time left, rows per second, FVU, L0 and share of dead features.
 
     Hands out `advance(done, total, values)` and `note(sentence)`, which prints above the bar.
+
+    Args:
+        shown: whether to show anything; of several processes one does.
     """
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[values]}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True, quiet=not shown), transient=True) as bar:
         task = bar.add_task("Training", total=None, values="")
 
         def advance(done: int, total: int, values: Mapping[str, float]) -> None:

@@ -1,33 +1,41 @@
 """Checkpoints of a run (Orbax, written in the background), and the directory that they live in.
 
 1. `locked` lets one process at a time work in a run's directory; the lock goes with the process, however it ends.
-   `stop_signal` turns SIGTERM into a question that the run asks itself between two steps.
+   `stop_signal` turns SIGTERM into a question that the run asks itself between two steps; `writing` turns a full disk
+   into a sentence.
 2. `save` writes state and buffer under their paths, and a record of plain values: where the data are, the last metrics,
    and a fingerprint of every array. Orbax shows a checkpoint under its name only when it is complete.
 3. `restore` takes the newest checkpoint that can be read and whose arrays have their fingerprints, and tells which ones
    it had to pass over. Arrays go where the current mesh wants them, whatever mesh they were saved from.
 """
 
+import errno
 import fcntl
+import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.config import UserError
+from difffract_jax.transcoders.processes import everywhere, together
 
 CHECKPOINTS = "checkpoints"
 Checkpointer = Any
 """Orbax's `training.Checkpointer`; its annotations refuse what its functions take."""
 _TRAINING: Any = ocp.training
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_SYSTEM_CODE = re.compile(r"os_error_code='(\d+)'")
 
 
 class Restored(NamedTuple):
@@ -48,11 +56,18 @@ class Restored(NamedTuple):
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Holds a run's directory for this process.
+    """Holds a run's directory for this process, or for all that have joined.
 
     Raises:
         UserError: if another process holds it.
     """
+    with ExitStack() as held:
+        together(lambda: held.enter_context(_lock(directory)))
+        yield
+
+
+@contextmanager
+def _lock(directory: Path) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as file:
         try:
@@ -63,15 +78,51 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM into an answer: the function handed out says whether it has come."""
+def writing(directory: Path) -> Iterator[None]:
+    """Says so where a run's disk is full or read-only, which Orbax reports late, from a thread, and with its own words.
+
+    Raises:
+        UserError: then, naming the newest checkpoint.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        found = _SYSTEM_CODE.search(str(error))
+        code = int(found[1]) if found else getattr(error, "errno", None)
+        if code not in _NO_ROOM:
+            raise
+        raise UserError(
+            f"{directory} cannot be written ({os.strerror(code)}); {intact(newest(directory))}; make room and go on."
+        ) from None
+
+
+def newest(directory: Path) -> int:
+    """Returns the number of a run's newest complete checkpoint, -1 if it has none."""
+    names = (path.name for path in (directory / CHECKPOINTS).glob("*"))
+    return max((int(name) for name in names if name.isdecimal()), default=-1)
+
+
+def intact(step: int) -> str:
+    """Returns half a sentence on what a run that ends with an error has kept."""
+    return f"checkpoint {step} is intact" if step >= 0 else "there is no checkpoint yet"
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Turns SIGTERM into an answer: the function handed out, to be asked after every step, says whether it has come.
+
+    Of several processes each may be told at another step; JAX then chooses one that none has passed, for all.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     came = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield came.is_set
+        yield lambda step: came.is_set()
         return
     before = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield came.is_set
+        yield lambda step: came.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -123,17 +174,9 @@ def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
     passed = []
     for entry in reversed(checkpoints.checkpoints):
         wanted = {name: leaf_paths(tree) for name, tree in abstract.items()}
-        try:
-            flat = checkpoints.load_checkpointables(entry.step, wanted)
-            record = dict(checkpoints.metadata(entry.step).custom_metadata)
-            prints = record.pop("fingerprints")
-        # Whatever a damaged file makes the readers say, it is damage; an interrupt is not among these.
-        except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            passed.append(f"checkpoint {entry.step} cannot be read ({type(error).__name__})")
-            continue
-        wrong = [f"{n}.{p}" for n, leaves in flat.items() for p, f in fingerprints(leaves).items() if prints[n][p] != f]
-        if wrong:
-            passed.append(f"checkpoint {entry.step} is damaged ({wrong[0]})")
+        flat, record, problem = _read(checkpoints, entry.step, wanted)
+        if not everywhere(problem is None):
+            passed.append(f"checkpoint {entry.step} {problem or 'cannot be read by another process'}")
             continue
         trees = {
             name: jax.tree.unflatten(jax.tree.structure(tree), [flat[name][path] for path in wanted[name]])
@@ -142,6 +185,19 @@ def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
         return Restored(entry.step, trees, record, passed)
     reason = "; ".join(passed) or "it has none"
     raise UserError(f"No checkpoint of {checkpoints.directory} can be used: {reason}; start again in another out.")
+
+
+def _read(checkpoints: Checkpointer, step: int, wanted: dict[str, Any]) -> tuple[Any, Any, str | None]:
+    """Returns arrays and record of a checkpoint, and what is wrong with it, None for nothing."""
+    try:
+        flat = checkpoints.load_checkpointables(step, wanted)
+        record = dict(checkpoints.metadata(step).custom_metadata)
+        prints = record.pop("fingerprints")
+    # Whatever a damaged file makes the readers say, it is damage; an interrupt is not among these.
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        return None, None, f"cannot be read ({type(error).__name__})"
+    wrong = [f"{n}.{p}" for n, leaves in flat.items() for p, f in fingerprints(leaves).items() if prints[n][p] != f]
+    return flat, record, f"is damaged ({wrong[0]})" if wrong else None
 
 
 def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -41,7 +41,7 @@ def write_report(results: Mapping[str, Evaluation], out: Path, record: Mapping[s
             _pareto_figure(results).savefig(partial / "pareto.png", dpi=120)
         (partial / "report.md").write_text(page(name, results))
         numbers = {key: value._asdict() for key, value in results.items()}
-        text = json.dumps({"provenance": record, "results": numbers}, indent=2)
+        text = json.dumps({"provenance": record, "points": points(results), "results": numbers}, indent=2)
         (partial / "evaluation.json").write_text(text + "\n")
     return out / "report.md"
 

@@ -166,7 +166,12 @@ def _extra(module: str, what: str) -> Any:
 
 
 def _read_parquet(path: Path) -> list[Any]:
-    table = _extra("pyarrow.parquet", f"Reading {path}").read_table(path)
+    parquet = _extra("pyarrow.parquet", f"Reading {path}")
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read as Parquet ({said}); write or copy the file again.") from None
     names = [name for name in COLUMNS if name in table.column_names]
     if not names:
         raise UserError(f"{path} has the columns {', '.join(table.column_names)}; one must be {', '.join(COLUMNS)}.")

@@ -185,7 +185,8 @@ class EvaluateConfig(Settings):
     scored: int = Field(500, ge=0)
     """On the organism: held-out captions drawn with all MLPs replaced and without, for its scorer to judge."""
     pareto: tuple[Path, ...] = ()
-    """Further runs on the same model, to be drawn into one figure: FVU and velocity recovered against L0."""
+    """Further runs on the same model, to be drawn into one figure: FVU and velocity recovered against L0. With --k, a
+    YAML file of training settings instead, of which a transcoder and an SAE are trained for every k."""
 
 
 def changed_fields(before: dict, after: dict) -> list[str]:

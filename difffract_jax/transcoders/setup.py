@@ -70,10 +70,22 @@ def set_up(settings: TrainConfig, sites: Sites, width: int, mesh: Mesh) -> Setup
                 f"The mesh has {axis}={mesh.shape[axis]}, but {words[axis]}, {size}, is not divisible by it; "
                 "change one of them."
             )
+    if jax.process_count() > 1:
+        _check_processes(settings, mesh)
     if settings.parallel == "pmap" and mesh.size != mesh.shape["data"]:
         raise UserError("parallel: pmap spreads rows alone; use a mesh with a data axis only, or parallel: jit.")
     plan = buffers.plan_buffer(settings.buffer_rows, settings.batch, settings.refresh, settings.seed)
     return Setup(settings, sites, width, mesh, recipe_of(settings, shape, mesh, plan.round_batches), plan, shape)
+
+
+def _check_processes(settings: TrainConfig, mesh: Mesh) -> None:
+    if mesh.size != jax.device_count():
+        raise UserError(
+            f"The mesh has {mesh.size} devices, but the {jax.process_count()} processes together have "
+            f"{jax.device_count()}; a run of several processes must use all, so change the mesh."
+        )
+    if settings.parallel == "pmap":
+        raise UserError("parallel: pmap is for one process; use parallel: jit, which spreads a run over several.")
 
 
 def split_sizes(settings: TrainConfig, sites: Sites, width: int) -> dict[str, int]:

@@ -27,13 +27,15 @@ from difffract_jax.config import UserError
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.buffer import Position
 from difffract_jax.transcoders.checkpoints import (
-    CHECKPOINTS,
     Checkpointer,
+    intact,
     locked,
+    newest,
     open_checkpoints,
     restore,
     save,
     stop_signal,
+    writing,
 )
 from difffract_jax.transcoders.harvest import RowSource
 from difffract_jax.transcoders.logs import (
@@ -45,6 +47,7 @@ from difffract_jax.transcoders.logs import (
     profiled,
     write_metrics,
 )
+from difffract_jax.transcoders.processes import is_first, together, whole
 from difffract_jax.transcoders.recipe import row_flops
 from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
 from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, open_mesh, set_up
@@ -122,9 +125,9 @@ def train(
     """
     check_remote(settings.out)
     setup = set_up(settings, source.sites, source.width, open_mesh(settings))
-    _check_directory(settings, resume)
-    with locked(settings.out):
-        _check_directory(settings, resume)
+    together(lambda: check_directory(settings, resume))
+    with writing(settings.out), locked(settings.out):
+        together(lambda: check_directory(settings, resume))
         checkpoints = open_checkpoints(settings.out, settings.keep)
         try:
             begun = resume and checkpoints.latest is not None
@@ -134,7 +137,7 @@ def train(
             checkpoints.close()
 
 
-def _check_directory(settings: TrainConfig, resume: bool) -> None:
+def check_directory(settings: TrainConfig, resume: bool) -> None:
     """Refuses to begin where a run has begun, or to go on where none has or with other settings."""
     path = settings.out / SETTINGS
     if not resume:
@@ -160,10 +163,14 @@ def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
     count = min((MEASURED_ROWS, *position.counts))
     rows = buffers.gather(store, {name: np.arange(count, dtype=np.int32) for name in store})
     state = first_state(setup, measure(rows, settings.scale_rows))
-    cut_metrics(settings.out, 0)
-    with atomic_file(settings.out / SETTINGS) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+    together(lambda: _write_settings(settings.out, record))
     return _Run(place(state, state_shardings(state, setup.mesh)), store, position)
+
+
+def _write_settings(out: Path, record: Mapping[str, Any]) -> None:
+    cut_metrics(out, 0)
+    with atomic_file(out / SETTINGS) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _resume(setup: Setup, checkpoints: Checkpointer, watch: Watch) -> _Run:
@@ -175,7 +182,7 @@ def _resume(setup: Setup, checkpoints: Checkpointer, watch: Watch) -> _Run:
     found = restore(checkpoints, abstract)
     for sentence in found.passed:
         watch.note(f"{sentence}; going on from checkpoint {found.step}.")
-    cut_metrics(setup.settings.out, found.step)
+    together(lambda: cut_metrics(setup.settings.out, found.step))
     position = Position(**{**found.record["position"], "counts": tuple(found.record["position"]["counts"])})
     return _Run(found.trees["state"], found.trees["buffer"], position)
 
@@ -183,28 +190,31 @@ def _resume(setup: Setup, checkpoints: Checkpointer, watch: Watch) -> _Run:
 def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer, watch: Watch) -> Trained:
     settings = setup.settings
     step_function = _step_function(setup, run.state)
-    sinks = open_sinks(settings.out, settings.tensorboard, settings.wandb, settings.model_dump(mode="json"))
+    shown = settings.model_dump(mode="json")
+    sinks = open_sinks(settings.out, settings.tensorboard, settings.wandb, shown) if is_first() else []
     state, store, position = run
     if settings.parallel == "pmap":
         state = _per_device(repeat_state(state, setup.mesh.size), setup.mesh)
     first = step = int(run.state.step)
     saved, means, clock = step if step else -1, {}, _clock(setup)
-    with stop_signal() as stopped, profiled(settings.out, settings.profile, first) as profile:
-        while step < settings.steps and not stopped():
+    with stop_signal() as asked, profiled(settings.out, settings.profile, first) as profile:
+        stopped = asked(step)
+        while step < settings.steps and not stopped:
             if position.served == setup.plan.round_batches:
                 store, position = buffers.refresh(store, source, setup.plan, position)
             rows = _batch(setup, store, position)
             state, metrics = step_function(state, rows)
             step, position = step + 1, position._replace(served=position.served + 1)
+            stopped = asked(step)
             profile(step, metrics)
             if step % settings.log_every == 0 or step == settings.steps:
                 means = _log(setup, step, metrics, clock, sinks)
                 watch.progress(step, settings.steps, means)
-            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped():
+            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped:
                 _check_finite(setup, step, metrics, saved)
                 _save(setup, checkpoints, state, store, position)
                 saved = step
-    if stopped() and saved != step:
+    if stopped and saved != step:
         _save(setup, checkpoints, state, store, position)
     done = step >= settings.steps
     return Trained(step, transcoders_of(_one(setup, state), setup.sites) if done else None, means)
@@ -250,8 +260,9 @@ def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int) -> None
     bad = np.flatnonzero(~np.isfinite(np.asarray(metrics.loss)))
     if bad.size:
         names = ", ".join(setup.sites.names[i] for i in bad[:4])
-        left = f"checkpoint {saved} is intact" if saved >= 0 else "there is no checkpoint yet"
-        raise UserError(f"The loss is not finite at step {step} ({names}); {left}; lower lr, or set clip, and go on.")
+        raise UserError(
+            f"The loss is not finite at step {step} ({names}); {intact(saved)}; lower lr, or set clip, and go on."
+        )
 
 
 def _clock(setup: Setup) -> Clock:
@@ -268,15 +279,12 @@ def _log(setup: Setup, step: int, metrics: Metrics, clock: Clock, sinks: list[Si
     sites = {
         name: {what: float(values[i]) for what, values in per_site.items()} for i, name in enumerate(setup.sites.names)
     }
-    write_metrics(setup.settings.out, {"step": step, "time": time.time(), **means, "sites": sites})
+    line = {"step": step, "time": time.time(), **means, "sites": sites}
+    together(lambda: write_metrics(setup.settings.out, line))
     for sink in sinks:
         sink(step, means)
-    _check_finite(setup, step, metrics, _newest(setup.settings.out))
+    _check_finite(setup, step, metrics, newest(setup.settings.out))
     return means
-
-
-def _newest(out: Path) -> int:
-    return max((int(path.name) for path in (out / CHECKPOINTS).glob("*") if path.name.isdecimal()), default=-1)
 
 
 def transcoders_of(state: TrainState, sites: Sites) -> TranscoderSet:
@@ -287,6 +295,7 @@ def transcoders_of(state: TrainState, sites: Sites) -> TranscoderSet:
         sites: in the order of its stack.
     """
     stack, config = export(state)
+    stack = whole(stack)
     stacks: dict[str, Any] = {
         name: jax.tree.map(lambda leaf, at=at: leaf[at], stack) for name, at in sites.slices.items()
     }

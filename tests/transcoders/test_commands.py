@@ -9,6 +9,8 @@ import pytest
 
 from difffract_jax import cli
 from difffract_jax.loading import load_transcoders
+from difffract_jax.transcoders.settings import TrainConfig
+from difffract_jax.transcoders.sweep import parse_ks, sweep
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("steps=6", "batch=32", "buffer_rows=128", "tokens_per_step=8", "steps_per_image=2", "height=16", "width=24")
@@ -64,6 +66,9 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
         ("train", ("activation=jumprelu", "target_l0=65"), "target_l0 must be at most 64"),
         ("train", ("batch=256",), "buffer_rows must be at least batch, 256"),
         ("train", ("rows=nothing",), "holds no config.json"),
+        ("train", ("prompts=pyproject.parquet",), "pyproject.parquet is no file of prompts"),
+        ("train", ("out=gs://bucket/run",), "gs:/bucket/run is a remote path"),
+        ("train", ("out=/sys/run",), "/sys/run: "),
         ("train", ("step=3",), "`step` is no setting; did you mean `steps`?"),
         ("train", ("out=pyproject.toml/run",), "Not a directory"),
         ("harvest", ("out=pyproject.toml/rows",), "pyproject.toml: File exists."),
@@ -76,6 +81,70 @@ def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(difffract, tmp_p
     assert (status, printed) == (1, "")
     # A progress bar that was up leaves an empty line.
     assert told in err and err.strip().startswith("Error: ") and "\n" not in err.strip()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--k", "2,x"), "`--k 2,x` names no numbers of active features"),
+        (("--k", "0"), "`--k 0` names no numbers of active features"),
+        (("--k", "2", "--set", "activation=relu"), "relu's sparsity follows from l1"),
+        (("--k", "2", "--set", "kk=1"), "`kk` is no setting; did you mean `k`?"),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_refused(difffract, tmp_path, arguments, told):
+    status, out, err = difffract(
+        "evaluate", "--pareto", "configs/smoke.yaml", "--out", tmp_path / "sweep", "--prompts-count", 2, *arguments
+    )
+    assert (status, out) == (1, "") and told in err and "\n" not in err.strip()
+    assert not list(tmp_path.iterdir())
+    status, _, err = difffract("evaluate", "--k", "2", "--out", tmp_path / "sweep")
+    assert status == 2 and "--k needs one `--pareto CONFIG`" in " ".join(err.split())
+
+
+@pytest.mark.slow
+def test_a_sweep_trains_what_is_missing_and_draws_both_roles(difffract, tmp_path):
+    out, small = tmp_path / "sweep", [*(each for each in SMALL if each != "k=4"), "sites=[img/0]"]
+    there = out / "transcoder-2"
+    status, _, err = difffract("train", "configs/smoke.yaml", sets=(*small, "k=2", f"out={there}"))
+    assert status == 0, err
+    before = (there / "train.json").stat().st_mtime_ns, (there / "transcoders" / "config.json").stat().st_mtime_ns
+    few = ("--prompts-count", 2, "--velocity-count", 2, "--images", 0, "--json")
+    given = ("evaluate", "--pareto", "configs/smoke.yaml", "--k", "2", "--out", out, *few)
+    status, printed, err = difffract(*given, sets=small)
+    assert status == 0, err
+    assert {(row["set"], row["role"]) for row in json.loads(printed)["points"]} == {
+        (str(there), "transcoder"),
+        (str(out / "sae-2"), "sae"),
+    }
+    found = json.loads((out / "report" / "evaluation.json").read_text())["points"]
+    assert found == json.loads(printed)["points"] and all(np.isfinite(row["least velocity recovered"]) for row in found)
+    report = (out / "report" / "report.md").read_text()
+    assert (
+        out / "report" / "pareto.png"
+    ).exists() and "| role | fvu | l0 | dead | least velocity recovered |" in report
+    after = (there / "train.json").stat().st_mtime_ns, (there / "transcoders" / "config.json").stat().st_mtime_ns
+    assert after == before, "the run that was there is not trained again"
+    status, _, err = difffract(*given, sets=(*small, "lr=1"))
+    assert status == 1 and "begun with other settings (lr: 0.002 -> 1.0)" in err
+
+
+def test_a_sweep_has_both_roles_at_every_sparsity(tmp_path):
+    base = TrainConfig(model="m", prompts="p", out=tmp_path, activation="jumprelu")
+    runs = sweep(base, parse_ks("8, 2,8"))
+    assert [(run.out.name, run.role, run.target_l0) for run in runs] == [
+        ("transcoder-2", "transcoder", 2.0),
+        ("sae-2", "sae", 2.0),
+        ("transcoder-8", "transcoder", 8.0),
+        ("sae-8", "sae", 8.0),
+    ]
+
+
+def test_processes_that_cannot_be_joined_are_told(difffract, tmp_path):
+    for text in ("somewhere", "host:1,2", "host:1,2,2", "host,0,2"):
+        status, _, err = difffract("train", "configs/smoke.yaml", "--join", text, sets=(f"out={tmp_path / 'run'}",))
+        assert status == 1 and f"`--join {text}` names no processes; write auto, or HOST:PORT,NUMBER,PROCESSES" in err
     assert not list(tmp_path.iterdir())
 
 

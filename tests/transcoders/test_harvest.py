@@ -1,12 +1,16 @@
 """Prompts, rows and the shuffle buffer: who sees what, in which order, and that it is what the model computed."""
 
 import json
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import join
@@ -225,10 +229,49 @@ def test_files_without_prompts_are_refused(tmp_path, name, content, told):
 def test_missing_files_and_extras_are_told(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no.txt is no file of prompts"):
         read_prompts(str(tmp_path / "no.txt"))
-    with pytest.raises(UserError, match="needs the extra `data`"):
-        (tmp_path / "a.parquet").write_bytes(b"PAR1")
-        monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
-        read_prompts(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    for module, source in (("pyarrow.parquet", tmp_path / "a.parquet"), ("datasets", "hf:someone/captions")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=f"Reading {source} needs the extra `data`"):
+            read_prompts(str(source))
+
+
+def test_parquet_files_are_read_and_broken_ones_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "caption": ["a fox", None, " a lemon"]}), path)
+    assert read_prompts(str(path)) == ["a fox", "a lemon"]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a\.parquet cannot be read as Parquet \(.*\); write or copy the file again"):
+        read_prompts(str(path))
+    parquet.write_table(pyarrow.table({"title": ["a fox"]}), path)
+    with pytest.raises(UserError, match="has the columns title; one must be prompt, caption, text"):
+        read_prompts(str(path))
+
+
+class Columns(dict):
+    """What `datasets.load_dataset` returns, as far as it is read."""
+
+    column_names = property(list)
+
+
+def test_datasets_are_read_and_missing_ones_told(monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if name == "no/such":
+            raise FileNotFoundError("Dataset 'no/such' doesn't exist\non the Hub")
+        return Columns(title=["x", "y"], text=["a fox", "a lemon"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_prompts("hf:someone/captions") == ["a fox", "a lemon"]
+    assert read_prompts("hf:someone/captions:test:title") == ["x", "y"]
+    assert asked == [("someone/captions", "train"), ("someone/captions", "test")]
+    with pytest.raises(UserError, match=r"The dataset no/such could not be read \(Dataset 'no/such' doesn't exist on"):
+        read_prompts("hf:no/such")
+    monkeypatch.setattr(Columns, "column_names", ["title"])
+    with pytest.raises(UserError, match="has the columns title; write hf:someone/captions:train:COLUMN"):
+        read_prompts("hf:someone/captions")
 
 
 @pytest.mark.parametrize(

@@ -134,17 +134,6 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(tmp_path):
     gc.collect()
 
 
-def test_eight_devices_resume_on_two_and_on_one(whole, tmp_path):
-    eight = settings(tmp_path / "run", checkpoint_every=4, mesh="data=4,feature=2")
-    with pytest.raises(Stopped):
-        run(eight, stop_at=6)
-    for mesh in ("data=2", "data=1"):
-        config = eight.model_copy(update={"mesh": mesh})
-        done = run(config, resume=True, stop_at=None)
-        errors = [relative_error(a, b) for a, b in zip(leaves(done), leaves(whole[1]), strict=True) if np.any(b)]
-        assert max(errors) <= TOL.sharded
-
-
 def test_pmap_trains_as_jit_does(whole, tmp_path):
     done = run(settings(tmp_path / "run", mesh="data=8", parallel="pmap"))
     errors = [relative_error(a, b) for a, b in zip(leaves(done), leaves(whole[1]), strict=True) if np.any(b)]

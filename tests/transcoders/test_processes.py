@@ -1,0 +1,183 @@
+"""Training as real processes: killed at any moment, spread over several, resumed on fewer devices, on a full disk."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from processes import finish, start
+
+from difffract_jax.loading import load_transcoders
+from difffract_jax.transcoders.harvest import Chunk
+from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.store import write_store
+from tolerances import TOL, relative_error
+
+WIDTH = 8
+SETS = ("model=m", "prompts=p", "expansion=4", "k=4", "time_embed=4", "batch=32", "buffer_rows=256", "warmup=2")
+SETS += ("lr=3e-3", "log_every=1", "keep=3")
+STEPS = 16
+
+
+class Synthetic:
+    """Rows y = tanh(A x) of an img and a txt site, by chunk number."""
+
+    sites, width = Sites((0,), (4,), ()), WIDTH
+
+    def chunk(self, number):
+        rng = np.random.default_rng(number)
+        rows, valid = {}, {}
+        for name in self.sites.groups:
+            x = rng.standard_normal((1, 64, WIDTH), np.float32)
+            y = np.tanh(x[:, :, ::-1]) + np.float32(0.1)
+            rows[name] = Rows(*map(jnp.asarray, (x, y, rng.choice(np.float32([1, 0.5]), 64))))
+            valid[name] = np.ones(64, bool)
+        return Chunk(rows, valid)
+
+
+class Place:
+    """A directory with harvested rows, a cache of compiled programs, and runs."""
+
+    def __init__(self, path):
+        self.path, self.cache = path, path / "cache"
+        write_store({"train": Synthetic()}, {"train": 8}, path / "rows", {})
+
+    def train(self, name, *more, log=None, steps=STEPS, every=1, mesh="data=1", **how):
+        """Starts a run, or goes on with it where it has begun."""
+        out = self.path / name
+        resume = ("--resume",) if (out / "train.json").exists() else ()
+        sets = (*SETS, f"rows={self.path / 'rows'}", f"out={out}")
+        sets += (f"steps={steps}", f"mesh={mesh}", f"checkpoint_every={every}")
+        arguments = ("train", *(a for each in sets for a in ("--set", each)), *resume, *more)
+        return start(arguments, self.path / (log or name), cache=self.cache, **how)
+
+    def trained(self, name, *more, **how):
+        """Trains to the end, and returns the weights."""
+        process = self.train(name, *more, **how)
+        status, said = finish(process, self.path / name)
+        assert status == 0, said
+        return self.weights(name)
+
+    def weights(self, name):
+        tcs = load_transcoders(self.path / name / "transcoders")
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((tcs.img, tcs.txt))]
+
+    def checkpoints(self, name):
+        """Returns the numbers of a run's complete checkpoints, and whether one is being written."""
+        names = [path.name for path in (self.path / name / "checkpoints").glob("*")]
+        numbers = sorted(int(each) for each in names if each.isdecimal())
+        return numbers, any("tmp" in each for each in names)
+
+
+def same(a, b):
+    return all(map(np.array_equal, a, b))
+
+
+def close(a, b):
+    return max(relative_error(*pair) for pair in zip(a, b, strict=True) if np.any(pair[1])) <= TOL.sharded
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def eight(place):
+    """The weights of an uninterrupted run on eight devices of one process."""
+    return place.trained("eight", every=STEPS // 2, mesh="data=4,feature=2", devices=8)
+
+
+def kill(place, name, more, pause, writing, **how):
+    """Goes on with a run and kills it after some steps and a pause or, if asked, while it then writes a checkpoint.
+
+    Returns:
+        Its newest complete checkpoint just before, -1 for none.
+    """
+    metrics, begun = place.path / name / "metrics.jsonl", max(place.checkpoints(name)[0], default=0)
+    old = metrics.stat().st_ino if metrics.exists() else None  # a run that goes on writes the file anew, without excess
+    process = place.train(name, adds=False, **how)
+    while process.is_alive() and not (
+        metrics.exists() and metrics.stat().st_ino != old and metrics.read_bytes().count(b"\n") >= begun + more
+    ):
+        time.sleep(0.002)
+    time.sleep(pause)
+    while process.is_alive() and writing and not place.checkpoints(name)[1]:
+        time.sleep(0.0005)
+    kept = max(place.checkpoints(name)[0], default=-1)
+    os.kill(process.pid, signal.SIGKILL)
+    status, said = finish(process, place.path / name)
+    assert status == -signal.SIGKILL, (status, said)
+    assert "Note: checkpoint" not in said, said
+    return kept
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(3, 24), pytest.param(10, 80, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(place, kills, steps):
+    whole, name = place.trained(f"whole-{kills}", steps=steps, every=steps), f"killed-{kills}"
+    rng, kept = np.random.default_rng(kills), []
+    for number in range(kills):
+        moment = int(rng.integers(2, 5)), rng.uniform(0, 0.08)
+        kept.append(kill(place, name, *moment, writing=number % 2 == 0, steps=steps))
+        assert max(place.checkpoints(name)[0], default=-1) >= kept[-1]
+    assert kept[-1] > 0 and kept == sorted(kept), "every run went on from the one before"
+    assert same(place.trained(name, steps=steps), whole)
+    said = (place.path / f"{name}.err").read_text()
+    assert "Note: checkpoint" not in said, "every checkpoint could be read"
+    lines = (place.path / name / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
+    assert not place.checkpoints(name)[1], "what the kills left half-written is gone"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(place, eight):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = [
+        place.train(
+            "two", "--join", f"localhost:{port},{n},2", log=f"two-{n}", every=8, mesh="data=4,feature=2", devices=4
+        )
+        for n in range(2)
+    ]
+    for n, process in enumerate(started):
+        status, said = finish(process, place.path / f"two-{n}")
+        assert status == 0, said
+    tables = ["rows_per_second" in (place.path / f"two-{n}.out").read_text() for n in range(2)]  # Gloo prints there too
+    assert tables == [True, False], "the first process speaks for all"
+    assert close(place.weights("two"), eight)
+    lines = (place.path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize("devices", [2, 1])
+def test_a_checkpoint_of_eight_devices_resumes_on_fewer(place, eight, devices):
+    name = f"on-{devices}"
+    shutil.copytree(place.path / "eight", place.path / name)
+    for later in ("transcoders", f"checkpoints/{STEPS}"):
+        shutil.rmtree(place.path / name / later)
+    assert place.checkpoints(name)[0] == [STEPS // 2]
+    assert close(place.trained(name, every=STEPS, mesh=f"data={devices}", devices=devices), eight)
+    said = json.loads((place.path / name / "metrics.jsonl").read_text().splitlines()[STEPS // 2])
+    first = json.loads((place.path / "eight" / "metrics.jsonl").read_text().splitlines()[STEPS // 2])
+    assert said["time"] > first["time"], "these steps were done again"
+
+
+def test_a_full_disk_is_told_and_the_last_checkpoint_stays(place, eight):
+    name = "full"
+    shutil.copytree(place.path / "eight", place.path / name)
+    for later in ("transcoders", f"checkpoints/{STEPS}"):
+        shutil.rmtree(place.path / name / later)
+    process = place.train(name, every=STEPS // 4, adds=False, most_bytes=12_000)
+    status, said = finish(process, place.path / name)
+    sentence = f"Error: {place.path / name} cannot be written (File too large); checkpoint {STEPS // 2} is intact"
+    assert status == 1 and said.strip().startswith(sentence) and "\n" not in said.strip()
+    assert place.checkpoints(name)[0] == [STEPS // 2]
+    assert close(place.trained(name, every=STEPS), eight)
