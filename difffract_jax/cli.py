@@ -18,6 +18,7 @@ import typer
 from difffract_jax import __version__
 from difffract_jax import options as opt
 from difffract_jax.cli_organism import organism
+from difffract_jax.cli_steer import register as register_steer
 from difffract_jax.cli_transcoders import register
 from difffract_jax.config import (
     ConvertConfig,
@@ -40,6 +41,7 @@ convert = typer.Typer(help="Convert PyTorch checkpoints into this package's file
 app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
 register(app)
+register_steer(app)
 
 
 def main() -> None:

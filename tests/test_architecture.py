@@ -31,14 +31,15 @@ ORDER = (
     ("difffract_jax.studies", "difffract_jax.dashboards", "difffract_jax.loading"),
     ("difffract_jax.report", "difffract_jax.options"),
     ("difffract_jax.demo",),
-    ("difffract_jax.cli_organism", "difffract_jax.cli_transcoders"),
+    ("difffract_jax.cli_organism", "difffract_jax.cli_transcoders", "difffract_jax.cli_steer"),
     ("difffract_jax.cli",),
 )
-NUMPY_ONLY = ("graph", "influence", "pruning", "feature", "expansion", "compare", "reference_json")
+NUMPY_ONLY = ("graph", "influence", "pruning", "feature", "expansion", "compare", "reference_json", "edits", "labels")
 LIGHT = (
     "difffract_jax",
     "difffract_jax.cli",
     "difffract_jax.transcoders.settings",
+    "difffract_jax.circuits.settings",
     *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY),
 )
 TORCH_FILES = "converters/torch_files.py"

@@ -11,6 +11,12 @@ influence       how much each node bears on another, on a graph without cycles (
 pruning         which nodes and edges to keep (NumPy)
 reference_json  the reference's JSON, read and written (NumPy)
 compare         two graphs side by side (NumPy)
+edits           how edits are written, and where they act
+edit_tables     edits as arrays
+region          boxes and masks, and the image tokens in them
 interventions   features edited in the running model
+sweeps          many edited images in one compiled call
+ranking         finding features: by contrast, region, trend or activation
+labels          what features stand for (NumPy)
 faithfulness    features taken off in the real model, to check a graph
 """

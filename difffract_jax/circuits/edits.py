@@ -140,7 +140,9 @@ class Edit:
         if not equals:
             raise UserError(f"{text!r} is no edit; write {FORM}.")
         if mode not in MODES or bool(colon) != (mode in WITH_AMOUNT):
-            raise UserError(f"{text!r} does {how!r} to a feature, but edits are {FORM.partition('=')[2]}; write {FORM}.")
+            raise UserError(
+                f"{text!r} does {how!r} to a feature, but edits are {FORM.partition('=')[2]}; write {FORM}."
+            )
         try:
             return Edit(parse_what(what), mode, float(amount) if colon else 1.0)
         except ValueError as error:
@@ -169,7 +171,9 @@ class Edit:
         steps = None if self.steps is None else tuple(sorted(self.steps))
         if isinstance(self.feature, Site):
             site = self.feature
-            return (Part(site.stream, site.block, -1, site.positions, site.steps if steps is None else steps, site.side),)
+            return (
+                Part(site.stream, site.block, -1, site.positions, site.steps if steps is None else steps, site.side),
+            )
         features = self.feature.features if isinstance(self.feature, Supernode) else (self.feature,)
         return tuple(
             Part(f.stream, f.block, f.feature, f.positions, f.steps if steps is None else steps, f.side)

@@ -10,7 +10,7 @@
        region       mean inside minus mean outside
        trend        mean inside in the last step minus that in the first
 
-   averaged over seeds, in a given step or where the score is largest. Contrast and trend rank by size, whatever the sign.
+   averaged over seeds, in a given step or where the score is largest. Contrast and trend rank by size, of either sign.
 
 Scores are in units of the code. Features are written with position and step, ready to be a target or an edit.
 """

@@ -117,15 +117,15 @@ def steer_batch(
         rows = np.arange(first, min(first + batch, len(prompts)))
         # The last batch is filled up, so that every batch has the compiled size.
         at = np.resize(rows, batch) if first else rows
-        mine = [jax.tree.map(lambda a, at=at: jnp.asarray(a[at]), tree) for tree in (live, tables)]
-        z, norms = _sample(
-            params, *mine, text[at], pooled[at], noise[at], jnp.asarray(run.sigmas), run.grid, run.guidance, form
-        )
+        mine, edited = (jax.tree.map(lambda a, at=at: jnp.asarray(a[at]), tree) for tree in (live, tables))
+        levels = jnp.asarray(run.sigmas)
+        z, norms = _sample(params, mine, edited, text[at], pooled[at], noise[at], levels, run.grid, run.guidance, form)
         image = pixels(pipe.vae, z, run.grid)
         found.append([np.asarray(a)[: len(rows)] for a in (image, z, norms)])
         if progress is not None:
             progress(int(rows[-1]) + 1, len(prompts))
-    return EditedImages(*map(np.concatenate, zip(*found, strict=True)), tuple(encoded[p].cut for p in prompts))
+    images, final, norms = map(np.concatenate, zip(*found, strict=True))
+    return EditedImages(images, final, norms, tuple(encoded[p].cut for p in prompts))
 
 
 def _tables(
@@ -209,9 +209,12 @@ def sweep(
     amounts: Sequence[float] = (),
     seeds: Sequence[int] = (0,),
     *,
-    latents: Any = None,
+    form: str = "delta",
+    include_padding: bool = False,
     run: Run | None = None,
-    **options: Any,
+    latents: Any = None,
+    batch: int = AT_ONCE,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Sweep:
     """Generates a prompt's images with no edit and with edits at several strengths, for several seeds.
 
@@ -223,10 +226,13 @@ def sweep(
         amounts: strengths, see `Edit.swept`: `zero`, `scale` and `invert` become `scale:a`, `set` and `add` take a
             times their amount. None of them: the edits as they are.
         seeds: of the starting noise.
-        latents: packed starting noise of each seed, [seed img channels], instead of the seeds'.
+        form: `delta` or `replace`; in form `replace` the original column has the edited sites replaced, as the others
+            have, but not edited.
+        include_padding: let edits without positions act on padded text positions too.
         run: sizes and schedule; the pipeline's defaults if left out.
-        options: `form`, `replaced`, `include_padding`, `batch` and `progress` of `steer_batch`. In form `replace`, the
-            original column has the edited sites replaced, as the others have, but not edited.
+        latents: packed starting noise of each seed, [seed img channels], instead of the seeds'.
+        batch: images computed together.
+        progress: called with (images done, images in all).
     """
     if not seeds:
         raise UserError("A sweep needs at least one seed, but got none; write for example --seeds 0..4.")
@@ -241,9 +247,13 @@ def sweep(
         [prompt] * (many * len(seeds)),
         columns * len(seeds),
         np.repeat(seeds, many).tolist(),
-        latents=None if latents is None else np.repeat(np.asarray(latents), many, axis=0),
+        form=form,
+        replaced=sites,
+        include_padding=include_padding,
         run=run,
-        **{"replaced": sites} | options,
+        latents=None if latents is None else np.repeat(np.asarray(latents), many, axis=0),
+        batch=batch,
+        progress=progress,
     )
     shape = len(seeds), many
     images = made.images.reshape(*shape, *made.images.shape[1:])

@@ -8,7 +8,8 @@ For any pipeline, beside the image of the same seed without the edit, in pixels 
 
 Where the model is the organism, its scorer reads both images:
 
-    success              the edited image shows what `wanted` says: every object, in its colour, placed as asked
+    success              the edited image shows what `wanted` says, word for word: every object, in the colour that it
+                         names (`a blue lemon` must be blue), or in its own if it names none, placed as asked
     others changed       an object that was not meant to change has another noun, colour, size or place, or is gone
     flipped              attributes of any object that changed though they were not meant to; `Intent` says what was
 
@@ -96,8 +97,8 @@ def distances(
     inside = np.sqrt(square[..., whole].mean(axis=-1))
     rest = ~whole if mask is not None and not mask.all() else whole
     outside = np.sqrt(square[..., rest].mean(axis=-1))
-    floor = 10 ** (-MOST_PSNR / 20)
-    return Distances(inside, outside if rest is not whole else np.zeros_like(inside), -20 * np.log10(np.maximum(outside, floor)))
+    psnr = -20 * np.log10(np.maximum(outside, 10 ** (-MOST_PSNR / 20)))
+    return Distances(inside, np.zeros_like(inside) if rest is whole else outside, psnr)
 
 
 def intent(prompt: str, wanted: str | None = None) -> Intent:
@@ -145,14 +146,17 @@ def score(
         raise UserError(f"Every image needs a prompt and an intent, but there are {len(prompts)} and {len(intents)}.")
     scenes = {text: from_caption(text) for text in {*prompts, *(one.wanted for one in intents)}}
     wanted = concatenate([scenes[one.wanted] for one in intents])
+    # The world draws a lemon yellow whatever its caption calls it; an edit is asked for what the caption says.
+    wanted = wanted._replace(colour=np.where(wanted.named >= 0, wanted.named, wanted.colour))
     before, after = see(original), see(edited)
     others, flipped, compared = np.zeros(len(prompts), bool), np.zeros(len(prompts)), np.zeros(len(prompts), bool)
     for row, (prompt, meant) in enumerate(zip(prompts, intents, strict=True)):
         slots = _slots(scenes[prompt], before, row)
         compared[row] = slots is not None and meant.attributes is not None
         if slots is not None and meant.attributes is not None:
-            changed = [_changed(before, after, row, seen) - free for seen, free in zip(slots, meant.attributes, strict=True)]
-            others[row] = any(bool(c) for c, free in zip(changed, meant.attributes, strict=True) if not free)
+            pairs = list(zip(slots, meant.attributes, strict=True))
+            changed = [_changed(before, after, row, slot) - free for slot, free in pairs]
+            others[row] = any(found for found, (_, free) in zip(changed, pairs, strict=True) if not free)
             flipped[row] = sum(map(len, changed))
     read = tuple(describe(after, row) for row in range(len(prompts)))
     return Scored(judge(wanted, after).right, others, flipped, compared, read)
@@ -172,7 +176,8 @@ def _changed(before: Reading, after: Reading, row: int, slot: int) -> frozenset[
         return frozenset(ATTRIBUTES)
     there = int(away.argmin())
     differs = {
-        name: getattr(before, name)[row, slot] != getattr(after, name)[row, there] for name in ("kind", "colour", "size")
+        name: getattr(before, name)[row, slot] != getattr(after, name)[row, there]
+        for name in ("kind", "colour", "size")
     }
     return frozenset(name for name, yes in (differs | {"place": away[there] > SAME_PLACE}).items() if yes)
 

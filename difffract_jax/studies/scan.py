@@ -5,12 +5,12 @@
 2. The scorer reads each image. Only those that show what was asked count for step 4, so that caption, reading and image
    agree on what is where.
 3. Of every feature keep its strongest place in every image, and its code at a few random tokens of every step.
-4. Each such token has known factors. Image token: the object that covers it (its shape, colour, place), whether one does,
-   the relation in the caption, its row and column. Text token: its word, shape and colour of the object that its
+4. Each such token has known factors. Image token: the object that covers it (its shape, colour, place), whether one
+   does, the relation in the caption, its row and column. Text token: its word, shape and colour of the object that its
    phrase names, the relation, its position.
-5. A factor's value splits the tokens of a step in two; the AUROC of a feature is how often its code is larger at a token
-   with the value than at one without, ties counting half. Value and step are chosen on the captions of even number;
-   the AUROC that is reported is that of the odd ones.
+5. A factor's value splits the tokens of a step in two; the AUROC of a feature is how often its code is larger at a
+   token with the value than at one without, ties counting half. Value and step are chosen on the captions of even
+   number; the AUROC that is reported is that of the odd ones.
 """
 
 import json
@@ -196,7 +196,9 @@ def _site(
     parts: list[Kept], truth: dict[str, np.ndarray], right: Bool[np.ndarray, "caption"], rows: float
 ) -> dict[str, list[Any]]:
     """Returns the columns of one site, see `circuits.labels`."""
-    largest, position, active = (np.concatenate([part[i] for part in parts], axis=1) for i in range(3))
+    largest = np.concatenate([part.largest for part in parts], axis=1)
+    position = np.concatenate([part.position for part in parts], axis=1)
+    active = np.concatenate([part.active for part in parts], axis=1)
     steps, captions, features = largest.shape
     density = active.sum(axis=(0, 1)) / (steps * captions * rows)
     best = np.full(features, -1.0)

@@ -1,7 +1,7 @@
 """What is known of every token of the organism's images and captions: the factors that a feature may detect.
 
-1. Image token: the object that covers most of it, at least `COVERED`; shape, colour and place are that object's. Objects
-   are those that the scorer read in the image, drawn again with their mean radius to see what they cover.
+1. Image token: the object that covers most of it, at least `COVERED`; shape, colour and place are that object's.
+   Objects are those that the scorer read in the image, drawn again with their mean radius to see what they cover.
 2. Text token: shape and colour are those of the object whose phrase it lies in; the relation's words and what is
    around them lie in none.
 3. Factors are one-hot: a kind is a pair (factor, value), a token may be of several.

@@ -37,7 +37,16 @@ def edits_of(case):
 def test_interventions_are_the_reference_s(golden, case):
     expected = np.load(REFERENCE / "golden_intervention.npz")[f"final_{case['name']}"]
     noise = golden.forward["p0_initial_latents"]
-    result = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits_of(case)), form="replace", latents=noise, include_padding=True, **SIZE)
+    result = steer(
+        golden.pipe,
+        golden.tcs,
+        PROMPTS[0],
+        list(edits_of(case)),
+        form="replace",
+        latents=noise,
+        include_padding=True,
+        **SIZE,
+    )
     assert relative_error(result.latents, expected) <= TOL.intervention_f32
     # What is agreed upon must be an effect: clearly larger than the tolerance. The smallest of these edits moves 0.5%.
     assert relative_error(expected, golden.forward["p0_final_latents"]) > 10 * TOL.intervention_f32
@@ -49,7 +58,17 @@ def test_replacing_every_mlp_is_the_reference_s(golden, prompt, role):
     tcs = golden.tcs if role == "transcoder" else load_transcoders(REFERENCE / "saes")
     sites = [Site("img", b) for b in tcs.img_layers] + [Site("txt", b) for b in tcs.txt_layers]
     noise = golden.forward[f"p{prompt}_initial_latents"]
-    result = steer(golden.pipe, tcs, PROMPTS[prompt], [], form="replace", replaced=sites, latents=noise, include_padding=True, **SIZE)
+    result = steer(
+        golden.pipe,
+        tcs,
+        PROMPTS[prompt],
+        [],
+        form="replace",
+        replaced=sites,
+        latents=noise,
+        include_padding=True,
+        **SIZE,
+    )
     expected = np.load(REFERENCE / "golden_replacement.npz")[f"p{prompt}_final_{role}"]
     assert relative_error(result.latents, expected) <= TOL.intervention_f32
 
