@@ -2,7 +2,8 @@
 
 The file is JSON, column by column so that it stays small. Per site, one entry per feature:
 
-    factor value side step auroc    what it detects best and how well; factor "" for a feature that is never active
+    kind step auroc                 what it detects best and how well; -1 for a feature that is never active
+    content_kind _step _auroc       the same among factors other than the token's own place in its sequence
     density                         share of the tokens at which it is active
     examples                        `EXAMPLES` images in which it is strongest: image, step, position, value
 """
@@ -37,8 +38,8 @@ class Example(NamedTuple):
     value: float
 
 
-class Label(NamedTuple):
-    """What one feature detects.
+class Detected(NamedTuple):
+    """A factor that a feature detects.
 
     Attributes:
         factor: "shape", "colour", "object", "place", "relation", "row", "column" of an image token; "word", "shape",
@@ -47,8 +48,6 @@ class Label(NamedTuple):
         auroc: how well its code tells tokens with it from tokens without, on captions that did not choose the factor.
         step: denoising step in which it does.
         side: whose tokens, "img" or "txt".
-        density: share of the tokens of its site at which it is active.
-        examples: strongest first.
     """
 
     factor: str
@@ -56,13 +55,32 @@ class Label(NamedTuple):
     auroc: float
     step: int
     side: str
-    density: float
-    examples: tuple[Example, ...]
 
     def __str__(self) -> str:
         if not self.factor:
             return "never active"
         return f"{self.factor} {self.value} ({self.auroc:.2f})" if self.auroc >= CLEAR else "unclear"
+
+
+class Label(NamedTuple):
+    """What one feature stands for.
+
+    Attributes:
+        best: what it detects best.
+        content: the same, among all factors but "row", "column" and "position".
+        density: share of the tokens of its site at which it is active.
+        examples: strongest first.
+    """
+
+    best: Detected
+    content: Detected
+    density: float
+    examples: tuple[Example, ...]
+
+    def __str__(self) -> str:
+        if self.best == self.content or str(self.content) == "unclear":
+            return str(self.best)
+        return f"{self.best}, {self.content}"
 
 
 class Labels(NamedTuple):
@@ -114,16 +132,20 @@ def read_labels(path: Path) -> Labels:
 def _labels(name: str, columns: dict[str, Any], stored: dict[str, Any], images: list[Any]) -> tuple[Label, ...]:
     stream, block = name.split("/")
     found = []
-    for number, kind in enumerate(columns["kind"]):
-        side, factor, value = stored["kinds"][kind] if kind >= 0 else ("", "", "")
-        flat = columns["examples"][number]
+    for number, flat in enumerate(columns["examples"]):
         examples = tuple(
             _example(Feature(stream, int(block), number), flat[i : i + 4], stored["text_tokens"], images)
             for i in range(0, len(flat), 4)
         )
-        auroc, step, density = (columns[column][number] for column in ("auroc", "step", "density"))
-        found.append(Label(factor, value, auroc, step, side, density, examples))
+        best, content = (_detected(columns, prefix, number, stored["kinds"]) for prefix in ("", "content_"))
+        found.append(Label(best, content, columns["density"][number], examples))
     return tuple(found)
+
+
+def _detected(columns: dict[str, Any], prefix: str, number: int, kinds: list[Any]) -> Detected:
+    kind, step, auroc = (columns[f"{prefix}{name}"][number] for name in ("kind", "step", "auroc"))
+    side, factor, value = kinds[kind] if kind >= 0 else ("", "", "")
+    return Detected(factor, value, auroc, step, side)
 
 
 def _example(feature: Feature, flat: list[Any], text_tokens: int, images: list[Any]) -> Example:

@@ -43,6 +43,8 @@ AT_ONCE = 100
 """Captions sampled together."""
 IMAGE_TOKENS, TEXT_TOKENS = 12, 6
 """Random tokens of each side that are kept per caption and step."""
+PLACED = ("position", "row", "column")
+"""Factors of a token's own place in its sequence; the others are of content."""
 FEWEST = 30
 """Tokens with a value that either half must hold for the value to be a candidate."""
 
@@ -200,46 +202,45 @@ def _site(
     position = np.concatenate([part.position for part in parts], axis=1)
     active = np.concatenate([part.active for part in parts], axis=1)
     steps, captions, features = largest.shape
-    density = active.sum(axis=(0, 1)) / (steps * captions * rows)
-    best = np.full(features, -1.0)
-    label = np.full((3, features), -1.0)  # kind, step, AUROC on the other half
-    offset = 0
-    for side, kinds in KINDS.items():
-        if side in parts[0].code:
-            code = np.concatenate([part.code[side] for part in parts], axis=1)
-            for step in range(steps):
-                chosen, score, held = _detect(code[step], truth[side][step], right)
-                better = score > best
-                best = np.where(better, score, best)
-                label[:, better] = np.stack([chosen + offset, np.full(features, step), held])[:, better]
-        offset += len(kinds)
-    dead = density == 0
-    label[:, dead] = np.array([-1, 0, 0.5])[:, None]
-    examples = [_examples(largest[:, :, f], position[:, :, f]) for f in range(features)]
-    return {
-        "kind": label[0].astype(int).tolist(),
-        "step": label[1].astype(int).tolist(),
-        "auroc": [round(float(value), 3) for value in label[2]],
-        "density": [float(f"{value:.2g}") for value in density],
-        "examples": examples,
-    }
+    density = active.sum(axis=(0, 1)) / (largest.shape[0] * largest.shape[1] * rows)
+    candidates, scores, held = _candidates(parts, truth, right)
+    content = np.array([KINDS[side][kind][0] not in PLACED for side, kind, _ in candidates])
+    columns: dict[str, list[Any]] = {}
+    for prefix, usable in (("", scores), ("content_", np.where(content[:, None], scores, -1))):
+        best = np.where(density > 0, usable.argmax(axis=0), -1)
+        chosen = [candidates[number] if number >= 0 else ("", -1, 0) for number in best]
+        columns[f"{prefix}kind"] = [_kind_number(side, kind) for side, kind, _ in chosen]
+        columns[f"{prefix}step"] = [step for *_, step in chosen]
+        columns[f"{prefix}auroc"] = [
+            round(float(held[number, f]), 3) if number >= 0 else 0.5 for f, number in enumerate(best)
+        ]
+    columns["density"] = [float(f"{value:.2g}") for value in density]
+    columns["examples"] = [_examples(largest[:, :, f], position[:, :, f]) for f in range(largest.shape[2])]
+    return columns
 
 
-def _detect(
-    code: Float[np.ndarray, "caption token feat"],
-    truth: Bool[np.ndarray, "caption token kind"],
-    right: Bool[np.ndarray, "caption"],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns per feature the kind that it detects best on even captions, its AUROC there, and that on odd ones."""
+def _kind_number(side: str, kind: int) -> int:
+    """Returns a kind's number among those of both sides; -1 for none."""
+    return kind if kind < 0 or side == "img" else kind + len(KINDS["img"])
+
+
+def _candidates(
+    parts: list[Kept], truth: dict[str, np.ndarray], right: Bool[np.ndarray, "caption"]
+) -> tuple[list[tuple[str, int, int]], Float[np.ndarray, "candidate feat"], Float[np.ndarray, "candidate feat"]]:
+    """Returns side, kind and step of all candidates, their AUROCs on even captions, -1 if too few, and on odd ones."""
+    names, scores, held = [], [], []
     even = np.arange(len(right)) % 2 == 0
-    halves = [
-        auroc(code[mask].reshape(-1, code.shape[-1]), truth[mask].reshape(-1, truth.shape[-1]))
-        for mask in (right & even, right & ~even)
-    ]
-    usable = np.where(np.isfinite(halves[0] + halves[1]), halves[0], -1)
-    chosen = usable.argmax(axis=0)
-    at = chosen, np.arange(len(chosen))
-    return chosen, usable[at], halves[1][at]
+    for side in parts[0].code:
+        code = np.concatenate([part.code[side] for part in parts], axis=1)
+        for step, (z, known) in enumerate(zip(code, truth[side], strict=True)):
+            halves = [
+                auroc(z[mask].reshape(-1, z.shape[-1]), known[mask].reshape(-1, known.shape[-1]))
+                for mask in (right & even, right & ~even)
+            ]
+            names += [(side, kind, step) for kind in range(len(KINDS[side]))]
+            scores.append(np.where(np.isfinite(halves[0] + halves[1]), halves[0], -1))
+            held.append(halves[1])
+    return names, np.concatenate(scores), np.concatenate(held)
 
 
 def auroc(code: Float[np.ndarray, "row feat"], truth: Bool[np.ndarray, "row kind"]) -> Float[np.ndarray, "kind feat"]:
