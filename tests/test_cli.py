@@ -15,6 +15,7 @@ from difffract_jax import cli
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
 COMMANDS += ("generate", "trace", "prune", "export", "compare", "harvest", "plan", "train", "evaluate")
+COMMANDS += ("steer", "features")
 
 
 class Run(NamedTuple):

@@ -27,10 +27,12 @@ from difffract_jax.circuits.region import tokens_in
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline, Run, encode, plan_run, start
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
-from difffract_jax.transcoders.sites import Sites, parse_sites
+from difffract_jax.transcoders.sites import parse_sites
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
 ORDERS = ("contrast", "region", "trend", "activation")
+SIDES = (("img", "img"), ("txt", "txt"), ("joint", "txt"), ("joint", "img"))
+"""Groups of sites, and whose tokens are summarised in each, in the order of the result."""
 AT_ONCE = 16
 """Runs computed together unless the caller says otherwise."""
 
@@ -116,12 +118,12 @@ def rank_features(
     if mask is not None:
         inside = np.isin(np.arange(len(inside)), tokens_in(mask, run.grid))
     prompts = [prompt] if contrast is None else [prompt, contrast]
-    kept = _summaries(pipe, tcs, run, prompts, seeds, inside, batch, progress)
     wanted = parse_sites(sites, pipe.config.transformer)
+    kept = _summaries(pipe, tcs, run, prompts, seeds, inside, batch, progress)
     found: dict[str, list[Ranked]] = {}
-    for (group, side), mine in kept.items():
+    for group, side in (key for key in SIDES if key in kept):
         stream = "single" if group == "joint" else group
-        rows = _rank(stream, side, tcs, mine, _blocks(wanted, group), by, step, top)
+        rows = _rank(stream, side, tcs, kept[group, side], wanted._asdict()[group], by, step, top)
         if rows or stream in found:
             found[stream] = sorted((*found.get(stream, ()), *rows), key=lambda row: -_size(row, by))[:top]
     return found
@@ -142,10 +144,6 @@ def _check(
         raise UserError(f"The step {step} does not exist: the run has steps 0 to {steps - 1}.")
     if not seeds:
         raise UserError("Features are averaged over seeds, but got none; write for example --seeds 0..4.")
-
-
-def _blocks(wanted: Sites, group: str) -> tuple[int, ...]:
-    return wanted._asdict()[group]
 
 
 def summarise(group: str, z: Float[Array, "rows feat"], extra: tuple[Array, Array]) -> dict[str, Summary]:

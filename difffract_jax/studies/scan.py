@@ -195,7 +195,7 @@ def _of_site(kept: Kept, place: int) -> Kept:
 
 
 def _site(
-    parts: list[Kept], truth: dict[str, np.ndarray], right: Bool[np.ndarray, "caption"], rows: float
+    parts: list[Kept], truth: dict[str, np.ndarray], right: Bool[np.ndarray, "caption"], rows: float | int
 ) -> dict[str, list[Any]]:
     """Returns the columns of one site, see `circuits.labels`."""
     largest = np.concatenate([part.largest for part in parts], axis=1)

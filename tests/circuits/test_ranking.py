@@ -17,6 +17,8 @@ from difffract_jax.transcoders.replaced import stacks_of
 RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
 LEFT = box_mask("0,0,24,48", (48, 48))
 SEEDS = (2, 5)
+BOTH = {"contrast": GREEN, "seeds": SEEDS}
+"""The same runs in every test, so that one compilation serves them all."""
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +40,12 @@ def codes(organism):
     inputs = Inputs(noise, text, pooled, jnp.zeros(()))
     rows = sample_rows(pipe.transformer, inputs, jnp.asarray(run.sigmas), groups, run.grid, sites)["img"]
     tc = jax.tree.map(lambda leaf: leaf[1], tcs.img)
-    z = [tc.encode(x, t) for x, t in zip(rows.x[1].reshape(4, -1, 64), run.sigmas[:4], strict=True)]
+    z = [tc.encode(x, jnp.asarray(t)) for x, t in zip(rows.x[1].reshape(4, -1, 64), run.sigmas[:4], strict=True)]
     return np.asarray(jnp.stack(z)).reshape(4, 2, 2, 36, -1).transpose(1, 2, 0, 3, 4)
 
 
 def test_a_contrast_is_the_difference_of_means(organism, codes):
-    found = rank_features(*organism, RED, contrast=GREEN, seeds=SEEDS, top=5, sites=["img/1"])
+    found = rank_features(*organism, RED, **BOTH, top=5, sites=["img/1"])
     assert list(found) == ["img"]
     each = codes.mean(axis=3)
     mean = (each[0] - each[1]).mean(axis=0)  # step feat
@@ -61,7 +63,7 @@ def test_a_contrast_is_the_difference_of_means(organism, codes):
 
 
 def test_a_region_is_held_against_the_rest_of_the_image(organism, codes):
-    found = rank_features(*organism, RED, mask=LEFT, seeds=SEEDS, top=3, step=2, sites=["img/1"])["img"]
+    found = rank_features(*organism, RED, **BOTH, mask=LEFT, by="region", top=3, step=2, sites=["img/1"])["img"]
     inside = np.arange(36) % 6 < 3
     z = codes[0, :, 2].mean(axis=0)
     score = z[inside].mean(axis=0) - z[~inside].mean(axis=0)
@@ -71,7 +73,7 @@ def test_a_region_is_held_against_the_rest_of_the_image(organism, codes):
 
 
 def test_a_trend_is_the_last_step_minus_the_first(organism, codes):
-    found = rank_features(*organism, RED, by="trend", seeds=SEEDS, top=4, sites=["img/1"])["img"]
+    found = rank_features(*organism, RED, **BOTH, by="trend", top=4, sites=["img/1"])["img"]
     mean = codes[0].mean(axis=(0, 2))
     rise = mean[-1] - mean[0]
     assert [row.feature.feature for row in found] == np.argsort(-np.abs(rise))[:4].tolist()
@@ -79,7 +81,7 @@ def test_a_trend_is_the_last_step_minus_the_first(organism, codes):
 
 
 def test_activations_come_per_stream_and_padding_does_not_count(organism):
-    found = rank_features(*organism, RED, top=6)
+    found = rank_features(*organism, RED, **BOTH, by="activation", top=6)
     assert list(found) == ["img", "txt", "single"]
     for stream, rows in found.items():
         scores = [row.score for row in rows]

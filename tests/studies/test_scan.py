@@ -71,7 +71,7 @@ def test_a_site_s_features_get_the_factors_that_were_planted():
     assert columns["kind"] == [red, middle, -1]
     assert columns["content_kind"] == [red, red, -1]
     assert (columns["step"][0], columns["auroc"]) == (1, [1.0, 1.0, 0.5])
-    assert 0.5 < columns["content_auroc"][1] < 0.9
+    assert 0.5 < columns["content_auroc"][1] < 0.95
     assert columns["examples"][0][:4] == [7, 1, 4, 9.0] and columns["examples"][2] == []
     assert columns["density"][2] == 0
 
