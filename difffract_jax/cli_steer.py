@@ -62,25 +62,31 @@ def steer(
     settings = opt.settings_of(SteerConfig, locals() | {"edit": edit or None})
     edits = [Edit.parse(text) for text in settings.edit]
     _check_directory(settings.out)
-    from difffract_jax.circuits.sweeps import sweep as make
     from difffract_jax.loading import load_pipeline, load_transcoders
-    from difffract_jax.report import emit, progress
-    from difffract_jax.studies.metrics import intent, table
+    from difffract_jax.report import emit
+    from difffract_jax.studies.metrics import table
 
-    meant = None
-    if settings.model == "organism":
-        meant = _intent(intent, settings)
-    elif settings.expect is not None:
-        raise UserError("--expect is judged by the organism's scorer, and other models have none; leave it out.")
+    meant = _intent(settings)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    run, region = _run(pipe, settings), None
+    run = _run(pipe, settings)
     pixels = _region(pipe, run, settings)
-    if pixels is not None:
-        from difffract_jax.circuits.region import tokens_in
+    made = _draw(pipe, tcs, run, edits, pixels, settings)
+    rows = table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
+    record = provenance("steer", settings, model=pipe.source, transcoders=tcs.source)
+    files = _write(made, rows, record, settings.out)
+    shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}
+    emit(files | {"metrics": rows} if json else shown, as_json=json)
 
-        region = tokens_in(pixels, run.grid)
+
+def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, settings: SteerConfig) -> Any:
+    """Returns the sweep that the settings ask for."""
+    from difffract_jax.circuits.region import tokens_in
+    from difffract_jax.circuits.sweeps import sweep
+    from difffract_jax.report import progress
+
+    region = None if pixels is None else tokens_in(pixels, run.grid)
     with progress("Drawing") as advance:
-        made = make(
+        made = sweep(
             pipe,
             tcs,
             settings.prompt,
@@ -94,11 +100,7 @@ def steer(
         )
     if made.cut:
         sys.stderr.write(f"Warning: the prompt was cut off at: {made.cut!r}. Raise --text-tokens.\n")
-    rows = table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
-    record = provenance("steer", settings, model=pipe.source, transcoders=tcs.source)
-    files = _write(made, rows, record, settings.out)
-    shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}
-    emit(files | {"metrics": rows} if json else shown, as_json=json)
+    return made
 
 
 def features(
@@ -193,8 +195,14 @@ def _scan(settings: FeaturesConfig, json: bool) -> None:
     )
 
 
-def _intent(intent: Any, settings: SteerConfig) -> Any:
-    """Returns what an edit is meant to change; None if the prompt is no caption of the organism."""
+def _intent(settings: SteerConfig) -> Any:
+    """Returns what an edit is meant to change; None where there is no scorer, or no caption of the organism's."""
+    from difffract_jax.studies.metrics import intent
+
+    if settings.model != "organism":
+        if settings.expect is not None:
+            raise UserError("--expect is judged by the organism's scorer, and other models have none; leave it out.")
+        return None
     try:
         return intent(settings.prompt, settings.expect)
     except UserError:
