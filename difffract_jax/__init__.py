@@ -7,6 +7,7 @@ The packages, each importing only from those above it:
     transcoders                             sparse stand-ins for the model's MLPs
     converters                              PyTorch checkpoints -> ours, by rule tables (a package beside this one)
     circuits                                capture -> replacement -> attribution -> graph -> pruning, interventions
+    studies                                 what edits do to images, measured; what features stand for
     loading cli                             models and transcoders by name or directory; the `difffract` command
 
 In a few lines:
@@ -45,6 +46,9 @@ _HOME = {
     "read_graph": "difffract_jax.circuits.compare",
     "Edit": "difffract_jax.circuits.interventions",
     "steer": "difffract_jax.circuits.interventions",
+    "sweep": "difffract_jax.circuits.sweeps",
+    "rank_features": "difffract_jax.circuits.ranking",
+    "load_labels": "difffract_jax.loading",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -40,6 +40,7 @@ from difffract_jax.checkpoint import (
     save_trees,
     tree_hash,
 )
+from difffract_jax.circuits.labels import Labels, read_labels
 from difffract_jax.config import UserError
 from difffract_jax.files import sample_hash
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
@@ -212,6 +213,21 @@ def load_transcoders(
     }
     places: dict[str, Any] = {f"{name}_layers": at for name, at in layers.items()}
     return TranscoderSet(**stacks, **places, config=config, source=record["content_hash"])
+
+
+def load_labels(path: str | Path) -> Labels:
+    """Loads what the features of a set of transcoders stand for.
+
+    Args:
+        path: what `load_transcoders` takes; the labels lie in its `labels.json`.
+
+    Raises:
+        UserError: if there are none.
+    """
+    file = (SHIPPED[str(path)] if str(path) in SHIPPED else _model_path(path)) / "labels.json"
+    if not file.is_file():
+        raise UserError(f"There are no labels of {path}; make {file} with `difffract features MODEL {path} --scan`.")
+    return read_labels(file)
 
 
 def save_transcoders(

@@ -52,7 +52,9 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
 @contextmanager
 def progress(description: str) -> Iterator[Advance]:
     """Shows a progress bar on stderr for as long as the context lasts."""
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where there is no terminal, a bar would only leave an empty line beside what else is told.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -31,17 +31,21 @@ ORDER = (
     ("difffract_jax.studies", "difffract_jax.dashboards", "difffract_jax.loading"),
     ("difffract_jax.report", "difffract_jax.options"),
     ("difffract_jax.demo",),
-    ("difffract_jax.cli_graphs", "difffract_jax.cli_organism", "difffract_jax.cli_transcoders"),
+    (
+        *("difffract_jax.cli_graphs", "difffract_jax.cli_organism"),
+        *("difffract_jax.cli_steer", "difffract_jax.cli_transcoders"),
+    ),
     ("difffract_jax.cli",),
 )
 NUMPY_ONLY = (
-    *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
+    *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json", "edits", "labels"),
     *("names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
 )
 LIGHT = (
     "difffract_jax",
     "difffract_jax.cli",
     "difffract_jax.transcoders.settings",
+    "difffract_jax.circuits.settings",
     *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY),
 )
 TORCH_FILES = "converters/torch_files.py"

@@ -15,7 +15,7 @@ from difffract_jax import cli
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
 COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "combine difference", "compare", "export")
-COMMANDS += ("harvest", "plan", "train", "evaluate")
+COMMANDS += ("harvest", "plan", "train", "evaluate", "steer", "features")
 
 
 class Run(NamedTuple):

@@ -24,6 +24,12 @@ viewer_document their documents, read and taken for graphs (NumPy)
 feature_files   examples of features, for the same viewers (NumPy)
 tables          GraphML and CSV (NumPy)
 compare         two graphs side by side (NumPy)
+edits           how edits are written, and where they act
+edit_tables     edits as arrays
+region          boxes and masks, and the image tokens in them
 interventions   features edited in the running model
+sweeps          many edited images in one compiled call
+ranking         finding features: by contrast, region, trend or activation
+labels          what features stand for (NumPy)
 faithfulness    features taken off in the real model, to check a graph
 """

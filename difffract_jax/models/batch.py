@@ -81,7 +81,7 @@ def draw(
         # The last batch is filled up, so that every batch has the compiled size.
         filled = np.resize(rows, batch) if first else rows
         latents = sample_batch(velocity, weights, run, text[filled], pooled[filled], noise[filled])
-        images.append(np.asarray(_pixels(pipe.vae, latents, run.grid))[: len(rows)])
+        images.append(np.asarray(pixels(pipe.vae, latents, run.grid))[: len(rows)])
         if progress is not None:
             progress(int(rows[-1]) + 1, len(noise))
     return np.concatenate(images)
@@ -136,6 +136,15 @@ def _sample(
 
 
 @partial(jax.jit, static_argnames="grid")
-def _pixels(vae: Any, latents: Float[Array, "image img channels"], grid: tuple[int, int]) -> Array:
+def pixels(
+    vae: Any, latents: Float[Array, "image img channels"], grid: tuple[int, int]
+) -> UInt8[Array, "image H W rgb"]:
+    """Decodes packed latents of many images.
+
+    Args:
+        vae: the autoencoder.
+        latents: after the last step.
+        grid: rows and columns of image tokens.
+    """
     raw = jax.vmap(lambda z: decode_raw(vae, z, grid))(latents)
     return jnp.round(255 * jnp.clip(raw / 2 + 0.5, 0, 1)).astype(jnp.uint8)

@@ -181,7 +181,7 @@ def sample_rows(
     Returns:
         By group, x and y [site rows d_model] and t [rows], where rows are (step, prompt, place).
     """
-    one = partial(_tapped_velocity, model, grid=grid, sites=sites)
+    one = partial(tapped_velocity, model, grid=grid, sites=sites)
     over_prompts = jax.vmap(one, in_axes=(Inputs(0, 0, 0, None, None), 0))  # pyright: ignore[reportArgumentType]
 
     def step(z: Array, now: tuple[Array, Array, dict[str, Array]]) -> tuple[Array, dict[str, Rows]]:
@@ -197,10 +197,21 @@ def sample_rows(
     return {name: Rows(flatten(rows.x), flatten(rows.y), rows.t.reshape(-1)) for name, rows in found.items()}
 
 
-def _tapped_velocity(
+def tapped_velocity(
     model: MMDiT, inputs: Inputs, tokens: dict[str, Int[Array, "place"]], *, grid: tuple[int, int], sites: Sites
 ) -> tuple[Float[Array, "img outputs"], dict[str, Rows]]:
-    """Returns the velocity of one prompt, and by group x and y [site place d_model] and t [place]."""
+    """Returns the velocity of one prompt, and what the sites computed.
+
+    Args:
+        model: the transformer.
+        inputs: of one evaluation.
+        tokens: by group of sites, the tokens to report.
+        grid: rows and columns of image tokens.
+        sites: where to tap.
+
+    Returns:
+        The velocity; and by group x and y [site place d_model] and t [place].
+    """
     h, cond = model.embed(inputs, grid)
     h, double = run_double(model.double, h, cond, tap=_in_and_out)
     joint, single = run_single(model.single, join(h), cond, tap=_in_and_out)

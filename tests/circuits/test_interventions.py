@@ -37,7 +37,16 @@ def edits_of(case):
 def test_interventions_are_the_reference_s(golden, case):
     expected = np.load(REFERENCE / "golden_intervention.npz")[f"final_{case['name']}"]
     noise = golden.forward["p0_initial_latents"]
-    result = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits_of(case)), form="replace", latents=noise, **SIZE)
+    result = steer(
+        golden.pipe,
+        golden.tcs,
+        PROMPTS[0],
+        list(edits_of(case)),
+        form="replace",
+        latents=noise,
+        include_padding=True,
+        **SIZE,
+    )
     assert relative_error(result.latents, expected) <= TOL.intervention_f32
     # What is agreed upon must be an effect: clearly larger than the tolerance. The smallest of these edits moves 0.5%.
     assert relative_error(expected, golden.forward["p0_final_latents"]) > 10 * TOL.intervention_f32
@@ -49,7 +58,17 @@ def test_replacing_every_mlp_is_the_reference_s(golden, prompt, role):
     tcs = golden.tcs if role == "transcoder" else load_transcoders(REFERENCE / "saes")
     sites = [Site("img", b) for b in tcs.img_layers] + [Site("txt", b) for b in tcs.txt_layers]
     noise = golden.forward[f"p{prompt}_initial_latents"]
-    result = steer(golden.pipe, tcs, PROMPTS[prompt], [], form="replace", replaced=sites, latents=noise, **SIZE)
+    result = steer(
+        golden.pipe,
+        tcs,
+        PROMPTS[prompt],
+        [],
+        form="replace",
+        replaced=sites,
+        latents=noise,
+        include_padding=True,
+        **SIZE,
+    )
     expected = np.load(REFERENCE / "golden_replacement.npz")[f"p{prompt}_final_{role}"]
     assert relative_error(result.latents, expected) <= TOL.intervention_f32
 
@@ -116,7 +135,7 @@ def test_edits_of_one_feature_follow_one_another(tiny):
         ([Edit("img/1/f256", "zero")], "names feature 256, but there are 0 to 255."),
         ([Edit("img/1/f0@36", "zero")], "names position 36, but there are 0 to 35."),
         ([Edit("img/1/f0#4", "zero")], "names step 4, but there are 0 to 3."),
-        ([Edit("single/1/f0", "zero")], "lies in the single-stream blocks"),
+        ([Edit("single/1/f0", "zero")], "There is no transcoder at single/1; blocks with one: none."),
     ],
 )
 def test_an_edit_of_what_does_not_exist_is_refused(tiny, edits, sentence):

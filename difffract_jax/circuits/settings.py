@@ -1,0 +1,136 @@
+"""Settings of the commands that find features and edit them: `steer` and `features`."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from difffract_jax.config import Settings
+
+_SEEDS = re.compile(r"\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*")
+_NUMBERS = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?(?:,-?\d*\.?\d+(?:e-?\d+)?)*", re.IGNORECASE)
+_STEPS = re.compile(r"\d+(?:,\d+)*")
+
+
+class RunSettings(Settings):
+    """What both commands share: a model, its transcoders, a prompt, seeds and sizes."""
+
+    model: str
+    """Model to run: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
+    transcoders: str
+    """Transcoders or SAEs of its MLPs: `organism`, `organism-saes`, a converted directory, or one of `.pt` files."""
+    seeds: str = "0"
+    """Seeds of the starting noise, as in 0..9 or 0,3,7; results are averaged over them."""
+    box: str | None = None
+    """Region of the image, X0,Y0,X1,Y1 in pixels; X1 and Y1 lie outside."""
+    mask: Path | None = None
+    """Region of the image, as a black and white picture of its size; white lies inside."""
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps; the model's own default when left out."""
+    height: int | None = Field(None, ge=1)
+    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
+    width: int | None = Field(None, ge=1)
+    """Image width in pixels, as the height."""
+    text_tokens: int | None = Field(None, ge=1)
+    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    batch: int = Field(32, ge=1)
+    """Images computed together; 1 for a large model."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _are_seeds(cls, seeds: str) -> str:
+        if not _SEEDS.fullmatch(seeds) or not _range(seeds):
+            raise ValueError("seeds are numbers and ranges, as in 0..9 or 0,3,7")
+        return seeds
+
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The seeds, in the order given."""
+        return _range(self.seeds)
+
+
+class SteerConfig(RunSettings):
+    """Settings of `difffract steer`: edits in the running model, over seeds and strengths."""
+
+    prompt: str
+    """What the images shall show."""
+    edit: tuple[str, ...] = Field(min_length=1)
+    """An edit, FEATURE=zero|invert|scale:2|set:1.5|add:.5, as in img/2/f401@12#0,1=zero; A+B=zero or NAME:A+B=zero
+    edits several features, img/2=zero a whole MLP, img=zero a whole stream. Give it as often as wanted."""
+    sweep: str | None = None
+    """Strengths, as in 0,-1,-2, one column each. zero, scale and invert all become scale:STRENGTH (1 is no edit, 0 off,
+    -1 inverted); set and add take STRENGTH times their amount. Left out: the edits as they are."""
+    form: Literal["delta", "replace"] = "delta"
+    """`delta` adds what the edit changes to the MLP's true output; `replace` puts the edited reconstruction there."""
+    at_steps: str | None = None
+    """Denoising steps to edit in, as in 0,1, for edits that name none; all when left out."""
+    threshold: float | None = Field(None, ge=0)
+    """Edit only positions where the feature exceeds this share of its maximum."""
+    expect: str | None = None
+    """Caption that edited images of the organism shall show; the prompt when left out."""
+    include_padding: bool = False
+    """Let edits without positions act on padded text positions too, as the reference does."""
+    guidance: float | None = None
+    """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
+    latents: Path | None = None
+    """`.npy` file of packed starting noise, [image tokens, channels], or [seeds, image tokens, channels]."""
+    noise: Literal["jax", "torch"] = "jax"
+    """Who draws the starting noise: `torch` repeats diffusers' noise of each seed (needs the extra `torch`)."""
+    out: Path = Path("steer")
+    """Directory for grid.png, metrics.md and metrics.json."""
+
+    @field_validator("sweep")
+    @classmethod
+    def _are_numbers(cls, sweep: str | None) -> str | None:
+        if sweep is not None and not _NUMBERS.fullmatch(sweep):
+            raise ValueError("strengths are numbers, as in 0,-1,-2")
+        return sweep
+
+    @field_validator("at_steps")
+    @classmethod
+    def _are_steps(cls, steps: str | None) -> str | None:
+        if steps is not None and not _STEPS.fullmatch(steps):
+            raise ValueError("steps are numbers, as in 0,1")
+        return steps
+
+    @property
+    def amounts(self) -> tuple[float, ...]:
+        """The strengths; none if there is no sweep."""
+        return tuple(map(float, self.sweep.split(","))) if self.sweep else ()
+
+    @property
+    def edited_steps(self) -> tuple[int, ...] | None:
+        """Steps of the edits that name none; None for all."""
+        return tuple(map(int, self.at_steps.split(","))) if self.at_steps else None
+
+
+class FeaturesConfig(RunSettings):
+    """Settings of `difffract features`: which features stand out."""
+
+    prompt: str | None = None
+    """The prompt; left out with --scan."""
+    contrast: str | None = None
+    """Another prompt to compare with, from the same noise."""
+    by: Literal["contrast", "region", "trend", "activation"] | None = None
+    """What to rank by: contrast between prompts, region against the rest, rise or fall over steps, activation; when
+    left out, contrast or region if one is given, else activation."""
+    step: int | None = Field(None, ge=0)
+    """Denoising step; each feature's best when left out."""
+    top: int = Field(20, ge=1)
+    """Features per stream."""
+    sites: str = "*/*"
+    """Sites to rank, as in img/0-3,single/*."""
+    captions: int = Field(3000, ge=200)
+    """Captions that --scan samples."""
+    out: Path | None = None
+    """With --scan, the labels file to write."""
+
+
+def _range(text: str) -> tuple[int, ...]:
+    """Reads `0..3,7`; a range that runs backwards is empty."""
+    found: list[int] = []
+    for item in text.split(","):
+        first, _, last = item.partition("..")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(found))

@@ -1,0 +1,102 @@
+"""Feature codes of whole sampling runs, reduced where they are made: a run's codes are too many to keep.
+
+1. Run the sampler on many prompts at once, with a tap at every site, one compiled scan over the steps.
+2. At every step every site's rows are encoded, SAEs from y, and handed to `reduce`, site by site.
+3. What it returns leaves the scan, with axes step, prompt and site in front.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from difffract_jax.models.mmdit import Inputs, MMDiT
+from difffract_jax.models.pipeline import Pipeline, Run
+from difffract_jax.transcoders.harvest import tapped_velocity
+from difffract_jax.transcoders.replaced import stacks_of
+from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
+
+Reduce = Callable[[str, Float[Array, "rows feat"], Any], Any]
+"""`reduce(group, z, extra)`: a named function, since each is compiled once; group is `img`, `txt` or `joint`."""
+
+
+def reduced_codes(
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    run: Run,
+    text: Float[Array, "prompt txt text_width"],
+    pooled: Float[Array, "prompt pooled_width"],
+    noise: Float[Array, "prompt img channels"],
+    reduce: Reduce,
+    extra: Any,
+) -> tuple[dict[str, Any], Float[Array, "prompt img channels"]]:
+    """Runs the sampler on several prompts at once and reduces every site's codes at every step.
+
+    Args:
+        pipe: the pipeline.
+        tcs: its transcoders, or SAEs.
+        run: sizes and schedule.
+        text: text embeddings.
+        pooled: pooled prompt embeddings.
+        noise: packed starting noise.
+        reduce: what to keep of one site's code at one step of one prompt.
+        extra: its last argument; arrays with axes step and prompt in front.
+
+    Returns:
+        By group what `reduce` returned, with axes [step prompt site] in front; and the latents after the last step.
+    """
+    sites, stacks = stacks_of(tcs)
+    sigmas = jnp.asarray(run.sigmas, noise.dtype)
+    return _scan(pipe.transformer, stacks, text, pooled, noise, sigmas, extra, run.grid, run.guidance, sites, reduce)
+
+
+@partial(jax.jit, static_argnames=("grid", "guidance", "sites", "reduce"))
+def _scan(
+    model: MMDiT,
+    stacks: dict[str, Transcoder],
+    text: Array,
+    pooled: Array,
+    noise: Array,
+    sigmas: Array,
+    extra: Any,
+    grid: tuple[int, int],
+    guidance: float | None,
+    sites: Sites,
+    reduce: Reduce,
+) -> tuple[dict[str, Any], Array]:
+    img, txt = grid[0] * grid[1], text.shape[1]
+    counts = {"img": img, "txt": txt, "joint": txt + img}
+    tokens = {group: jnp.arange(counts[group]) for group in sites.groups}
+    scale = None if guidance is None else jnp.asarray(guidance, noise.dtype)
+
+    def one(z: Array, txt: Array, vec: Array, extra: Any, t: Array) -> tuple[Array, dict[str, Any]]:
+        v, rows = tapped_velocity(model, Inputs(z, txt, vec, t, scale), tokens, grid=grid, sites=sites)
+
+        def at_site(group: str, site: tuple[Transcoder, Array, Array]) -> Any:
+            tc, x, y = site
+            read = (y if tc.config.role == "sae" else x).astype(tc.enc.kernel.dtype)
+            return reduce(group, tc.encode(read, t), extra)
+
+        found = {
+            group: jax.lax.map(partial(at_site, group), (stacks[group], taken.x, taken.y))
+            for group, taken in rows.items()
+        }
+        return v, found
+
+    def step(z: Array, now: tuple[Array, Array, Any]) -> tuple[Array, dict[str, Any]]:
+        sigma, after, extra = now
+        v, found = jax.vmap(one, in_axes=(0, 0, 0, 0, None))(z, text, pooled, extra, sigma)
+        return z + (after - sigma) * v.astype(z.dtype), found
+
+    latents, found = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:], extra))
+    return found, latents
+
+
+def repeat_steps(extra: Any, steps: int) -> Any:
+    """Returns arrays [prompt ...] as `extra` that is the same at all of so many steps."""
+    return jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (steps, *np.shape(a))), extra)

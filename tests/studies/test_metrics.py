@@ -1,0 +1,98 @@
+"""Metrics see what changed and what did not, on images whose content is drawn, not generated."""
+
+import numpy as np
+import pytest
+
+from difffract_jax.config import UserError
+from difffract_jax.organism.world import from_caption
+from difffract_jax.studies.metrics import MOST_PSNR, distances, intent, score, table
+from difffract_jax.studies.sheets import sheet
+
+RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
+
+
+def drawn(*captions, **changes):
+    scenes = [from_caption(text)._replace(**changes) for text in captions]
+    return np.stack([np.round(scene.images()[0] * 255).astype(np.uint8) for scene in scenes])
+
+
+def judged(edited, prompt=RED, wanted=GREEN, original=None):
+    before = drawn(prompt) if original is None else original
+    found = score([prompt], [intent(prompt, wanted)], before, drawn(edited))
+    return bool(found.success[0]), bool(found.others[0]), float(found.flipped[0])
+
+
+def test_intent_is_what_two_captions_differ_in():
+    assert intent(RED, GREEN).attributes == (frozenset({"colour"}), frozenset())
+    assert intent(RED).attributes == (frozenset(), frozenset())
+    moved = intent(RED, "a red ring right of a blue square")
+    assert moved.attributes == (frozenset({"kind", "place"}), frozenset({"place"}))
+    assert intent(RED, "a red circle").attributes is None
+
+
+@pytest.mark.parametrize(
+    ("edited", "expected"),
+    [
+        (GREEN, (True, False, 0.0)),
+        (RED, (False, False, 0.0)),
+        ("a green circle left of a pink square", (False, True, 1.0)),
+        ("a green ring left of a blue square", (False, False, 1.0)),
+        ("a yellow circle left of a blue square", (False, False, 0.0)),
+        ("a green circle on the left", (False, True, 4.0)),
+    ],
+)
+def test_success_and_collateral_are_told_apart(edited, expected):
+    assert judged(edited) == expected
+
+
+def test_a_caption_is_taken_at_its_word():
+    blue = from_caption("a blue lemon")
+    image = np.round(blue._replace(colour=blue.named).images() * 255).astype(np.uint8)
+    found = score(["a lemon"], [intent("a lemon", "a blue lemon")], drawn("a lemon"), image)
+    assert found.success[0] and not found.others[0] and found.read == ("blue lemon",)
+    assert not judged("a blue lemon", "a lemon", "a blue lemon")[0]  # the world draws it yellow
+
+
+def test_an_original_that_is_wrong_is_not_compared():
+    found = score([RED], [intent(RED)], drawn("a lemon"), drawn("a lemon"))
+    assert not found.compared[0] and not found.success[0]
+
+
+def test_distances_inside_and_outside_a_region():
+    before = np.full((2, 8, 8, 3), 100, np.uint8)
+    after, mask = before.copy(), np.zeros((8, 8), bool)
+    mask[:, :4] = True
+    after[0, :, :4] += 51
+    after[1, :, 4:] += 51
+    far = distances(before, after, mask)
+    assert far.inside == pytest.approx([0.2, 0]) and far.outside == pytest.approx([0, 0.2])
+    assert far.psnr == pytest.approx([MOST_PSNR, -20 * np.log10(0.2)])
+    assert distances(before, after).inside == pytest.approx([0.2 / np.sqrt(2)] * 2)
+
+
+def test_a_table_has_a_row_per_column_of_the_sweep():
+    images = np.stack([drawn(RED, GREEN, "a green circle left of a pink square")] * 2)
+    norms = np.array([[0.0, 1.0, 2.0]] * 2)
+    mask = np.zeros((48, 48), bool)
+    mask[:, :24] = True
+    rows = table(("original", "x 1", "x 2"), images, norms, mask, RED, intent(RED, GREEN))
+    assert [row["success"] for row in rows] == [0, 2, 0]
+    assert [row["others changed"] for row in rows] == [0, 0, 2]
+    assert rows[0]["psnr outside"] == rows[1]["psnr outside"] == MOST_PSNR > rows[2]["psnr outside"]
+    assert (
+        rows[1]["effect per norm"] == pytest.approx(rows[1]["inside"]) == pytest.approx(2 * rows[2]["effect per norm"])
+    )
+    plain = table(("original", "x 1", "x 2"), images, norms)
+    assert "success" not in plain[0] and plain[1]["difference"] > 0
+
+
+def test_a_prompt_outside_the_world_is_refused():
+    with pytest.raises(UserError, match="knows no word `house`"):
+        intent("a red house")
+
+
+def test_a_sheet_has_room_for_all_images():
+    images = drawn(RED, GREEN, RED, GREEN, RED, GREEN).reshape(2, 3, 48, 48, 3)
+    page = sheet(images, ("seed 0", "seed 1"), ("a", "b", "c"))
+    assert page.shape == (22 + 2 * (4 * 48 + 6), 64 + 3 * (4 * 48 + 6), 3)
+    assert np.array_equal(page[22:214:4, 64:256:4], images[0, 0])
