@@ -255,7 +255,7 @@ def trace(
 ) -> None:
     """Trace the circuit behind a feature, a direction of the velocity or a colour of the image, and save it as a graph.
 
-    Examples: `difffract trace organism organism "a red circle above a blue square" --target img/1/f12 --step 1`;
+    Example: `difffract trace organism organism "a red circle above a blue square" --target img/1/f12 --step 1`;
     all steps, from the pixels: `... --target pixels:color=red,box=0,0,32,16 --step 0-3`
     """
     settings = opt.settings_of(TraceConfig, locals())

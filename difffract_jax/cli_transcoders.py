@@ -185,7 +185,7 @@ def evaluate(
 ) -> None:
     """Measure how faithful trained transcoders are, on prompts that training never saw, and write a report.
 
-    Examples: `difffract evaluate run --images 8`; `difffract evaluate --pareto smoke.yaml --k 2,4,8 --out sweep`
+    Example: `difffract evaluate run --images 8`; `difffract evaluate --pareto smoke.yaml --k 2,4,8 --out sweep`
     """
     given = locals()
     if k is not None:

@@ -15,10 +15,10 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
 class UserError(ValueError):
@@ -82,7 +82,9 @@ class TraceConfig(Settings):
     pixels:color=NAME[,minus=NAME][,box=...|mask=...]. May be given several times."""
     weight: tuple[float, ...] | None = None
     """Share of a target in the influence, one per target in their order; equal when left out."""
-    step: int | str = 0
+    step: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = Field(
+        "0", pattern=r"^\d+(-\d+)?$"
+    )
     """Denoising step that is traced, counted from 0; or steps, as in 0-3: one graph over all of them, whose inputs are
     the text embedding and the latents entering the first, and whose targets lie in the last."""
     steps: int | None = Field(None, ge=1)

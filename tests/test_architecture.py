@@ -38,8 +38,8 @@ ORDER = (
     ("difffract_jax.cli",),
 )
 NUMPY_ONLY = (
-    *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json", "edits", "labels"),
-    *("names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
+    *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
+    *("edits", "labels", "names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
 )
 LIGHT = (
     "difffract_jax",

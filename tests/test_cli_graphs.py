@@ -64,7 +64,7 @@ def test_pruning_tells_the_scores_and_keeps_them(difffract, mode):
 
 def test_several_targets_are_listed_with_their_weights(difffract):
     told = done(difffract("prune", "outputs.npz", "--by-position"))
-    assert [row["target"] for row in told["targets"]] == ["output 0", "output 1", "img/3/f0@0#1"]
+    assert [row["target"] for row in told["targets"]] == ["output 0#1", "output 1#1", "img/3/f0@0#1"]
     assert [row["weight"] for row in told["targets"]] == pytest.approx([2 / 3.5, 1 / 3.5, 0.5 / 3.5])
     assert (Graph.load("pruned.npz").node_position >= 0).any()
 

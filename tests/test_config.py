@@ -60,7 +60,8 @@ def test_settings_are_frozen() -> None:
     [
         ({"max_node": 3}, (), "`max_node` is no setting; did you mean `max_nodes`?"),
         ({"zzzz": 3}, (), "`zzzz` is no setting; known are `model`, `transcoders`,"),
-        ({"step": -1}, (), "`step` was -1, but input should be greater than or equal to 0"),
+        ({"step": -1}, (), "`step` was '-1', but string should match pattern"),
+        ({"seed": -1}, (), "`seed` was -1, but input should be greater than or equal to 0"),
         ({"noise": "numpy"}, (), "`noise` was 'numpy', but input should be 'jax' or 'torch'"),
         ({"target": None}, (), "`target` is missing"),
         ({}, ("steps",), "`--set steps` is not of the form key=value"),
@@ -78,8 +79,8 @@ def test_a_mistake_is_named(options: dict[str, object], sets: tuple[str, ...], t
 
 
 def test_all_mistakes_are_told_together() -> None:
-    with pytest.raises(UserError, match="max_node.*no setting.*step.*greater|step.*greater.*max_node.*no setting"):
-        resolve(TraceConfig, TRACE | {"max_node": 1, "step": -1})
+    with pytest.raises(UserError, match="max_node.*no setting.*seed.*greater|seed.*greater.*max_node.*no setting"):
+        resolve(TraceConfig, TRACE | {"max_node": 1, "seed": -1})
 
 
 @pytest.mark.parametrize(("text", "told"), [("- 1\n", "must hold `key: value` lines"), ("a: [", "is not valid YAML")])

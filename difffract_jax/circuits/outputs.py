@@ -20,12 +20,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from PIL import ImageColor
 
 from difffract_jax.circuits.engine import Output
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.regions import Region, pixels, tokens
+from difffract_jax.circuits.region import box_mask, read_mask, tokens_in
 from difffract_jax.circuits.trace import Span, Trace
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
@@ -36,6 +36,25 @@ from difffract_jax.ops import widen
 GREY = (0.5, 0.5, 0.5)
 FORMS = 'velocity:contrast="other prompt"[,box=X0,Y0,X1,Y1|mask=FILE.png] or pixels:color=NAME[,box=...|mask=...]'
 _OPTION = re.compile(r'(?P<key>\w+)=(?:"(?P<quoted>[^"]*)"|(?P<plain>[^,"]*(?:,-?\d+)*))(?:,|$)')
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box, or the bright part of a mask; the whole image if neither is given.
+
+    Attributes:
+        box: X0,Y0,X1,Y1 in pixels.
+        mask: image file.
+    """
+
+    box: str | None = None
+    mask: Path | None = None
+
+    def pixels(self, height: int, width: int) -> Bool[np.ndarray, "H W"]:
+        """Returns which pixels it holds, of an image of that size; see `region` for what is refused."""
+        if self.mask is not None:
+            return read_mask(self.mask, (height, width))
+        return np.ones((height, width), bool) if self.box is None else box_mask(self.box, (height, width))
 
 
 @dataclass(frozen=True)
@@ -124,14 +143,6 @@ def _options(text: str, rest: str) -> dict[str, str]:
     return found
 
 
-def _box(text: str, value: str) -> tuple[int, int, int, int]:
-    parts = value.split(",")
-    if len(parts) != 4 or not all(re.fullmatch(r"-?\d+", part) for part in parts):
-        raise UserError(f"The box of {text!r} must be X0,Y0,X1,Y1 in whole pixels, as in box=0,0,16,16.")
-    x0, y0, x1, y1 = map(int, parts)
-    return x0, y0, x1, y1
-
-
 def _colour(text: str, value: str) -> tuple[float, float, float]:
     try:
         red, green, blue = ImageColor.getrgb(value)[:3]
@@ -169,7 +180,9 @@ def resolve(
 def _resolve_velocity(pipe: Pipeline, trace: Trace, target: VelocityTarget) -> Output:
     record, info = trace.record, trace.info
     unit = PATCH * pipe.config.vae.factor
-    inside = tokens(pixels(target.region, info.grid[0] * unit, info.grid[1] * unit), unit)
+    mask = target.region.pixels(info.grid[0] * unit, info.grid[1] * unit)
+    inside = np.zeros(mask.size // unit**2, bool)
+    inside[list(tokens_in(mask, info.grid))] = True
     direction = record.velocity
     assert direction is not None
     if target.contrast is not None:
@@ -202,7 +215,7 @@ def _resolve_pixels(pipe: Pipeline, trace: Trace, target: PixelTarget) -> Output
     assert record.velocity is not None
     clean = record.latents - sigma * record.velocity
     height, width = (side * PATCH * pipe.config.vae.factor for side in info.grid)
-    inside = jnp.asarray(pixels(target.region, height, width))
+    inside = jnp.asarray(target.region.pixels(height, width))
     with jax.default_matmul_precision("highest"):
         value, gradient = _objective(
             jax.tree.map(widen, pipe.vae),

@@ -202,7 +202,6 @@ def test_the_pooled_path_is_what_swapping_the_embedding_moves():
         ("pixels:color=reddish", "'reddish' in 'pixels:color=reddish' is no colour"),
         ("pixels:color=gray", "asks for grey"),
         ("pixels:color=red,minus=#ff0000", "asks for the colour it is set against"),
-        ("pixels:color=red,box=1,2,3", "must be X0,Y0,X1,Y1"),
         ("pixels:color=red,color=blue", "gives color twice, which contradicts itself"),
         ("pixels:color=red,box=0,0,4,4,mask=a.png", "names a box and a mask, which contradict each other"),
         ("velocity:color=red", "has no option color; velocity takes box, contrast, mask"),
@@ -218,8 +217,9 @@ def test_what_is_no_target_is_refused(text, sentence):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("pixels:color=red,box=0,0,64,8", "does not lie in the image; give X0,Y0,X1,Y1 in pixels with X0 < X1 <= 32"),
-        ("pixels:color=red,box=4,4,4,8", "does not lie in the image"),
+        ("pixels:color=red,box=1,2,3", "A box is X0,Y0,X1,Y1 in whole pixels"),
+        ("pixels:color=red,box=0,0,64,8", "leaves the image, which is 32 x 24 pixels"),
+        ("pixels:color=red,box=4,4,4,8", "is empty or leaves the image"),
         ("velocity:mask=absent.png", "The mask absent.png does not exist"),
         ('velocity:contrast="a red circle"', "give the same velocity in the region"),
     ],
@@ -232,7 +232,7 @@ def test_outputs_that_do_not_fit_the_trace_are_refused(text, sentence):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sentence"), [("empty", "is empty"), ("size", "has 8 x 8 pixels"), ("text", "is no readable image")]
+    ("kind", "sentence"), [("empty", "is dark everywhere"), ("size", "is 8 x 8 pixels"), ("text", "is no picture")]
 )
 def test_masks_that_do_not_fit_are_refused(tmp_path, kind, sentence):
     from PIL import Image

@@ -145,7 +145,10 @@ def test_pulling_back_is_the_transpose_of_pushing_forward(exact):
         weights[(table.kind == 0) & (group_of(exact, table) == group)] = np.asarray(shares[group]).ravel()
     edges = np.asarray(pull_back(exact.replacement, targets))
     pulled = edges @ weights[: edges.shape[1]]
-    assert relative_error(pulled, pushed) <= TOL.x64
+    if np.any(pushed):  # the first recorded site alone has no features before it
+        assert relative_error(pulled, pushed) <= TOL.x64
+    else:
+        assert not pulled.any()
 
 
 def test_sources_lie_in_strictly_lower_blocks(exact):
