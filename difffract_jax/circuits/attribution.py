@@ -166,7 +166,10 @@ def _check_reached(state: Expansion, wanted: list[tuple[Target, float]]) -> None
 def _pooled_path(engine: Engine, roots: Int64[np.ndarray, "target"]) -> list[dict[str, float]]:
     """Returns each target's value, and its value with the pooled embedding of the empty prompt, in the real model."""
     values = read(engine, roots, tuple(step.record.reading for step in engine.steps))
-    without = read(engine, roots, tuple(step.record.unpooled for step in engine.steps))
+    unpooled = tuple(step.record.unpooled for step in engine.steps if step.record.unpooled is not None)
+    if len(unpooled) < len(engine.steps):
+        return []
+    without = read(engine, roots, unpooled)
     share = np.abs(values - without) / np.maximum(np.abs(values), np.finfo(np.float64).tiny)
     columns = zip(values.tolist(), without.tolist(), share.tolist(), strict=True)
     return [{"value": a, "without": b, "share": c} for a, b, c in columns]

@@ -78,7 +78,7 @@ class Record(NamedTuple):
         latents: packed latents entering the step.
         text: text embedding.
         t: denoising time, the value the transformer was fed.
-        unpooled: what the live model gives with the pooled embedding of the empty prompt.
+        unpooled: what the live model gives with the pooled embedding of the empty prompt; None if that was not run.
     """
 
     weights: Weights
@@ -94,7 +94,7 @@ class Record(NamedTuple):
     latents: Float[Array, "img channels"]
     text: Float[Array, "txt text_width"]
     t: Float[Array, ""]
-    unpooled: Reading
+    unpooled: Reading | None
 
     @property
     def reading(self) -> Reading:
@@ -179,7 +179,7 @@ def record_step(
         latents=widen(inputs.latents),
         text=widen(inputs.text),
         t=inputs.t,
-        unpooled=None,  # type: ignore[arg-type]
+        unpooled=None,
     )
 
 

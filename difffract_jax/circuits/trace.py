@@ -37,6 +37,7 @@ from difffract_jax.models.pipeline import (
     start,
     step_inputs,
 )
+from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
 
@@ -52,6 +53,7 @@ class TraceInfo:
         sigmas: noise level entering every step, and the final 0.
         grid: rows and columns of image tokens.
         text_tokens: length of the text sequence.
+        tokens: the text sequence's tokens, padding included.
         recorded: the model's block of every recorded layer; single-stream blocks count on after the double-stream ones.
         depths: double- and single-stream blocks of the model.
         include_padding: whether padded text positions are replaced like any other.
@@ -66,6 +68,7 @@ class TraceInfo:
     sigmas: tuple[float, ...]
     grid: tuple[int, int]
     text_tokens: int
+    tokens: tuple[str, ...]
     recorded: tuple[int, ...]
     depths: tuple[int, int]
     include_padding: bool
@@ -235,7 +238,7 @@ def _capture(
         records = _record_steps(
             pipe, run, blocks, weights, encoded, empty, jnp.asarray(mask), z, range(first, last + 1)
         )
-    config = pipe.config.transformer
+    config, ids = pipe.config.transformer, encode_prompt(pipe.tokenizers, prompt, run.text_tokens)
     recorded = (*range(blocks.first, blocks.end),)
     recorded += (*range(config.depth_double + blocks.first_single, config.depth_double + blocks.end_single),)
     infos = (
@@ -247,6 +250,7 @@ def _capture(
             sigmas=tuple(map(float, run.sigmas)),
             grid=run.grid,
             text_tokens=run.text_tokens,
+            tokens=tuple(pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids.tolist())),
             recorded=recorded,
             depths=(config.depth_double, config.depth_single),
             include_padding=include_padding,
