@@ -114,9 +114,7 @@ def parse_target(text: str) -> Feature | VelocityTarget | PixelTarget:
         raise UserError(f"{text!r} has no option {unknown[0]}; {kind} takes {', '.join(sorted(keys[kind]))}.")
     if "box" in given and "mask" in given:
         raise UserError(f"{text!r} names a box and a mask, which contradict each other; keep one.")
-    region = Region(
-        _box(text, given["box"]) if "box" in given else None, Path(given["mask"]) if "mask" in given else None
-    )
+    region = Region(given.get("box"), Path(given["mask"]) if "mask" in given else None)
     if kind == "velocity":
         return VelocityTarget(text, given.get("contrast"), region)
     if "color" not in given:
