@@ -270,11 +270,11 @@ def trace(
     from difffract_jax.report import emit, graph_summary, progress
 
     asked = [parse_target(text) for text in _listed(settings.target)]
-    steps, weights = read_steps(settings.step), read_weights(settings.weight, len(asked))
+    traced, weights = read_steps(settings.step), read_weights(settings.weight, len(asked))
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
     run = {"seed", "steps", "height", "width", "text_tokens", "include_padding"}
     sizes = settings.model_dump(include=run) | {"latents": _starting_noise(pipe, settings)}
-    captured = record_run(pipe, tcs, settings.prompt, asked, steps, **sizes)
+    captured = record_run(pipe, tcs, settings.prompt, asked, traced, **sizes)
     expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
     targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
     with progress("Expanding nodes") as advance:

@@ -39,7 +39,7 @@ def expand(table, edges, target, *, max_nodes, batch, smallest, bias=0.25):
     rows = np.array([target])
     while rows.size:
         sums = edges[rows].sum(axis=1, dtype=np.float64)
-        state = expansion.add(state, rows, edges[rows], sums + bias, np.full(rows.size, bias))
+        state = expansion.add(state, rows, [edges[rows]], sums + bias, np.full(rows.size, bias))
         rows = expansion.next_batch(state, min(batch, max_nodes - state.expanded.size))
     return state
 

@@ -83,7 +83,7 @@ def test_features_are_printed_ready_to_paste(difffract: Any) -> None:
         ((*STEER, "--edit", "img/1/f3=zero", "--edit", "img/1/f3=set:2"), "Edits contradict each other"),
         ((*STEER, "--edit", "img/1/f3=zero", "--box", "0,0,1,1"), "The region holds no image token"),
         ((*STEER, "--edit", "img/1/f3=zero", "--box", "1,2", "--mask", "m.png"), "give one of them"),
-        ((*STEER, "--edit", "img/1/f3=zero", "--mask", "m.png"), "m.png: No such file or directory."),
+        ((*STEER, "--edit", "img/1/f3=zero", "--mask", "m.png"), "The mask m.png does not exist"),
         ((*STEER, "--edit", "img/1/f3=zero", "--sweep", "weak"), "strengths are numbers, as in 0,-1,-2"),
         ((*STEER, "--edit", "img/1/f3=zero", "--seeds", "4..1"), "seeds are numbers and ranges, as in 0..9"),
         ((*STEER, "--edit", "img/1/f3=zero", "--out", "no/such"), "The folder no of the output directory such"),

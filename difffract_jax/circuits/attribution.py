@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Array, Int64
 
 from difffract_jax.circuits import expansion as expanding
 from difffract_jax.circuits.engine import Engine, Output, make_engine, pull_rows, read
@@ -28,8 +28,10 @@ from difffract_jax.circuits.trace import Span, Trace
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
-LARGEST_BATCH = 32
+LARGEST_BATCH = 64
 """Targets pulled back together if nothing else is said; more gain little and cost memory."""
+LARGEST_ROWS = 2**30
+"""Bytes that the edges of targets pulled back together may fill if nothing else is said."""
 Target = Feature | Output
 
 
@@ -73,13 +75,13 @@ def attribute(
     engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)))
     roots, weights = _roots(engine, wanted)
     state = expanding.start(engine.table, roots, weights, min_attribution)
-    batch = target_batch or math.ceil(expansion_batch / math.ceil(expansion_batch / LARGEST_BATCH))
-    rows = state.targets
+    batch = target_batch or _batch(engine, expansion_batch)
+    rows, spares = state.targets, None
     while rows.size:
         # Deep targets first, so that shallow ones, whose walk is short, share their batches.
         rows = rows[np.lexsort((-engine.table.block[rows], -engine.table.step[rows]))]
         for begin in range(0, rows.size, batch):
-            state = _expand(state, engine, rows[begin : begin + batch], batch)
+            state, spares = _expand(state, engine, rows[begin : begin + batch], batch, spares)
         _check_reached(state, wanted)
         if progress is not None:
             progress(len(state.expanded), max_nodes)
@@ -142,16 +144,26 @@ def _roots(engine: Engine, wanted: list[tuple[Target, float]]) -> tuple[Int64[np
     return np.array(found, np.int64), np.array([weight for _, weight in wanted])
 
 
-def _expand(state: Expansion, engine: Engine, rows: Int64[np.ndarray, "target"], batch: int) -> Expansion:
-    """Computes the edges into a few targets, and adds them."""
-    found = pull_rows(engine, rows, batch)
-    finite = np.isfinite(found.preactivation) & np.isfinite(found.edges.sum(axis=1))
-    if not finite.all():
+def _batch(engine: Engine, expansion_batch: int) -> int:
+    """Divides an expansion's targets into equal batches, as few as memory allows."""
+    row = engine.sources * engine.steps[0].record.boundary.img.dtype.itemsize
+    most = max(1, min(LARGEST_BATCH, LARGEST_ROWS // row))
+    return math.ceil(expansion_batch / math.ceil(expansion_batch / most))
+
+
+def _expand(
+    state: Expansion, engine: Engine, rows: Int64[np.ndarray, "target"], batch: int, spares: tuple[Array, ...] | None
+) -> tuple[Expansion, tuple[Array, ...]]:
+    """Computes the edges into a few targets, and adds them; returns memory that is free again, too."""
+    found = pull_rows(engine, rows, batch, spares)
+    state = expanding.add(state, rows, found.parts, found.preactivation, found.bias)
+    new = [total[-rows.size :] for total in (found.preactivation, state.totals.sum)]
+    if not np.isfinite(new).all():
         raise UserError(
             "The trace holds activations that are not finite (NaN or infinity), so that nothing adds up; trace in "
             "float32, and check that the model generates sound images."
         )
-    return expanding.add(state, rows, found.edges, found.preactivation, found.bias)
+    return state, found.spares
 
 
 def _check_reached(state: Expansion, wanted: list[tuple[Target, float]]) -> None:

@@ -27,10 +27,10 @@ from difffract_jax.circuits.graph import FEATURE, OUTPUT
 from difffract_jax.circuits.pullback import input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.record import Reading, Weights
-from difffract_jax.circuits.replacement import Replacement, prepare_steps, run
+from difffract_jax.circuits.replacement import Replacement, Sources, prepare_steps, run
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import Span, Trace, TraceInfo
-from difffract_jax.models.blocks import Streams
+from difffract_jax.models.blocks import Groups, Streams
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 
@@ -99,18 +99,26 @@ def affine_constants(steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...
     with jax.default_matmul_precision("highest"):
         z = jnp.zeros_like(steps[0].record.latents)
         for prepared, info in zip(steps, infos, strict=True):
-            zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
+            zeros, sites = _no_sources(prepared)
             if across:
                 zeros = zeros._replace(
                     boundary=_enter(prepared.record.weights, z, jnp.zeros_like(prepared.record.text))
                 )
-            found.append(_run(prepared.record, prepared.sites, zeros)._replace(latents=z))
+            found.append(_run(prepared.record, sites, zeros)._replace(latents=z))
             if across:
                 z = z + _delta(info) * found[-1].velocity
     return tuple(found)
 
 
 _run = jax.jit(run)
+
+
+def _no_sources(prepared: Replacement) -> tuple[Sources, Groups]:
+    """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
+    zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
+    zeros = zeros._replace(values=Groups(*(v[:, :, :0] for v in zeros.values)))
+    cut = [s._replace(layers=s.layers._replace(index=s.layers.index[:, :, :0])) for s in prepared.sites]
+    return zeros, Groups(*cut)
 
 
 def _delta(info: TraceInfo) -> float:
@@ -128,37 +136,49 @@ def _pull_enter(weights: Weights, boundary: Streams) -> tuple[Array, Array]:
     """Pulls cotangents of the residual streams back to (latents, text embedding)."""
     with jax.default_matmul_precision("highest"):
         kernels = (weights.img_in.kernel[...], weights.txt_in.kernel[...])
-        return tuple(jnp.einsum("tsm,cm->tsc", c, k) for c, k in zip(boundary, kernels, strict=True))
+        latents, text = (jnp.einsum("tsm,cm->tsc", c, k) for c, k in zip(boundary, kernels, strict=True))
+        return latents, text
 
 
 class Rows(NamedTuple):
     """Edges of some targets, on the host.
 
     Attributes:
-        edges: from every source.
+        parts: edges from every source, [target source], by step and then from the inputs; views of the device's memory.
         preactivation: u; an output's value.
         bias: value of the affine map at zero sources.
+        spares: the steps' edges on the device, whose memory a later call may use again.
     """
 
-    edges: Float64[np.ndarray, "target source"]
+    parts: tuple[np.ndarray, ...]
     preactivation: Float64[np.ndarray, "target"]
     bias: Float64[np.ndarray, "target"]
+    spares: tuple[Array, ...]
+
+    @property
+    def edges(self) -> Float[np.ndarray, "target source"]:
+        """The edges from every source, copied."""
+        return np.concatenate(self.parts, axis=1)
 
 
-def pull_rows(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int) -> Rows:
+def pull_rows(
+    engine: Engine, rows: Int64[np.ndarray, "target"], batch: int, spares: tuple[Array, ...] | None = None
+) -> Rows:
     """Returns the edges into rows of the table, and what they must add up to.
 
     Args:
         engine: from `make_engine`.
         rows: features or outputs; at most `batch`.
         batch: number of targets the programs are compiled for.
+        spares: of an earlier call whose edges nobody needs any more.
     """
     filled = np.concatenate([rows, np.full(batch - rows.size, -1)]).astype(np.int64)
     reach = _Reach(engine, filled)
-    parts = [reach.through(number) for number in reversed(range(len(engine.steps)))][::-1]
-    edges = np.concatenate([*(part[: rows.size] for part in parts), reach.inputs()[: rows.size]], axis=1)
+    numbers = reversed(range(len(engine.steps)))
+    found = tuple(reach.through(number, None if spares is None else spares[number]) for number in numbers)[::-1]
+    parts = tuple(np.asarray(part)[: rows.size] for part in (*found, reach.inputs()))
     u = read(engine, rows, tuple(step.record.reading for step in engine.steps))
-    return Rows(edges, u, read(engine, rows, engine.constants))
+    return Rows(parts, u, read(engine, rows, engine.constants), found)
 
 
 class _Reach:
@@ -174,7 +194,7 @@ class _Reach:
         self.boundary: Streams | None = None
         self.directed = engine.across or bool(engine.outputs)
 
-    def through(self, number: int) -> np.ndarray:
+    def through(self, number: int, spare: Array | None) -> Array:
         """Pulls everything back through one step; returns the edges of its features and errors."""
         prepared, info = self.engine.steps[number], self.engine.infos[number]
         targets = targets_of(self.engine, self.rows, number)
@@ -188,23 +208,23 @@ class _Reach:
                     direction = direction.at[i].set(output.velocity)
                     self.latents = self.latents.at[i].set(output.latents)
             cotangent = velocity_cotangent(prepared, direction)
-        pulled = pull(prepared, targets, cotangent)
+        pulled = pull(prepared, targets, cotangent, spare)
         if self.engine.across:
             latents, text = _pull_enter(prepared.record.weights, pulled.boundary)
             self.latents, self.text = self.latents + latents, self.text + text
         self.boundary = pulled.boundary
-        return np.asarray(pulled.edges)
+        return pulled.edges
 
-    def inputs(self) -> np.ndarray:
+    def inputs(self) -> Array:
         """Returns the edges of the inputs."""
         record = self.engine.steps[0].record
         latents = jnp.einsum("tsc,sc->ts", self.latents, record.latents, precision="highest")
         if self.engine.across:
             text = jnp.einsum("tsc,sc->ts", self.text, record.text, precision="highest")
-            return np.concatenate([text, latents], axis=1)
+            return jnp.concatenate([text, latents], axis=1)
         assert self.boundary is not None
         residual = input_edges(self.boundary, record.boundary)
-        return np.asarray(residual if record.velocity is None else jnp.concatenate([residual, latents], axis=1))
+        return residual if record.velocity is None else jnp.concatenate([residual, latents], axis=1)
 
     def _is_output(self, row: int, step: int) -> bool:
         table = self.engine.table

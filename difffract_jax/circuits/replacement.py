@@ -28,6 +28,8 @@ from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 
 BY_EIGHTS = 8
 """K is rounded up to a multiple of this, so that similar traces share a compilation."""
+CODE_BYTES = 2**28
+"""Codes of a group kept between counting and finding their active features; larger ones are computed twice."""
 
 
 class SiteLayers(NamedTuple):
@@ -182,10 +184,13 @@ def _encode_group(
         none = jnp.zeros((count, rows, 0), jnp.int32)
         layout = SiteLayers(jnp.asarray(slot), live, none)
         return Sites(None, layout), none.astype(record.mlp_in.dtype), record.mlp_out
+    codes, size = None, count * rows * stack.config.features * record.mlp_in.dtype.itemsize
+    if size <= CODE_BYTES:
+        codes = _codes(stack, jnp.asarray(slot), live, record)
     if most is None:
-        most = int(_count_active(stack, jnp.asarray(slot), live, record))
-        most = min(-(-max(most, 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
-    index, values, errors = _find_active(stack, jnp.asarray(slot), live, record, most)
+        counted = _count_active(stack, jnp.asarray(slot), live, record) if codes is None else _count(codes)
+        most = min(-(-max(int(counted), 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
+    index, values, errors = _find_active(stack, jnp.asarray(slot), live, record, codes, most)
     return Sites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
 
 
@@ -195,32 +200,48 @@ def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
 
 
 @jax.jit
-def _count_active(stack: Transcoder, slot: Array, live: Array, record: _GroupRecord) -> Int[Array, ""]:
+def _codes(stack: Transcoder, slot: Array, live: Array, record: _GroupRecord) -> Float[Array, "layer rows feat"]:
+    """Returns the code of every position of every block."""
+    return jax.lax.map(lambda at: _code(stack, at[0], at[1], at[2], record.t), (slot, live, record.mlp_in))
+
+
+def _code(stack: Transcoder, slot: Array, live: Array, x: Array, t: Array) -> Float[Array, "rows feat"]:
+    return jnp.where(live[:, None], site(stack, slot).encode(x, t), 0)
+
+
+@jax.jit
+def _count(codes: Float[Array, "layer rows feat"]) -> Int[Array, ""]:
     """Returns the largest number of active features at any position of any block."""
+    return jnp.max(jnp.sum(codes > 0, axis=2, dtype=jnp.int32))
+
+
+@jax.jit
+def _count_active(stack: Transcoder, slot: Array, live: Array, record: _GroupRecord) -> Int[Array, ""]:
+    """Does what `_count` does, with one block's codes at a time."""
 
     def step(most: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, None]:
         slot, live, x = layer
-        z = jnp.where(live[:, None], site(stack, slot).encode(x, record.t), 0)
-        return jnp.maximum(most, jnp.max(jnp.sum(z > 0, axis=1, dtype=jnp.int32))), None
+        return jnp.maximum(most, _count(_code(stack, slot, live, x, record.t)[None])), None
 
     return jax.lax.scan(step, jnp.int32(0), (slot, live, record.mlp_in))[0]
 
 
 @partial(jax.jit, static_argnames="most")
 def _find_active(
-    stack: Transcoder, slot: Array, live: Array, record: _GroupRecord, most: int
+    stack: Transcoder, slot: Array, live: Array, record: _GroupRecord, codes: Array | None, most: int
 ) -> tuple[Int[Array, "layer rows active"], Float[Array, "layer rows active"], Float[Array, "layer rows d_model"]]:
     """Returns every position's active features, strongest first, their values, and the errors."""
 
-    def step(_: None, layer: tuple[Array, Array, Array, Array]) -> tuple[None, Any]:
-        slot, live, x, y = layer
+    def step(_: None, layer: tuple[Array, Array, Array, Array, Array | None]) -> tuple[None, Any]:
+        slot, live, x, y, z = layer
         transcoder = site(stack, slot)
-        z = jnp.where(live[:, None], transcoder.encode(x, record.t), 0)
+        if z is None:
+            z = _code(stack, slot, live, x, record.t)
         value, index = jax.lax.top_k(z, most)
         error = y - jnp.where(live[:, None], transcoder.decode(z, x), 0)
         return None, (index, value, error)
 
-    return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out))[1]
+    return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out, codes))[1]
 
 
 def run(record: Record, sites: Groups, sources: Sources) -> Reading:
@@ -292,6 +313,11 @@ def write(
     if stack is None:
         return error
     transcoder = site(stack, layer.slot)
+    if not values.shape[1]:
+        # No features, as in the map's constant: what a row of zeros decodes to, the same everywhere, and the skip.
+        common = transcoder.decode(jnp.zeros((1, stack.config.features), x.dtype), jnp.zeros_like(x[:1]))
+        y = common + transcoder.skip(x) if stack.config.skip else common
+        return error + jnp.where(layer.live[:, None], y, 0)
     rows = jnp.arange(x.shape[0])[:, None]
     z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.index].add(values)
     return error + jnp.where(layer.live[:, None], transcoder.decode(z, x), 0)

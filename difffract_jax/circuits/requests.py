@@ -58,7 +58,7 @@ def read_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def record_run(
-    pipe: Pipeline, tcs: TranscoderSet, prompt: str, asked: Sequence[Asked], steps: tuple[int, int], **run: Any
+    pipe: Pipeline, tcs: TranscoderSet, prompt: str, asked: Sequence[Asked], traced: tuple[int, int], **run: Any
 ) -> Trace | Span:
     """Records what the targets need: one step, through to the velocity for outputs; or all steps of a span.
 
@@ -67,10 +67,10 @@ def record_run(
         tcs: its transcoders.
         prompt: of the run.
         asked: the targets.
-        steps: first and last step.
+        traced: first and last step.
         run: the rest of `capture`'s arguments.
     """
-    first, last = steps
+    first, last = traced
     if first != last:
         return capture_steps(pipe, tcs, prompt, first=first, last=last, **run)
     output = any(not isinstance(one, Feature) for one in asked)

@@ -1,0 +1,296 @@
+"""The walk of cotangents down through a stack of blocks, and the edges met on the way (METHOD section 4).
+
+Targets come sorted by where they enter, highest first: at every block the first so many have begun, and only they take
+part. They go through in pieces that fit a processor's cache, of sizes chosen by how many there are:
+
+1. `contract_block`: cotangents of the residual stream leaving a block, times its gate, meet the decoder vectors of the
+   features that are active there, and the errors. These are edges, written into place.
+2. The block's pull-back, `jax.vjp` of the frozen block at any point, vectorised over the targets of a piece. What all
+   targets share, the attention pattern first of all, is computed once per block.
+3. Targets of this block enter; see `entry`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from difffract_jax.circuits.contraction import contract
+from difffract_jax.circuits.entry import enter_double, enter_single
+from difffract_jax.circuits.readout import Targets
+from difffract_jax.circuits.record import Record
+from difffract_jax.circuits.replacement import Sites, Sources, site
+from difffract_jax.models.blocks import Groups, Streams, both, modulations
+
+PULL_BYTES = 2**20
+"""Cotangents pulled through a block at a time: few enough for a processor's cache; accelerators take them all."""
+CONTRACT_TARGETS = 64
+"""Targets at most for which gathered decoder vectors are used together."""
+PIECE_COST = 10
+"""What a piece costs in any case, above all its gathered decoder vectors, in targets."""
+
+
+class Sizes(NamedTuple):
+    """How many targets go through which part of the program together; `batch` is a multiple of each.
+
+    Attributes:
+        pull: through the pull-back of a block.
+        enter: into the walk.
+        contract: through the contraction with decoder vectors, one of these, ascending, by how many have begun.
+        batch: through the program, filled up.
+    """
+
+    pull: int
+    enter: int
+    contract: tuple[int, ...]
+    batch: int
+
+
+def sizes_for(targets: int, cotangent_bytes: int, backend: str) -> Sizes:
+    """Divides a number of targets.
+
+    Args:
+        targets: how many there are.
+        cotangent_bytes: of one target.
+        backend: of JAX, as in `jax.default_backend()`.
+
+    Example:
+        >>> sizes_for(50, 320 * 512 * 4, "cpu")
+        Sizes(pull=1, enter=5, contract=(1, 5, 25, 50), batch=50)
+    """
+    most = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
+    batch = most * _ceil(targets, most)
+    few, half = _divisor(most, max(1, most // 8)), _divisor(most, max(1, most // 2))
+    pull = _divisor(most, max(1, PULL_BYTES // cotangent_bytes)) if backend == "cpu" else most
+    return Sizes(pull, few, tuple(sorted({1, few, half, most})), batch)
+
+
+def _divisor(number: int, most: int) -> int:
+    """Returns the largest divisor up to `most`."""
+    return max(size for size in range(1, min(number, most) + 1) if number % size == 0)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Here(NamedTuple):
+    """One block in the walk; tuples have an entry per group of sites, img and txt or joint.
+
+    Attributes:
+        sites: its sites.
+        values: of their features, [rows active].
+        errors: of the sites, [rows d_model].
+        gates: factor between a site's output and the residual stream.
+        pull: pulls one target's cotangents back through the block, one [rows d_model] per group.
+        enter: gradients and targets of this block to cotangents of the residual streams entering it.
+    """
+
+    sites: tuple[Sites, ...]
+    values: tuple[Array, ...]
+    errors: tuple[Array, ...]
+    gates: tuple[Array, ...]
+    pull: Callable[[tuple[Array, ...]], tuple[Array, ...]]
+    enter: Callable[[Array, Targets], tuple[Array, ...]]
+
+
+def double_block(record: Record, sites: Groups, sources: Sources, layer: Array) -> Here:
+    """Returns a double-stream block of the walk."""
+    block, frozen, values, errors = jax.tree.map(
+        lambda leaf: leaf[layer],
+        (record.weights.double, record.frozen, sources.values[:2], sources.errors[:2]),
+    )
+    mod, here = modulations(block, record.cond.vec), tuple(_sites_at(s, layer) for s in sites[:2])
+
+    def forward(h: tuple[Array, ...]) -> tuple[Array, ...]:
+        mlp = lambda _, x: both(skip, Streams(*here), x)  # noqa: E731  (closed over the block's sites)
+        return tuple(block(Streams(*h), record.cond, frozen=frozen, mlp=mlp)[0])
+
+    def enter(gradients: Array, targets: Targets) -> tuple[Array, ...]:
+        return tuple(enter_double(block, frozen, mod, gradients, targets.group, targets.position))
+
+    return Here(here, values, errors, (mod.img[5], mod.txt[5]), _puller(forward, errors), enter)
+
+
+def single_block(record: Record, sites: Groups, sources: Sources, layer: Array) -> Here:
+    """Returns a single-stream block of the walk, counted from the first recorded one."""
+    block, frozen, values, errors = jax.tree.map(
+        lambda leaf: leaf[layer],
+        (record.weights.single, record.frozen_single, sources.values.joint, sources.errors.joint),
+    )
+    _, scale, gate = block.mod(jax.nn.silu(record.cond.vec)).reshape(3, -1)
+    here = _sites_at(sites.joint, layer)
+
+    def forward(h: tuple[Array, ...]) -> tuple[Array, ...]:
+        return (block(h[0], record.cond, frozen=frozen, mlp=lambda _, x: skip(here, x))[0],)
+
+    def enter(gradients: Array, targets: Targets) -> tuple[Array, ...]:
+        return (enter_single(frozen.inv_std, scale, gradients, targets.position),)
+
+    return Here((here,), (values,), (errors,), (gate,), _puller(forward, (errors,)), enter)
+
+
+def _sites_at(sites: Sites, layer: Array) -> Sites:
+    return Sites(sites.stack, jax.tree.map(lambda leaf: leaf[layer], sites.layers))
+
+
+def _puller(forward: Callable[..., Any], like: tuple[Array, ...]) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
+    # The map is affine: any point will do. What all targets share is computed here.
+    _, pull = jax.vjp(forward, tuple(jnp.zeros_like(rows) for rows in like))
+    return lambda cotangent: pull(cotangent)[0]
+
+
+def skip(sites: Sites, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+    """Returns what takes the one path through an MLP sublayer that is not a feature: a transcoder's skip."""
+    if sites.stack is None or not sites.stack.config.skip:
+        return jnp.zeros_like(x)
+    return jnp.where(sites.layers.live[:, None], site(sites.stack, sites.layers.slot).skip(x), 0)
+
+
+class Stack(NamedTuple):
+    """A run of like layers in the walk.
+
+    Attributes:
+        first: its first layer.
+        layers: how many there are.
+        begin: place of its first edge.
+        per_layer: places of a layer.
+        at: from a layer, counted from the stack's first, to the block there.
+    """
+
+    first: int
+    layers: int
+    begin: int
+    per_layer: int
+    at: Callable[[Array], Here]
+
+    def clear(self, edges: Float[Array, "target source"]) -> Float[Array, "target source"]:
+        """Zeroes the stack's edges, layer by layer, in place."""
+        none = jnp.zeros((edges.shape[0], self.per_layer), edges.dtype)
+
+        def one(layer: Array, edges: Array) -> Array:
+            return jax.lax.dynamic_update_slice(edges, none, (0, self.begin + layer * self.per_layer))
+
+        return jax.lax.fori_loop(0, self.layers, one, edges)
+
+
+def walk(
+    stack: Stack,
+    top: Array,
+    edges: Float[Array, "target source"],
+    cotangent: tuple[Array, ...],
+    targets: Targets,
+    gradients: Float[Array, "target d_model"],
+    sizes: Sizes,
+) -> tuple[Array, tuple[Array, ...]]:
+    """Walks the layers below `top` down to the stack's first.
+
+    Args:
+        stack: which layers.
+        top: layer after the first to walk.
+        edges: to write into.
+        cotangent: of the residual streams, [target rows d_model] per group.
+        targets: highest first.
+        gradients: of each target.
+        sizes: of the pieces.
+
+    Returns:
+        The edges, and the cotangents of the residual streams entering the stack.
+    """
+    enters = targets.enters
+
+    def step(i: Array, carry: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
+        edges, cotangent = carry
+        layer = top - 1 - i
+        here = stack.at(layer - stack.first)
+        column = stack.begin + (layer - stack.first) * stack.per_layer
+
+        def contract_some(first: Array, count: int, edges: Array) -> Array:
+            return contract_block(here, edges, (first, column), cotangent, count)
+
+        def through(first: Array, count: int, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
+            return _put(cotangent, jax.vmap(here.pull)(_some(cotangent, first, count)), first)
+
+        def enter_some(piece: Array, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
+            first = piece * sizes.enter
+            some, gradient, before = _some((targets, gradients, cotangent), first, sizes.enter)
+            entered = here.enter(jnp.where((some.layer == layer)[:, None], gradient, 0), some)
+            return _put(cotangent, jax.tree.map(jnp.add, before, entered), first)
+
+        begun, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
+        edges = _in_pieces(begun, sizes.contract, contract_some, edges)
+        cotangent = _in_pieces(begun, (sizes.pull,), through, cotangent)
+        last = (begin + sizes.enter - 1) // sizes.enter
+        return edges, jax.lax.fori_loop(begun // sizes.enter, last, enter_some, cotangent)
+
+    return jax.lax.fori_loop(0, top - stack.first, step, (edges, cotangent))
+
+
+def _in_pieces(targets: Array, sizes: tuple[int, ...], work: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """Does `work(first, size, carry)` on the first so many targets, in pieces of the size that costs least."""
+    pieces = [(targets + size - 1) // size for size in sizes]
+    cheapest = jnp.argmin(jnp.stack([n * (size + PIECE_COST) for n, size in zip(pieces, sizes, strict=True)]))
+    for i, (n, size) in enumerate(zip(pieces, sizes, strict=True)):
+        step = partial(lambda size, piece, carry: work(piece * size, size, carry), size)
+        carry = jax.lax.fori_loop(0, jnp.where(cheapest == i, n, 0), step, carry)
+    return carry
+
+
+def _some(tree: Any, first: Array, count: int) -> Any:
+    """Returns `count` targets' part of a tree with a leading target axis."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count), tree)
+
+
+def _put(tree: Any, part: Any, first: Array) -> Any:
+    """Undoes `_some`."""
+    return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, first, 0), tree, part)
+
+
+def contract_block(
+    here: Here,
+    edges: Float[Array, "target source"],
+    corner: tuple[Array, Array],
+    cotangent: tuple[Array, ...],
+    count: int,
+) -> Float[Array, "target source"]:
+    """Writes the edges that come from one block's features and errors into `count` targets.
+
+    Args:
+        here: the block.
+        edges: rows to write into.
+        corner: first row, and the block's first column.
+        cotangent: of the residual streams leaving the block, all targets'.
+        count: of targets, from the corner's row on.
+    """
+    row, column = corner
+    for sites, values, written, gate in zip(here.sites, here.values, cotangent, here.gates, strict=True):
+        if sites.stack is not None:
+            decoder, layers = sites.stack.dec.kernel[...], sites.layers
+            edges = contract(edges, (row, column), decoder, layers.slot, layers.index, values, written, gate, count)
+        column += values.size
+    from_errors = [
+        dot_rows(row, count, c, gate[None, :] * error)
+        for c, error, gate in zip(cotangent, here.errors, here.gates, strict=True)
+    ]
+    return jax.lax.dynamic_update_slice(edges, jnp.concatenate(from_errors, axis=1), (row, column))
+
+
+def dot_rows(
+    first: Array, count: int, cotangent: Float[Array, "target rows d_model"], vectors: Float[Array, "rows d_model"]
+) -> Float[Array, "some rows"]:
+    """Returns the product of each row with its vector, for `count` targets.
+
+    Args:
+        first: of the targets.
+        count: of targets.
+        cotangent: all targets' rows.
+        vectors: one per row.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.sum(_some(cotangent, first, count) * vectors[None], axis=2)
+    # One target at a time stays in the cache, and a product with ones is vectorised where a sum over columns is not.
+    ones = jnp.ones(vectors.shape[1], vectors.dtype)
+    return jax.lax.map(lambda target: (cotangent[target] * vectors) @ ones, first + jnp.arange(count, dtype=jnp.int32))
