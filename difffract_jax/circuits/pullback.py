@@ -19,6 +19,7 @@ A row of edges has one place per source, in this order: for each block the featu
 position, K each), those of the text stream, the errors of both; after all blocks, the inputs of both. `Layout` knows.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,17 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from difffract_jax.circuits.contraction import contract
+from difffract_jax.circuits.entry import enter
 from difffract_jax.circuits.replacement import Replacement, Sites, Sources, run, site
 from difffract_jax.circuits.trace import Record
-from difffract_jax.models.blocks import DoubleBlock, Frozen, Streams, both
+from difffract_jax.models.blocks import Cond, DoubleBlock, Frozen, Streams, both, modulations
 from difffract_jax.transcoders.transcoder import Transcoder
 
-GATHER_BYTES = 2**20
-"""Decoder vectors gathered at a time: few enough to stay in a processor's cache until they have been used."""
-PULL_BYTES = 2**22
-"""Cotangents pulled through a block at a time on a processor, likewise; accelerators take them all."""
-CONTRACT_TARGETS = 32
+PULL_BYTES = 2**20
+"""Cotangents pulled through a block at a time: few enough for a processor's cache; accelerators take them all."""
+CONTRACT_TARGETS = 64
 """Targets at most for which gathered decoder vectors are used together."""
+FEW_PIECES = 10
+"""Parts into which those are divided where only a few of them take part."""
 
 
 class Targets(NamedTuple):
@@ -93,15 +96,17 @@ def layout_of(sources: Sources) -> Layout:
 
 
 class Sizes(NamedTuple):
-    """How many targets go through which part of the program together; each divides the next.
+    """How many targets go through which part of the program together; `batch` is a multiple of each.
 
     Attributes:
         pull: through the pull-back of a block.
-        contract: through the contraction with decoder vectors.
+        few: into the walk; and through the contraction with decoder vectors if only a few have begun.
+        contract: through the contraction otherwise.
         batch: through the program, filled up.
     """
 
     pull: int
+    few: int
     contract: int
     batch: int
 
@@ -116,14 +121,18 @@ def sizes_for(targets: int, cotangent_bytes: int, backend: str) -> Sizes:
 
     Example:
         >>> sizes_for(50, 320 * 512 * 4, "cpu")
-        Sizes(pull=5, contract=25, batch=50)
+        Sizes(pull=1, few=5, contract=50, batch=50)
     """
     contract = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
-    most = max(1, PULL_BYTES // cotangent_bytes) if backend == "cpu" else contract
-    pieces = _ceil(contract, min(most, contract))
-    pull = _ceil(contract, pieces)
-    contract = pull * pieces
-    return Sizes(pull, contract, contract * _ceil(targets, contract))
+    few = _ceil(contract, FEW_PIECES)
+    contract = few * _ceil(contract, few)
+    batch = contract * _ceil(targets, contract)
+    if backend != "cpu":
+        return Sizes(contract, few, contract, batch)
+    most = max(1, PULL_BYTES // cotangent_bytes)
+    return Sizes(
+        max(size for size in range(1, contract + 1) if contract % size == 0 and size <= most), few, contract, batch
+    )
 
 
 def _ceil(a: int, b: int) -> int:
@@ -154,43 +163,54 @@ def _pull_back(
 ) -> Float[Array, "target source"]:
     layout = layout_of(sources)
     gradients = target_gradients(record, sites, targets)
-    dtype = gradients.dtype
-    cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), dtype), sources.boundary)
+    cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), gradients.dtype), sources.boundary)
 
     def block_step(i: Array, carry: tuple[Array, Streams]) -> tuple[Array, Streams]:
         edges, cotangent = carry
         layer = targets.layer[0] - i
-        block, frozen, values, errors = jax.tree.map(
-            lambda leaf: leaf[layer], (record.blocks, record.frozen, sources.values, sources.errors)
-        )
-        slices = both(lambda s: Sites(s.stack, jax.tree.map(lambda leaf: leaf[layer], s.layers)), sites)
-        pull = partial(_pull_block, block, frozen, record, slices)
+        here = _block_at(record, sites, sources, layer)
+        pull = _puller(here, record.cond)
 
-        def contract(piece: Array, edges: Array) -> Array:
-            first = piece * sizes.contract
-            written = pull(
-                _some(cotangent, first, sizes.contract), both(jnp.zeros_like, _some(cotangent, first, sizes.contract))
-            )[1]
-            found = both(_contract, slices, values, errors, written)
-            row = jnp.concatenate([found.img[0], found.txt[0], found.img[1], found.txt[1]], axis=1)
-            return jax.lax.dynamic_update_slice(edges, row, (first, layer * layout.per_layer))
+        def contract_some(first: Array, count: int, edges: Array) -> Array:
+            corner = (first, layer * layout.per_layer)
+            return _contract_block(here, record.cond, edges, corner, _some(cotangent, first, count))
 
-        def through(piece: Array, cotangent: Streams) -> Streams:
-            first = piece * sizes.pull
-            some, mine = _some((targets, gradients), first, sizes.pull), _some(cotangent, first, sizes.pull)
-            here = jnp.where(some[0].layer == layer, 1, 0).astype(dtype)[:, None] * some[1]
-            into = Streams(*(_scatter(here, some[0], stream, c.shape) for stream, c in enumerate(mine)))
-            pulled = pull(mine, into)[0]
-            return both(lambda c, new: jax.lax.dynamic_update_slice_in_dim(c, new, first, 0), cotangent, pulled)
+        def through(first: Array, count: int, cotangent: Streams) -> Streams:
+            return _put(cotangent, jax.vmap(pull)(_some(cotangent, first, count)), first)
+
+        def enter_some(piece: Array, cotangent: Streams) -> Streams:
+            first = piece * sizes.few
+            some, gradient, before = _some((targets, gradients, cotangent), first, sizes.few)
+            gradient = jnp.where((some.layer == layer)[:, None], gradient, 0)
+            entered = enter(here.block, here.frozen, record.cond, gradient, some.stream, some.position)
+            return _put(cotangent, both(jnp.add, before, entered), first)
 
         begun, begin = (jnp.sum(where, dtype=jnp.int32) for where in (targets.layer > layer, targets.layer >= layer))
-        edges = jax.lax.fori_loop(0, (begun + sizes.contract - 1) // sizes.contract, contract, edges)
-        return edges, jax.lax.fori_loop(0, (begin + sizes.pull - 1) // sizes.pull, through, cotangent)
+        edges = _in_pieces(begun, (sizes.contract, sizes.few), contract_some, edges)
+        cotangent = _in_pieces(begun, (sizes.pull,), through, cotangent)
+        last = (begin + sizes.few - 1) // sizes.few
+        return edges, jax.lax.fori_loop(begun // sizes.few, last, enter_some, cotangent)
 
-    empty = jnp.zeros((sizes.batch, layout.size), dtype)
+    empty = jnp.zeros((sizes.batch, layout.size), gradients.dtype)
     edges, cotangent = jax.lax.fori_loop(0, targets.layer[0] + 1, block_step, (empty, cotangent))
-    inputs = both(lambda c, h: jnp.einsum("tsm,sm->ts", c, h), cotangent, sources.boundary)
+    inputs = both(_dot_rows, cotangent, sources.boundary)
     return jax.lax.dynamic_update_slice(edges, jnp.concatenate(inputs, axis=1), (0, layout.layers * layout.per_layer))
+
+
+def _in_pieces(targets: Array, sizes: tuple[int, ...], work: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """Does `work(first, size, carry)` on the first so many targets: in large pieces, what is left in small ones.
+
+    What is left goes through as one more large piece if that costs less than small ones would, by the rule that a
+    large piece costs as much as three small ones.
+    """
+    large, small = sizes[0], sizes[-1]
+    whole, left = targets // large, targets % large
+    whole += jnp.where(left > (2 * small if small < large else 0), 1, 0)
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: work(i * large, large, carry), carry)
+    if small == large:
+        return carry
+    done = whole * (large // small)
+    return jax.lax.fori_loop(done, -(-targets // small), lambda i, carry: work(i * small, small, carry), carry)
 
 
 def _some(tree: Any, first: Array, count: int) -> Any:
@@ -198,66 +218,68 @@ def _some(tree: Any, first: Array, count: int) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, count), tree)
 
 
-def _scatter(
-    gradients: Float[Array, "target d_model"], targets: Targets, stream: int, shape: tuple[int, ...]
-) -> Float[Array, "target rows d_model"]:
-    """Puts each target's gradient at its position, if it is of this stream."""
-    mine = jnp.where(targets.stream == stream, 1, 0).astype(gradients.dtype)[:, None] * gradients
-    return jnp.zeros(shape, gradients.dtype).at[jnp.arange(shape[0]), targets.position].set(mine, mode="drop")
+def _put(tree: Any, part: Any, first: Array) -> Any:
+    """Undoes `_some`."""
+    return jax.tree.map(lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, first, 0), tree, part)
 
 
-def _pull_block(
-    block: DoubleBlock,
-    frozen: Frozen,
-    record: Record,
-    sites: Streams,
-    cotangent: Streams,
-    into: Streams,
-) -> tuple[Streams, Streams]:
-    """Pulls cotangents of (residual stream after the block, x) back to (residual stream before it, y)."""
+class _Here(NamedTuple):
+    """One block's part of a replacement."""
 
-    def forward(h: Streams, y: Streams) -> tuple[Streams, Streams]:
-        h, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(_add_skip, sites, y, x))
-        return h, acts.mlp_in
+    block: DoubleBlock
+    frozen: Frozen
+    sites: Streams
+    values: Streams
+    errors: Streams
+
+
+def _block_at(record: Record, sites: Streams, sources: Sources, layer: Array) -> _Here:
+    block, frozen, values, errors = jax.tree.map(
+        lambda leaf: leaf[layer], (record.blocks, record.frozen, sources.values, sources.errors)
+    )
+    slices = both(lambda s: Sites(s.stack, jax.tree.map(lambda leaf: leaf[layer], s.layers)), sites)
+    return _Here(block, frozen, slices, values, errors)
+
+
+def _puller(here: _Here, cond: Cond) -> Callable[[Streams], Streams]:
+    """Returns the pull-back of one target's cotangents through a block; what all targets share is computed here."""
+
+    def forward(h: Streams) -> Streams:
+        return here.block(h, cond, frozen=here.frozen, mlp=lambda _, x: both(_skip, here.sites, x))[0]
 
     # The map is affine: any point will do.
-    origin = both(lambda c: jnp.zeros(c.shape[1:], c.dtype), cotangent)
-    _, pull = jax.vjp(forward, origin, origin)
-    return jax.vmap(pull)((cotangent, into))
+    origin = both(jnp.zeros_like, here.errors)
+    _, pull = jax.vjp(forward, origin)
+    return lambda cotangent: pull(cotangent)[0]
 
 
-def _add_skip(
-    sites: Sites, y: Float[Array, "rows d_model"], x: Float[Array, "rows d_model"]
-) -> Float[Array, "rows d_model"]:
-    """Adds the one path through an MLP sublayer that is not a feature: a transcoder's skip."""
+def _skip(sites: Sites, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+    """Returns what takes the one path through an MLP sublayer that is not a feature: a transcoder's skip."""
     if sites.stack is None or not sites.stack.config.skip:
-        return y
-    skip = site(sites.stack, sites.layers.slot).skip
-    return y + jnp.where(sites.layers.live[:, None], skip(x), 0)
+        return jnp.zeros_like(x)
+    return jnp.where(sites.layers.live[:, None], site(sites.stack, sites.layers.slot).skip(x), 0)
 
 
-def _contract(
-    sites: Sites,
-    values: Float[Array, "rows active"],
-    errors: Float[Array, "rows d_model"],
-    written: Float[Array, "target rows d_model"],
-) -> tuple[Float[Array, "target places"], Float[Array, "target rows"]]:
-    """Returns the edges of one stream's features and errors in one block."""
-    from_errors = jnp.einsum("tsm,sm->ts", written, errors)
-    if sites.stack is None:
-        return jnp.zeros((written.shape[0], 0), written.dtype), from_errors
+def _contract_block(
+    here: _Here, cond: Cond, edges: Array, corner: tuple[Array, Array], cotangent: Streams
+) -> Float[Array, "target source"]:
+    """Writes the edges that come from one block's features and errors into some targets."""
+    row, column = corner
+    gates = both(lambda mod: mod[5], modulations(here.block, cond.vec))
+    for sites, values, written, gate in zip(here.sites, here.values, cotangent, gates, strict=True):
+        if sites.stack is not None:
+            decoder, layers = sites.stack.dec.kernel[...], sites.layers
+            edges = contract(edges, (row, column), decoder, layers.slot, layers.index, values, written, gate)
+        column += values.size
+    from_errors = both(lambda c, e, gate: _dot_rows(c, gate[None, :] * e), cotangent, here.errors, gates)
+    return jax.lax.dynamic_update_slice(edges, jnp.concatenate(from_errors, axis=1), (row, column))
 
-    def position(places: tuple[Array, Array, Array]) -> Float[Array, "target active"]:
-        index, value, cotangent = places
-        vectors = decoder[sites.layers.slot, index]
-        return jnp.einsum("tm,km->tk", cotangent, vectors) * value[None, :]
 
-    decoder = sites.stack.dec.kernel[...]
-    per_position = values.shape[1] * decoder.shape[2] * decoder.dtype.itemsize
-    chunk = max(1, min(values.shape[0], GATHER_BYTES // per_position))
-    by_position = (sites.layers.index, values, written.transpose(1, 0, 2))
-    found = jax.lax.map(position, by_position, batch_size=chunk if chunk > 1 else None)
-    return found.transpose(1, 0, 2).reshape(written.shape[0], -1), from_errors
+def _dot_rows(
+    cotangent: Float[Array, "target rows d_model"], vectors: Float[Array, "rows d_model"]
+) -> Float[Array, "target rows"]:
+    """Returns the product of each row with its vector."""
+    return jnp.sum(cotangent * vectors[None], axis=2)
 
 
 def target_gradients(record: Record, sites: Streams, targets: Targets) -> Float[Array, "target d_model"]:

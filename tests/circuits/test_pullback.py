@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.circuits import pullback
+from difffract_jax.circuits import contraction, pullback
 from difffract_jax.circuits.attribution import affine_constant, source_table
 from difffract_jax.circuits.pullback import Targets, preactivations, pull_back, push_forward
 from difffract_jax.circuits.replacement import prepare, run
@@ -166,7 +166,7 @@ def test_how_decoder_vectors_are_gathered_changes_nothing(x64, monkeypatch):
     targets = some_targets(exact, 3)
     usual = pull_back(exact.replacement, targets)
     for size in (1, 10_000, 2**30):
-        monkeypatch.setattr(pullback, "GATHER_BYTES", size)
+        monkeypatch.setattr(contraction, "GATHER_BYTES", size)
         pullback._pull_back.clear_cache()
         assert relative_error(pull_back(exact.replacement, targets), usual) <= TOL.x64
 
