@@ -1,16 +1,19 @@
 """Edges of one block's features: what targets read at every position, times the decoder vectors active there.
 
-Positions are taken a few at a time. Their decoder vectors are gathered from the stack, used for all targets while they
-are in a processor's cache, and the products written into place: neither the gathered vectors of a block nor its edges
-are ever held beside the rows of edges.
+1. Positions are taken a few at a time; where the features of one are too many, those in turn.
+2. Their decoder vectors are gathered from the stack, used for all targets while they are in a processor's cache, and
+   the products written into place: neither the gathered vectors nor the edges of a block are held anywhere else.
+3. Places that only fill up a position stand last and have value 0: where features are taken in turn, they cost nothing.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-GATHER_BYTES = 2**20
-"""Decoder vectors gathered at a time: few enough to stay in a processor's cache until they have been used."""
+GATHER_BYTES = 2**17
+"""Decoder vectors gathered at a time on a processor: few enough to stay in its cache until they have been used."""
+ACCELERATOR_GATHER_BYTES = 2**28
+"""The same elsewhere."""
 
 
 def contract(
@@ -38,15 +41,24 @@ def contract(
     (rows, active), (some, _, width) = values.shape, written.shape
     if not active:
         return edges
-    chunk = max(1, min(rows, GATHER_BYTES // (active * width * decoder.dtype.itemsize)))
+    most = GATHER_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_GATHER_BYTES
+    vectors = max(1, most // (width * decoder.dtype.itemsize))
+    chunk, block = max(1, min(rows, vectors // active)), min(active, vectors)
 
-    def step(i: Array, edges: Array) -> Array:
-        # The last chunk starts early enough to be whole: what it repeats comes out the same.
-        first = jnp.minimum(i * chunk, rows - chunk)
-        some_index, value = (jax.lax.dynamic_slice_in_dim(a, first, chunk) for a in (index, values))
-        cotangent = jax.lax.dynamic_slice_in_dim(written, first, chunk, axis=1).transpose(1, 0, 2) * gate[None, None]
-        found = jnp.einsum("stm,skm->stk", cotangent, decoder[slot, some_index]) * value[:, None]
-        place = (corner[0], corner[1] + first * active)
+    def product(position: Array, feature: Array, edges: Array) -> Array:
+        # The last piece starts early enough to be whole: what it repeats comes out the same.
+        s, k = jnp.minimum(position, rows - chunk), jnp.minimum(feature, active - block)
+        here, value = (jax.lax.dynamic_slice(a, (s, k), (chunk, block)) for a in (index, values))
+        cotangent = jax.lax.dynamic_slice_in_dim(written, s, chunk, axis=1).transpose(1, 0, 2) * gate[None, None]
+        found = jnp.einsum("stm,skm->stk", cotangent, decoder[slot, here]) * value[:, None]
+        place = (corner[0], corner[1] + s * active + k)
         return jax.lax.dynamic_update_slice(edges, found.transpose(1, 0, 2).reshape(some, -1), place)
 
-    return jax.lax.fori_loop(0, -(-rows // chunk), step, edges)
+    if block == active:
+        return jax.lax.fori_loop(0, -(-rows // chunk), lambda i, edges: product(i * chunk, jnp.int32(0), edges), edges)
+    used = jnp.max(jnp.where(values != 0, jnp.arange(1, active + 1, dtype=jnp.int32)[None], 0), axis=1)
+
+    def at(s: Array, edges: Array) -> Array:
+        return jax.lax.fori_loop(0, -(-used[s] // block), lambda j, edges: product(s, j * block, edges), edges)
+
+    return jax.lax.fori_loop(0, rows, at, edges)

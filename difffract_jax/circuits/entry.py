@@ -17,14 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.models.blocks import (
-    Cond,
     DoubleBlock,
     DoubleStream,
     Frozen,
     Streams,
     both,
     merge_heads,
-    modulations,
     split,
     values,
 )
@@ -34,7 +32,7 @@ from difffract_jax.ops import attention_pattern, film, layer_norm
 def enter(
     block: DoubleBlock,
     frozen: Frozen,
-    cond: Cond,
+    mod: Streams,
     gradients: Float[Array, "target d_model"],
     stream: Int[Array, "target"],
     position: Int[Array, "target"],
@@ -44,7 +42,7 @@ def enter(
     Args:
         block: the targets' block.
         frozen: its record.
-        cond: of the evaluation.
+        mod: its modulations.
         gradients: of the targets by x; a target that does not enter here has zeros.
         stream: of each target, 0 image, 1 text.
         position: of each target within its stream.
@@ -52,7 +50,6 @@ def enter(
     Returns:
         Cotangents, [target rows d_model].
     """
-    mod = modulations(block, cond.vec)
     heads, head_dim = frozen.q.shape[1:]
     mine = Streams(*(jnp.where((stream == s)[:, None], gradients, 0) for s in (0, 1)))
     scales = both(lambda inv_std: inv_std.at[position].get(mode="clip"), frozen.inv_std2)

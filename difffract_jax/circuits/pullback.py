@@ -39,8 +39,8 @@ PULL_BYTES = 2**20
 """Cotangents pulled through a block at a time: few enough for a processor's cache; accelerators take them all."""
 CONTRACT_TARGETS = 64
 """Targets at most for which gathered decoder vectors are used together."""
-FEW_PIECES = 10
-"""Parts into which those are divided where only a few of them take part."""
+PIECE_COST = 10
+"""What a piece costs in any case, above all its gathered decoder vectors, in targets."""
 
 
 class Targets(NamedTuple):
@@ -100,14 +100,14 @@ class Sizes(NamedTuple):
 
     Attributes:
         pull: through the pull-back of a block.
-        few: into the walk; and through the contraction with decoder vectors if only a few have begun.
-        contract: through the contraction otherwise.
+        enter: into the walk.
+        contract: through the contraction with decoder vectors, one of these, ascending, by how many have begun.
         batch: through the program, filled up.
     """
 
     pull: int
-    few: int
-    contract: int
+    enter: int
+    contract: tuple[int, ...]
     batch: int
 
 
@@ -121,30 +121,33 @@ def sizes_for(targets: int, cotangent_bytes: int, backend: str) -> Sizes:
 
     Example:
         >>> sizes_for(50, 320 * 512 * 4, "cpu")
-        Sizes(pull=1, few=5, contract=50, batch=50)
+        Sizes(pull=1, enter=5, contract=(5, 25, 50), batch=50)
     """
-    contract = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
-    few = _ceil(contract, FEW_PIECES)
-    contract = few * _ceil(contract, few)
-    batch = contract * _ceil(targets, contract)
-    if backend != "cpu":
-        return Sizes(contract, few, contract, batch)
-    most = max(1, PULL_BYTES // cotangent_bytes)
-    return Sizes(
-        max(size for size in range(1, contract + 1) if contract % size == 0 and size <= most), few, contract, batch
-    )
+    most = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
+    batch = most * _ceil(targets, most)
+    few, half = _divisor(most, max(1, most // 8)), _divisor(most, max(1, most // 2))
+    pull = _divisor(most, max(1, PULL_BYTES // cotangent_bytes)) if backend == "cpu" else most
+    return Sizes(pull, few, tuple(sorted({few, half, most})), batch)
+
+
+def _divisor(number: int, most: int) -> int:
+    """Returns the largest divisor up to `most`."""
+    return max(size for size in range(1, min(number, most) + 1) if number % size == 0)
 
 
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def pull_back(replacement: Replacement, targets: Targets) -> Float[Array, "target source"]:
+def pull_back(
+    replacement: Replacement, targets: Targets, spare: Float[Array, "batch source"] | None = None
+) -> Float[Array, "target source"]:
     """Returns the attribution of every source to every target, value(source) * d u(target) / d value(source).
 
     Args:
         replacement: from `prepare`.
         targets: as many as shall be computed together; each number of them is compiled once.
+        spare: what an earlier call with as many targets returned, and nobody needs any more: its memory is used again.
     """
     count, boundary = targets.layer.shape[0], replacement.record.boundary
     sizes = sizes_for(count, sum(h.nbytes for h in boundary), jax.default_backend())
@@ -153,13 +156,15 @@ def pull_back(replacement: Replacement, targets: Targets) -> Float[Array, "targe
     padding = (0, sizes.batch - count)
     filled = jax.tree.map(lambda column: jnp.pad(column[order], padding, constant_values=-1), targets)
     with jax.default_matmul_precision("highest"):
-        edges = _pull_back(*replacement, filled, sizes)
+        shape, dtype = (sizes.batch, layout_of(replacement.sources).size), boundary.img.dtype
+        fits = spare is not None and spare.shape == shape and spare.dtype == dtype
+        edges = _pull_back(*replacement, filled, spare if fits else jnp.zeros(shape, dtype), sizes)
     return edges if bool(jnp.all(order == jnp.arange(count))) and sizes.batch == count else edges[jnp.argsort(order)]
 
 
-@partial(jax.jit, static_argnames="sizes")
+@partial(jax.jit, static_argnames="sizes", donate_argnames="spare")
 def _pull_back(
-    record: Record, sites: Streams, sources: Sources, targets: Targets, sizes: Sizes
+    record: Record, sites: Streams, sources: Sources, targets: Targets, spare: Array, sizes: Sizes
 ) -> Float[Array, "target source"]:
     layout = layout_of(sources)
     gradients = target_gradients(record, sites, targets)
@@ -173,44 +178,44 @@ def _pull_back(
 
         def contract_some(first: Array, count: int, edges: Array) -> Array:
             corner = (first, layer * layout.per_layer)
-            return _contract_block(here, record.cond, edges, corner, _some(cotangent, first, count))
+            return _contract_block(here, edges, corner, _some(cotangent, first, count))
 
         def through(first: Array, count: int, cotangent: Streams) -> Streams:
             return _put(cotangent, jax.vmap(pull)(_some(cotangent, first, count)), first)
 
         def enter_some(piece: Array, cotangent: Streams) -> Streams:
-            first = piece * sizes.few
-            some, gradient, before = _some((targets, gradients, cotangent), first, sizes.few)
+            first = piece * sizes.enter
+            some, gradient, before = _some((targets, gradients, cotangent), first, sizes.enter)
             gradient = jnp.where((some.layer == layer)[:, None], gradient, 0)
-            entered = enter(here.block, here.frozen, record.cond, gradient, some.stream, some.position)
+            entered = enter(here.block, here.frozen, here.mod, gradient, some.stream, some.position)
             return _put(cotangent, both(jnp.add, before, entered), first)
 
         begun, begin = (jnp.sum(where, dtype=jnp.int32) for where in (targets.layer > layer, targets.layer >= layer))
-        edges = _in_pieces(begun, (sizes.contract, sizes.few), contract_some, edges)
+        edges = _in_pieces(begun, sizes.contract, contract_some, edges)
         cotangent = _in_pieces(begun, (sizes.pull,), through, cotangent)
-        last = (begin + sizes.few - 1) // sizes.few
-        return edges, jax.lax.fori_loop(begun // sizes.few, last, enter_some, cotangent)
+        last = (begin + sizes.enter - 1) // sizes.enter
+        return edges, jax.lax.fori_loop(begun // sizes.enter, last, enter_some, cotangent)
 
-    empty = jnp.zeros((sizes.batch, layout.size), gradients.dtype)
+    none = jnp.zeros((sizes.batch, layout.per_layer), gradients.dtype)
+    empty = jax.lax.fori_loop(0, layout.layers, lambda layer, edges: _columns(edges, none, layer, layout), spare)
     edges, cotangent = jax.lax.fori_loop(0, targets.layer[0] + 1, block_step, (empty, cotangent))
     inputs = both(_dot_rows, cotangent, sources.boundary)
-    return jax.lax.dynamic_update_slice(edges, jnp.concatenate(inputs, axis=1), (0, layout.layers * layout.per_layer))
+    return _columns(edges, jnp.concatenate(inputs, axis=1), layout.layers, layout)
+
+
+def _columns(edges: Array, new: Array, layer: int | Array, layout: Layout) -> Array:
+    """Writes what belongs to a block; the inputs stand where one more block would."""
+    return jax.lax.dynamic_update_slice(edges, new, (0, layer * layout.per_layer))
 
 
 def _in_pieces(targets: Array, sizes: tuple[int, ...], work: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-    """Does `work(first, size, carry)` on the first so many targets: in large pieces, what is left in small ones.
-
-    What is left goes through as one more large piece if that costs less than small ones would, by the rule that a
-    large piece costs as much as three small ones.
-    """
-    large, small = sizes[0], sizes[-1]
-    whole, left = targets // large, targets % large
-    whole += jnp.where(left > (2 * small if small < large else 0), 1, 0)
-    carry = jax.lax.fori_loop(0, whole, lambda i, carry: work(i * large, large, carry), carry)
-    if small == large:
-        return carry
-    done = whole * (large // small)
-    return jax.lax.fori_loop(done, -(-targets // small), lambda i, carry: work(i * small, small, carry), carry)
+    """Does `work(first, size, carry)` on the first so many targets, in pieces of the size that costs least."""
+    pieces = [(targets + size - 1) // size for size in sizes]
+    cheapest = jnp.argmin(jnp.stack([n * (size + PIECE_COST) for n, size in zip(pieces, sizes, strict=True)]))
+    for i, (n, size) in enumerate(zip(pieces, sizes, strict=True)):
+        step = partial(lambda size, piece, carry: work(piece * size, size, carry), size)
+        carry = jax.lax.fori_loop(0, jnp.where(cheapest == i, n, 0), step, carry)
+    return carry
 
 
 def _some(tree: Any, first: Array, count: int) -> Any:
@@ -224,9 +229,10 @@ def _put(tree: Any, part: Any, first: Array) -> Any:
 
 
 class _Here(NamedTuple):
-    """One block's part of a replacement."""
+    """One block's part of a replacement, and its modulations."""
 
     block: DoubleBlock
+    mod: Streams
     frozen: Frozen
     sites: Streams
     values: Streams
@@ -238,7 +244,7 @@ def _block_at(record: Record, sites: Streams, sources: Sources, layer: Array) ->
         lambda leaf: leaf[layer], (record.blocks, record.frozen, sources.values, sources.errors)
     )
     slices = both(lambda s: Sites(s.stack, jax.tree.map(lambda leaf: leaf[layer], s.layers)), sites)
-    return _Here(block, frozen, slices, values, errors)
+    return _Here(block, modulations(block, record.cond.vec), frozen, slices, values, errors)
 
 
 def _puller(here: _Here, cond: Cond) -> Callable[[Streams], Streams]:
@@ -261,11 +267,11 @@ def _skip(sites: Sites, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d
 
 
 def _contract_block(
-    here: _Here, cond: Cond, edges: Array, corner: tuple[Array, Array], cotangent: Streams
+    here: _Here, edges: Array, corner: tuple[Array, Array], cotangent: Streams
 ) -> Float[Array, "target source"]:
     """Writes the edges that come from one block's features and errors into some targets."""
     row, column = corner
-    gates = both(lambda mod: mod[5], modulations(here.block, cond.vec))
+    gates = both(lambda mod: mod[5], here.mod)
     for sites, values, written, gate in zip(here.sites, here.values, cotangent, gates, strict=True):
         if sites.stack is not None:
             decoder, layers = sites.stack.dec.kernel[...], sites.layers
@@ -279,7 +285,11 @@ def _dot_rows(
     cotangent: Float[Array, "target rows d_model"], vectors: Float[Array, "rows d_model"]
 ) -> Float[Array, "target rows"]:
     """Returns the product of each row with its vector."""
-    return jnp.sum(cotangent * vectors[None], axis=2)
+    if jax.default_backend() != "cpu":
+        return jnp.sum(cotangent * vectors[None], axis=2)
+    # One target at a time stays in the cache, and a product with ones is vectorised where a sum over columns is not.
+    ones = jnp.ones(vectors.shape[1], vectors.dtype)
+    return jax.lax.map(lambda rows: (rows * vectors) @ ones, cotangent)
 
 
 def target_gradients(record: Record, sites: Streams, targets: Targets) -> Float[Array, "target d_model"]:
