@@ -18,7 +18,7 @@ from dataclasses import asdict
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Array, Float, Float64, Int64
 
 from difffract_jax.circuits import expansion as expanding
 from difffract_jax.circuits.expansion import Expansion, SourceTable
@@ -28,13 +28,15 @@ from difffract_jax.circuits.pullback import Layout, Targets, exact_preactivation
 from difffract_jax.circuits.replacement import Replacement, prepare, run, site
 from difffract_jax.circuits.trace import Trace, TraceInfo
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import Streams
+from difffract_jax.models.blocks import Streams, both
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 FEATURE, ERROR, INPUT = 0, 1, 2
 STREAMS = ("img", "txt")
-LARGEST_BATCH = 32
+LARGEST_BATCH = 64
 """Targets pulled back together if nothing else is said; more gain little and cost memory."""
+LARGEST_ROWS = 2**30
+"""Bytes that the edges of targets pulled back together may fill if nothing else is said."""
 
 
 def attribute(
@@ -71,14 +73,14 @@ def attribute(
     prepared = prepare(trace, tcs)
     table = source_table(prepared, trace.info)
     state = expanding.start(table, target_row(prepared, trace.info, table, target), min_attribution)
-    batch = target_batch or math.ceil(expansion_batch / math.ceil(expansion_batch / LARGEST_BATCH))
-    constant = affine_constant(prepared)
+    batch = target_batch or _batch(prepared, expansion_batch)
+    constant, spare = affine_constant(prepared), None
     rows = np.array([state.target])
     while rows.size:
         # Deep targets first, so that shallow ones, whose walk is short, share their batches.
         rows = rows[np.argsort(-table.block[rows], kind="stable")]
         for begin in range(0, rows.size, batch):
-            state = _expand(state, prepared, trace.info, constant, rows[begin : begin + batch], batch)
+            state, spare = _expand(state, prepared, trace.info, constant, rows[begin : begin + batch], batch, spare)
         if progress is not None:
             progress(len(state.expanded), max_nodes)
         rows = expanding.next_batch(state, min(expansion_batch, max_nodes - len(state.expanded)))
@@ -104,6 +106,13 @@ def _check_numbers(max_nodes: int, expansion_batch: int, min_attribution: float,
         raise UserError(f"min_attribution must be 0 or more, but got {min_attribution}.")
 
 
+def _batch(prepared: Replacement, expansion_batch: int) -> int:
+    """Divides an expansion's targets into equal batches, as few as memory allows."""
+    row = layout_of(prepared.sources).size * prepared.record.boundary.img.dtype.itemsize
+    most = max(1, min(LARGEST_BATCH, LARGEST_ROWS // row))
+    return math.ceil(expansion_batch / math.ceil(expansion_batch / most))
+
+
 def _expand(
     state: Expansion,
     prepared: Replacement,
@@ -111,14 +120,15 @@ def _expand(
     constant: Streams,
     rows: Int64[np.ndarray, "target"],
     batch: int,
-) -> Expansion:
-    """Computes the edges into a few targets, and adds them."""
+    spare: Float[Array, "batch source"] | None,
+) -> tuple[Expansion, Float[Array, "batch source"]]:
+    """Computes the edges into a few targets, and adds them; returns their rows too, as memory that is free again."""
     # Every batch is filled up to one size, so that one program does for all.
     filler = np.full(batch - rows.size, -1, np.int32)
     targets = jax.tree.map(lambda column: jnp.concatenate([column, filler]), targets_of(state.table, info, rows))
     u, bias = (exact_preactivations(prepared, targets, x)[: rows.size] for x in (prepared.record.mlp_in, constant))
-    edges = np.asarray(pull_back(prepared, targets))[: rows.size]
-    return expanding.add(state, rows, edges, u, bias)
+    edges = pull_back(prepared, targets, spare)
+    return expanding.add(state, rows, np.asarray(edges)[: rows.size], u, bias), edges
 
 
 def targets_of(table: SourceTable, info: TraceInfo, rows: Int64[np.ndarray, "target"]) -> Targets:
@@ -136,8 +146,11 @@ def targets_of(table: SourceTable, info: TraceInfo, rows: Int64[np.ndarray, "tar
 def affine_constant(prepared: Replacement) -> Streams:
     """Returns every MLP sublayer's input x at zero sources: what biases alone make of it, [layer rows d_model]."""
     zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
+    # Features of value 0 need not be decoded.
+    zeros = zeros._replace(values=both(lambda v: v[:, :, :0], zeros.values))
+    none = both(lambda s: s._replace(layers=s.layers._replace(index=s.layers.index[:, :, :0])), prepared.sites)
     with jax.default_matmul_precision("highest"):
-        return _run(prepared.record, prepared.sites, zeros)
+        return _run(prepared.record, none, zeros)
 
 
 _run = jax.jit(run)

@@ -115,22 +115,36 @@ def add(
         preactivation: of every target.
         bias: of every target.
     """
-    found = [_edges_of(state, int(row), values) for row, values in zip(rows, attributions, strict=True)]
-    sums = np.array([np.sum(values, dtype=np.float64) for values in attributions])
-    abs_sums = np.array([np.sum(np.abs(values), dtype=np.float64) for values in attributions])
+    runs = _runs(state.table)
+    found, sums, abs_sums = [], np.zeros(rows.size), np.zeros(rows.size)
+    for i, (row, values) in enumerate(zip(rows, attributions, strict=True)):
+        # Edges lead upwards: where a row has none, it need not be read.
+        for begin, end in runs[state.table.block[runs[:, 0]] < state.table.block[row]]:
+            part = values[begin:end]
+            sums[i] += np.sum(part, dtype=np.float64)
+            abs_sums[i] += np.sum(np.abs(part), dtype=np.float64)
+            found.append(_edges_of(state, int(row), part, int(begin)))
     new = Totals(preactivation, bias, sums, abs_sums)
     totals = Totals(*(np.concatenate(pair) for pair in zip(state.totals, new, strict=True)))
     edges = Edges(*(np.concatenate(parts) for parts in zip(state.edges, *found, strict=True)))
     return state._replace(expanded=np.concatenate([state.expanded, rows]), totals=totals, edges=edges)
 
 
-def _edges_of(state: Expansion, row: int, values: NDArray[np.floating]) -> Edges:
-    """Returns one target's edges that are large enough."""
+def _runs(table: SourceTable) -> Int64[np.ndarray, "run ends"]:
+    """Returns begin and end of the stretches of a table that are of one block each."""
+    begin = np.flatnonzero(np.diff(table.block, prepend=np.int16(-2)))
+    return np.stack([begin, np.append(begin[1:], table.block.size)], axis=1)
+
+
+def _edges_of(state: Expansion, row: int, values: NDArray[np.floating], begin: int) -> Edges:
+    """Returns those of one target's edges that are large enough, from rows of the table that start at `begin`."""
     smallest = state.min_attribution
-    source = np.flatnonzero((values >= smallest) | (values <= -smallest))
+    place = np.flatnonzero((values >= smallest) | (values <= -smallest))
+    source = place + begin
     strong = (state.table.kind[source] != FEATURE) | (state.table.value[source] > smallest)
-    source = source[strong & (values[source] != 0)]
-    return Edges(source, np.full(source.size, row), values[source].astype(np.float32))
+    strong &= values[place] != 0
+    source, place = source[strong], place[strong]
+    return Edges(source, np.full(source.size, row), values[place].astype(np.float32))
 
 
 def next_batch(state: Expansion, size: int) -> Int64[np.ndarray, "target"]:
@@ -148,10 +162,10 @@ def next_batch(state: Expansion, size: int) -> Int64[np.ndarray, "target"]:
     reached = reach(level, source, target, shares, int(number[state.target]))
     outer = ~inner & (state.table.kind[edges.source] == FEATURE)
     weight = np.abs(edges.attribution[outer]).astype(np.float64) * reached[number[edges.target[outer]]]
-    candidates, place = np.unique(edges.source[outer], return_inverse=True)
-    scores = np.bincount(place, weight, candidates.size)
-    best = np.argsort(-scores, kind="stable")[: max(size, 0)]
-    return candidates[best[scores[best] > 0]]
+    total = np.bincount(edges.source[outer], weight, rows)
+    candidates = np.flatnonzero(total)
+    best = np.argsort(-total[candidates], kind="stable")[: max(size, 0)]
+    return candidates[best]
 
 
 def compact(state: Expansion) -> Graph:
@@ -205,12 +219,14 @@ def _rest_edges(state: Expansion, edges: Edges) -> Edges:
     table = state.table
     errors = np.flatnonzero(table.kind == ERROR)
     place = _places(table)
-    order = np.argsort(place[errors], kind="stable")
-    error_row = errors[order][np.searchsorted(place[errors][order], place[edges.source])]
-    pairs, group = np.unique(np.stack([edges.target, error_row]), axis=1, return_inverse=True)
-    sums = np.bincount(group.ravel(), edges.attribution.astype(np.float64), pairs.shape[1])
+    error_at = np.zeros(int(place.max()) + 1, np.int64)
+    error_at[place[errors]] = errors
+    pair = edges.target * table.kind.size + error_at[place[edges.source]]
+    pairs, group = np.unique(pair, return_inverse=True)
+    sums = np.bincount(group, edges.attribution.astype(np.float64), pairs.size)
+    target, error = np.divmod(pairs, table.kind.size)
     large = (np.abs(sums) >= state.min_attribution) & (sums != 0)
-    return Edges(pairs[1, large], pairs[0, large], sums[large].astype(np.float32))
+    return Edges(error[large], target[large], sums[large].astype(np.float32))
 
 
 def _places(table: SourceTable) -> Int64[np.ndarray, "source"]:

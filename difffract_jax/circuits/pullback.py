@@ -121,13 +121,13 @@ def sizes_for(targets: int, cotangent_bytes: int, backend: str) -> Sizes:
 
     Example:
         >>> sizes_for(50, 320 * 512 * 4, "cpu")
-        Sizes(pull=1, enter=5, contract=(5, 25, 50), batch=50)
+        Sizes(pull=1, enter=5, contract=(1, 5, 25, 50), batch=50)
     """
     most = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
     batch = most * _ceil(targets, most)
     few, half = _divisor(most, max(1, most // 8)), _divisor(most, max(1, most // 2))
     pull = _divisor(most, max(1, PULL_BYTES // cotangent_bytes)) if backend == "cpu" else most
-    return Sizes(pull, few, tuple(sorted({few, half, most})), batch)
+    return Sizes(pull, few, tuple(sorted({1, few, half, most})), batch)
 
 
 def _divisor(number: int, most: int) -> int:

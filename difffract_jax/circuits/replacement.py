@@ -27,6 +27,9 @@ from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 BY_EIGHTS = 8
 """K is rounded up to a multiple of this, so that similar traces share a compilation."""
 
+CODE_BYTES = 2**28
+"""Codes of a stream kept between counting and finding their active features; larger ones are computed twice."""
+
 
 class SiteLayers(NamedTuple):
     """Where one stream's MLP sublayers are replaced; arrays have a leading layer axis.
@@ -155,9 +158,14 @@ def _encode_stream(
         none = jnp.zeros((count, rows, 0), jnp.int32)
         layout = SiteLayers(jnp.asarray(slot), live, none)
         return Sites(None, layout), none.astype(record.mlp_in.dtype), record.mlp_out
-    most = int(_count_active(stack, jnp.asarray(slot), live, record))
+    floats = count * rows * stack.config.features
+    if floats * record.mlp_in.dtype.itemsize <= CODE_BYTES:
+        codes = _codes(stack, jnp.asarray(slot), live, record)
+        most = int(jnp.max(jnp.sum(codes > 0, axis=2)))
+    else:
+        codes, most = None, int(_count_active(stack, jnp.asarray(slot), live, record))
     most = min(-(-max(most, 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
-    index, values, errors = _find_active(stack, jnp.asarray(slot), live, record, most)
+    index, values, errors = _find_active(stack, jnp.asarray(slot), live, record, codes, most)
     return Sites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
 
 
@@ -167,12 +175,22 @@ def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
 
 
 @jax.jit
+def _codes(stack: Transcoder, slot: Array, live: Array, record: _StreamRecord) -> Float[Array, "layer rows feat"]:
+    """Returns the code of every position of every block."""
+    return jax.lax.map(lambda layer: _code(stack, *layer, record.t), (slot, live, record.mlp_in))
+
+
+def _code(stack: Transcoder, slot: Array, live: Array, x: Array, t: Array) -> Float[Array, "rows feat"]:
+    return jnp.where(live[:, None], site(stack, slot).encode(x, t), 0)
+
+
+@jax.jit
 def _count_active(stack: Transcoder, slot: Array, live: Array, record: _StreamRecord) -> Int[Array, ""]:
     """Returns the largest number of active features at any position of any block."""
 
     def step(most: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, None]:
         slot, live, x = layer
-        z = jnp.where(live[:, None], site(stack, slot).encode(x, record.t), 0)
+        z = _code(stack, slot, live, x, record.t)
         return jnp.maximum(most, jnp.max(jnp.sum(z > 0, axis=1, dtype=jnp.int32))), None
 
     return jax.lax.scan(step, jnp.int32(0), (slot, live, record.mlp_in))[0]
@@ -180,19 +198,20 @@ def _count_active(stack: Transcoder, slot: Array, live: Array, record: _StreamRe
 
 @partial(jax.jit, static_argnames="most")
 def _find_active(
-    stack: Transcoder, slot: Array, live: Array, record: _StreamRecord, most: int
+    stack: Transcoder, slot: Array, live: Array, record: _StreamRecord, codes: Array | None, most: int
 ) -> tuple[Int[Array, "layer rows active"], Float[Array, "layer rows active"], Float[Array, "layer rows d_model"]]:
     """Returns every position's active features, strongest first, their values, and the errors."""
 
-    def step(_: None, layer: tuple[Array, Array, Array, Array]) -> tuple[None, Any]:
-        slot, live, x, y = layer
+    def step(_: None, layer: tuple[Array, Array, Array, Array, Array | None]) -> tuple[None, Any]:
+        slot, live, x, y, z = layer
         transcoder = site(stack, slot)
-        z = jnp.where(live[:, None], transcoder.encode(x, record.t), 0)
+        if z is None:
+            z = _code(stack, slot, live, x, record.t)
         value, index = jax.lax.top_k(z, most)
         error = y - jnp.where(live[:, None], transcoder.decode(z, x), 0)
         return None, (index, value, error)
 
-    return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out))[1]
+    return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out, codes))[1]
 
 
 def run(record: Record, sites: Streams, sources: Sources) -> Streams:
@@ -234,6 +253,11 @@ def write(
     if stack is None:
         return error
     transcoder = site(stack, layer.slot)
+    if not values.shape[1]:
+        # No features, as in the map's constant: one row of zeros decodes to what all have in common.
+        return error + jnp.where(
+            layer.live[:, None], transcoder.decode(jnp.zeros_like(values, shape=(1, stack.config.features)), x), 0
+        )
     rows = jnp.arange(x.shape[0])[:, None]
     z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.index].add(values)
     return error + jnp.where(layer.live[:, None], transcoder.decode(z, x), 0)
