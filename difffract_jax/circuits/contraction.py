@@ -23,8 +23,9 @@ def contract(
     slot: Int[Array, ""],
     index: Int[Array, "rows active"],
     values: Float[Array, "rows active"],
-    written: Float[Array, "some rows d_model"],
+    written: Float[Array, "target rows d_model"],
     gate: Float[Array, "d_model"],
+    count: int,
 ) -> Float[Array, "target source"]:
     """Writes value * (cotangent * gate) . decoder vector for every position, feature and some of the targets.
 
@@ -37,8 +38,9 @@ def contract(
         values: their values.
         written: cotangents of what the sublayer's gate lets through to the residual stream.
         gate: factor between the sublayer's output and the residual stream.
+        count: how many targets, from the corner's row on.
     """
-    (rows, active), (some, _, width) = values.shape, written.shape
+    (rows, active), width = values.shape, written.shape[2]
     if not active:
         return edges
     most = GATHER_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_GATHER_BYTES
@@ -47,12 +49,14 @@ def contract(
 
     def product(position: Array, feature: Array, edges: Array) -> Array:
         # The last piece starts early enough to be whole: what it repeats comes out the same.
-        s, k = jnp.minimum(position, rows - chunk), jnp.minimum(feature, active - block)
+        s = jnp.minimum(position, rows - chunk).astype(corner[0].dtype)
+        k = jnp.minimum(feature, active - block).astype(corner[0].dtype)
         here, value = (jax.lax.dynamic_slice(a, (s, k), (chunk, block)) for a in (index, values))
-        cotangent = jax.lax.dynamic_slice_in_dim(written, s, chunk, axis=1).transpose(1, 0, 2) * gate[None, None]
+        cotangent = jax.lax.dynamic_slice(written, (corner[0], s, jnp.zeros_like(s)), (count, chunk, width))
+        cotangent = cotangent.transpose(1, 0, 2) * gate[None, None]
         found = jnp.einsum("stm,skm->stk", cotangent, decoder[slot, here]) * value[:, None]
         place = (corner[0], corner[1] + s * active + k)
-        return jax.lax.dynamic_update_slice(edges, found.transpose(1, 0, 2).reshape(some, -1), place)
+        return jax.lax.dynamic_update_slice(edges, found.transpose(1, 0, 2).reshape(count, -1), place)
 
     if block == active:
         return jax.lax.fori_loop(0, -(-rows // chunk), lambda i, edges: product(i * chunk, jnp.int32(0), edges), edges)

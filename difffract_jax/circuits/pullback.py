@@ -177,8 +177,7 @@ def _pull_back(
         pull = _puller(here, record.cond)
 
         def contract_some(first: Array, count: int, edges: Array) -> Array:
-            corner = (first, layer * layout.per_layer)
-            return _contract_block(here, edges, corner, _some(cotangent, first, count))
+            return _contract_block(here, edges, (first, layer * layout.per_layer), cotangent, count)
 
         def through(first: Array, count: int, cotangent: Streams) -> Streams:
             return _put(cotangent, jax.vmap(pull)(_some(cotangent, first, count)), first)
@@ -199,7 +198,7 @@ def _pull_back(
     none = jnp.zeros((sizes.batch, layout.per_layer), gradients.dtype)
     empty = jax.lax.fori_loop(0, layout.layers, lambda layer, edges: _columns(edges, none, layer, layout), spare)
     edges, cotangent = jax.lax.fori_loop(0, targets.layer[0] + 1, block_step, (empty, cotangent))
-    inputs = both(_dot_rows, cotangent, sources.boundary)
+    inputs = both(partial(_dot_rows, jnp.int32(0), sizes.batch), cotangent, sources.boundary)
     return _columns(edges, jnp.concatenate(inputs, axis=1), layout.layers, layout)
 
 
@@ -267,29 +266,29 @@ def _skip(sites: Sites, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d
 
 
 def _contract_block(
-    here: _Here, edges: Array, corner: tuple[Array, Array], cotangent: Streams
+    here: _Here, edges: Array, corner: tuple[Array, Array], cotangent: Streams, count: int
 ) -> Float[Array, "target source"]:
-    """Writes the edges that come from one block's features and errors into some targets."""
+    """Writes the edges that come from one block's features and errors into `count` targets."""
     row, column = corner
     gates = both(lambda mod: mod[5], here.mod)
     for sites, values, written, gate in zip(here.sites, here.values, cotangent, gates, strict=True):
         if sites.stack is not None:
             decoder, layers = sites.stack.dec.kernel[...], sites.layers
-            edges = contract(edges, (row, column), decoder, layers.slot, layers.index, values, written, gate)
+            edges = contract(edges, (row, column), decoder, layers.slot, layers.index, values, written, gate, count)
         column += values.size
-    from_errors = both(lambda c, e, gate: _dot_rows(c, gate[None, :] * e), cotangent, here.errors, gates)
+    from_errors = both(lambda c, e, gate: _dot_rows(row, count, c, gate[None, :] * e), cotangent, here.errors, gates)
     return jax.lax.dynamic_update_slice(edges, jnp.concatenate(from_errors, axis=1), (row, column))
 
 
 def _dot_rows(
-    cotangent: Float[Array, "target rows d_model"], vectors: Float[Array, "rows d_model"]
-) -> Float[Array, "target rows"]:
-    """Returns the product of each row with its vector."""
+    first: Array, count: int, cotangent: Float[Array, "target rows d_model"], vectors: Float[Array, "rows d_model"]
+) -> Float[Array, "some rows"]:
+    """Returns the product of each row with its vector, for `count` targets."""
     if jax.default_backend() != "cpu":
-        return jnp.sum(cotangent * vectors[None], axis=2)
+        return jnp.sum(_some(cotangent, first, count) * vectors[None], axis=2)
     # One target at a time stays in the cache, and a product with ones is vectorised where a sum over columns is not.
     ones = jnp.ones(vectors.shape[1], vectors.dtype)
-    return jax.lax.map(lambda rows: (rows * vectors) @ ones, cotangent)
+    return jax.lax.map(lambda target: (cotangent[target] * vectors) @ ones, first + jnp.arange(count, dtype=jnp.int32))
 
 
 def target_gradients(record: Record, sites: Streams, targets: Targets) -> Float[Array, "target d_model"]:
@@ -331,7 +330,10 @@ def _encoder_terms(record: Record, sites: Streams, targets: Targets, x: Streams)
         gradients, constant = _encoder_rows(stream, record, targets)
         found.append((gradients, rows.at[targets.layer, targets.position].get(mode="clip"), constant))
     first = targets.stream == 0
-    return tuple(jnp.where(first[:, None] if a.ndim == 2 else first, a, b) for a, b in zip(*found, strict=True))
+    gradients, here, constant = (
+        jnp.where(first[:, None] if a.ndim == 2 else first, a, b) for a, b in zip(*found, strict=True)
+    )
+    return gradients, here, constant
 
 
 _terms = jax.jit(_encoder_terms)

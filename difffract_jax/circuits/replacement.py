@@ -177,7 +177,7 @@ def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
 @jax.jit
 def _codes(stack: Transcoder, slot: Array, live: Array, record: _StreamRecord) -> Float[Array, "layer rows feat"]:
     """Returns the code of every position of every block."""
-    return jax.lax.map(lambda layer: _code(stack, *layer, record.t), (slot, live, record.mlp_in))
+    return jax.lax.map(lambda at: _code(stack, at[0], at[1], at[2], record.t), (slot, live, record.mlp_in))
 
 
 def _code(stack: Transcoder, slot: Array, live: Array, x: Array, t: Array) -> Float[Array, "rows feat"]:
@@ -254,10 +254,10 @@ def write(
         return error
     transcoder = site(stack, layer.slot)
     if not values.shape[1]:
-        # No features, as in the map's constant: one row of zeros decodes to what all have in common.
-        return error + jnp.where(
-            layer.live[:, None], transcoder.decode(jnp.zeros_like(values, shape=(1, stack.config.features)), x), 0
-        )
+        # No features, as in the map's constant: what a row of zeros decodes to, the same everywhere, and the skip.
+        common = transcoder.decode(jnp.zeros((1, stack.config.features), x.dtype), jnp.zeros_like(x[:1]))
+        y = common + transcoder.skip(x) if stack.config.skip else common
+        return error + jnp.where(layer.live[:, None], y, 0)
     rows = jnp.arange(x.shape[0])[:, None]
     z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.index].add(values)
     return error + jnp.where(layer.live[:, None], transcoder.decode(z, x), 0)
