@@ -5,16 +5,23 @@
    weights, encoder biases such that about 7% of the features are active; the target lies in img block 7.
 3. Each is traced once to compile, then five times; the median counts. It includes encoding the trace, expansion,
    influence and compaction, and not the capture, as the reference's figure does not either.
-4. Beside it stands a floor: the multiplications that cannot be avoided, counted, over the rate of a matrix product
-   measured in the same run. Machines are shared and noisy: one thread is measured in processor time, which is the
-   clock's on a quiet machine; yet others take caches and memory away. Compare ratios within one run.
+4. Beside it stand two floors: multiplications, counted, over the rate of a matrix product measured in the same run;
+   and bytes that must move at least once, over the rate of a copy. Machines are shared and noisy: one thread is
+   measured in processor time, which is the clock's on a quiet machine; yet others take caches and memory away.
+   Compare ratios within one run.
+5. `--profile` adds the seconds of each part. `--scaling` instead varies the nodes (of the middle size), the tokens or
+   the sites (width 128, 512 features), and writes a table and a plot; what would take longer than `--budget` seconds
+   is left out, and said so.
 
-    python benchmarks/attribution.py [--size golden|middle] [--threads 1]
+    python benchmarks/attribution.py [--size golden|middle] [--threads 1] [--profile]
+    python benchmarks/attribution.py --scaling nodes|tokens|sites [--out scaling]
 
 Reference (PyTorch, one thread, same sizes): 0.213 s per node on the middle size at threshold 1e-4.
 """
 
 import argparse
+import csv
+import dataclasses
 import json
 import os
 import platform
@@ -32,6 +39,10 @@ PARSER.add_argument(
 )
 PARSER.add_argument("--min-attribution", type=float, default=1e-4, help="smallest edge kept")
 PARSER.add_argument("--repeats", type=int, default=5, help="runs whose median is taken")
+PARSER.add_argument("--profile", action="store_true", help="add the seconds of each part")
+PARSER.add_argument("--scaling", choices=["nodes", "tokens", "sites"], help="vary this instead")
+PARSER.add_argument("--budget", type=float, default=300, help="seconds that one point of a curve may take")
+PARSER.add_argument("--out", type=Path, default=Path("scaling"), help="where curves go: .csv and .png are added")
 
 ARGS = PARSER.parse_args() if __name__ == "__main__" else PARSER.parse_args([])
 if ARGS.threads == 1 and __name__ == "__main__":
@@ -42,10 +53,13 @@ if ARGS.threads == 1 and __name__ == "__main__":
 import jax  # noqa: E402  (after the settings above)
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
-from difffract_jax.circuits.attribution import attribute, source_table, strongest_feature  # noqa: E402
+from difffract_jax.circuits import engine, expansion  # noqa: E402
+from difffract_jax.circuits.attribution import attribute  # noqa: E402
 from difffract_jax.circuits.feature import Feature  # noqa: E402
 from difffract_jax.circuits.replacement import prepare  # noqa: E402
+from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
 from difffract_jax.circuits.trace import Trace, capture  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
 from difffract_jax.models.mmdit import FluxConfig  # noqa: E402
@@ -81,31 +95,28 @@ def golden() -> tuple[Trace, TranscoderSet, Feature]:
 
 
 def middle() -> tuple[Trace, TranscoderSet, Feature]:
-    """A random trace of the middle size, with encoder biases at the quantile of the recorded inputs."""
-    pipe, tcs = random_pipeline(transformer=MIDDLE), random_transcoders(MIDDLE, features=4096)
-    trace = capture(
-        pipe,
-        tcs,
-        "a red circle left of a blue square",
-        step=1,
-        height=128,
-        width=128,
-        text_tokens=64,
-        include_padding=True,
-    )
-    for stack, inputs in zip((tcs.img, tcs.txt), trace.record.mlp_in, strict=True):
+    """A random trace of the middle size."""
+    return random_trace(MIDDLE, 4096, 16, 64)
+
+
+def random_trace(config: FluxConfig, features: int, side: int, text: int) -> tuple[Trace, TranscoderSet, Feature]:
+    """A random trace of side x side image tokens, with encoder biases at the quantile of the recorded inputs."""
+    pipe, tcs = random_pipeline(transformer=config), random_transcoders(config, features=features)
+    prompt, pixels = "a red circle left of a blue square", 8 * side
+    trace = capture(pipe, tcs, prompt, step=1, height=pixels, width=pixels, text_tokens=text, include_padding=True)
+    for stack, inputs in zip((tcs.img, tcs.txt), trace.record.mlp_in[:2], strict=True):
         for layer, x in enumerate(inputs):
             u = np.asarray(x @ stack.enc.kernel[layer])
             stack.enc.bias[...] = stack.enc.bias[...].at[layer].set(-np.quantile(u, 1 - ACTIVE))
-    return trace, tcs, strongest_feature(trace, tcs, "img", 7)
+    return trace, tcs, strongest_feature(trace, tcs, "img", config.depth_double - 1)
 
 
 def describe(trace: Trace, tcs: TranscoderSet) -> dict[str, Any]:
     """Returns the sizes that decide how long a trace takes."""
-    values = prepare(trace, tcs).sources.values
+    values = prepare(trace, tcs).sources.values[:2]
     return {
         "blocks": trace.record.mlp_in.img.shape[0],
-        "tokens": [rows.shape[1] for rows in trace.record.mlp_in],
+        "tokens": [rows.shape[1] for rows in trace.record.mlp_in[:2]],
         "width": trace.record.boundary.img.shape[1],
         "features": tcs.config.features,
         "active": [round(float(np.mean(np.asarray(v) > 0) * v.shape[2]), 1) for v in values],
@@ -119,7 +130,7 @@ def floor_flops(trace: Trace, tcs: TranscoderSet, blocks: np.ndarray) -> float:
     Per block below the target's and token: two projections (values and output) of width x width, the pattern applied to
     values, and one product per active feature.
     """
-    values = prepare(trace, tcs).sources.values
+    values = prepare(trace, tcs).sources.values[:2]
     rows = sum(v.shape[1] for v in values)
     width = trace.record.boundary.img.shape[1]
     active = sum(np.sum(np.asarray(v) > 0, axis=(1, 2)) for v in values)
@@ -128,12 +139,62 @@ def floor_flops(trace: Trace, tcs: TranscoderSet, blocks: np.ndarray) -> float:
     return float(sum((d + 1) * per_block + 2 * width * active[:d].sum() for d in depth))
 
 
+def floor_bytes(trace: Trace, tcs: TranscoderSet, blocks: np.ndarray) -> float:
+    """Counts the bytes that must move: edges below each target, written and read; and per expansion, of every block
+    below its highest target, the two projections' weights and each decoder vector that is active somewhere."""
+    prepared = prepare(trace, tcs)
+    values, sites = prepared.sources.values[:2], prepared.sites[:2]
+    width = trace.record.boundary.img.shape[1]
+    places = np.array(sum(v.shape[1] * v.shape[2] for v in values) * (blocks - trace.info.first_block))
+    vectors = np.zeros(values[0].shape[0])
+    for v, s in zip(values, sites, strict=True):
+        index = np.where(np.asarray(v) > 0, np.asarray(s.layers.index), -1)
+        vectors += [np.unique(layer[layer >= 0]).size for layer in index]
+    order = [blocks[:1], *np.split(blocks[1:], range(ARGS.expansion_batch, blocks.size - 1, ARGS.expansion_batch))]
+    walks = sum(width * vectors[: b.max()].sum() + 4 * width**2 * (b.max() + 1) for b in order if b.size)
+    return float(4 * (2 * places.sum() + walks))
+
+
 def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
     """Returns the best floating-point operations per second of a float32 matrix product, size x size."""
     a = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda x: x @ x)
     product(a).block_until_ready()
     return max(2 * size**3 / seconds(lambda: product(a).block_until_ready()) for _ in range(repeats))
+
+
+def copy_rate(size: int = 2**28, repeats: int = 5) -> float:
+    """Returns the best bytes per second, read and written, of a copy."""
+    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    return max(2 * size / seconds(lambda: np.copyto(target, source)) for _ in range(repeats))
+
+
+def profile(run: Any) -> dict[str, float]:
+    """Returns the seconds that each part of a run takes, the rest, and the whole."""
+    spent: dict[str, float] = {}
+
+    def timed(name: str, work: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            done: list[Any] = []
+            took = seconds(lambda: done.append(jax.block_until_ready(work(*args, **kwargs))))
+            spent[name] = spent.get(name, 0.0) + took
+            return done[0]
+
+        return wrapped
+
+    parts = [(engine, n) for n in ("prepare_steps", "source_table", "affine_constants", "exact_preactivations")]
+    parts += [(engine, "pull"), *((expansion, n) for n in ("add", "next_batch", "compact"))]
+    originals = [(module, name, getattr(module, name)) for module, name in parts]
+    try:
+        for module, name, work in originals:
+            setattr(module, name, timed(name, work))
+        whole = seconds(run)
+    finally:
+        for module, name, work in originals:
+            setattr(module, name, work)
+    return {
+        name: round(took, 3) for name, took in (*spent.items(), ("rest", whole - sum(spent.values())), ("all", whole))
+    }
 
 
 def seconds(work: Any) -> float:
@@ -162,7 +223,9 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
     times = sorted(seconds(run) for _ in range(ARGS.repeats))
     nodes = len(graph.target_node)
     per_node = times[len(times) // 2] / nodes
-    floor = floor_flops(trace, tcs, graph.node_block[graph.target_node].astype(int)) / rate / nodes
+    blocks = graph.node_block[graph.target_node].astype(int)
+    floor = floor_flops(trace, tcs, blocks) / rate / nodes
+    memory = copy_rate()
     result = {
         "size": name,
         **describe(trace, tcs),
@@ -170,17 +233,68 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
         "target": str(target),
         "expanded": nodes,
         "edges": int(graph.edge_source.size),
-        "sources": int(source_table(prepare(trace, tcs), trace.info).kind.size),
+        "sources": engine.make_engine(trace, tcs).sources,
         "first run, with compilation, s": round(first, 2),
         "runs, s": [round(t, 3) for t in times],
         "median s per node": round(per_node, 5),
         "matmul GFLOP/s": round(rate / 1e9, 1),
         "floor s per node": round(floor, 5),
         "floor over measured": round(floor / per_node, 3),
+        "copy GB/s": round(memory / 1e9, 1),
+        "bytes' floor s per node": round(floor_bytes(trace, tcs, blocks) / memory / nodes, 5),
     }
+    if ARGS.profile:
+        result["parts, s"] = profile(run)
     if name in REFERENCE_SECONDS:
         result["reference over measured"] = round(REFERENCE_SECONDS[name] / per_node, 2)
     return result
+
+
+def points() -> Any:
+    """Yields (abscissa, nodes, trace, transcoders, target) of the curve that is asked for."""
+    if ARGS.scaling == "nodes":
+        made = middle()
+        yield from ((nodes, nodes, *made) for nodes in (100, 300, 1000, 2000, 5000))
+    small = dataclasses.replace(MIDDLE, heads=2, depth_double=4, depth_single=1)
+    if ARGS.scaling == "tokens":
+        for side, text in ((8, 64), (16, 64), (32, 64), (48, 64), (64, 512)):
+            yield side**2 + text, ARGS.nodes, *random_trace(small, 512, side, text)
+    if ARGS.scaling == "sites":
+        for depth in (2, 4, 8, 19, 38):
+            yield 2 * depth, ARGS.nodes, *random_trace(dataclasses.replace(small, depth_double=depth), 512, 16, 64)
+
+
+def scaling() -> None:
+    """Measures one curve; writes its table and plot."""
+    rows: list[dict[str, float]] = []
+    for x, nodes, trace, tcs, target in points():
+        settings = {"expansion_batch": ARGS.expansion_batch, "min_attribution": ARGS.min_attribution}
+        if rows:
+            last = rows[-1]
+            expected = last["s per node"] * nodes * (1 if ARGS.scaling == "nodes" else x / last[ARGS.scaling])
+            if expected > ARGS.budget:
+                sys.stdout.write(f"{ARGS.scaling} {x} left out: about {expected:.0f} s, more than --budget.\n")
+                continue
+        attribute(trace, tcs, target=target, max_nodes=min(nodes, 2 * ARGS.expansion_batch), **settings)
+        done: list[Any] = []
+        took = seconds(lambda: done.append(attribute(trace, tcs, target=target, max_nodes=nodes, **settings)))  # noqa: B023
+        blocks = done[0].node_block[done[0].target_node].astype(int)
+        row = {ARGS.scaling: x, "expanded": blocks.size, "s": round(took, 3), "s per node": took / blocks.size}
+        row["floor s per node"] = floor_flops(trace, tcs, blocks) / matmul_rate() / blocks.size
+        rows.append(row)
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+    with ARGS.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure = Figure(figsize=(4, 3), layout="constrained")
+    axes = figure.subplots()
+    for name in ("s per node", "floor s per node"):
+        axes.loglog([row[ARGS.scaling] for row in rows], [row[name] for row in rows], "o-", label=name)
+    axes.set_xlabel(ARGS.scaling)
+    axes.legend()
+    figure.savefig(ARGS.out.with_suffix(".png"), dpi=150)
 
 
 def main() -> None:
@@ -204,6 +318,9 @@ def main() -> None:
         "jax": jax.__version__,
     }
     sys.stdout.write(json.dumps(record, indent=1) + "\n")
+    if ARGS.scaling:
+        scaling()
+        return
     for name, make in (("golden", golden), ("middle", middle)):
         if ARGS.size in (name, "both"):
             sys.stdout.write(json.dumps(measure(name, *make()), indent=1) + "\n")

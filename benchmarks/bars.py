@@ -26,15 +26,18 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from difffract_jax.circuits import pullback  # noqa: E402
-from difffract_jax.circuits.attribution import attribute, source_table, strongest_feature  # noqa: E402
+from difffract_jax.circuits.attribution import attribute  # noqa: E402
 from difffract_jax.circuits.compare import compare  # noqa: E402
 from difffract_jax.circuits.feature import Feature  # noqa: E402
 from difffract_jax.circuits.graph import FEATURE, Graph  # noqa: E402
 from difffract_jax.circuits.interventions import Edit, Site, steer  # noqa: E402
 from difffract_jax.circuits.pruning import prune  # noqa: E402
-from difffract_jax.circuits.pullback import Targets, preactivations, pull_back  # noqa: E402
+from difffract_jax.circuits.pullback import pull_back  # noqa: E402
+from difffract_jax.circuits.readout import Targets, preactivations  # noqa: E402
 from difffract_jax.circuits.reference_json import from_document  # noqa: E402
 from difffract_jax.circuits.replacement import run as run_replacement  # noqa: E402
+from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
+from difffract_jax.circuits.sources import source_table  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
 from difffract_jax.models import pipeline  # noqa: E402
 from difffract_jax.models.blocks import Streams, join, split  # noqa: E402
@@ -201,17 +204,20 @@ class Law(NamedTuple):
 
 def law(exact: Any) -> Law:
     """Measures eight targets of the last block, and the eight strongest sources of each."""
-    table = source_table(exact.replacement, exact.trace.info)
+    table = source_table((exact.replacement,), (exact.trace.info,))
     rows = np.flatnonzero((table.kind == FEATURE) & (table.value > 0) & (table.block == table.block.max()))
     stream, position, feature = (jnp.asarray(c[rows[:8]], jnp.int32) for c in (table[1], table[3], table[4]))
-    layer = jnp.full(len(stream), int(table.block.max()) - exact.trace.info.first_block, jnp.int32)
+    if table.block.max() >= exact.trace.info.depths[0]:
+        position = position + jnp.where(stream == 0, exact.trace.info.text_tokens, 0)
+        stream = jnp.full_like(stream, 2)
+    layer = jnp.full(len(stream), exact.trace.info.recorded.index(int(table.block.max())), jnp.int32)
     targets = Targets(stream, layer, position, feature)
     edges = np.asarray(pull_back(exact.replacement, targets), np.float64)
     sums = np.abs(edges).sum(1)
     record, sites, sources = exact.replacement
 
     def values(sources: Any) -> np.ndarray:
-        moved = RUN_REPLACEMENT(record, sites, sources)
+        moved = RUN_REPLACEMENT(record, sites, sources).mlp_in
         return np.asarray(preactivations(exact.replacement, targets, moved), np.float64)
 
     zero = values(jax.tree.map(jnp.zeros_like, sources))
@@ -229,11 +235,15 @@ def law(exact: Any) -> Law:
 
 def strongest_places(exact: Any, edges: np.ndarray) -> Iterator[tuple[tuple[int, ...], int]]:
     """Yields the eight features with the largest edges: (stream, layer, position, place), and the column of a row."""
-    table = source_table(exact.replacement, exact.trace.info)
+    table = source_table((exact.replacement,), (exact.trace.info,))
     size = np.where((table.kind == FEATURE) & (table.value > 0), np.abs(edges).max(axis=0), 0.0)
     for column in np.argsort(-size)[:8]:
-        stream, layer = int(table.stream[column]), int(table.block[column]) - exact.trace.info.first_block
+        info = exact.trace.info
+        stream, layer = int(table.stream[column]), info.recorded.index(int(table.block[column]))
         position = int(table.position[column])
+        if table.block[column] >= info.depths[0]:
+            position += info.text_tokens if stream == 0 else 0
+            stream, layer = 2, layer - exact.replacement.sources.values.img.shape[0]
         index = np.asarray(exact.replacement.sites[stream].layers.index)[layer, position]
         yield (stream, layer, position, int(np.flatnonzero(index == table.feature[column])[0])), int(column)
 
@@ -243,7 +253,7 @@ def interventions(golden: Golden) -> Iterator[Bar]:
     data, errors = dict(np.load(REFERENCE / "golden_intervention.npz")), []
     for case in json.loads((REFERENCE / "golden_intervention.json").read_text()):
         noise = golden.forward["p0_initial_latents"]
-        made = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits(case)), form="replace", latents=noise, **SIZE)
+        made = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits(case)), form="replace", latents=noise, include_padding=True, **SIZE)
         errors.append(relative_error(made.latents, data[f"final_{case['name']}"]))
     yield bar("interventions, final latents", TOL.intervention_f32, max(errors))
     data, errors = dict(np.load(REFERENCE / "golden_replacement.npz")), []
