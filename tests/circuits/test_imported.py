@@ -16,13 +16,11 @@ from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.selection import strongest_feature
 from difffract_jax.config import UserError
 from difffract_jax.models.activations import ARRAYS, read_activations, write_activations
-from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.report import conservation_error
-from difffract_jax.transcoders.transcoder import random_transcoders
 from tolerances import REFERENCE, TOL, relative_error
 from traces import PROMPTS, SIZE
 
-SETTINGS = {"max_nodes": 40, "expansion_batch": 10, "min_attribution": 1e-4}
+SETTINGS = {"max_nodes": 20, "expansion_batch": 10, "min_attribution": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +53,12 @@ def feature(golden, ours):
 
 @pytest.fixture(scope="module")
 def graphs(golden, ours, traces, feature):
-    """Graphs of one feature: ours, and those of the imported traces."""
-    return {
-        name: attribute(trace, golden.tcs, target=feature, **SETTINGS)
-        for name, trace in (traces | {"ours": ours}).items()
-    }
+    """Graphs of a feature and the velocity: ours, and those of the imported traces."""
+    made = {}
+    for name, trace in (traces | {"ours": ours}).items():
+        velocity = resolve(golden.pipe, trace, parse_target('velocity:contrast="a blue circle"'))
+        made[name] = attribute(trace, golden.tcs, target=[(feature, 1.0), (velocity, 1.0)], **SETTINGS)
+    return made
 
 
 def test_the_record_is_that_of_our_own_run(ours, traces):
@@ -79,26 +78,16 @@ def test_the_graph_in_float32_is_that_of_our_own_run(graphs):
     assert conservation_error(graphs["f32"]) <= TOL.conservation_f32
 
 
-def test_the_velocity_in_float32_is_explained_as_in_our_own_run(golden, ours, traces):
-    target = parse_target('velocity:contrast="a blue circle"')
-    mine, theirs = (
-        attribute(trace, golden.tcs, target=resolve(golden.pipe, trace, target), max_nodes=10)
-        for trace in (ours, traces["f32"])
-    )
-    assert compare(mine, theirs).largest_error <= TOL.edge
-    assert conservation_error(theirs) <= TOL.conservation_f32
-
-
-def test_a_bfloat16_run_is_traced_and_differs(graphs, record_property):
+def test_a_bfloat16_run_is_traced_and_differs(graphs):
     found = compare(graphs["bf16"], graphs["f32"])
-    record_property("edge error of bfloat16", found.largest_error)
+    print(f"largest edge error of bfloat16: {found.largest_error:.2g} of the largest edge")
     assert 0 < found.largest_error < np.inf and found.edges_in_both
 
 
-def test_targets_of_a_bfloat16_run_add_up_to_what_it_rounded(graphs, record_property):
+def test_targets_of_a_bfloat16_run_add_up_to_what_it_rounded(graphs):
     # u is read from the recorded x, which every block before it rounded to 8 bits; edges and bias are exact.
     error = conservation_error(graphs["bf16"])
-    record_property("conservation error of bfloat16", error)
+    print(f"conservation error of bfloat16: {error:.2g}")
     assert TOL.conservation_f32 < error <= TOL.bf16
 
 
@@ -202,10 +191,7 @@ def test_objects_are_not_unpickled(golden, files, tmp_path):
         load_trace(tmp_path / "objects.npz", golden.pipe, golden.tcs)
 
 
-def test_another_model_and_an_absent_file_are_refused(golden, files, tmp_path):
-    pipe = random_pipeline()
-    with pytest.raises(UserError, match="holds latents of shape|holds text of shape"):
-        load_trace(files / "f32.npz", pipe, random_transcoders(pipe.config.transformer))
+def test_an_absent_file_is_refused(golden, tmp_path):
     with pytest.raises(UserError, match="does not exist; make it with python -m converters.torch_trace"):
         load_trace(tmp_path / "absent.npz", golden.pipe, golden.tcs)
 
