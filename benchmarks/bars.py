@@ -50,6 +50,8 @@ GRID = (6, 6)
 RUN_BLOCK = jax.jit(lambda stack, number, h, cond: jax.tree.map(lambda leaf: leaf[number], stack)(h, cond)[0])
 RUN_REPLACEMENT = jax.jit(run_replacement)
 LIMITS = {"max_nodes": 80, "expansion_batch": 10, "min_attribution": 1e-4}
+REPLACED = {"form": "replace", "include_padding": True}
+"""How the reference edits."""
 MODES = {"amplify": "scale", "zero": "zero", "invert": "invert", "set": "set"}
 
 
@@ -253,7 +255,7 @@ def interventions(golden: Golden) -> Iterator[Bar]:
     data, errors = dict(np.load(REFERENCE / "golden_intervention.npz")), []
     for case in json.loads((REFERENCE / "golden_intervention.json").read_text()):
         noise = golden.forward["p0_initial_latents"]
-        made = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits(case)), form="replace", latents=noise, include_padding=True, **SIZE)
+        made = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits(case)), latents=noise, **REPLACED, **SIZE)
         errors.append(relative_error(made.latents, data[f"final_{case['name']}"]))
     yield bar("interventions, final latents", TOL.intervention_f32, max(errors))
     data, errors = dict(np.load(REFERENCE / "golden_replacement.npz")), []
@@ -262,7 +264,7 @@ def interventions(golden: Golden) -> Iterator[Bar]:
         sites = [Site("img", b) for b in tcs.img_layers] + [Site("txt", b) for b in tcs.txt_layers]
         for number, prompt in enumerate(PROMPTS):
             noise = golden.forward[f"p{number}_initial_latents"]
-            made = steer(golden.pipe, tcs, prompt, [], form="replace", replaced=sites, latents=noise, **SIZE)
+            made = steer(golden.pipe, tcs, prompt, [], replaced=sites, latents=noise, **REPLACED, **SIZE)
             errors.append(relative_error(made.latents, data[f"p{number}_final_{name}"]))
     yield bar("every MLP replaced, final latents", TOL.intervention_f32, max(errors))
 

@@ -4,6 +4,7 @@ mapping                     the engine: rules, transforms, coverage, loading lea
 flux                        the MM-DiT's tables (diffusers and the original single file), whole pipelines
 text_encoders autoencoder   the tables of T5, CLIP and the autoencoder
 transcoders                 the tables of the reference's transcoders and SAEs
-torch_files                 `.pt` files, PyTorch's noise, PyTorch's side of `convert check`: the one file with torch
+torch_files                 `.pt` files, PyTorch's noise, PyTorch's side of `convert check`
+torch_trace                 activations of a PyTorch run, for `difffract trace --activations`
 check                       `difffract convert check`: the converted model against the PyTorch one, block by block
 """

@@ -1,7 +1,7 @@
 """PyTorch's side: `.pt` files, the noise of a seed, and the activations that `convert check` compares with.
 
-1. torch and diffusers are optional and take seconds to import, so `_module` imports one on first use; a missing one is
-   a clear sentence. No other file of the package touches them.
+1. torch and diffusers are optional and take seconds to import, so `load_module` imports one on first use; a missing
+   one is a clear sentence. Of the package's other files `torch_trace` alone touches them, by the same function.
 2. `read_state` and `write_state` take a `.pt` state dict to NumPy arrays and back. Files are unpickled with
    `weights_only`, so that nothing in them is executed, and memory-mapped where their format allows.
 3. `torch_noise` draws the starting latents that diffusers draws for a seed.
@@ -94,7 +94,7 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: when the file is damaged, holds anything but tensors by name, or torch is not installed.
     """
-    torch = _module("torch")
+    torch = load_module("torch")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -109,7 +109,7 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
 
 def write_state(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
     """Writes arrays as a `.pt` state dict."""
-    torch = _module("torch")
+    torch = load_module("torch")
     torch.save({key: _tensor(torch, value) for key, value in state.items()}, path)
 
 
@@ -122,13 +122,20 @@ def torch_noise(seed: int, channels: int, height: int, width: int) -> Float32[np
         height: latent height, before packing: the image's over the autoencoder's factor.
         width: latent width, likewise.
     """
-    torch = _module("torch")
+    torch = load_module("torch")
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32).numpy()
 
 
-def _module(name: str) -> Any:
-    """Imports torch, diffusers or transformers when it is first needed: the one hidden import outside the CLI."""
+def load_module(name: str) -> Any:
+    """Imports torch, diffusers or transformers when it is first needed: the one hidden import outside the CLI.
+
+    Args:
+        name: of the module.
+
+    Raises:
+        UserError: if it is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -161,7 +168,7 @@ def _tensor(torch: Any, value: np.ndarray) -> Any:
 
 def record_text(directory: Path, t5_ids: Int[np.ndarray, "txt"], clip_ids: Int[np.ndarray, "clip"]) -> TextRecord:
     """Runs both PyTorch text encoders on one prompt's ids."""
-    torch, transformers = _module("torch"), _module("transformers")
+    torch, transformers = load_module("torch"), load_module("transformers")
     t5 = transformers.T5EncoderModel.from_pretrained(directory / "text_encoder_2", dtype=torch.float32).eval()
     clip = transformers.CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -172,7 +179,7 @@ def record_text(directory: Path, t5_ids: Int[np.ndarray, "txt"], clip_ids: Int[n
 
 def record_decoding(directory: Path, latent: Float32[np.ndarray, "h w latent"]) -> Float32[np.ndarray, "H W rgb"]:
     """Runs the PyTorch autoencoder's decoder on one unscaled latent."""
-    torch, diffusers = _module("torch"), _module("diffusers")
+    torch, diffusers = load_module("torch"), load_module("diffusers")
     vae = diffusers.AutoencoderKL.from_pretrained(
         directory / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
     ).eval()
@@ -183,7 +190,7 @@ def record_decoding(directory: Path, latent: Float32[np.ndarray, "h w latent"]) 
 
 def record_transformer(directory: Path, inputs: TransformerInputs) -> TransformerRecord:
     """Runs the PyTorch transformer once and returns what went into and came out of every block."""
-    torch, diffusers = _module("torch"), _module("diffusers")
+    torch, diffusers = load_module("torch"), load_module("diffusers")
     path = directory / "transformer"
     model = diffusers.FluxTransformer2DModel.from_pretrained(
         path, torch_dtype=torch.float32, low_cpu_mem_usage=False

@@ -247,6 +247,7 @@ def trace(
     include_padding: opt.IncludePadding = None,
     latents: opt.Latents = None,
     noise: opt.Noise = None,
+    activations: Annotated[Path | None, opt.option(TraceConfig, "activations")] = None,
     out: Annotated[Path | None, opt.option(TraceConfig, "out")] = None,
     export_json: Annotated[Path | None, opt.option(TraceConfig, "export_json")] = None,
     config: opt.Config = None,
@@ -265,16 +266,16 @@ def trace(
     from difffract_jax.circuits.attribution import attribute
     from difffract_jax.circuits.outputs import parse_target
     from difffract_jax.circuits.reference_json import write_reference_json
-    from difffract_jax.circuits.requests import read_steps, read_weights, record_run, resolve_all
+    from difffract_jax.circuits.requests import read_weights, resolve_all
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.report import emit, graph_summary, progress
 
     asked = [parse_target(text) for text in _listed(settings.target)]
-    traced, weights = read_steps(settings.step), read_weights(settings.weight, len(asked))
+    weights = read_weights(settings.weight, len(asked))
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    run = {"seed", "steps", "height", "width", "text_tokens", "include_padding"}
-    sizes = settings.model_dump(include=run) | {"latents": _starting_noise(pipe, settings)}
-    captured = record_run(pipe, tcs, settings.prompt, asked, traced, **sizes)
+    captured = _recorded(pipe, tcs, settings, asked)
+    if settings.activations is not None:
+        settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
     expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
     targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
     with progress("Expanding nodes") as advance:
@@ -285,6 +286,20 @@ def trace(
     if settings.export_json:
         write_reference_json(graph, settings.export_json)
     emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
+
+
+def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any]) -> Any:
+    """Records the run that the settings describe, or takes it from the file they name."""
+    from difffract_jax.circuits.requests import import_run, read_steps, record_run
+
+    steps = read_steps(settings.step)
+    run = {"seed", "steps", "height", "width", "text_tokens"}
+    if settings.activations is not None:
+        given = settings.model_dump(include=run | {"prompt", "step", "latents", "noise"}, exclude_unset=True)
+        padding = settings.include_padding
+        return import_run(settings.activations, pipe, tcs, given, include_padding=padding)
+    sizes = settings.model_dump(include=run | {"include_padding"}) | {"latents": _starting_noise(pipe, settings)}
+    return record_run(pipe, tcs, settings.prompt, asked, steps, **sizes)
 
 
 def _listed(value: str | tuple[str, ...]) -> list[str]:

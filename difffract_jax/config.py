@@ -109,6 +109,9 @@ class TraceConfig(Settings):
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+    activations: Path | None = None
+    """`.npz` file of a PyTorch run's activations, from `python -m converters.torch_trace`, to trace instead of a run of
+    ours; step, seed and sizes are the file's, and the prompt must be."""
     out: Path = Path("graph.npz")
     """Graph file to write."""
     export_json: Path | None = None

@@ -210,7 +210,7 @@ def test_a_broken_checkpoint_is_refused_whole(difffract, broken, name):
         ),
         ((PIPELINE, TRANSCODERS, PROMPT, "--target", "img/2/f9999"), "the transcoders have features 0 to 511"),
         ((PIPELINE, TRANSCODERS, PROMPT, "--target", "img/2/326"), "is no feature; write STREAM/BLOCK/fN"),
-        ((PIPELINE, TRANSCODERS, PROMPT, "--target", "velocity:box=0,0,8,8"), "is no feature; write STREAM/BLOCK/fN"),
+        ((PIPELINE, TRANSCODERS, PROMPT, "--target", "velocity:box=0,0,8,999"), "is empty or leaves the image"),
         ((PIPELINE, REFERENCE / "saes", PROMPT, "--target", "img/2/f1"), "these are SAEs; give a directory of"),
         ((PIPELINE, PIPELINE, PROMPT, "--target", "img/2/f1"), "holds no config.json"),
         ((TRANSCODERS, TRANSCODERS, PROMPT, "--target", "img/2/f1"), "holds no config.json"),

@@ -3,6 +3,7 @@
 feature         how features are written: img/3/f401@12#1
 record          what one step computes and a trace holds fixed
 trace           one step, or consecutive ones, recorded
+imported        a trace from activations that PyTorch recorded
 replacement     the affine map from sources to every MLP sublayer's input
 readout         targets, and what they read
 pullback        edges into many targets at once

@@ -209,7 +209,8 @@ def _other_velocity(pipe: Pipeline, trace: Trace, prompt: str) -> Float[Array, "
 
 def _resolve_pixels(pipe: Pipeline, trace: Trace, target: PixelTarget) -> Output:
     record, info = trace.record, trace.info
-    sigma = record.t
+    # Not `record.t`: a bfloat16 run feeds its transformer a rounded time, but steps by the exact one.
+    sigma = jnp.asarray(trace.info.sigmas[trace.info.step], record.latents.dtype)
     assert record.velocity is not None
     clean = record.latents - sigma * record.velocity
     height, width = (side * PATCH * pipe.config.vae.factor for side in info.grid)

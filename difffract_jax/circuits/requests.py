@@ -1,15 +1,18 @@
 """What a user asks to have traced, as text: steps, targets, weights; and the run that must be recorded for it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from difffract_jax.circuits.attribution import Target
 from difffract_jax.circuits.feature import Feature
+from difffract_jax.circuits.imported import load_trace
 from difffract_jax.circuits.outputs import PixelTarget, VelocityTarget, resolve
 from difffract_jax.circuits.trace import Span, Trace, capture, capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.sampler import PATCH
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 Asked = Feature | VelocityTarget | PixelTarget
@@ -75,6 +78,38 @@ def record_run(
         return capture_steps(pipe, tcs, prompt, first=first, last=last, **run)
     output = any(not isinstance(one, Feature) for one in asked)
     return capture(pipe, tcs, prompt, step=first, output=output, **run)
+
+
+def import_run(
+    path: Path, pipe: Pipeline, tcs: TranscoderSet, given: Mapping[str, Any], *, include_padding: bool
+) -> Trace:
+    """Makes a trace of a file of activations, whose run must be the one asked for.
+
+    Args:
+        path: the file.
+        pipe: the pipeline.
+        tcs: its transcoders.
+        given: what was asked for by name, by the names of the settings of `difffract trace`; what is left out is the
+            file's.
+        include_padding: replace the MLPs of padded text positions too.
+
+    Raises:
+        UserError: as `load_trace`, or if something asked for is not the file's.
+    """
+    noise = sorted({"latents", "noise"} & given.keys())
+    if noise:
+        raise UserError(f"{path} brings the latents of its step; leave out {' and '.join(noise)}.")
+    trace = load_trace(path, pipe, tcs, include_padding)
+    info, unit = trace.info, PATCH * pipe.config.vae.factor
+    held = {"prompt": info.prompt, "step": info.step, "seed": info.seed, "steps": len(info.sigmas) - 1}
+    held |= {"height": info.grid[0] * unit, "width": info.grid[1] * unit, "text_tokens": info.text_tokens}
+    for name, value in held.items():
+        if name in given and given[name] is not None and str(given[name]) != str(value):
+            raise UserError(
+                f"{name} is {given[name]!r}, but the activations in {path} were recorded with {value!r}; give the "
+                "file's, or record again."
+            )
+    return trace
 
 
 def resolve_all(pipe: Pipeline, trace: Trace | Span, asked: Sequence[Asked]) -> list[Target]:

@@ -73,7 +73,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch, name):
     with pytest.raises(
         UserError, match=rf"needs {name}, which is not installed; run: pip install 'difffract_jax\[torch\]'"
     ):
-        torch_files._module(name)
+        torch_files.load_module(name)
 
 
 def test_a_package_that_is_broken_inside_says_so(monkeypatch):
@@ -82,7 +82,7 @@ def test_a_package_that_is_broken_inside_says_so(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", broken)
     with pytest.raises(ModuleNotFoundError, match="inner"):
-        torch_files._module("torch")
+        torch_files.load_module("torch")
 
 
 def test_every_part_of_the_pytorch_pipeline_is_recorded():

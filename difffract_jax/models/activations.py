@@ -1,0 +1,188 @@
+"""The file of activations of one denoising step, recorded elsewhere: `activations.npz` (docs/cross-check.md).
+
+1. `ARRAYS` declares every array and its axes; `array_shapes` gives their lengths for a model and a run.
+2. `write_activations` and `read_activations` hold both sides to that declaration: the recorder in
+   `converters/torch_trace.py`, and `circuits/imported.py`, which makes a trace of the file.
+
+Values are float32, which holds those of a bfloat16 run exactly. NumPy only.
+"""
+
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from difffract_jax.config import UserError
+from difffract_jax.files import atomic_file
+from difffract_jax.models.blocks import FluxConfig
+
+FORMAT_VERSION = 1
+ARRAYS: dict[str, str] = {
+    "latents": "img channels",
+    "text": "txt text_width",
+    "pooled": "pooled_width",
+    "cond": "d_model",
+    "residual_img": "img d_model",
+    "residual_txt": "txt d_model",
+    "double_q": "double seq heads head_dim",
+    "double_k": "double seq heads head_dim",
+    "double_inv_std1_img": "double img",
+    "double_inv_std1_txt": "double txt",
+    "double_inv_std2_img": "double img",
+    "double_inv_std2_txt": "double txt",
+    "double_mlp_in_img": "double img d_model",
+    "double_mlp_in_txt": "double txt d_model",
+    "double_mlp_out_img": "double img d_model",
+    "double_mlp_out_txt": "double txt d_model",
+    "single_q": "single seq heads head_dim",
+    "single_k": "single seq heads head_dim",
+    "single_inv_std": "single seq",
+    "single_mlp_in": "single seq d_model",
+    "single_mlp_out": "single seq d_model",
+    "final_inv_std": "img",
+    "velocity": "img outputs",
+}
+"""Arrays of a file, and their axes; `double` and `single` count blocks, and the joint sequence has the text first."""
+_ABOUT = ("prompt", "seed", "step", "t", "sigmas", "grid", "text_mask", "latents_given", "dtype")
+
+
+class Activations(NamedTuple):
+    """What one denoising step computed.
+
+    Attributes:
+        prompt: of the run.
+        seed: of the starting noise; not what it started from if latents were given.
+        step: the step, from 0.
+        t: denoising time the transformer was fed, in [0, 1]; rounded, in a bfloat16 run.
+        sigmas: noise level entering every step, and the final 0.
+        grid: rows and columns of image tokens.
+        text_mask: True for the prompt's own tokens, the closing one included; False for padding.
+        latents_given: whether the run started from given latents.
+        dtype: type that the run computed in, `f32` or `bf16`.
+        arrays: float32, by the names in `ARRAYS`.
+    """
+
+    prompt: str
+    seed: int
+    step: int
+    t: float
+    sigmas: tuple[float, ...]
+    grid: tuple[int, int]
+    text_mask: np.ndarray
+    latents_given: bool
+    dtype: str
+    arrays: dict[str, np.ndarray]
+
+
+def array_shapes(config: FluxConfig, grid: tuple[int, int], text_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every array of a file.
+
+    Args:
+        config: of the model.
+        grid: rows and columns of image tokens.
+        text_tokens: length of the text sequence.
+    """
+    img = grid[0] * grid[1]
+    lengths = {
+        "img": img,
+        "txt": text_tokens,
+        "seq": text_tokens + img,
+        "double": config.depth_double,
+        "single": config.depth_single,
+        "channels": config.in_channels,
+        "outputs": config.out_channels,
+    }
+    names = ("text_width", "pooled_width", "d_model", "heads", "head_dim")
+    lengths |= {name: getattr(config, name) for name in names}
+    return {name: tuple(lengths[axis] for axis in axes.split()) for name, axes in ARRAYS.items()}
+
+
+def write_activations(path: str | Path, activations: Activations) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+        path: the file, `.npz`.
+        activations: what to write.
+
+    Raises:
+        UserError: if the name does not end in .npz, or a value is not finite.
+    """
+    if Path(path).suffix != ".npz":
+        raise UserError(f"The output file must end in .npz, but got {path}.")
+    check_finite(activations, "The run")
+    about: dict[str, Any] = {name: np.asarray(getattr(activations, name)) for name in _ABOUT}
+    about |= {"sigmas": about["sigmas"].astype(np.float64), "format_version": np.asarray(FORMAT_VERSION)}
+    with atomic_file(path) as partial:
+        np.savez(partial, allow_pickle=False, **about, **activations.arrays)
+
+
+def read_activations(path: str | Path) -> Activations:
+    """Reads a file; what it holds is complete, but not held against any model yet.
+
+    Args:
+        path: the file, `.npz`.
+
+    Raises:
+        UserError: if it is absent, broken, of another version, incomplete, or not finite.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; make it with python -m converters.torch_trace.")
+    try:
+        # NumPy leaves a file open that it cannot read.
+        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError):
+        raise UserError(f"{path} is damaged or no .npz file of activations; make it again.") from None
+    version = found.get("format_version")
+    if version is None or version.shape != () or version != FORMAT_VERSION:
+        told = "has none" if version is None else f"says {version}"
+        raise UserError(f"{path} must be of format_version {FORMAT_VERSION}, but {told}; record it again.")
+    absent = [name for name in (*_ABOUT, *ARRAYS) if name not in found]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}; record it again.")
+    try:
+        activations = _from_arrays(found)
+    except (ValueError, TypeError):
+        raise UserError(f"{path} says things about its run that cannot be read; record it again.") from None
+    if not 0 <= activations.step < len(activations.sigmas) - 1:
+        raise UserError(
+            f"{path} holds step {activations.step} of a run of {len(activations.sigmas) - 1}; record it again."
+        )
+    check_finite(activations, str(path))
+    return activations
+
+
+def check_finite(activations: Activations, holder: str) -> None:
+    """Refuses activations with NaN or infinity.
+
+    Args:
+        activations: of a run.
+        holder: what holds them, the subject of the error.
+
+    Raises:
+        UserError: naming the arrays that are not finite.
+    """
+    numbers = activations.arrays | {"t": np.asarray(activations.t), "sigmas": np.asarray(activations.sigmas)}
+    wrong = [name for name, array in numbers.items() if not np.isfinite(array).all()]
+    if wrong:
+        raise UserError(
+            f"{holder} holds values that are not finite (NaN or infinity) in {', '.join(wrong)}; check that the model "
+            "generates sound images in this type."
+        )
+
+
+def _from_arrays(found: dict[str, np.ndarray]) -> Activations:
+    rows, columns = found["grid"].astype(int).tolist()
+    return Activations(
+        prompt=str(found["prompt"].item()),
+        seed=int(found["seed"].item()),
+        step=int(found["step"].item()),
+        t=float(found["t"].item()),
+        sigmas=tuple(found["sigmas"].astype(float).tolist()),
+        grid=(rows, columns),
+        text_mask=found["text_mask"].astype(bool).reshape(-1),
+        latents_given=bool(found["latents_given"].item()),
+        dtype=str(found["dtype"].item()),
+        arrays={name: found[name].astype(np.float32, copy=False) for name in ARRAYS},
+    )
