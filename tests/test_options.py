@@ -25,7 +25,7 @@ def test_what_is_not_given_is_left_to_the_settings():
 def test_a_file_fills_in_what_is_missing_and_options_win(tmp_path):
     (tmp_path / "a.yaml").write_text("model: m\ntranscoders: t\nprompt: p\ntarget: img/0/f1\nmax_nodes: 5\nstep: 2\n")
     settings = settings_of(TraceConfig, {"config": tmp_path / "a.yaml", "max_nodes": 6, "prompt": None})
-    assert (settings.prompt, settings.max_nodes, settings.step) == ("p", 6, 2)
+    assert (settings.prompt, settings.max_nodes, settings.step) == ("p", 6, "2")
 
 
 def test_what_is_missing_is_named():

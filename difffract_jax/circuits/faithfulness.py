@@ -99,4 +99,4 @@ def live_reading(replacement: Replacement, change: Groups) -> Reading:
     velocity = None
     if record.weights.final is not None:
         velocity = record.weights.final(split(joint, h.txt.shape[0]).img, record.cond)
-    return Reading(Groups(*x, joint_x), velocity, record.latents)
+    return Reading(Groups(x.img, x.txt, joint_x), velocity, record.latents)

@@ -137,7 +137,7 @@ def prepare(trace: Trace, tcs: TranscoderSet, *, active: Groups | None = None) -
                 stack,
                 blocks,
                 (double, double, single)[i],
-                _GroupRecord(*(column[i] for column in (record.mlp_in, record.mlp_out, record.replaceable)), record.t),
+                _GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
                 None if active is None else active[i],
             )
             for i, (stack, blocks) in enumerate(zip(stacks, groups, strict=True))
@@ -257,7 +257,7 @@ def run(record: Record, sites: Groups, sources: Sources) -> Reading:
     if record.weights.final is not None:
         last = split(joint, sources.boundary.txt.shape[0]).img
         velocity = record.weights.final(last, record.cond, record.inv_std)
-    return Reading(Groups(*x, joint_x), velocity, record.latents)
+    return Reading(Groups(x.img, x.txt, joint_x), velocity, record.latents)
 
 
 @jax.jit
@@ -284,11 +284,12 @@ def _blocks(record: Record, sites: Groups, sources: Sources, tap: Callable[[Any,
         return after, tap(h, acts)
 
     def step_single(h: Array, layer: Any) -> tuple[Array, Any]:
-        block, frozen, *parts = layer
-        after, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: write(sites.joint.stack, *parts, x))
+        block, frozen, here, values, errors = layer
+        mlp = lambda _, x: write(sites.joint.stack, here, values, errors, x)  # noqa: E731  (closed over the layer)
+        after, acts = block(h, record.cond, frozen=frozen, mlp=mlp)
         return after, tap(h, acts)
 
-    h, kept = jax.lax.scan(step, sources.boundary, (record.weights.double, record.frozen, layers, *double[1:]))
+    h, kept = jax.lax.scan(step, sources.boundary, (record.weights.double, record.frozen, layers, double[1], double[2]))
     single = (record.weights.single, record.frozen_single, sites.joint.layers)
     joint, kept_single = jax.lax.scan(step_single, join(h), (*single, sources.values.joint, sources.errors.joint))
     return joint, kept, kept_single
