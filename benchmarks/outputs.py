@@ -3,11 +3,11 @@
 1. Conservation: per kind of target, over one step and over all, the largest |edges + bias - value| over the sum of
    absolute edges, in float32 and float64.
 2. Prediction: for each of many prompts, the graph of a `pixels:` target (the colour of its first object, in the box
-   around it, at the last step), its most influential supernode scaled by +-20% at every position, and the change of the objective:
-   as the graph says, and in the readings `propagated`, `live` and `full` (METHOD section 7). Slope and correlation of
-   each reading on the graph's prediction.
+   around it, at the last step), its most influential supernode scaled by +-20% at every position, and the change of the
+   objective: as the graph says, and in the readings `propagated`, `live` and `full` (METHOD section 7). Slope and
+   correlation of each reading on the graph's prediction. A graph of every active feature predicts the first exactly.
 
-    python benchmarks/outputs.py [--prompts 50] [--max-nodes 6000] [--json]
+    python benchmarks/outputs.py [--prompts 50] [--max-nodes 1500] [--json]
 
 The supernode is the one of `find_supernodes` on the pruned graph with the largest influence, by rule. Settings and
 machine are printed.
@@ -157,17 +157,18 @@ def main() -> None:
     """Prints settings, machine and the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50, help="for the table of predictions")
-    parser.add_argument("--max-nodes", type=int, default=6000, help="of their graphs; about 4,600 features are active")
+    parser.add_argument("--max-nodes", type=int, default=1500, help="of their graphs; about 4,600 features are active")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     options = parser.parse_args()
     print(f"{vars(options)}; {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}", flush=True)
     rows = prediction(options.prompts, options.max_nodes)
+    print(table(slopes(rows)), "", sep="\n", flush=True)
     kept = conservation("float32")
     jax.config.update("jax_enable_x64", True)
     kept += conservation("float64")
+    print(table(kept))
     if options.json:
         print(json.dumps({"prediction": rows, "conservation": kept}))
-    print(table(kept), "", table(slopes(rows)), sep="\n")
 
 
 if __name__ == "__main__":
