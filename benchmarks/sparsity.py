@@ -37,7 +37,7 @@ from difffract_jax.transcoders.train import Watch, train
 
 WORLD = 50_000
 """World of the captions; another than those of training and scores."""
-K = (2, 4, 8, 16)
+K = (1, 3, 8, 20)
 PAPER = {
     "activation": "relu",
     "conditioning": "film_raw_t",
@@ -55,9 +55,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sae-ours": {"activation": "batchtopk", "role": "sae"},
     "sae-paper": PAPER | {"role": "sae"},
 }
-RATES = {"ours": (2e-3, 6e-3), "paper": (5e-4, 2e-3)}
-L1 = (1e-3, 4e-3, 1.6e-2, 6.4e-2)
-"""Weights of the paper's penalty, with the codes in units of the rows."""
+RATES = {"ours": (2e-3, 6e-3), "paper": (6e-3, 2e-2)}
+L1 = (3e-5, 1e-4, 3e-4, 1e-3)
+"""Weights of the paper's penalty on the image stream and the joint sequence, codes in units of the rows."""
+L1_TXT = 1 / 6
+"""The text stream's share of it, as the paper has it."""
 
 
 def runs(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -66,7 +68,7 @@ def runs(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     paper = fixed["activation"] == "relu"
     for rate in RATES["paper" if paper else "ours"]:
         for value in L1 if paper else K:
-            sparsity = {"l1": value, "l1_txt": value} if paper else {"k": value}
+            sparsity = {"l1": value, "l1_txt": L1_TXT * value} if paper else {"k": value}
             label = f"{name}_{value:g}_{rate:g}"
             yield label, fixed | sparsity | {"lr": rate}
 
