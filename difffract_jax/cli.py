@@ -266,14 +266,14 @@ def trace(
     from difffract_jax.circuits.attribution import attribute
     from difffract_jax.circuits.outputs import parse_target
     from difffract_jax.circuits.reference_json import write_reference_json
-    from difffract_jax.circuits.requests import read_weights, resolve_all
+    from difffract_jax.circuits.requests import read_steps, read_weights, resolve_all
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.report import emit, graph_summary, progress
 
     asked = [parse_target(text) for text in _listed(settings.target)]
-    weights = read_weights(settings.weight, len(asked))
+    weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    captured = _recorded(pipe, tcs, settings, asked)
+    captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
     expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
@@ -288,11 +288,10 @@ def trace(
     emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
 
 
-def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any]) -> Any:
+def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], steps: tuple[int, int]) -> Any:
     """Records the run that the settings describe, or takes it from the file they name."""
-    from difffract_jax.circuits.requests import import_run, read_steps, record_run
+    from difffract_jax.circuits.requests import import_run, record_run
 
-    steps = read_steps(settings.step)
     run = {"seed", "steps", "height", "width", "text_tokens"}
     if settings.activations is not None:
         given = settings.model_dump(include=run | {"prompt", "step", "latents", "noise"}, exclude_unset=True)

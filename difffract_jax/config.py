@@ -86,7 +86,7 @@ class TraceConfig(Settings):
         "0", pattern=r"^\d+(-\d+)?$"
     )
     """Denoising step that is traced, counted from 0; or steps, as in 0-3: one graph over all of them, whose inputs are
-    the text embedding and the latents entering the first, and whose targets lie in the last."""
+    the text embedding and the latents entering the first, and whose targets lie in the last unless they name a step."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps of the run; the model's own default when left out."""
     seed: int = Field(0, ge=0)

@@ -60,10 +60,10 @@ def head_loadings(engine: Engine, row: int, sources: Int64[np.ndarray, "source"]
         sources: rows of the sources wanted; all if left out.
 
     Raises:
-        UserError: if the engine spans several steps.
+        UserError: if the engine is a span's.
     """
-    if len(engine.steps) != 1:
-        raise UserError("Head loadings are those of one step; trace a single step.")
+    if engine.across:
+        raise UserError("Head loadings are those of one step, not of a span; trace a single step.")
     prepared, record = engine.steps[0], engine.steps[0].record
     wanted = np.arange(engine.sources) if sources is None else sources
     with jax.default_matmul_precision("highest"):
@@ -228,10 +228,10 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
         key: the same of the token that is attended to.
 
     Raises:
-        UserError: if there is no such block, head or token in the trace, or the engine spans several steps.
+        UserError: if there is no such block, head or token in the trace, or the engine is a span's.
     """
-    if len(engine.steps) != 1:
-        raise UserError("An attention score is one step's; trace a single step.")
+    if engine.across:
+        raise UserError("An attention score is one step's, not a span's; trace a single step.")
     prepared, info = engine.steps[0], engine.infos[0]
     if block not in info.recorded:
         raise UserError(f"The trace recorded the blocks {info.recorded[0]} to {info.recorded[-1]}, but not {block}.")

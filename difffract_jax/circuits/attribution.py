@@ -120,6 +120,10 @@ def _check_targets(wanted: list[tuple[Target, float]], max_nodes: int) -> None:
             f"max_nodes is {max_nodes}, too few for {len(wanted)} targets; give at least {len(wanted)}, and more for "
             "the circuit behind them."
         )
+    outputs = [(one.name, one.step) for one, _ in wanted if isinstance(one, Output)]
+    twice = [name for i, (name, step) in enumerate(outputs) if (name, step) in outputs[:i]]
+    if twice:
+        raise UserError(f"{twice[0]} is given twice as a target; give it once, with the weight you want.")
     for one, weight in wanted:
         if not (math.isfinite(weight) and weight > 0):
             name = one.name if isinstance(one, Output) else one

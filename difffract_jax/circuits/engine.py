@@ -123,7 +123,7 @@ def _no_sources(prepared: Replacement) -> tuple[Sources, Groups]:
 
 def _delta(info: TraceInfo) -> float:
     """Returns by how much a step changes sigma."""
-    return float(np.float32(info.sigmas[info.step + 1]) - np.float32(info.sigmas[info.step]))
+    return info.sigmas[info.step + 1] - info.sigmas[info.step]
 
 
 def _enter(weights: Weights, latents: Array, text: Array) -> Streams:
@@ -241,7 +241,7 @@ def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
     """
     info, table = engine.infos[number], engine.table
     layers = {block: layer for layer, block in enumerate(info.recorded)}
-    kind, step = (np.where(rows >= 0, column[rows], -1) for column in (table.kind, table.step))
+    kind, step = (np.where(rows >= 0, column[rows].astype(int), -1) for column in (table.kind, table.step))
     feature = (kind == FEATURE) & (step == info.step)
     direction = ((kind == OUTPUT) & (step == info.step)) | (step > info.step if engine.across else False)
     joint = table.block[rows] >= info.depths[0]

@@ -30,7 +30,7 @@ MISFIT = 0.1
 """Largest relative error of what our weights make of recorded inputs; bfloat16's is about 0.01, other weights' 1."""
 
 
-def load_trace(path: str | Path, pipe: Pipeline, tcs: TranscoderSet, include_padding: bool = False) -> Trace:
+def load_trace(path: str | Path, pipe: Pipeline, tcs: TranscoderSet, *, include_padding: bool = False) -> Trace:
     """Makes a trace of a file of activations.
 
     Args:
@@ -134,6 +134,7 @@ def _info(found: Activations, pipe: Pipeline, ids: TokenIds, include_padding: bo
         grid=found.grid,
         text_tokens=len(found.text_mask),
         tokens=tuple(pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids.tolist())),
+        guidance=None,
         recorded=tuple(range(sum(depths))),
         depths=depths,
         include_padding=include_padding,

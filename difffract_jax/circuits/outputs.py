@@ -187,8 +187,11 @@ def _resolve_velocity(pipe: Pipeline, trace: Trace, target: VelocityTarget) -> O
         direction = direction - _other_velocity(pipe, trace, target.contrast)
     direction = jnp.where(jnp.asarray(inside)[:, None], direction, 0)
     norm = float(jnp.linalg.norm(direction))
-    if not norm > 0:
-        raise UserError(f"The prompts of {target.text} give the same velocity in the region; contrast another prompt.")
+    rounding = 1e-5 if pipe.transformer.img_in.kernel.dtype.itemsize >= 4 else 1e-2
+    if not norm > rounding * float(jnp.linalg.norm(jnp.where(jnp.asarray(inside)[:, None], record.velocity, 0))):
+        why = "gives" if target.contrast is None else "and the prompt of the run give"
+        what = "no velocity" if target.contrast is None else "the same velocity"
+        raise UserError(f"{target.text} {why} {what} in the region, up to rounding; choose another prompt or region.")
     return Output(target.text, info.step, direction / norm, jnp.zeros_like(record.latents), 0.0)
 
 
@@ -201,6 +204,7 @@ def _other_velocity(pipe: Pipeline, trace: Trace, prompt: str) -> Float[Array, "
         height=info.grid[0] * unit,
         width=info.grid[1] * unit,
         text_tokens=info.text_tokens,
+        guidance=info.guidance,
     )
     inputs = step_inputs(run, encode(pipe, prompt, info.text_tokens), trace.record.latents, info.step)
     with jax.default_matmul_precision("highest"):

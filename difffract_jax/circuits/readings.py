@@ -108,18 +108,22 @@ def factors_for(prepared: Replacement, graph: Graph, nodes: np.ndarray, factor: 
         prepared: replacement of the step.
         graph: whose `node_block` and `node_stream` say where the features lie.
         nodes: of the graph.
-        factor: for each.
+        factor: for each. In a single-stream block it acts on both streams' positions.
+
+    Raises:
+        ValueError: if a node is no feature.
     """
-    depth, text = graph.metadata["trace"]["depths"][0], 0
+    depth, recorded = graph.metadata["trace"]["depths"][0], list(graph.metadata["trace"]["recorded"])
+    if np.any(graph.node_kind[nodes] != FEATURE):
+        raise ValueError("Only features can be scaled, but a node is none.")
     made = []
     for group, (sites, like) in enumerate(zip(prepared.sites, prepared.sources.errors, strict=True)):
-        made.append(np.ones((like.shape[0], _features(sites)), np.asarray(like).dtype))
+        first = prepared.sources.values.img.shape[0] if group == 2 else 0
+        made.append(np.ones((like.shape[0], _features(sites)), like.dtype))
         for node in nodes:
             block, stream = int(graph.node_block[node]), int(graph.node_stream[node])
-            at = list(graph.metadata["trace"]["recorded"]).index(block)
             if (2 if block >= depth else stream) == group:
-                layer = at - (prepared.sources.values.img.shape[0] if group == 2 else text)
-                made[-1][layer, graph.node_feature[node]] = factor
+                made[-1][recorded.index(block) - first, graph.node_feature[node]] = factor
     return Groups(*(jnp.asarray(one) for one in made))
 
 

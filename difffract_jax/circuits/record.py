@@ -146,9 +146,12 @@ def record_step(
     text_mask: Bool[Array, "txt"],
     grid: tuple[int, int],
     blocks: Blocks,
-) -> Any:
+) -> Record:
     """Runs the blocks up to the last recorded one; returns a record without weights."""
     h, cond = jax.tree.map(widen, model.embed(inputs, grid))
+    if blocks.output and not blocks.first:
+        # A span carries its inputs through these very projections.
+        h = Streams(weights.img_in(widen(inputs.latents)), weights.txt_in(widen(inputs.text)))
     text_tokens = inputs.text.shape[0]
     before = jax.tree.map(lambda w: widen(w[: blocks.first]), model.double)
     boundary, _ = run_double(before, h, cond)

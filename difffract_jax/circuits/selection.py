@@ -129,12 +129,19 @@ def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
 def _inactive_everywhere(engine: Engine, info: TraceInfo, target: Feature) -> str:
     """Says how far an inactive feature is from being active, and which features of its site are."""
     u = site_preactivations(engine, info, target)
+    if target.side is not None:
+        here = np.arange(u.size) < info.text_tokens
+        u = np.where(here == (target.side == "txt"), u, -np.inf)
     best, table = int(np.argmax(u)), engine.table
+    place = f"{best}"
+    if target.stream == "single":
+        # Positions of the joint sequence, text first.
+        place = f"txt{best}" if best < info.text_tokens else f"img{best - info.text_tokens}"
     here = np.flatnonzero(_at_site(engine, target, info.step))
     order = here[np.argsort(-table.value[here], kind="stable")]
-    examples = dict.fromkeys(f"f{table.feature[r]}@{table.position[r]}" for r in order[:5])
+    examples = dict.fromkeys(str(named(engine, int(r))).rpartition("/")[2] for r in order[:5])
     return (
-        f"{target} is inactive at every position of step {info.step}: it comes closest at position {best}, where its "
+        f"{target} is inactive at every position of step {info.step}: it comes closest at position {place}, where its "
         f"pre-activation is {u[best]:.3g}, too little to be active. Strongest at this site: {', '.join(examples)}."
     )
 

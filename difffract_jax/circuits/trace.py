@@ -30,7 +30,6 @@ from difffract_jax.models.pipeline import (
     Pipeline,
     Run,
     encode,
-    euler_step,
     model_velocity,
     plan_run,
     sample,
@@ -54,6 +53,7 @@ class TraceInfo:
         grid: rows and columns of image tokens.
         text_tokens: length of the text sequence.
         tokens: the text sequence's tokens, padding included.
+        guidance: guidance scale; None for models that take none, or where it is not known.
         recorded: the model's block of every recorded layer; single-stream blocks count on after the double-stream ones.
         depths: double- and single-stream blocks of the model.
         include_padding: whether padded text positions are replaced like any other.
@@ -69,6 +69,7 @@ class TraceInfo:
     grid: tuple[int, int]
     text_tokens: int
     tokens: tuple[str, ...]
+    guidance: float | None
     recorded: tuple[int, ...]
     depths: tuple[int, int]
     include_padding: bool
@@ -251,6 +252,7 @@ def _capture(
             grid=run.grid,
             text_tokens=run.text_tokens,
             tokens=tuple(pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids.tolist())),
+            guidance=run.guidance,
             recorded=recorded,
             depths=(config.depth_double, config.depth_single),
             include_padding=include_padding,
@@ -283,9 +285,7 @@ def _record_steps(
         # The weights come back as they went in: one copy for all steps.
         records.append(record._replace(weights=weights, unpooled=reading))
         if step < steps[-1]:
-            after, number = jnp.asarray(run.sigmas[step + 1], z.dtype), jnp.asarray(step)
-            z, other = (
-                euler_step(model_velocity, pipe.transformer, given, after, number, run.grid)
-                for given in (inputs, unpooled)
-            )
+            # The recorded velocities are those that the graph adds up, whatever the type of the model's weights.
+            step_of = jnp.asarray(run.sigmas[step + 1], z.dtype) - jnp.asarray(run.sigmas[step], z.dtype)
+            z, other = (at + step_of * v for at, v in ((z, record.velocity), (other, reading.velocity)))
     return records

@@ -9,6 +9,7 @@ from difffract_jax.circuits.attention import head_loadings, score_parts
 from difffract_jax.circuits.engine import make_engine, pull_rows
 from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.outputs import parse_target, resolve
+from difffract_jax.circuits.trace import capture_steps
 from difffract_jax.config import UserError
 from tolerances import TOL, relative_error
 from traces import make_exact
@@ -88,6 +89,15 @@ def test_pairs_terms_and_constant_add_up_to_the_score(exact, block, head, query,
     total = parts.pairs(*rows).sum() + parts.query_terms.sum() + parts.key_terms.sum() + parts.constant
     scale = np.abs(parts.pairs(*rows)).sum() + abs(parts.score)
     assert abs(total - parts.score) <= TOL.conservation_x64 * scale
+
+
+def test_spans_are_refused(exact):
+    span = capture_steps(exact.pipe, exact.tcs, "a red circle", first=1, last=1, height=24, width=32, text_tokens=16)
+    engine = make_engine(span, exact.tcs)
+    with pytest.raises(UserError, match="not of a span"):
+        head_loadings(engine, top_feature(engine, single=False))
+    with pytest.raises(UserError, match="not a span's"):
+        score_parts(engine, 1, 0, ("img", 0), ("img", 0))
 
 
 @pytest.mark.parametrize(

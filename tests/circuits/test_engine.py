@@ -109,6 +109,32 @@ def test_over_several_steps_every_target_adds_up_and_edges_are_interventions(x64
             assert abs(moved - found.edges[0, source]) <= TOL.intervention_x64 * scale
 
 
+def test_targets_of_different_steps_go_together(x64):
+    pipe, tcs, span = made(jnp.float64)
+    outputs = tuple(
+        resolve(pipe, span, parse_target(text), step=step) for text, step in ((OUTPUTS[2], 1), (OUTPUTS[0], 3))
+    )
+    engine = make_engine(span, tcs, outputs)
+    feature = np.flatnonzero((engine.table.kind == FEATURE) & (engine.table.step == 2) & (engine.table.value > 0))[-1]
+    rows = np.array([engine.sources, feature, engine.sources + 1], np.int64)
+    found = pull_rows(engine, rows, 4)
+    scale = np.abs(found.edges).sum(axis=1)
+    assert np.all(np.abs(found.edges.sum(axis=1) + found.bias - found.preactivation) <= TOL.conservation_x64 * scale)
+    for row, step in zip(found.edges, (1, 2, 3), strict=True):
+        assert not row[(engine.table.step > step)[: engine.sources]].any()
+    for i, row in enumerate(rows):
+        alone = pull_rows(engine, rows[i : i + 1], 1)
+        assert relative_error(alone.edges[0], found.edges[i]) <= TOL.x64, row
+
+
+def test_spans_of_bfloat16_weights_add_up_too():
+    pipe, tcs, _ = made(jnp.float32)
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pipe.transformer)
+    span = capture_steps(pipe._replace(transformer=half), tcs, PROMPT, first=1, last=3, **SIZE)
+    graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=10, expansion_batch=10)
+    assert conservation_error(graph) <= TOL.conservation_steps_f32
+
+
 def _row(engine, feature):
     rows = [r for r in np.flatnonzero(engine.table.kind == FEATURE) if engine.table.feature[r] == feature.feature]
     return next(int(r) for r in rows if str(named(engine, int(r))) == str(feature))
@@ -253,6 +279,7 @@ def test_targets_and_budgets_that_make_no_graph_are_refused():
     for targets, settings, sentence in (
         ([], {}, "There is no target"),
         ([(feature, 1.0), (feature, 2.0)], {}, "given twice"),
+        ([(target_of(OUTPUTS[0], pipe, tcs, span), 1.0)] * 2, {}, "velocity: is given twice"),
         ([(feature, -1.0)], {}, "must be a positive number"),
         ([(feature, 1.0), (target_of("txt", pipe, tcs, span), 1.0)], {"max_nodes": 1}, "too few for 2 targets"),
         ([(Feature("img", 2, 0, steps=(0,)), 1.0)], {}, "at other steps than the traced ones, 1, 2, 3"),

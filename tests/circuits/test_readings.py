@@ -56,7 +56,7 @@ def test_a_whole_graph_predicts_the_propagated_reading(made):
         # Edges and values are kept in float32.
         scale = np.abs(graph.edge_attribution[graph.edge_target == 0]).sum()
         assert abs(predict(graph, factors)[0] - moved) <= TOL.direct_f32 * scale
-        assert moved != 0
+        assert abs(moved) > 100 * TOL.direct_f32 * scale
 
 
 def test_the_full_reading_is_the_model_with_its_edit(made):
@@ -84,4 +84,5 @@ def test_direct_and_live_readings_differ_where_features_follow(made):
     node = int(np.flatnonzero((graph.node_kind == FEATURE) & (graph.node_block == 0))[0])
     factors = factors_for(exact.replacement, graph, np.array([node]), 3.0)
     values = {mode: value(exact, output, scaled(exact.replacement, factors, mode)) for mode in MODES}
-    assert len({round(v, 12) for v in values.values()}) >= 3
+    for a, b in (("direct", "propagated"), ("propagated", "full"), ("live", "full")):
+        assert abs(values[a] - values[b]) > 1e-6 * abs(values[a])
