@@ -181,14 +181,15 @@ def _resolve_velocity(pipe: Pipeline, trace: Trace, target: VelocityTarget) -> O
     mask = target.region.pixels(info.grid[0] * unit, info.grid[1] * unit)
     inside = np.zeros(mask.size // unit**2, bool)
     inside[list(tokens_in(mask, info.grid))] = True
-    direction = record.velocity
-    assert direction is not None
+    velocity = record.velocity
+    assert velocity is not None
+    direction = velocity
     if target.contrast is not None:
         direction = direction - _other_velocity(pipe, trace, target.contrast)
     direction = jnp.where(jnp.asarray(inside)[:, None], direction, 0)
     norm = float(jnp.linalg.norm(direction))
     rounding = 1e-5 if pipe.transformer.img_in.kernel.dtype.itemsize >= 4 else 1e-2
-    if not norm > rounding * float(jnp.linalg.norm(jnp.where(jnp.asarray(inside)[:, None], record.velocity, 0))):
+    if not norm > rounding * float(jnp.linalg.norm(jnp.where(jnp.asarray(inside)[:, None], velocity, 0))):
         why = "gives" if target.contrast is None else "and the prompt of the run give"
         what = "no velocity" if target.contrast is None else "the same velocity"
         raise UserError(f"{target.text} {why} {what} in the region, up to rounding; choose another prompt or region.")

@@ -99,7 +99,7 @@ def import_run(
     noise = sorted({"latents", "noise"} & given.keys())
     if noise:
         raise UserError(f"{path} brings the latents of its step; leave out {' and '.join(noise)}.")
-    trace = load_trace(path, pipe, tcs, include_padding)
+    trace = load_trace(path, pipe, tcs, include_padding=include_padding)
     info, unit = trace.info, PATCH * pipe.config.vae.factor
     held = {"prompt": info.prompt, "step": info.step, "seed": info.seed, "steps": len(info.sigmas) - 1}
     held |= {"height": info.grid[0] * unit, "width": info.grid[1] * unit, "text_tokens": info.text_tokens}
