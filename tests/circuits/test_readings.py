@@ -41,22 +41,23 @@ def test_without_a_change_every_reading_is_the_trace(made, mode):
 
 def test_a_whole_graph_predicts_the_propagated_reading(made):
     exact, output, graph = made
-    features = np.flatnonzero((graph.node_kind == FEATURE) & (graph.node_block <= 1))
-    rng = np.random.default_rng(0)
-    names = {(int(graph.node_stream[n]), int(graph.node_block[n]), int(graph.node_feature[n])) for n in features}
-    for chosen in [[name] for name in list(names)[:3]] + [rng.permutation(list(names))[:4].tolist()]:
+    leaving = np.bincount(graph.edge_source, np.abs(graph.edge_attribution), graph.node_kind.size)
+    total: dict[tuple[int, ...], float] = {}
+    for node in np.flatnonzero((graph.node_kind == FEATURE) & (graph.node_block <= 3)):
+        name = tuple(int(c[node]) for c in (graph.node_stream, graph.node_block, graph.node_feature))
+        total[name] = total.get(name, 0.0) + leaving[node]
+    strongest = sorted(total, key=lambda name: -total[name])
+    for chosen in ([strongest[0]], [strongest[1]], strongest[:6]):
         columns = zip(graph.node_stream, graph.node_block, graph.node_feature, graph.node_kind, strict=True)
         keys = [tuple(map(int, key)) for key in columns]
-        nodes = np.array([n for n, key in enumerate(keys) if key[3] == FEATURE and list(key[:3]) in map(list, chosen)])
+        nodes = np.array([n for n, key in enumerate(keys) if key[3] == FEATURE and key[:3] in chosen])
         factors = np.ones(graph.node_kind.size)
         factors[nodes] = 1.2
         moved = value(
             exact, output, scaled(exact.replacement, factors_for(exact.replacement, graph, nodes, 1.2), "propagated")
         ) - value(exact, output, exact.trace.record.reading)
-        # Edges and values are kept in float32.
-        scale = np.abs(graph.edge_attribution[graph.edge_target == 0]).sum()
-        assert abs(predict(graph, factors)[0] - moved) <= TOL.direct_f32 * scale
-        assert abs(moved) > 100 * TOL.direct_f32 * scale
+        # Edges and values are kept in float32, and paths of either sign cancel.
+        assert abs(predict(graph, factors)[0] - moved) <= 1e-4 * abs(moved)
 
 
 def test_the_full_reading_is_the_model_with_its_edit(made):
