@@ -24,7 +24,8 @@ def test_the_readme_s_example_makes_a_circuit_that_adds_up(tmp_path, monkeypatch
     exec(compile(code, "README.md", "exec"), {})
     graph = Graph.load("circuit.npz")
     assert conservation_error(graph) <= TOL.conservation_f32
-    assert np.isfinite(graph.node_influence).all() and graph.target_node.size > 5
+    # Circuit-tracer's rule, the default, keeps a handful.
+    assert np.isfinite(graph.node_influence).all() and graph.target_node.size > 2
 
 
 @pytest.mark.parametrize("name", SHOWING)
