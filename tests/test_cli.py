@@ -6,10 +6,11 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from commands import Run, run_command
 
 from difffract_jax import cli
 
@@ -18,28 +19,11 @@ COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "com
 COMMANDS += ("harvest", "plan", "train", "evaluate", "steer", "features")
 
 
-class Run(NamedTuple):
-    """How one command line ended."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def difffract(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
     """Runs `difffract ARGUMENTS` in this process."""
 
-    def run(*arguments: object) -> Run:
-        monkeypatch.setattr(sys, "argv", ["difffract", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Run(status, *capsys.readouterr())
-
-    return run
+    return partial(run_command, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

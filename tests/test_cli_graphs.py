@@ -2,13 +2,13 @@
 
 import csv
 import json
-import sys
+from functools import partial
 
 import networkx
 import numpy as np
 import pytest
+from commands import done, run_json
 
-from difffract_jax import cli
 from difffract_jax.circuits.graph import Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.viewer_document import read_document
@@ -24,23 +24,7 @@ def difffract(monkeypatch, capsys, tmp_path):
         random_graph(seed).with_metadata({"trace": trace, "transcoders": "t"}).save(f"{seed}.npz")
     random_output_graph(0).save("outputs.npz")
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["difffract", *map(str, arguments), "--json"])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return status, json.loads(out) if status == 0 else out, err
-
-    return run
-
-
-def done(result):
-    status, found, err = result
-    assert status == 0, err
-    return found
+    return partial(run_json, monkeypatch, capsys)
 
 
 def refused(result, directory, before):

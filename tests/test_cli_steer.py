@@ -1,15 +1,15 @@
 """`steer` and `features` from end to end on the organism, and their failures, one sentence each."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command
 from PIL import Image
 
-from difffract_jax import cli
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.config import UserError
 
@@ -23,16 +23,7 @@ def difffract(
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs `difffract ARGUMENTS` in this process; returns exit status, stdout and stderr."""
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["difffract", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capsys.readouterr()
-
-    return run
+    return partial(run_command, monkeypatch, capsys)
 
 
 def test_steering_writes_a_grid_and_a_table(difffract: Any, tmp_path: Path) -> None:

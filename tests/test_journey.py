@@ -5,16 +5,16 @@ Every failure must be one sentence and leave nothing behind.
 
 import json
 import shutil
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from commands import done, run_json
 from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from difffract_jax import cli
 from difffract_jax.circuits.graph import Graph
 from tolerances import REFERENCE, TOL
 
@@ -29,23 +29,7 @@ LIMITS = ("--max-nodes", 80, "--expansion-batch", 10, "--min-attribution", 1e-4)
 def difffract(monkeypatch, capsys):
     """Runs `difffract ARGUMENTS --json` in this process; returns status, result, and what it said."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["difffract", *map(str, arguments), "--json"])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return status, json.loads(out) if status == 0 else out, err
-
-    return run
-
-
-def done(result):
-    status, found, err = result
-    assert status == 0, err
-    return found
+    return partial(run_json, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """`difffract harvest`, `train` and `evaluate` from end to end on the small random pipeline, and what they refuse."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run_command
 
-from difffract_jax import cli
 from difffract_jax.loading import load_transcoders
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sweep import parse_ks, sweep
@@ -24,13 +23,7 @@ def difffract(monkeypatch, capsys):
     def run(*arguments, sets=()):
         given = [str(a) for a in arguments] + [part for each in sets for part in ("--set", each)]
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["difffract", *given])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capsys.readouterr()
+        return run_command(monkeypatch, capsys, *given)
 
     return run
 
