@@ -288,13 +288,20 @@ def scaling() -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
+    curve(rows, ARGS.scaling).savefig(ARGS.out.with_suffix(".png"), dpi=150)
+
+
+def curve(rows: list[dict[str, Any]], what: str) -> Figure:
+    """Draws seconds per node, measured and floor, against `what`, with the measured sizes as ticks."""
     figure = Figure(figsize=(4, 3), layout="constrained")
-    axes = figure.subplots()
-    for name in ("s per node", "floor s per node"):
-        axes.loglog([row[ARGS.scaling] for row in rows], [row[name] for row in rows], "o-", label=name)
-    axes.set_xlabel(ARGS.scaling)
+    axes, sizes = figure.subplots(), [row[what] for row in rows]
+    for name, label in (("s per node", "measured"), ("floor s per node", "floor")):
+        axes.loglog(sizes, [row[name] for row in rows], "o-", label=label)
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.set(xlabel=what, ylabel="seconds per node")
     axes.legend()
-    figure.savefig(ARGS.out.with_suffix(".png"), dpi=150)
+    return figure
 
 
 def main() -> None:
