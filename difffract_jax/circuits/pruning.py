@@ -32,6 +32,9 @@ from difffract_jax.config import UserError
 
 MODES = ("standard", "difffract")
 
+# Relative; float64 sums over a graph's nodes and edges are off by less.
+ROUNDING = 1e-9
+
 
 def prune(
     graph: Graph,
@@ -163,6 +166,9 @@ def cumulative_shares(scores: NDArray[np.floating]) -> Float64[np.ndarray, "item
 def largest(scores: NDArray[np.floating], threshold: float) -> Bool[np.ndarray, "item"]:
     """Marks the largest scores: the fewest that hold the threshold's share of their sum, and ties with the last.
 
+    Scores and shares that differ by no more than `ROUNDING` count as equal: along a chain of single edges all scores
+    are the same number, computed in different ways, and what is kept must not hang on its last digit.
+
     Args:
         scores: not negative.
         threshold: share in (0, 1]; all are marked at 1.
@@ -171,8 +177,8 @@ def largest(scores: NDArray[np.floating], threshold: float) -> Bool[np.ndarray, 
         return np.ones(scores.size, bool)
     descending = -np.sort(-scores)
     total = np.cumsum(descending, dtype=np.float64)
-    last = min(int(np.searchsorted(total, threshold * total[-1])), scores.size - 1)
-    return scores >= descending[last]
+    last = min(int(np.searchsorted(total, (threshold - ROUNDING) * total[-1])), scores.size - 1)
+    return scores >= descending[last] * (1 - ROUNDING)
 
 
 def top_share(scores: NDArray[np.floating], threshold: float) -> Bool[np.ndarray, "item"]:

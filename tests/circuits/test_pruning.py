@@ -6,7 +6,7 @@ test_attribution. `standard` is compared here with circuit-tracer's rule, writte
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.circuits.expansion import aggregate
@@ -80,10 +80,14 @@ def influence_of(matrix, weights):
 
 
 def at_least(scores, threshold):
-    """Circuit-tracer's cut: the score at which the cumulative share reaches the threshold, and all not below it."""
+    """Circuit-tracer's cut: the score at which the cumulative share reaches the threshold, and all not below it.
+
+    Equal up to rounding is equal: a chain's scores come out of the inverse and of the back-substitution with other
+    last digits.
+    """
     ranked = np.sort(scores.ravel())[::-1]
-    place = np.searchsorted(np.cumsum(ranked) / ranked.sum(), threshold)
-    return scores >= ranked[min(place, ranked.size - 1)]
+    place = np.searchsorted(np.cumsum(ranked) / ranked.sum(), threshold - 1e-9)
+    return scores >= ranked[min(place, ranked.size - 1)] * (1 - 1e-9)
 
 
 def circuit_tracer(graph, node_threshold, edge_threshold):
@@ -105,6 +109,7 @@ def circuit_tracer(graph, node_threshold, edge_threshold):
 
 
 @given(st.integers(0, 10_000), st.booleans(), SHARE.filter(lambda s: s < 1), SHARE.filter(lambda s: s < 1))
+@example(0, True, 0.99609375, 0.7734375)  # two edges of a chain share one score at the cut
 @settings(max_examples=60, deadline=None)
 def test_the_standard_rule_is_circuit_tracer_s(seed, several, node_threshold, edge_threshold):
     graph = random_output_graph(seed) if several else aggregate(random_graph(seed))

@@ -87,11 +87,12 @@ def test_a_sheet_shows_every_image_with_its_caption_and_what_was_misread():
 @pytest.fixture(scope="module")
 def written(organism, tmp_path_factory):
     """A card, and the tables it was given."""
-    home = tmp_path_factory.mktemp("card")
+    home, before = tmp_path_factory.mktemp("card"), plt.get_fignums()
     tables = {"Right images": [share("two shapes", 9, 10)], "Other": [{"site": "img/0", "points lost": 42.0}]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(card, "draw_images", half_empty)
         card.write_card(organism, home, OrganismRecipe(seed=5), tables, "difffract organism train --out x", 41.7)
+    assert plt.get_fignums() == before  # it closes what it opens
     return home, tables
 
 
@@ -113,4 +114,3 @@ def test_a_card_tells_data_recipe_command_scores_and_mistakes(written, organism)
     assert "![Samples: right ones, then wrong ones](samples.png)" in text
     assert all(f"{colour} {noun} at the {side}" in text for noun, colour, side in HELD_OUT_PLACED)
     assert "a blue lemon" in text and "2 double- and" in text
-    assert not plt.get_fignums()
