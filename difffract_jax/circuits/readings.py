@@ -8,9 +8,11 @@
 1. `scaled` runs one step with features scaled by a factor, in one of the readings.
 2. `predict` says what a graph makes of it: changes travel along its edges, each step relative to the value of the node
    passed. On a graph of all active features and edges it is the propagated reading.
+3. `effects` says the same of every node by itself, in one walk down the graph.
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import jax
@@ -152,3 +154,28 @@ def predict(graph: Graph, factors: Float64[np.ndarray, "node"]) -> Float64[np.nd
         here = here[graph.node_kind[here] == FEATURE]
         share[here] = factors[here] * (1 + moved[here] / graph.node_value[here]) - 1
     return moved[graph.targets]
+
+
+def effects(graph: Graph) -> Float64[np.ndarray, "node"]:
+    """Returns what every node adds to the graph's weighted targets, along all paths and with their signs.
+
+    Zeroing a feature moves the targets by minus its effect, as `predict` says for that feature alone: at every feature
+    passed, a path goes on with the share of its value that it makes up. An input's or error's effect is what it adds.
+
+    Args:
+        graph: position by position.
+    """
+    level = levels(graph.node_step, graph.node_block)
+    order = np.argsort(-level[graph.edge_target], kind="stable")
+    source, target = graph.edge_source[order], graph.edge_target[order]
+    attribution = graph.edge_attribution[order].astype(np.float64)
+    found, roots = np.zeros(graph.node_kind.size), graph.root_weights
+    passed = (graph.node_kind == FEATURE) & (graph.node_value != 0)
+    value = np.where(passed, graph.node_value, 1.0)
+    changes = np.flatnonzero(np.diff(level[target], prepend=np.iinfo(np.int64).max))
+    for begin, end in pairwise(np.append(changes, source.size)):
+        part = slice(begin, end)
+        # Everything above this level is done, hence what its nodes add is final.
+        weight = roots[target[part]] + np.where(passed[target[part]], found[target[part]] / value[target[part]], 0)
+        found += np.bincount(source[part], attribution[part] * weight, found.size)
+    return found

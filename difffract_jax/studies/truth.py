@@ -123,14 +123,18 @@ def text_truth(
         words = [*caption.split(), CLOSING]
         for position, word in enumerate(words):
             truth[row, position, [number["word", word], number["position", str(position)]]] = True
-        for slot, phrase in enumerate(_phrases(words)):
+        for slot, phrase in enumerate(phrases(words)):
             kinds = ("shape", NOUNS[asked.kind[row, slot]]), ("colour", COLOUR_NAMES[asked.colour[row, slot]])
             truth[row, phrase, [[number[kind]] for kind in kinds]] = True
     return np.take_along_axis(truth[None], tokens[..., None], axis=2)
 
 
-def _phrases(words: list[str]) -> list[list[int]]:
-    """Returns the positions of every object's phrase: its noun, and the size, colour and article before it."""
+def phrases(words: list[str]) -> list[list[int]]:
+    """Returns the positions of every object's phrase: its noun, and the size, colour and article before it.
+
+    Args:
+        words: of a caption; each is one text token of the organism's.
+    """
     found = []
     for position, word in enumerate(words):
         if word in NOUNS:

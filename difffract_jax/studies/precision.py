@@ -1,0 +1,216 @@
+"""`precision`: are edits chosen by a circuit more precise than those chosen with an SAE? Registered in docs/studies.md.
+
+1. Cases (`cases.recolourings`): one of two shapes shall take another colour and all else stay. Some are for
+   calibration, others, of another world, for the test.
+2. Every way to choose features sees the same: the runs of the prompt and of the wanted caption from the same noise, the
+   object's image tokens and the tokens of its phrase. It names n places; the edits take their codes from one run's
+   towards the other's.
+3. On the calibration cases the SAE's count and strength are those of most success; the circuit's those of most success
+   among its settings whose collateral is not above the SAE's. Collateral is the change of pixels that are surely not
+   the object's.
+4. On the test cases both edit every case; the difference of success is paired, with a bootstrap interval.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.organism.captions import CONCEPTS, parse
+from difffract_jax.studies import choices
+from difffract_jax.studies.cases import Material, draw, recolourings
+from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
+from difffract_jax.studies.results import Result
+from difffract_jax.transcoders.transcoder import TranscoderSet
+
+WAYS = ("circuit", "SAE", "contrast", "activation", "random")
+"""Circuit; SAE features by contrast; the transcoders' features by contrast, by activation and at random."""
+COUNTS = (8, 32, 128)
+STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
+CALIBRATION, TEST = (80_000, 60), (81_000, 240)
+"""World and number of the cases that are drawn."""
+FIRST_SEED = 6_000_000
+Advance = Callable[[str], Callable[[int, int], None]]
+
+
+def precision(pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: int | None, advance: Advance) -> Result:
+    """Runs the study.
+
+    Args:
+        pipe: the organism.
+        tcs: its transcoders.
+        saes: its SAEs.
+        size: test cases to draw instead of the registered number, with a quarter as many for calibration.
+        advance: gives a progress callback for a named stage.
+    """
+    phases, scores = {}, {}
+    for name, (world, count) in (("calibration", CALIBRATION), ("test", TEST)):
+        count = count if size is None else max(2, size if name == "test" else size // 4)
+        cases = recolourings(world, count, FIRST_SEED + world)
+        material = draw(pipe, cases, advance(f"{name}: images"))
+        scores[name] = measure(pipe, tcs, saes, material, name, advance)
+        phases[name] = material
+    chosen = settle(scores["calibration"])
+    return report(phases, scores, chosen)
+
+
+Scores = dict[tuple[str, int, float], Outcomes]
+
+
+def measure(
+    pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, material: Material, name: str, advance: Advance
+) -> Scores:
+    """Edits every case in every way, count and strength.
+
+    Args:
+        pipe: the organism.
+        tcs: its transcoders.
+        saes: its SAEs.
+        material: the cases.
+        name: of the phase, for progress.
+        advance: as in `precision`.
+    """
+    places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    prompts, wanted = [case.prompt for case in material.cases], [case.wanted for case in material.cases]
+    found: Scores = {}
+    values = {
+        key: tuple(choices.mean_codes(pipe, one, material, text) for text in (prompts, wanted))
+        for key, one in (("SAE", saes), ("transcoder", tcs))
+    }
+    effects = _effects(pipe, tcs, material, places, advance(f"{name}: circuits"))
+    for way in WAYS:
+        before, after = values["SAE" if way == "SAE" else "transcoder"]
+        edits = []
+        for count in COUNTS:
+            picked = [
+                choices.first(_score(way, row, before[row], after[row], effects), count) for row in range(len(prompts))
+            ]
+            for strength in STRENGTHS:
+                for row, chosen in enumerate(picked):
+                    where = material.inside[row], material.phrase[row]
+                    edits.append(choices.moves(places, chosen, before[row], after[row], strength, *where))
+        made = outcomes(pipe, saes if way == "SAE" else tcs, material, edits, advance(f"{name}: {way}"))
+        keys = [(way, count, strength) for count in COUNTS for strength in STRENGTHS]
+        found |= dict(zip(keys, made, strict=True))
+    return found
+
+
+def _score(
+    way: str, row: int, before: Float[np.ndarray, "place"], after: Float[np.ndarray, "place"], effects: Any
+) -> Float[np.ndarray, "place"]:
+    if way == "circuit":
+        return choices.by_circuit(before, after, effects[0][row], effects[1][row])
+    if way == "activation":
+        return choices.by_activation(before, after)
+    if way == "random":
+        return choices.at_random(before, after, np.random.default_rng([7, row]))
+    return choices.by_contrast(before, after)
+
+
+def _effects(pipe: Pipeline, tcs: TranscoderSet, material: Material, places: Any, advance: Any) -> tuple[Any, Any]:
+    """Returns what every place adds to (wanted colour - present colour) in the object's box, in both runs."""
+    found: tuple[list[Any], list[Any]] = ([], [])
+    for row, case in enumerate(material.cases):
+        target = colour_target(case.prompt, case.wanted, case.slot, material.box(row))
+        for kept, prompt in zip(found, (case.prompt, case.wanted), strict=True):
+            graph = choices.circuit_of(pipe, tcs, prompt, case.seed, target)
+            kept.append(choices.circuit_effects(graph, places, material.inside[row], material.phrase[row]))
+        advance(row + 1, len(material.cases))
+    return found
+
+
+def colour_target(prompt: str, wanted: str, slot: int, box: str) -> str:
+    """Returns the pixel objective of one object turning from its colour to another.
+
+    Args:
+        prompt: a caption that names its colour.
+        wanted: one that names the other.
+        slot: the object.
+        box: around it.
+    """
+    old, new = (parse(text).objects[slot] for text in (prompt, wanted))
+    return f"pixels:color={new.colour},minus={old.colour or CONCEPTS[old.noun]},box={box}"
+
+
+def settle(scores: Scores) -> dict[str, tuple[int, float]]:
+    """Chooses count and strength of every way on the calibration cases, as registered.
+
+    Args:
+        scores: of the calibration cases.
+
+    Returns:
+        Way -> count and strength. The SAE's are those of most success, of the least collateral among equals; those of
+        the others are of most success among settings whose collateral is not above the SAE's, or if none is, of least
+        collateral.
+    """
+    rows = {key: (float(one.success.mean()), float(one.outside.mean())) for key, one in scores.items()}
+
+    def best(way: str, most: float) -> tuple[str, int, float]:
+        mine = [key for key in rows if key[0] == way]
+        within = [key for key in mine if rows[key][1] <= most]
+        if not within:
+            return min(mine, key=lambda key: rows[key][1])
+        return max(within, key=lambda key: (rows[key][0], -rows[key][1]))
+
+    sae = best("SAE", np.inf)
+    return {way: (sae if way == "SAE" else best(way, rows[sae][1]))[1:] for way in WAYS}
+
+
+def report(phases: dict[str, Material], scores: dict[str, Scores], chosen: dict[str, tuple[int, float]]) -> Result:
+    """Puts tables, figure and verdict together.
+
+    Args:
+        phases: the cases of calibration and test.
+        scores: of both.
+        chosen: count and strength of every way.
+    """
+    test = scores["test"]
+    at = {way: test[way, *chosen[way]] for way in WAYS}
+    main = [{"way": way, "features": chosen[way][0], "strength": chosen[way][1]} | summary_row(at[way]) for way in WAYS]
+    compared = [
+        {"circuit against": way, "measure": name}
+        | paired_difference(getattr(at["circuit"], name), getattr(at[way], name))
+        for way in WAYS[1:]
+        for name in ("success", "others", "outside")
+    ]
+    every = {
+        phase: [{"way": w, "features": n, "strength": s} | summary_row(one) for (w, n, s), one in found.items()]
+        for phase, found in scores.items()
+    }
+    gap = compared[0]
+    verdict = (
+        f"On {len(phases['test'].cases)} edits circuits succeed in {at['circuit'].success.mean():.1%}, SAEs in "
+        f"{at['SAE'].success.mean():.1%}: a difference of {100 * gap['difference']:.1f} points (95% interval "
+        f"{100 * gap['95% from']:.1f} to {100 * gap['to']:.1f}), with a collateral of "
+        f"{at['circuit'].outside.mean():.4f} against {at['SAE'].outside.mean():.4f}."
+    )
+    counts = [{"phase": name, "drawn": one.drawn, "kept": len(one.cases)} for name, one in phases.items()]
+    tables = {"At matched collateral, test": main, "Paired differences, test": compared, "Cases": counts}
+    tables |= {f"Every setting, {phase}": rows for phase, rows in every.items()}
+    raw = {"chosen": chosen, "tables": tables}
+    raw["per case"] = {
+        way: {name: getattr(at[way], name).tolist() for name in ("success", "others", "outside", "norm")}
+        for way in WAYS
+    }
+    raw["cases"] = [case._asdict() for case in phases["test"].cases]
+    return Result("precision", verdict, tables, {"precision": _figure(test, chosen)}, raw)
+
+
+def _figure(scores: Scores, chosen: dict[str, tuple[int, float]]) -> Figure:
+    """Draws success over collateral, a curve of strengths per way and count."""
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    for axes, count in zip(figure.subplots(1, len(COUNTS), sharex=True, sharey=True), COUNTS, strict=True):
+        for way in WAYS:
+            points = [scores[way, count, strength] for strength in STRENGTHS]
+            line = [one.outside.mean() for one in points], [one.success.mean() for one in points]
+            axes.plot(*line, marker="o", ms=3, label=way)
+            if chosen[way][0] == count:
+                one = scores[way, *chosen[way]]
+                axes.plot(one.outside.mean(), one.success.mean(), "k*", ms=9)
+        axes.set(title=f"{count} features", xlabel="change outside the object (RMS)", ylim=(-0.02, 1.02))
+    figure.axes[0].set_ylabel("edits that succeed")
+    figure.axes[0].legend(fontsize=8, title="star: setting compared", title_fontsize=7)
+    return figure
