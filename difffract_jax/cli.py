@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from difffract_jax import __version__, cli_graphs, cli_steer, cli_transcoders
+from difffract_jax import __version__, cli_graphs, cli_steer, cli_study, cli_transcoders
 from difffract_jax import options as opt
 from difffract_jax.cli_organism import organism
 from difffract_jax.config import (
@@ -41,6 +41,7 @@ app.add_typer(organism, name="organism")
 cli_graphs.register(app)
 cli_transcoders.register(app)
 cli_steer.register(app)
+cli_study.register(app)
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ ORDER = (
     ("difffract_jax.demo",),
     (
         *("difffract_jax.cli_graphs", "difffract_jax.cli_organism"),
-        *("difffract_jax.cli_steer", "difffract_jax.cli_transcoders"),
+        *("difffract_jax.cli_steer", "difffract_jax.cli_study", "difffract_jax.cli_transcoders"),
     ),
     ("difffract_jax.cli",),
 )
@@ -46,6 +46,7 @@ LIGHT = (
     "difffract_jax.cli",
     "difffract_jax.transcoders.settings",
     "difffract_jax.circuits.settings",
+    "difffract_jax.studies.settings",
     *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY),
 )
 TORCH_FILES = ("converters/torch_files.py", "converters/torch_trace.py")

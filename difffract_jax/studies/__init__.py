@@ -1,6 +1,13 @@
-"""The paper's questions as experiments that end in numbers.
+"""The paper's questions as experiments that end in numbers; docs/studies.md registers what each measures.
 
-metrics   what an edit did: success, collateral, distances inside and outside a region, effect per size of the edit
-scan      what every feature of the organism detects, from scenes whose content is known
-sheets    pictures of many images side by side
+precision, colour_prior, errors, binding    the studies; `registry` knows them by name, `settings` tells their questions
+repair      taking away what speaks for a mistake: what the studies of mistakes share
+cases       prompts, what they should show instead, and where edits may act
+choices     which features to edit, by circuit, contrast, activation or at random; and the edits
+outcomes    many edited images at once, what the scorer reads, intervals and paired differences
+results     tables, figures and raw numbers, written to a directory
+metrics     what an edit did: success, collateral, distances inside and outside a region, effect per size of the edit
+scan        what every feature of the organism detects, from scenes whose content is known
+truth       which factors every token of the organism's images and captions has
+sheets      pictures of many images side by side
 """

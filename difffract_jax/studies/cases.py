@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from difffract_jax.circuits.region import tokens_in
 from difffract_jax.models.batch import generate_batch
@@ -65,6 +65,11 @@ class Material(NamedTuple):
     inside: Bool[np.ndarray, "case img"]
     outside: Bool[np.ndarray, "case H W"]
     phrase: Bool[np.ndarray, "case txt"]
+
+    def take(self, rows: Int[np.ndarray, "kept"]) -> "Material":
+        """Returns some of the cases."""
+        arrays = [getattr(self, name)[rows] for name in Material._fields[2:]]
+        return Material(tuple(self.cases[row] for row in rows), self.drawn, *arrays)
 
     def box(self, row: int) -> str:
         """Returns the smallest box around the pixels that may be the object's, as X0,Y0,X1,Y1."""
@@ -121,8 +126,8 @@ def draw(pipe: Pipeline, cases: Sequence[Case], progress: Progress | None = None
     seen = see(images)
     right = [bool(judge(from_caption(text), _row(seen, row)).right[0]) for row, text in enumerate(prompts)]
     kept = [row for row in range(len(cases)) if right[row] and right[row + len(cases)]]
-    slots = [_slot(seen, row, cases[row]) for row in kept]
-    return locate(pipe, [cases[row] for row in kept], images[kept], slots, seen=_take(seen, kept), drawn=len(cases))
+    slots = [slot_of(seen, row, cases[row]) for row in kept]
+    return locate(pipe, [cases[row] for row in kept], images[kept], slots, seen=take(seen, kept), drawn=len(cases))
 
 
 def locate(
@@ -158,16 +163,29 @@ def locate(
     return Material(tuple(cases), drawn, images, inside, outside, phrase)
 
 
+def joined(parts: Sequence[Material]) -> Material:
+    """Puts cases behind one another; the last part says how many were drawn."""
+    arrays = [np.concatenate([getattr(one, name) for one in parts]) for name in Material._fields[2:]]
+    return Material(tuple(case for one in parts for case in one.cases), parts[-1].drawn, *arrays)
+
+
 def _row(seen: Reading, row: int) -> Reading:
-    return _take(seen, [row])
+    return take(seen, [row])
 
 
-def _take(seen: Reading, rows: Sequence[int]) -> Reading:
+def take(seen: Reading, rows: Sequence[int] | np.ndarray) -> Reading:
+    """Returns the readings of some images."""
     return Reading(*(column[list(rows)] for column in seen))
 
 
-def _slot(seen: Reading, row: int, case: Case) -> int:
-    """Returns which of the objects read in a right image is the one that a case means."""
+def slot_of(seen: Reading, row: int, case: Case) -> int:
+    """Returns which of the objects read in a right image is the one that a case means.
+
+    Args:
+        seen: what was read.
+        row: the image.
+        case: the case; an image is right if it shows the objects as the world draws them.
+    """
     asked = from_caption(case.prompt)
     pairs = zip(seen.kind[row, : seen.count[row]], seen.colour[row, : seen.count[row]], strict=True)
     return list(pairs).index((asked.kind[0, case.slot], asked.colour[0, case.slot]))

@@ -6,7 +6,7 @@
 3. `circuit_effects` traces the circuit of an output over all steps and sums what every place adds to it.
 4. A rule scores places; the first n are edited. `by_circuit` takes what moving a feature from its value in one run to
    its value in the other would add to the output, as the circuits of both runs tell; `by_contrast` the difference of
-   the two codes, which is how features are chosen to steer with SAEs; `by_activation` the larger code; `at_random` none.
+   the two codes, which is how features are chosen to steer with SAEs; `by_activation` the larger; `at_random` none.
 5. `moves` turns places into edits that take each code from one run's towards the other's, by a strength: 1 takes it
    there. A code that falls is scaled, one that rises is added to.
 """
@@ -70,7 +70,7 @@ class Places(NamedTuple):
             image: image tokens of the object.
             text: text tokens of its phrase.
         """
-        group, side = SIDES[self.group[place]]
+        group, side = SIDES[int(self.group[place])]
         return Feature(
             "single" if group == "joint" else group,
             int(self.block[place]),
@@ -144,7 +144,9 @@ def circuit_of(
     """
     end = len(plan_run(pipe.config).sigmas) - 2 if last is None else last
     span = capture_steps(pipe, tcs, prompt, first=0, last=end, seed=seed)
-    output = resolve(pipe, span, parse_target(target))
+    asked = parse_target(target)
+    assert not isinstance(asked, Feature)
+    output = resolve(pipe, span, asked)
     return attribute(span, tcs, target=output, max_nodes=NODES, expansion_batch=NODES, min_attribution=1e-5)
 
 

@@ -1,0 +1,109 @@
+"""`colour-prior`: "a blue lemon" is drawn yellow. What undoes it? Registered in docs/studies.md.
+
+1. Captions that name a concept in a colour not its own; failures are images in which it has its prior's colour.
+2. The circuit of the asked colour minus the prior's, in the concept's box, over all steps of the failing run.
+3. Places that speak for the prior are taken away: on the image side alone, on the text side alone, on both (`repair`).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from difffract_jax.models.batch import generate_batch
+from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.organism.captions import COLOUR_NAMES, parse
+from difffract_jax.organism.evaluate import see
+from difffract_jax.organism.render import NOUNS
+from difffract_jax.organism.scorer import judge
+from difffract_jax.organism.world import IS_CONCEPT, PRIOR, scenes
+from difffract_jax.studies import choices
+from difffract_jax.studies.cases import Case, Material, joined, locate, recoloured, slot_of, take
+from difffract_jax.studies.outcomes import Outcomes
+from difffract_jax.studies.precision import colour_target
+from difffract_jax.studies.repair import Advance, Scores, attempts, blame, report
+from difffract_jax.studies.results import Result
+from difffract_jax.transcoders.transcoder import TranscoderSet
+
+WORLD, FIRST_SEED = 86_000, 7_000_000
+CALIBRATION, TEST = 40, 120
+BATCH = 256
+
+
+def colour_prior(
+    pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: int | None, advance: Advance
+) -> Result:
+    """Runs the study.
+
+    Args:
+        pipe: the organism.
+        tcs: its transcoders.
+        saes: not used.
+        size: failures for the test instead of the registered number, with a third as many for calibration.
+        advance: gives a progress callback for a named stage.
+    """
+    test = TEST if size is None else size
+    calibration = CALIBRATION if size is None else max(2, size // 3)
+    whole = failures(pipe, calibration + test, advance)
+    rows = {"calibration": np.arange(calibration), "test": np.arange(calibration, calibration + test)}
+    phases = {name: whole.take(mine) for name, mine in rows.items()}
+    scores = {name: _attempts(pipe, tcs, one, advance) for name, one in phases.items()}
+    pairs = [("both", "image"), ("both", "random"), ("both", "text"), ("image", "random")]
+    return report("colour-prior", phases, scores, pairs, "both", _colours)
+
+
+def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
+    """Draws contradicting captions until enough of their images show the concept in its prior's colour.
+
+    Args:
+        pipe: the organism.
+        count: failures to find.
+        advance: gives a progress callback for a named stage.
+    """
+    parts: list[Material] = []
+    drawn = found = batch = 0
+    told = advance("failures")
+    while found < count:
+        asked = scenes(WORLD, batch, 4096, "train", (1, 2))
+        first = IS_CONCEPT[asked.kind[:, 0]] & (asked.named[:, 0] >= 0) & (asked.named[:, 0] != asked.colour[:, 0])
+        twin = (asked.count == 2) & (asked.kind[:, 1] == asked.kind[:, 0])
+        asked = asked.take(first & ~twin)
+        many = len(asked.captions)
+        seeds = range(FIRST_SEED + drawn, FIRST_SEED + drawn + many)
+        images = generate_batch(pipe, asked.captions, seeds, batch=BATCH)
+        seen = see(images)
+        # Scenes are drawn in the prior's colour, so that a right image is one that shows the prior.
+        kept = np.flatnonzero(judge(asked, seen).right)[: count - found]
+        cases = [
+            Case(text, text, seeds[row], 0, recoloured(text, 0, COLOUR_NAMES[PRIOR[asked.kind[row, 0]]]))
+            for row, text in enumerate(asked.captions)
+        ]
+        slots = [slot_of(seen, row, cases[row]) for row in kept]
+        drawn, found, batch = drawn + many, found + len(kept), batch + 1
+        mine = [cases[row] for row in kept]
+        parts.append(locate(pipe, mine, images[kept], slots, seen=take(seen, kept), drawn=drawn))
+        told(found, count)
+    return joined(parts)
+
+
+def _attempts(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: Advance) -> Scores:
+    places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    told, effects = advance("circuits"), []
+    for row, case in enumerate(material.cases):
+        target = colour_target(case.shows or case.prompt, case.wanted, case.slot, material.box(row))
+        graph = choices.circuit_of(pipe, tcs, case.prompt, case.seed, target)
+        effects.append(choices.circuit_effects(graph, places, material.inside[row], material.phrase[row]))
+        told(row + 1, len(material.cases))
+    codes = choices.mean_codes(pipe, tcs, material, [case.prompt for case in material.cases])
+    image, text = places.is_image, ~places.is_image
+    ways = {"image": (image,), "text": (text,), "both": (image, text)}
+    blamed = {(way, ""): blame(effects, sides) for way, sides in ways.items()}
+    return attempts(pipe, tcs, material, places, blamed, codes, "both", advance)
+
+
+def _colours(material: Material, found: Outcomes) -> dict[str, Any]:
+    """Returns how often no object of the concept's noun has the prior's colour any more."""
+    seen, gone = see(found.images), 0
+    for row, case in enumerate(material.cases):
+        noun = NOUNS.index(parse(case.prompt).objects[case.slot].noun)
+        gone += not np.any((seen.kind[row] == noun) & (seen.colour[row] == PRIOR[noun]))
+    return {"prior gone": gone / len(material.cases)}
