@@ -4,16 +4,25 @@
 2. No network: a library that would fetch something fails at once.
 3. Matrix products at full float32 precision, which is what the tolerances assume.
 4. Compiled programs are dropped before they use up the memory maps that the kernel grants a process.
-5. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
+5. What one process has compiled the others of this run read: a cache on disk, empty at first, removed at the end.
+6. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
 """
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Set where the run begins; its worker processes, and the commands that tests start, inherit it.
+CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="difffract-tests-")
+if CACHE is not None:
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    # With a limit JAX locks the cache, so that no process reads what another has half written.
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)
 
 import jax  # noqa: E402  (the environment above must be set first)
 import pytest  # noqa: E402
@@ -25,6 +34,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 25_000
 """Of the 65,530 that Linux grants; every compiled program holds some, and without one the compiler crashes."""
+
+
+def pytest_unconfigure() -> None:
+    """Removes the cache that this process made."""
+    if CACHE is not None:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

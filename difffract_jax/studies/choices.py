@@ -117,7 +117,9 @@ def mean_codes(
     found = []
     for first in range(0, rows, AT_ONCE):
         at = np.arange(first, first + AT_ONCE) % rows
-        text, pooled = (jnp.stack([getattr(encoded[prompts[row]], name) for row in at]) for name in ("text", "pooled"))
+        text, pooled = (
+            jnp.stack([getattr(encoded[prompts[row]], name) for row in map(int, at)]) for name in ("text", "pooled")
+        )
         noise = jnp.stack([start(pipe, run, material.cases[row].seed) for row in at])
         extra = repeat_steps((material.inside[at], material.phrase[at]), len(run.sigmas) - 1)
         kept, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise, extra)

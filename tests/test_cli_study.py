@@ -1,0 +1,48 @@
+"""`difffract study`: refusals in one sentence, and a small study from the command line to its files."""
+
+import json
+
+import pytest
+from commands import done, run_command, run_json
+
+from difffract_jax.studies import repair
+from difffract_jax.studies.settings import QUESTIONS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["precison"], "There is no study `precison`; did you mean `precision`?"),
+        (["binding", "--out", "FILE"], "is a file, but the results go to a directory"),
+        (["binding", "--out", "none/there"], "does not exist; create it first"),
+        (["binding", "--size", "1"], "size"),
+    ],
+)
+def test_bad_requests_get_one_sentence(monkeypatch, capsys, tmp_path, arguments, sentence):
+    (tmp_path / "FILE").write_text("")
+    monkeypatch.chdir(tmp_path)
+    run = run_command(monkeypatch, capsys, "study", *arguments)
+    assert run.status == 1 and sentence in run.err and run.err.count("\n") == 1
+
+
+def test_help_tells_every_question(monkeypatch, capsys):
+    text = " ".join(run_command(monkeypatch, capsys, "study", "--help").out.split())
+    assert all(name in text for name in QUESTIONS)
+
+
+def test_a_study_writes_report_figures_and_every_case(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(repair, "COUNTS", (8,))
+    monkeypatch.setattr(repair, "STRENGTHS", (1.0,))
+    found = done(run_json(monkeypatch, capsys, "study", "colour-prior", "--size", 2, "--out", tmp_path / "s"))
+    assert "Of 2 failures repaired" in found["verdict"]
+    ways = {row["way"]: row for row in found["tables"]["Repaired, test"]}
+    assert set(ways) == {"image", "text", "both", "random"}
+    # Random edits are scaled to the size of those they stand beside; what an edit does later steps answer to.
+    assert ways["random"]["norm"] == pytest.approx(ways["both"]["norm"], rel=0.3)
+    raw = json.loads((tmp_path / "s" / "colour-prior.json").read_text())
+    assert len(raw["cases"]) == 2 and raw["settings"]["size"] == 2 and raw["sources"]["transcoders"]
+    report = (tmp_path / "s" / "colour-prior.md").read_text()
+    assert found["verdict"] in report and "![colour-prior](colour-prior.png)" in report
+    assert all(
+        (tmp_path / "s" / f"{name}.png").stat().st_size > 5_000 for name in ("colour-prior", "colour-prior-images")
+    )
