@@ -35,11 +35,13 @@ ORDER = (
         *("difffract_jax.cli_graphs", "difffract_jax.cli_organism"),
         *("difffract_jax.cli_steer", "difffract_jax.cli_transcoders"),
     ),
+    ("difffract_jax.cli_validate",),
     ("difffract_jax.cli",),
 )
 NUMPY_ONLY = (
     *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
     *("edits", "labels", "names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
+    "predictions",
 )
 LIGHT = (
     "difffract_jax",
