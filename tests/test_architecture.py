@@ -49,6 +49,7 @@ LIGHT = (
     "difffract_jax.transcoders.settings",
     "difffract_jax.circuits.settings",
     *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY),
+    *(f"difffract_jax.dashboards.{name}" for name in ("records", "pictures", "render")),
 )
 TORCH_FILES = ("converters/torch_files.py", "converters/torch_trace.py")
 FLAX_NAMES = {"Module", "Param", "Rngs", "List", "Linear", "Conv", "Embed", "LayerNorm", "RMSNorm", "GroupNorm"}

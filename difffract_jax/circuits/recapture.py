@@ -76,7 +76,7 @@ def check_same(pipe: Pipeline, tcs: TranscoderSet, graph: Graph) -> None:
         )
     if not {"trace", "transcoders", "steps", "attribution"} <= told.keys():
         raise UserError("The graph does not tell the run that it explains; give an .npz that `difffract trace` wrote.")
-    if not graph.by_position:
+    if np.any(graph.node_position[graph.node_kind != OUTPUT] < 0):
         raise UserError(
             "The graph is summed over positions, as by `difffract prune`, and single edges cannot be checked any more; "
             "give the graph that `difffract trace` wrote, or prune it with --by-position."

@@ -18,7 +18,7 @@ from difffract_jax.files import atomic_file
 
 WORDS = {
     "exactness": "What is exact in the frozen model. An error is relative to the model's own array for the "
-    "replacement, and to the target's sum of absolute edges for the rest.",
+    "replacement, and for the rest to the size of all that adds up to the target: its absolute edges and its bias.",
     "perturbation": "Each of the {ablated} most influential features was taken off alone in the real model, with "
     "attention, norms and MLPs live, and the change read at every feature of the graph in a later block, and at "
     "outputs. `influence` is the reference's prediction, from column shares of absolute edges, compared with the size "
