@@ -118,7 +118,8 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
         readings=("propagated", "full"),
         progress=lambda done, parts: advance(3 + done * (PARTS - 3) // parts, PARTS),
     )
-    page = report(image, seen, pruned, steered, found, json.dumps(record, indent=2))
+    whole = prune(graph, node_threshold=1.0, edge_threshold=1.0)
+    page = report(image, seen, whole, pruned, steered, found, json.dumps(record, indent=2))
     write_report(paths["report.html"], page)
     kept = {"edges kept by pruning": f"{len(pruned.edge_attribution)} of {len(graph.edge_attribution)}"}
     edit = {"with the top supernode off": steered.shows[1], "with as many at random off": steered.shows[2]}
@@ -180,6 +181,7 @@ def _figures(found: dict[str, Any]) -> dict[str, Any]:
 def report(
     image: UInt8[np.ndarray, "H W rgb"],
     seen: dict[str, Any],
+    whole: Graph,
     pruned: Graph,
     steered: Steered,
     found: dict[str, Any],
@@ -190,7 +192,8 @@ def report(
     Args:
         image: of the run.
         seen: what it shows.
-        pruned: the circuit, summed over positions, with supernodes.
+        whole: the graph, summed over positions, with influence.
+        pruned: the circuit, likewise, with supernodes.
         steered: the edit.
         found: from `validate`.
         record: how it was made.
@@ -199,7 +202,12 @@ def report(
         f"The prompt was: {seen['prompt']}. The image shows: {seen['the image shows']}. As asked: {seen['as asked']}.",
         NOTICE,
     ]
-    sections = [_image_section(image), _circuit_section(image, pruned), _edit_section(steered), _check_section(found)]
+    sections = [
+        _image_section(image),
+        _circuit_section(image, whole, pruned),
+        _edit_section(steered),
+        _check_section(found),
+    ]
     return render(f"Why a circle is {COLOUR}: a circuit, an edit, and how far to trust it", summary, sections, record)
 
 
@@ -209,7 +217,7 @@ def _image_section(image: UInt8[np.ndarray, "H W rgb"]) -> Section:
     return Section("The image", [words], [Picture(png_address(enlarged(image)), shows, small=True)])
 
 
-def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], pruned: Graph) -> Section:
+def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], whole: Graph, pruned: Graph) -> Section:
     told, labels = graph_summary(pruned), load_labels("organism")
     labels = labels if labels.transcoders == pruned.metadata["transcoders"] else None
     target = told["target"]
@@ -217,16 +225,15 @@ def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], pruned: Graph) -> Sect
         f"The target is {target}: how {COLOUR} the pixels of that box will be, as step {STEP} predicts them. With "
         "attention and norms held at this run, it is the sum of the features' contributions, errors, inputs and a "
         f"bias; the largest gap in that sum, over the sum of absolute edges, is {told['conservation error']:.1e}.",
-        f"Pruning keeps {told['nodes'].get('feature', 0)} features. Shown are those with the most influence, of image "
-        "and of text positions: where each is active, in orange, over the image's tokens or the prompt's words, and what "
-        "it detects on other captions (in brackets how well, 0.5 to 1).",
+        f"Pruning keeps {told['nodes'].get('feature', 0)} features. Shown are, with the most influence, those of image "
+        "positions, and before pruning those of text: where each is active, in orange, over the image's tokens or the "
+        "prompt's words, and what it detects on other captions (in brackets how well, 0.5 to 1).",
         "In the drawing columns are blocks. A line's width is its share of all that enters its end; blue lines raise "
         "it, dashed orange ones lower it. Hover for names and figures.",
     ]
     nodes = [*top_features(pruned, DRAWN), int(pruned.target)]
-    best = [
-        node for stream, most in zip((IMG, TXT), SHOWN, strict=True) for node in top_features(pruned, most, [stream])
-    ]
+    best = [shown(card(pruned, node, labels), image) for node in top_features(pruned, SHOWN[0], [IMG])]
+    best += [shown(card(whole, node, labels), image) for node in top_features(whole, SHOWN[1], [TXT])]
     cards = {node: card(pruned, node, labels) for node in nodes[:-1]}
     blocks = sorted({int(pruned.node_block[node]) for node in nodes})
     depth = int(pruned.metadata["trace"]["depths"][0])
@@ -238,7 +245,7 @@ def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], pruned: Graph) -> Sect
         heads,
         [edge for edge in edges_among(pruned, nodes) if abs(edge[2]) > 0.004],
     )
-    return Section("The circuit", text, (), {}, [shown(card(pruned, node, labels), image) for node in best], laid)
+    return Section("The circuit", text, (), {}, best, laid)
 
 
 def _edit_section(steered: Steered) -> Section:

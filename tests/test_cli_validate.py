@@ -47,6 +47,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     replace(graph, edge_attribution=wrong).save(folder / "wrong.npz")
     prune(graph).save(folder / "summed.npz")
     write_reference_json(prune(graph), folder / "reference.json")
+    replace(graph, metadata={}).save(folder / "untold.npz")
     told = graph.metadata["trace"]
     for name, change in {
         "noise": {"trace": told | {"latents_given": True}},
@@ -93,7 +94,8 @@ def test_a_wrong_edge_ends_with_status_1_and_is_named(difffract: Any, graphs: Pa
     ("arguments", "told"),
     [
         (("organism", "organism", "summed.npz"), "is summed over positions, as by `difffract prune`, and single edges"),
-        (("organism", "organism", "reference.json"), "does not tell the run that it explains; give an .npz"),
+        (("organism", "organism", "reference.json"), "is summed over positions"),
+        (("organism", "organism", "untold.npz"), "does not tell the run that it explains; give an .npz"),
         (("organism", "organism", "noise.npz"), "give the same noise again, with --latents or --noise"),
         (("organism", "organism", "step.npz"), "The graph names step 9, but its run has the steps 0 to 3"),
         (("organism", "organism", "activations.npz"), "traced from the activations in a.npz; give that file with"),

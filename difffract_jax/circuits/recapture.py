@@ -6,7 +6,7 @@
 3. Find every node's row in the table of sources, and hold the features' values against the graph's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,19 +81,14 @@ def check_same(pipe: Pipeline, tcs: TranscoderSet, graph: Graph) -> None:
             "The graph is summed over positions, as by `difffract prune`, and single edges cannot be checked any more; "
             "give the graph that `difffract trace` wrote, or prune it with --by-position."
         )
-    for what, ours, theirs in (
-        ("model", pipe.source, told["trace"]["model"]),
-        ("set of transcoders", *_hashes(tcs, told)),
-    ):
+    hashes = {"model": (pipe.source, told["trace"]["model"])}
+    hashes["set of transcoders"] = (tcs.source, told["transcoders"])
+    for what, (ours, theirs) in hashes.items():
         if ours != theirs:
             raise UserError(
                 f"The graph was traced with another {what}: its content hash is {theirs[:12]}..., but the one given "
                 f"has {ours[:12]}...; give the {what} that the graph was traced with."
             )
-
-
-def _hashes(tcs: TranscoderSet, told: Mapping[str, Any]) -> tuple[str, str]:
-    return tcs.source, str(told["transcoders"])
 
 
 def _capture(pipe: Pipeline, tcs: TranscoderSet, graph: Graph, latents: Any) -> Trace | Span:
