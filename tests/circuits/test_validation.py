@@ -95,7 +95,7 @@ def test_perturbing_an_earlier_step_is_the_model_run_on_from_there(made):
     assert moved == pytest.approx(float(expected), rel=1e-5)
 
 
-@pytest.mark.parametrize(("steps", "mode"), [(1, "direct"), (1, "live"), (2, "propagated"), (2, "full")])
+@pytest.mark.parametrize(("steps", "mode"), [(1, "live"), (2, "full")])
 def test_keeping_all_and_removing_none_is_the_run(made, steps, mode):
     again, graph = made[steps]
     units, places = candidates(again, graph)
