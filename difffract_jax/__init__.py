@@ -8,6 +8,7 @@ The packages, each importing only from those above it:
     converters                              PyTorch checkpoints -> ours, by rule tables (a package beside this one)
     circuits                                capture -> replacement -> attribution -> graph -> pruning, interventions
     studies                                 what edits do to images, measured; what features stand for
+    dashboards                              reports that people look at, one HTML file each
     loading cli                             models and transcoders by name or directory; the `difffract` command
 
 In a few lines:

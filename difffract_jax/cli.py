@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from difffract_jax import __version__, cli_graphs, cli_steer, cli_study, cli_transcoders
+from difffract_jax import __version__, cli_graphs, cli_steer, cli_study, cli_transcoders, cli_validate
 from difffract_jax import options as opt
 from difffract_jax.cli_organism import organism
 from difffract_jax.config import (
@@ -42,6 +42,7 @@ cli_graphs.register(app)
 cli_transcoders.register(app)
 cli_steer.register(app)
 cli_study.register(app)
+cli_validate.register(app)
 
 
 def main() -> None:
@@ -327,10 +328,7 @@ def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
         return read_array(settings.latents)
     if settings.noise == "jax":
         return None
-    from converters.torch_files import torch_noise
     from difffract_jax.models.pipeline import plan_run
-    from difffract_jax.models.sampler import pack
 
-    rows, columns = plan_run(pipe.config, height=settings.height, width=settings.width).grid
-    noise = torch_noise(settings.seed, pipe.config.vae.latent_channels, 2 * rows, 2 * columns)
-    return pack(noise[0].transpose(1, 2, 0))
+    grid = plan_run(pipe.config, height=settings.height, width=settings.width).grid
+    return cli_steer.torch_latents(pipe, grid, [settings.seed])[0]

@@ -5,6 +5,7 @@ They follow its rules: settings in, artefacts and a short table out; progress on
 
 import json as json_text
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,7 +62,7 @@ def steer(
     """
     settings = opt.settings_of(SteerConfig, locals() | {"edit": edit or None})
     edits = [Edit.parse(text) for text in settings.edit]
-    _check_directory(settings.out)
+    check_directory(settings.out)
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.report import emit
     from difffract_jax.studies.metrics import table
@@ -258,13 +259,24 @@ def _noise(pipe: Any, run: Any, settings: SteerConfig) -> Any:
         return found
     if settings.noise == "jax":
         return None
+    return torch_latents(pipe, run.grid, settings.seed_list)
+
+
+def torch_latents(pipe: Any, grid: Sequence[int], seeds: Sequence[int]) -> Any:
+    """Returns packed starting noise as diffusers draws it, [seed img channels].
+
+    Args:
+        pipe: the pipeline.
+        grid: rows and columns of image tokens.
+        seeds: of the noise.
+    """
     import numpy as np
 
     from converters.torch_files import torch_noise
     from difffract_jax.models.sampler import pack
 
-    size = pipe.config.vae.latent_channels, 2 * run.grid[0], 2 * run.grid[1]
-    return np.stack([pack(torch_noise(seed, *size)[0].transpose(1, 2, 0)) for seed in settings.seed_list])
+    size = pipe.config.vae.latent_channels, 2 * grid[0], 2 * grid[1]
+    return np.stack([pack(torch_noise(seed, *size)[0].transpose(1, 2, 0)) for seed in seeds])
 
 
 def _labels(transcoders: str, source: str) -> Any:
@@ -288,7 +300,8 @@ def _brief(row: dict[str, Any]) -> dict[str, Any]:
     return brief
 
 
-def _check_directory(out: Path) -> None:
+def check_directory(out: Path) -> None:
+    """Refuses an output directory that could not be written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, but the results go to a directory; give another --out.")
     if not out.parent.is_dir():

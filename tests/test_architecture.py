@@ -35,11 +35,13 @@ ORDER = (
         *("difffract_jax.cli_graphs", "difffract_jax.cli_organism"),
         *("difffract_jax.cli_steer", "difffract_jax.cli_study", "difffract_jax.cli_transcoders"),
     ),
+    ("difffract_jax.cli_validate",),
     ("difffract_jax.cli",),
 )
 NUMPY_ONLY = (
     *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
     *("edits", "labels", "names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
+    "predictions",
 )
 LIGHT = (
     "difffract_jax",
@@ -48,6 +50,7 @@ LIGHT = (
     "difffract_jax.circuits.settings",
     "difffract_jax.studies.settings",
     *(f"difffract_jax.circuits.{name}" for name in NUMPY_ONLY),
+    *(f"difffract_jax.dashboards.{name}" for name in ("records", "pictures", "render")),
 )
 TORCH_FILES = ("converters/torch_files.py", "converters/torch_trace.py")
 FLAX_NAMES = {"Module", "Param", "Rngs", "List", "Linear", "Conv", "Embed", "LayerNorm", "RMSNorm", "GroupNorm"}

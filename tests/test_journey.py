@@ -92,7 +92,20 @@ def test_the_demonstration_runs_and_says_what_it_is(difffract, tmp_path):
     told = done(difffract("demo", "--out", tmp_path / "demo"))
     assert "trained on synthetic scenes" in told["note"] and told["conservation error"] <= TOL.conservation_f32
     assert told["as asked"] == "yes" and told["the image shows"] == "red circle, blue square"
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["graph.npz", "image.png", "pruned.npz"]
+    files = ["graph.npz", "image.png", "pruned.npz", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == files
+    # The edit changes what the image shows, and as many features at random do not.
+    assert told["with the top supernode off"] != told["the image shows"] == told["with as many at random off"]
+    assert told["edges against interventions"] <= TOL.direct_f32
+    assert told["Spearman, influence"] > 0.5 and told["Spearman, change"] > 0.5
+    rows = {(row["reading"], row["ranking"]): row for row in told["the pruned circuit, kept alone and removed"]}
+    for reading in ("propagated", "full"):
+        ours, random = rows[reading, "influence"], rows[reading, "random"]
+        assert ours["recovered"] > random["recovered"] + 0.3 and ours["lost"] > random["lost"] + 0.3
+    page = (tmp_path / "demo" / "report.html").read_text()
+    for part in ("The image", "The circuit", "An edit, before and after", "How far to trust it", "How it was made"):
+        assert f"<h2>{part}</h2>" in page
+    assert page.count('src="data:image/png') >= 12 and "http" not in page
 
 
 def test_a_check_tells_every_error_and_fails_where_one_is_too_large(difffract):

@@ -32,5 +32,11 @@ interventions   features edited in the running model
 sweeps          many edited images in one compiled call
 ranking         finding features: by contrast, region, trend or activation
 labels          what features stand for (NumPy)
+recapture       the run behind a saved graph, captured anew
+variants        many variants of a traced run side by side; edges by push-forward
 faithfulness    features taken off in the real model, to check a graph
+predictions     what a graph says of that, and how well it agrees (NumPy)
+completeness    what a circuit's features recover alone, and what is lost without them
+validation      all of it: a graph held against its model
+validation_report   its report and figures
 """

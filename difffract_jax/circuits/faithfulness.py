@@ -3,20 +3,26 @@
 1. Take a feature off: its decoder vector, times its value, is subtracted from the MLP output at its position.
 2. Run the recorded blocks live, attention, norms and MLPs included, from the recorded residual streams.
 3. Read features' pre-activations. How far they moved is what a graph's influence is compared with.
+
+`ablate` does so in one step; `perturb` over all steps of a span, and reads outputs too. What a graph says of it is in
+`predictions`.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float64, Int64
 
+from difffract_jax.circuits.engine import Engine
+from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.readout import Targets, preactivations_at
 from difffract_jax.circuits.record import Reading
 from difffract_jax.circuits.replacement import Replacement, Sites, Sources
+from difffract_jax.circuits.variants import AT_ONCE, Places, entering, fill, places_at, read_variants, recorded_latents
 from difffract_jax.models.blocks import DoubleBlock, Groups, SingleBlock, Streams, both, join, run_mlp, run_mlps, split
 from difffract_jax.models.mmdit import run_double, run_single
-
-ABLATIONS_AT_ONCE = 8
 
 
 def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float64[np.ndarray, "ablated target"]:
@@ -37,16 +43,63 @@ def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> F
     values = _values(record.mlp_in.img.shape[0], sites, sources, features)
 
     def run(one: tuple[Targets, Array]) -> Float[Array, "target"]:
-        feature, value = one
-        changes = Groups(
-            *(
-                -value * _vector_at(site, feature, group, record.mlp_in.img.shape[0], like)
-                for group, (site, like) in enumerate(zip(sites, record.mlp_out, strict=True))
-            )
+        return preactivations_at(
+            record, sites, readouts, live_reading(replacement, _taken_off(replacement, *one)).mlp_in
         )
-        return preactivations_at(record, sites, readouts, live_reading(replacement, changes).mlp_in)
 
-    return jax.lax.map(run, (features, values), batch_size=ABLATIONS_AT_ONCE)
+    return jax.lax.map(run, (features, values), batch_size=AT_ONCE)
+
+
+def _taken_off(replacement: Replacement, feature: Targets, value: Array) -> Groups:
+    """Returns what the MLPs' outputs lose with a feature of this value."""
+    record = replacement.record
+    return Groups(
+        *(
+            -value * _vector_at(site, feature, group, record.mlp_in.img.shape[0], like)
+            for group, (site, like) in enumerate(zip(replacement.sites, record.mlp_out, strict=True))
+        )
+    )
+
+
+def perturb(
+    engine: Engine, features: Int64[np.ndarray, "ablated"], readouts: Int64[np.ndarray, "target"]
+) -> Float64[np.ndarray, "ablated target"]:
+    """Returns by how much each feature, taken off alone, moves the readouts in the real model, over all steps.
+
+    Args:
+        engine: of the run, one step or several.
+        features: rows of its table, feature sources at their positions and steps.
+        readouts: rows of its table, features (their pre-activation u) or outputs.
+    """
+    # The model unperturbed runs in the same program, so that what both round alike cancels.
+    rows = fill(np.append(features, -1), AT_ONCE)
+
+    def run_step(number: int, targets: Targets, latents: Array) -> tuple[Array, Array | None]:
+        with jax.default_matmul_precision("highest"):
+            places = places_at(engine, rows, number)
+            return _perturb(engine.steps[number], places, targets, latents, across=engine.across)
+
+    found = read_variants(engine, readouts, recorded_latents(engine, rows.size), run_step)
+    return found[: features.size] - found[features.size]
+
+
+@partial(jax.jit, static_argnames="across")
+def _perturb(
+    replacement: Replacement, places: Places, readouts: Targets, latents: Array, *, across: bool
+) -> tuple[Array, Array | None]:
+    record, sites, sources = replacement
+    double = record.mlp_in.img.shape[0]
+    layer = places.layer + jnp.where(places.group == 2, double, 0)
+    features = Targets(places.group, layer, places.position, places.feature)
+    values = jnp.where(places.kind == FEATURE, _values(double, sites, sources, features), 0)
+
+    def run(one: tuple[Targets, Array, Array]) -> tuple[Array, Array | None]:
+        feature, value, z = one
+        there = entering(replacement, z, across=across)
+        found = live_reading(there, _taken_off(replacement, feature, value))
+        return preactivations_at(record, sites, readouts, found.mlp_in), found.velocity
+
+    return jax.lax.map(run, (features, values, latents), batch_size=AT_ONCE)
 
 
 def _values(double: int, sites: Groups, sources: Sources, features: Targets) -> Float[Array, "ablated"]:

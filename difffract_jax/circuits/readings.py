@@ -46,9 +46,26 @@ def scaled(prepared: Replacement, factors: Groups, mode: Mode) -> Reading:
 
 @partial(jax.jit, static_argnames="mode")
 def _scaled(prepared: Replacement, factors: Groups, mode: Mode) -> Reading:
+    one_side = jax.tree.map(lambda factor: factor[:, None], factors)
+    return edited(prepared, one_side, jax.tree.map(jnp.zeros_like, one_side), mode)
+
+
+def edited(prepared: Replacement, factors: Groups, offsets: Groups, mode: Mode) -> Reading:
+    """Runs the recorded blocks with every feature's value z made factor * z + offset; for use inside other programs.
+
+    Args:
+        prepared: from `prepare`. Where the run starts is `prepared.sources.boundary`.
+        factors: at all replaced positions, [layer side feat] per group. In single-stream blocks two sides are the text
+            and the image positions; one side is all positions.
+        offsets: likewise, in units of z.
+        mode: the reading, see the module.
+
+    Returns:
+        The MLP sublayers' inputs, and the velocity if it is recorded.
+    """
     record, sites, sources = prepared
-    live = mode == "full"
-    write = partial(_write, t=record.t, mode=mode)
+    live, text_tokens = mode == "full", sources.boundary.txt.shape[0]
+    write = partial(_write, t=record.t, mode=mode, text_tokens=text_tokens)
 
     def step(h: Streams, layer: Any) -> tuple[Streams, Streams]:
         block, frozen, *parts = layer
@@ -62,37 +79,50 @@ def _scaled(prepared: Replacement, factors: Groups, mode: Mode) -> Reading:
         return h, acts.mlp_in
 
     def step_single(h: Array, layer: Any) -> tuple[Array, Array]:
-        block, frozen, at, values, error, factor = layer
+        block, frozen, at, values, error, factor, offset = layer
 
         def mlp(block: SingleBlock, x: Array) -> Array:
-            return write(sites.joint.stack, at, values, error, factor, x, run_mlp(block, x) if live else x)
+            true = run_mlp(block, x) if live else x
+            return write(sites.joint.stack, at, values, error, factor, offset, x, true)
 
         h, acts = block(h, record.cond, frozen=None if live else frozen, mlp=mlp)
         return h, acts.mlp_in
 
-    parts = (both(lambda s: s.layers, sites), sources.values, sources.errors, factors)
+    parts = (both(lambda s: s.layers, sites), sources.values, sources.errors, factors, offsets)
     pairs = (Streams(part.img, part.txt) for part in parts)
     h, x = jax.lax.scan(step, sources.boundary, (record.weights.double, record.frozen, *pairs))
-    last = (sites.joint.layers, sources.values.joint, sources.errors.joint, factors.joint)
+    last = (sites.joint.layers, *(part.joint for part in (sources.values, sources.errors, factors, offsets)))
     joint, joint_x = jax.lax.scan(step_single, join(h), (record.weights.single, record.frozen_single, *last))
     velocity = None
     if record.weights.final is not None:
-        rows = split(joint, sources.boundary.txt.shape[0]).img
+        rows = split(joint, text_tokens).img
         velocity = record.weights.final(rows, record.cond, None if live else record.inv_std)
     return Reading(Groups(x.img, x.txt, joint_x), velocity, record.latents)
 
 
 def _write(
-    stack: Any, at: Any, values: Array, error: Array, factor: Array, x: Array, true: Array, *, t: Array, mode: Mode
+    stack: Any,
+    at: Any,
+    values: Array,
+    error: Array,
+    factor: Array,
+    offset: Array,
+    x: Array,
+    true: Array,
+    *,
+    t: Array,
+    mode: Mode,
+    text_tokens: int,
 ) -> Float[Array, "rows d_model"]:
-    """Returns what one MLP sublayer adds, with its features scaled."""
+    """Returns what one MLP sublayer adds, with its features edited."""
     if stack is None:
         return true if mode == "full" else error
     transcoder = site(stack, at.slot)
+    factor, offset = (by_side(per_side, x.shape[0], text_tokens) for per_side in (factor, offset))
     rows = jnp.arange(x.shape[0])[:, None]
     recorded = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, at.index].add(values)
     if mode == "full":
-        change = (factor - 1)[None] * transcoder.encode(x, t)
+        change = (factor - 1) * transcoder.encode(x, t) + offset
         return true + jnp.where(at.live[:, None], change @ transcoder.dec.kernel[...], 0)
     if mode == "direct":
         z = recorded
@@ -100,7 +130,20 @@ def _write(
         z = jnp.where(recorded > 0, transcoder.preactivation(x, t), 0)
     else:
         z = transcoder.encode(x, t)
-    return error + jnp.where(at.live[:, None], transcoder.decode(factor[None] * z, x), 0)
+    return error + jnp.where(at.live[:, None], transcoder.decode(factor * z + offset, x), 0)
+
+
+def by_side(per_side: Float[Array, "side feat"], rows: int, text_tokens: int) -> Float[Array, "row feat"]:
+    """Returns what holds at each position: of the text first, then of the image, or the same at all if it is one.
+
+    Args:
+        per_side: one row for all positions, or one for the text and one for the image.
+        rows: positions of the sequence.
+        text_tokens: how many of them, at the beginning, are text, where there are two sides.
+    """
+    if per_side.shape[0] == 1:
+        return jnp.broadcast_to(per_side, (rows, per_side.shape[1]))
+    return jnp.where(jnp.arange(rows)[:, None] < text_tokens, per_side[0], per_side[1])
 
 
 def factors_for(prepared: Replacement, graph: Graph, nodes: np.ndarray, factor: float) -> Groups:

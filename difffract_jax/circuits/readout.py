@@ -79,6 +79,19 @@ def preactivations_at(record: Record, sites: Groups, targets: Targets, x: Groups
     return jnp.sum(gradients * here, axis=1) + constant
 
 
+def preactivation_changes(record: Record, sites: Groups, targets: Targets, change: Groups) -> Float[Array, "target"]:
+    """Returns by how much u of every target moves when x moves, without the constant; for use inside other programs.
+
+    Args:
+        record: the trace's arrays.
+        sites: from the replacement.
+        targets: which features; directions and places that fill up give 0.
+        change: of the MLP sublayers' inputs x, [layer rows d_model] per group.
+    """
+    gradients, here, _ = _encoder_terms(record, sites, targets, change)
+    return jnp.sum(gradients * here, axis=1)
+
+
 def exact_preactivations(replacement: Replacement, targets: Targets, x: Groups) -> Float64[np.ndarray, "target"]:
     """Returns what `preactivations` does, summed in float64: u may be far larger than what edges explain."""
     terms = _terms(replacement.record, replacement.sites, targets, x)

@@ -1,4 +1,4 @@
-"""Settings of the commands that find features and edit them: `steer` and `features`."""
+"""Settings of the commands that find features, edit them and check circuits: `steer`, `features`, `validate`."""
 
 import re
 from pathlib import Path
@@ -125,6 +125,36 @@ class FeaturesConfig(RunSettings):
     """Captions that --scan samples."""
     out: Path | None = None
     """With --scan, the labels file to write."""
+
+
+class ValidateConfig(Settings):
+    """Settings of `difffract validate`: a graph held against its model."""
+
+    model: str
+    """Model that the graph was traced in: `organism` (embedded), a converted directory or a diffusers directory."""
+    transcoders: str
+    """Transcoders that it was traced with: `organism`, a converted directory, or one of `.pt` files."""
+    graph: Path
+    """Graph file that `difffract trace` wrote, or one that was pruned with --by-position."""
+    edges: int = Field(200, ge=0)
+    """Edges to hold against their direct interventions, drawn by --seed; 0 for all."""
+    ablations: int = Field(50, ge=1)
+    """Features, the most influential ones, to take off in the real model."""
+    ablation: Literal["mean", "zero"] = "mean"
+    """What features outside a circuit become: their mean over the positions of their stream in the same step of the
+    same run, which keeps what a site writes on average; or zero."""
+    draws: int = Field(5, ge=1)
+    """Random circuits of each size, to compare with."""
+    seed: int = Field(0, ge=0)
+    """Seed of the edges and of the random circuits that are drawn; the run's own seed is the graph's."""
+    latents: Path | None = None
+    """`.npy` file of packed starting noise, for a graph whose run started from one."""
+    noise: Literal["jax", "torch"] | None = None
+    """Who draws the starting noise; as the graph was traced, when left out."""
+    activations: Path | None = None
+    """`.npz` file of activations, for a graph that was traced from one."""
+    out: Path | None = None
+    """Directory for report.md, validation.json and figures; none are written when left out."""
 
 
 def _range(text: str) -> tuple[int, ...]:

@@ -1,0 +1,123 @@
+"""What a report shows of a circuit: its strongest features, with where each is active and what it stands for."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from difffract_jax.circuits.feature import Feature
+from difffract_jax.circuits.graph import FEATURE, IMG, TXT, Graph
+from difffract_jax.circuits.labels import Labels
+from difffract_jax.config import UserError
+
+
+class Card(NamedTuple):
+    """One feature of a circuit, as a report shows it.
+
+    Attributes:
+        name: as commands take it, img/1/f3.
+        detects: what it stands for by the labels; "" without labels.
+        influence: share of all influence on the targets, in [0, 1].
+        value: largest value.
+        heat: over image tokens, [row column], for features of image positions; None for those of text.
+        words: tokens of the prompt with values, for features of text positions; empty for those of images.
+    """
+
+    name: str
+    detects: str
+    influence: float
+    value: float
+    heat: Float64[np.ndarray, "row column"] | None
+    words: tuple[tuple[str, float], ...]
+
+
+def feature_of(graph: Graph, node: int) -> Feature:
+    """Returns a feature node without its position; `feature` says how the text form reads.
+
+    Args:
+        graph: one that tells its model's depths.
+        node: a feature.
+    """
+    block, depth = int(graph.node_block[node]), int(graph.metadata["trace"]["depths"][0])
+    number = int(graph.node_feature[node])
+    if block >= depth:
+        return Feature("single", block - depth, number)
+    return Feature(("img", "txt")[graph.node_stream[node]], block, number)
+
+
+def top_features(graph: Graph, most: int, streams: Sequence[int] = (IMG, TXT)) -> list[int]:
+    """Returns a pruned graph's most influential features, targets left out, the strongest first.
+
+    Args:
+        graph: pruned.
+        most: how many at most.
+        streams: whose positions, as `graph.IMG` and `graph.TXT`.
+
+    Returns:
+        Nodes.
+    """
+    inside = np.setdiff1d(np.flatnonzero(graph.node_kind == FEATURE), graph.targets)
+    inside = inside[np.isin(graph.node_stream[inside], streams)]
+    return inside[np.argsort(-graph.node_influence[inside], kind="stable")][:most].tolist()
+
+
+def card(graph: Graph, node: int, labels: Labels | None = None) -> Card:
+    """Returns what is to be shown of a feature.
+
+    Args:
+        graph: pruned, summed over positions; its metadata tell the image's grid and the prompt's tokens.
+        node: a feature.
+        labels: of its transcoders.
+    """
+    told = graph.metadata["trace"]
+    feature = feature_of(graph, node)
+    part = slice(graph.map_indptr[node], graph.map_indptr[node + 1])
+    positions, values = graph.map_position[part], graph.map_value[part].astype(np.float64)
+    heat, words = None, ()
+    if graph.node_stream[node] == IMG:
+        heat = np.zeros(int(np.prod(told["grid"])))
+        heat[positions] = values
+        heat = heat.reshape(told["grid"])
+    else:
+        words = _words(told["tokens"], dict(zip(positions.tolist(), values.tolist(), strict=True)))
+    return Card(
+        str(feature),
+        _detects(labels, feature),
+        float(graph.node_influence[node]),
+        float(values.max(initial=0.0)),
+        heat,
+        words,
+    )
+
+
+def _words(tokens: Sequence[str], values: dict[int, float]) -> tuple[tuple[str, float], ...]:
+    """Returns the prompt's tokens up to its end, with a feature's values."""
+    own = [i for i, token in enumerate(tokens) if token not in ("<pad>", "[PAD]")]
+    last = max([*own, *values], default=-1) + 1
+    return tuple((tokens[i].replace("▁", " ").strip() or "·", values.get(i, 0.0)) for i in range(last))
+
+
+def _detects(labels: Labels | None, feature: Feature) -> str:
+    if labels is None:
+        return ""
+    try:
+        return str(labels.of(feature))
+    except UserError:
+        return ""
+
+
+def edges_among(graph: Graph, nodes: Sequence[int]) -> list[tuple[int, int, float]]:
+    """Returns the edges among some nodes, as places in `nodes` and the share of the target's sum of absolute edges.
+
+    Args:
+        graph: the graph.
+        nodes: to draw.
+    """
+    place = {node: i for i, node in enumerate(nodes)}
+    total = np.bincount(graph.edge_target, np.abs(graph.edge_attribution), graph.node_kind.size)
+    found: list[Any] = []
+    for source, target, value in zip(graph.edge_source, graph.edge_target, graph.edge_attribution, strict=True):
+        if int(source) in place and int(target) in place:
+            found.append((place[int(source)], place[int(target)], float(value / total[target])))
+    return found
