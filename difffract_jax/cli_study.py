@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
 def study(
     name: Annotated[str | None, opt.argument(StudyConfig, "name")] = None,
     size: Annotated[int | None, opt.option(StudyConfig, "size")] = None,
+    round: Annotated[int | None, opt.option(StudyConfig, "round")] = None,
     transcoders: Annotated[str | None, opt.option(StudyConfig, "transcoders")] = None,
     saes: Annotated[str | None, opt.option(StudyConfig, "saes")] = None,
     out: Annotated[Path | None, opt.option(StudyConfig, "out")] = None,
@@ -38,6 +39,8 @@ def study(
     settings = opt.settings_of(StudyConfig, locals())
     if settings.name not in QUESTIONS:
         raise UserError(f"There is no study `{settings.name}`{nearest(settings.name, list(QUESTIONS))}")
+    if settings.round is not None and settings.name != "precision":
+        raise UserError(f"Only `precision` was run in rounds; leave out --round for `{settings.name}`.")
     if settings.out.exists() and not settings.out.is_dir():
         raise UserError(f"{settings.out} is a file, but the results go to a directory; give another --out.")
     if not settings.out.parent.is_dir():
@@ -51,7 +54,8 @@ def study(
     tcs, compared = (load_transcoders(name) for name in sets_of)
     with stages() as show:
         run = STUDIES[settings.name]
-        result = run(pipe, tcs, compared, size=settings.size, advance=lambda stage: partial(show, stage))
+        more = {} if settings.round is None else {"round": settings.round}
+        result = run(pipe, tcs, compared, size=settings.size, advance=lambda stage: partial(show, stage), **more)
     record = provenance("study", settings, model=pipe.source, transcoders=tcs.source, saes=compared.source)
     files = write_result(result, settings.out, record)
     first = next(iter(result.tables.values()))

@@ -12,10 +12,10 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from difffract_jax.models.pipeline import Pipeline, plan_run
@@ -28,16 +28,45 @@ from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WAYS = ("circuit", "SAE", "contrast", "activation", "random")
 """Circuit; SAE features by contrast; the transcoders' features by contrast, by activation and at random."""
-COUNTS = (8, 32, 128)
-STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
-CALIBRATION, TEST = (80_000, 60), (81_000, 240)
-"""World and number of the cases that are drawn."""
 FIRST_SEED = 6_000_000
 Advance = Callable[[str], Callable[[int, int], None]]
 
 
-def precision(pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: int | None, advance: Advance) -> Result:
-    """Runs the study.
+class Round(NamedTuple):
+    """What a registered round lays down.
+
+    Attributes:
+        calibration: world and number of the cases for calibration.
+        test: of those for the test.
+        counts: features that are edited.
+        strengths: of the edits.
+        filled: whether the circuit's way takes only half its features by the circuits' answer, and the other half by
+            contrast among those that the circuits do not speak against.
+    """
+
+    calibration: tuple[int, int]
+    test: tuple[int, int]
+    counts: tuple[int, ...]
+    strengths: tuple[float, ...]
+    filled: bool
+
+
+ROUNDS = {
+    1: Round((80_000, 60), (81_000, 240), (8, 32, 128), (0.5, 1.0, 1.5, 2.0, 3.0), False),
+    2: Round((82_000, 120), (83_000, 240), (128, 256), (1.0, 1.25, 1.5), True),
+}
+
+
+def precision(
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    saes: TranscoderSet,
+    *,
+    size: int | None,
+    advance: Advance,
+    round: int = max(ROUNDS),
+) -> Result:
+    """Runs a round of the study.
 
     Args:
         pipe: the organism.
@@ -45,23 +74,30 @@ def precision(pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: 
         saes: its SAEs.
         size: test cases to draw instead of the registered number, with a quarter as many for calibration.
         advance: gives a progress callback for a named stage.
+        round: which of `ROUNDS`.
     """
-    phases, scores = {}, {}
-    for name, (world, count) in (("calibration", CALIBRATION), ("test", TEST)):
+    phases, scores, rules = {}, {}, ROUNDS[round]
+    for name, (world, count) in (("calibration", rules.calibration), ("test", rules.test)):
         count = count if size is None else max(2, size if name == "test" else size // 4)
         cases = recolourings(world, count, FIRST_SEED + world)
         material = draw(pipe, cases, advance(f"{name}: images"))
-        scores[name] = measure(pipe, tcs, saes, material, name, advance)
+        scores[name] = measure(pipe, tcs, saes, material, name, rules, advance)
         phases[name] = material
     chosen = settle(scores["calibration"])
-    return report(phases, scores, chosen)
+    return report(phases, scores, chosen, rules)
 
 
 Scores = dict[tuple[str, int, float], Outcomes]
 
 
 def measure(
-    pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, material: Material, name: str, advance: Advance
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    saes: TranscoderSet,
+    material: Material,
+    name: str,
+    rules: Round,
+    advance: Advance,
 ) -> Scores:
     """Edits every case in every way, count and strength.
 
@@ -71,6 +107,7 @@ def measure(
         saes: its SAEs.
         material: the cases.
         name: of the phase, for progress.
+        rules: of the round.
         advance: as in `precision`.
     """
     places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
@@ -83,31 +120,36 @@ def measure(
     effects = _effects(pipe, tcs, material, places, advance(f"{name}: circuits"))
     for way in WAYS:
         before, after = values["SAE" if way == "SAE" else "transcoder"]
+        keys = [(way, count, strength) for count in rules.counts for strength in rules.strengths]
         edits = []
-        for count in COUNTS:
-            picked = [
-                choices.first(_score(way, row, before[row], after[row], effects), count) for row in range(len(prompts))
-            ]
-            for strength in STRENGTHS:
-                for row, chosen in enumerate(picked):
-                    where = material.inside[row], material.phrase[row]
-                    edits.append(choices.moves(places, chosen, before[row], after[row], strength, *where))
+        for _, count, strength in keys:
+            for row in range(len(prompts)):
+                chosen = _choose(way, row, before[row], after[row], effects, count, rules.filled)
+                where = material.inside[row], material.phrase[row]
+                edits.append(choices.moves(places, chosen, before[row], after[row], strength, *where))
         made = outcomes(pipe, saes if way == "SAE" else tcs, material, edits, advance(f"{name}: {way}"))
-        keys = [(way, count, strength) for count in COUNTS for strength in STRENGTHS]
         found |= dict(zip(keys, made, strict=True))
     return found
 
 
-def _score(
-    way: str, row: int, before: Float[np.ndarray, "place"], after: Float[np.ndarray, "place"], effects: Any
-) -> Float[np.ndarray, "place"]:
-    if way == "circuit":
-        return choices.by_circuit(before, after, effects[0][row], effects[1][row])
+def _choose(
+    way: str,
+    row: int,
+    before: Float[np.ndarray, "place"],
+    after: Float[np.ndarray, "place"],
+    effects: tuple[Any, Any],
+    count: int,
+    filled: bool,
+) -> Int[np.ndarray, "chosen"]:
     if way == "activation":
-        return choices.by_activation(before, after)
+        return choices.first(choices.by_activation(before, after), count)
     if way == "random":
-        return choices.at_random(before, after, np.random.default_rng([7, row]))
-    return choices.by_contrast(before, after)
+        return choices.first(choices.at_random(before, after, np.random.default_rng([7, row])), count)
+    contrast = choices.by_contrast(before, after)
+    if way != "circuit":
+        return choices.first(contrast, count)
+    gain = choices.by_circuit(before, after, effects[0][row], effects[1][row])
+    return choices.filled(gain, contrast, count) if filled else choices.first(gain, count)
 
 
 def _effects(pipe: Pipeline, tcs: TranscoderSet, material: Material, places: Any, advance: Any) -> tuple[Any, Any]:
@@ -159,13 +201,16 @@ def settle(scores: Scores) -> dict[str, tuple[int, float]]:
     return {way: (sae if way == "SAE" else best(way, rows[sae][1]))[1:] for way in WAYS}
 
 
-def report(phases: dict[str, Material], scores: dict[str, Scores], chosen: dict[str, tuple[int, float]]) -> Result:
+def report(
+    phases: dict[str, Material], scores: dict[str, Scores], chosen: dict[str, tuple[int, float]], rules: Round
+) -> Result:
     """Puts tables, figure and verdict together.
 
     Args:
         phases: the cases of calibration and test.
         scores: of both.
         chosen: count and strength of every way.
+        rules: of the round.
     """
     test = scores["test"]
     at = {way: test[way, *chosen[way]] for way in WAYS}
@@ -196,15 +241,15 @@ def report(phases: dict[str, Material], scores: dict[str, Scores], chosen: dict[
         for way in WAYS
     }
     raw["cases"] = [case._asdict() for case in phases["test"].cases]
-    return Result("precision", verdict, tables, {"precision": _figure(test, chosen)}, raw)
+    return Result("precision", verdict, tables, {"precision": _figure(test, chosen, rules)}, raw)
 
 
-def _figure(scores: Scores, chosen: dict[str, tuple[int, float]]) -> Figure:
+def _figure(scores: Scores, chosen: dict[str, tuple[int, float]], rules: Round) -> Figure:
     """Draws success over collateral, a curve of strengths per way and count."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    for axes, count in zip(figure.subplots(1, len(COUNTS), sharex=True, sharey=True), COUNTS, strict=True):
+    figure = Figure(figsize=(1 + 3.3 * len(rules.counts), 3.8), layout="constrained")
+    for axes, count in zip(figure.subplots(1, len(rules.counts), sharex=True, sharey=True), rules.counts, strict=True):
         for way in WAYS:
-            points = [scores[way, count, strength] for strength in STRENGTHS]
+            points = [scores[way, count, strength] for strength in rules.strengths]
             line = [one.outside.mean() for one in points], [one.success.mean() for one in points]
             axes.plot(*line, marker="o", ms=3, label=way)
             if chosen[way][0] == count:

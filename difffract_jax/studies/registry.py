@@ -17,7 +17,14 @@ class Study(Protocol):
     """A study; see `precision.precision` for its arguments."""
 
     def __call__(
-        self, pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: int | None, advance: Advance
+        self,
+        pipe: Pipeline,
+        tcs: TranscoderSet,
+        saes: TranscoderSet,
+        *,
+        size: int | None,
+        advance: Advance,
+        **more: int,
     ) -> Result:
         """Runs it."""
         ...

@@ -22,6 +22,8 @@ class StudyConfig(Settings):
     """Which study, see below."""
     size: int | None = Field(None, ge=2)
     """Cases of the test instead of the registered number, to try a study out; results of fewer are no result."""
+    round: int | None = Field(None, ge=1, le=2)
+    """Which registered round of `precision`; the last when left out."""
     transcoders: str = "organism"
     """Transcoders of the organism's MLPs: `organism`, or a directory."""
     saes: str = "organism-saes"
