@@ -171,7 +171,9 @@ def test_settings_are_matched_in_collateral():
     scores = {(way, 8, 1.0): made_up([False] * 4, 0.3) for way in ("contrast", "activation", "random")}
     scores |= {("SAE", 8, 1.0): made_up([True, False, False, False], 0.1)}
     scores |= {("SAE", 8, 2.0): made_up([True, True, False, False], 0.2)}
-    scores |= {("circuit", 8, s): made_up([True] * n + [False] * (4 - n), 0.1 * s) for s, n in ((1, 2), (2, 3), (3, 4))}
+    scores |= {
+        ("circuit", 8, s): made_up([True] * n + [False] * (4 - n), 0.1 * s) for s, n in ((1.0, 2), (2.0, 3), (3.0, 4))
+    }
     chosen = settle(scores)
     assert chosen["SAE"] == (8, 2.0) and chosen["circuit"] == (8, 2)  # the third, better, has more collateral
     assert chosen["random"] == (8, 1.0)  # none is within: the least
