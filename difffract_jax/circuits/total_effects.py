@@ -21,17 +21,20 @@ from jaxtyping import Array, Float, Int
 
 from difffract_jax.circuits.engine import Output
 from difffract_jax.circuits.record import Weights
-from difffract_jax.circuits.replacement import Replacement, Sites, prepare_steps, site
+from difffract_jax.circuits.replacement import Replacement, Sites, prepare, prepare_steps, site
 from difffract_jax.circuits.trace import Span
 from difffract_jax.models.blocks import DoubleBlock, Groups, SingleBlock, Streams, both, join, split
 from difffract_jax.transcoders.transcoder import TranscoderSet
+
+FEW = 1024
+"""Transcoders of no more features have a place for each of them, so that traces of all prompts share a compilation."""
 
 
 class TotalEffects(NamedTuple):
     """What every source adds to an output, in its units. Groups are img, txt and joint; layers those of the model.
 
     Attributes:
-        features: of the active features, [step layer rows active] per group.
+        features: of the active features, [step layer rows active] per group; 0 in places that fill up.
         index: which features they are, of the same shape.
         errors: of the sites' errors, [step layer rows] per group.
         text: of the text embedding, which all steps share.
@@ -58,7 +61,7 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     """
     if output.step != span.info.step:
         raise ValueError(f"The output lies in step {output.step}, but effects are on the last step, {span.info.step}.")
-    prepared = prepare_steps(span.traces, tcs)
+    prepared = _prepare(span, tcs)
     weights, stacks = prepared[0].record.weights, Groups(*(sites.stack for sites in prepared[0].sites))
     slim = [
         one._replace(
@@ -75,6 +78,13 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     found = _effects(weights, stacks, stacked, taken, output.velocity.astype(dtype), output.latents.astype(dtype))
     index = Groups(*(sites.layers.index for sites in stacked.sites))
     return TotalEffects(found.features, index, found.errors, found.text, found.noise)
+
+
+def _prepare(span: Span, tcs: TranscoderSet) -> tuple[Replacement, ...]:
+    if tcs.config.features > FEW:
+        return prepare_steps(span.traces, tcs)
+    every = Groups(*(tcs.config.features if stack is not None else 0 for stack in (tcs.img, tcs.txt, tcs.joint)))
+    return tuple(prepare(trace, tcs, active=every) for trace in span.traces)
 
 
 class _Factors(NamedTuple):

@@ -98,9 +98,7 @@ def deep_circuit(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, tar
     """
     span = capture_steps(pipe, tcs, prompt, last=len(plan_run(pipe.config).sigmas) - 2, seed=seed)
     output = resolve(pipe, span, parse_target(target))
-    return attribute(
-        span, tcs, target=output, max_nodes=NODES, expansion_batch=AT_A_TIME, min_attribution=SMALLEST
-    )
+    return attribute(span, tcs, target=output, max_nodes=NODES, expansion_batch=AT_A_TIME, min_attribution=SMALLEST)
 
 
 def crossing(graph: Graph) -> Crossing:
@@ -149,8 +147,8 @@ def report(found: Sequence[Crossing], depth: int, runs: Sequence[tuple[str, int,
     where = {name: max(tables[f"By step of the {name}"], key=lambda row: row["of all crossing"]) for name in ENDS}
     block = max(tables["By block of the target"], key=lambda row: row["of all crossing"])
     verdict = (
-        f"In {len(found)} runs {mean:.1%} (95% interval {low:.1%} to {high:.1%}) of the attribution into the image side "
-        f"has its source on the text side. Most of what crosses enters in block {block['block']} "
+        f"In {len(found)} runs {mean:.1%} (95% interval {low:.1%} to {high:.1%}) of the attribution into the image "
+        f"side has its source on the text side. Most of what crosses enters in block {block['block']} "
         f"({block['of all crossing']:.0%}) and in step {where['target']['step']} "
         f"({where['target']['of all crossing']:.0%})."
     )

@@ -25,8 +25,9 @@ from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import Reading
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies.cases import Case, Material
-from difffract_jax.studies.choices import SIDES, Places, removals
+from difffract_jax.studies.choices import SIDES, Places, first, removals
 from difffract_jax.studies.metrics import SAME_PLACE, distances
+from difffract_jax.studies.outcomes import mean_with_interval
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 NOTHING = -2
@@ -52,7 +53,9 @@ def drawn_colour(case: Case) -> str:
     return CONCEPTS.get(thing.noun, thing.colour)
 
 
-def effects_on(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]) -> list[TotalEffects]:
+def effects_on(
+    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]
+) -> list[TotalEffects]:
     """Returns what every source of a run, over all steps, adds to some outputs of its last step.
 
     Args:
@@ -259,3 +262,44 @@ def colour_values(
         along = np.subtract(target.colour, GREY)
         found.append((image[mask] / 255 - GREY).mean(axis=0) @ (along / np.linalg.norm(along)))
     return np.array(found)
+
+
+def random_places(
+    codes: Float[np.ndarray, "case place"],
+    like: Sequence[Int[np.ndarray, "chosen"]],
+    seed: int,
+    allowed: Bool[np.ndarray, "place"] | None = None,
+) -> tuple[Int[np.ndarray, "chosen"], ...]:
+    """Returns active places at random, case by case as many as in another choice.
+
+    Args:
+        codes: of every place.
+        like: the other choice.
+        seed: of this one.
+        allowed: places to choose among; all if left out.
+    """
+    found = []
+    for row, (code, mine) in enumerate(zip(codes, like, strict=True)):
+        score = np.random.default_rng([seed, row]).uniform(0.0, 1.0, code.size)
+        found.append(first(np.where((code > 0) & (True if allowed is None else allowed), score, 0.0), len(mine)))
+    return tuple(found)
+
+
+def counted(one: Looks, colours: Sequence[str], fall: Float64[np.ndarray, "case"]) -> dict[str, Any]:
+    """Returns what a table says of one way.
+
+    Args:
+        one: what its images show.
+        colours: of the objects before, one per case.
+        fall: by how much each colour's value fell.
+
+    Returns:
+        Shares of cases in which the object has lost its colour, and of these with its noun and all others right; in
+        which it keeps its noun, in which all others are right; change elsewhere, fall with its interval, norm.
+    """
+    gone = ~one.has(colours)
+    clean = float((one.noun & one.others)[gone].mean()) if gone.any() else 0.0
+    row = {"colour gone": float(gone.mean()), "of these all else right": clean, "noun": float(one.noun.mean())}
+    row |= {"others right": float(one.others.mean()), "elsewhere": float(one.outside.mean())}
+    mean, low, high = mean_with_interval(fall)
+    return row | {"fall": mean, "95% from": low, "to": high, "norm": float(one.norm.mean())}
