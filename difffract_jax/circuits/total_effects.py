@@ -158,10 +158,10 @@ def _velocity(
 
     @jax.checkpoint
     def step_single(h: Array, layer: Any) -> tuple[Array, None]:
-        block, frozen, *here = layer
+        block, frozen, at, values, error, scales, error_scale = layer
 
         def mlp(_: SingleBlock, x: Array) -> Array:
-            return _write(record.t, stacks.joint, *here, x)
+            return _write(record.t, stacks.joint, at, values, error, scales, error_scale, x)
 
         return block(h, record.cond, frozen=frozen, mlp=mlp)[0], None
 

@@ -17,22 +17,10 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure
 
 from difffract_jax.models.pipeline import Pipeline, encode, plan_run
+from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material, draw
 from difffract_jax.studies.choices import all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
-from difffract_jax.studies.removing import (
-    Looks,
-    Way,
-    colour_values,
-    counted,
-    drawn_colour,
-    effects_on,
-    matched,
-    place_effects,
-    plain,
-    random_places,
-    run_ways,
-)
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -53,31 +41,31 @@ def concept_context(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = No
         size: scenes to draw instead of the registered number.
         advance: gives a progress callback for a named stage.
     """
-    material = draw(pipe, plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+    material = draw(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
     prompts, progress = [case.prompt for case in material.cases], advance("effects")
     around = context_of(pipe, material)
     effects: dict[str, list[np.ndarray]] = {name: [] for name in WHERE}
     for row, case in enumerate(material.cases):
-        target = f"pixels:color={drawn_colour(case)},box={material.box(row)}"
-        (found,) = effects_on(pipe, tcs, case.prompt, case.seed, [target])
+        target = f"pixels:color={removing.drawn_colour(case)},box={material.box(row)}"
+        (found,) = removing.effects_on(pipe, tcs, case.prompt, case.seed, [target])
         for name, where in zip(WHERE, (material, around), strict=True):
-            effects[name].append(place_effects(found, tcs, where.inside[row], where.phrase[row]))
+            effects[name].append(removing.place_effects(found, tcs, where.inside[row], where.phrase[row]))
         progress(row + 1, len(prompts))
     places = all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
-    ways: dict[tuple[Any, ...], Way] = {}
-    random: dict[tuple[Any, ...], Way] = {}
+    ways: dict[tuple[Any, ...], removing.Way] = {}
+    random: dict[tuple[Any, ...], removing.Way] = {}
     for name, where in zip(WHERE, (material, around), strict=True):
         codes = mean_codes(pipe, tcs, where, prompts, advance(f"{name}: codes"))
         for count in COUNTS:
-            way = Way(
+            way = removing.Way(
                 tuple(first(row, count) for row in effects[name]), np.ones(len(prompts)), where.inside, where.phrase
             )
             ways |= {(name, count, strength): way.at(strength) for strength in STRENGTHS}
-            random[name, count] = way._replace(chosen=random_places(codes, way.chosen, count))
-    looks = run_ways(pipe, tcs, material, places, ways, advance("removals"))
+            random[name, count] = way._replace(chosen=removing.random_places(codes, way.chosen, count))
+    looks = removing.run_ways(pipe, tcs, material, places, ways, advance("removals"))
     norms = {name: one.norm for name, one in looks.items()}
-    scaled = matched(pipe, tcs, material, places, random, norms, advance("random: norms"))
-    others = run_ways(pipe, tcs, material, places, scaled, advance("random"))
+    scaled = removing.matched(pipe, tcs, material, places, random, norms, advance("random: norms"))
+    others = removing.run_ways(pipe, tcs, material, places, scaled, advance("random"))
     stacked = {name: np.stack(rows) for name, rows in effects.items()}
     return report(material, stacked, looks, others)
 
@@ -98,8 +86,8 @@ def context_of(pipe: Pipeline, material: Material) -> Material:
 def report(
     material: Material,
     effects: Mapping[str, Float64[np.ndarray, "case place"]],
-    looks: Mapping[tuple[Any, ...], Looks],
-    random: Mapping[tuple[Any, ...], Looks],
+    looks: Mapping[tuple[Any, ...], removing.Looks],
+    random: Mapping[tuple[Any, ...], removing.Looks],
 ) -> Result:
     """Puts tables, figure and verdict together.
 
@@ -109,13 +97,14 @@ def report(
         looks: by where, count and strength.
         random: the same at random.
     """
-    colours = [drawn_colour(case) for case in material.cases]
-    before = colour_values(material, material.images, colours)
+    colours = [removing.drawn_colour(case) for case in material.cases]
+    before = removing.colour_values(material, material.images, colours)
     found = {(*name, "circuit"): one for name, one in looks.items()}
     found |= {(*name, "random"): one for name, one in random.items()}
-    fall = {name: before - colour_values(material, one.images, colours) for name, one in found.items()}
+    fall = {name: before - removing.colour_values(material, one.images, colours) for name, one in found.items()}
     rows = [
-        {"at": name[0], "places": name[1], "strength": name[2], "way": name[3]} | counted(one, colours, fall[name])
+        {"at": name[0], "places": name[1], "strength": name[2], "way": name[3]}
+        | removing.counted(one, colours, fall[name])
         for name, one in found.items()
     ]
     pair = [(name, *COMPARED, "circuit") for name in WHERE]
@@ -152,7 +141,9 @@ def report(
     return Result("concept-context", verdict, tables, {"concept-context": _figure(found, fall, colours)}, raw)
 
 
-def _figure(found: Mapping[tuple[Any, ...], Looks], fall: Mapping[tuple[Any, ...], Any], colours: list[str]) -> Figure:
+def _figure(
+    found: Mapping[tuple[Any, ...], removing.Looks], fall: Mapping[tuple[Any, ...], Any], colours: list[str]
+) -> Figure:
     """Draws what the object keeps and what changes, over the number of places."""
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     measures = (

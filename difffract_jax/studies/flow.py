@@ -18,14 +18,12 @@ from matplotlib.figure import Figure
 
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.graph import TXT, Graph
-from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.pruning import edge_scores
-from difffract_jax.circuits.trace import capture_steps
 from difffract_jax.config import UserError
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.studies import removing
 from difffract_jax.studies.cases import draw
 from difffract_jax.studies.outcomes import mean_with_interval
-from difffract_jax.studies.removing import drawn_colour, plain
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -72,9 +70,9 @@ def flow(
     if prompts is not None:
         runs = [(prompt, 0, "velocity:") for prompt in prompts]
     else:
-        material = draw(pipe, plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+        material = draw(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
         runs = [
-            (case.prompt, case.seed, f"pixels:color={drawn_colour(case)},box={material.box(row)}")
+            (case.prompt, case.seed, f"pixels:color={removing.drawn_colour(case)},box={material.box(row)}")
             for row, case in enumerate(material.cases)
         ]
     if not runs:
@@ -96,8 +94,7 @@ def deep_circuit(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, tar
         seed: of its starting noise.
         target: as text, see `outputs`.
     """
-    span = capture_steps(pipe, tcs, prompt, last=len(plan_run(pipe.config).sigmas) - 2, seed=seed)
-    output = resolve(pipe, span, parse_target(target))
+    span, (output,) = removing.explained(pipe, tcs, prompt, seed, [target])
     return attribute(span, tcs, target=output, max_nodes=NODES, expansion_batch=AT_A_TIME, min_attribution=SMALLEST)
 
 
@@ -142,8 +139,8 @@ def report(found: Sequence[Crossing], depth: int, runs: Sequence[tuple[str, int,
         tables[f"By block of the {name}"] = rows
     for end, name in enumerate(ENDS):
         cells = [f"{step}, {block}" for step in range(text.shape[2]) for block in names]
-        flat = (a[:, end].reshape(len(found), -1) for a in (text, every))
-        tables[f"By step and block of the {name}"] = _rows(*flat, "step, block", cells)
+        some, whole = (a[:, end].reshape(len(found), -1) for a in (text, every))
+        tables[f"By step and block of the {name}"] = _rows(some, whole, "step, block", cells)
     where = {name: max(tables[f"By step of the {name}"], key=lambda row: row["of all crossing"]) for name in ENDS}
     block = max(tables["By block of the target"], key=lambda row: row["of all crossing"])
     verdict = (

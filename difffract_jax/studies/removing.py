@@ -14,11 +14,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, UInt8
 
 from difffract_jax.circuits.edits import Edit
+from difffract_jax.circuits.engine import Output
+from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.outputs import GREY, PixelTarget, parse_target, resolve
 from difffract_jax.circuits.region import box_mask
 from difffract_jax.circuits.sweeps import AT_ONCE, steer_batch
 from difffract_jax.circuits.total_effects import TotalEffects, total_effects
-from difffract_jax.circuits.trace import capture_steps
+from difffract_jax.circuits.trace import Span, capture_steps
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
 from difffract_jax.organism.evaluate import held_out, see
@@ -53,20 +55,37 @@ def drawn_colour(case: Case) -> str:
     return CONCEPTS.get(thing.noun, thing.colour)
 
 
-def effects_on(
+def explained(
     pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]
-) -> list[TotalEffects]:
-    """Returns what every source of a run, over all steps, adds to some outputs of its last step.
+) -> tuple[Span, list[Output]]:
+    """Records all steps of a run, and resolves outputs of its last step.
 
     Args:
         pipe: the pipeline.
         tcs: its transcoders.
         prompt: of the run.
         seed: of its starting noise.
-        targets: as text, see `outputs`.
+        targets: as text, see `outputs`; no features.
     """
     span = capture_steps(pipe, tcs, prompt, last=len(plan_run(pipe.config).sigmas) - 2, seed=seed)
-    return [total_effects(span, tcs, resolve(pipe, span, parse_target(target))) for target in targets]
+    parsed = [parse_target(target) for target in targets]
+    return span, [resolve(pipe, span, target) for target in parsed if not isinstance(target, Feature)]
+
+
+def effects_on(
+    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]
+) -> list[TotalEffects]:
+    """Returns what every source of a run, over all steps, adds to some outputs of its last step.
+
+    Args:
+        pipe: this and the rest as in `explained`.
+        tcs: transcoders.
+        prompt: of the run.
+        seed: of its noise.
+        targets: the outputs.
+    """
+    span, outputs = explained(pipe, tcs, prompt, seed, targets)
+    return [total_effects(span, tcs, output) for output in outputs]
 
 
 def place_effects(

@@ -16,22 +16,10 @@ from matplotlib.figure import Figure
 
 from difffract_jax.circuits.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material, draw
 from difffract_jax.studies.choices import Places, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
-from difffract_jax.studies.removing import (
-    Looks,
-    Way,
-    colour_values,
-    counted,
-    drawn_colour,
-    effects_on,
-    matched,
-    place_effects,
-    plain,
-    random_places,
-    run_ways,
-)
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -66,23 +54,23 @@ def steps(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advanc
         size: scenes to draw instead of the registered number.
         advance: gives a progress callback for a named stage.
     """
-    material = draw(pipe, plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
-    colours, progress = [drawn_colour(case) for case in material.cases], advance("effects")
+    material = draw(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+    colours, progress = [removing.drawn_colour(case) for case in material.cases], advance("effects")
     divided, effects = [], []
     for row, case in enumerate(material.cases):
         target = f"pixels:color={colours[row]},box={material.box(row)}"
-        (found,) = effects_on(pipe, tcs, case.prompt, case.seed, [target])
+        (found,) = removing.effects_on(pipe, tcs, case.prompt, case.seed, [target])
         divided.append(shares(found))
-        effects.append(place_effects(found, tcs, material.inside[row], material.phrase[row]))
+        effects.append(removing.place_effects(found, tcs, material.inside[row], material.phrase[row]))
         progress(row + 1, len(material.cases))
     places = all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
     codes = mean_codes(pipe, tcs, material, [case.prompt for case in material.cases], advance("codes"))
     ways = chosen_ways(places, material, np.stack(effects))
-    looks = run_ways(pipe, tcs, material, places, ways, advance("removals"))
+    looks = removing.run_ways(pipe, tcs, material, places, ways, advance("removals"))
     random = random_ways(places, material, codes, ways)
     norms = {name: one.norm for name, one in looks.items()}
-    ways = matched(pipe, tcs, material, places, random, norms, advance("random: norms"))
-    others = run_ways(pipe, tcs, material, places, ways, advance("random"))
+    ways = removing.matched(pipe, tcs, material, places, random, norms, advance("random: norms"))
+    others = removing.run_ways(pipe, tcs, material, places, ways, advance("random"))
     return report(material, divided, looks, others)
 
 
@@ -105,7 +93,7 @@ def shares(found: TotalEffects) -> Shares:
 
 def chosen_ways(
     places: Places, material: Material, effects: Float64[np.ndarray, "case place"]
-) -> dict[tuple[Any, ...], Way]:
+) -> dict[tuple[Any, ...], removing.Way]:
     """Returns the removals by (step, count, strength); step "all" chooses among those of all steps.
 
     Args:
@@ -118,14 +106,14 @@ def chosen_ways(
         here = np.ones_like(places.step, bool) if step == "all" else places.step == step
         for count in COUNTS:
             chosen = tuple(first(np.where(here, row, 0.0), count) for row in effects)
-            way = Way(chosen, np.ones(len(effects)), material.inside, material.phrase)
+            way = removing.Way(chosen, np.ones(len(effects)), material.inside, material.phrase)
             found |= {(step, count, strength): way.at(strength) for strength in STRENGTHS}
     return found
 
 
 def random_ways(
-    places: Places, material: Material, codes: np.ndarray, ways: Mapping[tuple[Any, ...], Way]
-) -> dict[tuple[Any, ...], Way]:
+    places: Places, material: Material, codes: np.ndarray, ways: Mapping[tuple[Any, ...], removing.Way]
+) -> dict[tuple[Any, ...], removing.Way]:
     """Returns for every step and count as many active places at random of that step.
 
     Args:
@@ -137,16 +125,16 @@ def random_ways(
     found = {}
     for number, (step, count) in enumerate(dict.fromkeys(name[:2] for name in ways)):
         here = np.ones_like(places.step, bool) if step == "all" else places.step == step
-        chosen = random_places(codes, ways[step, count, STRENGTHS[0]].chosen, number, here)
-        found[step, count] = Way(chosen, np.ones(len(chosen)), material.inside, material.phrase)
+        chosen = removing.random_places(codes, ways[step, count, STRENGTHS[0]].chosen, number, here)
+        found[step, count] = removing.Way(chosen, np.ones(len(chosen)), material.inside, material.phrase)
     return found
 
 
 def report(
     material: Material,
     divided: list[Shares],
-    looks: Mapping[tuple[Any, ...], Looks],
-    random: Mapping[tuple[Any, ...], Looks],
+    looks: Mapping[tuple[Any, ...], removing.Looks],
+    random: Mapping[tuple[Any, ...], removing.Looks],
 ) -> Result:
     """Puts tables, figure and verdict together.
 
@@ -156,15 +144,15 @@ def report(
         looks: by step, count and strength.
         random: the same at random.
     """
-    colours = [drawn_colour(case) for case in material.cases]
-    before = colour_values(material, material.images, colours)
+    colours = [removing.drawn_colour(case) for case in material.cases]
+    before = removing.colour_values(material, material.images, colours)
     fall = {
-        who: {name: before - colour_values(material, one.images, colours) for name, one in found.items()}
+        who: {name: before - removing.colour_values(material, one.images, colours) for name, one in found.items()}
         for who, found in (("circuit", looks), ("random", random))
     }
     rows = [
         {"step": name[0], "places": name[1], "strength": name[2], "way": who}
-        | counted(found[name], colours, fall[who][name])
+        | removing.counted(found[name], colours, fall[who][name])
         for name in looks
         for who, found in (("circuit", looks), ("random", random))
     ]

@@ -23,22 +23,10 @@ from difffract_jax.circuits.labels import Labels
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import contradicting
+from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Case, Material, draw
 from difffract_jax.studies.choices import SIDES, Places, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
-from difffract_jax.studies.removing import (
-    Looks,
-    Way,
-    colour_values,
-    counted,
-    drawn_colour,
-    effects_on,
-    matched,
-    place_effects,
-    plain,
-    random_places,
-    run_ways,
-)
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -68,9 +56,10 @@ def suppressor(
         advance: gives a progress callback for a named stage.
     """
     count, (world, seed) = size or SIZE, SCENES
+    scenes = removing.plain(world, count, seed)
     captions = contradicting(count, CONTRADICTIONS[0]).captions
     drawn = {
-        "scenes": plain(world, count, seed),
+        "scenes": [case for case in scenes if competing_colour(case) != removing.drawn_colour(case)],
         "contradictions": [Case(text, text, CONTRADICTIONS[1] + row, 0) for row, text in enumerate(captions)],
     }
     parts = {}
@@ -87,9 +76,9 @@ def competing_colour(case: Case) -> str:
         case: a right image of two objects, or a concept in a colour not its own.
     """
     objects = parse(case.prompt).objects
-    if objects[case.slot].colour != drawn_colour(case):
+    if objects[case.slot].colour != removing.drawn_colour(case):
         return objects[case.slot].colour
-    return drawn_colour(case._replace(slot=1 - case.slot))
+    return removing.drawn_colour(case._replace(slot=1 - case.slot))
 
 
 def choose(
@@ -106,7 +95,7 @@ def choose(
     return first(np.where(carries, 0.0, -competing), count), first(np.where(carries, own, 0.0), count)
 
 
-Part = tuple[Material, dict[tuple[Any, ...], Looks], list[np.ndarray]]
+Part = tuple[Material, dict[tuple[Any, ...], removing.Looks], list[np.ndarray]]
 
 
 def _measure(pipe: Pipeline, tcs: TranscoderSet, material: Material, name: str, advance: Advance) -> Part:
@@ -114,29 +103,29 @@ def _measure(pipe: Pipeline, tcs: TranscoderSet, material: Material, name: str, 
     progress = advance(f"{name}: effects")
     effects = []
     for row, case in enumerate(material.cases):
-        colours = drawn_colour(case), competing_colour(case)
+        colours = removing.drawn_colour(case), competing_colour(case)
         targets = [f"pixels:color={colour},box={material.box(row)}" for colour in colours]
-        found = effects_on(pipe, tcs, case.prompt, case.seed, targets)
-        effects.append([place_effects(one, tcs, material.inside[row], material.phrase[row]) for one in found])
+        found = removing.effects_on(pipe, tcs, case.prompt, case.seed, targets)
+        effects.append([removing.place_effects(one, tcs, material.inside[row], material.phrase[row]) for one in found])
         progress(row + 1, len(material.cases))
     places = all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
     codes = mean_codes(pipe, tcs, material, [case.prompt for case in material.cases], advance(f"{name}: codes"))
-    ways: dict[tuple[Any, ...], Way] = {}
-    random: dict[tuple[Any, ...], Way] = {}
+    ways: dict[tuple[Any, ...], removing.Way] = {}
+    random: dict[tuple[Any, ...], removing.Way] = {}
     for count in COUNTS:
         pairs = [choose(own, competing, count) for own, competing in effects]
         sets = dict(zip(WAYS, zip(*pairs, strict=True), strict=False))
         sets["both"] = tuple(np.concatenate(pair) for pair in pairs)
         for way, chosen in sets.items():
-            made = Way(chosen, np.ones(len(chosen)), material.inside, material.phrase)
+            made = removing.Way(chosen, np.ones(len(chosen)), material.inside, material.phrase)
             ways |= {(way, count, strength): made.at(strength) for strength in STRENGTHS}
         like = ways["suppressors", count, STRENGTHS[0]]
-        random["random", count] = like._replace(chosen=random_places(codes, like.chosen, count))
-    looks = run_ways(pipe, tcs, material, places, ways, advance(f"{name}: removals"))
+        random["random", count] = like._replace(chosen=removing.random_places(codes, like.chosen, count))
+    looks = removing.run_ways(pipe, tcs, material, places, ways, advance(f"{name}: removals"))
     norms = {("random", *key[1:]): one.norm for key, one in looks.items() if key[0] == "suppressors"}
-    scaled = matched(pipe, tcs, material, places, random, norms, advance(f"{name}: random, norms"))
-    looks |= run_ways(pipe, tcs, material, places, scaled, advance(f"{name}: random"))
-    return material, looks, [choose(*pair, COUNTS[-1])[0] for pair in effects]
+    scaled = removing.matched(pipe, tcs, material, places, random, norms, advance(f"{name}: random, norms"))
+    looks |= removing.run_ways(pipe, tcs, material, places, scaled, advance(f"{name}: random"))
+    return material, looks, [choose(own, competing, COUNTS[-1])[0] for own, competing in effects]
 
 
 def report(places: Places, parts: Mapping[str, Part], labels: Labels | None) -> Result:
@@ -151,18 +140,13 @@ def report(places: Places, parts: Mapping[str, Part], labels: Labels | None) -> 
     raw: dict[str, Any] = {"cases": {}, "rise": {}}
     rises, said = {}, []
     for name, (material, looks, chosen) in parts.items():
-        own, rival = ([f(case) for case in material.cases] for f in (drawn_colour, competing_colour))
-        rise, fall = (
-            {
-                key: sign * (colour_values(material, one.images, c) - colour_values(material, material.images, c))
-                for key, one in looks.items()
-            }
-            for sign, c in ((1, rival), (-1, own))
-        )
+        own, rival = ([f(case) for case in material.cases] for f in (removing.drawn_colour, competing_colour))
+        rise, fall = (_changes(material, looks, colours) for colours in (rival, own))
+        fall = {key: -change for key, change in fall.items()}
         tables[f"{name}: removals"] = [
             {"way": key[0], "places": key[1], "strength": key[2]}
             | _rises(rise[key], looks[key], rival)
-            | counted(looks[key], own, fall[key])
+            | removing.counted(looks[key], own, fall[key])
             for key in sorted(looks, key=lambda key: (WAYS.index(key[0]), key[1:]))
         ]
         pairs = ("suppressors", "random"), ("both", "carriers"), ("suppressors", "carriers")
@@ -172,7 +156,9 @@ def report(places: Places, parts: Mapping[str, Part], labels: Labels | None) -> 
             for a, b in pairs
         ]
         tables[f"{name}: most frequent suppressors"] = frequent(places, chosen, labels)
-        tables[f"{name}: cases"] = [{"drawn": material.drawn, "kept": len(material.cases)}]
+        tables[f"{name}: cases"] = [
+            {"drawn": material.drawn, "kept": len(material.cases)} | _levels(material, own, rival)
+        ]
         rises[name] = rise
         reads = looks["suppressors", *COMPARED].has(rival).mean()
         gap = tables[f"{name}: rise of the competing colour"][0]
@@ -188,7 +174,20 @@ def report(places: Places, parts: Mapping[str, Part], labels: Labels | None) -> 
     return Result("suppressor", verdict, tables, {"suppressor": _figure(parts, rises)}, raw | {"tables": tables})
 
 
-def _rises(rise: Float64[np.ndarray, "case"], one: Looks, rival: Sequence[str]) -> dict[str, float]:
+def _levels(material: Material, own: Sequence[str], rival: Sequence[str]) -> dict[str, float]:
+    values = [float(removing.colour_values(material, material.images, c).mean()) for c in (own, rival)]
+    return dict(zip(("own colour's value", "competing colour's"), values, strict=True))
+
+
+def _changes(
+    material: Material, looks: Mapping[tuple[Any, ...], removing.Looks], colours: Sequence[str]
+) -> dict[tuple[Any, ...], Float64[np.ndarray, "case"]]:
+    """Returns by how much colours' values are higher than in the unedited images, in every way."""
+    before = removing.colour_values(material, material.images, colours)
+    return {key: removing.colour_values(material, one.images, colours) - before for key, one in looks.items()}
+
+
+def _rises(rise: Float64[np.ndarray, "case"], one: removing.Looks, rival: Sequence[str]) -> dict[str, float]:
     mean, low, high = mean_with_interval(rise)
     return {"rise": mean, "rise from": low, "rise to": high, "reads in it": float(one.has(rival).mean())}
 
