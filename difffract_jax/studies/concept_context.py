@@ -161,5 +161,7 @@ def _figure(
         axes.set(title=title, xlabel="features taken away", xscale="log")
         axes.set_xticks(COUNTS, [str(count) for count in COUNTS])
         axes.minorticks_off()
-    figure.axes[0].legend(fontsize=7, title="strength 1 zeroes, 2 inverts", title_fontsize=7)
+    lines = figure.axes[0].get_legend_handles_labels()
+    title = "strength 1 zeroes,\n2 inverts"
+    figure.legend(*lines, loc="outside right center", fontsize=8, title=title, title_fontsize=8)
     return figure

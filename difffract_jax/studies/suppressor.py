@@ -156,6 +156,7 @@ def report(places: Places, parts: Mapping[str, Part], labels: Labels | None) -> 
             for a, b in pairs
         ]
         tables[f"{name}: most frequent suppressors"] = frequent(places, chosen, labels)
+        tables[f"{name}: where suppressors lie"] = where(places, chosen)
         tables[f"{name}: cases"] = [
             {"drawn": material.drawn, "kept": len(material.cases)} | _levels(material, own, rival)
         ]
@@ -214,6 +215,24 @@ def frequent(
     return rows
 
 
+def where(places: Places, chosen: Sequence[Int[np.ndarray, "chosen"]]) -> list[dict[str, Any]]:
+    """Counts chosen places by side and step, as shares of all.
+
+    Args:
+        places: of the transcoders.
+        chosen: places of every case.
+    """
+    every = np.concatenate(chosen)
+    rows = []
+    for group, (kind, side) in enumerate(SIDES):
+        stream = {"img": "image stream", "txt": "text stream", "joint": f"single-stream, {side}"}[kind]
+        mine = places.step[every[places.group[every] == group]]
+        shares = np.bincount(mine, minlength=int(places.step.max()) + 1) / max(len(every), 1)
+        row = {f"step {step}": float(share) for step, share in enumerate(shares)}
+        rows.append({"side": stream} | row | {"all": float(shares.sum())})
+    return rows
+
+
 def _figure(parts: Mapping[str, Part], rises: Mapping[str, Mapping[tuple[Any, ...], np.ndarray]]) -> Figure:
     """Draws rise of the competing colour, and how often the object reads in it, over strength."""
     figure = Figure(figsize=(10, 3.4 * len(parts)), layout="constrained")
@@ -228,6 +247,6 @@ def _figure(parts: Mapping[str, Part], rises: Mapping[str, Mapping[tuple[Any, ..
                 axes[0].plot(STRENGTHS, [rises[name][key].mean() for key in keys], label=f"{way}, {count}", **style)
                 axes[1].plot(STRENGTHS, [looks[key].has(rival).mean() for key in keys], **style)
         axes[0].set(title=f"{name}: rise of the competing colour", xlabel="strength", xticks=STRENGTHS)
-        axes[1].set(title="object reads in it", xlabel="strength", xticks=STRENGTHS, ylim=(-0.02, 1.02))
-    figure.axes[0].legend(fontsize=7)
+        axes[1].set(title="object reads in it", xlabel="strength", xticks=STRENGTHS)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
