@@ -126,7 +126,7 @@ class Way(NamedTuple):
         phrase: text tokens edited.
     """
 
-    chosen: tuple[Int[np.ndarray, "chosen"], ...]
+    chosen: tuple[Int[np.ndarray, "_"], ...]
     strength: Float[np.ndarray, "case"]
     inside: Bool[np.ndarray, "case img"]
     phrase: Bool[np.ndarray, "case txt"]
@@ -285,10 +285,10 @@ def colour_values(
 
 def random_places(
     codes: Float[np.ndarray, "case place"],
-    like: Sequence[Int[np.ndarray, "chosen"]],
+    like: Sequence[Int[np.ndarray, "_"]],
     seed: int,
     allowed: Bool[np.ndarray, "place"] | None = None,
-) -> tuple[Int[np.ndarray, "chosen"], ...]:
+) -> tuple[Int[np.ndarray, "_"], ...]:
     """Returns active places at random, case by case as many as in another choice.
 
     Args:

@@ -193,9 +193,7 @@ def _rises(rise: Float64[np.ndarray, "case"], one: removing.Looks, rival: Sequen
     return {"rise": mean, "rise from": low, "rise to": high, "reads in it": float(one.has(rival).mean())}
 
 
-def frequent(
-    places: Places, chosen: Sequence[Int[np.ndarray, "chosen"]], labels: Labels | None
-) -> list[dict[str, Any]]:
+def frequent(places: Places, chosen: Sequence[Int[np.ndarray, "_"]], labels: Labels | None) -> list[dict[str, Any]]:
     """Lists the features that are chosen in most cases, at whatever step.
 
     Args:
@@ -215,7 +213,7 @@ def frequent(
     return rows
 
 
-def where(places: Places, chosen: Sequence[Int[np.ndarray, "chosen"]]) -> list[dict[str, Any]]:
+def where(places: Places, chosen: Sequence[Int[np.ndarray, "_"]]) -> list[dict[str, Any]]:
     """Counts chosen places by side and step, as shares of all.
 
     Args:
