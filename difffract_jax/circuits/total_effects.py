@@ -8,8 +8,8 @@
    alone, and u passes on what drives it in its proportion.
 
 Zeroing one feature moves the output by minus its effect, as long as no other feature switches on or off and attention
-and norms are held. Effects of sources on one path overlap: their sum is not the output's value. On a graph with every
-feature expanded and no threshold both say the same, which a test holds.
+and norms are held; a test holds that. Effects of sources on one path overlap: their sum is not the output's value. A
+graph with every feature expanded and no threshold says the same.
 """
 
 from functools import partial
