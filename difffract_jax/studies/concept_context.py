@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from difffract_jax.models.pipeline import Pipeline, encode, plan_run
 from difffract_jax.studies import removing
-from difffract_jax.studies.cases import Material, draw
+from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
 from difffract_jax.studies.results import Result
@@ -41,7 +41,7 @@ def concept_context(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = No
         size: scenes to draw instead of the registered number.
         advance: gives a progress callback for a named stage.
     """
-    material = draw(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+    material = removing.right_images(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
     prompts, progress = [case.prompt for case in material.cases], advance("effects")
     around = context_of(pipe, material)
     effects: dict[str, list[np.ndarray]] = {name: [] for name in WHERE}

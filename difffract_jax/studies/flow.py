@@ -22,7 +22,6 @@ from difffract_jax.circuits.pruning import edge_scores
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
-from difffract_jax.studies.cases import draw
 from difffract_jax.studies.outcomes import mean_with_interval
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -70,7 +69,7 @@ def flow(
     if prompts is not None:
         runs = [(prompt, 0, "velocity:") for prompt in prompts]
     else:
-        material = draw(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+        material = removing.right_images(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
         runs = [
             (case.prompt, case.seed, f"pixels:color={removing.drawn_colour(case)},box={material.box(row)}")
             for row, case in enumerate(material.cases)

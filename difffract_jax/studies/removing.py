@@ -21,12 +21,13 @@ from difffract_jax.circuits.region import box_mask
 from difffract_jax.circuits.sweeps import AT_ONCE, steer_batch
 from difffract_jax.circuits.total_effects import TotalEffects, total_effects
 from difffract_jax.circuits.trace import Span, capture_steps
+from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import Reading
 from difffract_jax.organism.world import from_caption
-from difffract_jax.studies.cases import Case, Material
+from difffract_jax.studies.cases import Case, Material, draw
 from difffract_jax.studies.choices import SIDES, Places, first, removals
 from difffract_jax.studies.metrics import SAME_PLACE, distances
 from difffract_jax.studies.outcomes import mean_with_interval
@@ -47,6 +48,26 @@ def plain(world: int, count: int, first_seed: int) -> list[Case]:
     """
     captions = held_out(count, "two shapes", world).captions
     return [Case(prompt, prompt, first_seed + row, row % 2) for row, prompt in enumerate(captions)]
+
+
+def right_images(pipe: Pipeline, cases: Sequence[Case], progress: Progress | None = None) -> Material:
+    """Samples the images of cases and keeps those that are right.
+
+    Args:
+        pipe: the organism.
+        cases: the cases.
+        progress: called with (images done, images in all).
+
+    Raises:
+        UserError: if none is.
+    """
+    material = draw(pipe, cases, progress)
+    if not material.cases:
+        raise UserError(
+            f"None of {len(cases)} images shows what its caption says, so that there is nothing to study; draw more "
+            "cases with a larger size, or give a model that follows its captions."
+        )
+    return material
 
 
 def drawn_colour(case: Case) -> str:

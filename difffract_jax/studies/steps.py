@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from difffract_jax.circuits.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.studies import removing
-from difffract_jax.studies.cases import Material, draw
+from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import Places, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
 from difffract_jax.studies.results import Result
@@ -54,7 +54,7 @@ def steps(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advanc
         size: scenes to draw instead of the registered number.
         advance: gives a progress callback for a named stage.
     """
-    material = draw(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+    material = removing.right_images(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
     colours, progress = [removing.drawn_colour(case) for case in material.cases], advance("effects")
     divided, effects = [], []
     for row, case in enumerate(material.cases):

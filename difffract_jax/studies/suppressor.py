@@ -24,7 +24,7 @@ from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import contradicting
 from difffract_jax.studies import removing
-from difffract_jax.studies.cases import Case, Material, draw
+from difffract_jax.studies.cases import Case, Material
 from difffract_jax.studies.choices import SIDES, Places, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
 from difffract_jax.studies.results import Result
@@ -64,7 +64,7 @@ def suppressor(
     }
     parts = {}
     for name, cases in drawn.items():
-        material = draw(pipe, cases, advance(f"{name}: images"))
+        material = removing.right_images(pipe, cases, advance(f"{name}: images"))
         parts[name] = _measure(pipe, tcs, material, name, advance)
     return report(all_places(tcs, len(plan_run(pipe.config).sigmas) - 1), parts, labels)
 

@@ -14,7 +14,7 @@ from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import contradicting
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies import flow, removing, steps, suppressor
-from difffract_jax.studies.cases import Case, Material, draw
+from difffract_jax.studies.cases import Case, Material
 from difffract_jax.studies.choices import all_places, first
 from difffract_jax.studies.concept_context import context_of
 from random_graphs import random_output_graph
@@ -31,11 +31,19 @@ def quiet(stage):
 @pytest.fixture(scope="module")
 def made():
     pipe, tcs = load_pipeline("organism"), load_transcoders("organism")
-    material = draw(pipe, removing.plain(7, 4, 500))
+    material = removing.right_images(pipe, removing.plain(7, 4, 500))
     case = material.cases[0]
     target = f"pixels:color={removing.drawn_colour(case)},box={material.box(0)}"
     (effects,) = removing.effects_on(pipe, tcs, case.prompt, case.seed, [target])
     return pipe, tcs, material, effects
+
+
+def test_without_a_right_image_there_is_nothing_to_study(made, monkeypatch):
+    pipe, _, material, _ = made
+    nothing = material._replace(cases=())
+    monkeypatch.setattr(removing, "draw", lambda *_: nothing)
+    with pytest.raises(UserError, match="None of 3 images shows what its caption says"):
+        removing.right_images(pipe, removing.plain(7, 3, 500))
 
 
 def test_parts_of_an_output_s_effects_sum_to_one(made):
