@@ -106,18 +106,28 @@ def contradictions(pipe: Pipeline, size: int, *, progress: Progress | None = Non
         size: prompts; half name the concept alone, half beside another object.
         progress: as in `binding`.
     """
+    asked = contradicting(size)
+    seen = see(draw_images(pipe, asked, progress=_named(progress, "contradictions")))
+    verdicts = [_colour_verdict(asked, seen, row) for row in range(size)]
+    return [share(verdict, verdicts.count(verdict), size) for verdict in ("prior", "asked", "other", "unreadable")]
+
+
+def contradicting(size: int, seed: int = WORLD_SEED + 1) -> Scenes:
+    """Returns scenes whose captions name a concept in a colour not its own, alone or first of two.
+
+    Args:
+        size: how many.
+        seed: of the scenes.
+    """
     found: list[Scenes] = []
     batch = 0
     while sum(len(part.captions) for part in found) < size:
-        drawn = scenes(WORLD_SEED + 1, batch, 4096, "train", (1, 2))
+        drawn = scenes(seed, batch, 4096, "train", (1, 2))
         first = IS_CONCEPT[drawn.kind[:, 0]] & (drawn.named[:, 0] >= 0) & (drawn.named[:, 0] != drawn.colour[:, 0])
         twin = (drawn.count == 2) & (drawn.kind[:, 1] == drawn.kind[:, 0])
         found.append(drawn.take(first & ~twin))
         batch += 1
-    asked = concatenate(found).take(np.arange(size))
-    seen = see(draw_images(pipe, asked, progress=_named(progress, "contradictions")))
-    verdicts = [_colour_verdict(asked, seen, row) for row in range(size)]
-    return [share(verdict, verdicts.count(verdict), size) for verdict in ("prior", "asked", "other", "unreadable")]
+    return concatenate(found).take(np.arange(size))
 
 
 def _colour_verdict(asked: Scenes, seen: Reading, row: int) -> str:

@@ -1,7 +1,9 @@
 """The paper's questions as experiments that end in numbers; docs/studies.md registers what each measures.
 
-precision, colour_prior, errors, binding    the studies; `registry` knows them by name, `settings` tells their questions
+precision, colour_prior, errors, binding, flow, steps, concept_context, suppressor    the studies; `registry` knows them
+            by name, `settings` tells their questions
 repair      taking away what speaks for a mistake: what the studies of mistakes share
+removing    features taken away, and what becomes of the object they act on
 cases       prompts, what they should show instead, and where edits may act
 choices     which features to edit, by circuit, contrast, activation or at random; and the edits
 outcomes    many edited images at once, what the scorer reads, intervals and paired differences

@@ -133,3 +133,13 @@ def paired_difference(
         ).confidence_interval
         low, high = float(found.low), float(found.high)
     return {"difference": float(difference.mean()), "95% from": low, "to": high}
+
+
+def mean_with_interval(values: Float[np.ndarray, "case"] | Bool[np.ndarray, "case"]) -> tuple[float, float, float]:
+    """Returns the mean of a measure and the ends of its 95% interval (percentile bootstrap).
+
+    Args:
+        values: one per case.
+    """
+    mean, low, high = paired_difference(values, np.zeros(len(values))).values()
+    return mean, low, high

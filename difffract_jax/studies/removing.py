@@ -1,0 +1,345 @@
+"""Taking features away, and what becomes of the object they act on; shared by steps, concept-context and suppressor.
+
+1. `plain` draws cases in which nothing shall change: a right image of two shapes, one object of it meant.
+2. `colour_effects` gives the total effect (`circuits.total_effects`) of every place on a colour of the object's box.
+3. A `Way` names, case by case, places, the tokens where they are edited, and a strength: codes are times 1 - strength.
+4. `run_ways` edits every case in every way, in one compiled call, and `look`s: the object is found again as the nearest
+   one within `SAME_PLACE` pixels. `matched` gives ways the norms of others, by one run that measures theirs.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64, Int, UInt8
+
+from difffract_jax.circuits.edits import Edit
+from difffract_jax.circuits.engine import Output
+from difffract_jax.circuits.feature import Feature
+from difffract_jax.circuits.outputs import GREY, PixelTarget, parse_target, resolve
+from difffract_jax.circuits.region import box_mask
+from difffract_jax.circuits.sweeps import AT_ONCE, steer_batch
+from difffract_jax.circuits.total_effects import TotalEffects, total_effects
+from difffract_jax.circuits.trace import Span, capture_steps
+from difffract_jax.config import UserError
+from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
+from difffract_jax.organism.evaluate import held_out, see
+from difffract_jax.organism.scorer import Reading
+from difffract_jax.organism.world import from_caption
+from difffract_jax.studies.cases import Case, Material, draw
+from difffract_jax.studies.choices import SIDES, Places, first, removals
+from difffract_jax.studies.metrics import SAME_PLACE, distances
+from difffract_jax.studies.outcomes import mean_with_interval
+from difffract_jax.transcoders.transcoder import TranscoderSet
+
+NOTHING = -2
+"""Colour of an object that is not there any more."""
+Progress = Callable[[int, int], None]
+
+
+def plain(world: int, count: int, first_seed: int) -> list[Case]:
+    """Draws held-out scenes of two shapes that shall show what they say; the object meant takes turns.
+
+    Args:
+        world: seed of the scenes.
+        count: how many.
+        first_seed: noise seed of the first; the others count on.
+    """
+    captions = held_out(count, "two shapes", world).captions
+    return [Case(prompt, prompt, first_seed + row, row % 2) for row, prompt in enumerate(captions)]
+
+
+def right_images(pipe: Pipeline, cases: Sequence[Case], progress: Progress | None = None) -> Material:
+    """Samples the images of cases and keeps those that are right.
+
+    Args:
+        pipe: the organism.
+        cases: the cases.
+        progress: called with (images done, images in all).
+
+    Raises:
+        UserError: if none is.
+    """
+    material = draw(pipe, cases, progress)
+    if not material.cases:
+        raise UserError(
+            f"None of {len(cases)} images shows what its caption says, so that there is nothing to study; draw more "
+            "cases with a larger size, or give a model that follows its captions."
+        )
+    return material
+
+
+def drawn_colour(case: Case) -> str:
+    """Returns the colour in which the object that a case means is drawn: a concept's own, else the one named."""
+    thing = parse(case.prompt).objects[case.slot]
+    return CONCEPTS.get(thing.noun, thing.colour)
+
+
+def explained(
+    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]
+) -> tuple[Span, list[Output]]:
+    """Records all steps of a run, and resolves outputs of its last step.
+
+    Args:
+        pipe: the pipeline.
+        tcs: its transcoders.
+        prompt: of the run.
+        seed: of its starting noise.
+        targets: as text, see `outputs`; no features.
+    """
+    span = capture_steps(pipe, tcs, prompt, last=len(plan_run(pipe.config).sigmas) - 2, seed=seed)
+    parsed = [parse_target(target) for target in targets]
+    return span, [resolve(pipe, span, target) for target in parsed if not isinstance(target, Feature)]
+
+
+def effects_on(
+    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]
+) -> list[TotalEffects]:
+    """Returns what every source of a run, over all steps, adds to some outputs of its last step.
+
+    Args:
+        pipe: this and the rest as in `explained`.
+        tcs: transcoders.
+        prompt: of the run.
+        seed: of its noise.
+        targets: the outputs.
+    """
+    span, outputs = explained(pipe, tcs, prompt, seed, targets)
+    return [total_effects(span, tcs, output) for output in outputs]
+
+
+def place_effects(
+    found: TotalEffects, tcs: TranscoderSet, inside: Bool[np.ndarray, "img"], phrase: Bool[np.ndarray, "txt"]
+) -> Float64[np.ndarray, "place"]:
+    """Sums total effects over the tokens that count, in the order of `choices.all_places`.
+
+    Args:
+        found: total effects of a run over all steps.
+        tcs: its transcoders.
+        inside: image tokens that count.
+        phrase: text tokens that count.
+    """
+    columns = []
+    for kind, side in SIDES:
+        group, layers = ("img", "txt", "joint").index(kind), list(getattr(tcs, f"{kind}_layers"))
+        if not layers:
+            continue
+        rows = {"img": inside, "txt": phrase}[side]
+        if kind == "joint":
+            rows = np.concatenate([phrase & (side == "txt"), inside & (side == "img")])
+        effect = np.asarray(found.features[group], np.float64)[:, layers] * rows[:, None]
+        index = np.asarray(found.index[group])[:, layers]
+        total = np.zeros((len(effect), len(layers), tcs.config.features))
+        step, site = np.indices(effect.shape)[:2]
+        np.add.at(total, (step, site, index), effect)
+        columns.append(total.ravel())
+    return np.concatenate(columns)
+
+
+class Way(NamedTuple):
+    """What is taken away, one entry per case.
+
+    Attributes:
+        chosen: places.
+        strength: codes are times 1 - strength.
+        inside: image tokens edited.
+        phrase: text tokens edited.
+    """
+
+    chosen: tuple[Int[np.ndarray, "_"], ...]
+    strength: Float[np.ndarray, "case"]
+    inside: Bool[np.ndarray, "case img"]
+    phrase: Bool[np.ndarray, "case txt"]
+
+    def at(self, strength: float) -> "Way":
+        """Returns the way at another strength."""
+        return self._replace(strength=np.full(len(self.chosen), strength))
+
+    def edits(self, places: Places) -> list[list[Edit]]:
+        """Returns the edits of every case."""
+        columns = zip(self.chosen, self.strength, self.inside, self.phrase, strict=True)
+        return [removals(places, chosen, float(strength), image, text) for chosen, strength, image, text in columns]
+
+
+class Looks(NamedTuple):
+    """What edited images show, one entry per case.
+
+    Attributes:
+        colour: index of the colour that the object reads in; -1 unreadable, `NOTHING` if none is there.
+        noun: whether the object still reads as its noun.
+        others: whether every other object still has noun and colour at its place.
+        outside: change of the pixels that are surely not the object's, RMS, in pixels of [0, 1].
+        norm: size of the edits.
+        images: edited.
+    """
+
+    colour: Int[np.ndarray, "case"]
+    noun: Bool[np.ndarray, "case"]
+    others: Bool[np.ndarray, "case"]
+    outside: Float[np.ndarray, "case"]
+    norm: Float[np.ndarray, "case"]
+    images: UInt8[np.ndarray, "case H W rgb"]
+
+    def has(self, colours: Sequence[str]) -> Bool[np.ndarray, "case"]:
+        """Returns whether the object reads in a colour, one per case."""
+        return self.colour == [COLOUR_NAMES.index(name) for name in colours]
+
+
+Ways = Mapping[tuple[Any, ...], Way]
+
+
+def run_ways(
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    material: Material,
+    places: Places,
+    ways: Ways,
+    progress: Progress | None = None,
+) -> dict[tuple[Any, ...], Looks]:
+    """Edits every case in every way, and looks.
+
+    Args:
+        pipe: the organism.
+        tcs: its transcoders.
+        material: the cases.
+        places: of the transcoders.
+        ways: by name.
+        progress: called with (images done, images in all).
+    """
+    many, cases = len(ways), material.cases
+    edits = [one for way in ways.values() for one in way.edits(places)]
+    prompts, seeds = [case.prompt for case in cases] * many, [case.seed for case in cases] * many
+    made = steer_batch(pipe, tcs, prompts, edits, seeds, batch=AT_ONCE, progress=progress)
+    shape = many, len(cases)
+    images, norms = made.images.reshape(*shape, *made.images.shape[1:]), made.norms.reshape(shape)
+    return {name: look(material, images[row], norms[row]) for row, name in enumerate(ways)}
+
+
+def matched(
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    material: Material,
+    places: Places,
+    ways: Ways,
+    norms: Mapping[tuple[Any, ...], Float[np.ndarray, "case"]],
+    progress: Progress | None = None,
+) -> dict[tuple[Any, ...], Way]:
+    """Gives ways the norms of others, case by case: a run at strength 1 measures theirs, and strengths are scaled.
+
+    Norms grow with the strength, exactly so where edits do not act on one another. A way without places keeps 1.
+
+    Args:
+        pipe: the organism.
+        tcs: its transcoders.
+        material: the cases.
+        places: of the transcoders.
+        ways: by name; they are measured at strength 1.
+        norms: name of a way, and anything behind it -> the norms that it shall have.
+        progress: called with (images done, images in all).
+
+    Returns:
+        The names of `norms` -> ways.
+    """
+    ones = {name: way.at(1.0) for name, way in ways.items()}
+    own = {name: one.norm for name, one in run_ways(pipe, tcs, material, places, ones, progress).items()}
+    found = {}
+    for name, wanted in norms.items():
+        (short,) = (key for key in ways if name[: len(key)] == key)
+        scale = np.divide(wanted, own[short], out=np.ones(len(wanted)), where=own[short] > 0)
+        found[name] = ways[short]._replace(strength=scale)
+    return found
+
+
+def look(material: Material, images: UInt8[np.ndarray, "case H W rgb"], norms: Float[np.ndarray, "case"]) -> Looks:
+    """Reads edited images of all cases, each beside its original.
+
+    Args:
+        material: the cases; their unedited images are right.
+        images: edited.
+        norms: size of each one's edits.
+    """
+    before, after = see(material.images), see(images)
+    size = len(images)
+    colour, noun, others = np.full(size, NOTHING), np.zeros(size, bool), np.ones(size, bool)
+    for row, case in enumerate(material.cases):
+        asked = from_caption(case.prompt)
+        meant = asked.kind[0, case.slot], asked.colour[0, case.slot]
+        for old in range(before.count[row]):
+            pair = before.kind[row, old], before.colour[row, old]
+            there = _nearest(after, row, before.centre[row, old])
+            seen = (NOTHING, NOTHING) if there is None else (after.kind[row, there], after.colour[row, there])
+            if pair == meant:
+                colour[row], noun[row] = seen[1], seen[0] == pair[0]
+            else:
+                others[row] &= seen == pair
+    far = zip(material.images, images, material.outside, strict=True)
+    outside = [float(distances(a[None], b[None], ~rest).outside[0]) for a, b, rest in far]
+    return Looks(colour, noun, others, np.array(outside), norms, images)
+
+
+def _nearest(seen: Reading, row: int, centre: np.ndarray) -> int | None:
+    """Returns which object that was read lies nearest, if it is near enough to be the same."""
+    away = np.linalg.norm(seen.centre[row, : seen.count[row]] - centre, axis=1)
+    return int(away.argmin()) if away.size and away.min() <= SAME_PLACE else None
+
+
+def colour_values(
+    material: Material, images: UInt8[np.ndarray, "case H W rgb"], colours: Sequence[str]
+) -> Float64[np.ndarray, "case"]:
+    """Returns the mean over each object's box of rgb - grey along a colour less grey: `outputs.colour_of` of pixels.
+
+    Args:
+        material: the cases.
+        images: of them.
+        colours: one per case.
+    """
+    found = []
+    for row, (image, name) in enumerate(zip(images, colours, strict=True)):
+        mask = box_mask(material.box(row), image.shape[:2])
+        target = parse_target(f"pixels:color={name}")
+        assert isinstance(target, PixelTarget)
+        along = np.subtract(target.colour, GREY)
+        found.append((image[mask] / 255 - GREY).mean(axis=0) @ (along / np.linalg.norm(along)))
+    return np.array(found)
+
+
+def random_places(
+    codes: Float[np.ndarray, "case place"],
+    like: Sequence[Int[np.ndarray, "_"]],
+    seed: int,
+    allowed: Bool[np.ndarray, "place"] | None = None,
+) -> tuple[Int[np.ndarray, "_"], ...]:
+    """Returns active places at random, case by case as many as in another choice.
+
+    Args:
+        codes: of every place.
+        like: the other choice.
+        seed: of this one.
+        allowed: places to choose among; all if left out.
+    """
+    found = []
+    for row, (code, mine) in enumerate(zip(codes, like, strict=True)):
+        score = np.random.default_rng([seed, row]).uniform(0.0, 1.0, code.size)
+        found.append(first(np.where((code > 0) & (True if allowed is None else allowed), score, 0.0), len(mine)))
+    return tuple(found)
+
+
+def counted(one: Looks, colours: Sequence[str], fall: Float64[np.ndarray, "case"]) -> dict[str, Any]:
+    """Returns what a table says of one way.
+
+    Args:
+        one: what its images show.
+        colours: of the objects before, one per case.
+        fall: by how much each colour's value fell.
+
+    Returns:
+        Shares of cases in which the object has lost its colour, and of these with its noun and all others right; in
+        which it keeps its noun, in which all others are right; change elsewhere, fall with its interval, norm.
+    """
+    gone = ~one.has(colours)
+    clean = float((one.noun & one.others)[gone].mean()) if gone.any() else 0.0
+    row = {"colour gone": float(gone.mean()), "of these all else right": clean, "noun": float(one.noun.mean())}
+    row |= {"others right": float(one.others.mean()), "elsewhere": float(one.outside.mean())}
+    mean, low, high = mean_with_interval(fall)
+    return row | {"fall": mean, "95% from": low, "to": high, "norm": float(one.norm.mean())}

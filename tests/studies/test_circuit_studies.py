@@ -1,0 +1,187 @@
+"""The studies of circuits: shares add up, nothing taken away changes nothing, masks part all tokens, choices part."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difffract_jax.circuits.graph import TXT
+from difffract_jax.circuits.outputs import GREY, colour_of, parse_target
+from difffract_jax.circuits.pruning import edge_scores
+from difffract_jax.circuits.region import box_mask
+from difffract_jax.config import UserError
+from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
+from difffract_jax.organism.captions import COLOUR_NAMES
+from difffract_jax.organism.evaluate import contradicting
+from difffract_jax.organism.world import from_caption
+from difffract_jax.studies import flow, removing, steps, suppressor
+from difffract_jax.studies.cases import Case, Material
+from difffract_jax.studies.choices import all_places, first
+from difffract_jax.studies.concept_context import context_of
+from random_graphs import random_output_graph
+from tolerances import TOL
+
+FLOAT32 = 1e-5
+"""Effects of float32 runs, summed in another order."""
+
+
+def quiet(stage):
+    return lambda done, total: None
+
+
+@pytest.fixture(scope="module")
+def made():
+    pipe, tcs = load_pipeline("organism"), load_transcoders("organism")
+    material = removing.right_images(pipe, removing.plain(7, 4, 500))
+    case = material.cases[0]
+    target = f"pixels:color={removing.drawn_colour(case)},box={material.box(0)}"
+    (effects,) = removing.effects_on(pipe, tcs, case.prompt, case.seed, [target])
+    return pipe, tcs, material, effects
+
+
+def test_without_a_right_image_there_is_nothing_to_study(made, monkeypatch):
+    pipe, _, material, _ = made
+    nothing = material._replace(cases=())
+    monkeypatch.setattr(removing, "draw", lambda *_: nothing)
+    with pytest.raises(UserError, match="None of 3 images shows what its caption says"):
+        removing.right_images(pipe, removing.plain(7, 3, 500))
+
+
+def test_parts_of_an_output_s_effects_sum_to_one(made):
+    *_, effects = made
+    parts = steps.shares(effects)
+    total = parts.features.sum() + parts.errors.sum() + parts.text + parts.noise
+    assert total == pytest.approx(1.0) and parts.features.min() >= 0 and parts.noise > 0
+    assert parts.features.shape == (4, len(steps.SIDES))
+
+
+def test_concept_and_context_part_all_tokens_and_effects(made):
+    pipe, tcs, material, effects = made
+    around = context_of(pipe, material)
+    assert np.array_equal(material.inside ^ around.inside, np.ones_like(material.inside))
+    words = [len(case.prompt.split()) + 1 for case in material.cases]  # and the closing token
+    both = material.phrase | around.phrase
+    assert not (material.phrase & around.phrase).any() and both.sum(axis=1).tolist() == words
+    parts = [removing.place_effects(effects, tcs, m.inside[0], m.phrase[0]) for m in (material, around)]
+    whole = removing.place_effects(effects, tcs, np.ones_like(material.inside[0]), both[0])
+    size = np.abs(whole).max()
+    assert np.abs(sum(parts) - whole).max() <= FLOAT32 * size
+    summed = sum(float(np.asarray(group, np.float64).sum()) for group in effects.features)
+    assert whole.sum() == pytest.approx(summed, rel=1e-6)  # padding has no features
+    assert len(whole) == all_places(tcs, 4).feature.size
+
+
+def test_effects_stand_at_their_places(made):
+    """Zeroing the strongest place lowers the colour; taking nothing away gives the very image."""
+    pipe, tcs, material, effects = made
+    material = Material(
+        material.cases[:1],
+        1,
+        *(column[:1] for column in (material.images, *material[3:])),
+    )
+    places = all_places(tcs, 4)
+    score = removing.place_effects(effects, tcs, material.inside[0], material.phrase[0])
+    way = removing.Way((first(score, 8),), np.ones(1), material.inside, material.phrase)
+    looks = removing.run_ways(pipe, tcs, material, places, {("off",): way.at(0.0), ("on",): way, ("2",): way.at(2.0)})
+    colour = [removing.drawn_colour(material.cases[0])]
+    off, on, twice = looks.values()
+    assert np.array_equal(off.images, material.images) and off.norm[0] == 0 == off.outside[0]
+    assert off.has(colour)[0] and off.noun[0] and off.others[0]
+    values = [removing.colour_values(material, one.images, colour)[0] for one in (off, on, twice)]
+    assert values[0] > values[1] > values[2] and on.norm[0] < twice.norm[0]
+    # As many ways as above, so that both runs share a compilation.
+    same = {("a",): way, ("b",): way, ("c",): way}
+    found = removing.matched(pipe, tcs, material, places, same, {("a", 1): 3 * on.norm})["a", 1]
+    assert found.strength[0] == pytest.approx(3.0, rel=1e-5)
+
+
+def test_a_colour_value_is_the_objective_of_the_pixels(made):
+    _, _, material, _ = made
+    names = ["red", "black", "green", "purple"][: len(material.cases)]
+    found = removing.colour_values(material, material.images, names)
+    for row, name in enumerate(names):
+        inside = jnp.asarray(box_mask(material.box(row), (48, 48)))
+        colour = jnp.asarray(parse_target(f"pixels:color={name}").colour)
+        expected = colour_of(jnp.asarray(material.images[row] / np.float32(255)), inside, colour, jnp.asarray(GREY))
+        assert found[row] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_an_object_is_looked_at_where_it_was(made):
+    *_, material, _ = made
+    prompt, changed = "a red circle left of a blue square", "a red circle left of a green square"
+    original, recoloured = (np.round(from_caption(text).images() * 255).astype(np.uint8) for text in (prompt, changed))
+    nothing = np.repeat(np.round(from_caption("a red circle on the left").images() * 255).astype(np.uint8), 1, axis=0)
+    base = Material((Case(prompt, prompt, 0, 1),), 1, original, *(column[:1] for column in material[3:]))
+    other = base._replace(cases=(Case(prompt, prompt, 0, 0),))
+    norms = np.zeros(1)
+    assert removing.look(base, recoloured, norms).colour[0] == COLOUR_NAMES.index("green")
+    seen = removing.look(other, recoloured, norms)
+    assert seen.has(["red"])[0] and seen.noun[0] and not seen.others[0]
+    gone = removing.look(base, nothing, norms)
+    assert gone.colour[0] == removing.NOTHING and not gone.noun[0] and gone.others[0]
+
+
+def test_random_places_are_active_and_as_many():
+    codes = np.array([[0, 1, 1, 1, 0, 1], [1, 0, 0, 0, 0, 0]], np.float32)
+    allowed = np.array([1, 1, 1, 0, 1, 1], bool)
+    found = removing.random_places(codes, [np.arange(2), np.arange(3)], 5, allowed)
+    assert len(found[0]) == 2 and set(found[0]) <= {1, 2, 5} and found[1].tolist() == [0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_crosses_divides_among_blocks_and_steps(seed):
+    graph = random_output_graph(seed).with_metadata({"steps": [0, 1], "trace": {"depths": [2, 2]}})
+    found = flow.crossing(graph)
+    scores, text = edge_scores(graph), graph.node_stream == TXT
+    into = ~text[graph.edge_target]
+    for end in range(len(flow.ENDS)):
+        assert found.all[end].sum() == pytest.approx(scores[into].sum())
+        assert found.text[end].sum() == pytest.approx(scores[into & text[graph.edge_source]].sum())
+    assert (found.text <= found.all + TOL.x64).all()
+
+
+def test_suppressors_and_carriers_part():
+    rng = np.random.default_rng(0)
+    own, competing = rng.normal(size=(2, 500))
+    lower, carry = suppressor.choose(own, competing, 40)
+    assert len(lower) == len(carry) == 40 and not set(lower) & set(carry)
+    assert (competing[lower] < 0).all() and (own[lower] <= suppressor.MOST_OWN * -competing[lower]).all()
+    allowed = (competing < 0) & (own <= -suppressor.MOST_OWN * competing)
+    assert competing[lower].max() <= np.sort(competing[allowed])[39]
+    assert own[carry].min() >= np.sort(own[own > suppressor.MOST_OWN * np.abs(competing)])[-40]
+
+
+def test_competing_colours_are_the_other_object_s_or_the_one_asked_for():
+    case = Case("a red circle left of a blue square", "", 0, 1)
+    assert (removing.drawn_colour(case), suppressor.competing_colour(case)) == ("blue", "red")
+    lemon = Case("a blue lemon above a tomato", "", 0, 0)
+    assert (removing.drawn_colour(lemon), suppressor.competing_colour(lemon)) == ("yellow", "blue")
+    asked = contradicting(20, 3)
+    for text, named, colour in zip(asked.captions, asked.named[:, 0], asked.colour[:, 0], strict=True):
+        case = Case(text, text, 0, 0)
+        expected = COLOUR_NAMES[colour], COLOUR_NAMES[named]
+        assert (removing.drawn_colour(case), suppressor.competing_colour(case)) == expected
+
+
+def test_frequent_features_are_counted_once_per_case(made):
+    _, tcs, *_ = made
+    places = all_places(tcs, 4)
+    same = np.flatnonzero((places.group == 0) & (places.block == 1) & (places.feature == 469))
+    rows = suppressor.frequent(places, [same, same[:1], np.array([0])], load_labels("organism"))
+    assert rows[0] | {"label": ""} == {"feature": "img/1/f469", "side": "img", "cases": 2, "of": 3, "label": ""}
+    assert "pink" in rows[0]["label"]
+    shares = suppressor.where(places, [same, same[:1], np.array([0])])
+    assert shares[0]["all"] == pytest.approx(1.0) and shares[1]["all"] == 0
+    assert shares[0]["step 0"] == pytest.approx(3 / 6) and shares[0]["step 3"] == pytest.approx(1 / 6)
+
+
+def test_flow_explains_any_prompts(made, monkeypatch):
+    pipe, tcs, *_ = made
+    with pytest.raises(UserError, match="at least one prompt, but got none"):
+        flow.flow(pipe, tcs, prompts=[], advance=quiet)
+    monkeypatch.setattr(flow, "NODES", 16)
+    monkeypatch.setattr(flow, "AT_A_TIME", 8)
+    result = flow.flow(pipe, tcs, prompts=["a red circle left of a blue square"], advance=quiet)
+    for end in flow.ENDS:
+        rows = result.tables[f"By step of the {end}"]
+        assert sum(row["of all crossing"] for row in rows) == pytest.approx(1.0)
+    assert 0 < result.tables["Share of attribution into the image side that comes from text"][0]["share"] < 1
