@@ -33,6 +33,7 @@ from difffract_jax.circuits.record import Reading, Record
 from difffract_jax.circuits.replacement import Replacement, Sources, run
 from difffract_jax.circuits.walk import Sizes, Stack, dot_rows, double_block, single_block, sizes_for, walk
 from difffract_jax.models.blocks import Groups, Streams, both
+from difffract_jax.ops import query_blocks
 
 
 class Layout(NamedTuple):
@@ -116,7 +117,7 @@ def pull(
             again.
     """
     count, boundary = targets.layer.shape[0], replacement.record.boundary
-    sizes = sizes_for(count, sum(h.nbytes for h in boundary), jax.default_backend())
+    sizes = _sizes(replacement, count, jax.default_backend())
     # Highest first: then those that have begun at any block are the first so many.
     order = jnp.argsort(-targets.enters, stable=True)
     more = sizes.batch - count
@@ -132,6 +133,14 @@ def pull(
         return pulled
     back = jnp.argsort(order)
     return jax.tree.map(lambda leaf: leaf[back], pulled)
+
+
+def _sizes(replacement: Replacement, count: int, platform: str) -> Sizes:
+    """Divides targets for a platform."""
+    record = replacement.record
+    shape, itemsize = record.frozen.q.shape[1:], record.boundary.img.dtype.itemsize
+    one = shape[0] * record.boundary.img.shape[1] * itemsize
+    return sizes_for(count, one, platform, blockwise=query_blocks(shape, shape[0], itemsize) > 0)
 
 
 @jax.jit
