@@ -247,6 +247,10 @@ def trace(
     include_padding: opt.IncludePadding = None,
     latents: opt.Latents = None,
     noise: opt.Noise = None,
+    model_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "model_dtype")] = None,
+    transcoder_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "transcoder_dtype")] = None,
+    precision: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "precision")] = None,
+    mesh: Annotated[str | None, opt.option(TraceConfig, "mesh")] = None,
     activations: Annotated[Path | None, opt.option(TraceConfig, "activations")] = None,
     out: Annotated[Path | None, opt.option(TraceConfig, "out")] = None,
     export_json: Annotated[Path | None, opt.option(TraceConfig, "export_json")] = None,
@@ -263,25 +267,30 @@ def trace(
     opt.check_out(settings.out, ".npz")
     if settings.export_json:
         opt.check_out(settings.export_json, ".json")
-    from difffract_jax.circuits.attribution import attribute
+    from difffract_jax.circuits.attribution import attribute, usable
     from difffract_jax.circuits.outputs import parse_target
     from difffract_jax.circuits.reference_json import write_reference_json
     from difffract_jax.circuits.requests import read_steps, read_weights, resolve_all
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.report import emit, graph_summary, progress
+    from difffract_jax.sharding import make_mesh, parse_mesh
 
+    devices = usable(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
     asked = [parse_target(text) for text in _listed(settings.target)]
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    pipe = load_pipeline(settings.model, dtype=_dtype(settings.model_dtype))
+    tcs = load_transcoders(settings.transcoders, dtype=_dtype(settings.transcoder_dtype))
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
-    expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
+    expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution", "precision"})
     targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
+    sources = {"model": pipe.source, "transcoders": tcs.source}
+    del pipe  # what the trace does not hold of it is memory for the pull-back
     with progress("Expanding nodes") as advance:
-        graph = attribute(captured, tcs, target=targets, **expansion, progress=advance)
+        graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
     _warn_cut(captured.info.cut)
-    graph = graph.with_metadata(provenance("trace", settings, model=pipe.source, transcoders=tcs.source))
+    graph = graph.with_metadata(provenance("trace", settings, **sources))
     graph.save(settings.out)
     if settings.export_json:
         write_reference_json(graph, settings.export_json)

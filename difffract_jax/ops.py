@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-
 WHOLE_PATTERN = 2**26
 """Bytes of an attention pattern that is held whole; a larger one is computed head by head, and in blocks of queries."""
 PATTERN_BLOCK = 2**24
@@ -140,7 +139,7 @@ def attend(
     blocks = query_blocks(q.shape, k.shape[0], np.promote_types(q.dtype, np.float32).itemsize)
     if not blocks:
         return some(q, k, v, bias)
-    # Reverse mode keeps q and k alone, and computes a block's pattern once more, for all cotangents pulled back together.
+    # Reverse mode keeps q and k alone, and computes a block's pattern once more, for all cotangents that go together.
     again = jax.checkpoint(some, prevent_cse=False)  # the loop itself keeps the two computations apart
     rows = None if bias is None else jnp.broadcast_to(jnp.asarray(bias), (q.shape[1], q.shape[0], k.shape[0]))
 

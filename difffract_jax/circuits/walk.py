@@ -28,7 +28,7 @@ from difffract_jax.models.blocks import Groups, Streams, both, modulations
 PULL_BYTES = 2**20
 """Cotangents pulled through a block at a time: few enough for a processor's cache; accelerators take them all."""
 PULL_TOGETHER = 8
-"""Targets pulled through a block together at least where its attention pattern is computed once more for every piece."""
+"""Targets pulled through a block together at least, where each such piece computes the attention pattern once more."""
 CONTRACT_TARGETS = 64
 """Targets at most for which gathered decoder vectors are used together."""
 PIECE_COST = 10
@@ -300,10 +300,11 @@ def dot_rows(
     """
 
     def one_by_one(first: Array, cotangent: Array, vectors: Array) -> Array:
-        # One target at a time stays in the cache, and a product with ones is vectorised where a sum over columns is not.
+        # One target at a time stays in the cache; a product with ones is vectorised where a sum over columns is not.
         ones = jnp.ones(vectors.shape[1], vectors.dtype)
         numbers = first + jnp.arange(count, dtype=jnp.int32)
-        return jax.lax.map(lambda target: (cotangent[target] * vectors) @ ones, numbers)
+        products = lambda target: jnp.matmul(cotangent[target] * vectors, ones, precision="highest")  # noqa: E731
+        return jax.lax.map(products, numbers)
 
     def together(first: Array, cotangent: Array, vectors: Array) -> Array:
         return jnp.sum(_some(cotangent, first, count) * vectors[None], axis=2)

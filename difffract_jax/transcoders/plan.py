@@ -252,7 +252,7 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
             raise UserError(f"The compiler cannot build the step for {topology.name}: {reason}.") from None
-        found |= asked(str(error), sizes["state"] + sizes["rows"])
+        found |= asked_of(str(error), sizes["state"] + sizes["rows"])
     else:
         found |= memory_of(compiled)
     peak: Any = found["peak"]
@@ -294,7 +294,7 @@ def memory_of(compiled: Any) -> dict[str, Any]:
     return names | {"compiled_flops": costs.get("flops")}
 
 
-def asked(message: str, arguments: int) -> dict[str, int]:
+def asked_of(message: str, arguments: int) -> dict[str, int]:
     """Returns what a program would have needed that the compiler refused for want of memory, as far as it says so.
 
     Args:
