@@ -305,12 +305,12 @@ def _asked_trace(settings: TraceConfig) -> Any:
     asked = [settings.target] if isinstance(settings.target, str) else settings.target
     output = any(not isinstance(parse_target(one), Feature) for one in asked)
     unit = PATCH * pipeline_shapes(settings.model)["vae"].factor
-    sizes = settings.height, settings.width, settings.text_tokens
-    if None in sizes or any(side % unit for side in sizes[:2] if side):
+    height, width, text_tokens = settings.height, settings.width, settings.text_tokens
+    if height is None or width is None or text_tokens is None or height % unit or width % unit:
         raise UserError(f"A plan needs height and width, multiples of {unit}, and text_tokens; give them in its file.")
-    grid = (settings.height or 0) // unit, (settings.width or 0) // unit
+    grid = height // unit, width // unit
     shards = parse_mesh(settings.mesh).get("data", 1) if settings.mesh else 1
-    size = (grid, settings.text_tokens, min(taken.active, features), settings.expansion_batch, shards)
+    size = (grid, text_tokens, min(taken.active, features), settings.expansion_batch, shards)
     return Asked(config, parts, tcs, blocks_for(config, tcs, output), *size, settings.precision)
 
 

@@ -39,7 +39,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Groups
 from difffract_jax.models.mmdit import FluxConfig, Inputs
 from difffract_jax.sharding import make_mesh
-from difffract_jax.transcoders.plan import Topology, asked_of, bytes_per_chip, memory_of
+from difffract_jax.transcoders.plan import Topology, asked_of, bytes_per_chip, compile_unkept, memory_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 BF16_PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
@@ -185,11 +185,15 @@ def plan_trace(asked: Asked, topology: Topology, note: Callable[[str], None] = l
 def _inputs(asked: Asked) -> tuple[Inputs, Any]:
     """Returns the shapes of what a step is given: the transformer's inputs and the mask of replaceable text."""
     rows, config = asked.grid[0] * asked.grid[1], asked.config
-    wide = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731  (a shorthand for these lines)
+    wide = partial(_shape, jnp.float32)
     guidance = wide() if config.guidance else None
     text, pooled = wide(asked.text_tokens, config.text_width), wide(config.pooled_width)
     inputs = Inputs(wide(rows, config.in_channels), text, pooled, wide(), guidance)
-    return inputs, jax.ShapeDtypeStruct((asked.text_tokens,), bool)
+    return inputs, _shape(jnp.bool_, asked.text_tokens)
+
+
+def _shape(dtype: Any, *axes: int) -> Any:
+    return jax.ShapeDtypeStruct(axes, dtype)
 
 
 def _replacement(asked: Asked) -> Replacement:
@@ -199,14 +203,14 @@ def _replacement(asked: Asked) -> Replacement:
     weights = jax.eval_shape(partial(take_weights, blocks=blocks), model)
     step = partial(record_step, grid=asked.grid, blocks=blocks)
     record: Record = jax.eval_shape(step, model, weights, inputs, mask)._replace(weights=weights)
+    record = record._replace(unpooled=record.reading)
     sites, values = [], []
     for stack, x in zip((asked.tcs.img, asked.tcs.txt, asked.tcs.joint), record.mlp_in, strict=True):
         layers, rows, _ = x.shape
         places = asked.active if stack is not None and layers else 0
-        shape = lambda dtype, *axes: jax.ShapeDtypeStruct(axes, dtype)  # noqa: E731
-        index = shape(jnp.int32, layers, rows, places)
-        sites.append(Sites(stack, SiteLayers(shape(jnp.int32, layers), shape(jnp.bool_, layers, rows), index)))
-        values.append(shape(x.dtype, layers, rows, places))
+        index = _shape(jnp.int32, layers, rows, places)
+        sites.append(Sites(stack, SiteLayers(_shape(jnp.int32, layers), _shape(jnp.bool_, layers, rows), index)))
+        values.append(_shape(x.dtype, layers, rows, places))
     return Replacement(record, Groups(*sites), Sources(record.boundary, Groups(*values), record.mlp_out))
 
 
@@ -217,7 +221,7 @@ def _programs(
     record, sites, sources = replacement
     count, stored = _Counts(asked), bytes_per_chip(tcs)
     call = (model["transformer"], record.weights, *inputs)
-    loaded = bytes_per_chip((model, inputs, record.weights)) - _shared(asked, replacement) + stored
+    loaded = bytes_per_chip((model, inputs, record.weights, record.unpooled)) - _shared(asked, replacement) + stored
     yield _Lowered(
         "record a step", lambda: record_step.lower(*call, asked.grid, asked.blocks), loaded, count.record(), "f32"
     )
@@ -266,7 +270,7 @@ def _compile(one: _Lowered, topology: Topology, seconds_per_flop: float) -> Prog
     found: dict[str, Any] = dict.fromkeys(("arguments", "temporaries", "peak"))
     try:
         with jax.default_matmul_precision("highest"):
-            compiled = one.lower().compile()
+            compiled = compile_unkept(one.lower())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
@@ -302,17 +306,17 @@ class _Counts:
     def record(self) -> float:
         """q, k, v, the output and an MLP of twice four widths: 12 D^2 per row; scores and mixing of values: 2 S D."""
         mlp = 2 * self.asked.config.mlp_ratio
-        return (self.before + self.layers) * (2 * (4 + mlp) * self.square + 4 * self.pattern)
+        return float((self.before + self.layers) * (2 * (4 + mlp) * self.square + 4 * self.pattern))
 
     def encode(self, group: int) -> float:
         """Encodes every row of every layer to count what is active, then again, and decodes."""
         tcs, blocks = self.asked.tcs, self.asked.blocks
         layers = blocks.end - blocks.first if group < 2 else blocks.end_single - blocks.first_single
-        return layers * 6 * self.rows[group] * tcs.config.features * tcs.config.d_model
+        return 6.0 * layers * self.rows[group] * tcs.config.features * tcs.config.d_model
 
     def constant(self) -> float:
         """v and the output: 2 D^2 per row; scores and mixing of values."""
-        return self.layers * (4 * self.square + 4 * self.pattern)
+        return 4.0 * self.layers * (self.square + self.pattern)
 
     def pull(self) -> float:
         """The same but for the scores, which targets share; and K decoder vectors per row of a site."""
@@ -320,4 +324,4 @@ class _Counts:
         groups = group_layers(asked.tcs, asked.config.depth_double)
         read = sum(len(layers) * rows for layers, rows in zip(groups, self.rows, strict=True))
         each = self.layers * (4 * self.square + 2 * self.pattern) + 2 * read * asked.active * asked.config.d_model
-        return asked.targets * each + self.layers * 2 * self.pattern
+        return float(asked.targets * each + self.layers * 2 * self.pattern)

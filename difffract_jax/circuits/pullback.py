@@ -176,7 +176,7 @@ def lower_pull(replacement: Replacement, count: int, platform: str, directed: bo
     """
     sizes, boundary = _sizes(replacement, count, platform), replacement.record.boundary
 
-    def like(*shape: int, dtype: Any = boundary.img.dtype) -> jax.ShapeDtypeStruct:
+    def like(*shape: int, dtype: Any = boundary.img.dtype) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=boundary.img.sharding)
 
     targets = Targets(*(like(sizes.batch, dtype=jnp.int32) for _ in Targets._fields))

@@ -47,7 +47,7 @@ def _equation(equation: Any, args: list[Any]) -> list[Any]:
     """Evaluates one primitive: products rounded, bodies of loops and calls with theirs rounded, all else unchanged."""
     name, params = equation.primitive.name, equation.params
     if name == "dot_general" and params["precision"] != _EXACT:
-        return [_product(*args, params)]
+        return [_product(args[0], args[1], params)]
     if name in _INLINED:
         inner = params.get("jaxpr", params.get("call_jaxpr"))
         # Checkpoints hold an open jaxpr, calls a closed one.

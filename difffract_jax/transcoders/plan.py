@@ -247,7 +247,7 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
     compiled: Any = None
     found: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "peak", "compiled_flops"))
     try:
-        compiled = jit_step(setup.recipe, setup.mesh, state).lower(state, rows).compile()
+        compiled = compile_unkept(jit_step(setup.recipe, setup.mesh, state).lower(state, rows))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
@@ -282,6 +282,21 @@ def held(setup: Setup, model: Mapping[str, Any]) -> dict[str, int]:
         "buffer": bytes_per_chip(store),
         "model": sum(bytes_per_chip(tree, spread(name, tree)) for name, tree in model.items()),
     }
+
+
+def compile_unkept(lowered: Any) -> Any:
+    """Compiles a program without writing it to JAX's compilation cache, which could not read it back without the chip.
+
+    Args:
+        lowered: what `jax.jit`'s `lower` returns.
+    """
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, float("inf"))
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(setting, before)
 
 
 def memory_of(compiled: Any) -> dict[str, Any]:
