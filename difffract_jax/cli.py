@@ -249,6 +249,10 @@ def trace(
     include_padding: opt.IncludePadding = None,
     latents: opt.Latents = None,
     noise: opt.Noise = None,
+    model_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "model_dtype")] = None,
+    transcoder_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "transcoder_dtype")] = None,
+    precision: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "precision")] = None,
+    mesh: Annotated[str | None, opt.option(TraceConfig, "mesh")] = None,
     activations: Annotated[Path | None, opt.option(TraceConfig, "activations")] = None,
     out: Annotated[Path | None, opt.option(TraceConfig, "out")] = None,
     export_json: Annotated[Path | None, opt.option(TraceConfig, "export_json")] = None,
@@ -272,22 +276,33 @@ def trace(
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.report import emit, graph_summary, progress
 
-    asked = [parse_target(text) for text in _listed(settings.target)]
+    asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    types = _dtype(settings.model_dtype), _dtype(settings.transcoder_dtype)
+    pipe, tcs = load_pipeline(settings.model, dtype=types[0]), load_transcoders(settings.transcoders, dtype=types[1])
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
-    expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution"})
+    expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution", "precision"})
     targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
+    record = provenance("trace", settings, model=pipe.source, transcoders=tcs.source)
+    del pipe  # what the trace does not hold of it is memory for the pull-back
     with progress("Expanding nodes") as advance:
-        graph = attribute(captured, tcs, target=targets, **expansion, progress=advance)
+        graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
     _warn_cut(captured.info.cut)
-    graph = graph.with_metadata(provenance("trace", settings, model=pipe.source, transcoders=tcs.source))
+    graph = graph.with_metadata(record)
     graph.save(settings.out)
     if settings.export_json:
         write_reference_json(graph, settings.export_json)
     emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
+
+
+def _devices(settings: TraceConfig) -> Any:
+    """Returns the mesh that the settings ask for; None for one device."""
+    from difffract_jax.circuits.attribution import usable
+    from difffract_jax.sharding import make_mesh, parse_mesh
+
+    return usable(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
 
 
 def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], steps: tuple[int, int]) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax import options as opt
-from difffract_jax.config import UserError, provenance, resolve
+from difffract_jax.config import TraceConfig, UserError, provenance, resolve
 from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, RowSettings, TrainConfig
 
 CAPTION_SEED = 40_000
@@ -21,6 +21,9 @@ AT_ONCE = 8
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
 Topologies = Annotated[
     list[str], typer.Option("--topology", help="TPUs to plan for, as chip and shape; give it as often as wanted.")
+]
+Traced = Annotated[
+    Path | None, typer.Option("--trace", help="YAML file of settings of `difffract trace`, to plan instead.")
 ]
 Mesh = Annotated[
     str | None,
@@ -80,19 +83,26 @@ def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = F
 def plan(
     topology: Topologies,
     config: ConfigFile = None,
+    trace: Traced = None,
     mesh: Mesh = None,
     sets: opt.Sets = None,
     json: opt.Json = False,
 ) -> None:
-    """Say whether training fits TPUs that are not here: memory per chip, FLOPs, communication, by compiling its step.
+    """Say whether training, or a trace, fits TPUs that are not here: memory per chip, FLOPs, by compiling it.
 
     Chips are v5e, v5p and v6e, shapes such as v5e:8x8 or v5p:2x2x1. If neither `--mesh` nor the config's `mesh` says
     how to spread the work, the meshes that should need least memory are compiled, until one fits. Needs the extra
     `tpu`, but no TPU and no weights. A step of FLUX's size that fits takes minutes to compile; one that does not,
-    seconds.
+    seconds. With `--trace` the programs of `difffract trace` are compiled for one chip instead: every chip of a pod
+    holds the same, and takes its share of the targets. Its transcoders are those of the settings' `plan`.
 
-    Example: `difffract plan configs/train-flux-schnell.yaml --topology v5p:2x2x1 --topology v5e:8x8`
+    Example: `difffract plan configs/train-flux-schnell.yaml --topology v5p:2x2x1 --topology v5e:8x8`;
+    a trace: `difffract plan --trace configs/trace-flux-schnell.yaml --topology v5p:2x2x1`
     """
+    if trace is not None:
+        if config is not None or mesh is not None:
+            raise UserError("Plan a training by its CONFIG or a trace by --trace, without --mesh, not both at once.")
+        return _plan_trace(resolve(TraceConfig, file=trace, sets=sets or ()), topology, json)
     settings = resolve(TrainConfig, file=config, sets=sets or ())
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is used, even where there is one
     from difffract_jax.report import emit, planned
@@ -109,6 +119,22 @@ def plan(
         emit({"plans": [found._asdict() for found in plans], "smallest": best and best.topology}, as_json=True)
     else:
         emit(planned(plans, best))
+
+
+def _plan_trace(settings: TraceConfig, topology: list[str], json: bool) -> None:
+    """Plans the trace that the settings describe for one chip of every topology."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is used, even where there is one
+    from difffract_jax.circuits.plan import plan_trace
+    from difffract_jax.report import emit, planned_trace
+    from difffract_jax.transcoders.plan import open_topology
+
+    places, asked = [open_topology(name) for name in topology], _asked_trace(settings)
+    plans = [plan_trace(asked, place, lambda sentence: typer.echo(sentence, err=True)) for place in places]
+    if json:
+        found = [one._asdict() | {"programs": [program._asdict() for program in one.programs]} for one in plans]
+        emit({"plans": found}, as_json=True)
+    else:
+        emit(planned_trace(plans))
 
 
 def train(
@@ -252,6 +278,42 @@ def _work(settings: TrainConfig) -> Any:
     return Work(settings, parse_sites(settings.sites, config), config.d_model, parts)
 
 
+def _asked_trace(settings: TraceConfig) -> Any:
+    """Returns what shall be traced, as shapes alone."""
+    from converters.transcoders import stacked_transcoders
+    from difffract_jax.circuits.feature import Feature
+    from difffract_jax.circuits.outputs import parse_target
+    from difffract_jax.circuits.plan import Asked
+    from difffract_jax.circuits.requests import read_steps
+    from difffract_jax.circuits.trace import blocks_for
+    from difffract_jax.loading import abstract_pipeline, pipeline_shapes
+    from difffract_jax.models.sampler import PATCH
+    from difffract_jax.sharding import parse_mesh
+    from difffract_jax.transcoders.sites import parse_sites
+    from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
+
+    first, last = read_steps(settings.step)
+    if first != last:
+        raise UserError(f"One step is planned at a time, but step is {settings.step}; a trace holds a record of each.")
+    config, parts = abstract_pipeline(settings.model, _dtype_named(settings.model_dtype))
+    sites, taken = parse_sites(settings.plan.sites, config), settings.plan
+    features = round(config.d_model * taken.expansion)
+    shape = TranscoderConfig(d_model=config.d_model, features=features, time_embed=256)
+    dtype = _dtype_named(settings.transcoder_dtype)
+    stacks = [stacked_transcoders(shape, len(at), dtype) if at else None for at in sites]
+    tcs = TranscoderSet(stacks[0], stacks[1], sites.img, sites.txt, shape, "planned", stacks[2], sites.joint)
+    asked = [settings.target] if isinstance(settings.target, str) else settings.target
+    output = any(not isinstance(parse_target(one), Feature) for one in asked)
+    unit = PATCH * pipeline_shapes(settings.model)["vae"].factor
+    height, width, text_tokens = settings.height, settings.width, settings.text_tokens
+    if height is None or width is None or text_tokens is None or height % unit or width % unit:
+        raise UserError(f"A plan needs height and width, multiples of {unit}, and text_tokens; give them in its file.")
+    grid = height // unit, width // unit
+    shards = parse_mesh(settings.mesh).get("data", 1) if settings.mesh else 1
+    size = (grid, text_tokens, min(taken.active, features), settings.expansion_batch, shards)
+    return Asked(config, parts, tcs, blocks_for(config, tcs, output), *size, settings.precision)
+
+
 def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     """Returns the model, spread over a mesh if one is given, and its world's captions if it has a world."""
     from difffract_jax.loading import load_pipeline
@@ -267,9 +329,13 @@ def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
 
 
 def _dtype(settings: RowSettings) -> Any:
+    return _dtype_named(settings.model_dtype)
+
+
+def _dtype_named(name: str) -> Any:
     import jax.numpy as jnp
 
-    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[settings.model_dtype]
+    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
 
 
 def _world(settings: RowSettings) -> Any:

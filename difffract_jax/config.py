@@ -67,6 +67,17 @@ class GenerateConfig(Settings):
     """Precision of weights and activations."""
 
 
+class PlannedTrace(Settings):
+    """What `difffract plan --trace` takes for granted of transcoders that need not be there, and of their codes."""
+
+    sites: tuple[str, ...] = ("img/*", "txt/*")
+    """MLPs that have a transcoder, as in img/3-18, txt/*, single/*."""
+    expansion: float = Field(16.0, gt=0)
+    """Features of a transcoder over channels of the model."""
+    active: int = Field(256, ge=1)
+    """Places for features per position: the most that are active at any position; a trace counts them."""
+
+
 class TraceConfig(Settings):
     """Settings of `difffract trace`: the circuit of one or several targets, at one denoising step or over several."""
 
@@ -109,6 +120,18 @@ class TraceConfig(Settings):
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+    model_dtype: Literal["f32", "bf16"] = "f32"
+    """Type of the model's weights in memory; what is recorded and traced is float32 either way. FLUX's own files hold
+    bfloat16, so that bf16 loses nothing and takes half the memory."""
+    transcoder_dtype: Literal["f32", "bf16"] = "f32"
+    """Type of the transcoders' weights in memory; bf16 rounds them, and takes half the memory."""
+    precision: Literal["f32", "bf16"] = "f32"
+    """Products of the pull-back: full float32, or factors rounded to bfloat16 and sums in float32; then the error is
+    measured on the first target, printed, and kept in the graph."""
+    mesh: str | None = None
+    """Devices that share targets out among them, as in data=8; one when left out."""
+    plan: PlannedTrace = PlannedTrace()
+    """For `difffract plan --trace` alone."""
     activations: Path | None = None
     """`.npz` file of a PyTorch run's activations, from `python -m converters.torch_trace`, to trace instead of a run of
     ours; step, seed and sizes are the file's, and the prompt must be."""

@@ -104,16 +104,24 @@ def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[Flux
     Raises:
         UserError: as `load_pipeline`, if it is none of these.
     """
-    if str(model) in PRESETS and not Path(model).is_dir():
-        shapes = {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
-    else:
-        path = _model_path(model)
-        if is_diffusers_directory(path):
-            config = pipeline_config(path)
-        else:
-            config = pipeline_config_from_json(_read_kind(path, "pipeline")["config"], path)
-        shapes = {name: getattr(config, name) for name in PARTS}
+    shapes = pipeline_shapes(model)
     return shapes["transformer"], _abstract_parts(shapes, dtype)
+
+
+def pipeline_shapes(model: str | Path) -> dict[str, Any]:
+    """Returns the shape of every part of a pipeline.
+
+    Args:
+        model: as for `abstract_pipeline`.
+    """
+    if str(model) in PRESETS and not Path(model).is_dir():
+        return {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
+    path = _model_path(model)
+    if is_diffusers_directory(path):
+        config = pipeline_config(path)
+    else:
+        config = pipeline_config_from_json(_read_kind(path, "pipeline")["config"], path)
+    return {name: getattr(config, name) for name in PARTS}
 
 
 def identified(pipe: Pipeline, path: Path) -> Pipeline:

@@ -10,12 +10,17 @@
 Einsum letters: q and k positions, h heads, d head_dim.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+WHOLE_PATTERN = 2**26
+"""Bytes of an attention pattern that is held whole; a larger one is computed head by head, and in blocks of queries."""
+PATTERN_BLOCK = 2**24
+"""Bytes of such a block: about what a processor's last cache holds; accelerators lose little by it."""
 
 
 def widen(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -111,8 +116,9 @@ def attend(
     *,
     scale: float,
     bias: Float[Array | np.ndarray, "#h q k"] | None = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "q h d"]:
-    """Mixes values by softmax(scale q k^T + bias).
+    """Mixes values by softmax(scale q k^T + bias); a pattern above `WHOLE_PATTERN` is never whole in memory.
 
     Args:
         q: queries.
@@ -120,11 +126,59 @@ def attend(
         v: values.
         scale: factor of the scores.
         bias: added to the scaled scores; -inf where a query must not see a key.
+        precision: of the scores; JAX's default if left out.
 
     Returns:
         One mixed value per query and head.
     """
-    return jnp.einsum("hqk,khd->qhd", attention_pattern(q, k, scale=scale, bias=bias).astype(v.dtype), v)
+
+    def some(q: Array, k: Array, v: Array, bias: Any) -> Array:
+        pattern = attention_pattern(q, k, scale=scale, bias=bias, precision=precision)
+        return jnp.einsum("hqk,khd->qhd", pattern.astype(v.dtype), v)
+
+    blocks = query_blocks(q.shape, k.shape[0], np.promote_types(q.dtype, np.float32).itemsize)
+    if not blocks:
+        return some(q, k, v, bias)
+    # Reverse mode keeps q and k alone, and computes a block's pattern once more, for all cotangents that go together.
+    again = jax.checkpoint(some, prevent_cse=False)  # the loop itself keeps the two computations apart
+    rows = None if bias is None else jnp.broadcast_to(jnp.asarray(bias), (q.shape[1], q.shape[0], k.shape[0]))
+
+    def head(part: tuple[Array, Array, Array, Any]) -> Array:
+        q, k, v, bias = part
+        queries = (_in_blocks(q, blocks), None if bias is None else _in_blocks(bias, blocks))
+        mixed = jax.lax.map(
+            lambda at: again(at[0][:, None], k[:, None], v[:, None], None if at[1] is None else at[1][None]), queries
+        )
+        return mixed.reshape(-1, v.shape[1])[: q.shape[0]]
+
+    turned = (x.transpose(1, 0, 2) for x in (q, k, v))
+    return jax.lax.map(head, (*turned, rows)).transpose(1, 0, 2)
+
+
+def _in_blocks(rows: Float[Array, "rows columns"], blocks: int) -> Float[Array, "blocks block columns"]:
+    """Cuts rows into equal blocks; the last is filled up."""
+    block = -(-rows.shape[0] // blocks)
+    return jnp.pad(rows, ((0, blocks * block - rows.shape[0]), (0, 0))).reshape(blocks, block, -1)
+
+
+def query_blocks(shape: tuple[int, ...], keys: int, itemsize: int) -> int:
+    """Returns into how many blocks a head's queries are divided; 0 where the whole pattern of all heads is held.
+
+    Args:
+        shape: of the queries, [q h d].
+        keys: number of keys.
+        itemsize: bytes of a number of the pattern.
+
+    Example:
+        >>> query_blocks((320, 8, 64), 320, 4), query_blocks((1536, 24, 128), 1536, 4)
+        (0, 1)
+        >>> query_blocks((4608, 24, 128), 4608, 4)
+        6
+    """
+    queries, heads, _ = shape
+    if heads * queries * keys * itemsize <= WHOLE_PATTERN:
+        return 0
+    return min(queries, -(-queries * keys * itemsize // PATTERN_BLOCK))
 
 
 def attention_pattern(
@@ -133,10 +187,11 @@ def attention_pattern(
     *,
     scale: float,
     bias: Float[Array | np.ndarray, "#h q k"] | None = None,
+    precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "h q k"]:
     """Returns softmax(scale q k^T + bias) in at least float32; every row adds up to 1."""
     wide = np.promote_types(q.dtype, np.float32)
-    scores = scale * jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide)
+    scores = scale * jnp.einsum("qhd,khd->hqk", q, k, preferred_element_type=wide, precision=precision)
     return jax.nn.softmax(scores if bias is None else scores + jnp.asarray(bias, wide))
 
 

@@ -127,6 +127,36 @@ def planned(plans: Sequence[Any], smallest: Any) -> dict[str, Any]:
     return {"smallest that fits": best, "plan": rows}
 
 
+def planned_trace(plans: Sequence[Any]) -> dict[str, Any]:
+    """Returns tables of plans of a trace for people: what lies in memory, and every program, topology by topology.
+
+    Args:
+        plans: from `circuits.plan`.
+    """
+    held = ("model", "transcoders", "weights", "record")
+
+    def column(one: Any) -> dict[str, str]:
+        cells = {f"{name}, GiB": _over(getattr(one, name), 2**30) for name in ("temporaries", "peak", "needed")}
+        cells |= {"fits": "yes" if one.fits else "no", "TFLOP": _over(one.flops, 1e12)}
+        cells |= {"s at peak": f"{one.seconds:.3g}", "GB, loops once": _over(one.bytes_accessed, 1e9)}
+        return cells | {"compiled in, s": f"{one.compiled_in:.0f}"}
+
+    def table(plan: Any) -> list[dict[str, str]]:
+        columns = {one.name: column(one) for one in plan.programs}
+        names = next(iter(columns.values()))
+        return [{"per chip": name} | {title: cells[name] for title, cells in columns.items()} for name in names]
+
+    first = plans[0]
+    return {
+        "fits": ", ".join(plan.topology for plan in plans if plan.fits) or "none of these",
+        **{f"{name}, GiB": _over(getattr(first, name), 2**30) for name in held},
+        "targets together, per chip": first.targets,
+        **{f"{plan.topology}: GiB there are": _over(plan.hbm, 2**30) for plan in plans},
+        **{f"{plan.topology}: s per node at peak": f"{plan.seconds_per_node:.3g}" for plan in plans},
+        **{f"{plan.topology}: programs": table(plan) for plan in plans},
+    }
+
+
 def save_image(image: UInt8[np.ndarray, "H W rgb"], path: Path, record: Mapping[str, Any]) -> None:
     """Writes a PNG whose text chunk `difffract_jax` is the record of how it was made, as JSON."""
     info = PngInfo()
@@ -163,6 +193,8 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
     kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
     paths = graph.metadata.get("pooled_path", [])
     pooled = {"share of the frozen pooled path": ", ".join(f"{path['share']:.3g}" for path in paths)} if paths else {}
+    rounding = graph.metadata.get("precision")
+    rounded = {"bfloat16 error": f"{rounding['edge_error']:.2g} of the largest edge"} if rounding else {}
     weighted = [{"target": names[node], "weight": float(graph.root_weights[node])} for node in targets]
     return {
         "target": names[targets[0]],
@@ -170,6 +202,7 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
         "nodes": {kind: count for kind, count in kinds.items() if count},
         "edges": len(graph.edge_attribution),
         "conservation error": conservation_error(graph) if known else None,
+        **rounded,
         **pooled,
         "strongest sources": rows,
     }

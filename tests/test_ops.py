@@ -10,6 +10,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_timestep_embedding
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
+from difffract_jax import ops
 from difffract_jax.ops import (
     attend,
     attention_pattern,
@@ -96,6 +97,42 @@ def test_attention_is_pytorch_s(masked):
     assert relative_error(ours, expected) <= TOL.f32_block
     pattern = attention_pattern(jnp.asarray(q), jnp.asarray(k), scale=8**-0.5, bias=given)
     assert relative_error(pattern.sum(axis=-1), np.ones((2, 3))) <= TOL.f32_block
+
+
+@pytest.mark.parametrize(("queries", "masked"), [(37, True), (40, False)])
+def test_attention_in_blocks_is_attention_as_a_whole(x64, monkeypatch, queries, masked):
+    q, k, v, cotangent = (
+        jnp.asarray(normal(n, 3, 8, seed=s, dtype=np.float64)) for s, n in enumerate((queries, 23, 23, queries))
+    )
+    bias = np.where(np.arange(23)[None, None] > np.arange(queries)[None, :, None] + 5, -np.inf, 0.0) if masked else None
+
+    def both_ways():
+        mixed, pull = jax.vjp(lambda q, k, v: attend(q, k, v, scale=8**-0.5, bias=bias), q, k, v)
+        together = jax.vmap(pull)(jnp.stack([cotangent, 2 * cotangent]))
+        return mixed, *pull(cotangent), *together
+
+    whole = both_ways()
+    monkeypatch.setattr(ops, "WHOLE_PATTERN", 0)
+    for size in (2**20, 23 * 8 * 9):  # a head at a time; blocks that leave a remainder
+        monkeypatch.setattr(ops, "PATTERN_BLOCK", size)
+        for ours, expected in zip(both_ways(), whole, strict=True):
+            assert relative_error(ours, expected) <= 1e-12  # a few sums of 23 terms in another order
+
+
+def test_no_pattern_above_the_limit_is_ever_whole(monkeypatch):
+    q, k, v = (jnp.asarray(normal(512, 4, 8, seed=s)) for s in range(3))
+
+    def bytes_needed():
+        def pulled(q, k, v, cotangent):
+            return jax.vjp(lambda v: attend(q, k, v, scale=8**-0.5), v)[1](cotangent)
+
+        return jax.jit(pulled).lower(q, k, v, q).compile().memory_analysis().temp_size_in_bytes
+
+    whole = 512 * 512 * 4 * 4
+    assert bytes_needed() >= whole
+    monkeypatch.setattr(ops, "WHOLE_PATTERN", whole - 1)
+    monkeypatch.setattr(ops, "PATTERN_BLOCK", whole // 64)
+    assert bytes_needed() <= whole / 4
 
 
 @pytest.mark.parametrize(("order", "flip", "shift"), [("cos_sin", True, 0), ("sin_cos", False, 1)])

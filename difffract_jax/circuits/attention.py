@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int64
 
+from difffract_jax.circuits.contraction import gather_bytes
 from difffract_jax.circuits.engine import Engine, targets_of
 from difffract_jax.circuits.graph import OUTPUT
 from difffract_jax.circuits.pullback import input_edges, layout_of, pull, velocity_cotangent
@@ -116,7 +117,8 @@ def _walk_directly(engine: Engine, row: int) -> tuple[list[tuple[int, Array]], n
         at = jnp.int32(layer if layer < double else layer - double)
         one = double_block if layer < double else single_block
         empty = jnp.zeros((1, per_layer[int(layer >= double)]), boundary.img.dtype)
-        found = contract_block(one(record, sites, sources, at), empty, (jnp.int32(0), jnp.int32(0)), cotangent, 1)
+        here, corner, gather = one(record, sites, sources, at), (jnp.int32(0), jnp.int32(0)), gather_bytes("cpu")
+        found = contract_block(here, empty, corner, cotangent, 1, gather)
         edges.append(np.asarray(found)[0])
         passed, cotangent = _without_hops(record, sites, cotangent, target, gradient, layer)
         hops.append((layer, passed))

@@ -14,8 +14,10 @@ host (`expansion`). Every target's bias is the affine map evaluated at zero sour
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Literal
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int64
 
 from difffract_jax.circuits import expansion as expanding
@@ -23,6 +25,7 @@ from difffract_jax.circuits.engine import Engine, Output, make_engine, pull_rows
 from difffract_jax.circuits.expansion import Expansion
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import Graph
+from difffract_jax.circuits.pullback import Way
 from difffract_jax.circuits.selection import target_row
 from difffract_jax.circuits.trace import Span, Trace
 from difffract_jax.config import UserError
@@ -44,6 +47,8 @@ def attribute(
     expansion_batch: int = 50,
     min_attribution: float = 1e-3,
     target_batch: int | None = None,
+    mesh: Mesh | None = None,
+    precision: Literal["f32", "bf16"] = "f32",
     progress: Callable[[int, int], None] | None = None,
 ) -> Graph:
     """Traces the circuit behind one target, or several weighted ones.
@@ -58,6 +63,11 @@ def attribute(
         min_attribution: smallest absolute edge kept, in units of its target; features of a smaller value are no sources
             either, as in the reference. 0 keeps all.
         target_batch: targets computed together; memory grows with it. It changes nothing else.
+        mesh: devices that share the targets out among them, along its axis `data`, from `sharding.make_mesh`. Each
+            holds all weights, transcoders and records.
+        precision: of the pull-back's products. `bf16` rounds their factors and sums in float32; recorded values,
+            attention patterns, biases and pre-activations stay in float32. Its error is measured on the first target
+            and kept in the graph's metadata under `precision`.
         progress: called with (nodes expanded, `max_nodes`).
 
     Returns:
@@ -72,10 +82,11 @@ def attribute(
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
-    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)))
+    way = Way(usable(mesh), precision)
+    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), way)
     roots, weights = _roots(engine, wanted)
     state = expanding.start(engine.table, roots, weights, min_attribution)
-    batch = target_batch or _batch(engine, expansion_batch)
+    batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)
     rows, spares = state.targets, None
     while rows.size:
         # Deep targets first, so that shallow ones, whose walk is short, share their batches.
@@ -95,6 +106,7 @@ def attribute(
     }
     record = {"attribution": settings, "trace": asdict(trace.info), "transcoders": tcs.source}
     record |= {"steps": [info.step for info in engine.infos], "pooled_path": _pooled_path(engine, roots)}
+    record |= {"precision": rounding_error(engine, roots[:1], batch)} if precision != "f32" else {}
     if len(wanted) > 1:
         record["target_weights"] = weights.tolist()
     return expanding.compact(state).with_metadata(record)
@@ -148,11 +160,77 @@ def _roots(engine: Engine, wanted: list[tuple[Target, float]]) -> tuple[Int64[np
     return np.array(found, np.int64), np.array([weight for _, weight in wanted])
 
 
-def _batch(engine: Engine, expansion_batch: int) -> int:
-    """Divides an expansion's targets into equal batches, as few as memory allows."""
+def usable(mesh: Mesh | None) -> Mesh | None:
+    """Refuses a mesh that would leave devices idle; one device needs none.
+
+    Args:
+        mesh: of devices that shall share targets out.
+
+    Raises:
+        UserError: if the mesh has devices along another axis than `data`.
+    """
+    if mesh is None:
+        return None
+    other = [f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "data" and size > 1]
+    if other:
+        raise UserError(
+            f"Attribution shares targets out along the mesh axis data alone, but the mesh has {', '.join(other)}; "
+            f"write data={mesh.size}."
+        )
+    return mesh if mesh.size > 1 else None
+
+
+def batch_size(engine: Engine, targets: int, *, limited: bool = True) -> int:
+    """Divides an expansion's targets into equal batches, as few as memory allows; each a multiple of the devices.
+
+    Args:
+        engine: from `make_engine`.
+        targets: of an expansion.
+        limited: whether `LARGEST_BATCH` and `LARGEST_ROWS` limit what a device gets.
+    """
     row = engine.sources * engine.steps[0].record.boundary.img.dtype.itemsize
-    most = max(1, min(LARGEST_BATCH, LARGEST_ROWS // row))
-    return math.ceil(expansion_batch / math.ceil(expansion_batch / most))
+    return divided(targets, row if limited else 0, engine.way.shards)
+
+
+def divided(targets: int, row_bytes: int, shards: int = 1) -> int:
+    """Returns into batches of which size targets are divided.
+
+    Args:
+        targets: how many there are.
+        row_bytes: of one target's edges; 0 for no limit.
+        shards: devices among which a batch is shared out; it is a multiple of them.
+
+    Example:
+        >>> divided(50, 2**20), divided(50, 2**26), divided(50, 2**26, 8)
+        (50, 13, 56)
+    """
+    most = max(1, min(LARGEST_BATCH, LARGEST_ROWS // row_bytes)) * shards if row_bytes else targets
+    equal = math.ceil(targets / math.ceil(targets / most))
+    return math.ceil(equal / shards) * shards
+
+
+def rounding_error(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int) -> dict[str, str | float]:
+    """Measures what an engine's precision costs: its edges against float32 ones.
+
+    Args:
+        engine: from `make_engine`.
+        rows: targets to compare.
+        batch: number of targets the programs are compiled for.
+
+    Returns:
+        `edge_error`, the largest difference of an edge over the largest edge; `conservation_error`, by how much edges
+        and bias miss the pre-activation, over the sum of absolute edges, largest over the targets.
+    """
+    exact = engine._replace(way=engine.way._replace(precision="f32"))
+    ours, theirs = (pull_rows(one, rows, batch) for one in (engine, exact))
+    edges = ours.edges.astype(np.float64)
+    missed = np.abs(edges.sum(axis=1) + ours.bias - ours.preactivation) / np.abs(edges).sum(axis=1)
+    largest = np.max(np.abs(theirs.edges))
+    return {
+        "products": engine.way.precision,
+        "edge_error": float(np.max(np.abs(edges - theirs.edges)) / largest),
+        "conservation_error": float(missed.max()),
+    }
 
 
 def _expand(

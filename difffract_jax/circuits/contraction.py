@@ -16,6 +16,15 @@ ACCELERATOR_GATHER_BYTES = 2**28
 """The same elsewhere."""
 
 
+def gather_bytes(platform: str) -> int:
+    """Returns how many bytes of decoder vectors are gathered at a time.
+
+    Args:
+        platform: `cpu`, `gpu` or `tpu`.
+    """
+    return GATHER_BYTES if platform == "cpu" else ACCELERATOR_GATHER_BYTES
+
+
 def contract(
     edges: Float[Array, "target source"],
     corner: tuple[Array, Array],
@@ -26,6 +35,7 @@ def contract(
     written: Float[Array, "target rows d_model"],
     gate: Float[Array, "d_model"],
     count: int,
+    gather: int,
 ) -> Float[Array, "target source"]:
     """Writes value * (cotangent * gate) . decoder vector for every position, feature and some of the targets.
 
@@ -39,12 +49,12 @@ def contract(
         written: cotangents of what the sublayer's gate lets through to the residual stream.
         gate: factor between the sublayer's output and the residual stream.
         count: how many targets, from the corner's row on.
+        gather: bytes of decoder vectors gathered at a time.
     """
     (rows, active), width = values.shape, written.shape[2]
     if not active:
         return edges
-    most = GATHER_BYTES if jax.default_backend() == "cpu" else ACCELERATOR_GATHER_BYTES
-    vectors = max(1, most // (width * decoder.dtype.itemsize))
+    vectors = max(1, gather // (width * decoder.dtype.itemsize))
     chunk, block = max(1, min(rows, vectors // active)), min(active, vectors)
 
     def product(position: Array, feature: Array, edges: Array) -> Array:

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Int64
 
 from difffract_jax.circuits.expansion import SourceTable
 from difffract_jax.circuits.graph import FEATURE, OUTPUT
-from difffract_jax.circuits.pullback import input_edges, pull, velocity_cotangent
+from difffract_jax.circuits.pullback import Way, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.record import Reading, Weights
 from difffract_jax.circuits.replacement import Replacement, Sources, prepare_steps, run
@@ -62,6 +63,7 @@ class Engine(NamedTuple):
         outputs: targets that are no features; their rows end the table.
         across: whether images are carried back to the latents entering the first step.
         table: what the places of a row of edges stand for.
+        way: devices and precision.
     """
 
     infos: tuple[TraceInfo, ...]
@@ -70,6 +72,7 @@ class Engine(NamedTuple):
     outputs: tuple[Output, ...]
     across: bool
     table: SourceTable
+    way: Way = Way()
 
     @property
     def sources(self) -> int:
@@ -77,20 +80,34 @@ class Engine(NamedTuple):
         return self.table.kind.size - len(self.outputs)
 
 
-def make_engine(trace: Trace | Span, tcs: TranscoderSet, outputs: tuple[Output, ...] = ()) -> Engine:
+def make_engine(
+    trace: Trace | Span,
+    tcs: TranscoderSet,
+    outputs: tuple[Output, ...] = (),
+    way: Way = Way(),  # noqa: B008  (immutable)
+) -> Engine:
     """Prepares the steps of a trace or span.
 
     Args:
         trace: from `capture` or `capture_steps`.
         tcs: the transcoders it was captured for.
         outputs: targets that are no features.
+        way: devices and precision. Of several devices each gets all weights, transcoders and records.
     """
     across = isinstance(trace, Span)
     traces = trace.traces if isinstance(trace, Span) else (trace,)
     infos = tuple(one.info for one in traces)
     steps = prepare_steps(traces, tcs)
     table = source_table(steps, infos, across=across, outputs=[output.step for output in outputs])
-    return Engine(infos, steps, affine_constants(steps, infos, across), outputs, across, table)
+    constants = affine_constants(steps, infos, across)
+    if way.mesh is not None:
+        everywhere = NamedSharding(way.mesh, PartitionSpec())
+        steps, constants = jax.device_put((steps, constants), everywhere)
+        outputs = tuple(
+            one._replace(**jax.device_put({"velocity": one.velocity, "latents": one.latents}, everywhere))
+            for one in outputs
+        )
+    return Engine(infos, steps, constants, outputs, across, table, way)
 
 
 def affine_constants(steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...], across: bool) -> tuple[Reading, ...]:
@@ -99,21 +116,22 @@ def affine_constants(steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...
     with jax.default_matmul_precision("highest"):
         z = jnp.zeros_like(steps[0].record.latents)
         for prepared, info in zip(steps, infos, strict=True):
-            zeros, sites = _no_sources(prepared)
+            zeros, sites = no_sources(prepared)
             if across:
                 zeros = zeros._replace(
                     boundary=_enter(prepared.record.weights, z, jnp.zeros_like(prepared.record.text))
                 )
-            found.append(_run(prepared.record, sites, zeros)._replace(latents=z))
+            found.append(run_affine(prepared.record, sites, zeros)._replace(latents=z))
             if across:
                 z = z + _delta(info) * found[-1].velocity
     return tuple(found)
 
 
-_run = jax.jit(run)
+run_affine = jax.jit(run)
+"""`replacement.run` as a program of its own."""
 
 
-def _no_sources(prepared: Replacement) -> tuple[Sources, Groups]:
+def no_sources(prepared: Replacement) -> tuple[Sources, Groups]:
     """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
     zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
     zeros = zeros._replace(values=Groups(*(v[:, :, :0] for v in zeros.values)))
@@ -169,14 +187,18 @@ def pull_rows(
     Args:
         engine: from `make_engine`.
         rows: features or outputs; at most `batch`.
-        batch: number of targets the programs are compiled for.
+        batch: number of targets the programs are compiled for; a multiple of the devices.
         spares: of an earlier call whose edges nobody needs any more.
     """
     filled = np.concatenate([rows, np.full(batch - rows.size, -1)]).astype(np.int64)
-    reach = _Reach(engine, filled)
+    # Rows come deepest first. Dealt out like cards, every device gets some of each depth, and all end at about once.
+    dealt = np.arange(batch).reshape(-1, engine.way.shards).T.ravel()
+    reach = _Reach(engine, filled[dealt])
     numbers = reversed(range(len(engine.steps)))
     found = tuple(reach.through(number, None if spares is None else spares[number]) for number in numbers)[::-1]
-    parts = tuple(np.asarray(part)[: rows.size] for part in (*found, reach.inputs()))
+    parts = tuple(np.asarray(part) for part in (*found, reach.inputs()))
+    back = np.argsort(dealt)[: rows.size]
+    parts = tuple(part[: rows.size] if engine.way.shards == 1 else part[back] for part in parts)
     u = read(engine, rows, tuple(step.record.reading for step in engine.steps))
     return Rows(parts, u, read(engine, rows, engine.constants), found)
 
@@ -208,7 +230,7 @@ class _Reach:
                     direction = direction.at[i].set(output.velocity)
                     self.latents = self.latents.at[i].set(output.latents)
             cotangent = velocity_cotangent(prepared, direction)
-        pulled = pull(prepared, targets, cotangent, spare)
+        pulled = pull(prepared, targets, cotangent, spare, self.engine.way)
         if self.engine.across:
             latents, text = _pull_enter(prepared.record.weights, pulled.boundary)
             self.latents, self.text = self.latents + latents, self.text + text

@@ -59,7 +59,8 @@ def enter_double(
     directions = both(lambda weights, m: _through_values(weights, m, mixed), block, mod)
     text = frozen.inv_std1.txt.shape[0]
     joint = jnp.where(stream == 1, position, text + position)
-    pattern = attention_pattern(frozen.q[joint], frozen.k, scale=head_dim**-0.5).transpose(2, 0, 1)
+    pattern = attention_pattern(frozen.q[joint], frozen.k, scale=head_dim**-0.5, precision="highest")
+    pattern = pattern.transpose(2, 0, 1)
     shares = both(lambda p, inv_std: p * inv_std[:, None, None], split(pattern, text), frozen.inv_std1)
     spread = both(lambda p, d: jnp.einsum("sht,thm->tsm", p, d), shares, directions)
     each = jnp.arange(position.shape[0])

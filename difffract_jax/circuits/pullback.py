@@ -26,13 +26,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from difffract_jax.circuits.readout import Targets, target_gradients
 from difffract_jax.circuits.record import Reading, Record
 from difffract_jax.circuits.replacement import Replacement, Sources, run
+from difffract_jax.circuits.rounding import rounded
 from difffract_jax.circuits.walk import Sizes, Stack, dot_rows, double_block, single_block, sizes_for, walk
 from difffract_jax.models.blocks import Groups, Streams, both
+from difffract_jax.ops import query_blocks
+
+PRECISIONS = {"f32": "highest", "bf16": "default"}
+"""Precision of the pull-back's products -> what JAX calls it."""
 
 
 class Layout(NamedTuple):
@@ -85,6 +91,24 @@ class Pulled(NamedTuple):
     boundary: Streams
 
 
+class Way(NamedTuple):
+    """How targets are pulled back; it changes no more than the rounding of their edges.
+
+    Attributes:
+        mesh: devices among which they are shared out, along the axis `data`; None for one device. What is replaced must
+            lie on all of them, see `engine.make_engine`.
+        precision: of the products: `f32`, or `bf16` with sums in float32 and patterns as they were recorded.
+    """
+
+    mesh: Mesh | None = None
+    precision: str = "f32"
+
+    @property
+    def shards(self) -> int:
+        """Devices among which targets are shared out."""
+        return 1 if self.mesh is None else self.mesh.shape["data"]
+
+
 def pull_back(
     replacement: Replacement, targets: Targets, direction: Float[Array, "target img outputs"] | None = None
 ) -> Float[Array, "target source"]:
@@ -104,34 +128,90 @@ def pull(
     targets: Targets,
     direction: Float[Array, "target seq d_model"] | None = None,
     spare: Float[Array, "batch source"] | None = None,
+    way: Way = Way(),  # noqa: B008  (immutable)
 ) -> Pulled:
     """Pulls targets back through the recorded blocks.
 
     Args:
         replacement: from `prepare`.
-        targets: as for `pull_back`.
+        targets: as for `pull_back`. Of several devices each takes its share of them, the first device the first.
         direction: cotangents of the joint residual stream where each direction enters; zeros for features. All
             directions enter at one layer, and no feature lies above.
         spare: edges that an earlier call with as many targets returned, and nobody needs any more: their memory is used
             again.
+        way: devices and precision.
     """
     count, boundary = targets.layer.shape[0], replacement.record.boundary
-    sizes = sizes_for(count, sum(h.nbytes for h in boundary), jax.default_backend())
-    # Highest first: then those that have begun at any block are the first so many.
-    order = jnp.argsort(-targets.enters, stable=True)
-    more = sizes.batch - count
-    filled = jax.tree.map(lambda column: jnp.pad(column[order], (0, more), constant_values=-1), targets)
+    sizes = _sizes(replacement, _ceil(count, way.shards), jax.default_backend())
+    whole = sizes.batch * way.shards
+    more = whole - count
+    filled = jax.tree.map(lambda column: jnp.pad(column, (0, more), constant_values=-1), targets)
+    # Highest first on every device: then those that have begun at any block are the first so many.
+    order = jnp.argsort(-filled.enters.reshape(way.shards, -1), axis=1, stable=True)
+    order = (order + sizes.batch * jnp.arange(way.shards, dtype=order.dtype)[:, None]).ravel()
+    filled = jax.tree.map(lambda column: column[order], filled)
     if direction is not None:
-        direction = jnp.pad(direction[order], ((0, more), (0, 0), (0, 0)))
-    shape, dtype = (sizes.batch, layout_of(replacement.sources).inputs), boundary.img.dtype
+        direction = jnp.pad(direction, ((0, more), (0, 0), (0, 0)))[order]
+    shape, dtype = (whole, layout_of(replacement.sources).inputs), boundary.img.dtype
     if spare is None or spare.shape != shape or spare.dtype != dtype:
-        spare = jnp.zeros(shape, dtype)
-    with jax.default_matmul_precision("highest"):
-        pulled = _pull_back(*replacement, filled, direction, spare, sizes)
-    if bool(jnp.all(order == jnp.arange(count))) and not more:
+        split = None if way.mesh is None else NamedSharding(way.mesh, PartitionSpec("data"))
+        spare = jnp.zeros(shape, dtype, device=split)
+    with jax.default_matmul_precision(PRECISIONS[way.precision]):
+        pulled = _pull_back(*replacement, filled, direction, spare, sizes, way)
+    if bool(jnp.all(order == jnp.arange(whole))) and not more:
         return pulled
-    back = jnp.argsort(order)
+    back = jnp.argsort(order)[:count]
     return jax.tree.map(lambda leaf: leaf[back], pulled)
+
+
+def lower_pull(replacement: Replacement, count: int, platform: str, directed: bool, precision: str) -> Any:
+    """Lowers the pull-back of a batch of targets from shapes alone, as `jax.jit`'s `lower` does.
+
+    Args:
+        replacement: shapes with shardings, as `jax.ShapeDtypeStruct`.
+        count: of targets.
+        platform: to compile for: `cpu`, `gpu` or `tpu`.
+        directed: whether directions of the velocity are among the targets.
+        precision: of the products, see `PRECISIONS`.
+    """
+    sizes, boundary = _sizes(replacement, count, platform), replacement.record.boundary
+
+    def like(*shape: int, dtype: Any = boundary.img.dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=boundary.img.sharding)
+
+    targets = Targets(*(like(sizes.batch, dtype=jnp.int32) for _ in Targets._fields))
+    rows = sum(h.shape[0] for h in boundary)
+    direction = like(sizes.batch, rows, boundary.img.shape[1]) if directed else None
+    spare = spare_rows(replacement, count, platform)
+    with jax.default_matmul_precision(PRECISIONS[precision]):
+        return _pull_back.lower(*replacement, targets, direction, spare, sizes, Way(precision=precision))
+
+
+def spare_rows(replacement: Replacement, count: int, platform: str) -> jax.ShapeDtypeStruct:
+    """Returns the shape of the edges of a batch of targets, placed as the record is.
+
+    Args:
+        replacement: shapes with shardings.
+        count: of targets.
+        platform: that they are computed on.
+    """
+    shape, like = (
+        (_sizes(replacement, count, platform).batch, layout_of(replacement.sources).inputs),
+        replacement.record.t,
+    )
+    return jax.ShapeDtypeStruct(shape, replacement.record.boundary.img.dtype, sharding=like.sharding)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _sizes(replacement: Replacement, count: int, platform: str) -> Sizes:
+    """Divides targets for a platform."""
+    record = replacement.record
+    shape, itemsize = record.frozen.q.shape[1:], record.boundary.img.dtype.itemsize
+    one = shape[0] * record.boundary.img.shape[1] * itemsize
+    return sizes_for(count, one, platform, blockwise=query_blocks(shape, shape[0], itemsize) > 0)
 
 
 @jax.jit
@@ -163,7 +243,7 @@ def _velocity_cotangent(record: Record, direction: Array) -> Array:
     return jnp.pad(jax.vmap(pull_final)(direction)[0], ((0, 0), (boundary.txt.shape[0], 0), (0, 0)))
 
 
-@partial(jax.jit, static_argnames="sizes", donate_argnames="spare")
+@partial(jax.jit, static_argnames=("sizes", "way"), donate_argnames="spare")
 def _pull_back(
     record: Record,
     sites: Groups,
@@ -172,7 +252,31 @@ def _pull_back(
     direction: Array | None,
     spare: Float[Array, "batch source"],
     sizes: Sizes,
+    way: Way = Way(),  # noqa: B008  (immutable)
 ) -> Pulled:
+    """Pulls sorted targets back, on each device its own; devices say nothing to one another."""
+    here = partial(_pull_here, sizes)
+    if way.precision == "bf16":
+        here = rounded(here)
+    if way.mesh is not None:
+        same, split = PartitionSpec(), PartitionSpec("data")
+        # Each device's loops run as often as its targets need, which the check of replicated values cannot follow.
+        here = jax.shard_map(
+            here, mesh=way.mesh, in_specs=(same, same, same, split, split, split), out_specs=split, check_vma=False
+        )
+    return here(record, sites, sources, targets, direction, spare)
+
+
+def _pull_here(
+    sizes: Sizes,
+    record: Record,
+    sites: Groups,
+    sources: Sources,
+    targets: Targets,
+    direction: Array | None,
+    spare: Float[Array, "batch source"],
+) -> Pulled:
+    """Pulls sorted targets back on one device."""
     layout = layout_of(sources)
     gradients = target_gradients(record, sites, targets)
     text_tokens, (double, single), edges = sources.boundary.txt.shape[0], layout.layers, spare

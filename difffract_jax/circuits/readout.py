@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float64, Int
 from difffract_jax.circuits.record import Record
 from difffract_jax.circuits.replacement import Replacement, Sites, site
 from difffract_jax.models.blocks import Groups
+from difffract_jax.ops import widen
 from difffract_jax.transcoders.transcoder import Transcoder
 
 DIRECTION = 3
@@ -133,7 +134,8 @@ def _encoder_rows(
     alpha, beta = jax.vmap(lambda slot: site(stack, slot).scale_shift(record.t))(sites.layers.slot)
     layer = _group_layer(record, targets, group)
     slot = sites.layers.slot[layer]
-    vectors = stack.enc.kernel[slot, :, targets.feature]
     assert stack.enc.bias is not None
-    constant = stack.enc.bias[slot, targets.feature] + jnp.sum(vectors * beta[layer], axis=1)
-    return vectors * (1 + alpha[layer]), constant
+    # Widened where `film` and the encoder widen them, so that bfloat16 transcoders read as they encode.
+    vectors, factor = widen(stack.enc.kernel[slot, :, targets.feature]), widen(1 + alpha[layer])
+    constant = widen(stack.enc.bias[slot, targets.feature]) + jnp.sum(vectors * widen(beta[layer]), axis=1)
+    return vectors * factor, constant

@@ -30,7 +30,7 @@ from difffract_jax.ops import layer_norm, widen
 
 
 class Weights(NamedTuple):
-    """The recorded part of the model, in at least float32. Stacks have a leading layer axis; they may be empty.
+    """The recorded part of the model, in its own type: products widen it. Stacks have a leading layer axis.
 
     Attributes:
         double: the recorded double-stream blocks.
@@ -120,15 +120,18 @@ class Blocks(NamedTuple):
     output: bool
 
 
-@partial(jax.jit, static_argnames="blocks")
 def take_weights(model: MMDiT, blocks: Blocks) -> Weights:
-    """Takes the recorded part of the model's weights."""
-    double, single, final, img_in, txt_in = jax.tree.map(
-        widen, (model.double, model.single, model.final, model.img_in, model.txt_in)
-    )
-    double = jax.tree.map(lambda w: w[blocks.first : blocks.end], double)
-    single = jax.tree.map(lambda w: w[blocks.first_single : blocks.end_single], single)
-    return Weights(double, single, final if blocks.output else None, img_in, txt_in)
+    """Takes the recorded part of the model's weights; whole stacks are not copied."""
+    double = _layers(model.double, blocks.first, blocks.end)
+    single = _layers(model.single, blocks.first_single, blocks.end_single)
+    return Weights(double, single, model.final if blocks.output else None, model.img_in, model.txt_in)
+
+
+@partial(jax.jit, static_argnames=("first", "end"))
+def _layers(stack: Any, first: int, end: int) -> Any:
+    # What a jitted function returns as it was given is the same array: a whole stack is not copied.
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    return stack if (first, end) == (0, depth) else jax.tree.map(lambda w: w[first:end], stack)
 
 
 @partial(jax.jit, static_argnames=("grid", "blocks"))

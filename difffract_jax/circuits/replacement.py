@@ -137,7 +137,7 @@ def prepare(trace: Trace, tcs: TranscoderSet, *, active: Groups | None = None) -
                 stack,
                 blocks,
                 (double, double, single)[i],
-                _GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
+                GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
                 None if active is None else active[i],
             )
             for i, (stack, blocks) in enumerate(zip(stacks, groups, strict=True))
@@ -165,7 +165,9 @@ def group_layers(tcs: TranscoderSet, depth_double: int) -> Groups:
     return Groups(tcs.img_layers, tcs.txt_layers, tuple(depth_double + layer for layer in tcs.joint_layers))
 
 
-class _GroupRecord(NamedTuple):
+class GroupRecord(NamedTuple):
+    """What encoding one group's sites reads of a trace: MLP inputs and outputs, replaceable positions, time."""
+
     mlp_in: Float[Array, "layer rows d_model"]
     mlp_out: Float[Array, "layer rows d_model"]
     replaceable: Bool[Array, "rows"]
@@ -173,7 +175,7 @@ class _GroupRecord(NamedTuple):
 
 
 def _encode_group(
-    stack: Transcoder | None, blocks: tuple[int, ...], recorded: list[int], record: _GroupRecord, most: int | None
+    stack: Transcoder | None, blocks: tuple[int, ...], recorded: list[int], record: GroupRecord, most: int | None
 ) -> tuple[Sites, Array, Array]:
     """Returns one group's sites, feature values and errors."""
     count, rows, _ = record.mlp_in.shape
@@ -188,9 +190,9 @@ def _encode_group(
     if size <= CODE_BYTES:
         codes = _codes(stack, jnp.asarray(slot), live, record)
     if most is None:
-        counted = _count_active(stack, jnp.asarray(slot), live, record) if codes is None else _count(codes)
+        counted = count_active(stack, jnp.asarray(slot), live, record) if codes is None else _count(codes)
         most = min(-(-max(int(counted), 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
-    index, values, errors = _find_active(stack, jnp.asarray(slot), live, record, codes, most)
+    index, values, errors = find_active(stack, jnp.asarray(slot), live, record, codes, most)
     return Sites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
 
 
@@ -200,7 +202,7 @@ def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
 
 
 @jax.jit
-def _codes(stack: Transcoder, slot: Array, live: Array, record: _GroupRecord) -> Float[Array, "layer rows feat"]:
+def _codes(stack: Transcoder, slot: Array, live: Array, record: GroupRecord) -> Float[Array, "layer rows feat"]:
     """Returns the code of every position of every block."""
     return jax.lax.map(lambda at: _code(stack, at[0], at[1], at[2], record.t), (slot, live, record.mlp_in))
 
@@ -216,7 +218,7 @@ def _count(codes: Float[Array, "layer rows feat"]) -> Int[Array, ""]:
 
 
 @jax.jit
-def _count_active(stack: Transcoder, slot: Array, live: Array, record: _GroupRecord) -> Int[Array, ""]:
+def count_active(stack: Transcoder, slot: Array, live: Array, record: GroupRecord) -> Int[Array, ""]:
     """Does what `_count` does, with one block's codes at a time."""
 
     def step(most: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, None]:
@@ -227,8 +229,8 @@ def _count_active(stack: Transcoder, slot: Array, live: Array, record: _GroupRec
 
 
 @partial(jax.jit, static_argnames="most")
-def _find_active(
-    stack: Transcoder, slot: Array, live: Array, record: _GroupRecord, codes: Array | None, most: int
+def find_active(
+    stack: Transcoder, slot: Array, live: Array, record: GroupRecord, codes: Array | None, most: int
 ) -> tuple[Int[Array, "layer rows active"], Float[Array, "layer rows active"], Float[Array, "layer rows d_model"]]:
     """Returns every position's active features, strongest first, their values, and the errors."""
 

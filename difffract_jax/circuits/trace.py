@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 
 from difffract_jax.circuits.record import Blocks, Record, Weights, read_live, record_step, take_weights
 from difffract_jax.config import UserError
+from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.pipeline import (
     EncodedPrompt,
     Pipeline,
@@ -146,7 +147,7 @@ def capture(
         UserError: if the step or a size is out of range, or the transcoders do not fit the model.
     """
     sizes = {"steps": steps, "height": height, "width": width, "text_tokens": text_tokens, "guidance": guidance}
-    blocks = _blocks_for(pipe, tcs, output)
+    blocks = blocks_for(pipe.config.transformer, tcs, output)
     run = plan_run(pipe.config, **sizes)
     return _capture(pipe, prompt, run, blocks, (step, step), seed, latents, include_padding).traces[0]
 
@@ -188,16 +189,24 @@ def capture_steps(
         UserError: as `capture`, or if the steps are not in order.
     """
     sizes = {"steps": steps, "height": height, "width": width, "text_tokens": text_tokens, "guidance": guidance}
-    _blocks_for(pipe, tcs, True)
+    blocks_for(pipe.config.transformer, tcs, True)
     depths = pipe.config.transformer.depth_double, pipe.config.transformer.depth_single
     blocks = Blocks(0, depths[0], 0, depths[1], True)
     run = plan_run(pipe.config, **sizes)
     return _capture(pipe, prompt, run, blocks, (first, last), seed, latents, include_padding)
 
 
-def _blocks_for(pipe: Pipeline, tcs: TranscoderSet, output: bool) -> Blocks:
-    """Returns the blocks that a trace for these transcoders must record."""
-    config = pipe.config.transformer
+def blocks_for(config: FluxConfig, tcs: TranscoderSet, output: bool) -> Blocks:
+    """Returns the blocks that a trace for these transcoders must record.
+
+    Args:
+        config: shape of the model.
+        tcs: the transcoders.
+        output: whether the velocity is recorded.
+
+    Raises:
+        UserError: if the transcoders do not fit the model, or are none.
+    """
     check_fit(tcs, config)
     double = tcs.img_layers + tcs.txt_layers
     if tcs.config.role != "transcoder" or not double + tcs.joint_layers:

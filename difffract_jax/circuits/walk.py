@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from difffract_jax.circuits.contraction import contract
+from difffract_jax.circuits.contraction import contract, gather_bytes
 from difffract_jax.circuits.entry import enter_double, enter_single
 from difffract_jax.circuits.readout import Targets
 from difffract_jax.circuits.record import Record
@@ -27,6 +27,8 @@ from difffract_jax.models.blocks import Groups, Streams, both, modulations
 
 PULL_BYTES = 2**20
 """Cotangents pulled through a block at a time: few enough for a processor's cache; accelerators take them all."""
+PULL_TOGETHER = 8
+"""Targets pulled through a block together at least, where each such piece computes the attention pattern once more."""
 CONTRACT_TARGETS = 64
 """Targets at most for which gathered decoder vectors are used together."""
 PIECE_COST = 10
@@ -41,31 +43,35 @@ class Sizes(NamedTuple):
         enter: into the walk.
         contract: through the contraction with decoder vectors, one of these, ascending, by how many have begun.
         batch: through the program, filled up.
+        gather: bytes of decoder vectors gathered at a time.
     """
 
     pull: int
     enter: int
     contract: tuple[int, ...]
     batch: int
+    gather: int
 
 
-def sizes_for(targets: int, cotangent_bytes: int, backend: str) -> Sizes:
+def sizes_for(targets: int, cotangent_bytes: int, platform: str, *, blockwise: bool = False) -> Sizes:
     """Divides a number of targets.
 
     Args:
         targets: how many there are.
         cotangent_bytes: of one target.
-        backend: of JAX, as in `jax.default_backend()`.
+        platform: that the program is for, as `jax.default_backend()` tells: `cpu`, `gpu` or `tpu`.
+        blockwise: whether attention patterns are too large to be held; see `ops.attend`.
 
     Example:
         >>> sizes_for(50, 320 * 512 * 4, "cpu")
-        Sizes(pull=1, enter=5, contract=(1, 5, 25, 50), batch=50)
+        Sizes(pull=1, enter=5, contract=(1, 5, 25, 50), batch=50, gather=131072)
     """
     most = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
     batch = most * _ceil(targets, most)
     few, half = _divisor(most, max(1, most // 8)), _divisor(most, max(1, most // 2))
-    pull = _divisor(most, max(1, PULL_BYTES // cotangent_bytes)) if backend == "cpu" else most
-    return Sizes(pull, few, tuple(sorted({1, few, half, most})), batch)
+    fitting = max(PULL_TOGETHER if blockwise else 1, PULL_BYTES // cotangent_bytes)
+    pull = _divisor(most, fitting) if platform == "cpu" else most
+    return Sizes(pull, few, tuple(sorted({1, few, half, most})), batch, gather_bytes(platform))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -209,7 +215,7 @@ def walk(
         column = stack.begin + (layer - stack.first) * stack.per_layer
 
         def contract_some(first: Array, count: int, edges: Array) -> Array:
-            return contract_block(here, edges, (first, column), cotangent, count)
+            return contract_block(here, edges, (first, column), cotangent, count, sizes.gather)
 
         def through(first: Array, count: int, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
             return _put(cotangent, jax.vmap(here.pull)(_some(cotangent, first, count)), first)
@@ -255,6 +261,7 @@ def contract_block(
     corner: tuple[Array, Array],
     cotangent: tuple[Array, ...],
     count: int,
+    gather: int,
 ) -> Float[Array, "target source"]:
     """Writes the edges that come from one block's features and errors into `count` targets.
 
@@ -264,12 +271,14 @@ def contract_block(
         corner: first row, and the block's first column.
         cotangent: of the residual streams leaving the block, all targets'.
         count: of targets, from the corner's row on.
+        gather: bytes of decoder vectors gathered at a time.
     """
     row, column = corner
     for sites, values, written, gate in zip(here.sites, here.values, cotangent, here.gates, strict=True):
         if sites.stack is not None:
             decoder, layers = sites.stack.dec.kernel[...], sites.layers
-            edges = contract(edges, (row, column), decoder, layers.slot, layers.index, values, written, gate, count)
+            place = layers.slot, layers.index, values
+            edges = contract(edges, (row, column), decoder, *place, written, gate, count, gather)
         column += values.size
     from_errors = [
         dot_rows(row, count, c, gate[None, :] * error)
@@ -289,8 +298,15 @@ def dot_rows(
         cotangent: all targets' rows.
         vectors: one per row.
     """
-    if jax.default_backend() != "cpu":
+
+    def one_by_one(first: Array, cotangent: Array, vectors: Array) -> Array:
+        # One target at a time stays in the cache; a product with ones is vectorised where a sum over columns is not.
+        ones = jnp.ones(vectors.shape[1], vectors.dtype)
+        numbers = first + jnp.arange(count, dtype=jnp.int32)
+        products = lambda target: jnp.matmul(cotangent[target] * vectors, ones, precision="highest")  # noqa: E731
+        return jax.lax.map(products, numbers)
+
+    def together(first: Array, cotangent: Array, vectors: Array) -> Array:
         return jnp.sum(_some(cotangent, first, count) * vectors[None], axis=2)
-    # One target at a time stays in the cache, and a product with ones is vectorised where a sum over columns is not.
-    ones = jnp.ones(vectors.shape[1], vectors.dtype)
-    return jax.lax.map(lambda target: (cotangent[target] * vectors) @ ones, first + jnp.arange(count, dtype=jnp.int32))
+
+    return jax.lax.platform_dependent(first, cotangent, vectors, cpu=one_by_one, default=together)

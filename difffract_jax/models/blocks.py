@@ -255,7 +255,9 @@ class DoubleBlock(nnx.Module):
             q, k = joint_queries_keys(self, m, cond)
         else:
             q, k = frozen.q, frozen.k
-        mixed = attend(q, k, join(both(values, self, m)), scale=q.shape[-1] ** -0.5)
+        # A recorded pattern stays the recorded one, whatever precision the rest of the replacement is run in.
+        scores = None if frozen is None else "highest"
+        mixed = attend(q, k, join(both(values, self, m)), scale=q.shape[-1] ** -0.5, precision=scores)
         if heads is not None:
             mixed = mixed * heads[None, :, None]
         attn_out = both(lambda s, o: s.attn.proj(merge_heads(o)), self, split(mixed, h.txt.shape[0]))
@@ -361,7 +363,7 @@ class SingleBlock(nnx.Module):
         else:
             q, k = frozen.q, frozen.k
         v = split_heads(_project(self.qkv, x, slice(2 * width, None)), head_dim)
-        mixed = attend(q, k, v, scale=head_dim**-0.5)
+        mixed = attend(q, k, v, scale=head_dim**-0.5, precision=None if frozen is None else "highest")
         if heads is not None:
             mixed = mixed * heads[None, :, None]
         y = run_mlp(self, x) if mlp is None else mlp(self, x)

@@ -247,12 +247,12 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
     compiled: Any = None
     found: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "peak", "compiled_flops"))
     try:
-        compiled = jit_step(setup.recipe, setup.mesh, state).lower(state, rows).compile()
+        compiled = compile_unkept(jit_step(setup.recipe, setup.mesh, state).lower(state, rows))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
             raise UserError(f"The compiler cannot build the step for {topology.name}: {reason}.") from None
-        found |= asked(str(error), sizes["state"] + sizes["rows"])
+        found |= asked_of(str(error), sizes["state"] + sizes["rows"])
     else:
         found |= memory_of(compiled)
     peak: Any = found["peak"]
@@ -284,6 +284,21 @@ def held(setup: Setup, model: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
+def compile_unkept(lowered: Any) -> Any:
+    """Compiles a program without writing it to JAX's compilation cache, which could not read it back without the chip.
+
+    Args:
+        lowered: what `jax.jit`'s `lower` returns.
+    """
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, float("inf"))
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(setting, before)
+
+
 def memory_of(compiled: Any) -> dict[str, Any]:
     """Returns bytes and operations of a compiled program on one chip."""
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
@@ -294,7 +309,7 @@ def memory_of(compiled: Any) -> dict[str, Any]:
     return names | {"compiled_flops": costs.get("flops")}
 
 
-def asked(message: str, arguments: int) -> dict[str, int]:
+def asked_of(message: str, arguments: int) -> dict[str, int]:
     """Returns what a program would have needed that the compiler refused for want of memory, as far as it says so.
 
     Args:

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difffract_jax import ops
 from difffract_jax.circuits import contraction, pullback
 from difffract_jax.circuits.engine import affine_constants
 from difffract_jax.circuits.pullback import pull_back, push_forward
 from difffract_jax.circuits.readout import Targets, preactivations
 from difffract_jax.circuits.replacement import group_layers, prepare, run
 from difffract_jax.circuits.sources import source_table
+from difffract_jax.circuits.trace import capture
 from tolerances import TOL, relative_error
 from traces import VARIANTS, Exact, make_exact
 
@@ -199,6 +201,20 @@ def test_how_decoder_vectors_are_gathered_changes_nothing(x64, monkeypatch):
         monkeypatch.setattr(contraction, "GATHER_BYTES", size)
         pullback._pull_back.clear_cache()
         assert relative_error(pull_back(exact.replacement, targets), usual) <= TOL.x64
+
+
+def test_attention_in_blocks_changes_no_edge(x64, monkeypatch):
+    exact = make_exact(joint=(0, 1))
+    targets = some_targets(exact, 8)
+    usual = pull_back(exact.replacement, targets)
+    monkeypatch.setattr(ops, "WHOLE_PATTERN", 0)
+    monkeypatch.setattr(ops, "PATTERN_BLOCK", 28 * 8 * 5)  # of 28 queries five at a time: the last block is filled up
+    pullback._pull_back.clear_cache()
+    assert relative_error(pull_back(exact.replacement, targets), usual) <= 1e-12
+    again = capture(exact.pipe, exact.tcs, "a red circle", step=1, height=24, width=32, text_tokens=16)
+    for ours, expected in zip(jax.tree.leaves(again.record), jax.tree.leaves(exact.trace.record), strict=True):
+        if np.any(expected):
+            assert relative_error(ours, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -15,7 +15,7 @@ from difffract_jax import cli
 from difffract_jax.config import UserError
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import plan as planning
-from difffract_jax.transcoders.plan import GIB, Topology, Work, asked, communication, meshes, open_topology, plan
+from difffract_jax.transcoders.plan import GIB, Topology, Work, asked_of, communication, meshes, open_topology, plan
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import first_state, set_up
 from difffract_jax.transcoders.sites import Sites
@@ -111,10 +111,10 @@ def test_what_the_compiler_says_when_memory_does_not_suffice_is_read():
     first = (
         "Ran out of memory on HBM, the total memory required for HLO temporaries (1.50G) exceeds available HBM (1G)."
     )
-    assert asked(first, GIB) == {"arguments": GIB, "temporaries": 3 * GIB // 2, "peak": 5 * GIB // 2}
+    assert asked_of(first, GIB) == {"arguments": GIB, "temporaries": 3 * GIB // 2, "peak": 5 * GIB // 2}
     later = "Ran out of memory in memory space hbm. Used 2.00G of 1.00G hbm. Exceeded hbm capacity by 1.00G."
-    assert asked(later, GIB) == {"arguments": GIB, "temporaries": GIB, "peak": 2 * GIB}
-    assert asked("Ran out of memory.", GIB) == {}
+    assert asked_of(later, GIB) == {"arguments": GIB, "temporaries": GIB, "peak": 2 * GIB}
+    assert asked_of("Ran out of memory.", GIB) == {}
 
 
 def test_communication_is_counted_by_kind_with_the_bytes_of_the_results():

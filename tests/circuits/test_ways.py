@@ -1,0 +1,133 @@
+"""Ways to pull targets back: several devices give one graph, bfloat16 products nearly the same one, and say so."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from difffract_jax.circuits.attribution import attribute
+from difffract_jax.circuits.engine import make_engine, pull_rows
+from difffract_jax.circuits.graph import FEATURE
+from difffract_jax.circuits.outputs import parse_target, resolve
+from difffract_jax.circuits.pullback import Way
+from difffract_jax.circuits.rounding import rounded
+from difffract_jax.circuits.selection import strongest_feature
+from difffract_jax.circuits.trace import capture, capture_steps
+from difffract_jax.config import UserError
+from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.report import conservation_error, graph_summary
+from difffract_jax.sharding import make_mesh
+from tolerances import TOL, relative_error
+from traces import make_exact, make_transcoders
+
+SIZE = {"height": 24, "width": 32, "text_tokens": 16}
+
+
+def same_graph(ours, expected, tolerance):
+    """The same nodes, and edges that differ by at most `tolerance` of the largest."""
+    for name in ("kind", "step", "stream", "block", "position", "feature"):
+        assert np.array_equal(getattr(ours, f"node_{name}"), getattr(expected, f"node_{name}")), name
+    assert np.array_equal(ours.edge_source, expected.edge_source)
+    assert np.array_equal(ours.edge_target, expected.edge_target)
+    error = np.abs(ours.edge_attribution - expected.edge_attribution).max() / np.abs(expected.edge_attribution).max()
+    assert error <= tolerance, error
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A trace through to the velocity in float32, and a target of each kind."""
+    exact = make_exact(img=(0, 2), txt=(), joint=(1,), output=True, dtype=jnp.float32)
+    output = resolve(exact.pipe, exact.trace, parse_target("pixels:color=red,box=8,8,24,20"))
+    return exact, [(output, 2.0), (strongest_feature(exact.trace, exact.tcs, "img", 2), 1.0)]
+
+
+def test_eight_devices_give_the_graph_of_one(small):
+    exact, targets = small
+    settings = {"target": targets, "max_nodes": 30, "expansion_batch": 11}
+    alone = attribute(exact.trace, exact.tcs, **settings)
+    shared = attribute(exact.trace, exact.tcs, **settings, mesh=make_mesh({"data": 8}))
+    same_graph(shared, alone, TOL.edge)
+    assert conservation_error(shared) <= TOL.conservation_f32
+    assert relative_error(shared.target_sum, alone.target_sum) <= TOL.sharded
+
+
+def test_rows_on_several_devices_are_the_rows_of_one_over_several_steps(x64):
+    pipe = random_pipeline(seed=3, dtype=jnp.float64)
+    tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(), joint=(1,))
+    span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, **SIZE)
+    output = resolve(pipe, span, parse_target("velocity:"))
+    one, four = (make_engine(span, tcs, (output,), way) for way in (Way(), Way(make_mesh({"data": 4}))))
+    features = np.flatnonzero((one.table.kind == FEATURE) & (one.table.value > 0))
+    rows = np.array([one.sources, *features[[-1, -5, 40, 3, 0]]], np.int64)
+    ours, expected = (pull_rows(engine, rows, 8) for engine in (four, one))
+    scale = np.abs(expected.edges).max(axis=1, keepdims=True)
+    assert np.max(np.abs(ours.edges - expected.edges) / np.where(scale > 0, scale, 1)) <= 1e-12
+    assert len(ours.spares[0].sharding.device_set) == 4
+    again = pull_rows(four, rows[::-1].copy(), 8, ours.spares)
+    assert relative_error(again.edges[::-1], expected.edges) <= 1e-12
+
+
+def test_a_mesh_that_would_leave_devices_idle_is_refused(small):
+    exact, targets = small
+    with pytest.raises(UserError, match="along the mesh axis data alone, but the mesh has feature=4; write data=8"):
+        attribute(exact.trace, exact.tcs, target=targets, mesh=make_mesh({"data": 2, "feature": 4}))
+
+
+def test_bfloat16_products_tell_their_error_and_keep_what_was_recorded(small):
+    exact, targets = small
+    settings = {"target": targets[1][0], "max_nodes": 10, "expansion_batch": 11}
+    full = attribute(exact.trace, exact.tcs, **settings)
+    half = attribute(exact.trace, exact.tcs, **settings, precision="bf16")
+    told = half.metadata["precision"]
+    assert full.metadata.keys() == half.metadata.keys() - {"precision"}
+    # Each factor is rounded to 8 bits; float32 would be a thousand times closer.
+    assert 1e-4 < told["edge_error"] <= TOL.bf16
+    assert 1e-5 < told["conservation_error"] <= TOL.bf16
+    assert graph_summary(half)["bfloat16 error"] == f"{told['edge_error']:.2g} of the largest edge"
+    assert half.target_preactivation[0] == full.target_preactivation[0] and half.target_bias[0] == full.target_bias[0]
+
+
+def test_rounding_reaches_every_product_and_nothing_else():
+    a, b = (jax.random.normal(jax.random.key(i), (16, 16)) for i in range(2))
+
+    def program(product):
+        def f(a, b):
+            body = jax.checkpoint(lambda x: jnp.tanh(product(x, b)))
+            c = jax.lax.fori_loop(0, a[0, 0].astype(jnp.int32) + 3, lambda _, c: c + jax.vjp(body, c)[1](c)[0], a)
+            c, _ = jax.lax.scan(lambda c, _: (product(c, b) / 4, None), c, None, length=3)
+            return jax.lax.cond(a[0, 0] > 9, lambda c: c, lambda c: jax.jit(product)(c, b), c), jnp.exp(c)
+
+        return jax.jit(f)
+
+    def by_hand(x, y):
+        return jnp.matmul(x.astype(jnp.bfloat16), y.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+    def backward(kept, cotangent):
+        x, y = kept
+        return by_hand(cotangent, y.T), by_hand(x.T, cotangent)
+
+    by_hand_and_back = jax.custom_vjp(by_hand)
+    by_hand_and_back.defvjp(lambda x, y: (by_hand(x, y), (x, y)), backward)
+    with jax.default_matmul_precision("default"):
+        ours = jax.jit(rounded(program(jnp.matmul)))(a, b)
+        for found, expected, whole in zip(
+            ours, program(by_hand_and_back)(a, b), program(jnp.matmul)(a, b), strict=True
+        ):
+            assert relative_error(found, expected) <= TOL.f32_block < relative_error(found, whole)
+        exact = rounded(lambda a, b: jnp.matmul(a, b, precision="highest"))(a, b)
+    assert np.array_equal(exact, jnp.matmul(a, b, precision="highest"))
+
+
+def test_bfloat16_weights_are_traced_as_their_values_in_float32():
+    pipe = random_pipeline(seed=3)
+    tcs = make_transcoders(pipe.config.transformer, img=(0, 1), txt=(), dtype=jnp.float32)
+    half = lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)  # noqa: E731
+    halves = tcs._replace(img=half(tcs.img))
+    trace = capture(pipe._replace(transformer=half(pipe.transformer)), halves, "a red circle", **SIZE)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trace.record.weights)} == {jnp.dtype(jnp.bfloat16)}
+    widened = jax.tree.map(lambda w: w.astype(jnp.float32), trace.record.weights)
+    settings = {"target": strongest_feature(trace, halves, "img", 1), "max_nodes": 1, "expansion_batch": 1}
+    graph = attribute(trace, halves, **settings)
+    assert conservation_error(graph) <= TOL.conservation_f32
+    same = attribute(trace._replace(record=trace.record._replace(weights=widened)), halves, **settings)
+    assert relative_error(graph.target_sum[0], same.target_sum[0]) <= TOL.sharded
