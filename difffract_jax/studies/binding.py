@@ -1,8 +1,8 @@
 """`binding`: what carries "red" to the circle and not to the square? Registered in docs/studies.md.
 
 1. Cases: held-out scenes of two shapes; wanted is the caption with the two colours exchanged.
-2. Per case and object the circuit of its own colour minus the other's, in its own box. What places at its phrase, its
-   image tokens, the other object's phrase and image tokens, and elsewhere add to it, by block and step.
+2. Per case and object the total effects on its own colour minus the other's, in its own box. What features at its
+   phrase, its image tokens, the other object's phrase and image tokens, and elsewhere add to it, by block and step.
 3. Both objects' places are moved towards the other caption's run, by circuit, by contrast, at random. Do the colours
    change places?
 """
@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from matplotlib.figure import Figure
 
-from difffract_jax.circuits.graph import FEATURE, IMG, Graph
-from difffract_jax.circuits.readings import effects
+from difffract_jax.circuits.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import held_out
@@ -23,6 +22,7 @@ from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Case, Material, draw, recoloured
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
 from difffract_jax.studies.precision import colour_target
+from difffract_jax.studies.removing import effects_on, place_effects
 from difffract_jax.studies.repair import Advance
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -48,9 +48,9 @@ def binding(pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: in
         draw(pipe, [case._replace(slot=slot) for case in cases], advance(f"images, object {slot + 1}"))
         for slot in (0, 1)
     )
-    graphs = [_graphs(pipe, tcs, one, advance(f"circuits, object {slot + 1}")) for slot, one in enumerate(both)]
-    carried = _carried(graphs, both)
-    made = _exchange(pipe, tcs, both, graphs, advance)
+    told = [_told(pipe, tcs, one, advance(f"effects, object {slot + 1}")) for slot, one in enumerate(both)]
+    carried = _carried(told, both)
+    made = _exchange(pipe, tcs, both, told, advance)
     return _report(both[0], carried, made)
 
 
@@ -71,48 +71,60 @@ def exchanges(count: int) -> list[Case]:
     return found
 
 
-def _graphs(pipe: Pipeline, tcs: TranscoderSet, material: Material, told: Any) -> list[tuple[Graph, Graph]]:
-    """Returns the circuits of the other's colour minus the object's own, of both captions' runs, case by case."""
+def _told(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: Any) -> list[tuple[Any, Any]]:
+    """Returns total effects on the other's colour minus the object's own, in both captions' runs, case by case."""
     found = []
     for row, case in enumerate(material.cases):
         target = colour_target(case.prompt, case.wanted, case.slot, material.box(row))
         runs = (case.prompt, case.wanted)
-        first, second = (choices.circuit_of(pipe, tcs, prompt, case.seed, target) for prompt in runs)
+        first, second = (effects_on(pipe, tcs, prompt, case.seed, [target])[0] for prompt in runs)
         found.append((first, second))
-        told(row + 1, len(material.cases))
+        advance(row + 1, len(material.cases))
     return found
 
 
 def _carried(
-    graphs: Sequence[Sequence[tuple[Graph, Graph]]], both: Sequence[Material]
+    told: Sequence[Sequence[tuple[TotalEffects, TotalEffects]]], both: Sequence[Material]
 ) -> dict[str, Float64[np.ndarray, "block step"]]:
     """Returns what features in each of `WHERE` add to the object's own colour, mean over cases and objects."""
     total: dict[str, Any] = dict.fromkeys(WHERE, 0.0)
-    for slot, found in enumerate(graphs):
+    for slot, found in enumerate(told):
         mine, other = both[slot], both[1 - slot]
-        for row, (graph, _) in enumerate(found):
-            masks = (mine.phrase[row], mine.inside[row], other.phrase[row], other.inside[row])
-            for name, table in zip(WHERE, _by_place(graph, masks), strict=True):
-                total[name] = total[name] - table / (2 * len(found))  # the target is the other's colour minus its own
+        for row, (run, _) in enumerate(found):
+            # The target is the other's colour minus the own.
+            parts = [
+                -by_block(run, phrase, inside) / (2 * len(found))
+                for phrase, inside in (
+                    (mine.phrase[row], np.zeros_like(mine.inside[row])),
+                    (np.zeros_like(mine.phrase[row]), mine.inside[row]),
+                    (other.phrase[row], np.zeros_like(mine.inside[row])),
+                    (np.zeros_like(mine.phrase[row]), other.inside[row] & ~mine.inside[row]),
+                )
+            ]
+            everywhere = -by_block(run, np.ones_like(mine.phrase[row]), np.ones_like(mine.inside[row]))
+            parts.append(everywhere / (2 * len(found)) - sum(parts))
+            for name, table in zip(WHERE, parts, strict=True):
+                total[name] = total[name] + table
     return total
 
 
-def _by_place(graph: Graph, masks: Sequence[Bool[np.ndarray, "token"]]) -> list[Float64[np.ndarray, "block step"]]:
-    """Sums the effects of features by where they lie: own phrase, own image, other phrase, other image, elsewhere."""
-    blocks, steps = sum(graph.metadata["trace"]["depths"]), len(graph.metadata["steps"])
-    features = np.flatnonzero(graph.node_kind == FEATURE)
-    image, position = graph.node_stream[features] == IMG, graph.node_position[features]
-    place = np.full(features.size, 4)
-    for number in (3, 2, 1, 0):
-        tokens = np.flatnonzero(masks[number])
-        place[(image == (number % 2 == 1)) & np.isin(position, tokens)] = number
-    found, effect = np.zeros((len(WHERE), blocks, steps)), effects(graph)[features]
-    np.add.at(found, (place, graph.node_block[features], graph.node_step[features]), effect)
-    return list(found)
+def by_block(
+    found: TotalEffects, phrase: Bool[np.ndarray, "txt"], inside: Bool[np.ndarray, "img"]
+) -> Float64[np.ndarray, "block step"]:
+    """Sums the effects of features at some tokens, by block and step; single-stream blocks count on.
+
+    Args:
+        found: total effects of a run.
+        phrase: text tokens that count.
+        inside: image tokens that count.
+    """
+    img, txt, joint = (np.asarray(one, np.float64).sum(axis=3) for one in found.features)
+    double = img @ inside + txt @ phrase
+    return np.concatenate([double, joint @ np.concatenate([phrase, inside])], axis=1).T
 
 
 def _exchange(
-    pipe: Pipeline, tcs: TranscoderSet, both: Sequence[Material], graphs: Sequence[Any], advance: Advance
+    pipe: Pipeline, tcs: TranscoderSet, both: Sequence[Material], told: Sequence[Any], advance: Advance
 ) -> dict[tuple[str, int, float], Outcomes]:
     """Moves both objects' places towards the other caption's run and reads what comes out."""
     places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
@@ -122,11 +134,11 @@ def _exchange(
             choices.mean_codes(pipe, tcs, material, [getattr(case, name) for case in material.cases])
             for name in ("prompt", "wanted")
         )
-        told = [
-            [choices.circuit_effects(graph, places, material.inside[row], material.phrase[row]) for graph in pair]
-            for row, pair in enumerate(graphs[slot])
+        scored = [
+            [place_effects(found, tcs, material.inside[row], material.phrase[row]) for found in pair]
+            for row, pair in enumerate(told[slot])
         ]
-        parts.append((material, before, after, told))
+        parts.append((material, before, after, scored))
     found: dict[tuple[str, int, float], Outcomes] = {}
     for way in WAYS:
         edits = []
@@ -134,8 +146,8 @@ def _exchange(
         for _, count, strength in keys:
             for row in range(len(both[0].cases)):
                 mine = []
-                for slot, (material, before, after, told) in enumerate(parts):
-                    scores = _scores(way, before[row], after[row], told[row], np.random.default_rng([13, row, slot]))
+                for slot, (material, before, after, scored) in enumerate(parts):
+                    scores = _scores(way, before[row], after[row], scored[row], np.random.default_rng([13, row, slot]))
                     where = material.inside[row], material.phrase[row]
                     chosen = choices.first(scores, count)
                     mine += choices.moves(places, chosen, before[row], after[row], strength, *where)

@@ -240,22 +240,6 @@ def first(scores: Float64[np.ndarray, "place"], count: int) -> Int[np.ndarray, "
     return order[scores[order] > 0]
 
 
-def filled(
-    gain: Float64[np.ndarray, "place"], contrast: Float64[np.ndarray, "place"], count: int
-) -> Int[np.ndarray, "chosen"]:
-    """Returns half the places by what circuits say they gain, the rest by contrast where circuits say no loss.
-
-    Args:
-        gain: from `by_circuit`; 0 where no circuit has an answer.
-        contrast: from `by_contrast`.
-        count: at most so many.
-    """
-    known = first(gain, count // 2)
-    rest = np.where(gain >= 0, contrast, 0.0)
-    rest[known] = 0
-    return np.concatenate([known, first(rest, count - known.size)])
-
-
 def moves(
     places: Places,
     chosen: Int[np.ndarray, "chosen"],

@@ -1,7 +1,7 @@
 """`colour-prior`: "a blue lemon" is drawn yellow. What undoes it? Registered in docs/studies.md.
 
 1. Captions that name a concept in a colour not its own; failures are images in which it has its prior's colour.
-2. The circuit of the asked colour minus the prior's, in the concept's box, over all steps of the failing run.
+2. What every feature adds to the asked colour minus the prior's, in the concept's box, in the failing run.
 3. Places that speak for the prior are taken away: on the image side alone, on the text side alone, on both (`repair`).
 """
 
@@ -20,6 +20,7 @@ from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Case, Material, joined, locate, recoloured, slot_of, take
 from difffract_jax.studies.outcomes import Outcomes
 from difffract_jax.studies.precision import colour_target
+from difffract_jax.studies.removing import effects_on, place_effects
 from difffract_jax.studies.repair import Advance, Scores, attempts, blame, report
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -90,8 +91,8 @@ def _attempts(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: A
     told, effects = advance("circuits"), []
     for row, case in enumerate(material.cases):
         target = colour_target(case.shows or case.prompt, case.wanted, case.slot, material.box(row))
-        graph = choices.circuit_of(pipe, tcs, case.prompt, case.seed, target)
-        effects.append(choices.circuit_effects(graph, places, material.inside[row], material.phrase[row]))
+        found = effects_on(pipe, tcs, case.prompt, case.seed, [target])[0]
+        effects.append(place_effects(found, tcs, material.inside[row], material.phrase[row]))
         told(row + 1, len(material.cases))
     codes = choices.mean_codes(pipe, tcs, material, [case.prompt for case in material.cases])
     image, text = places.is_image, ~places.is_image

@@ -20,6 +20,7 @@ from difffract_jax.organism.render import NOUNS
 from difffract_jax.organism.scorer import judge
 from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Case, Material, joined, locate, take
+from difffract_jax.studies.removing import effects_on, place_effects
 from difffract_jax.studies.repair import Advance, Scores, attempts, blame, report
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -106,14 +107,16 @@ def shown(text: str, kind: int, colour: int) -> str:
 
 
 def _attempts(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: Advance) -> Scores:
-    places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    steps = len(plan_run(pipe.config).sigmas) - 1
+    places = choices.all_places(tcs, steps)
     effects: dict[int, list[Any]] = {until: [] for until in UNTIL}
     told = advance("circuits")
     for row, case in enumerate(material.cases):
         target = f'velocity:contrast="{case.shows}",box={material.box(row)}'
         for until in UNTIL:
-            graph = choices.circuit_of(pipe, tcs, case.prompt, case.seed, target, last=until)
-            effects[until].append(choices.circuit_effects(graph, places, material.inside[row], material.phrase[row]))
+            found = effects_on(pipe, tcs, case.prompt, case.seed, [target], last=until)[0]
+            where = material.inside[row], material.phrase[row]
+            effects[until].append(place_effects(found, tcs, *where, steps=steps))
         told(row + 1, len(material.cases))
     codes = choices.mean_codes(pipe, tcs, material, [case.prompt for case in material.cases])
     image = places.is_image

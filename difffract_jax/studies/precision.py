@@ -23,6 +23,7 @@ from difffract_jax.organism.captions import CONCEPTS, parse
 from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Material, draw, recolourings
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
+from difffract_jax.studies.removing import effects_on, place_effects
 from difffract_jax.studies.results import Result
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -40,20 +41,20 @@ class Round(NamedTuple):
         test: of those for the test.
         counts: features that are edited.
         strengths: of the edits.
-        filled: whether the circuit's way takes only half its features by the circuits' answer, and the other half by
-            contrast among those that the circuits do not speak against.
+        total: whether the circuits' answers are total effects, of all features in all steps, instead of those of graphs
+            with few features expanded.
     """
 
     calibration: tuple[int, int]
     test: tuple[int, int]
     counts: tuple[int, ...]
     strengths: tuple[float, ...]
-    filled: bool
+    total: bool
 
 
 ROUNDS = {
     1: Round((80_000, 60), (81_000, 240), (8, 32, 128), (0.5, 1.0, 1.5, 2.0, 3.0), False),
-    2: Round((82_000, 120), (83_000, 240), (128, 256), (1.0, 1.25, 1.5), True),
+    2: Round((82_000, 120), (83_000, 240), (8, 32, 128), (1.0, 1.25, 1.5, 2.0), True),
 }
 
 
@@ -117,14 +118,14 @@ def measure(
         key: tuple(choices.mean_codes(pipe, one, material, text) for text in (prompts, wanted))
         for key, one in (("SAE", saes), ("transcoder", tcs))
     }
-    effects = _effects(pipe, tcs, material, places, advance(f"{name}: circuits"))
+    effects = _effects(pipe, tcs, material, places, rules.total, advance(f"{name}: circuits"))
     for way in WAYS:
         before, after = values["SAE" if way == "SAE" else "transcoder"]
         keys = [(way, count, strength) for count in rules.counts for strength in rules.strengths]
         edits = []
         for _, count, strength in keys:
             for row in range(len(prompts)):
-                chosen = _choose(way, row, before[row], after[row], effects, count, rules.filled)
+                chosen = _choose(way, row, before[row], after[row], effects, count)
                 where = material.inside[row], material.phrase[row]
                 edits.append(choices.moves(places, chosen, before[row], after[row], strength, *where))
         made = outcomes(pipe, saes if way == "SAE" else tcs, material, edits, advance(f"{name}: {way}"))
@@ -139,27 +140,30 @@ def _choose(
     after: Float[np.ndarray, "place"],
     effects: tuple[Any, Any],
     count: int,
-    filled: bool,
 ) -> Int[np.ndarray, "chosen"]:
     if way == "activation":
         return choices.first(choices.by_activation(before, after), count)
     if way == "random":
         return choices.first(choices.at_random(before, after, np.random.default_rng([7, row])), count)
-    contrast = choices.by_contrast(before, after)
-    if way != "circuit":
-        return choices.first(contrast, count)
-    gain = choices.by_circuit(before, after, effects[0][row], effects[1][row])
-    return choices.filled(gain, contrast, count) if filled else choices.first(gain, count)
+    if way == "circuit":
+        return choices.first(choices.by_circuit(before, after, effects[0][row], effects[1][row]), count)
+    return choices.first(choices.by_contrast(before, after), count)
 
 
-def _effects(pipe: Pipeline, tcs: TranscoderSet, material: Material, places: Any, advance: Any) -> tuple[Any, Any]:
+def _effects(
+    pipe: Pipeline, tcs: TranscoderSet, material: Material, places: choices.Places, total: bool, advance: Any
+) -> tuple[Any, Any]:
     """Returns what every place adds to (wanted colour - present colour) in the object's box, in both runs."""
     found: tuple[list[Any], list[Any]] = ([], [])
     for row, case in enumerate(material.cases):
         target = colour_target(case.prompt, case.wanted, case.slot, material.box(row))
         for kept, prompt in zip(found, (case.prompt, case.wanted), strict=True):
-            graph = choices.circuit_of(pipe, tcs, prompt, case.seed, target)
-            kept.append(choices.circuit_effects(graph, places, material.inside[row], material.phrase[row]))
+            where = material.inside[row], material.phrase[row]
+            if total:
+                kept.append(place_effects(effects_on(pipe, tcs, prompt, case.seed, [target])[0], tcs, *where))
+            else:
+                graph = choices.circuit_of(pipe, tcs, prompt, case.seed, target)
+                kept.append(choices.circuit_effects(graph, places, *where))
         advance(row + 1, len(material.cases))
     return found
 

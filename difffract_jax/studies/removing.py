@@ -77,7 +77,7 @@ def drawn_colour(case: Case) -> str:
 
 
 def explained(
-    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]
+    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str], *, last: int | None = None
 ) -> tuple[Span, list[Output]]:
     """Records all steps of a run, and resolves outputs of its last step.
 
@@ -87,14 +87,16 @@ def explained(
         prompt: of the run.
         seed: of its starting noise.
         targets: as text, see `outputs`; no features.
+        last: their step; the run's last if left out.
     """
-    span = capture_steps(pipe, tcs, prompt, last=len(plan_run(pipe.config).sigmas) - 2, seed=seed)
+    end = len(plan_run(pipe.config).sigmas) - 2 if last is None else last
+    span = capture_steps(pipe, tcs, prompt, last=end, seed=seed)
     parsed = [parse_target(target) for target in targets]
     return span, [resolve(pipe, span, target) for target in parsed if not isinstance(target, Feature)]
 
 
 def effects_on(
-    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str]
+    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targets: Sequence[str], *, last: int | None = None
 ) -> list[TotalEffects]:
     """Returns what every source of a run, over all steps, adds to some outputs of its last step.
 
@@ -104,21 +106,27 @@ def effects_on(
         prompt: of the run.
         seed: of its noise.
         targets: the outputs.
+        last: their step; the run's last if left out.
     """
-    span, outputs = explained(pipe, tcs, prompt, seed, targets)
+    span, outputs = explained(pipe, tcs, prompt, seed, targets, last=last)
     return [total_effects(span, tcs, output) for output in outputs]
 
 
 def place_effects(
-    found: TotalEffects, tcs: TranscoderSet, inside: Bool[np.ndarray, "img"], phrase: Bool[np.ndarray, "txt"]
+    found: TotalEffects,
+    tcs: TranscoderSet,
+    inside: Bool[np.ndarray, "img"],
+    phrase: Bool[np.ndarray, "txt"],
+    steps: int | None = None,
 ) -> Float64[np.ndarray, "place"]:
     """Sums total effects over the tokens that count, in the order of `choices.all_places`.
 
     Args:
-        found: total effects of a run over all steps.
+        found: total effects of a run, from its first step on.
         tcs: its transcoders.
         inside: image tokens that count.
         phrase: text tokens that count.
+        steps: of the places; as many as were run if left out. Later ones have no effect.
     """
     columns = []
     for kind, side in SIDES:
@@ -130,7 +138,7 @@ def place_effects(
             rows = np.concatenate([phrase & (side == "txt"), inside & (side == "img")])
         effect = np.asarray(found.features[group], np.float64)[:, layers] * rows[:, None]
         index = np.asarray(found.index[group])[:, layers]
-        total = np.zeros((len(effect), len(layers), tcs.config.features))
+        total = np.zeros((steps or len(effect), len(layers), tcs.config.features))
         step, site = np.indices(effect.shape)[:2]
         np.add.at(total, (step, site, index), effect)
         columns.append(total.ravel())
