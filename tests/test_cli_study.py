@@ -16,6 +16,9 @@ from difffract_jax.studies.settings import QUESTIONS
         (["binding", "--out", "FILE"], "is a file, but the results go to a directory"),
         (["binding", "--out", "none/there"], "does not exist; create it first"),
         (["binding", "--size", "1"], "size"),
+        (["binding", "--round", "1"], "Only `precision` was run in rounds"),
+        (["binding", "--prompts", "FILE"], "only `flow` takes --prompts"),
+        (["flow", "--model", "elsewhere"], "only `flow` runs on other pipelines, with --prompts"),
     ],
 )
 def test_bad_requests_get_one_sentence(monkeypatch, capsys, tmp_path, arguments, sentence):

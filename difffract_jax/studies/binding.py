@@ -33,13 +33,12 @@ WAYS = ("circuit", "contrast", "random")
 WHERE = ("own phrase", "own image tokens", "other phrase", "other image tokens", "elsewhere")
 
 
-def binding(pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: int | None, advance: Advance) -> Result:
+def binding(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
     """Runs the study.
 
     Args:
         pipe: the organism.
         tcs: its transcoders.
-        saes: not used.
         size: scenes to draw instead of the registered number.
         advance: gives a progress callback for a named stage.
     """

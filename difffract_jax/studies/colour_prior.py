@@ -30,15 +30,12 @@ CALIBRATION, TEST = 40, 120
 BATCH = 256
 
 
-def colour_prior(
-    pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: int | None, advance: Advance
-) -> Result:
+def colour_prior(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
     """Runs the study.
 
     Args:
         pipe: the organism.
         tcs: its transcoders.
-        saes: not used.
         size: failures for the test instead of the registered number, with a third as many for calibration.
         advance: gives a progress callback for a named stage.
     """
@@ -78,7 +75,7 @@ def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
             Case(text, text, seeds[row], 0, recoloured(text, 0, COLOUR_NAMES[PRIOR[asked.kind[row, 0]]]))
             for row, text in enumerate(asked.captions)
         ]
-        slots = [slot_of(seen, row, cases[row]) for row in kept]
+        slots = [slot_of(seen, int(row), cases[row]) for row in kept]
         drawn, found, batch = drawn + many, found + len(kept), batch + 1
         mine = [cases[row] for row in kept]
         parts.append(locate(pipe, mine, images[kept], slots, seen=take(seen, kept), drawn=drawn))

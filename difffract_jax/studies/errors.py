@@ -31,13 +31,12 @@ UNTIL = (0, 1, 2)
 BATCH = 2_000
 
 
-def errors(pipe: Pipeline, tcs: TranscoderSet, saes: TranscoderSet, *, size: int | None, advance: Advance) -> Result:
+def errors(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
     """Runs the study.
 
     Args:
         pipe: the organism.
         tcs: its transcoders.
-        saes: not used.
         size: failures for the test instead of the registered number, with a third as many for calibration.
         advance: gives a progress callback for a named stage.
 

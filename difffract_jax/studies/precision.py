@@ -63,7 +63,7 @@ def precision(
     tcs: TranscoderSet,
     saes: TranscoderSet,
     *,
-    size: int | None,
+    size: int | None = None,
     advance: Advance,
     round: int = max(ROUNDS),
 ) -> Result:

@@ -11,6 +11,10 @@ QUESTIONS = {
     "colour-prior": "a blue lemon is drawn yellow; what undoes it?",
     "errors": "where the wrong noun is drawn, which features cause it, and does taking them away repair the image?",
     "binding": "which features carry red to the circle and not to the square; exchanged, do the colours change places?",
+    "flow": "how much attribution crosses from text to image, in which layers and steps?",
+    "steps": "in which step, and on which side of the sequence, is an object's colour decided?",
+    "concept-context": "does an object hang on features at its own tokens, or as much on those around it?",
+    "suppressor": "are there features that hold a competing colour down without carrying the object's own?",
 }
 """Study -> its question."""
 
@@ -24,8 +28,12 @@ class StudyConfig(Settings):
     """Cases of the test instead of the registered number, to try a study out; results of fewer are no result."""
     round: int | None = Field(None, ge=1, le=2)
     """Which registered round of `precision`; the last when left out."""
+    model: str = "organism"
+    """Pipeline to study: `organism`; another only for `flow`, with --prompts."""
+    prompts: Path | None = None
+    """Text file with a prompt per line, for `flow` on any pipeline; its target is then the velocity itself."""
     transcoders: str = "organism"
-    """Transcoders of the organism's MLPs: `organism`, or a directory."""
+    """Transcoders of its MLPs: `organism`, or a directory."""
     saes: str = "organism-saes"
     """SAEs of the same, for comparison: `organism-saes`, or a directory."""
     out: Path = Path("study")
