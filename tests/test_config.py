@@ -37,6 +37,7 @@ def test_every_setting_is_documented(cls: type[Settings]) -> None:
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_config_loads_and_says_how_to_run_it(file: Path) -> None:
     runs = {"trace": (TraceConfig, "trace --config"), "generate": (GenerateConfig, "generate --config")}
+    runs["trace-flux-schnell"] = TraceConfig, "plan --trace"
     cls, command = runs.get(file.stem, (TrainConfig, "train"))
     resolve(cls, file=file)
     assert f"difffract {command} configs/{file.name}" in file.read_text()

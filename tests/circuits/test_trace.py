@@ -66,10 +66,12 @@ def test_padding_is_not_replaced_unless_asked_for(golden):
     assert own < 16 and usual.img.all() and all_of_it.txt.all()
 
 
-def test_weights_in_bfloat16_are_traced_in_float32():
+def test_weights_in_bfloat16_are_kept_and_all_that_is_recorded_is_float32():
     pipe = random_pipeline(dtype=jnp.bfloat16)
     trace = capture(pipe, random_transcoders(pipe.config.transformer), "a red circle", step=1)
-    assert {leaf.dtype for leaf in jax.tree.leaves(trace.record)} <= {jnp.float32.dtype, jnp.bool_.dtype}
+    assert {leaf.dtype for leaf in jax.tree.leaves(trace.record.weights)} == {jnp.dtype(jnp.bfloat16)}
+    recorded = jax.tree.leaves(trace.record._replace(weights=None, unpooled=None))
+    assert {leaf.dtype for leaf in recorded} <= {jnp.float32.dtype, jnp.bool_.dtype}
 
 
 def test_a_trace_says_where_it_comes_from(golden):
