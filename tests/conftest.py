@@ -5,7 +5,9 @@
 3. Matrix products at full float32 precision, which is what the tolerances assume.
 4. Compiled programs are dropped before they use up the memory maps that the kernel grants a process.
 5. What one process has compiled the others of this run read: a cache on disk, empty at first, removed at the end.
-6. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
+6. Hypothesis draws the same examples every time, so that a run's outcome hangs on the code alone; to search further:
+   `HYPOTHESIS_PROFILE=search pytest`.
+7. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
 """
 
 import gc
@@ -24,8 +26,13 @@ if CACHE is not None:
     # With a limit JAX locks the cache, so that no process reads what another has half written.
     os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)
 
-import jax  # noqa: E402  (the environment above must be set first)
+import hypothesis  # noqa: E402  (the environment above must be set first)
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.register_profile("search", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
