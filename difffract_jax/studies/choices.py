@@ -131,10 +131,8 @@ def mean_codes(
     return np.concatenate(found)
 
 
-def circuit_of(
-    pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, target: str, *, last: int | None = None
-) -> Graph:
-    """Traces the circuit of an output over all steps up to one.
+def circuit_of(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, target: str) -> Graph:
+    """Traces the circuit of an output over all steps.
 
     Args:
         pipe: the pipeline.
@@ -142,10 +140,8 @@ def circuit_of(
         prompt: of the run.
         seed: of its starting noise.
         target: as text, see `outputs`.
-        last: the output's step; the run's last if left out.
     """
-    end = len(plan_run(pipe.config).sigmas) - 2 if last is None else last
-    span = capture_steps(pipe, tcs, prompt, first=0, last=end, seed=seed)
+    span = capture_steps(pipe, tcs, prompt, first=0, last=len(plan_run(pipe.config).sigmas) - 2, seed=seed)
     asked = parse_target(target)
     assert not isinstance(asked, Feature)
     output = resolve(pipe, span, asked)

@@ -12,10 +12,10 @@ import numpy as np
 from difffract_jax.models.batch import generate_batch
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.organism.captions import COLOUR_NAMES, parse
-from difffract_jax.organism.evaluate import see
+from difffract_jax.organism.evaluate import contradicting, see
 from difffract_jax.organism.render import NOUNS
 from difffract_jax.organism.scorer import judge
-from difffract_jax.organism.world import IS_CONCEPT, PRIOR, scenes
+from difffract_jax.organism.world import PRIOR
 from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Case, Material, joined, locate, recoloured, slot_of, take
 from difffract_jax.studies.outcomes import Outcomes
@@ -27,7 +27,7 @@ from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WORLD, FIRST_SEED = 86_000, 7_000_000
 CALIBRATION, TEST = 40, 120
-BATCH = 256
+BATCH = 64
 
 
 def colour_prior(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
@@ -58,27 +58,29 @@ def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
         advance: gives a progress callback for a named stage.
     """
     parts: list[Material] = []
-    drawn = found = batch = 0
+    drawn = found = 0
     told = advance("failures")
     while found < count:
-        asked = scenes(WORLD, batch, 4096, "train", (1, 2))
-        first = IS_CONCEPT[asked.kind[:, 0]] & (asked.named[:, 0] >= 0) & (asked.named[:, 0] != asked.colour[:, 0])
-        twin = (asked.count == 2) & (asked.kind[:, 1] == asked.kind[:, 0])
-        asked = asked.take(first & ~twin)
-        many = len(asked.captions)
-        seeds = range(FIRST_SEED + drawn, FIRST_SEED + drawn + many)
-        images = generate_batch(pipe, asked.captions, seeds, batch=BATCH)
+        # Captions come in one endless order, so that more of them begin with the same.
+        asked = contradicting(drawn + BATCH, WORLD).take(np.arange(drawn, drawn + BATCH))
+        seeds = range(FIRST_SEED + drawn, FIRST_SEED + drawn + BATCH)
+        images = generate_batch(pipe, asked.captions, seeds)
         seen = see(images)
         # Scenes are drawn in the prior's colour, so that a right image is one that shows the prior.
-        kept = np.flatnonzero(judge(asked, seen).right)[: count - found]
+        kept = [int(row) for row in np.flatnonzero(judge(asked, seen).right)[: count - found]]
         cases = [
-            Case(text, text, seeds[row], 0, recoloured(text, 0, COLOUR_NAMES[PRIOR[asked.kind[row, 0]]]))
-            for row, text in enumerate(asked.captions)
+            Case(
+                asked.captions[row],
+                asked.captions[row],
+                seeds[row],
+                0,
+                recoloured(asked.captions[row], 0, COLOUR_NAMES[PRIOR[asked.kind[row, 0]]]),
+            )
+            for row in kept
         ]
-        slots = [slot_of(seen, int(row), cases[row]) for row in kept]
-        drawn, found, batch = drawn + many, found + len(kept), batch + 1
-        mine = [cases[row] for row in kept]
-        parts.append(locate(pipe, mine, images[kept], slots, seen=take(seen, kept), drawn=drawn))
+        slots = [slot_of(seen, row, case) for row, case in zip(kept, cases, strict=True)]
+        drawn, found = drawn + BATCH, found + len(kept)
+        parts.append(locate(pipe, cases, images[kept], slots, seen=take(seen, kept), drawn=drawn))
         told(found, count)
     return joined(parts)
 
