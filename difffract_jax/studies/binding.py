@@ -23,8 +23,7 @@ from difffract_jax.studies.cases import Case, Material, draw, recoloured
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
 from difffract_jax.studies.precision import colour_target
 from difffract_jax.studies.removing import effects_on, place_effects
-from difffract_jax.studies.repair import Advance
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WORLD, FIRST_SEED, CASES = 90_000, 9_000_000, 100
@@ -33,7 +32,7 @@ WAYS = ("circuit", "contrast", "random")
 WHERE = ("own phrase", "own image tokens", "other phrase", "other image tokens", "elsewhere")
 
 
-def binding(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
+def binding(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance = quiet) -> Result:
     """Runs the study.
 
     Args:

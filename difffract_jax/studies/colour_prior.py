@@ -21,8 +21,8 @@ from difffract_jax.studies.cases import Case, Material, joined, locate, recolour
 from difffract_jax.studies.outcomes import Outcomes
 from difffract_jax.studies.precision import colour_target
 from difffract_jax.studies.removing import effects_on, place_effects
-from difffract_jax.studies.repair import Advance, Scores, attempts, blame, report
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.repair import Scores, attempts, blame, report
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WORLD, FIRST_SEED = 86_000, 7_000_000
@@ -30,7 +30,7 @@ CALIBRATION, TEST = 40, 120
 BATCH = 64
 
 
-def colour_prior(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
+def colour_prior(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance = quiet) -> Result:
     """Runs the study.
 
     Args:

@@ -9,7 +9,7 @@ docs/studies.md.
    of the image, and by how much the colour fell.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WORLD, SIZE, FIRST_SEED = 96_000, 60, 12_000_000
@@ -29,10 +29,9 @@ COUNTS, STRENGTHS = (8, 32, 128), (1.0, 2.0)
 COMPARED = (32, 1.0)
 """Count and strength of the comparison."""
 WHERE = ("concept", "context")
-Advance = Callable[[str], Callable[[int, int], None]]
 
 
-def concept_context(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
+def concept_context(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance = quiet) -> Result:
     """Runs the study.
 
     Args:

@@ -21,8 +21,8 @@ from difffract_jax.organism.scorer import judge
 from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Case, Material, joined, locate, take
 from difffract_jax.studies.removing import effects_on, place_effects
-from difffract_jax.studies.repair import Advance, Scores, attempts, blame, report
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.repair import Scores, attempts, blame, report
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WORLD, FIRST_SEED = 88_000, 8_000_000
@@ -31,7 +31,7 @@ UNTIL = (0, 1, 2)
 BATCH = 2_000
 
 
-def errors(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
+def errors(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance = quiet) -> Result:
     """Runs the study.
 
     Args:

@@ -9,7 +9,7 @@
 4. Shares are means over runs with bootstrap intervals; a run counts where it has edges.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,13 +23,12 @@ from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
 from difffract_jax.studies.outcomes import mean_with_interval
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WORLD, SIZE, FIRST_SEED = 92_000, 50, 10_000_000
 NODES, AT_A_TIME, SMALLEST = 400, 50, 1e-5
 ENDS = ("target", "source")
-Advance = Callable[[str], Callable[[int, int], None]]
 
 
 class Crossing(NamedTuple):
@@ -52,7 +51,7 @@ def flow(
     *,
     prompts: Sequence[str] | None = None,
     size: int | None = None,
-    advance: Advance,
+    advance: Advance = quiet,
 ) -> Result:
     """Runs the study.
 

@@ -12,6 +12,11 @@ Where the model is the organism, its scorer reads both images:
                          names (`a blue lemon` must be blue), or in its own if it names none, placed as asked
     others changed       an object that was not meant to change has another noun, colour, size or place, or is gone
     flipped              attributes of any object that changed though they were not meant to; `Intent` says what was
+    recall               of the attributes that were meant to change, the share that now are as wanted
+    precision            of the attributes that changed, the share that are as wanted; 0 if none changed
+
+Recall and precision pool the attributes of all images. Over the strengths of a sweep they are a curve: a stronger edit
+reaches more of what was wanted, and changes more that was not.
 
 An object of the original is found again in the edited image as the one nearest to it, up to `SAME_PLACE` pixels.
 """
@@ -69,13 +74,20 @@ class Scored(NamedTuple):
         success: whether the image shows what was wanted.
         others: whether an object that was not meant to change did.
         flipped: attributes changed that were not meant to.
-        compared: whether the original showed the prompt's objects, so that `others` and `flipped` mean something.
+        meant: attributes that were meant to change.
+        reached: those of them that are as wanted.
+        changed: attributes that changed, meant to or not.
+        compared: whether the original showed the prompt's objects, so that the five above mean something; else they
+            are 0.
         read: what the scorer read.
     """
 
     success: Bool[np.ndarray, "image"]
     others: Bool[np.ndarray, "image"]
     flipped: Float[np.ndarray, "image"]
+    meant: Float[np.ndarray, "image"]
+    reached: Float[np.ndarray, "image"]
+    changed: Float[np.ndarray, "image"]
     compared: Bool[np.ndarray, "image"]
     read: tuple[str, ...]
 
@@ -149,17 +161,40 @@ def score(
     # The world draws a lemon yellow whatever its caption calls it; an edit is asked for what the caption says.
     wanted = wanted._replace(colour=np.where(wanted.named >= 0, wanted.named, wanted.colour))
     before, after = see(original), see(edited)
-    others, flipped, compared = np.zeros(len(prompts), bool), np.zeros(len(prompts)), np.zeros(len(prompts), bool)
+    others, compared = np.zeros(len(prompts), bool), np.zeros(len(prompts), bool)
+    flipped, asked, reached, changed = np.zeros((4, len(prompts)))
     for row, (prompt, meant) in enumerate(zip(prompts, intents, strict=True)):
         slots = _slots(scenes[prompt], before, row)
         compared[row] = slots is not None and meant.attributes is not None
-        if slots is not None and meant.attributes is not None:
-            pairs = list(zip(slots, meant.attributes, strict=True))
-            changed = [_changed(before, after, row, slot) - free for slot, free in pairs]
-            others[row] = any(found for found, (_, free) in zip(changed, pairs, strict=True) if not free)
-            flipped[row] = sum(map(len, changed))
+        if slots is None or meant.attributes is None:
+            continue
+        for slot, (place, free) in enumerate(zip(slots, meant.attributes, strict=True)):
+            there = _found_again(before, after, row, place)
+            differs = _changed(before, after, row, place, there)
+            others[row] |= bool(differs) and not free
+            flipped[row] += len(differs - free)
+            changed[row] += len(differs)
+            asked[row] += len(free)
+            reached[row] += sum(name in differs and _is_as(wanted, after, row, slot, there, name) for name in free)
     read = tuple(describe(after, row) for row in range(len(prompts)))
-    return Scored(judge(wanted, after).right, others, flipped, compared, read)
+    return Scored(judge(wanted, after).right, others, flipped, asked, reached, changed, compared, read)
+
+
+def precision_recall(
+    meant: Float[np.ndarray, "image"], reached: Float[np.ndarray, "image"], changed: Float[np.ndarray, "image"]
+) -> dict[str, float]:
+    """Returns precision and recall of edits in the attributes that they change, pooled over images; see above.
+
+    Args:
+        meant: attributes that were meant to change, per image, as in `Scored`; this and the rest where compared.
+        reached: those of them that are as wanted.
+        changed: attributes that changed.
+    """
+    all_meant, all_reached, all_changed = (float(one.sum()) for one in (meant, reached, changed))
+    return {
+        "precision": all_reached / all_changed if all_changed else 0.0,
+        "recall": all_reached / all_meant if all_meant else 0.0,
+    }
 
 
 def _slots(asked: Scenes, seen: Reading, row: int) -> list[int] | None:
@@ -169,17 +204,29 @@ def _slots(asked: Scenes, seen: Reading, row: int) -> list[int] | None:
     return [found.index(pair) for pair in pairs] if all(pair in found for pair in pairs) else None
 
 
-def _changed(before: Reading, after: Reading, row: int, slot: int) -> frozenset[str]:
-    """Returns the attributes of one object that changed; all of them if it is gone."""
+def _found_again(before: Reading, after: Reading, row: int, slot: int) -> int | None:
+    """Returns where an object of the original is in the edited image; None if it is gone."""
     away = np.linalg.norm(after.centre[row, : after.count[row]] - before.centre[row, slot], axis=1)
-    if not away.size or away.min() > 2 * SAME_PLACE:
+    return int(away.argmin()) if away.size and away.min() <= 2 * SAME_PLACE else None
+
+
+def _changed(before: Reading, after: Reading, row: int, slot: int, there: int | None) -> frozenset[str]:
+    """Returns the attributes of one object that changed; all of them if it is gone."""
+    if there is None:
         return frozenset(ATTRIBUTES)
-    there = int(away.argmin())
     differs = {
         name: getattr(before, name)[row, slot] != getattr(after, name)[row, there]
         for name in ("kind", "colour", "size")
     }
-    return frozenset(name for name, yes in (differs | {"place": away[there] > SAME_PLACE}).items() if yes)
+    moved = np.linalg.norm(after.centre[row, there] - before.centre[row, slot]) > SAME_PLACE
+    return frozenset(name for name, yes in (differs | {"place": bool(moved)}).items() if yes)
+
+
+def _is_as(wanted: Scenes, after: Reading, row: int, slot: int, there: int | None, name: str) -> bool:
+    """Says whether an attribute that changed is as wanted; a place is if the object moved, `success` says whither."""
+    if there is None or name == "place":
+        return there is not None
+    return bool(getattr(after, name)[row, there] == getattr(wanted, name)[row, slot])
 
 
 def table(
@@ -230,4 +277,4 @@ def _verdicts(read: Scored) -> dict[str, Any]:
         "compared": compared,
         "others changed": int((read.others & read.compared).sum()),
         "flipped": float(read.flipped[read.compared].mean()) if compared else 0.0,
-    }
+    } | precision_recall(read.meant, read.reached, read.changed)

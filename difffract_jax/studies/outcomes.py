@@ -12,7 +12,7 @@ from difffract_jax.circuits.sweeps import AT_ONCE, steer_batch
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.scorer import interval
 from difffract_jax.studies.cases import Material
-from difffract_jax.studies.metrics import distances, intent, score
+from difffract_jax.studies.metrics import distances, intent, precision_recall, score
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 RESAMPLES = 10_000
@@ -27,6 +27,9 @@ class Outcomes(NamedTuple):
         success: the image shows what was wanted: every object with its noun and colour, placed as asked.
         others: an object that was not meant to change did; success rules out that it has another noun or colour.
         flipped: attributes changed that were not meant to.
+        meant: attributes that were meant to change.
+        reached: those of them that are as wanted.
+        changed: attributes that changed, meant to or not.
         outside: root mean square change of the pixels that are surely not the object's, in pixels of [0, 1].
         psnr: of the same, in dB.
         norm: size of the edits.
@@ -36,6 +39,9 @@ class Outcomes(NamedTuple):
     success: Bool[np.ndarray, "case"]
     others: Bool[np.ndarray, "case"]
     flipped: Float[np.ndarray, "case"]
+    meant: Float[np.ndarray, "case"]
+    reached: Float[np.ndarray, "case"]
+    changed: Float[np.ndarray, "case"]
     outside: Float[np.ndarray, "case"]
     psnr: Float[np.ndarray, "case"]
     norm: Float[np.ndarray, "case"]
@@ -94,7 +100,8 @@ def judged(material: Material, images: UInt8[np.ndarray, "case H W rgb"], norms:
         for original, edited, outside in zip(material.images, images, material.outside, strict=True)
     ]
     outside, psnr = (np.concatenate([getattr(one, name) for one in far]) for name in ("outside", "psnr"))
-    return Outcomes(read.success, read.others, read.flipped, outside, psnr, norms, images)
+    counts = read.flipped, read.meant, read.reached, read.changed
+    return Outcomes(read.success, read.others, *counts, outside, psnr, norms, images)
 
 
 def summary_row(found: Outcomes) -> dict[str, Any]:
@@ -108,6 +115,7 @@ def summary_row(found: Outcomes) -> dict[str, Any]:
         "to": high,
         "others changed": float(found.others.mean()),
         "flipped": float(found.flipped.mean()),
+        **precision_recall(found.meant, found.reached, found.changed),
         "outside": float(found.outside.mean()),
         "psnr outside": float(found.psnr.mean()),
         "norm": float(found.norm.mean()),

@@ -11,7 +11,6 @@
 4. On the test cases both edit every case; the difference of success is paired, with a bootstrap interval.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,13 +23,12 @@ from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Material, draw, recolourings
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
 from difffract_jax.studies.removing import effects_on, place_effects
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WAYS = ("circuit", "SAE", "contrast", "activation", "random")
 """Circuit; SAE features by contrast; the transcoders' features by contrast, by activation and at random."""
 FIRST_SEED = 6_000_000
-Advance = Callable[[str], Callable[[int, int], None]]
 
 
 class Round(NamedTuple):
@@ -64,7 +62,7 @@ def precision(
     saes: TranscoderSet,
     *,
     size: int | None = None,
-    advance: Advance,
+    advance: Advance = quiet,
     round: int = max(ROUNDS),
 ) -> Result:
     """Runs a round of the study.
@@ -245,21 +243,26 @@ def report(
         for way in WAYS
     }
     raw["cases"] = [case._asdict() for case in phases["test"].cases]
-    return Result("precision", verdict, tables, {"precision": _figure(test, chosen, rules)}, raw)
+    axes = ("outside", "change outside the object (RMS)"), ("success", "edits that succeed")
+    figures = {"precision": _figure(test, chosen, rules, *axes)}
+    axes = ("recall", "recall: wanted changes made"), ("precision", "precision: changes that were wanted")
+    return Result(
+        "precision", verdict, tables, figures | {"precision-recall": _figure(test, chosen, rules, *axes)}, raw
+    )
 
 
-def _figure(scores: Scores, chosen: dict[str, tuple[int, float]], rules: Round) -> Figure:
-    """Draws success over collateral, a curve of strengths per way and count."""
+def _figure(
+    scores: Scores, chosen: dict[str, tuple[int, float]], rules: Round, across: tuple[str, str], up: tuple[str, str]
+) -> Figure:
+    """Draws one measure over another, each a column of `summary_row` and its name; a curve of strengths per way."""
     figure = Figure(figsize=(1 + 3.3 * len(rules.counts), 3.8), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(rules.counts), sharex=True, sharey=True), rules.counts, strict=True):
         for way in WAYS:
-            points = [scores[way, count, strength] for strength in rules.strengths]
-            line = [one.outside.mean() for one in points], [one.success.mean() for one in points]
-            axes.plot(*line, marker="o", ms=3, label=way)
+            rows = {strength: summary_row(scores[way, count, strength]) for strength in rules.strengths}
+            axes.plot(*([row[name] for row in rows.values()] for name, _ in (across, up)), marker="o", ms=3, label=way)
             if chosen[way][0] == count:
-                one = scores[way, *chosen[way]]
-                axes.plot(one.outside.mean(), one.success.mean(), "k*", ms=9)
-        axes.set(title=f"{count} features", xlabel="change outside the object (RMS)", ylim=(-0.02, 1.02))
-    figure.axes[0].set_ylabel("edits that succeed")
+                axes.plot(*(rows[chosen[way][1]][name] for name, _ in (across, up)), "k*", ms=9)
+        axes.set(title=f"{count} features", xlabel=across[1], ylim=(-0.02, 1.02))
+    figure.axes[0].set_ylabel(up[1])
     figure.axes[0].legend(fontsize=8, title="star: setting compared", title_fontsize=7)
     return figure

@@ -11,8 +11,7 @@ from difffract_jax.studies.concept_context import concept_context
 from difffract_jax.studies.errors import errors
 from difffract_jax.studies.flow import flow
 from difffract_jax.studies.precision import ROUNDS, precision
-from difffract_jax.studies.repair import Advance
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result
 from difffract_jax.studies.settings import QUESTIONS
 from difffract_jax.studies.steps import steps
 from difffract_jax.studies.suppressor import suppressor

@@ -17,7 +17,7 @@ from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import Places, at_random, first, removals
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result
 from difffract_jax.studies.sheets import sheet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -27,7 +27,6 @@ RANDOM = "random"
 Key = tuple[str, str, int, float]
 """Way, variant of its circuit, features of each side, strength."""
 Scores = dict[Key, Outcomes]
-Advance = Callable[[str], Callable[[int, int], None]]
 
 
 class Blame(NamedTuple):

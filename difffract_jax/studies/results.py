@@ -1,18 +1,30 @@
 """What a study ends in: tables, figures and raw numbers, written to a directory, each with how it was made."""
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from difffract_jax.checkpoint import atomic_file
 from difffract_jax.organism.evaluate import summary
 
+Advance = Callable[[str], Callable[[int, int], None]]
+"""Stage of a study -> what to call with (done, in all) as it goes on."""
+MOST_ROWS = 24
+"""Of a table in a notebook; longer ones are left to the report."""
+
+
+def quiet(stage: str) -> Callable[[int, int], None]:
+    """Shows no progress: an `Advance` for scripts and notebooks."""
+    return lambda done, total: None
+
 
 class Result(NamedTuple):
-    """Findings of a study.
+    """Findings of a study; in a notebook it shows itself as verdict and tables.
 
     Attributes:
         name: of the study.
@@ -27,6 +39,20 @@ class Result(NamedTuple):
     tables: dict[str, list[dict[str, Any]]]
     figures: dict[str, Figure]
     raw: dict[str, Any]
+
+    def picture(self, name: str | None = None) -> Image.Image:
+        """Returns a figure as an image, which notebooks show.
+
+        Args:
+            name: of the figure; the first if left out.
+        """
+        kept = io.BytesIO()
+        self.figures[name or next(iter(self.figures))].savefig(kept, dpi=100, format="png")
+        return Image.open(kept)
+
+    def _repr_markdown_(self) -> str:
+        short = {title: rows for title, rows in self.tables.items() if len(rows) <= MOST_ROWS}
+        return f"**{self.verdict}**\n\n{summary(short)}"
 
 
 def write_result(result: Result, out: Path, record: Mapping[str, Any]) -> dict[str, str]:

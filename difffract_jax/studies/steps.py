@@ -7,7 +7,7 @@
 4. Counted on the images: whether the object still has its colour, what else stays, and by how much its colour fell.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +20,12 @@ from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import Places, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 WORLD, SIZE, FIRST_SEED = 94_000, 60, 11_000_000
 COUNTS, STRENGTHS = (8, 32), (1.0, 2.0)
 SIDES = ("image stream", "text stream", "single-stream, image", "single-stream, text")
-Advance = Callable[[str], Callable[[int, int], None]]
 
 
 class Shares(NamedTuple):
@@ -45,7 +44,7 @@ class Shares(NamedTuple):
     noise: float
 
 
-def steps(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance) -> Result:
+def steps(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advance: Advance = quiet) -> Result:
     """Runs the study.
 
     Args:

@@ -11,7 +11,7 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Case, Material
 from difffract_jax.studies.choices import SIDES, Places, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 SIZE = 60
@@ -40,11 +40,15 @@ MOST_OWN = 0.25
 WAYS = ("suppressors", "carriers", "both", "random")
 LISTED = 12
 """Features listed per material."""
-Advance = Callable[[str], Callable[[int, int], None]]
 
 
 def suppressor(
-    pipe: Pipeline, tcs: TranscoderSet, *, labels: Labels | None = None, size: int | None = None, advance: Advance
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    *,
+    labels: Labels | None = None,
+    size: int | None = None,
+    advance: Advance = quiet,
 ) -> Result:
     """Runs the study.
 

@@ -164,7 +164,8 @@ def test_moves_of_no_strength_change_nothing_and_whole_moves_do(organism, materi
 
 def made_up(success, outside):
     zeros = np.zeros(len(success))
-    return Outcomes(np.array(success), zeros.astype(bool), zeros, np.full(len(success), outside), zeros, zeros, zeros)
+    collateral = np.full(len(success), outside)
+    return Outcomes(np.array(success), zeros.astype(bool), *[zeros] * 4, collateral, zeros, zeros, zeros)
 
 
 def test_settings_are_matched_in_collateral():

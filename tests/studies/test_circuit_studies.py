@@ -17,15 +17,12 @@ from difffract_jax.studies import flow, removing, steps, suppressor
 from difffract_jax.studies.cases import Case, Material
 from difffract_jax.studies.choices import all_places, first
 from difffract_jax.studies.concept_context import context_of
+from difffract_jax.studies.results import quiet
 from random_graphs import random_output_graph
 from tolerances import TOL
 
 FLOAT32 = 1e-5
 """Effects of float32 runs, summed in another order."""
-
-
-def quiet(stage):
-    return lambda done, total: None
 
 
 @pytest.fixture(scope="module")

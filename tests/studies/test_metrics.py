@@ -5,7 +5,7 @@ import pytest
 
 from difffract_jax.config import UserError
 from difffract_jax.organism.world import from_caption
-from difffract_jax.studies.metrics import MOST_PSNR, distances, intent, score, table
+from difffract_jax.studies.metrics import MOST_PSNR, distances, intent, precision_recall, score, table
 from difffract_jax.studies.sheets import sheet
 
 RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
@@ -45,6 +45,33 @@ def test_success_and_collateral_are_told_apart(edited, expected):
     assert judged(edited) == expected
 
 
+@pytest.mark.parametrize(
+    ("edited", "precision", "recall"),
+    [
+        (GREEN, 1, 1),
+        (RED, 0, 0),
+        ("a green circle left of a pink square", 1 / 2, 1),
+        ("a green ring left of a pink square", 1 / 3, 1),
+        ("a yellow circle left of a blue square", 0, 0),
+        ("a green circle on the left", 1 / 5, 1),
+        ("a blue square on the right", 0, 0),
+    ],
+)
+def test_precision_and_recall_count_attributes(edited, precision, recall):
+    found = score([RED], [intent(RED, GREEN)], drawn(RED), drawn(edited))
+    told = precision_recall(found.meant, found.reached, found.changed)
+    assert told == pytest.approx({"precision": precision, "recall": recall})
+
+
+def test_precision_and_recall_pool_images_and_leave_out_what_cannot_be_compared():
+    edited = ("a green circle left of a pink square", RED, "a lemon")
+    found = score([RED] * 3, [intent(RED, GREEN)] * 3, drawn(RED, RED, "a lemon"), drawn(*edited))
+    told = precision_recall(found.meant, found.reached, found.changed)
+    assert told == pytest.approx({"precision": 1 / 2, "recall": 1 / 2})
+    moved = score([RED], [intent(RED, "a red ring right of a blue square")], drawn(RED), drawn(RED))
+    assert moved.meant[0] == 3 and not moved.reached.any()
+
+
 def test_a_caption_is_taken_at_its_word():
     blue = from_caption("a blue lemon")
     image = np.round(blue._replace(colour=blue.named).images() * 255).astype(np.uint8)
@@ -78,6 +105,7 @@ def test_a_table_has_a_row_per_column_of_the_sweep():
     rows = table(("original", "x 1", "x 2"), images, norms, mask, RED, intent(RED, GREEN))
     assert [row["success"] for row in rows] == [0, 2, 0]
     assert [row["others changed"] for row in rows] == [0, 0, 2]
+    assert [(row["precision"], row["recall"]) for row in rows] == [(0, 0), (1, 1), (0.5, 1)]
     assert rows[0]["psnr outside"] == rows[1]["psnr outside"] == MOST_PSNR > rows[2]["psnr outside"]
     assert (
         rows[1]["effect per norm"] == pytest.approx(rows[1]["inside"]) == pytest.approx(2 * rows[2]["effect per norm"])
