@@ -62,22 +62,25 @@ class Places(NamedTuple):
         """Whether a place lies on image tokens."""
         return np.array([side == "img" for _, side in SIDES])[self.group]
 
-    def feature_at(self, place: int, image: tuple[int, ...], text: tuple[int, ...]) -> Feature:
+    def feature_at(
+        self, place: int, image: tuple[int, ...] | None = None, text: tuple[int, ...] | None = None
+    ) -> Feature:
         """Returns the feature of a place with its step and positions.
 
         Args:
             place: the place.
-            image: image tokens of the object.
-            text: text tokens of its phrase.
+            image: image tokens of the object; all if left out.
+            text: text tokens of its phrase; all if left out.
         """
         group, side = SIDES[int(self.group[place])]
+        positions = image if side == "img" else text
         return Feature(
             "single" if group == "joint" else group,
             int(self.block[place]),
             int(self.feature[place]),
-            image if side == "img" else text,
+            positions,
             (int(self.step[place]),),
-            side if group == "joint" else None,
+            side if group == "joint" and positions is not None else None,
         )
 
 
