@@ -274,7 +274,7 @@ def trace(
     from difffract_jax.circuits.reference_json import write_reference_json
     from difffract_jax.circuits.requests import read_steps, read_weights, resolve_all
     from difffract_jax.loading import load_pipeline, load_transcoders
-    from difffract_jax.report import emit, graph_summary, progress
+    from difffract_jax.report import emit, expanded_by_step, graph_summary, progress
 
     asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
@@ -290,6 +290,7 @@ def trace(
     with progress("Expanding nodes") as advance:
         graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
     _warn_cut(captured.info.cut)
+    _warn_shallow(expanded_by_step(graph))
     graph = graph.with_metadata(record)
     graph.save(settings.out)
     if settings.export_json:
@@ -332,6 +333,16 @@ def _warn_cut(cut: str) -> None:
     if cut:
         sys.stderr.write(
             f"Warning: the prompt is longer than the text length; cut off was: {cut!r}. Raise --text-tokens.\n"
+        )
+
+
+def _warn_shallow(expanded: dict[int, int]) -> None:
+    """Tells if a graph of several steps knows nothing of the features of some."""
+    missed = [str(step) for step, count in expanded.items() if not count]
+    if missed and len(expanded) > 1:
+        sys.stderr.write(
+            f"Warning: no feature of step {', '.join(missed)} was expanded, since most influence lies in the last; raise "
+            "--max-nodes, or lower --expansion-batch so that influence is computed more often.\n"
         )
 
 

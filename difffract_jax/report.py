@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from difffract_jax.checkpoint import atomic_file, leaf_paths
-from difffract_jax.circuits.graph import KINDS, Graph
+from difffract_jax.circuits.graph import FEATURE, KINDS, Graph
 from difffract_jax.circuits.names import node_names
 
 Advance = Callable[[int, int], None]
@@ -195,17 +195,28 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
     pooled = {"share of the frozen pooled path": ", ".join(f"{path['share']:.3g}" for path in paths)} if paths else {}
     rounding = graph.metadata.get("precision")
     rounded = {"bfloat16 error": f"{rounding['edge_error']:.2g} of the largest edge"} if rounding else {}
+    by_step = expanded_by_step(graph)
+    spread = ", ".join(f"step {step}: {count}" for step, count in by_step.items())
     weighted = [{"target": names[node], "weight": float(graph.root_weights[node])} for node in targets]
     return {
         "target": names[targets[0]],
         **({"targets": weighted} if len(weighted) > 1 else {}),
         "nodes": {kind: count for kind, count in kinds.items() if count},
+        **({"features expanded": spread} if len(by_step) > 1 else {}),
         "edges": len(graph.edge_attribution),
         "conservation error": conservation_error(graph) if known else None,
         **rounded,
         **pooled,
         "strongest sources": rows,
     }
+
+
+def expanded_by_step(graph: Graph) -> dict[int, int]:
+    """Returns how many features were expanded in each step that the graph spans."""
+    mine = graph.target_node[graph.node_kind[graph.target_node] == FEATURE]
+    first, last = int(graph.node_step.min()), int(graph.node_step.max())
+    counts = np.bincount(graph.node_step[mine] - first, minlength=last - first + 1)
+    return {first + number: int(count) for number, count in enumerate(counts)}
 
 
 def conservation_error(graph: Graph) -> float:

@@ -7,8 +7,16 @@ from PIL import Image
 
 from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.models.tiny import random_pipeline
-from difffract_jax.report import conservation_error, emit, graph_summary, parameter_counts, progress, save_image
-from random_graphs import random_graph
+from difffract_jax.report import (
+    conservation_error,
+    emit,
+    expanded_by_step,
+    graph_summary,
+    parameter_counts,
+    progress,
+    save_image,
+)
+from random_graphs import random_graph, random_output_graph
 
 RESULT = {
     "name": "x",
@@ -58,6 +66,16 @@ def test_a_summary_counts_nodes_and_names_the_strongest_sources():
     assert told["nodes"]["feature"] == np.sum(graph.node_kind == FEATURE)
     incoming = np.abs(graph.edge_attribution[graph.edge_target == graph.target])
     assert [abs(row["attribution"]) for row in told["strongest sources"]] == sorted(map(float, incoming))[::-1][:3]
+
+
+def test_a_summary_tells_which_steps_features_were_expanded_in():
+    graph = random_output_graph(3)
+    mine = graph.target_node[graph.node_kind[graph.target_node] == FEATURE]
+    expected = {step: int(np.sum(graph.node_step[mine] == step)) for step in (0, 1)}
+    assert expanded_by_step(graph) == expected and expected[1] > 0
+    told = f"step 0: {expected[0]}, step 1: {expected[1]}"
+    assert graph_summary(graph)["features expanded"] == told
+    assert "features expanded" not in graph_summary(random_graph(3))
 
 
 def test_the_conservation_error_is_the_worst_target_s():
