@@ -341,8 +341,8 @@ def _warn_shallow(expanded: dict[int, int]) -> None:
     missed = [str(step) for step, count in expanded.items() if not count]
     if missed and len(expanded) > 1:
         sys.stderr.write(
-            f"Warning: no feature of step {', '.join(missed)} was expanded, since most influence lies in the last; raise "
-            "--max-nodes, or lower --expansion-batch so that influence is computed more often.\n"
+            f"Warning: no feature of step {', '.join(missed)} was expanded, since most influence lies in the last; "
+            "raise --max-nodes, or lower --expansion-batch so that influence is computed more often.\n"
         )
 
 

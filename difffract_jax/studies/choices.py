@@ -63,7 +63,7 @@ class Places(NamedTuple):
         return np.array([side == "img" for _, side in SIDES])[self.group]
 
     def feature_at(
-        self, place: int, image: tuple[int, ...] | None = None, text: tuple[int, ...] | None = None
+        self, place: int | np.integer, image: tuple[int, ...] | None = None, text: tuple[int, ...] | None = None
     ) -> Feature:
         """Returns the feature of a place with its step and positions.
 
