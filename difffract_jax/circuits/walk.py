@@ -227,22 +227,31 @@ def walk(
             return _put(cotangent, jax.tree.map(jnp.add, before, entered), first)
 
         begun, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
-        edges = _in_pieces(begun, sizes.contract, contract_some, edges)
-        cotangent = _in_pieces(begun, (sizes.pull,), through, cotangent)
+        done, edges = _in_pieces(begun, sizes.contract, contract_some, edges)
+        # The pull-back writes over what the contraction reads. XLA goes by data alone: it gets its number of targets from
+        # the contraction, so as to come second; else all cotangents are copied.
+        _, cotangent = _in_pieces(jnp.minimum(begun, done), (sizes.pull,), through, cotangent)
         last = (begin + sizes.enter - 1) // sizes.enter
         return edges, jax.lax.fori_loop(begun // sizes.enter, last, enter_some, cotangent)
 
     return jax.lax.fori_loop(0, top - stack.first, step, (edges, cotangent))
 
 
-def _in_pieces(targets: Array, sizes: tuple[int, ...], work: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-    """Does `work(first, size, carry)` on the first so many targets, in pieces of the size that costs least."""
+def _in_pieces(
+    targets: Array, sizes: tuple[int, ...], work: Callable[[Array, int, Any], Any], carry: Any
+) -> tuple[Array, Any]:
+    """Does `work(first, size, carry)` on the first so many targets, in pieces of the size that costs least.
+
+    Returns:
+        How many targets the pieces came to, and the carry.
+    """
     pieces = [(targets + size - 1) // size for size in sizes]
     cheapest = jnp.argmin(jnp.stack([n * (size + PIECE_COST) for n, size in zip(pieces, sizes, strict=True)]))
+    done = jnp.int32(0)
     for i, (n, size) in enumerate(zip(pieces, sizes, strict=True)):
-        step = partial(lambda size, piece, carry: work(piece * size, size, carry), size)
-        carry = jax.lax.fori_loop(0, jnp.where(cheapest == i, n, 0), step, carry)
-    return carry
+        step = partial(lambda size, _, at: (at[0] + size, work(at[0], size, at[1])), size)
+        done, carry = jax.lax.fori_loop(0, jnp.where(cheapest == i, n, 0), step, (done, carry))
+    return done, carry
 
 
 def _some(tree: Any, first: Array, count: int) -> Any:
