@@ -317,9 +317,10 @@ def write(
         return error
     transcoder = site(stack, layer.slot)
     if not values.shape[1]:
-        # No features, as in the map's constant: what a row of zeros decodes to, the same everywhere, and the skip.
-        common = transcoder.decode(jnp.zeros((1, stack.config.features), x.dtype), jnp.zeros_like(x[:1]))
-        y = common + transcoder.skip(x) if stack.config.skip else common
+        # No features, as in the map's constant: the decoder gives its bias, and need not be read.
+        assert transcoder.dec.bias is not None
+        y = transcoder.dec.bias[None].astype(x.dtype)
+        y = y + transcoder.skip(x) if stack.config.skip else y
         return error + jnp.where(layer.live[:, None], y, 0)
     rows = jnp.arange(x.shape[0])[:, None]
     z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.index].add(values)

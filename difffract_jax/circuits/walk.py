@@ -31,12 +31,14 @@ PULL_TOGETHER = 8
 """Targets pulled through a block together at least, where each such piece computes the attention pattern once more."""
 CONTRACT_TARGETS = 64
 """Targets at most for which gathered decoder vectors are used together."""
+CONTRACT_STEP = 10
+"""How the sizes of pieces for the contraction rise, each compiled: so many targets at most are computed for nothing."""
 PIECE_COST = 10
 """What a piece costs in any case, above all its gathered decoder vectors, in targets."""
 
 
 class Sizes(NamedTuple):
-    """How many targets go through which part of the program together; `batch` is a multiple of each.
+    """How many targets go through which part of the program together; `batch` is a multiple of `pull` and `enter`.
 
     Attributes:
         pull: through the pull-back of a block.
@@ -64,14 +66,15 @@ def sizes_for(targets: int, cotangent_bytes: int, platform: str, *, blockwise: b
 
     Example:
         >>> sizes_for(50, 320 * 512 * 4, "cpu")
-        Sizes(pull=1, enter=5, contract=(1, 5, 25, 50), batch=50, gather=131072)
+        Sizes(pull=1, enter=5, contract=(1, 10, 20, 30, 40, 50), batch=50, gather=131072)
     """
     most = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
     batch = most * _ceil(targets, most)
-    few, half = _divisor(most, max(1, most // 8)), _divisor(most, max(1, most // 2))
+    few = _divisor(most, max(1, most // 8))
     fitting = max(PULL_TOGETHER if blockwise else 1, PULL_BYTES // cotangent_bytes)
     pull = _divisor(most, fitting) if platform == "cpu" else most
-    return Sizes(pull, few, tuple(sorted({1, few, half, most})), batch, gather_bytes(platform))
+    contract = tuple(sorted({1, *range(CONTRACT_STEP, most, CONTRACT_STEP), most}))
+    return Sizes(pull, few, contract, batch, gather_bytes(platform))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -215,6 +218,8 @@ def walk(
         column = stack.begin + (layer - stack.first) * stack.per_layer
 
         def contract_some(first: Array, count: int, edges: Array) -> Array:
+            # The last piece begins early enough to be whole: what it repeats comes out the same.
+            first = jnp.minimum(first, sizes.batch - count)
             return contract_block(here, edges, (first, column), cotangent, count, sizes.gather)
 
         def through(first: Array, count: int, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
