@@ -38,13 +38,14 @@ PIECE_COST = 10
 
 
 class Sizes(NamedTuple):
-    """How many targets go through which part of the program together; `batch` is a multiple of `pull` and `enter`.
+    """How many targets go through which part of the program together; no piece reaches past the batch.
 
     Attributes:
         pull: through the pull-back of a block.
         enter: into the walk.
-        contract: through the contraction with decoder vectors, one of these, ascending, by how many have begun.
-        batch: through the program, filled up.
+        contract: through the contraction with decoder vectors, one of these, ascending, by how many have begun. The
+            last divides the batch, so that smaller ones that would reach past it cost more and are not chosen.
+        batch: through the program, filled up; a multiple of `pull` and `enter`.
         gather: bytes of decoder vectors gathered at a time.
     """
 
@@ -218,8 +219,6 @@ def walk(
         column = stack.begin + (layer - stack.first) * stack.per_layer
 
         def contract_some(first: Array, count: int, edges: Array) -> Array:
-            # The last piece begins early enough to be whole: what it repeats comes out the same.
-            first = jnp.minimum(first, sizes.batch - count)
             return contract_block(here, edges, (first, column), cotangent, count, sizes.gather)
 
         def through(first: Array, count: int, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -233,8 +232,8 @@ def walk(
 
         begun, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
         done, edges = _in_pieces(begun, sizes.contract, contract_some, edges)
-        # The pull-back writes over what the contraction reads. XLA goes by data alone: it gets its number of targets from
-        # the contraction, so as to come second; else all cotangents are copied.
+        # The pull-back writes over what the contraction reads. XLA orders by data alone, and where nothing says which
+        # comes first, it copies all cotangents: hence the number to pull back comes out of the contraction.
         _, cotangent = _in_pieces(jnp.minimum(begun, done), (sizes.pull,), through, cotangent)
         last = (begin + sizes.enter - 1) // sizes.enter
         return edges, jax.lax.fori_loop(begun // sizes.enter, last, enter_some, cotangent)
