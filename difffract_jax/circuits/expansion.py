@@ -128,17 +128,19 @@ def add(
     """
     runs, first = _runs(state.table), np.cumsum([0, *(part.shape[1] for part in attributions)])
     runs = runs[runs[:, 0] < first[-1]]
-    level = levels(state.table.step, state.table.block)
+    places = np.concatenate([runs[:, 0], rows])
+    below, own = np.split(levels(state.table.step[places], state.table.block[places]), [len(runs)])
     part_of = np.searchsorted(first, runs[:, 0], side="right") - 1
     found, sums, abs_sums = [], np.zeros(rows.size), np.zeros(rows.size)
     for i, row in enumerate(rows):
         # Edges lead upwards: where a row has none, it need not be read.
-        for run in np.flatnonzero(level[runs[:, 0]] < level[row]):
+        for run in np.flatnonzero(below < own[i]):
             (begin, end), part = runs[run], part_of[run]
             values = attributions[part][i, begin - first[part] : end - first[part]]
+            sizes = np.abs(values)
             sums[i] += np.sum(values, dtype=np.float64)
-            abs_sums[i] += np.sum(np.abs(values), dtype=np.float64)
-            found.append(_edges_of(state, int(row), values, int(begin)))
+            abs_sums[i] += np.sum(sizes, dtype=np.float64)
+            found.append(_edges_of(state, int(row), values, sizes, int(begin)))
     new = Totals(preactivation, bias, sums, abs_sums)
     totals = Totals(*(np.concatenate(pair) for pair in zip(state.totals, new, strict=True)))
     edges = Edges(*(np.concatenate(parts) for parts in zip(state.edges, *found, strict=True)))
@@ -152,10 +154,12 @@ def _runs(table: SourceTable) -> Int64[np.ndarray, "run ends"]:
     return np.stack([begin, np.append(begin[1:], table.block.size)], axis=1)
 
 
-def _edges_of(state: Expansion, row: int, values: NDArray[np.floating], begin: int) -> Edges:
-    """Returns those of one target's edges that are large enough, from rows of the table that start at `begin`."""
+def _edges_of(
+    state: Expansion, row: int, values: NDArray[np.floating], sizes: NDArray[np.floating], begin: int
+) -> Edges:
+    """Returns those of one target's edges whose size is large enough, from rows of the table that start at `begin`."""
     smallest = state.min_attribution
-    place = np.flatnonzero((values >= smallest) | (values <= -smallest))
+    place = np.flatnonzero(sizes >= smallest)
     source = place + begin
     strong = (state.table.kind[source] != FEATURE) | (state.table.value[source] > smallest)
     strong &= values[place] != 0

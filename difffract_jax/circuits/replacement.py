@@ -186,11 +186,11 @@ def _encode_group(
         none = jnp.zeros((count, rows, 0), jnp.int32)
         layout = SiteLayers(jnp.asarray(slot), live, none)
         return Sites(None, layout), none.astype(record.mlp_in.dtype), record.mlp_out
-    codes, size = None, count * rows * stack.config.features * record.mlp_in.dtype.itemsize
+    codes, counted, size = None, None, count * rows * stack.config.features * record.mlp_in.dtype.itemsize
     if size <= CODE_BYTES:
-        codes = _codes(stack, jnp.asarray(slot), live, record)
+        codes, counted = _codes(stack, jnp.asarray(slot), live, record)
     if most is None:
-        counted = count_active(stack, jnp.asarray(slot), live, record) if codes is None else _count(codes)
+        counted = count_active(stack, jnp.asarray(slot), live, record) if counted is None else counted
         most = min(-(-max(int(counted), 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
     index, values, errors = find_active(stack, jnp.asarray(slot), live, record, codes, most)
     return Sites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
@@ -202,30 +202,37 @@ def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
 
 
 @jax.jit
-def _codes(stack: Transcoder, slot: Array, live: Array, record: GroupRecord) -> Float[Array, "layer rows feat"]:
-    """Returns the code of every position of every block."""
-    return jax.lax.map(lambda at: _code(stack, at[0], at[1], at[2], record.t), (slot, live, record.mlp_in))
+def _codes(
+    stack: Transcoder, slot: Array, live: Array, record: GroupRecord
+) -> tuple[Float[Array, "layer rows feat"], Int[Array, ""]]:
+    """Returns the code of every position of every block, and what `count_active` does."""
+
+    def one(layer: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        slot, live, x = layer
+        code = _code(stack, slot, live, x, record.t)
+        return code, _most_active(code)
+
+    codes, counts = jax.lax.map(one, (slot, live, record.mlp_in))
+    return codes, jnp.max(counts)
+
+
+@jax.jit
+def count_active(stack: Transcoder, slot: Array, live: Array, record: GroupRecord) -> Int[Array, ""]:
+    """Returns the largest number of active features at any position of any block, from one block's codes at a time."""
+
+    def one(layer: tuple[Array, Array, Array]) -> Array:
+        slot, live, x = layer
+        return _most_active(_code(stack, slot, live, x, record.t))
+
+    return jnp.max(jax.lax.map(one, (slot, live, record.mlp_in)))
 
 
 def _code(stack: Transcoder, slot: Array, live: Array, x: Array, t: Array) -> Float[Array, "rows feat"]:
     return jnp.where(live[:, None], site(stack, slot).encode(x, t), 0)
 
 
-@jax.jit
-def _count(codes: Float[Array, "layer rows feat"]) -> Int[Array, ""]:
-    """Returns the largest number of active features at any position of any block."""
-    return jnp.max(jnp.sum(codes > 0, axis=2, dtype=jnp.int32))
-
-
-@jax.jit
-def count_active(stack: Transcoder, slot: Array, live: Array, record: GroupRecord) -> Int[Array, ""]:
-    """Does what `_count` does, with one block's codes at a time."""
-
-    def step(most: Array, layer: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        slot, live, x = layer
-        return jnp.maximum(most, _count(_code(stack, slot, live, x, record.t)[None])), None
-
-    return jax.lax.scan(step, jnp.int32(0), (slot, live, record.mlp_in))[0]
+def _most_active(code: Float[Array, "rows feat"]) -> Int[Array, ""]:
+    return jnp.max(jnp.sum(code > 0, axis=1, dtype=jnp.int32))
 
 
 @partial(jax.jit, static_argnames="most")
@@ -317,9 +324,10 @@ def write(
         return error
     transcoder = site(stack, layer.slot)
     if not values.shape[1]:
-        # No features, as in the map's constant: what a row of zeros decodes to, the same everywhere, and the skip.
-        common = transcoder.decode(jnp.zeros((1, stack.config.features), x.dtype), jnp.zeros_like(x[:1]))
-        y = common + transcoder.skip(x) if stack.config.skip else common
+        # No features, as in the map's constant: the decoder gives its bias, and need not be read.
+        assert transcoder.dec.bias is not None
+        y = transcoder.dec.bias[None].astype(x.dtype)
+        y = y + transcoder.skip(x) if stack.config.skip else y
         return error + jnp.where(layer.live[:, None], y, 0)
     rows = jnp.arange(x.shape[0])[:, None]
     z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.index].add(values)

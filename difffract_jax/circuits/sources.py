@@ -44,8 +44,8 @@ def source_table(
         if prepared[0].record.velocity is not None:
             parts.append(_vectors(INPUT, LATENT, -1, np.arange(rows), first))
     parts += [_vectors(OUTPUT, IMG, sum(infos[0].depths), np.array([-1]), step) for step in outputs]
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return SourceTable(*(c.astype(dtype) for c, dtype in zip(columns, _DTYPES, strict=True)))
+    columns = zip(zip(*parts, strict=True), _DTYPES, strict=True)
+    return SourceTable(*(np.concatenate(column, dtype=dtype, casting="unsafe") for column, dtype in columns))
 
 
 def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
@@ -78,7 +78,7 @@ def _features(
     index = np.asarray(prepared.sites[group].layers.index[layer])
     value = np.asarray(prepared.sources.values[group][layer])
     stream, position = (np.broadcast_to(column[:, None], index.shape).ravel() for column in (stream, position))
-    kind, blocks, steps = (np.full(index.size, code) for code in (FEATURE, block, step))
+    kind, blocks, steps = (np.broadcast_to(code, index.size) for code in (FEATURE, block, step))
     return kind, stream, blocks, position, index.ravel(), value.ravel(), steps
 
 

@@ -31,18 +31,21 @@ PULL_TOGETHER = 8
 """Targets pulled through a block together at least, where each such piece computes the attention pattern once more."""
 CONTRACT_TARGETS = 64
 """Targets at most for which gathered decoder vectors are used together."""
+CONTRACT_STEP = 10
+"""How the sizes of pieces for the contraction rise, each compiled: so many targets at most are computed for nothing."""
 PIECE_COST = 10
 """What a piece costs in any case, above all its gathered decoder vectors, in targets."""
 
 
 class Sizes(NamedTuple):
-    """How many targets go through which part of the program together; `batch` is a multiple of each.
+    """How many targets go through which part of the program together; no piece reaches past the batch.
 
     Attributes:
         pull: through the pull-back of a block.
         enter: into the walk.
-        contract: through the contraction with decoder vectors, one of these, ascending, by how many have begun.
-        batch: through the program, filled up.
+        contract: through the contraction with decoder vectors, one of these, ascending, by how many have begun. The
+            last divides the batch, so that smaller ones that would reach past it cost more and are not chosen.
+        batch: through the program, filled up; a multiple of `pull` and `enter`.
         gather: bytes of decoder vectors gathered at a time.
     """
 
@@ -64,14 +67,15 @@ def sizes_for(targets: int, cotangent_bytes: int, platform: str, *, blockwise: b
 
     Example:
         >>> sizes_for(50, 320 * 512 * 4, "cpu")
-        Sizes(pull=1, enter=5, contract=(1, 5, 25, 50), batch=50, gather=131072)
+        Sizes(pull=1, enter=5, contract=(1, 10, 20, 30, 40, 50), batch=50, gather=131072)
     """
     most = _ceil(targets, _ceil(targets, CONTRACT_TARGETS))
     batch = most * _ceil(targets, most)
-    few, half = _divisor(most, max(1, most // 8)), _divisor(most, max(1, most // 2))
+    few = _divisor(most, max(1, most // 8))
     fitting = max(PULL_TOGETHER if blockwise else 1, PULL_BYTES // cotangent_bytes)
     pull = _divisor(most, fitting) if platform == "cpu" else most
-    return Sizes(pull, few, tuple(sorted({1, few, half, most})), batch, gather_bytes(platform))
+    contract = tuple(sorted({1, *range(CONTRACT_STEP, most, CONTRACT_STEP), most}))
+    return Sizes(pull, few, contract, batch, gather_bytes(platform))
 
 
 def _divisor(number: int, most: int) -> int:
@@ -227,22 +231,31 @@ def walk(
             return _put(cotangent, jax.tree.map(jnp.add, before, entered), first)
 
         begun, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
-        edges = _in_pieces(begun, sizes.contract, contract_some, edges)
-        cotangent = _in_pieces(begun, (sizes.pull,), through, cotangent)
+        done, edges = _in_pieces(begun, sizes.contract, contract_some, edges)
+        # The pull-back writes over what the contraction reads. XLA orders by data alone, and where nothing says which
+        # comes first, it copies all cotangents: hence the number to pull back comes out of the contraction.
+        _, cotangent = _in_pieces(jnp.minimum(begun, done), (sizes.pull,), through, cotangent)
         last = (begin + sizes.enter - 1) // sizes.enter
         return edges, jax.lax.fori_loop(begun // sizes.enter, last, enter_some, cotangent)
 
     return jax.lax.fori_loop(0, top - stack.first, step, (edges, cotangent))
 
 
-def _in_pieces(targets: Array, sizes: tuple[int, ...], work: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-    """Does `work(first, size, carry)` on the first so many targets, in pieces of the size that costs least."""
+def _in_pieces(
+    targets: Array, sizes: tuple[int, ...], work: Callable[[Array, int, Any], Any], carry: Any
+) -> tuple[Array, Any]:
+    """Does `work(first, size, carry)` on the first so many targets, in pieces of the size that costs least.
+
+    Returns:
+        How many targets the pieces came to, and the carry.
+    """
     pieces = [(targets + size - 1) // size for size in sizes]
     cheapest = jnp.argmin(jnp.stack([n * (size + PIECE_COST) for n, size in zip(pieces, sizes, strict=True)]))
+    done = jnp.int32(0)
     for i, (n, size) in enumerate(zip(pieces, sizes, strict=True)):
-        step = partial(lambda size, piece, carry: work(piece * size, size, carry), size)
-        carry = jax.lax.fori_loop(0, jnp.where(cheapest == i, n, 0), step, carry)
-    return carry
+        step = partial(lambda size, _, at: (at[0] + size, work(at[0], size, at[1])), size)
+        done, carry = jax.lax.fori_loop(0, jnp.where(cheapest == i, n, 0), step, (done, carry))
+    return done, carry
 
 
 def _some(tree: Any, first: Array, count: int) -> Any:

@@ -1,12 +1,14 @@
 """Edges are exact: they add up, they equal interventions, and pulling back is the transpose of pushing forward."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from difffract_jax import ops
-from difffract_jax.circuits import contraction, pullback
+from difffract_jax.circuits import contraction, pullback, walk
 from difffract_jax.circuits.engine import affine_constants
 from difffract_jax.circuits.pullback import pull_back, push_forward
 from difffract_jax.circuits.readout import Targets, preactivations
@@ -201,6 +203,27 @@ def test_how_decoder_vectors_are_gathered_changes_nothing(x64, monkeypatch):
         monkeypatch.setattr(contraction, "GATHER_BYTES", size)
         pullback._pull_back.clear_cache()
         assert relative_error(pull_back(exact.replacement, targets), usual) <= TOL.x64
+
+
+@pytest.mark.parametrize("sizes", [(7, 1), (64, 1), (5, 30)])
+def test_in_how_many_pieces_targets_go_changes_nothing(x64, monkeypatch, sizes):
+    exact = make_exact()
+    targets = some_targets(exact, 40)
+    few = [pull_back(exact.replacement, jax.tree.map(lambda c, i=i: c[i : i + 8], targets)) for i in range(0, 40, 8)]
+    for name, size in zip(("CONTRACT_STEP", "CONTRACT_TARGETS"), sizes, strict=True):
+        monkeypatch.setattr(walk, name, size)
+    pullback._pull_back.clear_cache()
+    assert relative_error(pull_back(exact.replacement, targets), jnp.concatenate(few)) <= TOL.x64
+
+
+def test_blocks_do_not_copy_the_cotangents_of_all_targets(x64):
+    exact = make_exact(joint=(0, 1))
+    program = pullback.lower_pull(exact.replacement, 14, "cpu", directed=False, precision="f32").compile().as_text()
+    rows = [h.shape[0] for h in exact.replacement.record.boundary]
+    width = exact.replacement.record.boundary.img.shape[1]
+    for count in (*rows, sum(rows)):
+        assert f"[14,{count},{width}]" in program
+        assert not re.findall(rf"\[14,{count},{width}\]\S* copy\(", program)
 
 
 def test_attention_in_blocks_changes_no_edge(x64, monkeypatch):
