@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from difffract_jax import __version__, cli_graphs, cli_steer, cli_study, cli_transcoders, cli_validate
+from difffract_jax import __version__, cli_explain, cli_graphs, cli_steer, cli_study, cli_transcoders, cli_validate
 from difffract_jax import options as opt
 from difffract_jax.cli_organism import organism
 from difffract_jax.config import (
@@ -42,6 +42,7 @@ cli_graphs.register(app)
 cli_transcoders.register(app)
 cli_steer.register(app)
 cli_study.register(app)
+cli_explain.register(app)
 cli_validate.register(app)
 
 
@@ -222,10 +223,10 @@ def generate(
             pipe,
             settings.prompt,
             **settings.model_dump(include={"seed", "steps", "height", "width", "text_tokens", "guidance"}),
-            latents=_starting_noise(pipe, settings),
+            latents=cli_steer.starting_noise(pipe, settings),
             progress=advance,
         )
-    _warn_cut(result.cut)
+    cli_steer.warn_cut(result.cut)
     save_image(result.image, settings.out, record)
     emit({"image": str(settings.out), "size": f"{result.image.shape[1]}x{result.image.shape[0]}"}, as_json=json)
 
@@ -289,7 +290,7 @@ def trace(
     del pipe  # what the trace does not hold of it is memory for the pull-back
     with progress("Expanding nodes") as advance:
         graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
-    _warn_cut(captured.info.cut)
+    cli_steer.warn_cut(captured.info.cut)
     _warn_shallow(expanded_by_step(graph))
     graph = graph.with_metadata(record)
     graph.save(settings.out)
@@ -315,7 +316,9 @@ def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], step
         given = settings.model_dump(include=run | {"prompt", "step", "latents", "noise"}, exclude_unset=True)
         padding = settings.include_padding
         return import_run(settings.activations, pipe, tcs, given, include_padding=padding)
-    sizes = settings.model_dump(include=run | {"include_padding"}) | {"latents": _starting_noise(pipe, settings)}
+    sizes = settings.model_dump(include=run | {"include_padding"}) | {
+        "latents": cli_steer.starting_noise(pipe, settings)
+    }
     return record_run(pipe, tcs, settings.prompt, asked, steps, **sizes)
 
 
@@ -329,13 +332,6 @@ def _dtype(name: Literal["f32", "bf16"]) -> Any:
     return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
 
 
-def _warn_cut(cut: str) -> None:
-    if cut:
-        sys.stderr.write(
-            f"Warning: the prompt is longer than the text length; cut off was: {cut!r}. Raise --text-tokens.\n"
-        )
-
-
 def _warn_shallow(expanded: dict[int, int]) -> None:
     """Tells if a graph of several steps knows nothing of the features of some."""
     missed = [str(step) for step, count in expanded.items() if not count]
@@ -344,17 +340,3 @@ def _warn_shallow(expanded: dict[int, int]) -> None:
             f"Warning: no feature of step {', '.join(missed)} was expanded, since most influence lies in the last; "
             "raise --max-nodes, or lower --expansion-batch so that influence is computed more often.\n"
         )
-
-
-def _starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig) -> Any:
-    """Returns the packed starting noise that --latents or --noise asks for; None leaves it to the seed."""
-    if settings.latents is not None:
-        from difffract_jax.files import read_array
-
-        return read_array(settings.latents)
-    if settings.noise == "jax":
-        return None
-    from difffract_jax.models.pipeline import plan_run
-
-    grid = plan_run(pipe.config, height=settings.height, width=settings.width).grid
-    return cli_steer.torch_latents(pipe, grid, [settings.seed])[0]

@@ -13,8 +13,8 @@ import typer
 
 from difffract_jax import options as opt
 from difffract_jax.circuits.edits import Edit
-from difffract_jax.circuits.settings import FeaturesConfig, RunSettings, SteerConfig
-from difffract_jax.config import UserError, provenance
+from difffract_jax.circuits.settings import EffectsConfig, FeaturesConfig, RunSettings, SteerConfig
+from difffract_jax.config import GenerateConfig, TraceConfig, UserError, provenance
 
 Scan = Annotated[
     bool, typer.Option("--scan", help="Label every feature of the organism's transcoders over many captions instead.")
@@ -70,7 +70,7 @@ def steer(
     meant = _intent(settings)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
     run = _run(pipe, settings)
-    pixels = _region(pipe, run, settings)
+    pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
     rows = table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
     record = provenance("steer", settings, model=pipe.source, transcoders=tcs.source)
@@ -99,8 +99,7 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
             **settings.model_dump(include={"form", "include_padding", "batch"}),
             progress=advance,
         )
-    if made.cut:
-        sys.stderr.write(f"Warning: the prompt was cut off at: {made.cut!r}. Raise --text-tokens.\n")
+    warn_cut(made.cut)
     return made
 
 
@@ -151,14 +150,14 @@ def features(
             pipe,
             tcs,
             settings.prompt,
-            mask=_region(pipe, run, settings),
+            mask=region_of(pipe, run, settings),
             seeds=settings.seed_list,
             sites=settings.sites.split(","),
             run=run,
             **settings.model_dump(include={"contrast", "by", "step", "top", "batch"}),
             progress=advance,
         )
-    labels = _labels(settings.transcoders, tcs.source)
+    labels = labels_of(settings.transcoders, tcs.source)
     streams = {
         stream: [
             {"feature": str(row.feature), "score": row.score, "value": row.value, "against": row.against}
@@ -230,8 +229,14 @@ def _run(pipe: Any, settings: RunSettings) -> Any:
     return plan_run(pipe.config, **sizes)
 
 
-def _region(pipe: Any, run: Any, settings: RunSettings) -> Any:
-    """Returns the pixels of --box or --mask; None if neither is given."""
+def region_of(pipe: Any, run: Any, settings: RunSettings | EffectsConfig) -> Any:
+    """Returns the pixels of --box or --mask; None if neither is given.
+
+    Args:
+        pipe: the pipeline.
+        run: from `plan_run`.
+        settings: of the command.
+    """
     if settings.box is not None and settings.mask is not None:
         raise UserError("Both --box and --mask describe the region; give one of them.")
     from difffract_jax.circuits.region import box_mask, read_mask
@@ -262,6 +267,25 @@ def _noise(pipe: Any, run: Any, settings: SteerConfig) -> Any:
     return torch_latents(pipe, run.grid, settings.seed_list)
 
 
+def starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig | EffectsConfig) -> Any:
+    """Returns the packed starting noise that --latents or --noise asks for; None leaves it to the seed.
+
+    Args:
+        pipe: the pipeline.
+        settings: of a command that makes one run.
+    """
+    if settings.latents is not None:
+        from difffract_jax.files import read_array
+
+        return read_array(settings.latents)
+    if settings.noise == "jax":
+        return None
+    from difffract_jax.models.pipeline import plan_run
+
+    grid = plan_run(pipe.config, height=settings.height, width=settings.width).grid
+    return torch_latents(pipe, grid, [settings.seed])[0]
+
+
 def torch_latents(pipe: Any, grid: Sequence[int], seeds: Sequence[int]) -> Any:
     """Returns packed starting noise as diffusers draws it, [seed img channels].
 
@@ -279,8 +303,13 @@ def torch_latents(pipe: Any, grid: Sequence[int], seeds: Sequence[int]) -> Any:
     return np.stack([pack(torch_noise(seed, *size)[0].transpose(1, 2, 0)) for seed in seeds])
 
 
-def _labels(transcoders: str, source: str) -> Any:
-    """Returns the labels of a set of transcoders; None if there are none, or they are of others."""
+def labels_of(transcoders: str, source: str) -> Any:
+    """Returns the labels of a set of transcoders; None if there are none, or they are of others.
+
+    Args:
+        transcoders: as given on the command line.
+        source: their content hash.
+    """
     from difffract_jax.loading import load_labels
 
     try:
@@ -288,6 +317,14 @@ def _labels(transcoders: str, source: str) -> Any:
     except UserError:
         return None
     return labels if labels.transcoders == source else None
+
+
+def warn_cut(cut: str) -> None:
+    """Warns of the end of a prompt that did not fit; "" if all did."""
+    if cut:
+        sys.stderr.write(
+            f"Warning: the prompt is longer than the text length; cut off was: {cut!r}. Raise --text-tokens.\n"
+        )
 
 
 def _brief(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from difffract_jax import options as opt
-from difffract_jax.circuits.settings import ValidateConfig
+from difffract_jax.circuits.settings import RerunSettings, ValidateConfig
 from difffract_jax.cli_steer import check_directory, torch_latents
 from difffract_jax.config import UserError, provenance
 
@@ -61,7 +61,7 @@ def validate(
 
     read = read_graph(settings.graph)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    again = _again(pipe, tcs, read, settings)
+    again = rerun(pipe, tcs, read, settings)
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})
     with progress("Validating") as advance:
         found = hold(again, read, **asked, progress=advance)
@@ -78,8 +78,15 @@ def validate(
         raise UserError(missed)
 
 
-def _again(pipe: Any, tcs: Any, graph: Any, settings: ValidateConfig) -> Any:
-    """Returns the graph's run, captured anew or taken from the file of activations that it was made of."""
+def rerun(pipe: Any, tcs: Any, graph: Any, settings: RerunSettings) -> Any:
+    """Returns a graph's run, captured anew or taken from the file of activations that it was made of.
+
+    Args:
+        pipe: the pipeline it was traced in.
+        tcs: the transcoders it was traced with.
+        graph: the graph.
+        settings: which say where its starting noise comes from.
+    """
     from difffract_jax.circuits.recapture import capture_again, check_same
 
     check_same(pipe, tcs, graph)

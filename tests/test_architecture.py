@@ -36,6 +36,7 @@ ORDER = (
         *("difffract_jax.cli_steer", "difffract_jax.cli_study", "difffract_jax.cli_transcoders"),
     ),
     ("difffract_jax.cli_validate",),
+    ("difffract_jax.cli_explain",),
     ("difffract_jax.cli",),
 )
 NUMPY_ONLY = (

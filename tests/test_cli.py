@@ -16,7 +16,7 @@ from difffract_jax import cli
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
 COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "combine difference", "compare", "export")
-COMMANDS += ("harvest", "plan", "train", "evaluate", "steer", "features")
+COMMANDS += ("harvest", "plan", "train", "evaluate", "steer", "features", "heads", "effects", "validate")
 
 
 @pytest.fixture

@@ -31,9 +31,11 @@ region          boxes and masks, and the image tokens in them
 interventions   features edited in the running model
 sweeps          many edited images in one compiled call
 ranking         finding features: by contrast, region, trend or activation
+heads           which attention heads carry a target's edges, and what makes an attention score
 labels          what features stand for (NumPy)
 readings        features scaled, from the exact frozen map to the real model; effects along a graph's paths
 total_effects   what every source of all steps adds to an output along all paths, in one backward pass
+effect_tables   the same, summed by feature, step and stream
 recapture       the run behind a saved graph, captured anew
 variants        many variants of a traced run side by side; edges by push-forward
 faithfulness    features taken off in the real model, to check a graph

@@ -15,6 +15,7 @@ sources: q = q0 + sum_a q_a, k = k0 + sum_b k_b. Their scaled product is
 Both hold for one step; in a span, for the step's own sources.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, Float64, Int64
 from difffract_jax.circuits.contraction import gather_bytes
 from difffract_jax.circuits.engine import Engine, targets_of
 from difffract_jax.circuits.graph import OUTPUT
+from difffract_jax.circuits.names import block_name
 from difffract_jax.circuits.pullback import input_edges, layout_of, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, target_gradients
 from difffract_jax.circuits.record import Record
@@ -34,6 +36,8 @@ from difffract_jax.circuits.walk import contract_block, double_block, single_blo
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Groups, Streams, both, split_heads
 from difffract_jax.ops import film, layer_norm, rotate
+
+ONE_STEP = "Head loadings are those of one step, not of a span; trace a single step."
 
 
 class HeadLoadings(NamedTuple):
@@ -63,34 +67,54 @@ def head_loadings(engine: Engine, row: int, sources: Int64[np.ndarray, "source"]
     Raises:
         UserError: if the engine is a span's.
     """
-    if engine.across:
-        raise UserError("Head loadings are those of one step, not of a span; trace a single step.")
-    prepared, record = engine.steps[0], engine.steps[0].record
     wanted = np.arange(engine.sources) if sources is None else sources
+    direct, layers = loadings_by_layer(engine, row)
+    found = [(np.full(len(part), block), np.arange(len(part)), part[:, wanted]) for block, part in layers]
+    block, head, loading = (np.concatenate(column) for column in zip(*found, strict=True))
+    return HeadLoadings(block.astype(np.int64), head.astype(np.int64), loading, direct[wanted])
+
+
+def loadings_by_layer(
+    engine: Engine, row: int
+) -> tuple[Float64[np.ndarray, "source"], Iterator[tuple[int, Float64[np.ndarray, "head source"]]]]:
+    """Splits the edges into a target by head, one layer after another, so that not all need be in memory.
+
+    Args:
+        engine: of one step.
+        row: the target's row of the table.
+
+    Returns:
+        The share of every edge that took no hop; and per layer, top down, the model's block and its heads' loadings.
+
+    Raises:
+        UserError: if the engine is a span's.
+    """
+    if engine.across:
+        raise UserError(ONE_STEP)
+    prepared, record = engine.steps[0], engine.steps[0].record
     with jax.default_matmul_precision("highest"):
         hops, direct = _walk_directly(engine, row)
-    found = []
-    for layer, directions in hops:
-        count = directions.shape[0]
-        edges = _edges_below(prepared, layer, directions)
-        found.append((np.full(count, engine.infos[0].recorded[layer]), np.arange(count), edges))
-    block, head, loading = (np.concatenate(column) for column in zip(*found, strict=True))
     if record.velocity is not None:
         # The latents' own edges are an objective's direct dependence on them.
         output = engine.outputs[row - engine.sources].latents if engine.table.kind[row] == OUTPUT else 0
         straight = jnp.sum(output * record.latents, axis=1)
-        loading = np.pad(loading, ((0, 0), (0, record.latents.shape[0])))
         direct = np.concatenate([direct, np.asarray(straight, np.float64)])
-    return HeadLoadings(block.astype(np.int64), head.astype(np.int64), loading[:, wanted], direct[wanted])
+    recorded = engine.infos[0].recorded
+    return direct, ((recorded[layer], _edges_below(prepared, layer, directions)) for layer, directions in hops)
 
 
-def _edges_below(prepared: Replacement, layer: int, directions: Float[Array, "hop seq d_model"]) -> np.ndarray:
-    """Returns the edges of directions of the residual stream entering a layer."""
+def _edges_below(
+    prepared: Replacement, layer: int, directions: Float[Array, "hop seq d_model"]
+) -> Float64[np.ndarray, "hop source"]:
+    """Returns the edges of directions of the residual stream entering a layer; the latents have none."""
     count = directions.shape[0]
     same = [jnp.full(count, value, jnp.int32) for value in (DIRECTION, layer, 0, 0)]
     pulled = pull(prepared, Targets(*same), directions)
     inputs = input_edges(pulled.boundary, prepared.sources.boundary)
-    return np.concatenate([np.asarray(pulled.edges, np.float64), np.asarray(inputs, np.float64)], axis=1)
+    record = prepared.record
+    latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
+    parts = (np.asarray(pulled.edges, np.float64), np.asarray(inputs, np.float64), latents)
+    return np.concatenate(parts, axis=1)
 
 
 def _walk_directly(engine: Engine, row: int) -> tuple[list[tuple[int, Array]], np.ndarray]:
@@ -236,17 +260,22 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
         raise UserError("An attention score is one step's, not a span's; trace a single step.")
     prepared, info = engine.steps[0], engine.infos[0]
     if block not in info.recorded:
-        raise UserError(f"The trace recorded the blocks {info.recorded[0]} to {info.recorded[-1]}, but not {block}.")
+        first, last, asked = (block_name(one, info.depths[0]) for one in (info.recorded[0], info.recorded[-1], block))
+        raise UserError(f"The trace recorded the blocks {first} to {last}, but not {asked}.")
     layer = info.recorded.index(block)
     record = prepared.record
     frozen = record.frozen if block < info.depths[0] else record.frozen_single
     if not 0 <= head < frozen.q.shape[2]:
-        raise UserError(f"Block {block} has heads 0 to {frozen.q.shape[2] - 1}, but got {head}.")
+        name = block_name(block, info.depths[0])
+        raise UserError(f"The block {name} has heads 0 to {frozen.q.shape[2] - 1}, but got {head}.")
     places = []
     for stream, position in (query, key):
         rows = {"img": record.boundary.img.shape[0], "txt": info.text_tokens}
         if stream not in rows or not 0 <= position < rows[stream]:
-            raise UserError(f"There is no token {stream}@{position}; img has {rows['img']} and txt {rows['txt']}.")
+            raise UserError(
+                f"There is no token {stream}{position}; the run has {rows['img']} image tokens, from img0 on, and "
+                f"{rows['txt']} text tokens, from txt0 on."
+            )
         places.append(position + (info.text_tokens if stream == "img" else 0))
     with jax.default_matmul_precision("highest"):
         sides = [_side(engine, layer, head, place, part) for part, place in enumerate(places)]
@@ -276,8 +305,6 @@ def _side(engine: Engine, layer: int, head: int, place: int, part: int) -> tuple
     seq = text + sources.boundary.img.shape[0]
     full = jnp.zeros((value.size, seq, true_row.size), value.dtype).at[:, place].set(directions)
     edges = _edges_below(prepared, layer, full)
-    if record.velocity is not None:
-        edges = np.pad(edges, ((0, 0), (0, record.latents.shape[0])))
     constant = affine(row_at(jax.tree.map(jnp.zeros_like, sources)))
     return edges, np.asarray(constant, np.float64), np.asarray(value, np.float64)
 

@@ -295,6 +295,17 @@ def read(
         for i in np.flatnonzero((engine.table.kind[rows] == OUTPUT) & (engine.table.step[rows] == info.step)):
             output = engine.outputs[int(rows[i]) - engine.sources]
             assert reading.velocity is not None
-            pairs = ((output.velocity, reading.velocity), (output.latents, reading.latents))
-            values[i] = output.constant + sum(float(np.vdot(*(np.asarray(a, np.float64) for a in p))) for p in pairs)
+            values[i] = output_value(output, reading.velocity, reading.latents)
     return values
+
+
+def output_value(output: Output, velocity: Float[Array, "img outputs"], latents: Float[Array, "img channels"]) -> float:
+    """Returns an output's value, summed in float64.
+
+    Args:
+        output: the output.
+        velocity: of its step.
+        latents: entering that step.
+    """
+    pairs = ((output.velocity, velocity), (output.latents, latents))
+    return output.constant + sum(float(np.vdot(*(np.asarray(a, np.float64) for a in pair))) for pair in pairs)

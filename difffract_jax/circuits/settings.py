@@ -1,4 +1,7 @@
-"""Settings of the commands that find features, edit them and check circuits: `steer`, `features`, `validate`."""
+"""Settings of the commands that find and edit features, and explain and check circuits.
+
+They are `steer`, `features`, `effects`, `heads` and `validate`.
+"""
 
 import re
 from pathlib import Path
@@ -127,8 +130,46 @@ class FeaturesConfig(RunSettings):
     """With --scan, the labels file to write."""
 
 
-class ValidateConfig(Settings):
-    """Settings of `difffract validate`: a graph held against its model."""
+class EffectsConfig(Settings):
+    """Settings of `difffract effects`: what every source of a run adds to an output."""
+
+    model: str
+    """Model to run: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
+    transcoders: str
+    """Transcoders of its MLPs: `organism`, a converted directory, or one of `.pt` files."""
+    prompt: str
+    """Prompt of the run."""
+    target: str
+    """Output that is explained: pixels:color=NAME[,minus=NAME][,box=X0,Y0,X1,Y1|mask=FILE.png], or
+    velocity:[contrast="other prompt"][,box=...|mask=...]."""
+    step: int | None = Field(None, ge=0)
+    """Denoising step of the target, from 0; the run's last when left out. Sources are those of all steps up to it."""
+    box: str | None = None
+    """Region whose image tokens are counted, X0,Y0,X1,Y1 in pixels, X1 and Y1 outside; text tokens all are."""
+    mask: Path | None = None
+    """The same as a black and white picture of the image's size; white lies inside."""
+    top: int = Field(20, ge=1)
+    """Features to list."""
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps of the run; the model's own default when left out."""
+    seed: int = Field(0, ge=0)
+    """Seed of the starting noise."""
+    height: int | None = Field(None, ge=1)
+    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
+    width: int | None = Field(None, ge=1)
+    """Image width in pixels, as the height."""
+    text_tokens: int | None = Field(None, ge=1)
+    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    include_padding: bool = False
+    """Replace the MLPs of padded text positions too, as the reference does, instead of keeping them."""
+    latents: Path | None = None
+    """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
+    noise: Literal["jax", "torch"] = "jax"
+    """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+
+
+class RerunSettings(Settings):
+    """What commands share that capture a graph's run anew: the graph, and what it was traced from."""
 
     model: str
     """Model that the graph was traced in: `organism` (embedded), a converted directory or a diffusers directory."""
@@ -136,6 +177,30 @@ class ValidateConfig(Settings):
     """Transcoders that it was traced with: `organism`, a converted directory, or one of `.pt` files."""
     graph: Path
     """Graph file that `difffract trace` wrote, or one that was pruned with --by-position."""
+    latents: Path | None = None
+    """`.npy` file of packed starting noise, for a graph whose run started from one."""
+    noise: Literal["jax", "torch"] | None = None
+    """Who draws the starting noise; as the graph was traced, when left out."""
+    activations: Path | None = None
+    """`.npz` file of activations, for a graph that was traced from one."""
+
+
+class HeadsConfig(RerunSettings):
+    """Settings of `difffract heads`: which attention heads carry a circuit, and why they attend."""
+
+    target: str | None = None
+    """Feature or output of the graph whose edges are split by head, as tables show it, as in img/2/f401@12; the graph's
+    first target when left out."""
+    score: str | None = None
+    """Attention score to take apart too, BLOCK/hHEAD@QUERY,KEY, as in double/1/h1@img12,txt4 or single/0/h1@img3,img4:
+    the token that attends, and the one attended to."""
+    top: int = Field(10, ge=1)
+    """Rows of each table."""
+
+
+class ValidateConfig(RerunSettings):
+    """Settings of `difffract validate`: a graph held against its model."""
+
     edges: int = Field(200, ge=0)
     """Edges to hold against their direct interventions, drawn by --seed; 0 for all."""
     ablations: int = Field(50, ge=1)
@@ -147,12 +212,6 @@ class ValidateConfig(Settings):
     """Random circuits of each size, to compare with."""
     seed: int = Field(0, ge=0)
     """Seed of the edges and of the random circuits that are drawn; the run's own seed is the graph's."""
-    latents: Path | None = None
-    """`.npy` file of packed starting noise, for a graph whose run started from one."""
-    noise: Literal["jax", "torch"] | None = None
-    """Who draws the starting noise; as the graph was traced, when left out."""
-    activations: Path | None = None
-    """`.npz` file of activations, for a graph that was traced from one."""
     out: Path | None = None
     """Directory for report.md, validation.json and figures; none are written when left out."""
 

@@ -23,7 +23,7 @@ from difffract_jax.circuits.edits import Edit
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE, IMG, Graph
 from difffract_jax.circuits.outputs import parse_target, resolve
-from difffract_jax.circuits.ranking import summarise
+from difffract_jax.circuits.ranking import SIDES, summarise
 from difffract_jax.circuits.readings import effects
 from difffract_jax.circuits.trace import capture_steps
 from difffract_jax.models.pipeline import Pipeline, encode, plan_run, start
@@ -31,8 +31,6 @@ from difffract_jax.studies.cases import Material
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
-SIDES = (("img", "img"), ("txt", "txt"), ("joint", "txt"), ("joint", "img"))
-"""Groups of sites, and the side of the sequence, in the order of the places."""
 AT_ONCE = 32
 """Runs sampled together."""
 NODES = 100

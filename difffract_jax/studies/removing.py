@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, UInt8
 
 from difffract_jax.circuits.edits import Edit
+from difffract_jax.circuits.effect_tables import rows_of, summed
 from difffract_jax.circuits.engine import Output
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.outputs import GREY, PixelTarget, parse_target, resolve
@@ -130,18 +131,10 @@ def place_effects(
     """
     columns = []
     for kind, side in SIDES:
-        group, layers = ("img", "txt", "joint").index(kind), list(getattr(tcs, f"{kind}_layers"))
-        if not layers:
-            continue
-        rows = {"img": inside, "txt": phrase}[side]
-        if kind == "joint":
-            rows = np.concatenate([phrase & (side == "txt"), inside & (side == "img")])
-        effect = np.asarray(found.features[group], np.float64)[:, layers] * rows[:, None]
-        index = np.asarray(found.index[group])[:, layers]
-        total = np.zeros((steps or len(effect), len(layers), tcs.config.features))
-        step, site = np.indices(effect.shape)[:2]
-        np.add.at(total, (step, site, index), effect)
-        columns.append(total.ravel())
+        layers = getattr(tcs, f"{kind}_layers")
+        if layers:
+            total = summed(found, kind, layers, rows_of(kind, side, inside, phrase), tcs.config.features)
+            columns.append(np.pad(total, ((0, (steps or len(total)) - len(total)), (0, 0), (0, 0))).ravel())
     return np.concatenate(columns)
 
 

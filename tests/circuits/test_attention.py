@@ -103,10 +103,10 @@ def test_spans_are_refused(exact):
 @pytest.mark.parametrize(
     ("place", "sentence"),
     [
-        ((9, 0, ("img", 0), ("img", 0)), "recorded the blocks 0 to 4, but not 9"),
-        ((1, 7, ("img", 0), ("img", 0)), "Block 1 has heads 0 to 1, but got 7"),
-        ((1, 0, ("img", 99), ("img", 0)), "There is no token img@99"),
-        ((1, 0, ("img", 0), ("joint", 0)), "There is no token joint@0"),
+        ((9, 0, ("img", 0), ("img", 0)), "recorded the blocks double/0 to single/1, but not single/6"),
+        ((1, 7, ("img", 0), ("img", 0)), "The block double/1 has heads 0 to 1, but got 7"),
+        ((1, 0, ("img", 99), ("img", 0)), "There is no token img99"),
+        ((1, 0, ("img", 0), ("joint", 0)), "There is no token joint0"),
     ],
 )
 def test_scores_that_are_not_in_the_trace_are_refused(exact, place, sentence):

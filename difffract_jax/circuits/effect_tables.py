@@ -1,0 +1,147 @@
+"""Total effects (`total_effects`) summed over tokens: by feature, and by step and stream.
+
+Effects of sources on one path overlap, so that sums over several steps or sites do not add up to the output's value;
+those of one feature at many positions of one site do not act on one another, and add up to what all of them do.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+from difffract_jax.circuits.feature import Feature
+from difffract_jax.circuits.ranking import SIDES
+from difffract_jax.circuits.total_effects import TotalEffects
+from difffract_jax.models.blocks import Groups
+from difffract_jax.transcoders.transcoder import TranscoderSet
+
+
+def summed(
+    found: TotalEffects, group: str, layers: Sequence[int], rows: Bool[np.ndarray, "rows"], features: int
+) -> Float64[np.ndarray, "step layer feat"]:
+    """Sums the effects of every feature of a group over the tokens that count.
+
+    Args:
+        found: total effects of a run.
+        group: "img", "txt" or "joint".
+        layers: of the group.
+        rows: which of its tokens count; in single-stream blocks the text comes first.
+        features: of a transcoder.
+    """
+    place, layers = Groups._fields.index(group), list(layers)
+    effect = np.asarray(found.features[place], np.float64)[:, layers] * rows[:, None]
+    index = np.asarray(found.index[place])[:, layers]
+    total = np.zeros((len(effect), len(layers), features))
+    step, layer = np.indices(effect.shape)[:2]
+    np.add.at(total, (step, layer, index), effect)
+    return total
+
+
+class FeatureEffect(NamedTuple):
+    """What a feature of one step adds to an output.
+
+    Attributes:
+        feature: with its step; with the positions that were counted, where an edit would act on others too.
+        side: stream of its tokens, "img" or "txt".
+        effect: summed over them; zeroing them moves the output by minus this, with attention and norms held.
+    """
+
+    feature: Feature
+    side: str
+    effect: float
+
+
+def strongest(
+    found: TotalEffects,
+    tcs: TranscoderSet,
+    inside: Bool[np.ndarray, "img"],
+    own: Bool[np.ndarray, "txt"],
+    most: int,
+    first: int = 0,
+) -> list[FeatureEffect]:
+    """Finds the features that add most to an output, of either sign, summed over positions.
+
+    Args:
+        found: total effects of a run.
+        tcs: its transcoders.
+        inside: image tokens that count.
+        own: text tokens that count, the prompt's own.
+        most: features to find.
+        first: the first step traced.
+    """
+    best: list[FeatureEffect] = []
+    for group, side in SIDES:
+        layers = list(getattr(tcs, f"{group}_layers"))
+        if not layers:
+            continue
+        tokens = inside if side == "img" else own
+        total = summed(found, group, layers, rows_of(group, side, inside, own), tcs.config.features)
+        order = np.argsort(-np.abs(total), axis=None, kind="stable")[:most]
+        # An edit without positions acts at all image tokens, and at the prompt's own.
+        positions = None if group == "txt" or (group == "img" and inside.all()) else _numbers(tokens)
+        for step, layer, number in zip(*np.unravel_index(order, total.shape), strict=True):
+            name, sided = ("single", side) if group == "joint" else (group, None)
+            at = Feature(name, layers[layer], int(number), positions, (first + int(step),), sided)
+            best.append(FeatureEffect(at, side, float(total[step, layer, number])))
+    ranked = sorted(best, key=lambda one: -abs(one.effect))[:most]
+    return [one for one in ranked if one.effect]
+
+
+def rows_of(
+    group: str, side: str, inside: Bool[np.ndarray, "img"], text: Bool[np.ndarray, "txt"]
+) -> Bool[np.ndarray, "rows"]:
+    """Marks the tokens that count of one side, in the order of a group's rows.
+
+    Args:
+        group: "img", "txt" or "joint".
+        side: "img" or "txt".
+        inside: image tokens that count.
+        text: text tokens that count.
+    """
+    if group != "joint":
+        return inside if side == "img" else text
+    return np.concatenate([text & (side == "txt"), inside & (side == "img")])
+
+
+def _numbers(tokens: Bool[np.ndarray, "token"]) -> tuple[int, ...]:
+    return tuple(int(token) for token in np.flatnonzero(tokens))
+
+
+class SideSums(NamedTuple):
+    """What one stream's features and errors add to an output in one step.
+
+    Attributes:
+        step: denoising step.
+        stream: "img", "txt" or "single".
+        side: stream of the tokens.
+        features: sum of their effects.
+        errors: likewise; where an MLP has no transcoder, its whole output.
+    """
+
+    step: int
+    stream: str
+    side: str
+    features: float
+    errors: float
+
+
+def side_sums(found: TotalEffects, inside: Bool[np.ndarray, "img"], first: int = 0) -> list[SideSums]:
+    """Sums effects by step and stream.
+
+    Args:
+        found: total effects of a run.
+        inside: image tokens that count; text tokens all do.
+        first: the first step traced.
+    """
+    text = np.ones(found.text.shape[0], bool)
+    rows = []
+    for step in range(found.features.img.shape[0]):
+        for group, side in SIDES:
+            place = Groups._fields.index(group)
+            mask = rows_of(group, side, inside, text)
+            features, errors = (np.asarray(one[place][step], np.float64) for one in (found.features, found.errors))
+            stream = "single" if group == "joint" else group
+            sums = float(features.sum(axis=-1)[:, mask].sum()), float(errors[:, mask].sum())
+            rows.append(SideSums(first + step, stream, side, *sums))
+    return rows
