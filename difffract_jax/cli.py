@@ -275,7 +275,7 @@ def trace(
     from difffract_jax.circuits.reference_json import write_reference_json
     from difffract_jax.circuits.requests import read_steps, read_weights, resolve_all
     from difffract_jax.loading import load_pipeline, load_transcoders
-    from difffract_jax.report import emit, expanded_by_step, graph_summary, progress
+    from difffract_jax.report import emit, graph_summary, progress
 
     asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
@@ -290,8 +290,7 @@ def trace(
     del pipe  # what the trace does not hold of it is memory for the pull-back
     with progress("Expanding nodes") as advance:
         graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
-    cli_steer.warn_cut(captured.info.cut)
-    _warn_shallow(expanded_by_step(graph))
+    _warn(captured.info.cut, graph)
     graph = graph.with_metadata(record)
     graph.save(settings.out)
     if settings.export_json:
@@ -332,8 +331,12 @@ def _dtype(name: Literal["f32", "bf16"]) -> Any:
     return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
 
 
-def _warn_shallow(expanded: dict[int, int]) -> None:
-    """Tells if a graph of several steps knows nothing of the features of some."""
+def _warn(cut: str, graph: Any) -> None:
+    """Tells if the prompt was cut, and if a graph of several steps knows nothing of the features of some."""
+    from difffract_jax.report import expanded_by_step
+
+    cli_steer.warn_cut(cut)
+    expanded = expanded_by_step(graph)
     missed = [str(step) for step, count in expanded.items() if not count]
     if missed and len(expanded) > 1:
         sys.stderr.write(
