@@ -5,7 +5,7 @@
    weights, encoder biases such that about 7% of the features are active; the target lies in img block 7.
 3. Each is traced once to compile, then five times; the median counts. It includes encoding the trace, expansion,
    influence and compaction, and not the capture, as the reference's figure does not either.
-4. Beside it stand two floors: multiplications, counted, over the rate of a matrix product measured in the same run;
+4. Beside it stand two floors: multiplications, counted, over the rate of a matrix product measured around each run;
    and bytes that must move at least once, over the rate of a copy. Machines are shared and noisy: one thread is
    measured in processor time, which is the clock's on a quiet machine; yet others take caches and memory away.
    Compare ratios within one run.
@@ -22,9 +22,11 @@ Reference (PyTorch, one thread, same sizes): 0.213 s per node on the middle size
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import platform
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -219,12 +221,16 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
     begin = time.perf_counter()
     graph = run()
     first = time.perf_counter() - begin
-    rate = matmul_rate()
-    times = sorted(seconds(run) for _ in range(ARGS.repeats))
     nodes = len(graph.target_node)
-    per_node = times[len(times) // 2] / nodes
     blocks = graph.node_block[graph.target_node].astype(int)
-    floor = floor_flops(trace, tcs, blocks) / rate / nodes
+    flops = floor_flops(trace, tcs, blocks) / nodes
+    # The rate drifts with the machine's other work: each run is held against the products just before and after it.
+    rates, times = [matmul_rate(repeats=3)], []
+    for _ in range(ARGS.repeats):
+        times.append(seconds(run) / nodes)
+        rates.append(matmul_rate(repeats=3))
+    around = [(before + after) / 2 for before, after in itertools.pairwise(rates)]
+    shares = [flops / rate / took for rate, took in zip(around, times, strict=True)]
     memory = copy_rate()
     result = {
         "size": name,
@@ -235,18 +241,19 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
         "edges": int(graph.edge_source.size),
         "sources": engine.make_engine(trace, tcs).sources,
         "first run, with compilation, s": round(first, 2),
-        "runs, s": [round(t, 3) for t in times],
-        "median s per node": round(per_node, 5),
-        "matmul GFLOP/s": round(rate / 1e9, 1),
-        "floor s per node": round(floor, 5),
-        "floor over measured": round(floor / per_node, 3),
+        "runs, s": [round(t * nodes, 3) for t in times],
+        "median s per node": round(statistics.median(times), 5),
+        "matmul GFLOP/s, around each run": [round(rate / 1e9, 1) for rate in around],
+        "floor s per node": round(flops / statistics.median(around), 5),
+        "floor over measured, each run": [round(share, 3) for share in shares],
+        "floor over measured": round(statistics.median(shares), 3),
         "copy GB/s": round(memory / 1e9, 1),
         "bytes' floor s per node": round(floor_bytes(trace, tcs, blocks) / memory / nodes, 5),
     }
     if ARGS.profile:
         result["parts, s"] = profile(run)
     if name in REFERENCE_SECONDS:
-        result["reference over measured"] = round(REFERENCE_SECONDS[name] / per_node, 2)
+        result["reference over measured"] = round(REFERENCE_SECONDS[name] / statistics.median(times), 2)
     return result
 
 

@@ -241,21 +241,16 @@ def _rest_edges(state: Expansion, edges: Edges) -> Edges:
     """Sums edges from unexpanded features per (target, site, position); sources are the rows of the errors there."""
     table = state.table
     errors = np.flatnonzero(table.kind == ERROR)
-    place = _places(table)
-    error_at = np.zeros(int(place.max()) + 1, np.int64)
-    error_at[place[errors]] = errors
-    pair = edges.target * table.kind.size + error_at[place[edges.source]]
+    rows = int(table.position.max()) + 1
+    place, of_source = (_sites(table, at) * rows + table.position[at] for at in (errors, edges.source))
+    error_at = np.zeros(int(max(place.max(initial=-1), of_source.max(initial=-1))) + 1, np.int64)
+    error_at[place] = errors
+    pair = edges.target * table.kind.size + error_at[of_source]
     pairs, group = np.unique(pair, return_inverse=True)
     sums = np.bincount(group, edges.attribution.astype(np.float64), pairs.size)
     target, error = np.divmod(pairs, table.kind.size)
     large = (np.abs(sums) >= state.min_attribution) & (sums != 0)
     return Edges(error[large], target[large], sums[large].astype(np.float32))
-
-
-def _places(table: SourceTable) -> Int64[np.ndarray, "source"]:
-    """Returns one number per (step, stream, block, position)."""
-    rows = int(table.position.max()) + 1
-    return _sites(table, slice(None)) * rows + table.position
 
 
 def _sites(table: SourceTable, rows: Any) -> Int64[np.ndarray, "row"]:
@@ -289,9 +284,10 @@ def _activation_maps(
 
     active = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
     # Of a million active features a graph names a few hundred: pick theirs before sorting.
-    wanted = np.unique(key(row[kind == FEATURE]))
-    place = np.minimum(np.searchsorted(wanted, key(active)), max(wanted.size - 1, 0))
-    active = active[wanted[place] == key(active)] if wanted.size else active[:0]
+    keys, named = key(active), key(row[kind == FEATURE])
+    wanted = np.zeros(max(keys.max(initial=-1), named.max(initial=-1)) + 1, bool)
+    wanted[named] = True
+    active = active[wanted[keys]]
     active = active[np.lexsort((table.position[active], key(active)))]
     keys = key(active)
     begin, end = (np.searchsorted(keys, key(row), side) for side in ("left", "right"))

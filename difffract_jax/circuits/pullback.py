@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -145,11 +146,13 @@ def pull(
     sizes = _sizes(replacement, _ceil(count, way.shards), jax.default_backend())
     whole = sizes.batch * way.shards
     more = whole - count
-    filled = jax.tree.map(lambda column: jnp.pad(column, (0, more), constant_values=-1), targets)
+    # On the host, where small operations cost nothing.
+    columns = [np.pad(np.asarray(column), (0, more), constant_values=-1) for column in targets]
+    enters = np.pad(np.asarray(targets.enters), (0, more), constant_values=-1)
     # Highest first on every device: then those that have begun at any block are the first so many.
-    order = jnp.argsort(-filled.enters.reshape(way.shards, -1), axis=1, stable=True)
-    order = (order + sizes.batch * jnp.arange(way.shards, dtype=order.dtype)[:, None]).ravel()
-    filled = jax.tree.map(lambda column: column[order], filled)
+    order = np.argsort(-enters.reshape(way.shards, -1), axis=1, stable=True)
+    order = (order + sizes.batch * np.arange(way.shards)[:, None]).ravel()
+    filled = Targets(*(jnp.asarray(column[order]) for column in columns))
     if direction is not None:
         direction = jnp.pad(direction, ((0, more), (0, 0), (0, 0)))[order]
     shape, dtype = (whole, layout_of(replacement.sources).inputs), boundary.img.dtype
@@ -158,9 +161,9 @@ def pull(
         spare = jnp.zeros(shape, dtype, device=split)
     with jax.default_matmul_precision(PRECISIONS[way.precision]):
         pulled = _pull_back(*replacement, filled, direction, spare, sizes, way)
-    if bool(jnp.all(order == jnp.arange(whole))) and not more:
+    if not more and np.array_equal(order, np.arange(whole)):
         return pulled
-    back = jnp.argsort(order)[:count]
+    back = np.argsort(order)[:count]
     return jax.tree.map(lambda leaf: leaf[back], pulled)
 
 
