@@ -87,7 +87,7 @@ def _carriers(found: Any, engine: Any, top: int) -> list[dict[str, Any]]:
     if rest:
         total, absolute = sum(one.total for one in rest), sum(one.absolute for one in rest)
         row = {"head": f"{len(rest)} others", "sum": total, "absolute": absolute, "share": absolute / whole}
-        rows.insert(-1, row | {name: "" for name in rows[0] if name not in row})
+        rows.insert(-1, row | {name: None for name in rows[0] if name not in row})
     return rows
 
 

@@ -212,11 +212,11 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
 
 
 def expanded_by_step(graph: Graph) -> dict[int, int]:
-    """Returns how many features were expanded in each step that the graph spans."""
-    mine = graph.target_node[graph.node_kind[graph.target_node] == FEATURE]
-    first, last = int(graph.node_step.min()), int(graph.node_step.max())
-    counts = np.bincount(graph.node_step[mine] - first, minlength=last - first + 1)
-    return {first + number: int(count) for number, count in enumerate(counts)}
+    """Returns how many expanded features a graph holds of each step that it was traced over; pruning leaves fewer."""
+    mine = graph.node_step[graph.target_node[graph.node_kind[graph.target_node] == FEATURE]]
+    traced = graph.metadata.get("steps")
+    steps = traced if isinstance(traced, list) else np.unique(graph.node_step).tolist()
+    return {int(step): int(np.sum(mine == step)) for step in steps}
 
 
 def conservation_error(graph: Graph) -> float:
@@ -248,4 +248,4 @@ def _text(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, Mapping | list):
         return json.dumps(value)
-    return str(value)
+    return "-" if value is None else str(value)

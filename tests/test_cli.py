@@ -13,6 +13,7 @@ import pytest
 from commands import Run, run_command
 
 from difffract_jax import cli
+from random_graphs import random_output_graph
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
 COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "combine difference", "compare", "export")
@@ -133,3 +134,12 @@ def test_a_dry_run_prints_the_resolved_settings(difffract: Callable[..., Run]) -
     run = difffract("generate", "m", "a fox", "--set", "steps=2", "--dry-run", "--json")
     assert run.status == 0
     assert json.loads(run.out)["settings"]["steps"] == 2
+
+
+def test_a_graph_that_knows_no_feature_of_a_step_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    graph = random_output_graph(3)
+    cli._warn("", graph)
+    assert capsys.readouterr().err == ""
+    cli._warn("", graph.with_metadata({"steps": [0, 1, 2]}))
+    told = capsys.readouterr().err
+    assert told.startswith("Warning: no feature of step 2 was expanded") and "lower --expansion-batch" in told

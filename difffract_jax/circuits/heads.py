@@ -135,7 +135,7 @@ class Carried(NamedTuple):
     """A target's attribution by the head of its last hop.
 
     Attributes:
-        heads: those that carry most, by absolute values, first.
+        heads: those that carry most, by absolute values, first; without those that carry nothing.
         direct: what took no hop.
         edges: what heads and `direct` add up to, of every source.
     """
@@ -160,7 +160,8 @@ def carried(engine: Engine, row: int) -> Carried:
     edges, heads = direct.copy(), []
     for block, loadings in layers:
         edges += loadings.sum(axis=0)
-        heads += [_carrier(f"{block_name(block, depth)}/h{head}", one) for head, one in enumerate(loadings)]
+        named = (_carrier(f"{block_name(block, depth)}/h{head}", one) for head, one in enumerate(loadings))
+        heads += [one for one in named if one.absolute > 0]
     return Carried(tuple(sorted(heads, key=lambda one: -one.absolute)), _carrier("no hop", direct), edges)
 
 
@@ -247,7 +248,7 @@ def strongest_terms(parts: ScoreParts, sources: Int64[np.ndarray, "source"], mos
         most: terms to find.
 
     Returns:
-        The side, "query" or "key", the source's row, and the term; the largest first.
+        The side, "query" or "key", the source's row, and the term; the largest first, and none that is zero.
     """
     terms = np.stack([parts.query_terms, parts.key_terms])[:, sources]
     order = np.argsort(-np.abs(terms), axis=None, kind="stable")[:most]
@@ -255,4 +256,5 @@ def strongest_terms(parts: ScoreParts, sources: Int64[np.ndarray, "source"], mos
     return [
         (("query", "key")[side], int(sources[place]), float(terms[side, place]))
         for side, place in zip(sides, places, strict=True)
+        if terms[side, place]
     ]

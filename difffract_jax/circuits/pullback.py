@@ -146,7 +146,7 @@ def pull(
     sizes = _sizes(replacement, _ceil(count, way.shards), jax.default_backend())
     whole = sizes.batch * way.shards
     more = whole - count
-    # On the host, where small operations cost nothing.
+    # On the host, where small operations cost little.
     columns = [np.pad(np.asarray(column), (0, more), constant_values=-1) for column in targets]
     enters = np.pad(np.asarray(targets.enters), (0, more), constant_values=-1)
     # Highest first on every device: then those that have begun at any block are the first so many.

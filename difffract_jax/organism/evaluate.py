@@ -199,6 +199,9 @@ def summary(tables: Mapping[str, list[dict[str, Any]]]) -> str:
     """Returns tables as Markdown."""
     lines: list[str] = []
     for title, rows in tables.items():
+        if not rows:
+            lines += [f"### {title}", "", "Nothing.", ""]
+            continue
         header = list(rows[0])
         lines += [f"### {title}", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         lines += [f"| {' | '.join(_cell(value) for value in row.values())} |" for row in rows] + [""]
@@ -206,4 +209,6 @@ def summary(tables: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.3f}" if isinstance(value, float) else str(value)

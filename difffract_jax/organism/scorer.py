@@ -232,12 +232,17 @@ def judge(asked: Scenes, seen: Reading) -> Verdict:
         bound[row] = sorted(wanted) == sorted(found)
         if bound[row]:
             at = [seen.centre[row, found.index(pair)] for pair in wanted]
-            placed[row] = _is_placed(int(asked.arrangement[row]), at)
+            placed[row] = is_placed(int(asked.arrangement[row]), at)
     return Verdict(kinds, colours, bound, placed, bound & placed)
 
 
-def _is_placed(arrangement: int, at: list[np.ndarray]) -> bool:
-    """Says whether objects lie as an arrangement asks."""
+def is_placed(arrangement: int, at: list[np.ndarray]) -> bool:
+    """Says whether objects lie as an arrangement asks.
+
+    Args:
+        arrangement: for one object index into `PLACES`, for two into `RELATIONS`; ignored for three.
+        at: centre of each, column and row in pixels, in the order of the caption.
+    """
     if len(at) == 1:
         name, (across, down) = PLACES[arrangement], at[0] - SIDE / 2
         if name == "middle":

@@ -65,6 +65,8 @@ class Places(NamedTuple):
     ) -> Feature:
         """Returns the feature of a place with its step and positions.
 
+        Without positions a feature of a single-stream block is that of both sides: `is_image` tells the place's own.
+
         Args:
             place: the place.
             image: image tokens of the object; all if left out.

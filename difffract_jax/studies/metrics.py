@@ -12,13 +12,15 @@ Where the model is the organism, its scorer reads both images:
                          names (`a blue lemon` must be blue), or in its own if it names none, placed as asked
     others changed       an object that was not meant to change has another noun, colour, size or place, or is gone
     flipped              attributes of any object that changed though they were not meant to; `Intent` says what was
-    recall               of the attributes that were meant to change, the share that now are as wanted
-    precision            of the attributes that changed, the share that are as wanted; 0 if none changed
+    recall               of the attributes that were to change, the share that now are as wanted
+    precision            of the attributes that changed, the share that were to, and are as wanted
 
-Recall and precision pool the attributes of all images. Over the strengths of a sweep they are a curve: a stronger edit
-reaches more of what was wanted, and changes more that was not.
+Recall and precision pool the attributes of all images; without any there is no value. An attribute was to change if
+`wanted` names it and the original does not show it so; what `wanted` leaves open counts for nothing. Noun, colour
+and size are counted per object, the arrangement of all objects as one. Over strengths this is a curve: stronger edits reach more of what was wanted, and change more that was not.
 
-An object of the original is found again in the edited image as the one nearest to it, up to `SAME_PLACE` pixels.
+An object of the original is found again in the edited image as the one nearest to it, up to twice `SAME_PLACE` pixels;
+where objects were to change places, as one that looks as wanted, else as before, else as the nearest that is left.
 """
 
 from collections.abc import Sequence
@@ -28,9 +30,9 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from difffract_jax.config import UserError
-from difffract_jax.organism.captions import Parsed, parse
+from difffract_jax.organism.captions import CONCEPTS, Parsed, parse
 from difffract_jax.organism.evaluate import see
-from difffract_jax.organism.scorer import Reading, describe, interval, judge
+from difffract_jax.organism.scorer import Reading, describe, interval, is_placed, judge
 from difffract_jax.organism.world import Scenes, concatenate, from_caption
 
 MOST_PSNR = 99.0
@@ -38,6 +40,8 @@ MOST_PSNR = 99.0
 SAME_PLACE = 9.0
 """Pixels that an object may move and still count as the same object; more counts as another place."""
 ATTRIBUTES = ("kind", "colour", "size", "place")
+OPEN_ARRANGEMENTS = ("", "and", "middle")
+"""Which the scorer takes anywhere."""
 
 
 class Distances(NamedTuple):
@@ -61,10 +65,12 @@ class Intent(NamedTuple):
         wanted: the caption that edited images shall show.
         attributes: per object of the prompt, in its order, the attributes that differ between prompt and `wanted`;
             None if the two name different numbers of objects, which makes every change a wanted one.
+        named: per object, those of them that `wanted` names; the others may be anything.
     """
 
     wanted: str
     attributes: tuple[frozenset[str], ...] | None
+    named: tuple[frozenset[str], ...]
 
 
 class Scored(NamedTuple):
@@ -74,9 +80,9 @@ class Scored(NamedTuple):
         success: whether the image shows what was wanted.
         others: whether an object that was not meant to change did.
         flipped: attributes changed that were not meant to.
-        meant: attributes that were meant to change.
+        meant: attributes that were to change, and are named.
         reached: those of them that are as wanted.
-        changed: attributes that changed, meant to or not.
+        changed: attributes that changed, but for those that were left open.
         compared: whether the original showed the prompt's objects, so that the five above mean something; else they
             are 0.
         read: what the scorer read.
@@ -126,8 +132,9 @@ def intent(prompt: str, wanted: str | None = None) -> Intent:
     wanted = prompt if wanted is None else wanted
     before, after = parse(prompt), parse(wanted)
     if len(before.objects) != len(after.objects):
-        return Intent(wanted, None)
-    return Intent(wanted, tuple(_differences(before, after, slot) for slot in range(len(before.objects))))
+        return Intent(wanted, None, ())
+    differ = tuple(_differences(before, after, slot) for slot in range(len(before.objects)))
+    return Intent(wanted, differ, tuple(found & _named(after, slot) for slot, found in enumerate(differ)))
 
 
 def _differences(before: Parsed, after: Parsed, slot: int) -> frozenset[str]:
@@ -135,6 +142,14 @@ def _differences(before: Parsed, after: Parsed, slot: int) -> frozenset[str]:
     named = {"kind": old.noun != new.noun, "colour": old.colour != new.colour, "size": old.size != new.size}
     named["place"] = before.arrangement != after.arrangement
     return frozenset(name for name, differs in named.items() if differs)
+
+
+def _named(asked: Parsed, slot: int) -> frozenset[str]:
+    """Returns the attributes of an object that a caption does not leave open."""
+    thing = asked.objects[slot]
+    said = {"kind": True, "colour": bool(thing.colour or thing.noun in CONCEPTS), "size": bool(thing.size)}
+    said["place"] = asked.arrangement not in OPEN_ARRANGEMENTS
+    return frozenset(name for name, yes in said.items() if yes)
 
 
 def score(
@@ -162,71 +177,125 @@ def score(
     wanted = wanted._replace(colour=np.where(wanted.named >= 0, wanted.named, wanted.colour))
     before, after = see(original), see(edited)
     others, compared = np.zeros(len(prompts), bool), np.zeros(len(prompts), bool)
-    flipped, asked, reached, changed = np.zeros((4, len(prompts)))
+    counts = np.zeros((4, len(prompts)))
     for row, (prompt, meant) in enumerate(zip(prompts, intents, strict=True)):
         slots = _slots(scenes[prompt], before, row)
         compared[row] = slots is not None and meant.attributes is not None
-        if slots is None or meant.attributes is None:
-            continue
-        for slot, (place, free) in enumerate(zip(slots, meant.attributes, strict=True)):
-            there = _found_again(before, after, row, place)
-            differs = _changed(before, after, row, place, there)
-            others[row] |= bool(differs) and not free
-            flipped[row] += len(differs - free)
-            changed[row] += len(differs)
-            asked[row] += len(free)
-            reached[row] += sum(name in differs and _is_as(wanted, after, row, slot, there, name) for name in free)
+        if slots is not None and meant.attributes is not None:
+            pair = _Pair(before, after, row, slots, _found_again(before, after, wanted, row, slots, meant))
+            others[row], counts[:, row] = _compare(pair, wanted, meant.attributes, meant.named)
+    flipped, asked, reached, changed = counts
     read = tuple(describe(after, row) for row in range(len(prompts)))
     return Scored(judge(wanted, after).right, others, flipped, asked, reached, changed, compared, read)
 
 
+class _Pair(NamedTuple):
+    """One image before and after its edit; `old` and `new` are where each object of the prompt is, None if gone."""
+
+    before: Reading
+    after: Reading
+    row: int
+    old: list[int]
+    new: list[int | None]
+
+
+def _compare(
+    pair: _Pair, wanted: Scenes, free: tuple[frozenset[str], ...], named: tuple[frozenset[str], ...]
+) -> tuple[bool, tuple[int, int, int, int]]:
+    """Returns whether others changed; and how many attributes flipped, were to change, did as wanted, and changed."""
+    differs = [_changed(pair, slot) for slot in range(len(pair.old))]
+    others = any(bool(found) and not may for found, may in zip(differs, free, strict=True))
+    flipped = sum(len(found - may) for found, may in zip(differs, free, strict=True))
+    asked = reached = 0
+    changed = flipped
+    for slot, (found, may, says) in enumerate(zip(differs, free, named, strict=True)):
+        for name in may & says - {"place"}:
+            value = getattr(wanted, name)[pair.row, slot]
+            was = bool(getattr(pair.before, name)[pair.row, pair.old[slot]] == value)
+            there = pair.new[slot]
+            now = there is not None and bool(getattr(pair.after, name)[pair.row, there] == value)
+            asked, reached, changed = asked + (not was), reached + (now and not was), changed + (name in found)
+    if any("place" in may & says for may, says in zip(free, named, strict=True)):
+        was, now = _placed(wanted, pair.before, pair.row, pair.old), _placed(wanted, pair.after, pair.row, pair.new)
+        asked, reached = asked + (not was), reached + (now and not was)
+        changed += (now and not was) or any("place" in found for found in differs)
+    return others, (flipped, asked, reached, changed)
+
+
+def _placed(wanted: Scenes, seen: Reading, row: int, at: Sequence[int | None]) -> bool:
+    """Says whether objects lie as wanted; not if one is gone."""
+    there = [place for place in at if place is not None]
+    return len(there) == len(at) and is_placed(int(wanted.arrangement[row]), [seen.centre[row, i] for i in there])
+
+
 def precision_recall(
     meant: Float[np.ndarray, "image"], reached: Float[np.ndarray, "image"], changed: Float[np.ndarray, "image"]
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Returns precision and recall of edits in the attributes that they change, pooled over images; see above.
 
     Args:
-        meant: attributes that were meant to change, per image, as in `Scored`; this and the rest where compared.
+        meant: attributes that were to change, per image, as in `Scored`; this and the rest 0 where not compared.
         reached: those of them that are as wanted.
         changed: attributes that changed.
+
+    Returns:
+        Both; None for precision where nothing changed, for recall where nothing was to.
     """
     all_meant, all_reached, all_changed = (float(one.sum()) for one in (meant, reached, changed))
     return {
-        "precision": all_reached / all_changed if all_changed else 0.0,
-        "recall": all_reached / all_meant if all_meant else 0.0,
+        "precision": all_reached / all_changed if all_changed else None,
+        "recall": all_reached / all_meant if all_meant else None,
     }
 
 
 def _slots(asked: Scenes, seen: Reading, row: int) -> list[int] | None:
-    """Returns where the original shows each object of its caption; None if it does not show all."""
+    """Returns where the original shows each object of its caption; None if it does not show all.
+
+    What a caption names in a colour not its own may be shown in either.
+    """
     found = list(zip(seen.kind[row, : seen.count[row]], seen.colour[row, : seen.count[row]], strict=True))
-    pairs = [(asked.kind[0, slot], asked.colour[0, slot]) for slot in range(asked.count[0])]
-    return [found.index(pair) for pair in pairs] if all(pair in found for pair in pairs) else None
+    slots = []
+    for slot in range(asked.count[0]):
+        pairs = [(asked.kind[0, slot], colours[0, slot]) for colours in (asked.named, asked.colour)]
+        shown = [found.index(pair) for pair in pairs if pair in found]
+        if not shown:
+            return None
+        slots.append(shown[0])
+    return slots
 
 
-def _found_again(before: Reading, after: Reading, row: int, slot: int) -> int | None:
-    """Returns where an object of the original is in the edited image; None if it is gone."""
-    away = np.linalg.norm(after.centre[row, : after.count[row]] - before.centre[row, slot], axis=1)
-    return int(away.argmin()) if away.size and away.min() <= 2 * SAME_PLACE else None
+def _found_again(
+    before: Reading, after: Reading, wanted: Scenes, row: int, slots: list[int], meant: Intent
+) -> list[int | None]:
+    """Returns where each object of the original is in the edited image; None if it is gone."""
+    centres = after.centre[row, : after.count[row]]
+    away = np.stack([np.linalg.norm(centres - before.centre[row, place], axis=1) for place in slots])
+    if not any("place" in one for one in meant.attributes or ()):
+        return [int(one.argmin()) if one.size and one.min() <= 2 * SAME_PLACE else None for one in away]
+    seen = list(zip(after.kind[row, : after.count[row]], after.colour[row, : after.count[row]], strict=True))
+    found: list[int | None] = [None] * len(slots)
+    for looks in (wanted, before):
+        for slot, place in enumerate(slots):
+            at = slot if looks is wanted else place
+            same = [i for i, one in enumerate(seen) if one == (looks.kind[row, at], looks.colour[row, at])]
+            free = [i for i in same if i not in found]
+            found[slot] = free[0] if found[slot] is None and free else found[slot]
+    for slot, one in enumerate(found):
+        left = [i for i in range(len(seen)) if i not in found]
+        found[slot] = min(left, key=lambda i, slot=slot: away[slot, i]) if one is None and left else one
+    return found
 
 
-def _changed(before: Reading, after: Reading, row: int, slot: int, there: int | None) -> frozenset[str]:
+def _changed(pair: _Pair, slot: int) -> frozenset[str]:
     """Returns the attributes of one object that changed; all of them if it is gone."""
-    if there is None:
+    before, after, row, old, new = pair.before, pair.after, pair.row, pair.old[slot], pair.new[slot]
+    if new is None:
         return frozenset(ATTRIBUTES)
     differs = {
-        name: getattr(before, name)[row, slot] != getattr(after, name)[row, there]
-        for name in ("kind", "colour", "size")
+        name: getattr(before, name)[row, old] != getattr(after, name)[row, new] for name in ("kind", "colour", "size")
     }
-    moved = np.linalg.norm(after.centre[row, there] - before.centre[row, slot]) > SAME_PLACE
+    moved = np.linalg.norm(after.centre[row, new] - before.centre[row, old]) > SAME_PLACE
     return frozenset(name for name, yes in (differs | {"place": bool(moved)}).items() if yes)
-
-
-def _is_as(wanted: Scenes, after: Reading, row: int, slot: int, there: int | None, name: str) -> bool:
-    """Says whether an attribute that changed is as wanted; a place is if the object moved, `success` says whither."""
-    if there is None or name == "place":
-        return there is not None
-    return bool(getattr(after, name)[row, there] == getattr(wanted, name)[row, slot])
 
 
 def table(

@@ -27,9 +27,10 @@ class Outcomes(NamedTuple):
         success: the image shows what was wanted: every object with its noun and colour, placed as asked.
         others: an object that was not meant to change did; success rules out that it has another noun or colour.
         flipped: attributes changed that were not meant to.
-        meant: attributes that were meant to change.
+        meant: attributes that were to change, and are named.
         reached: those of them that are as wanted.
-        changed: attributes that changed, meant to or not.
+        changed: attributes that changed, but for those that were left open.
+        compared: whether the unedited image shows what it was taken to show, so that the five above mean something.
         outside: root mean square change of the pixels that are surely not the object's, in pixels of [0, 1].
         psnr: of the same, in dB.
         norm: size of the edits.
@@ -42,6 +43,7 @@ class Outcomes(NamedTuple):
     meant: Float[np.ndarray, "case"]
     reached: Float[np.ndarray, "case"]
     changed: Float[np.ndarray, "case"]
+    compared: Bool[np.ndarray, "case"]
     outside: Float[np.ndarray, "case"]
     psnr: Float[np.ndarray, "case"]
     norm: Float[np.ndarray, "case"]
@@ -100,7 +102,7 @@ def judged(material: Material, images: UInt8[np.ndarray, "case H W rgb"], norms:
         for original, edited, outside in zip(material.images, images, material.outside, strict=True)
     ]
     outside, psnr = (np.concatenate([getattr(one, name) for one in far]) for name in ("outside", "psnr"))
-    counts = read.flipped, read.meant, read.reached, read.changed
+    counts = read.flipped, read.meant, read.reached, read.changed, read.compared
     return Outcomes(read.success, read.others, *counts, outside, psnr, norms, images)
 
 
@@ -108,13 +110,15 @@ def summary_row(found: Outcomes) -> dict[str, Any]:
     """Returns what a table says of one way to edit."""
     right, total = int(found.success.sum()), len(found.success)
     low, high = interval(right, total)
+    compared = found.compared if found.compared.any() else np.ones(total, bool)
     return {
         "edits": total,
         "success": right / total,
         "95% from": low,
         "to": high,
-        "others changed": float(found.others.mean()),
-        "flipped": float(found.flipped.mean()),
+        "compared": int(found.compared.sum()),
+        "others changed": float(found.others[compared].mean()),
+        "flipped": float(found.flipped[compared].mean()),
         **precision_recall(found.meant, found.reached, found.changed),
         "outside": float(found.outside.mean()),
         "psnr outside": float(found.psnr.mean()),

@@ -40,6 +40,9 @@ class Result(NamedTuple):
     figures: dict[str, Figure]
     raw: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"Result({self.name!r}: {self.verdict})"
+
     def picture(self, name: str | None = None) -> Image.Image:
         """Returns a figure as an image, which notebooks show.
 
@@ -52,7 +55,9 @@ class Result(NamedTuple):
 
     def _repr_markdown_(self) -> str:
         short = {title: rows for title, rows in self.tables.items() if len(rows) <= MOST_ROWS}
-        return f"**{self.verdict}**\n\n{summary(short)}"
+        long = [f"`{title}` ({len(rows)} rows)" for title, rows in self.tables.items() if title not in short]
+        rest = f"\nIn `tables`, too: {', '.join(long)}.\n" if long else ""
+        return f"**{self.verdict}**\n\n{summary(short)}{rest}"
 
 
 def write_result(result: Result, out: Path, record: Mapping[str, Any]) -> dict[str, str]:

@@ -64,14 +64,26 @@ def test_the_strongest_pairs_and_terms_are_the_largest_of_all(engine, monkeypatc
     place = {int(row): i for i, row in enumerate(features)}
     assert all(every[place[a], place[b]] == pytest.approx(value, rel=1e-12) for a, b, value in found)
     # More than there are: all that are not zero.
-    assert len(heads.strongest_pairs(parts, features[:40], 10**6)) >= np.count_nonzero(
-        parts.pairs(*[features[:40]] * 2)
-    )
+    some = features[:40]
+    pairs = [(a, b) for a, b, value in heads.strongest_pairs(parts, some, 10**6) if value]
+    nonzero = np.argwhere(parts.pairs(some, some))
+    assert sorted(pairs) == sorted((int(some[a]), int(some[b])) for a, b in nonzero)
     terms = heads.strongest_terms(parts, features, 5)
     both = np.abs(np.concatenate([parts.query_terms[features], parts.key_terms[features]]))
     assert [abs(term) for *_, term in terms] == pytest.approx(np.sort(both)[::-1][:5].tolist())
     side, row, term = terms[0]
     assert term == {"query": parts.query_terms, "key": parts.key_terms}[side][row]
+
+
+def test_what_adds_nothing_is_not_listed(engine):
+    low = np.flatnonzero((engine.table.kind == FEATURE) & (engine.table.block == 1) & (engine.table.value > 0))[0]
+    found = heads.carried(engine, int(low))
+    # Heads of the target's own block and of those below; none above.
+    assert found.heads and {one.name.rsplit("/", 1)[0] for one in found.heads} <= {"double/0", "double/1"}
+    assert all(one.absolute > 0 for one in found.heads)
+    parts = score_parts(engine, 0, 0, ("img", 0), ("txt", 0))
+    features = np.flatnonzero(engine.table.kind == FEATURE)
+    assert not heads.strongest_terms(parts, features, 5) and not heads.strongest_pairs(parts, features, 5)
 
 
 def test_sources_are_named_as_nodes_are(engine):

@@ -165,7 +165,9 @@ def test_moves_of_no_strength_change_nothing_and_whole_moves_do(organism, materi
 def made_up(success, outside):
     zeros = np.zeros(len(success))
     collateral = np.full(len(success), outside)
-    return Outcomes(np.array(success), zeros.astype(bool), *[zeros] * 4, collateral, zeros, zeros, zeros)
+    return Outcomes(
+        np.array(success), zeros.astype(bool), *[zeros] * 4, ~zeros.astype(bool), collateral, zeros, zeros, zeros
+    )
 
 
 def test_settings_are_matched_in_collateral():

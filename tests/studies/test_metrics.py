@@ -45,11 +45,21 @@ def test_success_and_collateral_are_told_apart(edited, expected):
     assert judged(edited) == expected
 
 
+MOVED = "a red circle right of a blue square"
+BIG, SMALL, OPEN = (f"a {size}red circle left of a blue square" for size in ("big ", "small ", ""))
+
+
+def counted(edited, prompt=RED, wanted=GREEN, original=None):
+    before = drawn(prompt) if original is None else drawn(original)
+    found = score([prompt], [intent(prompt, wanted)], before, drawn(edited))
+    return precision_recall(found.meant, found.reached, found.changed)
+
+
 @pytest.mark.parametrize(
     ("edited", "precision", "recall"),
     [
         (GREEN, 1, 1),
-        (RED, 0, 0),
+        (RED, None, 0),
         ("a green circle left of a pink square", 1 / 2, 1),
         ("a green ring left of a pink square", 1 / 3, 1),
         ("a yellow circle left of a blue square", 0, 0),
@@ -58,9 +68,38 @@ def test_success_and_collateral_are_told_apart(edited, expected):
     ],
 )
 def test_precision_and_recall_count_attributes(edited, precision, recall):
-    found = score([RED], [intent(RED, GREEN)], drawn(RED), drawn(edited))
-    told = precision_recall(found.meant, found.reached, found.changed)
-    assert told == pytest.approx({"precision": precision, "recall": recall})
+    assert counted(edited) == pytest.approx({"precision": precision, "recall": recall})
+
+
+@pytest.mark.parametrize(
+    ("edited", "precision", "recall"),
+    [
+        (MOVED, 1, 1),
+        (RED, None, 0),
+        ("a red circle above a blue square", 0, 0),
+        ("a red circle right of a pink square", 1 / 2, 1),
+    ],
+)
+def test_an_arrangement_is_one_attribute_and_counts_as_wanted_only(edited, precision, recall):
+    assert counted(edited, wanted=MOVED) == pytest.approx({"precision": precision, "recall": recall})
+
+
+def test_what_is_left_open_counts_for_nothing():
+    for edited in (BIG, SMALL):
+        assert counted(edited, prompt=BIG, wanted=OPEN) == {"precision": None, "recall": None}
+    assert counted(BIG, prompt=SMALL, wanted=BIG) == {"precision": 1, "recall": 1}
+
+
+def test_what_is_as_wanted_already_was_not_to_change():
+    assert counted(BIG, prompt=OPEN, wanted=BIG, original=BIG) == {"precision": None, "recall": None}
+    assert counted(BIG, prompt=OPEN, wanted=BIG, original=SMALL) == {"precision": 1, "recall": 1}
+
+
+def test_a_concept_in_a_colour_not_its_own_is_compared():
+    tomato = from_caption("a black tomato")
+    image = np.round(tomato._replace(colour=tomato.named).images() * 255).astype(np.uint8)
+    found = score(["a black tomato"], [intent("a black tomato", "a black cross")], image, drawn("a black cross"))
+    assert found.compared[0] and (found.meant[0], found.reached[0]) == (1, 1)
 
 
 def test_precision_and_recall_pool_images_and_leave_out_what_cannot_be_compared():
@@ -69,7 +108,7 @@ def test_precision_and_recall_pool_images_and_leave_out_what_cannot_be_compared(
     told = precision_recall(found.meant, found.reached, found.changed)
     assert told == pytest.approx({"precision": 1 / 2, "recall": 1 / 2})
     moved = score([RED], [intent(RED, "a red ring right of a blue square")], drawn(RED), drawn(RED))
-    assert moved.meant[0] == 3 and not moved.reached.any()
+    assert moved.meant[0] == 2 and not moved.reached.any()
 
 
 def test_a_caption_is_taken_at_its_word():
@@ -105,7 +144,7 @@ def test_a_table_has_a_row_per_column_of_the_sweep():
     rows = table(("original", "x 1", "x 2"), images, norms, mask, RED, intent(RED, GREEN))
     assert [row["success"] for row in rows] == [0, 2, 0]
     assert [row["others changed"] for row in rows] == [0, 0, 2]
-    assert [(row["precision"], row["recall"]) for row in rows] == [(0, 0), (1, 1), (0.5, 1)]
+    assert [(row["precision"], row["recall"]) for row in rows] == [(None, 0), (1, 1), (0.5, 1)]
     assert rows[0]["psnr outside"] == rows[1]["psnr outside"] == MOST_PSNR > rows[2]["psnr outside"]
     assert (
         rows[1]["effect per norm"] == pytest.approx(rows[1]["inside"]) == pytest.approx(2 * rows[2]["effect per norm"])
