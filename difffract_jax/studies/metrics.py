@@ -17,8 +17,7 @@ Where the model is the organism, its scorer reads both images:
 
 Recall and precision pool the attributes of all images; without any there is no value. An attribute was to change if
 `wanted` names it and the original does not show it so; what `wanted` leaves open counts for nothing. Noun, colour
-and size are counted per object, the arrangement of all objects as one. Over strengths this is a curve: stronger edits
-reach more of what was wanted, and change more that was not.
+and size are counted per object, the arrangement of all objects as one. Over strengths this is a curve.
 
 An object of the original is found again in the edited image as the one nearest to it, up to twice `SAME_PLACE` pixels;
 where objects were to change places, as one that looks as wanted, else as before, else as the nearest that is left.

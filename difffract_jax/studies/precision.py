@@ -254,14 +254,18 @@ def report(
 def _figure(
     scores: Scores, chosen: dict[str, tuple[int, float]], rules: Round, across: tuple[str, str], up: tuple[str, str]
 ) -> Figure:
-    """Draws one measure over another, each a column of `summary_row` and its name; a curve of strengths per way."""
+    """Draws one measure over another, each a column of `summary_row` and its name; a curve of strengths per way.
+
+    A precision that is None, where nothing changed, is no point of a curve.
+    """
     figure = Figure(figsize=(1 + 3.3 * len(rules.counts), 3.8), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(rules.counts), sharex=True, sharey=True), rules.counts, strict=True):
         for way in WAYS:
-            rows = {strength: summary_row(scores[way, count, strength]) for strength in rules.strengths}
-            axes.plot(*([row[name] for row in rows.values()] for name, _ in (across, up)), marker="o", ms=3, label=way)
+            rows = [summary_row(scores[way, count, strength]) for strength in rules.strengths]
+            points = np.array([[row[name] for row in rows] for name, _ in (across, up)], float)
+            axes.plot(*points, marker="o", ms=3, label=way)
             if chosen[way][0] == count:
-                axes.plot(*(rows[chosen[way][1]][name] for name, _ in (across, up)), "k*", ms=9)
+                axes.plot(*points[:, rules.strengths.index(chosen[way][1])], "k*", ms=9)
         axes.set(title=f"{count} features", xlabel=across[1], ylim=(-0.02, 1.02))
     figure.axes[0].set_ylabel(up[1])
     figure.axes[0].legend(fontsize=8, title="star: setting compared", title_fontsize=7)
