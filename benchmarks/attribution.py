@@ -1,19 +1,23 @@
-"""Seconds per expanded node, on the golden pipeline and on a middle size; compilation apart.
+"""Seconds per expanded node, on the golden pipeline, a middle size and FLUX's; compilation apart.
 
 1. `golden`: the reference's small pipeline and its transcoders, the target of golden graph 0.
 2. `middle`: 8 double- and 4 single-stream blocks, width 512, 256 + 64 tokens, 4,096 features per site, random
    weights, encoder biases such that about 7% of the features are active; the target lies in img block 7.
-3. Each is traced once to compile, then five times; the median counts. It includes encoding the trace, expansion,
+3. `flux`: FLUX.1[schnell]'s shape, random weights drawn on the device; 49,152 features per site, 0.2% of them active.
+   `--sites 16`: double-stream blocks 3 to 18, in float32; `--sites all`: every MLP of the 57 blocks, in bfloat16.
+   `--pixels 512|1024`. It is for an accelerator: about 72 GiB of its memory, and goes with `--nodes 1000`.
+4. Each is traced once to compile, then five times; the median counts. It includes encoding the trace, expansion,
    influence and compaction, and not the capture, as the reference's figure does not either.
-4. Beside it stand two floors: multiplications, counted, over the rate of a matrix product measured around each run;
-   and bytes that must move at least once, over the rate of a copy. Machines are shared and noisy: one thread is
-   measured in processor time, which is the clock's on a quiet machine; yet others take caches and memory away.
-   Compare ratios within one run.
-5. `--profile` adds the seconds of each part. `--scaling` instead varies the nodes (of the middle size), the tokens or
+5. Beside it stand two floors: multiplications, counted, over the rate of a matrix product measured around each run;
+   and bytes that must move at least once, over the rate of a copy. Machines are shared and noisy: on a processor one
+   thread is measured in processor time, which is the clock's on a quiet machine; yet others take caches and memory
+   away. Compare ratios within one run. An accelerator's peak of memory is its own count.
+6. `--profile` adds the seconds of each part. `--scaling` instead varies the nodes (of the middle size), the tokens or
    the sites (width 128, 512 features), and writes a table and a plot; what would take longer than `--budget` seconds
    is left out, and said so.
 
     python benchmarks/attribution.py [--size golden|middle] [--threads 1] [--profile]
+    python benchmarks/attribution.py --size flux --nodes 1000 --repeats 3 [--pixels 1024] [--sites all]
     python benchmarks/attribution.py --scaling nodes|tokens|sites [--out scaling]
 
 Reference (PyTorch, one thread, same sizes): 0.213 s per node on the middle size at threshold 1e-4.
@@ -30,10 +34,14 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-PARSER.add_argument("--size", choices=["golden", "middle", "both"], default="both", help="what to trace")
+PARSER.add_argument(
+    "--size", choices=["golden", "middle", "both", "flux"], default="both", help="what to trace; both: the first two"
+)
+PARSER.add_argument("--pixels", type=int, choices=[512, 1024], default=512, help="width and height, of size flux")
+PARSER.add_argument("--sites", choices=["16", "all"], default="16", help="blocks with transcoders, of size flux")
 PARSER.add_argument("--threads", type=int, default=1, help="processor threads; 0 leaves the choice to XLA")
 PARSER.add_argument("--nodes", type=int, default=100, help="features to expand")
 PARSER.add_argument(
@@ -47,7 +55,10 @@ PARSER.add_argument("--budget", type=float, default=300, help="seconds that one 
 PARSER.add_argument("--out", type=Path, default=Path("scaling"), help="where curves go: .csv and .png are added")
 
 ARGS = PARSER.parse_args() if __name__ == "__main__" else PARSER.parse_args([])
-if ARGS.threads == 1 and __name__ == "__main__":
+if ARGS.size == "flux":
+    # Three quarters, JAX's default, would be too little.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
+if ARGS.threads == 1 and ARGS.size != "flux" and __name__ == "__main__":
     # One core, and one thread in XLA's pool: both must be set before JAX starts.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -65,10 +76,13 @@ from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
 from difffract_jax.circuits.trace import Trace, capture  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
 from difffract_jax.models.mmdit import FluxConfig  # noqa: E402
+from difffract_jax.models.pipeline import Pipeline  # noqa: E402
+from difffract_jax.models.presets import PRESETS  # noqa: E402
 from difffract_jax.models.tiny import random_pipeline  # noqa: E402
 from difffract_jax.transcoders.transcoder import TranscoderSet, random_transcoders  # noqa: E402
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "data" / "reference"
+ON_CPU = jax.default_backend() == "cpu"
 MIDDLE = FluxConfig(
     depth_double=8,
     depth_single=4,
@@ -86,6 +100,9 @@ REFERENCE_SECONDS = {"middle": 0.213}
 """The reference's seconds per expanded node, measured with PyTorch 2.13 on one thread of a 2-core Xeon with AVX-512."""
 
 
+ACTIVE_IN_FLUX = 0.002
+
+
 def golden() -> tuple[Trace, TranscoderSet, Feature]:
     """The trace of golden graph 0, but for its starting noise."""
     pipe, tcs = load_pipeline(REFERENCE / "pipeline"), load_transcoders(REFERENCE / "transcoders")
@@ -98,26 +115,50 @@ def golden() -> tuple[Trace, TranscoderSet, Feature]:
 
 def middle() -> tuple[Trace, TranscoderSet, Feature]:
     """A random trace of the middle size."""
-    return random_trace(MIDDLE, 4096, 16, 64)
+    return small_trace(MIDDLE, 4096, 16, 64)
 
 
-def random_trace(config: FluxConfig, features: int, side: int, text: int) -> tuple[Trace, TranscoderSet, Feature]:
-    """A random trace of side x side image tokens, with encoder biases at the quantile of the recorded inputs."""
-    pipe, tcs = random_pipeline(transformer=config), random_transcoders(config, features=features)
+def flux(
+    config: FluxConfig = PRESETS["flux-schnell"], features: int = 49_152, side: int = ARGS.pixels // 16, text: int = 512
+) -> tuple[Trace, TranscoderSet, Feature]:
+    """A random trace of FLUX's shape. Smaller shapes are for trying it out."""
+    every, dtype = ARGS.sites == "all", jnp.bfloat16 if ARGS.sites == "all" else jnp.float32
+    double = range(config.depth_double) if every else range(max(config.depth_double - 16, 0), config.depth_double)
+    joint = range(config.depth_single) if every else ()
+    # The set comes first: while its last group is drawn there is no room for both groups twice.
+    tcs = random_transcoders(config, features=features, dtype=dtype, img=double, txt=double, joint=joint)
+    pipe = random_pipeline(transformer=config, dtype=jnp.bfloat16, on_device=True)
+    return random_trace(pipe, tcs, side, text, ACTIVE_IN_FLUX)
+
+
+def small_trace(config: FluxConfig, features: int, side: int, text: int) -> tuple[Trace, TranscoderSet, Feature]:
+    """A random trace of a shape whose weights a processor draws, with a transcoder at every double-stream MLP."""
+    return random_trace(
+        random_pipeline(transformer=config), random_transcoders(config, features=features), side, text, ACTIVE
+    )
+
+
+def random_trace(
+    pipe: Pipeline, tcs: TranscoderSet, side: int, text: int, active: float
+) -> tuple[Trace, TranscoderSet, Feature]:
+    """A trace of side x side image tokens, with encoder biases at the quantile of the recorded inputs."""
     prompt, pixels = "a red circle left of a blue square", 8 * side
-    trace = capture(pipe, tcs, prompt, step=1, height=pixels, width=pixels, text_tokens=text, include_padding=True)
-    for stack, inputs in zip((tcs.img, tcs.txt), trace.record.mlp_in[:2], strict=True):
-        for layer, x in enumerate(inputs):
-            u = np.asarray(x @ stack.enc.kernel[layer])
-            stack.enc.bias[...] = stack.enc.bias[...].at[layer].set(-np.quantile(u, 1 - ACTIVE))
-    return trace, tcs, strongest_feature(trace, tcs, "img", config.depth_double - 1)
+    size = {"height": pixels, "width": pixels, "text_tokens": text, "include_padding": True}
+    trace = capture(pipe, tcs, prompt, step=1, **size)
+    for stack, inputs in zip((tcs.img, tcs.txt, tcs.joint), trace.record.mlp_in, strict=True):
+        for layer, x in enumerate(inputs if stack is not None else ()):
+            cutoff = np.quantile(np.asarray(x @ stack.enc.kernel[layer]), 1 - active)
+            bias = stack.enc.bias[...]
+            stack.enc.bias[...] = bias.at[layer].set(jnp.asarray(-cutoff, bias.dtype))
+    last = ("single", tcs.joint_layers[-1]) if tcs.joint_layers else ("img", tcs.img_layers[-1])
+    return trace, tcs, strongest_feature(trace, tcs, *last)
 
 
 def describe(trace: Trace, tcs: TranscoderSet) -> dict[str, Any]:
     """Returns the sizes that decide how long a trace takes."""
-    values = prepare(trace, tcs).sources.values[:2]
+    values = [v for v in prepare(trace, tcs).sources.values if v.size]
     return {
-        "blocks": trace.record.mlp_in.img.shape[0],
+        "blocks": [rows.shape[0] for rows in (trace.record.mlp_in.img, trace.record.mlp_in.joint)],
         "tokens": [rows.shape[1] for rows in trace.record.mlp_in[:2]],
         "width": trace.record.boundary.img.shape[1],
         "features": tcs.config.features,
@@ -126,49 +167,91 @@ def describe(trace: Trace, tcs: TranscoderSet) -> dict[str, Any]:
     }
 
 
-def floor_flops(trace: Trace, tcs: TranscoderSet, blocks: np.ndarray) -> float:
+class Layers(NamedTuple):
+    """What the recorded blocks hold, a number each.
+
+    Attributes:
+        vectors: decoder vectors that are active somewhere.
+        active: active features, over all tokens.
+        places: places for features, over all tokens.
+    """
+
+    vectors: np.ndarray
+    active: np.ndarray
+    places: np.ndarray
+
+
+def layers_of(trace: Trace, tcs: TranscoderSet) -> Layers:
+    """Counts what the recorded blocks hold."""
+    prepared = prepare(trace, tcs)
+    counts = []
+    for values, sites in zip(prepared.sources.values, prepared.sites, strict=True):
+        active = np.asarray(values) > 0
+        index = np.where(active, np.asarray(sites.layers.index), -1)
+        vectors = [np.unique(layer[layer >= 0]).size for layer in index]
+        places = [values.shape[1] * values.shape[2]] * values.shape[0]
+        counts.append(np.array([vectors, active.sum(axis=(1, 2)), places], np.int64))
+    img, txt, joint = counts
+    return Layers(*np.concatenate([img + txt, joint], axis=1))
+
+
+def reach(trace: Trace, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many recorded blocks' attention, and how many blocks' MLPs, lead to targets in the given blocks.
+
+    A single-stream MLP reads what its block's attention reads; a double-stream one reads what attention has added to.
+    """
+    layers = blocks - trace.info.first_block
+    return layers + (blocks < trace.info.depths[0]), layers
+
+
+def floor_flops(trace: Trace, held: Layers, blocks: np.ndarray) -> float:
     """Counts the multiplications and additions that targets in the given blocks need.
 
     Per block below the target's and token: two projections (values and output) of width x width, the pattern applied to
     values, and one product per active feature.
     """
-    values = prepare(trace, tcs).sources.values[:2]
-    rows = sum(v.shape[1] for v in values)
+    rows = sum(rows.shape[1] for rows in trace.record.mlp_in[:2])
     width = trace.record.boundary.img.shape[1]
-    active = sum(np.sum(np.asarray(v) > 0, axis=(1, 2)) for v in values)
     per_block = 4 * rows * width**2 + 2 * rows**2 * width
-    depth = blocks - trace.info.first_block
-    return float(sum((d + 1) * per_block + 2 * width * active[:d].sum() for d in depth))
+    pairs = zip(*reach(trace, blocks), strict=True)
+    return float(sum(hops * per_block + 2 * width * held.active[:layers].sum() for hops, layers in pairs))
 
 
-def floor_bytes(trace: Trace, tcs: TranscoderSet, blocks: np.ndarray) -> float:
+def floor_bytes(trace: Trace, held: Layers, blocks: np.ndarray) -> float:
     """Counts the bytes that must move: edges below each target, written and read; and per expansion, of every block
     below its highest target, the two projections' weights and each decoder vector that is active somewhere."""
-    prepared = prepare(trace, tcs)
-    values, sites = prepared.sources.values[:2], prepared.sites[:2]
     width = trace.record.boundary.img.shape[1]
-    places = np.array(sum(v.shape[1] * v.shape[2] for v in values) * (blocks - trace.info.first_block))
-    vectors = np.zeros(values[0].shape[0])
-    for v, s in zip(values, sites, strict=True):
-        index = np.where(np.asarray(v) > 0, np.asarray(s.layers.index), -1)
-        vectors += [np.unique(layer[layer >= 0]).size for layer in index]
-    order = [blocks[:1], *np.split(blocks[1:], range(ARGS.expansion_batch, blocks.size - 1, ARGS.expansion_batch))]
-    walks = sum(width * vectors[: b.max()].sum() + 4 * width**2 * (b.max() + 1) for b in order if b.size)
-    return float(4 * (2 * places.sum() + walks))
+    hops, layers = reach(trace, blocks)
+    rows = sum(held.places[:count].sum() for count in layers)
+    order = [slice(0, 1), *(slice(at, at + ARGS.expansion_batch) for at in range(1, blocks.size, ARGS.expansion_batch))]
+    walks = sum(width * held.vectors[: layers[b].max()].sum() + 4 * width**2 * hops[b].max() for b in order)
+    return float(4 * (2 * rows + walks))
 
 
-def matmul_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Returns the best floating-point operations per second of a float32 matrix product, size x size."""
+def matmul_rate(repeats: int = 5) -> float:
+    """Returns the best floating-point operations per second of a square float32 matrix product."""
+    size = 2048 if ON_CPU else 8192
     a = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(lambda x: x @ x)
-    product(a).block_until_ready()
-    return max(2 * size**3 / seconds(lambda: product(a).block_until_ready()) for _ in range(repeats))
+    with jax.default_matmul_precision("highest"):
+        product = jax.jit(lambda x: x @ x)
+        product(a).block_until_ready()
+        return max(2 * size**3 / seconds(lambda: product(a).block_until_ready()) for _ in range(repeats))
 
 
 def copy_rate(size: int = 2**28, repeats: int = 5) -> float:
     """Returns the best bytes per second, read and written, of a copy."""
+    if not ON_CPU:
+        a, add = jnp.ones(size, jnp.float32), jax.jit(lambda x: x + 1)
+        add(a).block_until_ready()
+        return max(8 * size / seconds(lambda: add(a).block_until_ready()) for _ in range(repeats))
     source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
     return max(2 * size / seconds(lambda: np.copyto(target, source)) for _ in range(repeats))
+
+
+def peak_memory() -> dict[str, float]:
+    """Returns the most of an accelerator's memory that was in use so far, in GiB; nothing on a processor."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"peak of memory, GiB": round(stats["peak_bytes_in_use"] / 2**30, 1)} if "peak_bytes_in_use" in stats else {}
 
 
 def profile(run: Any) -> dict[str, float]:
@@ -200,8 +283,8 @@ def profile(run: Any) -> dict[str, float]:
 
 
 def seconds(work: Any) -> float:
-    """Returns how long `work()` takes: on one thread in processor time, which other processes do not add to."""
-    clock = time.process_time if ARGS.threads == 1 else time.perf_counter
+    """Returns how long `work()` takes: on one processor thread in its time, which other processes do not add to."""
+    clock = time.process_time if ON_CPU and ARGS.threads == 1 else time.perf_counter
     begin = clock()
     work()
     return clock() - begin
@@ -218,12 +301,14 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
     def run() -> Any:
         return attribute(trace, tcs, target=target, **settings)
 
+    recorded = {f"{name}, while recording": peak for name, peak in peak_memory().items()}
     begin = time.perf_counter()
     graph = run()
     first = time.perf_counter() - begin
     nodes = len(graph.target_node)
     blocks = graph.node_block[graph.target_node].astype(int)
-    flops = floor_flops(trace, tcs, blocks) / nodes
+    held = layers_of(trace, tcs)
+    flops = floor_flops(trace, held, blocks) / nodes
     # The rate drifts with the machine's other work: each run is held against the products just before and after it.
     rates, times = [matmul_rate(repeats=3)], []
     for _ in range(ARGS.repeats):
@@ -236,6 +321,7 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
         "size": name,
         **describe(trace, tcs),
         **settings,
+        **recorded,
         "target": str(target),
         "expanded": nodes,
         "edges": int(graph.edge_source.size),
@@ -248,7 +334,8 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
         "floor over measured, each run": [round(share, 3) for share in shares],
         "floor over measured": round(statistics.median(shares), 3),
         "copy GB/s": round(memory / 1e9, 1),
-        "bytes' floor s per node": round(floor_bytes(trace, tcs, blocks) / memory / nodes, 5),
+        "bytes' floor s per node": round(floor_bytes(trace, held, blocks) / memory / nodes, 5),
+        **peak_memory(),
     }
     if ARGS.profile:
         result["parts, s"] = profile(run)
@@ -265,10 +352,10 @@ def points() -> Any:
     small = dataclasses.replace(MIDDLE, heads=2, depth_double=4, depth_single=1)
     if ARGS.scaling == "tokens":
         for side, text in ((8, 64), (16, 64), (32, 64), (48, 64), (64, 512)):
-            yield side**2 + text, ARGS.nodes, *random_trace(small, 512, side, text)
+            yield side**2 + text, ARGS.nodes, *small_trace(small, 512, side, text)
     if ARGS.scaling == "sites":
         for depth in (2, 4, 8, 19, 38):
-            yield 2 * depth, ARGS.nodes, *random_trace(dataclasses.replace(small, depth_double=depth), 512, 16, 64)
+            yield 2 * depth, ARGS.nodes, *small_trace(dataclasses.replace(small, depth_double=depth), 512, 16, 64)
 
 
 def scaling() -> None:
@@ -287,7 +374,7 @@ def scaling() -> None:
         took = seconds(lambda: done.append(attribute(trace, tcs, target=target, max_nodes=nodes, **settings)))  # noqa: B023
         blocks = done[0].node_block[done[0].target_node].astype(int)
         row = {ARGS.scaling: x, "expanded": blocks.size, "s": round(took, 3), "s per node": took / blocks.size}
-        row["floor s per node"] = floor_flops(trace, tcs, blocks) / matmul_rate() / blocks.size
+        row["floor s per node"] = floor_flops(trace, layers_of(trace, tcs), blocks) / matmul_rate() / blocks.size
         rows.append(row)
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
@@ -335,8 +422,8 @@ def main() -> None:
     if ARGS.scaling:
         scaling()
         return
-    for name, make in (("golden", golden), ("middle", middle)):
-        if ARGS.size in (name, "both"):
+    for name, make in (("golden", golden), ("middle", middle), ("flux", flux)):
+        if ARGS.size == name or (ARGS.size == "both" and name != "flux"):
             sys.stdout.write(json.dumps(measure(name, *make()), indent=1) + "\n")
             sys.stdout.flush()
 

@@ -37,8 +37,6 @@ from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Groups, Streams, both, split_heads
 from difffract_jax.ops import film, layer_norm, rotate
 
-ONE_STEP = "Head loadings are those of one step, not of a span; trace a single step."
-
 
 class HeadLoadings(NamedTuple):
     """The edges into one target, by the head of their last attention hop.
@@ -68,39 +66,73 @@ def head_loadings(engine: Engine, row: int, sources: Int64[np.ndarray, "source"]
         UserError: if the engine is a span's.
     """
     wanted = np.arange(engine.sources) if sources is None else sources
-    direct, layers = loadings_by_layer(engine, row)
-    found = [(np.full(len(part), block), np.arange(len(part)), part[:, wanted]) for block, part in layers]
-    block, head, loading = (np.concatenate(column) for column in zip(*found, strict=True))
-    return HeadLoadings(block.astype(np.int64), head.astype(np.int64), loading, direct[wanted])
+    *layers, (_, direct) = ((block, part[:, wanted]) for block, part in loadings_by_layer(engine, row))
+    counts = [len(part) for _, part in layers]
+    block = np.repeat(np.array([block for block, _ in layers], np.int64), counts)
+    head = np.array([head for count in counts for head in range(count)], np.int64)
+    loading = np.concatenate([np.zeros((0, wanted.size)), *(part for _, part in layers)])
+    return HeadLoadings(block, head, loading, direct[0])
 
 
 def loadings_by_layer(
     engine: Engine, row: int
-) -> tuple[Float64[np.ndarray, "source"], Iterator[tuple[int, Float64[np.ndarray, "head source"]]]]:
-    """Splits the edges into a target by head, one layer after another, so that not all need be in memory.
+) -> Iterator[tuple[int | None, Float64[np.ndarray, "head_or_direct source"]]]:
+    """Splits the edges into a target by head, one layer after another, so that one layer's heads are in memory at once.
 
     Args:
         engine: of one step.
         row: the target's row of the table.
 
     Returns:
-        The share of every edge that took no hop; and per layer, top down, the model's block and its heads' loadings.
+        Per layer, top down, the model's block and its heads' loadings; at the end None and one row, the share of every
+        edge that took no hop.
 
     Raises:
         UserError: if the engine is a span's.
     """
     if engine.across:
-        raise UserError(ONE_STEP)
-    prepared, record = engine.steps[0], engine.steps[0].record
-    with jax.default_matmul_precision("highest"):
-        hops, direct = _walk_directly(engine, row)
+        raise UserError("Head loadings are those of one step, not of a span; trace a single step.")
+    return _walk_directly(engine, row)
+
+
+def _walk_directly(engine: Engine, row: int) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Walks down from a target without attention hops, and pulls every layer's heads back with all of them."""
+    prepared, info = engine.steps[0], engine.infos[0]
+    record, sites, sources = prepared
+    target = targets_of(engine, np.array([row]), 0)
+    double, text = sources.values.img.shape[0], info.text_tokens
+    boundary = sources.boundary
+    cotangent: Any = (jnp.zeros((1, text + boundary.img.shape[0], boundary.img.shape[1]), boundary.img.dtype),)
+    # The context must not stay open across a yield: it is the caller's, too.
+    highest = partial(jax.default_matmul_precision, "highest")
+    with highest():
+        gradient = target_gradients(record, sites, target)
+        if engine.table.kind[row] == OUTPUT:
+            cotangent = (velocity_cotangent(prepared, engine.outputs[row - engine.sources].velocity[None]),)
+    per_layer = layout_of(sources).per_layer
+    direct = []
+    for layer in reversed(range(len(info.recorded))):
+        if layer == double - 1:
+            cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
+        at = jnp.int32(layer if layer < double else layer - double)
+        one = double_block if layer < double else single_block
+        empty = jnp.zeros((1, per_layer[int(layer >= double)]), boundary.img.dtype)
+        here, corner, gather = one(record, sites, sources, at), (jnp.int32(0), jnp.int32(0)), gather_bytes("cpu")
+        with highest():
+            direct.insert(0, np.asarray(contract_block(here, empty, corner, cotangent, 1, gather))[0])
+            passed, cotangent = _without_hops(record, sites, cotangent, target, gradient, layer)
+            loadings = _edges_below(prepared, layer, passed)
+        del passed
+        yield info.recorded[layer], loadings
+    if not double:
+        cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
+    with highest():
+        direct.append(np.asarray(input_edges(Streams(*cotangent), boundary))[0])
     if record.velocity is not None:
         # The latents' own edges are an objective's direct dependence on them.
         output = engine.outputs[row - engine.sources].latents if engine.table.kind[row] == OUTPUT else 0
-        straight = jnp.sum(output * record.latents, axis=1)
-        direct = np.concatenate([direct, np.asarray(straight, np.float64)])
-    recorded = engine.infos[0].recorded
-    return direct, ((recorded[layer], _edges_below(prepared, layer, directions)) for layer, directions in hops)
+        direct.append(np.asarray(jnp.sum(output * record.latents, axis=1)))
+    yield None, np.concatenate(direct)[None].astype(np.float64)
 
 
 def _edges_below(
@@ -115,41 +147,6 @@ def _edges_below(
     latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
     parts = (np.asarray(pulled.edges, np.float64), np.asarray(inputs, np.float64), latents)
     return np.concatenate(parts, axis=1)
-
-
-def _walk_directly(engine: Engine, row: int) -> tuple[list[tuple[int, Array]], np.ndarray]:
-    """Walks down from a target without attention hops.
-
-    Returns:
-        Per layer, top down: what each head passes on to the residual stream entering it, [head seq d_model]; and the
-        edges that took no hop.
-    """
-    prepared, info = engine.steps[0], engine.infos[0]
-    record, sites, sources = prepared
-    target = targets_of(engine, np.array([row]), 0)
-    double, text = sources.values.img.shape[0], info.text_tokens
-    gradient = target_gradients(record, sites, target)
-    boundary = sources.boundary
-    cotangent: Any = (jnp.zeros((1, text + boundary.img.shape[0], boundary.img.shape[1]), boundary.img.dtype),)
-    if engine.table.kind[row] == OUTPUT:
-        cotangent = (velocity_cotangent(prepared, engine.outputs[row - engine.sources].velocity[None]),)
-    per_layer = layout_of(sources).per_layer
-    hops, edges = [], []
-    for layer in reversed(range(len(info.recorded))):
-        if layer == double - 1:
-            cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
-        at = jnp.int32(layer if layer < double else layer - double)
-        one = double_block if layer < double else single_block
-        empty = jnp.zeros((1, per_layer[int(layer >= double)]), boundary.img.dtype)
-        here, corner, gather = one(record, sites, sources, at), (jnp.int32(0), jnp.int32(0)), gather_bytes("cpu")
-        found = contract_block(here, empty, corner, cotangent, 1, gather)
-        edges.append(np.asarray(found)[0])
-        passed, cotangent = _without_hops(record, sites, cotangent, target, gradient, layer)
-        hops.append((layer, passed))
-    if not double:
-        cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
-    last = np.asarray(input_edges(Streams(*cotangent), boundary))[0]
-    return hops, np.concatenate([*reversed(edges), last]).astype(np.float64)
 
 
 @partial(jax.jit, static_argnames="layer")

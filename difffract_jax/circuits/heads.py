@@ -156,13 +156,14 @@ def carried(engine: Engine, row: int) -> Carried:
         UserError: if the engine is a span's.
     """
     depth = engine.infos[0].depths[0]
-    direct, layers = loadings_by_layer(engine, row)
-    edges, heads = direct.copy(), []
-    for block, loadings in layers:
+    edges, carriers = np.zeros(engine.sources), []
+    for block, loadings in loadings_by_layer(engine, row):
         edges += loadings.sum(axis=0)
-        named = (_carrier(f"{block_name(block, depth)}/h{head}", one) for head, one in enumerate(loadings))
-        heads += [one for one in named if one.absolute > 0]
-    return Carried(tuple(sorted(heads, key=lambda one: -one.absolute)), _carrier("no hop", direct), edges)
+        names = ("no hop" if block is None else f"{block_name(block, depth)}/h{head}" for head in range(len(loadings)))
+        carriers += map(_carrier, names, loadings)
+    *heads, direct = carriers
+    heads = sorted((one for one in heads if one.absolute > 0), key=lambda one: -one.absolute)
+    return Carried(tuple(heads), direct, edges)
 
 
 def _carrier(name: str, loadings: Float64[np.ndarray, "source"]) -> Carrier:

@@ -7,13 +7,14 @@
 Its images are noise; nothing it shows means anything. The mathematics is FLUX's.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from difffract_jax.checkpoint import leaf_paths, tree_hash
@@ -28,6 +29,8 @@ from difffract_jax.models.tokenizers import Tokenizers
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 SPREAD = 0.1
 """Standard deviation of biases, and of norm scales around 1."""
+LARGE = 2**20
+"""Numbers from which on an array is worth a program of its own to draw it."""
 
 TINY = FluxConfig(
     depth_double=3,
@@ -44,13 +47,17 @@ TINY = FluxConfig(
 """Shape of the small transformer."""
 
 
-def random_pipeline(*, seed: int = 0, transformer: FluxConfig = TINY, dtype: DTypeLike = jnp.float32) -> Pipeline:
+def random_pipeline(
+    *, seed: int = 0, transformer: FluxConfig = TINY, dtype: DTypeLike = jnp.float32, on_device: bool = False
+) -> Pipeline:
     """Makes a pipeline with random weights.
 
     Args:
         seed: of the weights.
         transformer: shape of the MM-DiT; 16 packed channels, text width and pooled width even.
         dtype: of the weights.
+        on_device: whether the device draws those of `LARGE` arrays, which it does within seconds. Nothing is hashed
+            then: what is drawn differs between kinds of devices.
     """
     tokenizers = _tokenizers()
     config = PipelineConfig(
@@ -80,33 +87,44 @@ def random_pipeline(*, seed: int = 0, transformer: FluxConfig = TINY, dtype: DTy
     parts = {}
     for number, (name, cls) in enumerate(classes.items()):
         abstract = jax.eval_shape(lambda c=cls, n=name: c(getattr(config, n), rngs=nnx.Rngs(0), dtype=dtype))
-        parts[name] = random_weights(abstract, len(classes) * seed + number)
-    return Pipeline(**parts, tokenizers=tokenizers, config=config, source=tree_hash(parts))
+        parts[name] = random_weights(abstract, len(classes) * seed + number, on_device=on_device)
+    source = f"random:{seed}" if on_device else tree_hash(parts)
+    return Pipeline(**parts, tokenizers=tokenizers, config=config, source=source)
 
 
-def random_weights(abstract: Any, seed: int) -> Any:
+def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
     """Fills a tree of shapes with random weights, none of them trivial.
 
     Args:
         abstract: from `jax.eval_shape` of a constructor.
-        seed: of NumPy's generator, which is much faster than JAX's on a CPU.
+        seed: of the generator.
+        on_device: whether JAX's generator draws `LARGE` arrays on the device, and not NumPy's, which is much faster on
+            a CPU.
 
     Returns:
         The tree: kernels and embeddings of variance 1 / inputs, norm scales around 1, biases around 0.
     """
     rng = np.random.default_rng(seed)
+    leaves = leaf_paths(abstract)
+    keys = dict(zip(leaves, jax.random.split(jax.random.key(seed), len(leaves)), strict=True)) if on_device else {}
 
     def fill(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        noise = rng.standard_normal(leaf.shape, np.float32)
         kind = path.rpartition(".")[2]
-        if kind in ("kernel", "embedding"):
-            # Convolutions have two axes of pixels before that of the input channels.
-            inputs = leaf.shape[-2] if "conv" not in path and "halve" not in path else np.prod(leaf.shape[:-1])
-            return jnp.asarray(noise / np.sqrt(inputs), leaf.dtype)
-        return jnp.asarray((kind == "scale") + SPREAD * noise, leaf.dtype)
+        kernel = kind in ("kernel", "embedding")
+        # Convolutions have two axes of pixels before that of the input channels.
+        inputs = leaf.shape[-2] if kernel and "conv" not in path and "halve" not in path else np.prod(leaf.shape[:-1])
+        if on_device and leaf.size >= LARGE:
+            spread = float(inputs**-0.5) if kernel else SPREAD
+            return _draw(keys[path], float(kind == "scale"), spread, leaf.shape, leaf.dtype)
+        noise = rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(noise / np.sqrt(inputs) if kernel else (kind == "scale") + SPREAD * noise, leaf.dtype)
 
-    leaves = [fill(path, leaf) for path, leaf in leaf_paths(abstract).items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [fill(path, leaf) for path, leaf in leaves.items()])
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _draw(key: jax.Array, offset: ArrayLike, spread: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return (offset + spread * jax.random.normal(key, shape, dtype)).astype(dtype)
 
 
 def _tokenizers() -> Tokenizers:

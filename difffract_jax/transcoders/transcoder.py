@@ -14,11 +14,14 @@ Rows of `dec.kernel` are the features' decoder vectors; the reference's have uni
 y in place of x. A module is for one site and one denoising time; `TranscoderSet` stacks those of a stream.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -250,11 +253,15 @@ def random_transcoders(
     features: int | None = None,
     active: float = 0.07,
     dtype: DTypeLike = jnp.float32,
+    img: Sequence[int] | None = None,
+    txt: Sequence[int] | None = None,
+    joint: Sequence[int] = (),
 ) -> TranscoderSet:
-    """Makes untrained transcoders for every double-stream MLP of a model; for tests, benchmarks and demonstrations.
+    """Makes untrained transcoders; for tests, benchmarks and demonstrations.
 
     Decoder vectors are random and of unit norm, the encoder is the decoder transposed, and a constant encoder bias
-    lets about a share `active` of the features fire on inputs of unit variance. There is no time conditioning.
+    lets about a share `active` of the features fire on inputs of unit variance. There is no time conditioning. No more
+    than one transcoder lies in memory besides the set.
 
     Args:
         config: shape of the model.
@@ -262,6 +269,9 @@ def random_transcoders(
         features: features per site; 8 per channel if left out.
         active: share of features that fire.
         dtype: of the weights.
+        img: double-stream blocks whose image MLP has one, ascending; all if left out.
+        txt: the same of text MLPs.
+        joint: single-stream blocks that have one, counted from the first of them, ascending.
     """
     shape = TranscoderConfig(
         d_model=config.d_model, features=features or 8 * config.d_model, time_embed=0, conditioning="none"
@@ -278,6 +288,12 @@ def random_transcoders(
         tc.enc.bias[...] = jnp.full(shape.features, bias, dtype)
         return tc
 
-    layers = tuple(range(config.depth_double))
-    stacks = [jax.vmap(build)(keys) for keys in jax.random.split(jax.random.key(seed), (2, len(layers)))]
-    return TranscoderSet(stacks[0], stacks[1], layers, layers, shape, f"random:{seed}")
+    depth = config.depth_double
+    layers = [tuple(range(depth) if one is None else one) for one in (img, txt, joint)]
+    keys = jax.random.split(jax.random.key(seed), 2 * depth + config.depth_single)
+    one_by_one = jax.jit(partial(jax.lax.map, build))
+    stacks = [
+        one_by_one(keys[first + np.array(blocks)]) if blocks else None
+        for first, blocks in zip((0, depth, 2 * depth), layers, strict=True)
+    ]
+    return TranscoderSet(stacks[0], stacks[1], layers[0], layers[1], shape, f"random:{seed}", stacks[2], layers[2])

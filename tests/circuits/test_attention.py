@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.attention import head_loadings, score_parts
+from difffract_jax.circuits.attention import head_loadings, loadings_by_layer, score_parts
 from difffract_jax.circuits.engine import make_engine, pull_rows
 from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.outputs import parse_target, resolve
@@ -39,6 +39,16 @@ def test_head_loadings_add_up_to_every_edge(exact, kind):
     # No head of the target's own block or above it, as far as x is read before attention there.
     if kind == "single":
         assert not found.loading[found.block >= engine.table.block[row]].any()
+
+
+def test_loadings_come_layer_by_layer_from_the_top_and_what_took_no_hop_last(exact):
+    engine = make_engine(exact.trace, exact.tcs)
+    row = top_feature(engine, single=True)
+    layers = list(loadings_by_layer(engine, row))
+    assert [block for block, _ in layers] == [*reversed(engine.infos[0].recorded), None]
+    found = head_loadings(engine, row)
+    assert found.block.tolist() == [block for block, part in layers[:-1] for _ in part]
+    assert np.array_equal(np.concatenate([part for _, part in layers]), np.vstack([found.loading, found.direct]))
 
 
 def test_a_source_at_another_token_reaches_a_target_through_hops_alone(exact):
