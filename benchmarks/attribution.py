@@ -5,19 +5,19 @@
    weights, encoder biases such that about 7% of the features are active; the target lies in img block 7.
 3. `flux`: FLUX.1[schnell]'s shape, random weights drawn on the device; 49,152 features per site, 0.2% of them active.
    `--sites 16`: double-stream blocks 3 to 18, in float32; `--sites all`: every MLP of the 57 blocks, in bfloat16.
-   `--pixels 512|1024`. It is for an accelerator: about 72 GiB of its memory, and goes with `--nodes 1000`.
+   `--pixels 512|1024`. It is for an accelerator of 80 GB, or more with all blocks, and goes with `--nodes 1000`.
 4. Each is traced once to compile, then five times; the median counts. It includes encoding the trace, expansion,
    influence and compaction, and not the capture, as the reference's figure does not either.
 5. Beside it stand two floors: multiplications, counted, over the rate of a matrix product measured around each run;
    and bytes that must move at least once, over the rate of a copy. Machines are shared and noisy: on a processor one
    thread is measured in processor time, which is the clock's on a quiet machine; yet others take caches and memory
-   away. Compare ratios within one run. An accelerator's peak of memory is its own count.
+   away. Compare ratios within one run. An accelerator's peak of memory is its own count, from the process's start.
 6. `--profile` adds the seconds of each part. `--scaling` instead varies the nodes (of the middle size), the tokens or
    the sites (width 128, 512 features), and writes a table and a plot; what would take longer than `--budget` seconds
    is left out, and said so.
 
     python benchmarks/attribution.py [--size golden|middle] [--threads 1] [--profile]
-    python benchmarks/attribution.py --size flux --nodes 1000 --repeats 3 [--pixels 1024] [--sites all]
+    python benchmarks/attribution.py --size flux --nodes 1000 --repeats 1 [--pixels 1024] [--sites all]
     python benchmarks/attribution.py --scaling nodes|tokens|sites [--out scaling]
 
 Reference (PyTorch, one thread, same sizes): 0.213 s per node on the middle size at threshold 1e-4.
@@ -55,9 +55,9 @@ PARSER.add_argument("--budget", type=float, default=300, help="seconds that one 
 PARSER.add_argument("--out", type=Path, default=Path("scaling"), help="where curves go: .csv and .png are added")
 
 ARGS = PARSER.parse_args() if __name__ == "__main__" else PARSER.parse_args([])
-if ARGS.size == "flux":
+if ARGS.size == "flux" and "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
     # Three quarters, JAX's default, would be too little.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.96")
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.96")
 if ARGS.threads == 1 and ARGS.size != "flux" and __name__ == "__main__":
     # One core, and one thread in XLA's pool: both must be set before JAX starts.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
@@ -71,7 +71,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from difffract_jax.circuits import engine, expansion  # noqa: E402
 from difffract_jax.circuits.attribution import attribute  # noqa: E402
 from difffract_jax.circuits.feature import Feature  # noqa: E402
-from difffract_jax.circuits.replacement import prepare  # noqa: E402
+from difffract_jax.circuits.replacement import Replacement, prepare  # noqa: E402
 from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
 from difffract_jax.circuits.trace import Trace, capture  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
@@ -79,7 +79,7 @@ from difffract_jax.models.mmdit import FluxConfig  # noqa: E402
 from difffract_jax.models.pipeline import Pipeline  # noqa: E402
 from difffract_jax.models.presets import PRESETS  # noqa: E402
 from difffract_jax.models.tiny import random_pipeline  # noqa: E402
-from difffract_jax.transcoders.transcoder import TranscoderSet, random_transcoders  # noqa: E402
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, random_transcoders  # noqa: E402
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "data" / "reference"
 ON_CPU = jax.default_backend() == "cpu"
@@ -123,45 +123,58 @@ def flux(
 ) -> tuple[Trace, TranscoderSet, Feature]:
     """A random trace of FLUX's shape. Smaller shapes are for trying it out."""
     every, dtype = ARGS.sites == "all", jnp.bfloat16 if ARGS.sites == "all" else jnp.float32
-    double = range(config.depth_double) if every else range(max(config.depth_double - 16, 0), config.depth_double)
-    joint = range(config.depth_single) if every else ()
-    # The set comes first: while its last group is drawn there is no room for both groups twice.
-    tcs = random_transcoders(config, features=features, dtype=dtype, img=double, txt=double, joint=joint)
+    double = tuple(range(0 if every else max(config.depth_double - 16, 0), config.depth_double))
+    joint = tuple(range(config.depth_single)) if every else ()
     pipe = random_pipeline(transformer=config, dtype=jnp.bfloat16, on_device=True)
-    return random_trace(pipe, tcs, side, text, ACTIVE_IN_FLUX)
+    # Recording asks of transcoders only where they are; drawn later, they never lie beside the model.
+    shape = TranscoderConfig(d_model=config.d_model, features=features, time_embed=0, conditioning="none")
+    trace = record(pipe, TranscoderSet(None, None, double, double, shape, "", None, joint), side, text)
+    tell("recorded", peak_memory())
+    del pipe
+    tcs = random_transcoders(config, features=features, dtype=dtype, img=double, txt=double, joint=joint)
+    return calibrated(trace, tcs, ACTIVE_IN_FLUX)
 
 
 def small_trace(config: FluxConfig, features: int, side: int, text: int) -> tuple[Trace, TranscoderSet, Feature]:
     """A random trace of a shape whose weights a processor draws, with a transcoder at every double-stream MLP."""
-    return random_trace(
-        random_pipeline(transformer=config), random_transcoders(config, features=features), side, text, ACTIVE
-    )
+    tcs = random_transcoders(config, features=features)
+    return calibrated(record(random_pipeline(transformer=config), tcs, side, text), tcs, ACTIVE)
 
 
-def random_trace(
-    pipe: Pipeline, tcs: TranscoderSet, side: int, text: int, active: float
-) -> tuple[Trace, TranscoderSet, Feature]:
-    """A trace of side x side image tokens, with encoder biases at the quantile of the recorded inputs."""
+def record(pipe: Pipeline, tcs: TranscoderSet, side: int, text: int) -> Trace:
+    """Records a run of side x side image tokens."""
     prompt, pixels = "a red circle left of a blue square", 8 * side
-    size = {"height": pixels, "width": pixels, "text_tokens": text, "include_padding": True}
-    trace = capture(pipe, tcs, prompt, step=1, **size)
+    return capture(pipe, tcs, prompt, step=1, height=pixels, width=pixels, text_tokens=text, include_padding=True)
+
+
+def calibrated(trace: Trace, tcs: TranscoderSet, active: float) -> tuple[Trace, TranscoderSet, Feature]:
+    """Sets encoder biases such that a share of the features is active, and chooses a target in the last block."""
     for stack, inputs in zip((tcs.img, tcs.txt, tcs.joint), trace.record.mlp_in, strict=True):
         for layer, x in enumerate(inputs if stack is not None else ()):
-            cutoff = np.quantile(np.asarray(x @ stack.enc.kernel[layer]), 1 - active)
+            # Of FLUX's rows 64 are enough: they have three million pre-activations.
+            rows = x if ON_CPU else x[:: max(1, len(x) // 64)]
+            with jax.default_matmul_precision("highest"):
+                cutoff = np.quantile(np.asarray(rows @ stack.enc.kernel[layer]), 1 - active)
             bias = stack.enc.bias[...]
             stack.enc.bias[...] = bias.at[layer].set(jnp.asarray(-cutoff, bias.dtype))
     last = ("single", tcs.joint_layers[-1]) if tcs.joint_layers else ("img", tcs.img_layers[-1])
     return trace, tcs, strongest_feature(trace, tcs, *last)
 
 
-def describe(trace: Trace, tcs: TranscoderSet) -> dict[str, Any]:
+def tell(what: str, figures: Any) -> None:
+    """Says at once what is known, so that a run that is cut off has told it."""
+    sys.stderr.write(f"{what}: {json.dumps(figures)}\n")
+    sys.stderr.flush()
+
+
+def describe(prepared: Replacement) -> dict[str, Any]:
     """Returns the sizes that decide how long a trace takes."""
-    values = [v for v in prepare(trace, tcs).sources.values if v.size]
+    record, values = prepared.record, [v for v in prepared.sources.values if v.size]
     return {
-        "blocks": [rows.shape[0] for rows in (trace.record.mlp_in.img, trace.record.mlp_in.joint)],
-        "tokens": [rows.shape[1] for rows in trace.record.mlp_in[:2]],
-        "width": trace.record.boundary.img.shape[1],
-        "features": tcs.config.features,
+        "blocks": [rows.shape[0] for rows in (record.mlp_in.img, record.mlp_in.joint)],
+        "tokens": [rows.shape[1] for rows in record.mlp_in[:2]],
+        "width": record.boundary.img.shape[1],
+        "features": next(site.stack.config.features for site in prepared.sites if site.stack is not None),
         "active": [round(float(np.mean(np.asarray(v) > 0) * v.shape[2]), 1) for v in values],
         "places": [v.shape[2] for v in values],
     }
@@ -171,26 +184,31 @@ class Layers(NamedTuple):
     """What the recorded blocks hold, a number each.
 
     Attributes:
-        vectors: decoder vectors that are active somewhere.
+        decoders: bytes of the decoder vectors that are active somewhere.
+        projections: bytes of the weights of values and output, two matrices of width x width per stream.
         active: active features, over all tokens.
         places: places for features, over all tokens.
     """
 
-    vectors: np.ndarray
+    decoders: np.ndarray
+    projections: np.ndarray
     active: np.ndarray
     places: np.ndarray
 
 
-def layers_of(trace: Trace, tcs: TranscoderSet) -> Layers:
+def layers_of(prepared: Replacement) -> Layers:
     """Counts what the recorded blocks hold."""
-    prepared = prepare(trace, tcs)
+    width = prepared.record.boundary.img.shape[1]
+    weight = jax.tree.leaves(prepared.record.weights.double)[0].dtype.itemsize
     counts = []
-    for values, sites in zip(prepared.sources.values, prepared.sites, strict=True):
+    for values, (stack, layers) in zip(prepared.sources.values, prepared.sites, strict=True):
         active = np.asarray(values) > 0
-        index = np.where(active, np.asarray(sites.layers.index), -1)
-        vectors = [np.unique(layer[layer >= 0]).size for layer in index]
+        index = np.where(active, np.asarray(layers.index), -1)
+        vector = 0 if stack is None else width * stack.dec.kernel.dtype.itemsize
+        decoders = [vector * np.unique(layer[layer >= 0]).size for layer in index]
+        projections = [2 * width**2 * weight] * values.shape[0]
         places = [values.shape[1] * values.shape[2]] * values.shape[0]
-        counts.append(np.array([vectors, active.sum(axis=(1, 2)), places], np.int64))
+        counts.append(np.array([decoders, projections, active.sum(axis=(1, 2)), places], np.int64))
     img, txt, joint = counts
     return Layers(*np.concatenate([img + txt, joint], axis=1))
 
@@ -220,12 +238,11 @@ def floor_flops(trace: Trace, held: Layers, blocks: np.ndarray) -> float:
 def floor_bytes(trace: Trace, held: Layers, blocks: np.ndarray) -> float:
     """Counts the bytes that must move: edges below each target, written and read; and per expansion, of every block
     below its highest target, the two projections' weights and each decoder vector that is active somewhere."""
-    width = trace.record.boundary.img.shape[1]
     hops, layers = reach(trace, blocks)
     rows = sum(held.places[:count].sum() for count in layers)
     order = [slice(0, 1), *(slice(at, at + ARGS.expansion_batch) for at in range(1, blocks.size, ARGS.expansion_batch))]
-    walks = sum(width * held.vectors[: layers[b].max()].sum() + 4 * width**2 * hops[b].max() for b in order)
-    return float(4 * (2 * rows + walks))
+    walks = sum(held.decoders[: layers[b].max()].sum() + held.projections[: hops[b].max()].sum() for b in order)
+    return float(4 * 2 * rows + walks)
 
 
 def matmul_rate(repeats: int = 5) -> float:
@@ -249,9 +266,13 @@ def copy_rate(size: int = 2**28, repeats: int = 5) -> float:
 
 
 def peak_memory() -> dict[str, float]:
-    """Returns the most of an accelerator's memory that was in use so far, in GiB; nothing on a processor."""
+    """Returns the most of an accelerator's memory that was in use so far, what is, and what there is.
+
+    Nothing on a processor.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
-    return {"peak of memory, GiB": round(stats["peak_bytes_in_use"] / 2**30, 1)} if "peak_bytes_in_use" in stats else {}
+    names = {"peak_bytes_in_use": "peak", "bytes_in_use": "in use", "bytes_limit": "limit"}
+    return {f"{name}, GiB": round(stats[key] / 2**30, 1) for key, name in names.items() if key in stats}
 
 
 def profile(run: Any) -> dict[str, float]:
@@ -301,27 +322,32 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
     def run() -> Any:
         return attribute(trace, tcs, target=target, **settings)
 
-    recorded = {f"{name}, while recording": peak for name, peak in peak_memory().items()}
+    before = peak_memory()
     begin = time.perf_counter()
     graph = run()
     first = time.perf_counter() - begin
+    memory_used = {"memory before": before, "memory after the first run": peak_memory()} if before else {}
     nodes = len(graph.target_node)
+    tell("first run, with compilation, s", round(first, 2))
+    tell("memory", memory_used)
     blocks = graph.node_block[graph.target_node].astype(int)
-    held = layers_of(trace, tcs)
+    prepared = prepare(trace, tcs)
+    sizes, held = describe(prepared), layers_of(prepared)
+    del prepared
     flops = floor_flops(trace, held, blocks) / nodes
     # The rate drifts with the machine's other work: each run is held against the products just before and after it.
     rates, times = [matmul_rate(repeats=3)], []
     for _ in range(ARGS.repeats):
         times.append(seconds(run) / nodes)
+        tell("s per node", times[-1])
         rates.append(matmul_rate(repeats=3))
     around = [(before + after) / 2 for before, after in itertools.pairwise(rates)]
     shares = [flops / rate / took for rate, took in zip(around, times, strict=True)]
     memory = copy_rate()
     result = {
         "size": name,
-        **describe(trace, tcs),
+        **sizes,
         **settings,
-        **recorded,
         "target": str(target),
         "expanded": nodes,
         "edges": int(graph.edge_source.size),
@@ -335,7 +361,7 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
         "floor over measured": round(statistics.median(shares), 3),
         "copy GB/s": round(memory / 1e9, 1),
         "bytes' floor s per node": round(floor_bytes(trace, held, blocks) / memory / nodes, 5),
-        **peak_memory(),
+        **memory_used,
     }
     if ARGS.profile:
         result["parts, s"] = profile(run)
@@ -374,7 +400,9 @@ def scaling() -> None:
         took = seconds(lambda: done.append(attribute(trace, tcs, target=target, max_nodes=nodes, **settings)))  # noqa: B023
         blocks = done[0].node_block[done[0].target_node].astype(int)
         row = {ARGS.scaling: x, "expanded": blocks.size, "s": round(took, 3), "s per node": took / blocks.size}
-        row["floor s per node"] = floor_flops(trace, layers_of(trace, tcs), blocks) / matmul_rate() / blocks.size
+        row["floor s per node"] = (
+            floor_flops(trace, layers_of(prepare(trace, tcs)), blocks) / matmul_rate() / blocks.size
+        )
         rows.append(row)
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()

@@ -1,12 +1,14 @@
 """The benchmark of attribution counts what it says, and its largest size runs, made small."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.attribution import attribute
+from difffract_jax.circuits.replacement import prepare
 from difffract_jax.models.tiny import TINY
 
 
@@ -23,26 +25,31 @@ def attribution(monkeypatch):
     return module
 
 
-def test_the_size_of_flux_runs_on_a_small_shape(attribution, monkeypatch):
-    monkeypatch.setattr(attribution.ARGS, "sites", "all")
-    trace, tcs, target = attribution.flux(TINY, features=64, side=6, text=8)
+def test_the_size_of_flux_runs_on_a_small_shape(attribution, capsys):
+    config = dataclasses.replace(TINY, depth_double=18, depth_single=1)
+    trace, tcs, target = attribution.flux(config, features=64, side=6, text=8)
+    assert tcs.img_layers == tcs.txt_layers == tuple(range(2, 18)) and tcs.joint is None
+    assert (tcs.img.dec.kernel.dtype, jax.tree.leaves(trace.record.weights)[0].dtype) == ("float32", "bfloat16")
     found = attribution.measure("flux", trace, tcs, target)
-    assert found["expanded"] == 6 and found["edges"] > 6
-    assert found["active"] == pytest.approx([6.4] * len(found["active"]), abs=1)
-    graph = attribute(trace, tcs, target=target, max_nodes=1)
-    assert graph.node_block[graph.target_node].tolist() == [TINY.depth_double + TINY.depth_single - 1]
+    assert found["expanded"] == 6 and found["edges"] > 6 and found["blocks"] == [16, 0]
+    assert found["active"] == pytest.approx([6.4, 6.4], abs=1)
+    assert str(target).startswith("img/17/") and "s per node: " in capsys.readouterr().err
 
 
 def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
     monkeypatch.setattr(attribution.ARGS, "sites", "all")
-    trace, tcs, _ = attribution.flux(TINY, features=64, side=6, text=8)
-    held = attribution.layers_of(trace, tcs)
-    rows, width, double = 36 + 8, TINY.d_model, TINY.depth_double
+    trace, tcs, target = attribution.flux(TINY, features=64, side=6, text=8)
+    held = attribution.layers_of(prepare(trace, tcs))
+    rows, width, double, single = 36 + 8, TINY.d_model, TINY.depth_double, TINY.depth_single
+    assert tcs.joint.dec.kernel.dtype == "bfloat16" and target.stream == "single" and target.block == single - 1
+    # All is in bfloat16: both streams of a double-stream block have a matrix for values and one for the output.
+    assert held.projections.tolist() == [2 * 2 * 2 * width**2] * double + [2 * 2 * width**2] * single
+    assert (held.decoders <= 2 * width * held.active).all() and (held.decoders > 0).all()
+    assert (held.active <= held.places).all() and held.active.mean() == pytest.approx(6.4 * rows, rel=0.1)
     # Block 1's MLP reads two blocks' attention and one block's features; single-stream block 1's reads four and four.
     each = 4 * rows * width**2 + 2 * rows**2 * width
     for block, hops, layers in ((1, 2, 1), (double + 1, 4, 4)):
         flops = hops * each + 2 * width * held.active[:layers].sum()
         assert attribution.floor_flops(trace, held, np.array([block])) == flops
-        moved = 4 * (2 * held.places[:layers].sum() + width * held.vectors[:layers].sum() + 4 * width**2 * hops)
+        moved = 8 * held.places[:layers].sum() + held.decoders[:layers].sum() + held.projections[:hops].sum()
         assert attribution.floor_bytes(trace, held, np.array([block])) == moved
-    assert (held.vectors <= held.active).all() and (held.active <= held.places).all() and held.vectors.min() > 0

@@ -117,13 +117,15 @@ def _walk_directly(engine: Engine, row: int) -> Iterator[tuple[int | None, np.nd
         at = jnp.int32(layer if layer < double else layer - double)
         one = double_block if layer < double else single_block
         empty = jnp.zeros((1, per_layer[int(layer >= double)]), boundary.img.dtype)
-        here, corner, gather = one(record, sites, sources, at), (jnp.int32(0), jnp.int32(0)), gather_bytes("cpu")
+        corner, gather = (jnp.int32(0), jnp.int32(0)), gather_bytes(jax.default_backend())
         with highest():
+            here = one(record, sites, sources, at)
             direct.insert(0, np.asarray(contract_block(here, empty, corner, cotangent, 1, gather))[0])
             passed, cotangent = _without_hops(record, sites, cotangent, target, gradient, layer)
-            loadings = _edges_below(prepared, layer, passed)
-        del passed
-        yield info.recorded[layer], loadings
+            loadings = [_edges_below(prepared, layer, passed)]
+        # Nothing of this layer may stay in memory while the next one is computed.
+        del here, passed
+        yield info.recorded[layer], loadings.pop()
     if not double:
         cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
     with highest():

@@ -161,6 +161,7 @@ def carried(engine: Engine, row: int) -> Carried:
         edges += loadings.sum(axis=0)
         names = ("no hop" if block is None else f"{block_name(block, depth)}/h{head}" for head in range(len(loadings)))
         carriers += map(_carrier, names, loadings)
+        del loadings  # before the next layer's come
     *heads, direct = carriers
     heads = sorted((one for one in heads if one.absolute > 0), key=lambda one: -one.absolute)
     return Carried(tuple(heads), direct, edges)

@@ -156,12 +156,12 @@ def record_step(
         # A span carries its inputs through these very projections.
         h = Streams(weights.img_in(widen(inputs.latents)), weights.txt_in(widen(inputs.text)))
     text_tokens = inputs.text.shape[0]
-    before = jax.tree.map(lambda w: widen(w[: blocks.first]), model.double)
+    before = jax.tree.map(lambda w: w[: blocks.first], model.double)
     boundary, _ = run_double(before, h, cond)
     h, (frozen, mlp_in, mlp_out) = run_double(weights.double, boundary, cond, tap=_keep)
     joint = join(h)
     if not blocks.end - blocks.first:
-        skipped = jax.tree.map(lambda w: widen(w[: blocks.first_single]), model.single)
+        skipped = jax.tree.map(lambda w: w[: blocks.first_single], model.single)
         joint, _ = run_single(skipped, joint, cond)
         boundary = split(joint, text_tokens)
     joint, (frozen_single, single_in, single_out) = run_single(weights.single, joint, cond, tap=_keep_single)

@@ -124,7 +124,8 @@ def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _draw(key: jax.Array, offset: ArrayLike, spread: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    return (offset + spread * jax.random.normal(key, shape, dtype)).astype(dtype)
+    # Drawn in bfloat16, normal numbers would have 128 values.
+    return (offset + spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def _tokenizers() -> Tokenizers:
