@@ -5,8 +5,9 @@
 3. Matrix products at full float32 precision, which is what the tolerances assume.
 4. Compiled programs are dropped before they use up the memory maps that the kernel grants a process.
 5. What one process has compiled the others of this run read: a cache on disk, empty at first, removed at the end.
-6. The compiler optimises its machine code less, since compiling is two thirds of the time: that saves a quarter. It
-   computes the same but for rounding, which no tolerance may hang on. As users run it: `XLA_FLAGS= pytest`.
+6. The compiler optimises its machine code less, since compiling is two thirds of the time; a module that mostly
+   compiles takes a quarter less. Results differ by rounding alone, which no tolerance may hang on. As users run it:
+   `XLA_FLAGS= pytest`.
 7. Hypothesis draws the same examples every time, so that a run's outcome hangs on the code alone; to search further:
    `HYPOTHESIS_PROFILE=search pytest`.
 8. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
