@@ -122,17 +122,15 @@ def _sample(
     grid: tuple[int, int],
     guidance: float | None,
 ) -> Array:
-    def step(latents: Array, levels: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        sigma, after, number = levels
-        scale = None if guidance is None else jnp.asarray(guidance, latents.dtype)
+    scale = None if guidance is None else jnp.asarray(guidance, noise.dtype)
 
+    def evaluate(latents: Array, sigma: Array, number: Array, _: None) -> tuple[Array, None]:
         def one(z: Array, txt: Array, vec: Array) -> Array:
             return velocity(params, Inputs(z, txt, vec, sigma, scale), number, grid)
 
-        return latents + (after - sigma) * jax.vmap(one)(latents, text, pooled).astype(latents.dtype), None
+        return jax.vmap(one)(latents, text, pooled), None
 
-    levels = (sigmas[:-1], sigmas[1:], jnp.arange(sigmas.shape[0] - 1))
-    return jax.lax.scan(step, noise, levels)[0]
+    return sampler.euler_scan(evaluate, noise, sigmas)[0]
 
 
 @partial(jax.jit, static_argnames="grid")

@@ -2,15 +2,14 @@
 
 1. `embed`: packed latents and text embeddings become two residual streams; time, pooled prompt and, in FLUX.1-dev,
    guidance become one vector `vec`, the same for all tokens.
-2. `run_double`: the double-stream blocks.
-3. `finish`: the single-stream blocks on the joined sequence, then the last norm and projection.
+2. `stacks.run_stacks`: the double-stream blocks on both streams, then the single-stream blocks on the joint sequence.
+3. `final`: the last norm and projection, on the image stream.
 
-Blocks are stacked on a leading layer axis and scanned; `tap` picks what each block reports, so that a caller keeps
-only what it reduces to. Every function is for one example; batches are `jax.vmap` outside.
+`forward` does all three, with MLPs replaced and activations reported where asked. Every function is for one example;
+batches are `jax.vmap` outside.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,23 +19,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from difffract_jax.models.blocks import (
-    BlockActs,
-    Cond,
-    DoubleBlock,
-    FluxConfig,
-    SingleActs,
-    SingleBlock,
-    Streams,
-    join,
-    split,
-)
+from difffract_jax.models.blocks import Cond, FluxConfig, Streams
+from difffract_jax.models.double import DoubleBlock
+from difffract_jax.models.single import SingleBlock
+from difffract_jax.models.stacks import Tap, Write, drop, run_stacks
 from difffract_jax.ops import film, layer_norm, rope_table, sinusoid, widen
 
 TIME_CHANNELS = 256
 """Channels of the sinusoids that embed time and guidance."""
-UNROLLED = 4
-"""Stacks of at most so many blocks run without a loop; a training step of the organism then takes a third less time."""
 
 
 class Inputs(NamedTuple):
@@ -55,10 +45,6 @@ class Inputs(NamedTuple):
     pooled: Float[Array, "pooled_width"]
     t: Float[Array, ""]
     guidance: Float[Array, ""] | None = None
-
-
-def drop(acts: Any) -> None:
-    """The tap that keeps nothing."""
 
 
 class Embedder(nnx.Module):
@@ -89,7 +75,7 @@ class Final(nnx.Module):
 
 
 class MMDiT(nnx.Module):
-    """The whole transformer; `double` and `single` are stacks of blocks with a leading layer axis."""
+    """The whole transformer; `double` and `single` are its stacks, blocks with a leading layer axis."""
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         d_model = config.d_model
@@ -126,16 +112,43 @@ class MMDiT(nnx.Module):
         wide = np.promote_types(dtype, np.float32)
         return streams, Cond(vec, jnp.asarray(cos, wide), jnp.asarray(sin, wide))
 
+    @property
+    def stacks(self) -> tuple[Any, ...]:
+        """The stacks of blocks, in the order of `config.layout`."""
+        return tuple(getattr(self, stack.name) for stack in self.config.layout.stacks)
+
     def __call__(self, inputs: Inputs, grid: tuple[int, int]) -> Float[Array, "img outputs"]:
         """Returns the velocity of one example."""
-        h, cond = self.embed(inputs, grid)
-        h, _ = run_double(self.double, h, cond)
-        return self.finish(h, cond)
+        return forward(self, inputs, grid)[0]
 
-    def finish(self, h: Streams, cond: Cond) -> Float[Array, "img outputs"]:
-        """Runs what follows the double-stream blocks: the single-stream blocks and the last projection."""
-        joint, _ = run_single(self.single, join(h), cond)
-        return self.final(split(joint, h.txt.shape[0]).img, cond)
+
+def forward(
+    model: Any,
+    inputs: Inputs,
+    grid: tuple[int, int],
+    *,
+    write: Write | None = None,
+    fixed: Sequence[Any] | None = None,
+    layers: Sequence[Any] | None = None,
+    tap: Tap = drop,
+) -> tuple[Float[Array, "img outputs"], tuple[Any, ...]]:
+    """Runs the whole transformer, with MLP sublayers replaced and activations reported where asked.
+
+    Args:
+        model: the transformer: `embed`, `stacks` and `final`.
+        inputs: of one evaluation.
+        grid: rows and columns of image tokens.
+        write: stands in for every MLP sublayer; this and the rest as for `stacks.run_stacks`.
+        fixed: per group.
+        layers: per group.
+        tap: what each block reports.
+
+    Returns:
+        The velocity, and each stack's reports.
+    """
+    h, cond = model.embed(inputs, grid)
+    h, reports = run_stacks(model.stacks, h, cond, write=write, fixed=fixed, layers=layers, tap=tap)
+    return model.final(h.img, cond), reports
 
 
 def _stack(block: Callable[..., Any], config: FluxConfig, depth: int, rngs: nnx.Rngs, dtype: DTypeLike) -> Any:
@@ -153,58 +166,3 @@ def position_ids(grid: tuple[int, int], text_tokens: int) -> Float[np.ndarray, "
     rows, columns = np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij")
     img = np.stack([np.zeros(rows.size), rows.ravel(), columns.ravel()], axis=1)
     return np.concatenate([np.zeros((text_tokens, 3)), img]).astype(np.float64)
-
-
-def run_double(
-    blocks: DoubleBlock,
-    h: Streams,
-    cond: Cond,
-    *,
-    tap: Callable[[BlockActs], Any] = drop,
-    mlp: Callable[[Any, DoubleBlock, Streams], Streams] | None = None,
-    per_layer: Any = None,
-) -> tuple[Streams, Any]:
-    """Applies stacked double-stream blocks in order.
-
-    Args:
-        blocks: the stack.
-        h: residual streams entering the first.
-        cond: what they share.
-        tap: what each block reports of its `BlockActs`; stacked on a leading layer axis.
-        mlp: `mlp(slice, block, x) -> y` stands in for the MLPs.
-        per_layer: tree with a leading layer axis; its slices are `mlp`'s first argument.
-
-    Returns:
-        The residual streams after the last block, and the reports.
-    """
-
-    def step(h: Streams, layer: tuple[DoubleBlock, Any]) -> tuple[Streams, Any]:
-        block, extra = layer
-        h, acts = block(h, cond, mlp=None if mlp is None else partial(mlp, extra))
-        return h, tap(acts)
-
-    return _scan(step, h, (blocks, per_layer))
-
-
-def run_single(
-    blocks: SingleBlock,
-    h: Float[Array, "seq d_model"],
-    cond: Cond,
-    *,
-    tap: Callable[[SingleActs], Any] = drop,
-    mlp: Callable[[Any, SingleBlock, Array], Array] | None = None,
-    per_layer: Any = None,
-) -> tuple[Float[Array, "seq d_model"], Any]:
-    """Applies stacked single-stream blocks in order; see `run_double`."""
-
-    def step(h: Float[Array, "seq d_model"], layer: tuple[SingleBlock, Any]) -> tuple[Any, Any]:
-        block, extra = layer
-        h, acts = block(h, cond, mlp=None if mlp is None else partial(mlp, extra))
-        return h, tap(acts)
-
-    return _scan(step, h, (blocks, per_layer))
-
-
-def _scan(step: Callable[..., tuple[Any, Any]], h: Any, layers: Any) -> tuple[Any, Any]:
-    """Scans layers; a few are written out, where a loop costs more than it saves."""
-    return jax.lax.scan(step, h, layers, unroll=len(jax.tree.leaves(layers)[0]) <= UNROLLED)

@@ -10,7 +10,9 @@ The transformer is fed sigma itself as its time t in [0, 1].
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,34 @@ def draw_noise(seed: int, grid: tuple[int, int], channels: int) -> Float32[Array
         channels: channels of a token.
     """
     return jax.random.normal(jax.random.key(seed), (grid[0] * grid[1], channels), jnp.float32)
+
+
+def euler_scan(
+    evaluate: Callable[[Array, Array, Array, Any], tuple[Array, Any]],
+    noise: Float[Array, "*batch img channels"],
+    levels: Float[Array, "step_and_end"],
+    per_step: Any = None,
+) -> tuple[Float[Array, "*batch img channels"], Any]:
+    """Takes all Euler steps in one scan, of one example or of many together; for use inside compiled programs.
+
+    Args:
+        evaluate: from latents entering a step, its noise level, its number, and its slice of `per_step`, to the
+            velocity and anything to report.
+        noise: packed starting noise.
+        levels: noise level entering every step, and the final 0.
+        per_step: tree with a leading step axis.
+
+    Returns:
+        Packed latents after the last step, and the reports, stacked on a leading step axis.
+    """
+
+    def step(z: Array, now: tuple[Array, Array, Array, Any]) -> tuple[Array, Any]:
+        sigma, after, number, extra = now
+        v, report = evaluate(z, sigma, number, extra)
+        return z + (after - sigma) * v.astype(z.dtype), report
+
+    numbers = jnp.arange(levels.shape[0] - 1)
+    return jax.lax.scan(step, noise, (levels[:-1], levels[1:], numbers, per_step))
 
 
 def scale_for_decoder(latent: Float[Array, "h w latent"], scaling: float, shift: float) -> Float[Array, "h w latent"]:

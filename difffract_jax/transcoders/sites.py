@@ -1,80 +1,111 @@
 """Which MLP sublayers have a transcoder: sites by name, in the order in which they are stacked.
 
-A site is `img/3`, `txt/3` (double-stream blocks) or `single/5` (single-stream blocks). The img sites form one group,
-the txt sites another, the single-stream sites a third, `joint`: within a group all sites have the same tokens. A stack
-over all sites holds the groups in this order, each ascending.
+A site is written LABEL/N, as in img/3, txt/3 (double-stream blocks) or single/5 (single-stream blocks); see `address`.
+Sites of a group have the same tokens and form one stack, ascending; a stack over all sites holds the groups in the
+model's order.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from difffract_jax.address import GROUPS, Group, Layout
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import FluxConfig
 
-_PATTERN = re.compile(r"(img|txt|single|\*)/(\*|\d+(?:-\d+)?)")
+_PATTERN = re.compile(r"(\w+|\*)/(\*|\d+(?:-\d+)?)")
 
 
 class Sites(NamedTuple):
-    """Blocks with a transcoder, ascending.
+    """Sites with a transcoder.
 
     Attributes:
-        img: double-stream blocks, image stream.
-        txt: double-stream blocks, text stream.
-        joint: single-stream blocks, counted from the first of them.
+        members: the groups that have any, in the model's order, each with its sites' numbers, ascending.
     """
 
-    img: tuple[int, ...]
-    txt: tuple[int, ...]
-    joint: tuple[int, ...]
+    members: tuple[tuple[Group, tuple[int, ...]], ...]
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every site's name, in the order of the stack."""
-        groups = zip(("img", "txt", "single"), self, strict=True)
-        return tuple(f"{stream}/{layer}" for stream, layers in groups for layer in layers)
+        return tuple(f"{group.label}/{number}" for group, numbers in self.members for number in numbers)
 
     @property
     def groups(self) -> dict[str, tuple[int, ...]]:
-        """The groups that have sites, by name."""
-        return {name: layers for name, layers in self._asdict().items() if layers}
+        """Name of a group -> its sites' numbers."""
+        return {group.name: numbers for group, numbers in self.members}
+
+    @property
+    def labels(self) -> dict[str, tuple[int, ...]]:
+        """Label, as addresses have it -> the sites' numbers."""
+        return {group.label: numbers for group, numbers in self.members}
 
     @property
     def slices(self) -> dict[str, slice]:
-        """Where each group that has sites lies in the stack."""
-        found, start = {}, 0
-        for name, layers in self.groups.items():
-            found[name] = slice(start, start + len(layers))
-            start += len(layers)
-        return found
+        """Name of a group -> where its sites lie in a stack over all."""
+        places, start = {}, 0
+        for name, numbers in self.groups.items():
+            places[name] = slice(start, start + len(numbers))
+            start += len(numbers)
+        return places
+
+    def slots(self, layout: Layout) -> tuple[dict[int, int], ...]:
+        """Returns, per group of a model, which of its blocks have a transcoder, and the place of each in its stack.
+
+        Args:
+            layout: of the model.
+        """
+        found = []
+        for number, group in enumerate(layout.groups):
+            numbers, blocks = self.groups.get(group.name, ()), layout.labels[group.label]
+            placed = {blocks[site]: place for place, site in enumerate(numbers) if site < len(blocks)}
+            found.append({block: place for block, place in placed.items() if block in layout.blocks_of(number)})
+        return tuple(found)
 
 
-def parse_sites(patterns: Sequence[str], config: FluxConfig) -> Sites:
+def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = GROUPS) -> Sites:
+    """Returns the sites of these numbers.
+
+    Args:
+        numbers: name of a group -> its sites' numbers; none for a group that is left out.
+        groups: that there are, in the model's order; FLUX's if left out.
+
+    Raises:
+        UserError: if there is no such group.
+    """
+    known = {group.name: group for group in groups}
+    unknown = sorted(set(numbers) - set(known))
+    if unknown:
+        raise UserError(f"There are no sites called {unknown[0]!r}; the model has {', '.join(known)}.")
+    members = ((group, tuple(sorted(numbers.get(name, ())))) for name, group in known.items())
+    return Sites(tuple((group, each) for group, each in members if each))
+
+
+def parse_sites(patterns: Sequence[str], layout: Layout) -> Sites:
     """Reads which sites are meant.
 
     Args:
         patterns: `img/3`, `txt/0-5`, `single/*`, `*/*` and the like.
-        config: of the model.
+        layout: of the model.
 
     Raises:
         UserError: if a pattern is of another form, or names a block that the model does not have.
     """
-    depths = {"img": config.depth_double, "txt": config.depth_double, "single": config.depth_single}
-    found: dict[str, set[int]] = {stream: set() for stream in depths}
+    depths = {label: len(blocks) for label, blocks in layout.labels.items()}
+    chosen: dict[str, set[int]] = {label: set() for label in depths}
     for pattern in patterns:
         match = _PATTERN.fullmatch(pattern)
-        if match is None:
-            raise UserError(f"{pattern!r} names no sites; write STREAM/BLOCKS, as in img/3, txt/0-5, single/* or */*.")
-        for stream in depths if match[1] == "*" else (match[1],):
+        if match is None or match[1] not in (*depths, "*"):
+            raise UserError(
+                f"{pattern!r} names no sites; write STREAM/BLOCKS with a stream {', '.join(depths)} or *, as in img/3, "
+                "txt/0-5, single/* or */*."
+            )
+        for label in depths if match[1] == "*" else (match[1],):
             first, _, last = match[2].partition("-")
-            chosen = range(depths[stream]) if first == "*" else range(int(first), int(last or first) + 1)
-            beyond = [layer for layer in chosen if layer >= depths[stream]]
+            numbers = range(depths[label]) if first == "*" else range(int(first), int(last or first) + 1)
+            beyond = [number for number in numbers if number >= depths[label]]
             if beyond and match[1] != "*":
-                raise UserError(
-                    f"The site {stream}/{beyond[0]} does not exist: the model has {config.depth_double} double-stream "
-                    f"blocks (img, txt) and {config.depth_single} single-stream blocks, counted from 0."
-                )
-            found[stream].update(layer for layer in chosen if layer < depths[stream])
-    if not any(found.values()):
+                layout.block_of(label, beyond[0])
+            chosen[label].update(number for number in numbers if number < depths[label])
+    if not any(chosen.values()):
         raise UserError(f"The sites {', '.join(patterns) or '(none)'} name no block of this model; write */* for all.")
-    return Sites(*(tuple(sorted(layers)) for layers in found.values()))
+    return sites_of({group.name: tuple(chosen[group.label]) for group in layout.groups}, layout.groups)

@@ -11,10 +11,10 @@ over all rows given together, for training only; `jumprelu`, those above a thres
 trained `batchtopk` is exported. In all of them an active feature has z = u, so that attribution is the same.
 
 Rows of `dec.kernel` are the features' decoder vectors; the reference's have unit norm. An SAE is the same module with
-y in place of x. A module is for one site and one denoising time; `TranscoderSet` stacks those of a stream.
+y in place of x. A module is for one site and one denoising time; `TranscoderSet` stacks those of a group of sites.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
@@ -26,9 +26,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from difffract_jax.address import Layout
 from difffract_jax.config import UserError
-from difffract_jax.models.mmdit import FluxConfig
+from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
+from difffract_jax.transcoders.sites import Sites, sites_of
 
 Conditioning = Literal["film", "film_raw_t", "none"]
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
@@ -192,27 +194,24 @@ def batch_cutoff(u: Float[Array, "rows feat"], k: int, *, axis: str | None = Non
 
 
 class TranscoderSet(NamedTuple):
-    """The transcoders of a model's MLPs, one stack per stream.
+    """The transcoders of a model's MLPs, one stack per group of sites.
 
     Attributes:
-        img: image stream's, stacked over `img_layers`; None if there are none.
-        txt: text stream's, stacked over `txt_layers`; None if there are none.
-        img_layers: double-stream blocks of the image stream's stack, ascending.
-        txt_layers: the same for the text stream.
-        config: shape of each.
+        stacks: name of a group, as img, txt or joint -> its transcoders, stacked over its sites; only groups that have
+            any.
+        sites: which sites these are.
+        config: shape of each transcoder.
         source: content hash of the weights.
-        joint: single-stream blocks', stacked over `joint_layers`; None if there are none.
-        joint_layers: single-stream blocks of their stack, counted from the first of them, ascending.
     """
 
-    img: Transcoder | None
-    txt: Transcoder | None
-    img_layers: tuple[int, ...]
-    txt_layers: tuple[int, ...]
+    stacks: dict[str, Transcoder]
+    sites: Sites
     config: TranscoderConfig
     source: str
-    joint: Transcoder | None = None
-    joint_layers: tuple[int, ...] = ()
+
+    def per_group(self, layout: Layout) -> tuple[Transcoder | None, ...]:
+        """Returns the stack of every group of a model; None where there is none."""
+        return tuple(self.stacks.get(group.name) for group in layout.groups)
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
@@ -235,14 +234,17 @@ def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
             "These transcoders have activation batchtopk, whose codes depend on which rows come together; "
             "export them with a threshold, as `difffract train` does."
         )
-    depths = {"img": config.depth_double, "txt": config.depth_double, "single": config.depth_single}
-    layers = {"img": tcs.img_layers, "txt": tcs.txt_layers, "single": tcs.joint_layers}
-    absent = [f"{s}/{layer}" for s, depth in depths.items() for layer in layers[s] if not 0 <= layer < depth]
+    depths = {label: len(blocks) for label, blocks in config.layout.labels.items()}
+    absent = [
+        f"{label}/{number}"
+        for label, numbers in tcs.sites.labels.items()
+        for number in numbers
+        if not 0 <= number < depths.get(label, 0)
+    ]
     if absent:
         raise UserError(
-            f"The transcoders are for the sites {', '.join(absent)}, but the model has double-stream blocks 0 to "
-            f"{config.depth_double - 1} and {config.depth_single} single-stream blocks; give transcoders that were "
-            "trained on this model."
+            f"The transcoders are for the sites {', '.join(absent)}, but the model has {config.layout.describe()}; give "
+            "transcoders that were trained on this model."
         )
 
 
@@ -253,9 +255,7 @@ def random_transcoders(
     features: int | None = None,
     active: float = 0.07,
     dtype: DTypeLike = jnp.float32,
-    img: Sequence[int] | None = None,
-    txt: Sequence[int] | None = None,
-    joint: Sequence[int] = (),
+    sites: Mapping[str, Sequence[int]] | None = None,
 ) -> TranscoderSet:
     """Makes untrained transcoders; for tests, benchmarks and demonstrations.
 
@@ -269,9 +269,8 @@ def random_transcoders(
         features: features per site; 8 per channel if left out.
         active: share of features that fire.
         dtype: of the weights.
-        img: double-stream blocks whose image MLP has one, ascending; all if left out.
-        txt: the same of text MLPs.
-        joint: single-stream blocks that have one, counted from the first of them, ascending.
+        sites: name of a group, as img, txt or joint -> numbers of the sites that have one; if left out, all sites that
+            work on one stream, as in FLUX's double-stream blocks.
     """
     shape = TranscoderConfig(
         d_model=config.d_model, features=features or 8 * config.d_model, time_embed=0, conditioning="none"
@@ -288,12 +287,14 @@ def random_transcoders(
         tc.enc.bias[...] = jnp.full(shape.features, bias, dtype)
         return tc
 
-    depth = config.depth_double
-    layers = [tuple(range(depth) if one is None else one) for one in (img, txt, joint)]
-    keys = jax.random.split(jax.random.key(seed), 2 * depth + config.depth_single)
+    layout = config.layout
+    depths = {name: layout.depth_of(name) for name in layout.names}
+    if sites is None:
+        sites = {name: range(depth) for name, depth in depths.items() if len(layout.named(name).streams) == 1}
+    chosen = sites_of(sites, layout.groups)
+    ends = np.cumsum(list(depths.values()))
+    firsts = dict(zip(depths, ends - list(depths.values()), strict=True))
+    keys = jax.random.split(jax.random.key(seed), int(ends[-1]))
     one_by_one = jax.jit(partial(jax.lax.map, build))
-    stacks = [
-        one_by_one(keys[first + np.array(blocks)]) if blocks else None
-        for first, blocks in zip((0, depth, 2 * depth), layers, strict=True)
-    ]
-    return TranscoderSet(stacks[0], stacks[1], layers[0], layers[1], shape, f"random:{seed}", stacks[2], layers[2])
+    stacks = {name: one_by_one(keys[firsts[name] + np.array(numbers)]) for name, numbers in chosen.groups.items()}
+    return TranscoderSet(stacks, chosen, shape, f"random:{seed}")

@@ -1,0 +1,254 @@
+"""The double-stream block of FLUX (METHOD section 1): image and text have weights of their own and attend jointly.
+
+Text tokens come first in attention. Each stream goes through an MLP of its own. Modulations come as rows: shift1,
+scale1, gate1, shift2, scale2, gate2.
+
+A target enters at one row of an MLP's input x. Below it, that is one row of attention's output, and so, in every head,
+one vector of values that each position contributes to by its share of the pattern. Hence the cotangent of the residual
+stream entering the block is
+
+    dh[s] = sum over heads of pattern[head, p, s] * inv_std1[s] * direction[head]     (+ the residual path at s = p)
+
+with one `direction` per head and stream, whatever the position s: about a hundredth of the work of a block's whole
+pull-back. The directions are found by `jax.vjp` through single rows.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from difffract_jax.address import IMAGE, TEXT, Group
+from difffract_jax.models.blocks import (
+    BlockActs,
+    Cond,
+    Entry,
+    FluxConfig,
+    RMSNorm,
+    StandIn,
+    Streams,
+    both,
+    head_of_row,
+    join,
+    merge_heads,
+    project,
+    split,
+    split_heads,
+)
+from difffract_jax.ops import attend, attention_pattern, film, layer_norm, rotate
+
+
+class Frozen(NamedTuple):
+    """What the replacement holds at its recorded value in one double-stream block.
+
+    Attributes:
+        q: queries of the joint sequence, [seq heads head_dim].
+        k: its keys.
+        inv_std1: 1/sqrt(var + eps) of the norm before attention, [txt] and [img].
+        inv_std2: the same of the norm before the MLP.
+    """
+
+    q: Float[Array, "seq heads head_dim"]
+    k: Float[Array, "seq heads head_dim"]
+    inv_std1: Streams
+    inv_std2: Streams
+
+
+class Attention(nnx.Module):
+    """One stream's side of joint attention."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+        d_model = config.d_model
+        self.qkv = nnx.Linear(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(config.head_dim, dtype=dtype)
+        self.k_norm = RMSNorm(config.head_dim, dtype=dtype)
+        self.proj = nnx.Linear(d_model, d_model, param_dtype=dtype, rngs=rngs)
+
+
+class MLP(nnx.Module):
+    """The MLP sublayer: up, GELU in its tanh form, down."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+        self.up = nnx.Linear(config.d_model, config.d_ff, param_dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(config.d_ff, config.d_model, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+        """Maps x to y, row by row."""
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class DoubleStream(nnx.Module):
+    """One stream's weights in a double-stream block; `mod` gives shift1, scale1, gate1, shift2, scale2, gate2."""
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+        self.mod = nnx.Linear(config.d_model, 6 * config.d_model, param_dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+
+class DoubleBlock(nnx.Module):
+    """A double-stream block; see `blocks.Block` for its methods."""
+
+    groups: ClassVar[tuple[Group, ...]] = (IMAGE, TEXT)
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        self.img = DoubleStream(config, rngs=rngs, dtype=dtype)
+        self.txt = DoubleStream(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        h: Sequence[Float[Array, "_ d_model"]],
+        cond: Cond,
+        *,
+        frozen: Frozen | None = None,
+        mlp: StandIn | None = None,
+        heads: Float[Array, "heads"] | None = None,
+    ) -> tuple[Streams, BlockActs]:
+        """Runs the block on the image and the text stream."""
+        h, mod = Streams(*h), self._modulations(cond)
+        scales = Streams(None, None) if frozen is None else frozen.inv_std1
+        normed = both(layer_norm, h, scales)
+        m = both(lambda n, c: film(n[0], c[1], c[0]), normed, mod)
+        if frozen is None:
+            q, k = _queries_keys(self, m, cond)
+        else:
+            q, k = frozen.q, frozen.k
+        # A recorded pattern stays the recorded one, whatever precision the rest of the replacement is run in.
+        scores = None if frozen is None else "highest"
+        mixed = attend(q, k, join(both(_values, self, m)), scale=q.shape[-1] ** -0.5, precision=scores)
+        if heads is not None:
+            mixed = mixed * heads[None, :, None]
+        attended = both(lambda s, o: s.attn.proj(merge_heads(o)), self, split(mixed, h.txt.shape[0]))
+        h = both(lambda r, c, a: r + c[2] * a, h, mod, attended)
+        normed2 = both(layer_norm, h, Streams(None, None) if frozen is None else frozen.inv_std2)
+        x = both(lambda n, c: film(n[0], c[4], c[3]), normed2, mod)
+        run = self.run_mlp if mlp is None else mlp
+        y = Streams(run(0, x.img), run(1, x.txt))
+        h = both(lambda r, c, o: r + c[5] * o, h, mod, y)
+        used = Frozen(q, k, both(lambda n: n[1], normed), both(lambda n: n[1], normed2))
+        return h, BlockActs(used, x, y, h)
+
+    def run_mlp(self, group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+        """Returns the output of the image stream's MLP, group 0, or the text stream's, group 1."""
+        return (self.img, self.txt)[group].mlp(x)
+
+    def gates(self, cond: Cond) -> tuple[Float[Array, "d_model"], ...]:
+        """Returns gate2 of both streams."""
+        return tuple(both(lambda mod: mod[5], self._modulations(cond)))
+
+    def entry(self, cond: Cond, frozen: Frozen) -> Entry:
+        """Returns the function that pulls gradients at single rows of x back through the block; see the module."""
+        mod = self._modulations(cond)
+        return partial(_enter, self, frozen, mod)
+
+    @staticmethod
+    def attention_shape(frozen: Frozen) -> tuple[int, int, int]:
+        """Returns queries, heads and columns of a head."""
+        return frozen.q.shape[-3:]
+
+    def query_or_key(
+        self,
+        cond: Cond,
+        frozen: Frozen,
+        part: int,
+        head: int,
+        group: int,
+        row: int,
+        h: Float[Array, "d_model"],
+        denominator: Float[Array, ""] | None,
+    ) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:
+        """Returns one head's rotated query or key of a residual row, and 1 / its root mean square."""
+        stream, inv_std = (self.img, self.txt)[group], frozen.inv_std1[group][row]
+        shift, scale = _modulation(stream, cond)[:2]
+        place = row + (0 if group == 1 else frozen.inv_std1.txt.shape[0])
+        norm = (stream.attn.q_norm, stream.attn.k_norm)[part]
+        return head_of_row(stream.attn.qkv, norm, cond, (shift, scale), part, head, place, h, inv_std, denominator)
+
+    def _modulations(self, cond: Cond) -> Streams:
+        """Returns shift1, scale1, gate1, shift2, scale2, gate2 of both streams."""
+        return both(lambda stream: _modulation(stream, cond), self)
+
+
+def _modulation(stream: DoubleStream, cond: Cond) -> Float[Array, "6 d_model"]:
+    return stream.mod(jax.nn.silu(cond.vec)).reshape(6, -1)
+
+
+def _queries_keys(block: DoubleBlock, m: Streams, cond: Cond) -> tuple[Array, Array]:
+    """Returns queries and keys of the joint sequence, normalised and rotated, [seq heads head_dim]."""
+
+    def one(stream: DoubleStream, rows: Float[Array, "rows d_model"]) -> tuple[Any, Any]:
+        q, k = jnp.split(project(stream.attn.qkv, rows, slice(None, 2 * rows.shape[1])), 2, axis=1)
+        head_dim = stream.attn.q_norm.scale.shape[-1]
+        return stream.attn.q_norm(split_heads(q, head_dim)), stream.attn.k_norm(split_heads(k, head_dim))
+
+    pairs = both(one, block, m)
+    q, k = (join(both(lambda pair, i=i: pair[i], pairs)) for i in (0, 1))
+    return rotate(q, cond.cos, cond.sin), rotate(k, cond.cos, cond.sin)
+
+
+def _values(stream: DoubleStream, m: Float[Array, "rows d_model"]) -> Float[Array, "rows heads head_dim"]:
+    """Returns one stream's attention values; the frozen block needs these columns of qkv only."""
+    return split_heads(project(stream.attn.qkv, m, slice(2 * m.shape[1], None)), stream.attn.q_norm.scale.shape[-1])
+
+
+def _enter(
+    block: DoubleBlock,
+    frozen: Frozen,
+    mod: Streams,
+    gradients: Float[Array, "target d_model"],
+    group: Int[Array, "target"],
+    row: Int[Array, "target"],
+) -> tuple[Float[Array, "target _ d_model"], ...]:
+    """Returns the cotangents of the streams before the block, image first; see the module."""
+    heads, head_dim = frozen.q.shape[1:]
+    of_stream = Streams(*(jnp.where((group == s)[:, None], gradients, 0) for s in (0, 1)))
+    scales = both(lambda inv_std: inv_std.at[row].get(mode="clip"), frozen.inv_std2)
+    pulled = both(partial(_through_output, heads), block, mod, scales, of_stream)
+    mixed = pulled.img[1] + pulled.txt[1]
+    directions = both(lambda weights, m: _through_values(weights, m, mixed), block, mod)
+    text = frozen.inv_std1.txt.shape[0]
+    joint = jnp.where(group == 1, row, text + row)
+    pattern = attention_pattern(frozen.q[joint], frozen.k, scale=head_dim**-0.5, precision="highest")
+    pattern = pattern.transpose(2, 0, 1)
+    shares = both(lambda p, inv_std: p * inv_std[:, None, None], split(pattern, text), frozen.inv_std1)
+    spread = both(lambda p, d: jnp.einsum("sht,thm->tsm", p, d), shares, directions)
+    each = jnp.arange(row.shape[0])
+    return tuple(both(lambda c, r: c.at[each, row].add(r[0], mode="drop"), spread, pulled))
+
+
+def _through_output(
+    heads: int,
+    stream: DoubleStream,
+    mod: Float[Array, "6 d_model"],
+    inv_std: Float[Array, "target"],
+    gradients: Float[Array, "target d_model"],
+) -> tuple[Float[Array, "target d_model"], Float[Array, "target heads head_dim"]]:
+    """Pulls x of single rows back to the residual stream before the block, and to the heads' mixed values."""
+
+    def forward(h: Array, mixed: Array) -> Array:
+        h = h + mod[2][None, :] * stream.attn.proj(merge_heads(mixed))
+        return film(layer_norm(h, inv_std)[0], mod[4], mod[3])
+
+    origin = jnp.zeros_like(gradients)
+    _, pull = jax.vjp(forward, origin, origin.reshape(origin.shape[0], heads, -1))
+    return pull(gradients)
+
+
+def _through_values(
+    stream: DoubleStream, mod: Float[Array, "6 d_model"], mixed: Float[Array, "target heads head_dim"]
+) -> Float[Array, "target heads d_model"]:
+    """Pulls each head's part back to a row of the residual stream whose norm has scale 1."""
+    targets, heads, head_dim = mixed.shape
+
+    def forward(h: Array) -> Array:
+        return _values(stream, film(layer_norm(h, jnp.ones_like(h[:, 0]))[0], mod[1], mod[0]))
+
+    alone = mixed[:, :, None] * jnp.eye(heads, dtype=mixed.dtype)[None, :, :, None]
+    origin = jnp.zeros((targets * heads, heads * head_dim), mixed.dtype)
+    (pulled,) = jax.vjp(forward, origin)[1](alone.reshape(targets * heads, heads, head_dim))
+    return pulled.reshape(targets, heads, -1)

@@ -1,0 +1,134 @@
+"""The single-stream block of FLUX (METHOD section 1): the joint sequence, text first.
+
+Attention and MLP read the same norm, and their outputs are added. The fused output's bias lies outside the MLP's
+output y. A target enters at a row of x, which is read off the stream that enters the block: no attention lies between.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from difffract_jax.address import JOINT, Group
+from difffract_jax.models.blocks import (
+    BlockActs,
+    Cond,
+    Entry,
+    FluxConfig,
+    RMSNorm,
+    StandIn,
+    head_of_row,
+    merge_heads,
+    project,
+    split_heads,
+)
+from difffract_jax.ops import attend, film, layer_norm, rotate
+
+
+class SingleFrozen(NamedTuple):
+    """What is held in one single-stream block: queries, keys, and the scale of its one norm, [seq]."""
+
+    q: Float[Array, "seq heads head_dim"]
+    k: Float[Array, "seq heads head_dim"]
+    inv_std: Float[Array, "seq"]
+
+
+class SingleBlock(nnx.Module):
+    """A single-stream block; `mod` gives shift, scale, gate, and `mlp_out` holds the bias of the fused output."""
+
+    groups: ClassVar[tuple[Group, ...]] = (JOINT,)
+
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        d_model = config.d_model
+        self.mod = nnx.Linear(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
+        self.qkv = nnx.Linear(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(config.head_dim, dtype=dtype)
+        self.k_norm = RMSNorm(config.head_dim, dtype=dtype)
+        self.up = nnx.Linear(d_model, config.d_ff, param_dtype=dtype, rngs=rngs)
+        self.attn_out = nnx.Linear(d_model, d_model, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.mlp_out = nnx.Linear(config.d_ff, d_model, param_dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        h: Sequence[Float[Array, "_ d_model"]],
+        cond: Cond,
+        *,
+        frozen: SingleFrozen | None = None,
+        mlp: StandIn | None = None,
+        heads: Float[Array, "heads"] | None = None,
+    ) -> tuple[tuple[Array], BlockActs]:
+        """Runs the block on the joint sequence, its one group."""
+        (joint,) = h
+        shift, scale, gate = self._modulation(cond)
+        normed, inv_std = layer_norm(joint, None if frozen is None else frozen.inv_std)
+        x = film(normed, scale, shift)
+        head_dim, width = self.q_norm.scale.shape[-1], joint.shape[1]
+        if frozen is None:
+            q, k = jnp.split(project(self.qkv, x, slice(None, 2 * width)), 2, axis=1)
+            q = rotate(self.q_norm(split_heads(q, head_dim)), cond.cos, cond.sin)
+            k = rotate(self.k_norm(split_heads(k, head_dim)), cond.cos, cond.sin)
+        else:
+            q, k = frozen.q, frozen.k
+        v = split_heads(project(self.qkv, x, slice(2 * width, None)), head_dim)
+        mixed = attend(q, k, v, scale=head_dim**-0.5, precision=None if frozen is None else "highest")
+        if heads is not None:
+            mixed = mixed * heads[None, :, None]
+        y = self.run_mlp(0, x) if mlp is None else mlp(0, x)
+        assert self.mlp_out.bias is not None
+        joint = joint + gate[None, :] * (self.attn_out(merge_heads(mixed)) + y + self.mlp_out.bias[None, :])
+        return (joint,), BlockActs(SingleFrozen(q, k, inv_std), (x,), (y,), (joint,))
+
+    def run_mlp(self, group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+        """Returns the output of the block's MLP, without the bias that it shares with attention."""
+        del group  # there is one
+        return jax.nn.gelu(self.up(x), approximate=True) @ self.mlp_out.kernel[...]
+
+    def gates(self, cond: Cond) -> tuple[Float[Array, "d_model"], ...]:
+        """Returns the block's one gate."""
+        return (self._modulation(cond)[2],)
+
+    def entry(self, cond: Cond, frozen: SingleFrozen) -> Entry:
+        """Returns the function that pulls gradients at single rows of x back to the residual stream before the block."""
+        scale = self._modulation(cond)[1]
+
+        def enter(gradients: Array, group: Array, row: Array) -> tuple[Array, ...]:
+            del group  # there is one
+            inv_std = frozen.inv_std.at[row].get(mode="clip")
+            origin = jnp.zeros_like(gradients)
+            _, pull = jax.vjp(lambda h: film(layer_norm(h, inv_std)[0], scale, jnp.zeros_like(scale)), origin)
+            rows = jnp.zeros((gradients.shape[0], frozen.inv_std.shape[0], gradients.shape[1]), gradients.dtype)
+            return (rows.at[jnp.arange(row.shape[0]), row].set(pull(gradients)[0], mode="drop"),)
+
+        return enter
+
+    @staticmethod
+    def attention_shape(frozen: SingleFrozen) -> tuple[int, int, int]:
+        """Returns queries, heads and columns of a head."""
+        return frozen.q.shape[-3:]
+
+    def query_or_key(
+        self,
+        cond: Cond,
+        frozen: SingleFrozen,
+        part: int,
+        head: int,
+        group: int,
+        row: int,
+        h: Float[Array, "d_model"],
+        denominator: Float[Array, ""] | None,
+    ) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:
+        """Returns one head's rotated query or key of a residual row, and 1 / its root mean square."""
+        del group  # there is one
+        shift, scale = self._modulation(cond)[:2]
+        norm = (self.q_norm, self.k_norm)[part]
+        return head_of_row(
+            self.qkv, norm, cond, (shift, scale), part, head, row, h, frozen.inv_std[row], denominator
+        )
+
+    def _modulation(self, cond: Cond) -> Float[Array, "3 d_model"]:
+        """Returns shift, scale and gate."""
+        return self.mod(jax.nn.silu(cond.vec)).reshape(3, -1)

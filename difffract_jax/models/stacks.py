@@ -1,0 +1,210 @@
+"""Running a model's stacks of blocks: the one walk through the layers, whatever is recorded, replaced or held.
+
+1. Residual streams become a stack's sequences, one per group (`sequences`), and streams again behind it (`streams`).
+2. `run_stack` scans the stack. Where `write` is given it stands in for every MLP sublayer; where records are given the
+   blocks run frozen; `tap` picks what each block reports, so that a caller keeps only what it reduces to.
+3. `run_stacks` does this for one stack after the other.
+
+A model is a tuple of stacks and what stands around them: `embed` before the first, the last norm and projection behind
+the last. "Per group" is a tuple over the groups of a stack, or of all stacks in order (`address.Layout`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from difffract_jax.address import Group
+from difffract_jax.models.blocks import BlockActs, Cond, Streams
+
+UNROLLED = 4
+"""Stacks of at most so many blocks run without a loop; a training step of the organism then takes a third less time."""
+Write = Callable[[Any, Any, Float[Array, "rows d_model"], Callable[[], Array]], tuple[Array, Any]]
+"""Stands in for one MLP sublayer: `write(fixed, layer, x, true) -> (y, report)`. `fixed` is the group's, `layer` the
+block's slice, x the sublayer's input, and `true()` computes the output that the model itself gives."""
+
+
+class Visit(NamedTuple):
+    """One block of a run, as a tap sees it.
+
+    Attributes:
+        entering: residual streams entering the block, per group.
+        acts: what the block computed.
+        reports: what `write` reported, per group; empty without it.
+    """
+
+    entering: tuple[Float[Array, "_ d_model"], ...]
+    acts: BlockActs
+    reports: tuple[Any, ...]
+
+
+Tap = Callable[[Visit], Any]
+
+
+def drop(visit: Visit) -> None:
+    """The tap that keeps nothing."""
+
+
+def slice_layer(stack: Any, layer: Any) -> Any:
+    """Returns one layer of anything with a leading layer axis: a stack of blocks, their records, transcoders.
+
+    Args:
+        stack: tree of arrays.
+        layer: number of the layer, also a traced one; or a slice of layers.
+    """
+    return jax.tree.map(lambda leaf: leaf[layer], stack)
+
+
+def depth_of(stack: Any) -> int:
+    """Returns the number of layers of anything with a leading layer axis."""
+    return jax.tree.leaves(stack)[0].shape[0]
+
+
+def group_slices(stacks: Sequence[Any]) -> tuple[slice, ...]:
+    """Returns where each stack's groups lie among those of all stacks."""
+    ends = [sum(len(stack.groups) for stack in stacks[: i + 1]) for i in range(len(stacks))]
+    return tuple(slice(end - len(stack.groups), end) for end, stack in zip(ends, stacks, strict=True))
+
+
+def sequences(h: Streams, groups: Sequence[Group], axis: int = -2) -> tuple[Array, ...]:
+    """Puts streams into the groups' sequences.
+
+    Args:
+        h: one array per stream.
+        groups: of a stack.
+        axis: along which tokens are counted.
+    """
+    joined = []
+    for group in groups:
+        parts = [getattr(h, stream) for stream in group.streams]
+        joined.append(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis))
+    return tuple(joined)
+
+
+def streams(joined: Sequence[Array], groups: Sequence[Group], before: Streams, axis: int = -2) -> Streams:
+    """Undoes `sequences`; streams in none of the groups stay as they were.
+
+    Args:
+        joined: one array per group.
+        groups: of a stack.
+        before: the streams that `sequences` was given; their lengths tell where a sequence is cut.
+        axis: along which tokens are counted.
+    """
+    after = before._asdict()
+    for array, group in zip(joined, groups, strict=True):
+        first = 0
+        for stream in group.streams:
+            length = getattr(before, stream).shape[axis]
+            whole = length == array.shape[axis]
+            after[stream] = array if whole else jax.lax.slice_in_dim(array, first, first + length, axis=axis)
+            first += length
+    return Streams(**after)
+
+
+def run_stack(
+    stack: Any,
+    h: Sequence[Float[Array, "_ d_model"]],
+    cond: Cond,
+    *,
+    frozen: Any = None,
+    write: Write | None = None,
+    fixed: Sequence[Any] | None = None,
+    layers: Sequence[Any] | None = None,
+    tap: Tap = drop,
+    unroll: bool = True,
+    remat: bool = False,
+) -> tuple[tuple[Array, ...], Any]:
+    """Applies a stack's blocks in order.
+
+    Args:
+        stack: blocks with a leading layer axis.
+        h: the residual stream of each group's sequence.
+        cond: what the evaluation's blocks share.
+        frozen: records with a leading layer axis; None to run live.
+        write: stands in for every MLP sublayer.
+        fixed: per group, what `write` gets whole.
+        layers: per group, what `write` gets a slice of; trees with a leading layer axis.
+        tap: what each block reports; stacked on a leading layer axis.
+        unroll: whether a stack of at most `UNROLLED` blocks is written out, where a loop costs more than it saves.
+        remat: whether reverse mode keeps only what enters each block, and computes the rest again.
+
+    Returns:
+        The residual streams after the last block, and the reports.
+    """
+    count = len(stack.groups)
+    fixed, layers = (tuple(one or (None,) * count) for one in (fixed, layers))
+
+    def step(h: tuple[Array, ...], layer: tuple[Any, Any, Any]) -> tuple[tuple[Array, ...], Any]:
+        block, record, parts = layer
+        reports: list[Any] = []
+
+        def stand_in(group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+            assert write is not None
+            y, report = write(fixed[group], parts[group], x, partial(block.run_mlp, group, x))
+            reports.append(report)
+            return y
+
+        after, acts = block(h, cond, frozen=record, mlp=None if write is None else stand_in)
+        return tuple(after), tap(Visit(h, acts, tuple(reports)))
+
+    depth = depth_of(stack)
+    body = jax.checkpoint(step) if remat else step
+    return jax.lax.scan(body, tuple(h), (stack, frozen, layers), unroll=unroll and depth <= UNROLLED)
+
+
+def run_stacks(
+    stacks: Sequence[Any],
+    h: Streams,
+    cond: Cond,
+    *,
+    frozen: Sequence[Any] | None = None,
+    write: Write | None = None,
+    fixed: Sequence[Any] | None = None,
+    layers: Sequence[Any] | None = None,
+    tap: Tap = drop,
+    unroll: bool = True,
+    remat: bool = False,
+) -> tuple[Streams, tuple[Any, ...]]:
+    """Applies one stack after the other; arguments as for `run_stack`, with `fixed` and `layers` over all groups.
+
+    Args:
+        stacks: in order.
+        h: residual streams entering the first.
+        cond: what the evaluation's blocks share.
+        frozen: records of each stack; None to run live.
+        write: stands in for every MLP sublayer.
+        fixed: per group of all stacks.
+        layers: per group of all stacks.
+        tap: what each block reports.
+        unroll: see `run_stack`.
+        remat: see `run_stack`.
+
+    Returns:
+        The residual streams after the last stack, and each stack's reports.
+    """
+    reports = []
+    records = [None] * len(stacks) if frozen is None else frozen
+    for stack, record, part in zip(stacks, records, group_slices(stacks), strict=True):
+        joined, report = run_stack(
+            stack,
+            sequences(h, stack.groups),
+            cond,
+            frozen=record,
+            write=write,
+            fixed=None if fixed is None else fixed[part],
+            layers=None if layers is None else layers[part],
+            tap=tap,
+            unroll=unroll,
+            remat=remat,
+        )
+        h = streams(joined, stack.groups, h)
+        reports.append(report)
+    return h, tuple(reports)
+
+
+def per_group(reports: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
+    """Puts the stacks' reports, each a tuple over its groups, into one tuple over all groups."""
+    return tuple(one for report in reports for one in report)
