@@ -2,9 +2,9 @@
 
 1. A *stream* is a residual stream with tokens of its own: `img` and `txt`.
 2. A *stack* is a run of blocks that are alike. FLUX has two, `double` and `single`. Blocks are numbered through the
-   model, stack after stack; in text a block is STACK/N, counted from the stack's first: double/2, single/0.
+   model, stack after stack; in text a block is STACK/N, counted from its stack's first: double/2, single/0.
 3. A *group* is what the MLP sublayers of one stack that read the same sequence of tokens have in common: in FLUX `img`
-   and `txt` of the double-stream blocks, and `joint` of the single-stream blocks, whose sequence holds the text and then
+   model, stack after stack; in text a block is STACK/N, counted from the first of its stack: double/2, single/0.
    the image. A model's groups are numbered stack by stack; "one per group" is always a tuple in this order.
 4. A *site* is one MLP sublayer: a group in a block. In text it is LABEL/N, counted from the first block that has the
    label: img/3, txt/0, single/5.
@@ -231,7 +231,9 @@ class Layout:
 
     def describe(self) -> str:
         """Returns the sites that there are, in words."""
-        return " and ".join(f"{label}/0 to {label}/{len(blocks) - 1}" for label, blocks in self.labels.items() if blocks)
+        return " and ".join(
+            f"{label}/0 to {label}/{len(blocks) - 1}" for label, blocks in self.labels.items() if blocks
+        )
 
     def streams_of(self, label: str) -> tuple[str, ...]:
         """Returns whose tokens the sequence of a label's sites holds, in order."""

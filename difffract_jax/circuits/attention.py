@@ -17,25 +17,25 @@ Both hold for one step; in a span, for the step's own sources.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int64
 
+from difffract_jax.address import STREAMS
 from difffract_jax.circuits.contraction import gather_bytes
 from difffract_jax.circuits.engine import Engine, targets_of
 from difffract_jax.circuits.graph import OUTPUT
-from difffract_jax.circuits.names import block_name
 from difffract_jax.circuits.pullback import input_edges, layout_of, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, target_gradients
 from difffract_jax.circuits.record import Record
 from difffract_jax.circuits.replacement import Replacement, Sites, residuals
-from difffract_jax.circuits.walk import contract_block, double_block, single_block, skip
+from difffract_jax.circuits.walk import block_at, contract_block, skip
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import Groups, Streams, both, split_heads
-from difffract_jax.ops import film, layer_norm, rotate
+from difffract_jax.models.blocks import Streams, both
+from difffract_jax.models.stacks import group_slices, sequences, slice_layer, streams
 
 
 class HeadLoadings(NamedTuple):
@@ -100,36 +100,33 @@ def _walk_directly(engine: Engine, row: int) -> Iterator[tuple[int | None, np.nd
     prepared, info = engine.steps[0], engine.infos[0]
     record, sites, sources = prepared
     target = targets_of(engine, np.array([row]), 0)
-    double, text = sources.values.img.shape[0], info.text_tokens
-    boundary = sources.boundary
-    cotangent: Any = (jnp.zeros((1, text + boundary.img.shape[0], boundary.img.shape[1]), boundary.img.dtype),)
+    boundary, layout = sources.boundary, layout_of(prepared)
+    cotangent = both(partial(_zeros, 1), boundary)
     # The context must not stay open across a yield: it is the caller's, too.
     highest = partial(jax.default_matmul_precision, "highest")
     with highest():
         gradient = target_gradients(record, sites, target)
         if engine.table.kind[row] == OUTPUT:
-            cotangent = (velocity_cotangent(prepared, engine.outputs[row - engine.sources].velocity[None]),)
-    per_layer = layout_of(sources).per_layer
-    direct = []
-    for layer in reversed(range(len(info.recorded))):
-        if layer == double - 1:
-            cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
-        at = jnp.int32(layer if layer < double else layer - double)
-        one = double_block if layer < double else single_block
-        empty = jnp.zeros((1, per_layer[int(layer >= double)]), boundary.img.dtype)
-        corner, gather = (jnp.int32(0), jnp.int32(0)), gather_bytes(jax.default_backend())
-        with highest():
-            here = one(record, sites, sources, at)
-            direct.insert(0, np.asarray(contract_block(here, empty, corner, cotangent, 1, gather))[0])
-            passed, cotangent = _without_hops(record, sites, cotangent, target, gradient, layer)
-            loadings = [_edges_below(prepared, layer, passed)]
-        # Nothing of this layer may stay in memory while the next one is computed.
-        del here, passed
-        yield info.recorded[layer], loadings.pop()
-    if not double:
-        cotangent = (cotangent[0][:, text:], cotangent[0][:, :text])
+            cotangent = velocity_cotangent(prepared, engine.outputs[row - engine.sources].velocity[None])
+    direct: list[np.ndarray] = []
+    for stack in reversed(range(len(layout.layers))):
+        groups, first = record.weights.stacks[stack].groups, sum(layout.layers[:stack])
+        joined = sequences(cotangent, groups)
+        for layer in reversed(range(layout.layers[stack])):
+            with highest():
+                direct.insert(0, np.asarray(_direct_edges(prepared, joined, jnp.int32(layer), stack)))
+                own = target.layer[0] == first + layer
+                passed, joined = _without_hops(
+                    record, sites, joined, target, jnp.where(own, gradient, 0), jnp.int32(layer), stack
+                )
+                before = both(partial(_zeros, passed[0].shape[0]), boundary)
+                loadings = [_edges_below(prepared, first + layer, streams(passed, groups, before))]
+            # Nothing of this layer may stay in memory while the next one is computed.
+            del before, passed
+            yield info.recorded[first + layer], loadings.pop()
+        cotangent = streams(joined, groups, cotangent)
     with highest():
-        direct.append(np.asarray(input_edges(Streams(*cotangent), boundary))[0])
+        direct.append(np.asarray(input_edges(cotangent, boundary))[0])
     if record.velocity is not None:
         # The latents' own edges are an objective's direct dependence on them.
         output = engine.outputs[row - engine.sources].latents if engine.table.kind[row] == OUTPUT else 0
@@ -137,11 +134,27 @@ def _walk_directly(engine: Engine, row: int) -> Iterator[tuple[int | None, np.nd
     yield None, np.concatenate(direct)[None].astype(np.float64)
 
 
-def _edges_below(
-    prepared: Replacement, layer: int, directions: Float[Array, "hop seq d_model"]
-) -> Float64[np.ndarray, "hop source"]:
-    """Returns the edges of directions of the residual stream entering a layer; the latents have none."""
-    count = directions.shape[0]
+def _zeros(count: int, h: Float[Array, "rows d_model"]) -> Float[Array, "count rows d_model"]:
+    return jnp.zeros((count, *h.shape), h.dtype)
+
+
+@partial(jax.jit, static_argnames="stack")
+def _direct_edges(
+    prepared: Replacement, cotangent: tuple[Float[Array, "one _ d_model"], ...], layer: Array, stack: int
+) -> Float[Array, "source"]:
+    """Returns the edges of one block's features and errors into cotangents of what leaves the block."""
+    part = group_slices(prepared.record.weights.stacks)[stack]
+    block = block_at(*prepared, stack, part, layer)
+    empty = jnp.zeros((1, layout_of(prepared).per_layer[stack]), cotangent[0].dtype)
+    corner, gather = (jnp.int32(0), jnp.int32(0)), gather_bytes(jax.default_backend())
+    return contract_block(block, empty, corner, cotangent, 1, gather)[0]
+
+
+def _edges_below(prepared: Replacement, layer: int, directions: Streams) -> Float64[np.ndarray, "hop source"]:
+    """Returns the edges of directions of the residual streams entering a layer; the latents have none."""
+    count = directions.img.shape[0]
+    if not count:
+        return np.zeros((0, layout_of(prepared).size))
     same = [jnp.full(count, value, jnp.int32) for value in (DIRECTION, layer, 0, 0)]
     pulled = pull(prepared, Targets(*same), directions)
     inputs = input_edges(pulled.boundary, prepared.sources.boundary)
@@ -151,56 +164,59 @@ def _edges_below(
     return np.concatenate(parts, axis=1)
 
 
-@partial(jax.jit, static_argnames="layer")
+@partial(jax.jit, static_argnames="stack")
 def _without_hops(
     record: Record,
-    sites: Groups,
-    cotangent: tuple[Array, ...],
+    sites: tuple[Sites, ...],
+    cotangent: tuple[Float[Array, "one _ d_model"], ...],
     target: Targets,
     gradient: Float[Array, "one d_model"],
-    layer: int,
-) -> tuple[Float[Array, "head seq d_model"], tuple[Array, ...]]:
-    """Pulls the residual stream's own cotangent through a block; returns what heads pass on, and the cotangent."""
-    double = record.mlp_in.img.shape[0]
-    joint = layer >= double
-    at = layer - double if joint else layer
-    weights, record_of = (
-        (record.weights.single, record.frozen_single) if joint else (record.weights.double, record.frozen)
+    layer: Array,
+    stack: int,
+) -> tuple[tuple[Float[Array, "head _ d_model"], ...], tuple[Float[Array, "one _ d_model"], ...]]:
+    """Pulls the residual streams' own cotangent through a block; returns what heads pass on, and the cotangent.
+
+    Args:
+        record: the trace's arrays.
+        sites: per group.
+        cotangent: of the residual streams leaving the block, per group of its stack.
+        target: the one target.
+        gradient: of the target by its MLP's input; zeros unless it lies in this block.
+        layer: counted from the stack's first recorded block.
+        stack: number of the stack.
+    """
+    part = group_slices(record.weights.stacks)[stack]
+    block, frozen, layers = slice_layer(
+        (record.weights.stacks[stack], record.frozen[stack], [one.layers for one in sites[part]]), layer
     )
-    block, frozen = jax.tree.map(lambda leaf: leaf[at], (weights, record_of))
-    here = [Sites(s.stack, jax.tree.map(lambda leaf: leaf[at], s.layers)) for s in (sites[2:] if joint else sites[:2])]
-    groups = (2,) if joint else (0, 1)
+    at = [Sites(one.stack, place) for one, place in zip(sites[part], layers, strict=True)]
     into = tuple(
-        _scatter_one(gradient[0], target, layer, g, c.shape[1:]) for g, c in zip(groups, cotangent, strict=True)
+        _at_row(gradient[0], target, group, c.shape[1:])
+        for group, c in zip(range(part.start, part.stop), cotangent, strict=True)
     )
 
-    def pulled(mask: Float[Array, "heads"]) -> tuple[Array, ...]:
+    def pulled(mask: Float[Array, "heads"] | None) -> tuple[Array, ...]:
         def forward(h: tuple[Array, ...]) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-            if joint:
-                after, acts = block(h[0], record.cond, frozen=frozen, mlp=lambda _, x: skip(here[0], x), heads=mask)
-                return (after,), (acts.mlp_in,)
-            after, acts = block(
-                Streams(*h), record.cond, frozen=frozen, mlp=lambda _, x: both(skip, Streams(*here), x), heads=mask
-            )
+            after, acts = block(h, record.cond, frozen=frozen, mlp=lambda i, x: skip(at[i], x), heads=mask)
             return tuple(after), tuple(acts.mlp_in)
 
         _, pull_one = jax.vjp(forward, tuple(jnp.zeros(c.shape[1:], c.dtype) for c in cotangent))
         return pull_one((tuple(c[0] for c in cotangent), into))[0]
 
-    heads = frozen.q.shape[1]
-    masks = jnp.concatenate([jnp.zeros((1, heads)), jnp.eye(heads)]).astype(gradient.dtype)
+    shape = block.attention_shape(frozen)
+    if shape is None:
+        return tuple(jnp.zeros((0, *c.shape[1:]), c.dtype) for c in cotangent), tuple(c[None] for c in pulled(None))
+    masks = jnp.concatenate([jnp.zeros((1, shape[1])), jnp.eye(shape[1])]).astype(gradient.dtype)
     h = jax.vmap(pulled)(masks)
-    passed = [leaf[1:] - leaf[:1] for leaf in h]
-    return passed[0] if joint else jnp.concatenate(passed[::-1], axis=1), tuple(leaf[:1] for leaf in h)
+    return tuple(leaf[1:] - leaf[:1] for leaf in h), tuple(leaf[:1] for leaf in h)
 
 
-def _scatter_one(
-    gradient: Float[Array, "d_model"], target: Targets, layer: int, group: int, shape: tuple[int, ...]
+def _at_row(
+    gradient: Float[Array, "d_model"], target: Targets, group: int, shape: tuple[int, ...]
 ) -> Float[Array, "rows d_model"]:
-    """Puts the target's gradient at its position, if it is of this layer and group."""
-    mine = (target.layer[0] == layer) & (target.group[0] == group)
+    """Puts the target's gradient at its position, if it is of this group."""
     rows = jnp.zeros(shape, gradient.dtype)
-    return rows.at[target.position[0]].set(jnp.where(mine, gradient, 0), mode="drop")
+    return rows.at[target.position[0]].set(jnp.where(target.group[0] == group, gradient, 0), mode="drop")
 
 
 class ScoreParts(NamedTuple):
@@ -258,78 +274,52 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
     if engine.across:
         raise UserError("An attention score is one step's, not a span's; trace a single step.")
     prepared, info = engine.steps[0], engine.infos[0]
+    layout, record = info.layout, prepared.record
     if block not in info.recorded:
-        first, last, asked = (block_name(one, info.depths[0]) for one in (info.recorded[0], info.recorded[-1], block))
-        raise UserError(f"The trace recorded the blocks {first} to {last}, but not {asked}.")
-    layer = info.recorded.index(block)
-    record = prepared.record
-    frozen = record.frozen if block < info.depths[0] else record.frozen_single
-    if not 0 <= head < frozen.q.shape[2]:
-        name = block_name(block, info.depths[0])
-        raise UserError(f"The block {name} has heads 0 to {frozen.q.shape[2] - 1}, but got {head}.")
+        first, last, wanted = (layout.block_name(one) for one in (info.recorded[0], info.recorded[-1], block))
+        raise UserError(f"The trace recorded the blocks {first} to {last}, but not {wanted}.")
+    stack = next(i for i in range(len(layout.stacks)) if block in layout.blocks_of_stack(i))
+    shape = record.weights.stacks[stack].attention_shape(record.frozen[stack])
+    heads = 0 if shape is None else shape[1]
+    if not 0 <= head < heads:
+        known = f"heads 0 to {heads - 1}" if heads else "no attention"
+        raise UserError(f"The block {layout.block_name(block)} has {known}, but got head {head}.")
     places = []
     for stream, position in (query, key):
-        rows = {"img": record.boundary.img.shape[0], "txt": info.text_tokens}
+        rows = info.tokens_of._asdict()
         if stream not in rows or not 0 <= position < rows[stream]:
             raise UserError(
                 f"There is no token {stream}{position}; the run has {rows['img']} image tokens, from img0 on, and "
                 f"{rows['txt']} text tokens, from txt0 on."
             )
-        places.append(position + (info.text_tokens if stream == "img" else 0))
+        code = STREAMS.index(stream)
+        group = int(layout.groups_at(block, code))
+        places.append((group, int(layout.rows_at(group, code, position, info.tokens_of))))
     with jax.default_matmul_precision("highest"):
-        sides = [_side(engine, layer, head, place, part) for part, place in enumerate(places)]
+        sides = [_side(prepared, block - info.recorded[0], stack, head, *at, part) for part, at in enumerate(places)]
     (q, q0, q_true), (k, k0, k_true) = sides
-    scale = float(frozen.q.shape[3]) ** -0.5
+    scale = float(shape[2]) ** -0.5 if shape else 1.0
     return ScoreParts(q * scale, k, q0 * scale, k0, float(scale * (q_true @ k_true)))
 
 
-def _side(engine: Engine, layer: int, head: int, place: int, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _side(
+    prepared: Replacement, layer: int, stack: int, head: int, group: int, row: int, part: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns every source's part of a query (part 0) or key (1), its constant, and its value in the trace."""
-    prepared, text = engine.steps[0], engine.infos[0].text_tokens
     record, sites, sources = prepared
-    double = sources.values.img.shape[0]
-
-    def row_at(at: Any) -> Array:
-        streams, joint = residuals(record, sites, at)
-        if layer >= double:
-            return joint[layer - double, place]
-        return streams.txt[layer, place] if place < text else streams.img[layer, place - text]
-
-    true_row = row_at(sources)
-    project = partial(_project_row, record, layer, head, place, part)
+    within = layer - record.first_layers[group]
+    block, frozen = slice_layer((record.weights.stacks[stack], record.frozen[stack]), within)
+    own_group = group - group_slices(record.weights.stacks)[stack].start
+    true_row = residuals(record, sites, sources)[group][within, row]
+    project = partial(block.query_or_key, record.cond, frozen, part, head, own_group, row)
     denominator = project(true_row, None)[1]
     affine = lambda h: project(h, denominator)[0]  # noqa: E731  (closed over what is held)
     value, pull_row = jax.vjp(affine, true_row)
     directions = jax.vmap(lambda unit: pull_row(unit)[0])(jnp.eye(value.size, dtype=value.dtype))
-    seq = text + sources.boundary.img.shape[0]
-    full = jnp.zeros((value.size, seq, true_row.size), value.dtype).at[:, place].set(directions)
-    edges = _edges_below(prepared, layer, full)
-    constant = affine(row_at(jax.tree.map(jnp.zeros_like, sources)))
-    return edges, np.asarray(constant, np.float64), np.asarray(value, np.float64)
-
-
-def _project_row(
-    record: Record, layer: int, head: int, place: int, part: int, h: Float[Array, "d_model"], denominator: Array | None
-) -> tuple[Float[Array, "head_dim"], Array]:
-    """Returns one head's rotated query or key of a residual row, with its RMS scale held if given, and the scale."""
-    double, text = record.mlp_in.img.shape[0], record.boundary.txt.shape[0]
-    if layer >= double:
-        block = jax.tree.map(lambda leaf: leaf[layer - double], record.weights.single)
-        shift, scale = block.mod(jax.nn.silu(record.cond.vec)).reshape(3, -1)[:2]
-        inv_std = record.frozen_single.inv_std[layer - double, place]
-        qkv, norms = block.qkv, (block.q_norm, block.k_norm)
-    else:
-        stream = jax.tree.map(lambda leaf: leaf[layer], record.weights.double)
-        stream, name, at = (stream.txt, "txt", place) if place < text else (stream.img, "img", place - text)
-        shift, scale = stream.mod(jax.nn.silu(record.cond.vec)).reshape(6, -1)[:2]
-        inv_std = getattr(record.frozen.inv_std1, name)[layer, at]
-        qkv, norms = stream.attn.qkv, (stream.attn.q_norm, stream.attn.k_norm)
-    m = film(layer_norm(h[None], inv_std[None])[0], scale, shift)
-    width = h.size
-    columns = slice(part * width, (part + 1) * width)
-    raw = split_heads(m @ qkv.kernel[:, columns] + qkv.bias[None, columns], norms[part].scale.shape[-1])[:, head]
-    if denominator is None:
-        denominator = jax.lax.rsqrt(jnp.mean(jnp.square(raw)) + 1e-6)
-    normed = raw * denominator * norms[part].scale[...]
-    turned = rotate(normed[:, None], record.cond.cos[place][None], record.cond.sin[place][None])
-    return turned[0, 0], denominator
+    groups = record.weights.stacks[stack].groups
+    before = both(lambda h: jnp.zeros((value.size, *h.shape), value.dtype), sources.boundary)
+    joined = list(sequences(before, groups))
+    joined[own_group] = joined[own_group].at[:, row].set(directions)
+    edges = _edges_below(prepared, layer, streams(joined, groups, before))
+    zero_row = residuals(record, sites, jax.tree.map(jnp.zeros_like, sources))[group][within, row]
+    return edges, np.asarray(affine(zero_row), np.float64), np.asarray(value, np.float64)

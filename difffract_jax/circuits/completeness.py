@@ -20,6 +20,7 @@ Sets of growing size come from three rankings: the graph's features by influence
 target by their largest value; the same at random.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int
 
+from difffract_jax.address import STREAMS
 from difffract_jax.circuits.engine import Engine
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import FEATURE, Graph
@@ -38,7 +40,6 @@ from difffract_jax.circuits.readout import Targets, preactivations_at
 from difffract_jax.circuits.recapture import Rerun
 from difffract_jax.circuits.replacement import Replacement, Sites, site
 from difffract_jax.circuits.variants import AT_ONCE, entering, read_variants, recorded_latents, round_up
-from difffract_jax.models.blocks import Groups
 
 Ablation = Literal["mean", "zero"]
 NEVER = np.iinfo(np.int32).max
@@ -66,9 +67,9 @@ class Units(NamedTuple):
 
     Attributes:
         number: of the step within the run.
-        group: 0 image, 1 text, 2 joint sequence.
-        layer: within the group.
-        side: 0, or in single-stream blocks 0 for text and 1 for image positions.
+        group: number of the group.
+        layer: recorded layer of the group's stack.
+        side: place of the stream among those that the group's sequence holds.
         feature: of the site's transcoder.
         value: largest over positions.
     """
@@ -103,13 +104,11 @@ def candidates(again: Rerun, graph: Graph) -> tuple[Units, dict[tuple[int, ...],
     np.maximum.at(value, place.ravel(), table.value[rows].astype(np.float64))
     info = engine.infos[0]
     step, stream, block, feature = unique
-    joint = block >= info.depths[0]
-    double = [b for b in info.recorded if b < info.depths[0]]
-    single = [b for b in info.recorded if b >= info.depths[0]]
-    layer = np.array([(single if b in single else double).index(b) for b in block.tolist()], np.int64)
-    number = step - engine.infos[0].step
-    # In the joint sequence the text comes first, streams count the image first.
-    units = Units(number, np.where(joint, 2, stream), layer, np.where(joint, 1 - stream, 0), feature, value)
+    group = info.layout.groups_at(block, stream)
+    layer = block - info.recorded[0] - np.array(engine.steps[0].record.first_layers, np.int64)[group]
+    sides = [{STREAMS.index(name): i for i, name in enumerate(one.streams)} for one in info.layout.groups]
+    side = np.array([sides[g][s] for g, s in zip(group.tolist(), stream.tolist(), strict=True)], np.int64)
+    units = Units(step - info.step, group, layer, side, feature, value)
     return units, {tuple(key): i for i, key in enumerate(unique.T.tolist())}
 
 
@@ -128,7 +127,7 @@ def by_influence(graph: Graph, places: dict[tuple[int, ...], int]) -> np.ndarray
     return np.array([places[tuple(int(column[node]) for column in columns)] for node in ranked], np.int64)
 
 
-def rank(engine: Engine, units: Units, order: np.ndarray, number: int) -> Groups:
+def rank(engine: Engine, units: Units, order: np.ndarray, number: int) -> tuple[Int[Array, "layer side feat"], ...]:
     """Returns every feature's place in a ranking, [layer side feat] per group; `NEVER` for those not in it.
 
     Args:
@@ -137,41 +136,41 @@ def rank(engine: Engine, units: Units, order: np.ndarray, number: int) -> Groups
         order: their rows, the first first.
         number: of the step within the run.
     """
-    found = []
-    for group, (sites, errors) in enumerate(zip(engine.steps[0].sites, engine.steps[0].sources.errors, strict=True)):
-        ranks = np.full((errors.shape[0], _sides(group), _features(sites)), NEVER, np.int32)
-        mine = np.flatnonzero((units.group[order] == group) & (units.number[order] == number))
-        at = order[mine]
-        ranks[units.layer[at], units.side[at], units.feature[at]] = mine
-        found.append(jnp.asarray(ranks))
-    return Groups(*found)
+    ranks = []
+    first = engine.steps[0]
+    per_group = zip(first.sites, first.sources.errors, first.record.side_lengths, strict=True)
+    for group, (sites, errors, lengths) in enumerate(per_group):
+        places = np.full((errors.shape[0], len(lengths), _features(sites)), NEVER, np.int32)
+        chosen = np.flatnonzero((units.group[order] == group) & (units.number[order] == number))
+        at = order[chosen]
+        places[units.layer[at], units.side[at], units.feature[at]] = chosen
+        ranks.append(jnp.asarray(places))
+    return tuple(ranks)
 
 
-def mean_values(prepared: Replacement) -> Groups:
+def mean_values(prepared: Replacement) -> tuple[Float[Array, "layer side feat"], ...]:
     """Returns every feature's mean over the replaced positions of its stream, [layer side feat] per group."""
     with jax.default_matmul_precision("highest"):
         return _mean_values(prepared)
 
 
 @jax.jit
-def _mean_values(prepared: Replacement) -> Groups:
-    record, text_tokens = prepared.record, prepared.sources.boundary.txt.shape[0]
-    found = []
-    for group, (sites, x) in enumerate(zip(prepared.sites, record.mlp_in, strict=True)):
+def _mean_values(prepared: Replacement) -> tuple[Array, ...]:
+    record, per_group = prepared.record, []
+    for sites, x, lengths in zip(prepared.sites, record.mlp_in, record.side_lengths, strict=True):
         if sites.stack is None:
-            found.append(jnp.zeros((x.shape[0], _sides(group), 0), x.dtype))
+            per_group.append(jnp.zeros((x.shape[0], len(lengths), 0), x.dtype))
             continue
-        stack, rows = sites.stack, jnp.arange(x.shape[1])
-        sides = [rows >= 0] if group < 2 else [rows < text_tokens, rows >= text_tokens]
+        stack, side_of_row = sites.stack, np.repeat(np.arange(len(lengths)), lengths)
 
-        def means(layer: Any, stack: Any = stack, sides: Any = sides) -> Float[Array, "side feat"]:
-            at, here = layer
-            z = site(stack, at.slot).encode(here, record.t)
-            live = jnp.stack([side & at.live for side in sides]).astype(z.dtype)
+        def means(layer: Any, stack: Any = stack, side_of_row: Any = side_of_row) -> Float[Array, "side feat"]:
+            at, x = layer
+            z = site(stack, at.slot).encode(x, record.t)
+            live = jnp.stack([(side_of_row == side) & at.live for side in np.unique(side_of_row)]).astype(z.dtype)
             return (live @ z) / jnp.maximum(jnp.sum(live, axis=1), 1)[:, None]
 
-        found.append(jax.lax.map(means, (sites.layers, x)))
-    return Groups(*found)
+        per_group.append(jax.lax.map(means, (sites.layers, x)))
+    return tuple(per_group)
 
 
 def values_of(
@@ -183,7 +182,7 @@ def values_of(
     mode: Mode,
     *,
     ablation: Ablation = "mean",
-    means: tuple[Groups, ...] | None = None,
+    means: Sequence[Sequence[Array]] | None = None,
 ) -> Float64[np.ndarray, "set"]:
     """Returns the graph's value with each set of features kept, or removed.
 
@@ -218,8 +217,8 @@ def values_of(
 @partial(jax.jit, static_argnames=("mode", "across"))
 def _run_sets(
     prepared: Replacement,
-    ranks: Groups,
-    other: Groups,
+    ranks: tuple[Array, ...],
+    other: tuple[Array, ...],
     sets: Sets,
     readouts: Targets,
     latents: Float[Array, "set img channels"],
@@ -239,10 +238,6 @@ def _run_sets(
     return jax.lax.map(one, (sets, latents), batch_size=FEW)
 
 
-def _sides(group: int) -> int:
-    return 2 if group == 2 else 1
-
-
 def _features(sites: Sites) -> int:
     return 0 if sites.stack is None else sites.stack.config.features
 
@@ -256,7 +251,7 @@ def curve(
     ablation: Ablation = "mean",
     draws: int = 5,
     seed: int = 0,
-    means: tuple[Groups, ...] | None = None,
+    means: Sequence[Sequence[Array]] | None = None,
 ) -> dict[str, Any]:
     """Returns completeness and minimality of sets of growing size, by influence, largest value, and at random.
 

@@ -28,10 +28,10 @@ from difffract_jax.circuits.graph import FEATURE, OUTPUT
 from difffract_jax.circuits.pullback import Way, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.record import Reading, Weights
-from difffract_jax.circuits.replacement import Replacement, Sources, prepare_steps, run
+from difffract_jax.circuits.replacement import Replacement, Sites, Sources, prepare_steps, run
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import Span, Trace, TraceInfo
-from difffract_jax.models.blocks import Groups, Streams
+from difffract_jax.models.blocks import Streams
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 
@@ -131,12 +131,12 @@ run_affine = jax.jit(run)
 """`replacement.run` as a program of its own."""
 
 
-def no_sources(prepared: Replacement) -> tuple[Sources, Groups]:
+def no_sources(prepared: Replacement) -> tuple[Sources, tuple[Sites, ...]]:
     """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
     zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
-    zeros = zeros._replace(values=Groups(*(v[:, :, :0] for v in zeros.values)))
-    cut = [s._replace(layers=s.layers._replace(index=s.layers.index[:, :, :0])) for s in prepared.sites]
-    return zeros, Groups(*cut)
+    zeros = zeros._replace(values=tuple(v[:, :, :0] for v in zeros.values))
+    cut = (s._replace(layers=s.layers._replace(index=s.layers.index[:, :, :0])) for s in prepared.sites)
+    return zeros, tuple(cut)
 
 
 def _delta(info: TraceInfo) -> float:
@@ -262,17 +262,21 @@ def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
         number: of the step within the span.
     """
     info, table = engine.infos[number], engine.table
-    layers = {block: layer for layer, block in enumerate(info.recorded)}
     kind, step = (np.where(rows >= 0, column[rows].astype(int), -1) for column in (table.kind, table.step))
     feature = (kind == FEATURE) & (step == info.step)
     direction = ((kind == OUTPUT) & (step == info.step)) | (step > info.step if engine.across else False)
-    joint = table.block[rows] >= info.depths[0]
-    image = table.stream[rows] == 0
-    group = np.where(direction, DIRECTION, np.where(joint, 2, table.stream[rows]))
-    layer = np.where(feature, [layers.get(int(block), -1) for block in table.block[rows]], -1)
+    block, stream = (column[rows].astype(np.int64) for column in (table.block, table.stream))
+    group = info.layout.groups_at(block, stream)
+    position = info.layout.rows_at(group, stream, table.position[rows], info.tokens_of)
+    recorded = (block >= info.recorded[0]) & (block <= info.recorded[-1])
+    layer = np.where(feature & recorded, block - info.recorded[0], -1)
     layer = np.where(direction, len(info.recorded), layer)
-    position = table.position[rows] + np.where(joint & image, info.text_tokens, 0)
-    columns = (group, layer, np.where(feature, position, 0), np.where(feature, table.feature[rows], 0))
+    columns = (
+        np.where(direction, DIRECTION, group),
+        layer,
+        np.where(feature, position, 0),
+        np.where(feature, table.feature[rows], 0),
+    )
     return Targets(*(jnp.asarray(column, jnp.int32) for column in columns))
 
 

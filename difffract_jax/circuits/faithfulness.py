@@ -8,6 +8,7 @@
 `predictions`.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -19,10 +20,9 @@ from difffract_jax.circuits.engine import Engine
 from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.readout import Targets, preactivations_at
 from difffract_jax.circuits.record import Reading
-from difffract_jax.circuits.replacement import Replacement, Sites, Sources
+from difffract_jax.circuits.replacement import Replacement, Sites
 from difffract_jax.circuits.variants import AT_ONCE, Places, entering, fill, places_at, read_variants, recorded_latents
-from difffract_jax.models.blocks import DoubleBlock, Groups, SingleBlock, Streams, both, join, run_mlp, run_mlps, split
-from difffract_jax.models.mmdit import run_double, run_single
+from difffract_jax.models.stacks import per_group, run_stacks
 
 
 def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float64[np.ndarray, "ablated target"]:
@@ -39,8 +39,8 @@ def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Fl
 
 @jax.jit
 def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float[Array, "ablated target"]:
-    record, sites, sources = replacement
-    values = _values(record.mlp_in.img.shape[0], sites, sources, features)
+    record, sites, _ = replacement
+    values = _values(replacement, features)
 
     def run(one: tuple[Targets, Array]) -> Float[Array, "target"]:
         return preactivations_at(
@@ -50,14 +50,12 @@ def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> F
     return jax.lax.map(run, (features, values), batch_size=AT_ONCE)
 
 
-def _taken_off(replacement: Replacement, feature: Targets, value: Array) -> Groups:
-    """Returns what the MLPs' outputs lose with a feature of this value."""
+def _taken_off(replacement: Replacement, feature: Targets, value: Array) -> tuple[Float[Array, "_ _ d_model"], ...]:
+    """Returns what the MLPs' outputs lose with a feature of this value, per group."""
     record = replacement.record
-    return Groups(
-        *(
-            -value * _vector_at(site, feature, group, record.mlp_in.img.shape[0], like)
-            for group, (site, like) in enumerate(zip(replacement.sites, record.mlp_out, strict=True))
-        )
+    return tuple(
+        -value * _vector_at(site, feature, group, record.first_layers[group], like)
+        for group, (site, like) in enumerate(zip(replacement.sites, record.mlp_out, strict=True))
     )
 
 
@@ -87,11 +85,9 @@ def perturb(
 def _perturb(
     replacement: Replacement, places: Places, readouts: Targets, latents: Array, *, across: bool
 ) -> tuple[Array, Array | None]:
-    record, sites, sources = replacement
-    double = record.mlp_in.img.shape[0]
-    layer = places.layer + jnp.where(places.group == 2, double, 0)
-    features = Targets(places.group, layer, places.position, places.feature)
-    values = jnp.where(places.kind == FEATURE, _values(double, sites, sources, features), 0)
+    record, sites, _ = replacement
+    features = Targets(places.group, places.layer, places.position, places.feature)
+    values = jnp.where(places.kind == FEATURE, _values(replacement, features), 0)
 
     def run(one: tuple[Targets, Array, Array]) -> tuple[Array, Array | None]:
         feature, value, z = one
@@ -102,32 +98,33 @@ def _perturb(
     return jax.lax.map(run, (features, values, latents), batch_size=AT_ONCE)
 
 
-def _values(double: int, sites: Groups, sources: Sources, features: Targets) -> Float[Array, "ablated"]:
+def _values(replacement: Replacement, features: Targets) -> Float[Array, "ablated"]:
     """Returns the features' recorded values, 0 where they are inactive, whatever the activation."""
+    record, sites, sources = replacement
     total = jnp.zeros(features.layer.shape, sources.boundary.img.dtype)
     for group, (site, values) in enumerate(zip(sites, sources.values, strict=True)):
         if not values.size:
             continue
-        at = features.layer - (double if group == 2 else 0), features.position
-        here = site.layers.index.at[at].get(mode="clip") == features.feature[:, None]
-        found = jnp.sum(jnp.where(here, values.at[at].get(mode="clip"), 0), axis=1)
-        total = jnp.where(features.group == group, found, total)
+        at = features.layer - record.first_layers[group], features.position
+        matches = site.layers.index.at[at].get(mode="clip") == features.feature[:, None]
+        value = jnp.sum(jnp.where(matches, values.at[at].get(mode="clip"), 0), axis=1)
+        total = jnp.where(features.group == group, value, total)
     return total
 
 
 def _vector_at(
-    sites: Sites, feature: Targets, group: int, double: int, like: Float[Array, "layer rows d_model"]
+    sites: Sites, feature: Targets, group: int, first: int, like: Float[Array, "layer rows d_model"]
 ) -> Float[Array, "layer rows d_model"]:
     """Returns zeros but for the feature's decoder vector at its place, if it is of this group."""
     if sites.stack is None or not like.size:
         return jnp.zeros_like(like)
-    layer = feature.layer - (double if group == 2 else 0)
+    layer = feature.layer - first
     vector = sites.stack.dec.kernel[sites.layers.slot.at[layer].get(mode="clip"), feature.feature]
-    mine = jnp.where(feature.group == group, vector, 0)
-    return jnp.zeros_like(like).at[layer, feature.position].set(mine, mode="drop")
+    own = jnp.where(feature.group == group, vector, 0)
+    return jnp.zeros_like(like).at[layer, feature.position].set(own, mode="drop")
 
 
-def live_reading(replacement: Replacement, change: Groups) -> Reading:
+def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_model"]]) -> Reading:
     """Runs the recorded blocks live with something added to the MLPs' outputs.
 
     Args:
@@ -138,18 +135,17 @@ def live_reading(replacement: Replacement, change: Groups) -> Reading:
         The MLP sublayers' inputs x, and the velocity if it is recorded.
     """
 
-    def double(added: Streams, block: DoubleBlock, x: Streams) -> Streams:
-        return both(jnp.add, run_mlps(block, x), added)
+    def write(_: None, added: Array, x: Array, true: Callable[[], Array]) -> tuple[Array, None]:
+        del x
+        return true() + added, None
 
-    def single(added: Array, block: SingleBlock, x: Array) -> Array:
-        return run_mlp(block, x) + added
-
-    record = replacement.record
-    tap = {"tap": lambda acts: acts.mlp_in}
-    added = Streams(change.img, change.txt)
-    h, x = run_double(record.weights.double, record.boundary, record.cond, mlp=double, per_layer=added, **tap)
-    joint, joint_x = run_single(record.weights.single, join(h), record.cond, mlp=single, per_layer=change.joint, **tap)
-    velocity = None
-    if record.weights.final is not None:
-        velocity = record.weights.final(split(joint, h.txt.shape[0]).img, record.cond)
-    return Reading(Groups(x.img, x.txt, joint_x), velocity, record.latents)
+    record, final = replacement.record, replacement.record.weights.final
+    h, kept = run_stacks(
+        record.weights.stacks,
+        record.boundary,
+        record.cond,
+        write=write,
+        layers=change,
+        tap=lambda visit: tuple(visit.acts.mlp_in),
+    )
+    return Reading(per_group(kept), None if final is None else final(h.img, record.cond), record.latents)

@@ -8,6 +8,7 @@ Nothing of the model is run again. With activations of a bfloat16 run the replac
 what it explains differs from what was recorded by that run's rounding (docs/cross-check.md).
 """
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from difffract_jax.circuits.record import Blocks, Record, Weights, take_weights
+from difffract_jax.circuits.record import Blocks, Record, Weights, replaceable_rows, take_weights
 from difffract_jax.circuits.trace import Trace, TraceInfo
 from difffract_jax.config import UserError
-from difffract_jax.models.activations import Activations, array_shapes, read_activations
-from difffract_jax.models.blocks import Cond, Frozen, Groups, SingleFrozen, Streams, run_mlp, run_mlps
+from difffract_jax.models.activations import Activations, array_shapes, read_activations, records_of
+from difffract_jax.models.blocks import Cond, Streams
 from difffract_jax.models.mmdit import position_ids
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.tokenizers import TokenIds, encode_prompt
@@ -56,10 +57,10 @@ def load_trace(path: str | Path, pipe: Pipeline, tcs: TranscoderSet, *, include_
             f"{path} has {found.text_mask.sum()} tokens of its prompt, but the model's tokenizer makes "
             f"{ids.t5_mask.sum()}; give the model that the activations are of."
         )
-    blocks = Blocks(0, config.depth_double, 0, config.depth_single, True)
+    blocks = Blocks(0, config.layout.depth, True)
     with jax.default_matmul_precision("highest"):
         record = _record(found, pipe, take_weights(pipe.transformer, blocks), include_padding)
-        errors = {name: float(error) for name, error in _misfits(record).items()}
+        errors = {name: float(error) for name, error in _misfits(record, records_of(found.arrays).names).items()}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= MISFIT:
         raise UserError(
@@ -81,25 +82,20 @@ def _check_shapes(path: str | Path, found: Activations, pipe: Pipeline) -> None:
 def _record(found: Activations, pipe: Pipeline, weights: Weights, include_padding: bool) -> Record:
     dtype = np.promote_types(pipe.transformer.img_in.kernel.dtype, np.float32)
     arrays = {name: jnp.asarray(array, dtype) for name, array in found.arrays.items()}
-
-    def streams(name: str) -> Streams:
-        return Streams(arrays[f"{name}_img"], arrays[f"{name}_txt"])
-
-    config = pipe.config.transformer
+    config, records = pipe.config.transformer, records_of(arrays)
     angles = rope_table(position_ids(found.grid, len(found.text_mask)), config.rope_axes, config.rope_theta)
     mask = jnp.asarray(np.ones_like(found.text_mask) if include_padding else found.text_mask)
-    rows = jnp.ones(arrays["residual_img"].shape[0], bool)
+    replaceable = Streams(jnp.ones(arrays["residual_img"].shape[0], bool), mask)
     return Record(
         weights=weights,
         cond=Cond(arrays["cond"], *(jnp.asarray(table, dtype) for table in angles)),
-        boundary=streams("residual"),
-        frozen=Frozen(arrays["double_q"], arrays["double_k"], streams("double_inv_std1"), streams("double_inv_std2")),
-        frozen_single=SingleFrozen(arrays["single_q"], arrays["single_k"], arrays["single_inv_std"]),
+        boundary=Streams(arrays["residual_img"], arrays["residual_txt"]),
+        frozen=records.frozen,
         inv_std=arrays["final_inv_std"],
-        mlp_in=Groups(*streams("double_mlp_in"), arrays["single_mlp_in"]),
-        mlp_out=Groups(*streams("double_mlp_out"), arrays["single_mlp_out"]),
+        mlp_in=records.mlp_in,
+        mlp_out=records.mlp_out,
         velocity=arrays["velocity"],
-        replaceable=Groups(rows, mask, jnp.concatenate([mask, rows])),
+        replaceable=replaceable_rows(weights.stacks, replaceable),
         latents=arrays["latents"],
         text=arrays["text"],
         t=jnp.asarray(found.t, dtype),
@@ -107,24 +103,28 @@ def _record(found: Activations, pipe: Pipeline, weights: Weights, include_paddin
     )
 
 
-@jax.jit
-def _misfits(record: Record) -> dict[str, Array]:
+@partial(jax.jit, static_argnames="names")
+def _misfits(record: Record, names: tuple[str, ...]) -> dict[str, Array]:
     """Returns the relative error of what our weights make of recorded inputs, for every kind of recorded output."""
     weights, x, y = record.weights, record.mlp_in, record.mlp_out
     made = {
         "residual_img": (weights.img_in(record.latents), record.boundary.img),
         "residual_txt": (weights.txt_in(record.text), record.boundary.txt),
     }
-    if x.img.shape[0]:
-        double = jax.lax.map(lambda layer: run_mlps(*layer), (weights.double, Streams(x.img, x.txt)))
-        made |= {"double_mlp_out_img": (double.img, y.img), "double_mlp_out_txt": (double.txt, y.txt)}
-    if x.joint.shape[0]:
-        made["single_mlp_out"] = jax.lax.map(lambda layer: run_mlp(*layer), (weights.single, x.joint)), y.joint
+    group = 0
+    for stack in weights.stacks:
+        for number in range(len(stack.groups)):
+            if x[group].shape[0]:
+                outputs = jax.lax.map(
+                    lambda layer, number=number: layer[0].run_mlp(number, layer[1]), (stack, x[group])
+                )
+                made[names[group]] = outputs, y[group]
+            group += 1
     return {name: jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs) for name, (ours, theirs) in made.items()}
 
 
 def _info(found: Activations, pipe: Pipeline, ids: TokenIds, include_padding: bool) -> TraceInfo:
-    depths = pipe.config.transformer.depth_double, pipe.config.transformer.depth_single
+    layout = pipe.config.transformer.layout
     return TraceInfo(
         prompt=found.prompt,
         cut=ids.cut,
@@ -135,8 +135,8 @@ def _info(found: Activations, pipe: Pipeline, ids: TokenIds, include_padding: bo
         text_tokens=len(found.text_mask),
         tokens=tuple(pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids.tolist())),
         guidance=None,
-        recorded=tuple(range(sum(depths))),
-        depths=depths,
+        recorded=tuple(range(layout.depth)),
+        layout=layout,
         include_padding=include_padding,
         latents_given=found.latents_given,
         model=pipe.source,

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from difffract_jax.address import Tokens
 from difffract_jax.circuits.attribution import divided
 from difffract_jax.circuits.engine import no_sources, run_affine
 from difffract_jax.circuits.pullback import layout_of, lower_pull, spare_rows
@@ -33,11 +34,10 @@ from difffract_jax.circuits.replacement import (
     Sites,
     Sources,
     find_active,
-    group_layers,
 )
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import Groups
-from difffract_jax.models.mmdit import FluxConfig, Inputs
+from difffract_jax.models.blocks import FluxConfig
+from difffract_jax.models.mmdit import Inputs
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders.plan import Topology, asked_of, bytes_per_chip, compile_unkept, memory_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -159,9 +159,9 @@ def plan_trace(asked: Asked, topology: Topology, note: Callable[[str], None] = l
     """
     everywhere = NamedSharding(make_mesh({"data": 1}, topology.devices[:1]), PartitionSpec())
     place = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere))
-    model, tcs = place(dict(asked.parts)), place(Groups(asked.tcs.img, asked.tcs.txt, asked.tcs.joint))
+    model, tcs = place(dict(asked.parts)), place(asked.tcs.per_group(asked.config.layout))
     inputs, replacement = place(_inputs(asked)), place(_replacement(asked))
-    layout, itemsize = layout_of(replacement.sources), replacement.record.boundary.img.dtype.itemsize
+    layout, itemsize = layout_of(replacement), replacement.record.boundary.img.dtype.itemsize
     asked = asked._replace(targets=divided(asked.targets, layout.size * itemsize, asked.shards) // asked.shards)
     chip, done = topology.name.partition(":")[0], []
     for one in _programs(asked, model, tcs, inputs, replacement):
@@ -205,17 +205,17 @@ def _replacement(asked: Asked) -> Replacement:
     record: Record = jax.eval_shape(step, model, weights, inputs, mask)._replace(weights=weights)
     record = record._replace(unpooled=record.reading)
     sites, values = [], []
-    for stack, x in zip((asked.tcs.img, asked.tcs.txt, asked.tcs.joint), record.mlp_in, strict=True):
+    for stack, x in zip(asked.tcs.per_group(asked.config.layout), record.mlp_in, strict=True):
         layers, rows, _ = x.shape
         places = asked.active if stack is not None and layers else 0
         index = _shape(jnp.int32, layers, rows, places)
         sites.append(Sites(stack, SiteLayers(_shape(jnp.int32, layers), _shape(jnp.bool_, layers, rows), index)))
         values.append(_shape(x.dtype, layers, rows, places))
-    return Replacement(record, Groups(*sites), Sources(record.boundary, Groups(*values), record.mlp_out))
+    return Replacement(record, tuple(sites), Sources(record.boundary, tuple(values), record.mlp_out))
 
 
 def _programs(
-    asked: Asked, model: Any, tcs: Groups, inputs: tuple[Inputs, Any], replacement: Replacement
+    asked: Asked, model: Any, tcs: tuple[Any, ...], inputs: tuple[Inputs, Any], replacement: Replacement
 ) -> Iterator[_Lowered]:
     """Yields the programs in the order in which a trace runs them."""
     record, sites, sources = replacement
@@ -226,13 +226,13 @@ def _programs(
         "record a step", lambda: record_step.lower(*call, asked.grid, asked.blocks), loaded, count.record(), "f32"
     )
     held = bytes_per_chip(record) + stored
-    for group, (name, stack) in enumerate(zip(("img", "txt", "single"), tcs, strict=True)):
+    for group, (of, stack) in enumerate(zip(asked.config.layout.groups, tcs, strict=True)):
         if stack is None:
             continue
         layers = sites[group].layers
         part = GroupRecord(record.mlp_in[group], record.mlp_out[group], record.replaceable[group], record.t)
         lower = partial(find_active.lower, stack, layers.slot, layers.live, part, None, asked.active)
-        yield _Lowered(f"encode {name}", lower, held, count.encode(group), "f32")
+        yield _Lowered(f"encode {of.label}", lower, held, count.encode(group), "f32")
     held += bytes_per_chip((sources.values, sources.errors)) + bytes_per_chip([s.layers for s in sites])
     zeros, cut = (_placed_like(tree, record.t) for tree in jax.eval_shape(no_sources, replacement))
     lower = partial(run_affine.lower, record, cut, zeros)
@@ -254,7 +254,7 @@ def _placed_like(tree: Any, like: Any) -> Any:
 def _shared(asked: Asked, replacement: Replacement) -> int:
     """Returns the bytes of recorded weights that are the model's own arrays: whole stacks and the parts beside them."""
     weights, model = replacement.record.weights, asked.parts["transformer"]
-    pairs = ((weights.double, model.double), (weights.single, model.single))
+    pairs = zip(weights.stacks, model.stacks, strict=True)
     whole = [a for a, b in pairs if jax.tree.leaves(a)[0].shape == jax.tree.leaves(b)[0].shape]
     return bytes_per_chip([whole, weights.final, weights.img_in, weights.txt_in])
 
@@ -296,10 +296,11 @@ class _Counts:
     """Operations of the large products, from the shapes."""
 
     def __init__(self, asked: Asked) -> None:
-        self.asked, blocks = asked, asked.blocks
-        self.layers = blocks.end - blocks.first + blocks.end_single - blocks.first_single
-        self.before = blocks.first if blocks.end > blocks.first else asked.config.depth_double + blocks.first_single
-        self.rows = (asked.seq - asked.text_tokens, asked.text_tokens, asked.seq)
+        self.asked, self.layout = asked, asked.config.layout
+        self.layers = asked.blocks.end - asked.blocks.first
+        self.before = asked.blocks.first
+        tokens = Tokens(asked.seq - asked.text_tokens, asked.text_tokens)
+        self.rows = [sum(getattr(tokens, stream) for stream in group.streams) for group in self.layout.groups]
         self.square = asked.seq * asked.config.d_model**2
         self.pattern = asked.seq**2 * asked.config.d_model
 
@@ -310,8 +311,8 @@ class _Counts:
 
     def encode(self, group: int) -> float:
         """Encodes every row of every layer to count what is active, then again, and decodes."""
-        tcs, blocks = self.asked.tcs, self.asked.blocks
-        layers = blocks.end - blocks.first if group < 2 else blocks.end_single - blocks.first_single
+        tcs, blocks = self.asked.tcs, self.layout.blocks_of(group)
+        layers = len(range(max(blocks.start, self.asked.blocks.first), min(blocks.stop, self.asked.blocks.end)))
         return 6.0 * layers * self.rows[group] * tcs.config.features * tcs.config.d_model
 
     def constant(self) -> float:
@@ -321,7 +322,7 @@ class _Counts:
     def pull(self) -> float:
         """The same but for the scores, which targets share; and K decoder vectors per row of a site."""
         asked = self.asked
-        groups = group_layers(asked.tcs, asked.config.depth_double)
-        read = sum(len(layers) * rows for layers, rows in zip(groups, self.rows, strict=True))
+        slots = asked.tcs.sites.slots(self.layout)
+        read = sum(len(placed) * rows for placed, rows in zip(slots, self.rows, strict=True))
         each = self.layers * (4 * self.square + 2 * self.pattern) + 2 * read * asked.active * asked.config.d_model
         return float(asked.targets * each + self.layers * 2 * self.pattern)

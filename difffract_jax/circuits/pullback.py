@@ -10,15 +10,15 @@ target's block downwards:
 3. Let the targets that lie in this block enter: g at their position, pulled to the residual streams before the block.
 
 A target may also be a direction: of the velocity, which is pulled through the last norm and projection first, or of the
-residual stream entering a block. Single-stream blocks are walked first, on the joint sequence, then the double-stream
-ones. What is left below the last block is the cotangent of h0; `input_edges` contracts it with h0.
+residual streams entering a block. The stacks are walked from the last to the first, each on its own sequences. What is
+left below the last block is the cotangent of h0; `input_edges` contracts it with h0.
 
 The number of blocks walked is an argument of the compiled program, not a shape: targets in low blocks cost less and
 compile nothing new. `walk` has the way through the blocks.
 
-A row of edges has one place per source, in this order: for each double-stream block the features of the image stream
-(position by position, K each), those of the text stream, the errors of both; for each single-stream block the features
-of the joint sequence and its errors; after all blocks, the inputs of both streams. `Layout` knows.
+A row of edges has one place per source, in this order: block by block, stack after stack, the features of each group
+(position by position, K each), then the errors of each group; after all blocks, the inputs of both streams.
+`RowLayout` knows.
 """
 
 from functools import partial
@@ -32,51 +32,64 @@ from jaxtyping import Array, Float
 
 from difffract_jax.circuits.readout import Targets, target_gradients
 from difffract_jax.circuits.record import Reading, Record
-from difffract_jax.circuits.replacement import Replacement, Sources, run
+from difffract_jax.circuits.replacement import Replacement, Sites, Sources, run
 from difffract_jax.circuits.rounding import rounded
-from difffract_jax.circuits.walk import Sizes, Stack, dot_rows, double_block, single_block, sizes_for, walk
-from difffract_jax.models.blocks import Groups, Streams, both
+from difffract_jax.circuits.walk import Sizes, Stretch, block_at, dot_rows, sizes_for, walk
+from difffract_jax.models.blocks import Streams, both
+from difffract_jax.models.stacks import group_slices, sequences, streams
 from difffract_jax.ops import query_blocks
 
 PRECISIONS = {"f32": "highest", "bf16": "default"}
 """Precision of the pull-back's products -> what JAX calls it."""
 
 
-class Layout(NamedTuple):
-    """Where the edges of which sources stand in a row.
+class RowLayout(NamedTuple):
+    """Where the edges of which sources stand in a row; tuples are per stack, those within them per group of the stack.
 
     Attributes:
-        layers: number of double- and of single-stream layers.
-        rows: positions of each group.
-        active: places for features per position, of each group.
+        layers: recorded layers.
+        rows: positions of each sequence.
+        active: places for features per position.
+        input_rows: places of the inputs.
     """
 
-    layers: tuple[int, int]
-    rows: Groups
-    active: Groups
+    layers: tuple[int, ...]
+    rows: tuple[tuple[int, ...], ...]
+    active: tuple[tuple[int, ...], ...]
+    input_rows: int
 
     @property
-    def per_layer(self) -> tuple[int, int]:
-        """Places of a double- and of a single-stream layer, errors included."""
-        img, txt, joint = (rows * (active + 1) for rows, active in zip(self.rows, self.active, strict=True))
-        return img + txt, joint
+    def per_layer(self) -> tuple[int, ...]:
+        """Places of a layer of each stack, errors included."""
+        pairs = zip(self.rows, self.active, strict=True)
+        return tuple(sum(r * (a + 1) for r, a in zip(rows, active, strict=True)) for rows, active in pairs)
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The place where each stack begins, and last that of the inputs."""
+        sizes = [count * size for count, size in zip(self.layers, self.per_layer, strict=True)]
+        return tuple(sum(sizes[:i]) for i in range(len(sizes) + 1))
 
     @property
     def inputs(self) -> int:
         """The place where the inputs begin."""
-        return sum(count * size for count, size in zip(self.layers, self.per_layer, strict=True))
+        return self.begins[-1]
 
     @property
     def size(self) -> int:
         """Places in a row."""
-        return self.inputs + self.rows.img + self.rows.txt
+        return self.inputs + self.input_rows
 
 
-def layout_of(sources: Sources) -> Layout:
-    """Returns the layout of rows over these sources."""
-    shapes = [values.shape for values in sources.values]
-    return Layout(
-        (shapes[0][0], shapes[2][0]), Groups(*(shape[1] for shape in shapes)), Groups(*(shape[2] for shape in shapes))
+def layout_of(replacement: Replacement) -> RowLayout:
+    """Returns the layout of rows over a replacement's sources."""
+    slices = group_slices(replacement.record.weights.stacks)
+    shapes = [[values.shape for values in replacement.sources.values[part]] for part in slices]
+    return RowLayout(
+        tuple(stack[0][0] for stack in shapes),
+        tuple(tuple(shape[1] for shape in stack) for stack in shapes),
+        tuple(tuple(shape[2] for shape in stack) for stack in shapes),
+        sum(h.shape[0] for h in replacement.sources.boundary),
     )
 
 
@@ -84,7 +97,7 @@ class Pulled(NamedTuple):
     """Targets pulled back through all recorded blocks.
 
     Attributes:
-        edges: attributions of every feature and error, in the order of `Layout`; without the inputs.
+        edges: attributions of every feature and error, in the order of `RowLayout`; without the inputs.
         boundary: cotangents of h0.
     """
 
@@ -127,7 +140,7 @@ def pull_back(
 def pull(
     replacement: Replacement,
     targets: Targets,
-    direction: Float[Array, "target seq d_model"] | None = None,
+    direction: Streams | None = None,
     spare: Float[Array, "batch source"] | None = None,
     way: Way = Way(),  # noqa: B008  (immutable)
 ) -> Pulled:
@@ -136,8 +149,8 @@ def pull(
     Args:
         replacement: from `prepare`.
         targets: as for `pull_back`. Of several devices each takes its share of them, the first device the first.
-        direction: cotangents of the joint residual stream where each direction enters; zeros for features. All
-            directions enter at one layer, and no feature lies above.
+        direction: cotangents of the residual streams where each direction enters, [target rows d_model] per stream;
+            zeros for features. All directions enter at one layer, and no feature lies above.
         spare: edges that an earlier call with as many targets returned, and nobody needs any more: their memory is used
             again.
         way: devices and precision.
@@ -154,8 +167,8 @@ def pull(
     order = (order + sizes.batch * np.arange(way.shards)[:, None]).ravel()
     filled = Targets(*(jnp.asarray(column[order]) for column in columns))
     if direction is not None:
-        direction = jnp.pad(direction, ((0, more), (0, 0), (0, 0)))[order]
-    shape, dtype = (whole, layout_of(replacement.sources).inputs), boundary.img.dtype
+        direction = jax.tree.map(lambda d: jnp.pad(d, ((0, more), (0, 0), (0, 0)))[order], direction)
+    shape, dtype = (whole, layout_of(replacement).inputs), boundary.img.dtype
     if spare is None or spare.shape != shape or spare.dtype != dtype:
         split = None if way.mesh is None else NamedSharding(way.mesh, PartitionSpec("data"))
         spare = jnp.zeros(shape, dtype, device=split)
@@ -183,8 +196,7 @@ def lower_pull(replacement: Replacement, count: int, platform: str, directed: bo
         return jax.ShapeDtypeStruct(shape, dtype, sharding=boundary.img.sharding)
 
     targets = Targets(*(like(sizes.batch, dtype=jnp.int32) for _ in Targets._fields))
-    rows = sum(h.shape[0] for h in boundary)
-    direction = like(sizes.batch, rows, boundary.img.shape[1]) if directed else None
+    direction = Streams(*(like(sizes.batch, *h.shape) for h in boundary)) if directed else None
     spare = spare_rows(replacement, count, platform)
     with jax.default_matmul_precision(PRECISIONS[precision]):
         return _pull_back.lower(*replacement, targets, direction, spare, sizes, Way(precision=precision))
@@ -199,7 +211,7 @@ def spare_rows(replacement: Replacement, count: int, platform: str) -> jax.Shape
         platform: that they are computed on.
     """
     shape, like = (
-        (_sizes(replacement, count, platform).batch, layout_of(replacement.sources).inputs),
+        (_sizes(replacement, count, platform).batch, layout_of(replacement).inputs),
         replacement.record.t,
     )
     return jax.ShapeDtypeStruct(shape, replacement.record.boundary.img.dtype, sharding=like.sharding)
@@ -212,9 +224,11 @@ def _ceil(a: int, b: int) -> int:
 def _sizes(replacement: Replacement, count: int, platform: str) -> Sizes:
     """Divides targets for a platform."""
     record = replacement.record
-    shape, itemsize = record.frozen.q.shape[1:], record.boundary.img.dtype.itemsize
-    one = shape[0] * record.boundary.img.shape[1] * itemsize
-    return sizes_for(count, one, platform, blockwise=query_blocks(shape, shape[0], itemsize) > 0)
+    itemsize, width = record.boundary.img.dtype.itemsize, record.boundary.img.shape[1]
+    shapes = [one.attention_shape(held) for one, held in zip(record.weights.stacks, record.frozen, strict=True)]
+    blockwise = any(shape is not None and query_blocks(shape, shape[0], itemsize) for shape in shapes)
+    one = sum(h.shape[0] for h in record.boundary) * width * itemsize
+    return sizes_for(count, one, platform, blockwise=blockwise)
 
 
 @jax.jit
@@ -225,10 +239,8 @@ def input_edges(cotangent: Streams, boundary: Streams) -> Float[Array, "target r
         return jnp.concatenate(rows, axis=1)
 
 
-def velocity_cotangent(
-    replacement: Replacement, direction: Float[Array, "target img outputs"]
-) -> Float[Array, "target seq d_model"]:
-    """Pulls directions of the velocity back to the joint residual stream leaving the last block.
+def velocity_cotangent(replacement: Replacement, direction: Float[Array, "target img outputs"]) -> Streams:
+    """Pulls directions of the velocity back to the residual streams leaving the last block, [target rows d_model].
 
     Args:
         replacement: of a trace that records the velocity.
@@ -239,71 +251,66 @@ def velocity_cotangent(
 
 
 @jax.jit
-def _velocity_cotangent(record: Record, direction: Array) -> Array:
+def _velocity_cotangent(record: Record, direction: Array) -> Streams:
     final, boundary = record.weights.final, record.boundary
     assert final is not None
     _, pull_final = jax.vjp(lambda h: final(h, record.cond, record.inv_std), boundary.img)
-    return jnp.pad(jax.vmap(pull_final)(direction)[0], ((0, 0), (boundary.txt.shape[0], 0), (0, 0)))
+    img = jax.vmap(pull_final)(direction)[0]
+    return Streams(img, jnp.zeros((img.shape[0], *boundary.txt.shape), img.dtype))
 
 
 @partial(jax.jit, static_argnames=("sizes", "way"), donate_argnames="spare")
 def _pull_back(
     record: Record,
-    sites: Groups,
+    sites: tuple[Sites, ...],
     sources: Sources,
     targets: Targets,
-    direction: Array | None,
+    direction: Streams | None,
     spare: Float[Array, "batch source"],
     sizes: Sizes,
     way: Way = Way(),  # noqa: B008  (immutable)
 ) -> Pulled:
     """Pulls sorted targets back, on each device its own; devices say nothing to one another."""
-    here = partial(_pull_here, sizes)
+    pull_one = partial(_pull_on_one_device, sizes)
     if way.precision == "bf16":
-        here = rounded(here)
+        pull_one = rounded(pull_one)
     if way.mesh is not None:
         same, split = PartitionSpec(), PartitionSpec("data")
         # Each device's loops run as often as its targets need, which the check of replicated values cannot follow.
-        here = jax.shard_map(
-            here, mesh=way.mesh, in_specs=(same, same, same, split, split, split), out_specs=split, check_vma=False
+        pull_one = jax.shard_map(
+            pull_one, mesh=way.mesh, in_specs=(same, same, same, split, split, split), out_specs=split, check_vma=False
         )
-    return here(record, sites, sources, targets, direction, spare)
+    return pull_one(record, sites, sources, targets, direction, spare)
 
 
-def _pull_here(
+def _pull_on_one_device(
     sizes: Sizes,
     record: Record,
-    sites: Groups,
+    sites: tuple[Sites, ...],
     sources: Sources,
     targets: Targets,
-    direction: Array | None,
+    direction: Streams | None,
     spare: Float[Array, "batch source"],
 ) -> Pulled:
     """Pulls sorted targets back on one device."""
-    layout = layout_of(sources)
-    gradients = target_gradients(record, sites, targets)
-    text_tokens, (double, single), edges = sources.boundary.txt.shape[0], layout.layers, spare
+    layout, stacks = layout_of(Replacement(record, sites, sources)), record.weights.stacks
+    gradients, edges = target_gradients(record, sites, targets), spare
     cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), gradients.dtype), sources.boundary)
     if direction is not None:
-        cotangent = both(jnp.add, cotangent, _split_targets(direction, text_tokens))
+        cotangent = both(jnp.add, cotangent, direction)
     top = (targets.enters[0] + 1) // 2  # layers to walk: those below where the first target enters, and its own
-    if single:
-        begin = double * layout.per_layer[0]
-        stack = Stack(double, single, begin, layout.per_layer[1], partial(single_block, record, sites, sources))
-        joint = (jnp.concatenate([cotangent.txt, cotangent.img], axis=1),)
-        above = jnp.maximum(top, double)
-        edges, joint = walk(stack, above, stack.clear(edges), joint, targets, gradients, sizes)
-        cotangent = _split_targets(joint[0], text_tokens)
-    if double:
-        stack = Stack(0, double, 0, layout.per_layer[0], partial(double_block, record, sites, sources))
-        below = jnp.minimum(top, double)
-        edges, pair = walk(stack, below, stack.clear(edges), tuple(cotangent), targets, gradients, sizes)
-        cotangent = Streams(*pair)
+    slices = group_slices(stacks)
+    for i, (stack, groups) in reversed(list(enumerate(zip(stacks, slices, strict=True)))):
+        first, count = sum(layout.layers[:i]), layout.layers[i]
+        if not count:
+            continue
+        at = partial(block_at, record, sites, sources, i, groups)
+        stretch = Stretch(first, count, groups.start, layout.begins[i], layout.per_layer[i], at)
+        above = jnp.clip(top, first, first + count)
+        joined = sequences(cotangent, stack.groups)
+        edges, joined = walk(stretch, above, stretch.clear(edges), joined, targets, gradients, sizes)
+        cotangent = streams(joined, stack.groups, cotangent)
     return Pulled(edges, cotangent)
-
-
-def _split_targets(joint: Float[Array, "target seq d_model"], text_tokens: int) -> Streams:
-    return Streams(joint[:, text_tokens:], joint[:, :text_tokens])
 
 
 def push_forward(replacement: Replacement, change: Sources) -> Reading:
@@ -318,6 +325,6 @@ def push_forward(replacement: Replacement, change: Sources) -> Reading:
 
 
 @jax.jit
-def _push_forward(record: Record, sites: Groups, sources: Sources, change: Sources) -> Any:
+def _push_forward(record: Record, sites: tuple[Sites, ...], sources: Sources, change: Sources) -> Any:
     _, push = jax.linearize(partial(run, record, sites), sources)
     return push(change)

@@ -11,6 +11,7 @@
 3. `effects` says the same of every node by itself, in one walk down the graph.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -23,13 +24,13 @@ from jaxtyping import Array, Float, Float64
 from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.influence import levels
 from difffract_jax.circuits.record import Reading
-from difffract_jax.circuits.replacement import Replacement, Sites, site
-from difffract_jax.models.blocks import DoubleBlock, Groups, SingleBlock, Streams, both, join, run_mlp, run_mlps, split
+from difffract_jax.circuits.replacement import Replacement, SiteLayers, Sites, site
+from difffract_jax.models.stacks import per_group, run_stacks
 
 Mode = Literal["direct", "propagated", "live", "full"]
 
 
-def scaled(prepared: Replacement, factors: Groups, mode: Mode) -> Reading:
+def scaled(prepared: Replacement, factors: Sequence[Array], mode: Mode) -> Reading:
     """Runs the recorded blocks with features scaled.
 
     Args:
@@ -45,18 +46,18 @@ def scaled(prepared: Replacement, factors: Groups, mode: Mode) -> Reading:
 
 
 @partial(jax.jit, static_argnames="mode")
-def _scaled(prepared: Replacement, factors: Groups, mode: Mode) -> Reading:
+def _scaled(prepared: Replacement, factors: Sequence[Array], mode: Mode) -> Reading:
     one_side = jax.tree.map(lambda factor: factor[:, None], factors)
     return edited(prepared, one_side, jax.tree.map(jnp.zeros_like, one_side), mode)
 
 
-def edited(prepared: Replacement, factors: Groups, offsets: Groups, mode: Mode) -> Reading:
+def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Array], mode: Mode) -> Reading:
     """Runs the recorded blocks with every feature's value z made factor * z + offset; for use inside other programs.
 
     Args:
         prepared: from `prepare`. Where the run starts is `prepared.sources.boundary`.
-        factors: at all replaced positions, [layer side feat] per group. In single-stream blocks two sides are the text
-            and the image positions; one side is all positions.
+        factors: at all replaced positions, [layer side feat] per group. One side is all positions of the sequence; as
+            many sides as the sequence holds streams are those of each.
         offsets: likewise, in units of z.
         mode: the reading, see the module.
 
@@ -64,112 +65,90 @@ def edited(prepared: Replacement, factors: Groups, offsets: Groups, mode: Mode) 
         The MLP sublayers' inputs, and the velocity if it is recorded.
     """
     record, sites, sources = prepared
-    live, text_tokens = mode == "full", sources.boundary.txt.shape[0]
-    write = partial(_write, t=record.t, mode=mode, text_tokens=text_tokens)
-
-    def step(h: Streams, layer: Any) -> tuple[Streams, Streams]:
-        block, frozen, *parts = layer
-
-        def mlp(block: DoubleBlock, x: Streams) -> Streams:
-            true = run_mlps(block, x) if live else x
-            stacks = Streams(sites.img.stack, sites.txt.stack)
-            return both(write, stacks, *parts, x, true)
-
-        h, acts = block(h, record.cond, frozen=None if live else frozen, mlp=mlp)
-        return h, acts.mlp_in
-
-    def step_single(h: Array, layer: Any) -> tuple[Array, Array]:
-        block, frozen, at, values, error, factor, offset = layer
-
-        def mlp(block: SingleBlock, x: Array) -> Array:
-            true = run_mlp(block, x) if live else x
-            return write(sites.joint.stack, at, values, error, factor, offset, x, true)
-
-        h, acts = block(h, record.cond, frozen=None if live else frozen, mlp=mlp)
-        return h, acts.mlp_in
-
-    parts = (both(lambda s: s.layers, sites), sources.values, sources.errors, factors, offsets)
-    pairs = (Streams(part.img, part.txt) for part in parts)
-    h, x = jax.lax.scan(step, sources.boundary, (record.weights.double, record.frozen, *pairs))
-    last = (sites.joint.layers, *(part.joint for part in (sources.values, sources.errors, factors, offsets)))
-    joint, joint_x = jax.lax.scan(step_single, join(h), (record.weights.single, record.frozen_single, *last))
-    velocity = None
-    if record.weights.final is not None:
-        rows = split(joint, text_tokens).img
-        velocity = record.weights.final(rows, record.cond, None if live else record.inv_std)
-    return Reading(Groups(x.img, x.txt, joint_x), velocity, record.latents)
+    live = mode == "full"
+    parts = ([one.layers for one in sites], sources.values, sources.errors, factors, offsets)
+    h, kept = run_stacks(
+        record.weights.stacks,
+        sources.boundary,
+        record.cond,
+        frozen=None if live else record.frozen,
+        write=partial(_write, t=record.t, mode=mode),
+        fixed=list(zip([one.stack for one in sites], record.side_lengths, strict=True)),
+        layers=list(zip(*parts, strict=True)),
+        tap=lambda visit: tuple(visit.acts.mlp_in),
+        unroll=False,
+    )
+    final = record.weights.final
+    velocity = None if final is None else final(h.img, record.cond, None if live else record.inv_std)
+    return Reading(per_group(kept), velocity, record.latents)
 
 
 def _write(
-    stack: Any,
-    at: Any,
-    values: Array,
-    error: Array,
-    factor: Array,
-    offset: Array,
-    x: Array,
-    true: Array,
+    fixed: tuple[Any, tuple[int, ...]],
+    layer: tuple[SiteLayers, Array, Array, Array, Array],
+    x: Float[Array, "rows d_model"],
+    true: Callable[[], Array],
     *,
     t: Array,
     mode: Mode,
-    text_tokens: int,
-) -> Float[Array, "rows d_model"]:
+) -> tuple[Float[Array, "rows d_model"], None]:
     """Returns what one MLP sublayer adds, with its features edited."""
+    (stack, lengths), (at, values, error, factor, offset) = fixed, layer
     if stack is None:
-        return true if mode == "full" else error
+        return (true() if mode == "full" else error), None
     transcoder = site(stack, at.slot)
-    factor, offset = (by_side(per_side, x.shape[0], text_tokens) for per_side in (factor, offset))
+    factor, offset = (by_side(per_side, lengths) for per_side in (factor, offset))
     rows = jnp.arange(x.shape[0])[:, None]
     recorded = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, at.index].add(values)
     if mode == "full":
         change = (factor - 1) * transcoder.encode(x, t) + offset
-        return true + jnp.where(at.live[:, None], change @ transcoder.dec.kernel[...], 0)
+        return true() + jnp.where(at.live[:, None], change @ transcoder.dec.kernel[...], 0), None
     if mode == "direct":
         z = recorded
     elif mode == "propagated":
         z = jnp.where(recorded > 0, transcoder.preactivation(x, t), 0)
     else:
         z = transcoder.encode(x, t)
-    return error + jnp.where(at.live[:, None], transcoder.decode(factor * z + offset, x), 0)
+    return error + jnp.where(at.live[:, None], transcoder.decode(factor * z + offset, x), 0), None
 
 
-def by_side(per_side: Float[Array, "side feat"], rows: int, text_tokens: int) -> Float[Array, "row feat"]:
-    """Returns what holds at each position: of the text first, then of the image, or the same at all if it is one.
+def by_side(per_side: Float[Array, "side feat"], lengths: tuple[int, ...]) -> Float[Array, "row feat"]:
+    """Returns what holds at each row of a sequence.
 
     Args:
-        per_side: one row for all positions, or one for the text and one for the image.
-        rows: positions of the sequence.
-        text_tokens: how many of them, at the beginning, are text, where there are two sides.
+        per_side: one row for all positions, or one for each stream of the sequence.
+        lengths: tokens of each stream that the sequence holds, in order.
     """
     if per_side.shape[0] == 1:
-        return jnp.broadcast_to(per_side, (rows, per_side.shape[1]))
-    return jnp.where(jnp.arange(rows)[:, None] < text_tokens, per_side[0], per_side[1])
+        return jnp.broadcast_to(per_side, (sum(lengths), per_side.shape[1]))
+    return jnp.repeat(per_side, np.array(lengths), axis=0, total_repeat_length=sum(lengths))
 
 
-def factors_for(prepared: Replacement, graph: Graph, nodes: np.ndarray, factor: float) -> Groups:
-    """Returns the factors that scale some feature nodes of a graph of one step, at every position.
+def factors_for(
+    prepared: Replacement, graph: Graph, nodes: np.ndarray, factor: float
+) -> tuple[Float[Array, "layer feat"], ...]:
+    """Returns the factors that scale some feature nodes of a graph of one step, at every position, per group.
 
     Args:
         prepared: replacement of the step.
         graph: whose `node_block` and `node_stream` say where the features lie.
         nodes: of the graph.
-        factor: for each. In a single-stream block it acts on both streams' positions.
+        factor: for each. Where a sequence holds several streams, it acts on the positions of all.
 
     Raises:
-        ValueError: if a node is no feature.
+        ValueError: if a node is not a feature.
     """
-    depth, recorded = graph.metadata["trace"]["depths"][0], list(graph.metadata["trace"]["recorded"])
+    info = graph.provenance.run
     if np.any(graph.node_kind[nodes] != FEATURE):
         raise ValueError("Only features can be scaled, but a node is none.")
+    groups = info.layout.groups_at(graph.node_block, graph.node_stream)
     made = []
     for group, (sites, like) in enumerate(zip(prepared.sites, prepared.sources.errors, strict=True)):
-        first = prepared.sources.values.img.shape[0] if group == 2 else 0
+        first = info.recorded[0] + prepared.record.first_layers[group]
         made.append(np.ones((like.shape[0], _features(sites)), like.dtype))
-        for node in nodes:
-            block, stream = int(graph.node_block[node]), int(graph.node_stream[node])
-            if (2 if block >= depth else stream) == group:
-                made[-1][recorded.index(block) - first, graph.node_feature[node]] = factor
-    return Groups(*(jnp.asarray(one) for one in made))
+        for node in nodes[groups[nodes] == group]:
+            made[-1][graph.node_block[node] - first, graph.node_feature[node]] = factor
+    return tuple(jnp.asarray(one) for one in made)
 
 
 def _features(sites: Sites) -> int:

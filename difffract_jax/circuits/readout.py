@@ -6,6 +6,7 @@ x is the input of the feature's MLP sublayer at its position, from whatever run:
 sources.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,20 +16,19 @@ from jaxtyping import Array, Float, Float64, Int
 
 from difffract_jax.circuits.record import Record
 from difffract_jax.circuits.replacement import Replacement, Sites, site
-from difffract_jax.models.blocks import Groups
 from difffract_jax.ops import widen
 from difffract_jax.transcoders.transcoder import Transcoder
 
-DIRECTION = 3
-"""Group of a target that is a direction instead of a feature."""
+DIRECTION = -2
+"""Stands for the group of a target that is a direction instead of a feature."""
 
 
 class Targets(NamedTuple):
     """What incoming edges are wanted of.
 
     Attributes:
-        group: 0 image, 1 text, 2 joint sequence; `DIRECTION` for a direction that enters below its layer.
-        layer: recorded layer, double-stream ones first. A direction of the velocity has the number of all layers, one
+        group: number of the feature's group; `DIRECTION` for a direction that enters below its layer.
+        layer: recorded layer, counted through all stacks. A direction of the velocity has the number of all layers, one
             of the residual stream entering a layer has that layer. -1 for a place that only fills up: it costs next to
             nothing, and has no edges.
         position: within the group's sequence.
@@ -46,7 +46,7 @@ class Targets(NamedTuple):
         return jnp.where(self.layer < 0, -1, 2 * self.layer + jnp.where(self.group == DIRECTION, 0, 1))
 
 
-def target_gradients(record: Record, sites: Groups, targets: Targets) -> Float[Array, "target d_model"]:
+def target_gradients(record: Record, sites: Sequence[Sites], targets: Targets) -> Float[Array, "target d_model"]:
     """Returns g = (1 + alpha) * w_f of every target; zeros for directions and places that fill up."""
     rows = [_encoder_rows(s, record, targets, group)[0] for group, s in enumerate(sites)]
     return _by_group(targets, rows)
@@ -61,7 +61,7 @@ def _by_group(targets: Targets, found: list[Array]) -> Array:
     return chosen
 
 
-def preactivations(replacement: Replacement, targets: Targets, x: Groups) -> Float[Array, "target"]:
+def preactivations(replacement: Replacement, targets: Targets, x: Sequence[Array]) -> Float[Array, "target"]:
     """Returns u of every target.
 
     Args:
@@ -74,13 +74,15 @@ def preactivations(replacement: Replacement, targets: Targets, x: Groups) -> Flo
 
 
 @jax.jit
-def preactivations_at(record: Record, sites: Groups, targets: Targets, x: Groups) -> Array:
+def preactivations_at(record: Record, sites: Sequence[Sites], targets: Targets, x: Sequence[Array]) -> Array:
     """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
     gradients, here, constant = _encoder_terms(record, sites, targets, x)
     return jnp.sum(gradients * here, axis=1) + constant
 
 
-def preactivation_changes(record: Record, sites: Groups, targets: Targets, change: Groups) -> Float[Array, "target"]:
+def preactivation_changes(
+    record: Record, sites: Sequence[Sites], targets: Targets, change: Sequence[Array]
+) -> Float[Array, "target"]:
     """Returns by how much u of every target moves when x moves, without the constant; for use inside other programs.
 
     Args:
@@ -93,14 +95,18 @@ def preactivation_changes(record: Record, sites: Groups, targets: Targets, chang
     return jnp.sum(gradients * here, axis=1)
 
 
-def exact_preactivations(replacement: Replacement, targets: Targets, x: Groups) -> Float64[np.ndarray, "target"]:
+def exact_preactivations(
+    replacement: Replacement, targets: Targets, x: Sequence[Array]
+) -> Float64[np.ndarray, "target"]:
     """Returns what `preactivations` does, summed in float64: u may be far larger than what edges explain."""
     terms = _terms(replacement.record, replacement.sites, targets, x)
     gradients, here, constant = (np.asarray(term, np.float64) for term in terms)
     return np.sum(gradients * here, axis=1) + constant
 
 
-def _encoder_terms(record: Record, sites: Groups, targets: Targets, x: Groups) -> tuple[Array, Array, Array]:
+def _encoder_terms(
+    record: Record, sites: Sequence[Sites], targets: Targets, x: Sequence[Array]
+) -> tuple[Array, Array, Array]:
     """Returns (1 + alpha) * w_f, x, and b_f + w_f . beta of every target: u = the first times the second + the last."""
     found = []
     for group, (one, rows) in enumerate(zip(sites, x, strict=True)):
@@ -119,8 +125,7 @@ _terms = jax.jit(_encoder_terms)
 
 def _group_layer(record: Record, targets: Targets, group: int) -> Int[Array, "target"]:
     """Returns targets' layers as their group counts them; for targets of other groups, some layer that exists."""
-    before = record.mlp_in.img.shape[0] if group == Groups._fields.index("joint") else 0
-    return jnp.clip(targets.layer - before, 0, record.mlp_in[group].shape[0] - 1)
+    return jnp.clip(targets.layer - record.first_layers[group], 0, record.mlp_in[group].shape[0] - 1)
 
 
 def _encoder_rows(

@@ -4,6 +4,7 @@
 fixed; `read_live` keeps only what targets read. `Blocks` says which are recorded, `Weights` are theirs.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,20 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from difffract_jax.models.blocks import (
-    BlockActs,
-    Cond,
-    DoubleBlock,
-    Frozen,
-    Groups,
-    SingleActs,
-    SingleBlock,
-    SingleFrozen,
-    Streams,
-    join,
-    split,
-)
-from difffract_jax.models.mmdit import Final, Inputs, MMDiT, run_double, run_single
+from difffract_jax.models.blocks import Cond, Streams
+from difffract_jax.models.mmdit import Final, Inputs
+from difffract_jax.models.stacks import Visit, depth_of, per_group, run_stack, sequences, slice_layer, streams
 from difffract_jax.ops import layer_norm, widen
 
 
@@ -33,15 +23,13 @@ class Weights(NamedTuple):
     """The recorded part of the model, in its own type: products widen it. Stacks have a leading layer axis.
 
     Attributes:
-        double: the recorded double-stream blocks.
-        single: the recorded single-stream blocks.
+        stacks: the recorded blocks of each of the model's stacks; none of a stack that is not recorded.
         final: the last norm and projection; None unless the velocity is recorded.
         img_in: projection of packed latents into the image stream.
         txt_in: projection of the text embedding into the text stream.
     """
 
-    double: DoubleBlock
-    single: SingleBlock
+    stacks: tuple[Any, ...]
     final: Final | None
     img_in: nnx.Linear
     txt_in: nnx.Linear
@@ -56,7 +44,7 @@ class Reading(NamedTuple):
         latents: packed latents entering the step, [img channels].
     """
 
-    mlp_in: Groups
+    mlp_in: tuple[Array, ...]
     velocity: Array | None
     latents: Array
 
@@ -68,13 +56,12 @@ class Record(NamedTuple):
         weights: of the recorded blocks.
         cond: conditioning vector and rotary angles.
         boundary: residual streams entering the first recorded block, h0.
-        frozen: queries, keys and norm scales of the double-stream blocks.
-        frozen_single: the same of the single-stream blocks.
+        frozen: queries, keys and norm scales of each stack's blocks, in a type of the stack's own.
         inv_std: scale of the last norm; None unless the velocity is recorded.
-        mlp_in: inputs x of the MLP sublayers.
-        mlp_out: their outputs y.
+        mlp_in: inputs x of the MLP sublayers, [layer rows d_model] per group.
+        mlp_out: their outputs y, alike.
         velocity: the model's output; None unless it is recorded.
-        replaceable: positions whose MLPs may be replaced.
+        replaceable: positions whose MLPs may be replaced, [rows] per group.
         latents: packed latents entering the step.
         text: text embedding.
         t: denoising time, the value the transformer was fed.
@@ -84,13 +71,12 @@ class Record(NamedTuple):
     weights: Weights
     cond: Cond
     boundary: Streams
-    frozen: Frozen
-    frozen_single: SingleFrozen
+    frozen: tuple[Any, ...]
     inv_std: Float[Array, "img"] | None
-    mlp_in: Groups
-    mlp_out: Groups
+    mlp_in: tuple[Float[Array, "_ _ d_model"], ...]
+    mlp_out: tuple[Float[Array, "_ _ d_model"], ...]
     velocity: Float[Array, "img outputs"] | None
-    replaceable: Groups
+    replaceable: tuple[Bool[Array, "_"], ...]
     latents: Float[Array, "img channels"]
     text: Float[Array, "txt text_width"]
     t: Float[Array, ""]
@@ -101,41 +87,65 @@ class Record(NamedTuple):
         """What the model itself gave."""
         return Reading(self.mlp_in, self.velocity, self.latents)
 
+    @property
+    def side_lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens of each stream that a sequence holds, in order, per group."""
+        groups = (group for stack in self.weights.stacks for group in stack.groups)
+        return tuple(tuple(getattr(self.boundary, stream).shape[0] for stream in group.streams) for group in groups)
+
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """Where each group's layers begin, counted through all recorded layers."""
+        firsts, layers = [], 0
+        for stack in self.weights.stacks:
+            firsts += [layers] * len(stack.groups)
+            layers += depth_of(stack)
+        return tuple(firsts)
+
 
 class Blocks(NamedTuple):
-    """Which blocks are recorded; of each kind from `first` up to `end`, exclusive.
+    """Which blocks are recorded: a run of them, numbered through the model.
 
     Attributes:
-        first: double-stream block.
-        end: double-stream block.
-        first_single: single-stream block.
-        end_single: single-stream block.
+        first: the first.
+        end: the one behind the last.
         output: whether the velocity is recorded.
     """
 
     first: int
     end: int
-    first_single: int
-    end_single: int
     output: bool
 
+    def layers(self, stacks: Sequence[Any]) -> tuple[range, ...]:
+        """Returns which layers of each stack are recorded; what comes before them runs unrecorded."""
+        found, first = [], 0
+        for depth in map(depth_of, stacks):
+            low, high = (min(max(block - first, 0), depth) for block in (self.first, self.end))
+            found.append(range(low, high))
+            first += depth
+        return tuple(found)
 
-def take_weights(model: MMDiT, blocks: Blocks) -> Weights:
-    """Takes the recorded part of the model's weights; whole stacks are not copied."""
-    double = _layers(model.double, blocks.first, blocks.end)
-    single = _layers(model.single, blocks.first_single, blocks.end_single)
-    return Weights(double, single, model.final if blocks.output else None, model.img_in, model.txt_in)
+
+def take_weights(model: Any, blocks: Blocks) -> Weights:
+    """Takes the recorded part of the model's weights; whole stacks are not copied.
+
+    Args:
+        model: the transformer: `stacks`, `final`, `img_in` and `txt_in`.
+        blocks: which are recorded.
+    """
+    pairs = zip(model.stacks, blocks.layers(model.stacks), strict=True)
+    taken = tuple(_layers(stack, layers.start, layers.stop) for stack, layers in pairs)
+    return Weights(taken, model.final if blocks.output else None, model.img_in, model.txt_in)
 
 
 @partial(jax.jit, static_argnames=("first", "end"))
 def _layers(stack: Any, first: int, end: int) -> Any:
     # What a jitted function returns as it was given is the same array: a whole stack is not copied.
-    depth = jax.tree.leaves(stack)[0].shape[0]
-    return stack if (first, end) == (0, depth) else jax.tree.map(lambda w: w[first:end], stack)
+    return stack if (first, end) == (0, depth_of(stack)) else slice_layer(stack, slice(first, end))
 
 
 @partial(jax.jit, static_argnames=("grid", "blocks"))
-def read_live(model: MMDiT, weights: Weights, inputs: Inputs, grid: tuple[int, int], blocks: Blocks) -> Reading:
+def read_live(model: Any, weights: Weights, inputs: Inputs, grid: tuple[int, int], blocks: Blocks) -> Reading:
     """Runs the model, and reports what a target reads."""
     record = record_step(model, weights, inputs, jnp.zeros(inputs.text.shape[0], bool), grid, blocks)
     return record.reading
@@ -143,7 +153,7 @@ def read_live(model: MMDiT, weights: Weights, inputs: Inputs, grid: tuple[int, i
 
 @partial(jax.jit, static_argnames=("grid", "blocks"))
 def record_step(
-    model: MMDiT,
+    model: Any,
     weights: Weights,
     inputs: Inputs,
     text_mask: Bool[Array, "txt"],
@@ -155,33 +165,33 @@ def record_step(
     if blocks.output and not blocks.first:
         # A span carries its inputs through these very projections.
         h = Streams(weights.img_in(widen(inputs.latents)), weights.txt_in(widen(inputs.text)))
-    text_tokens = inputs.text.shape[0]
-    before = jax.tree.map(lambda w: w[: blocks.first], model.double)
-    boundary, _ = run_double(before, h, cond)
-    h, (frozen, mlp_in, mlp_out) = run_double(weights.double, boundary, cond, tap=_keep)
-    joint = join(h)
-    if not blocks.end - blocks.first:
-        skipped = jax.tree.map(lambda w: w[: blocks.first_single], model.single)
-        joint, _ = run_single(skipped, joint, cond)
-        boundary = split(joint, text_tokens)
-    joint, (frozen_single, single_in, single_out) = run_single(weights.single, joint, cond, tap=_keep_single)
+    boundary, frozen, mlp_in, mlp_out = None, [], [], []
+    for stack, recorded, layers in zip(model.stacks, weights.stacks, blocks.layers(model.stacks), strict=True):
+        joined = sequences(h, stack.groups)
+        joined, _ = run_stack(slice_layer(stack, slice(0, layers.start)), joined, cond)
+        if boundary is None and layers:
+            boundary = streams(joined, stack.groups, h)
+        joined, (held, x, y) = run_stack(recorded, joined, cond, tap=_keep)
+        h = streams(joined, stack.groups, h)
+        frozen.append(held)
+        mlp_in.append(x)
+        mlp_out.append(y)
+    assert boundary is not None, "some block is recorded"
     inv_std = velocity = None
     if weights.final is not None:
-        last = split(joint, text_tokens).img
-        inv_std = layer_norm(last)[1]
-        velocity = weights.final(last, cond)
-    rows = jnp.ones(boundary.img.shape[0], bool)
+        inv_std = layer_norm(h.img)[1]
+        velocity = weights.final(h.img, cond)
+    mask = Streams(jnp.ones(boundary.img.shape[0], bool), text_mask)
     return Record(
         weights=None,  # type: ignore[arg-type]  # the caller has them
         cond=cond,
         boundary=boundary,
-        frozen=frozen,
-        frozen_single=frozen_single,
+        frozen=tuple(frozen),
         inv_std=inv_std,
-        mlp_in=Groups(mlp_in.img, mlp_in.txt, single_in),
-        mlp_out=Groups(mlp_out.img, mlp_out.txt, single_out),
+        mlp_in=per_group(mlp_in),
+        mlp_out=per_group(mlp_out),
         velocity=velocity,
-        replaceable=Groups(rows, text_mask, jnp.concatenate([text_mask, rows])),
+        replaceable=replaceable_rows(model.stacks, mask),
         latents=widen(inputs.latents),
         text=widen(inputs.text),
         t=inputs.t,
@@ -189,9 +199,15 @@ def record_step(
     )
 
 
-def _keep(acts: BlockActs) -> tuple[Frozen, Any, Any]:
-    return acts.frozen, acts.mlp_in, acts.mlp_out
+def replaceable_rows(stacks: Sequence[Any], mask: Streams) -> tuple[Bool[Array, "_"], ...]:
+    """Returns which rows of each group's sequence may be replaced.
+
+    Args:
+        stacks: of the model.
+        mask: tokens of each stream that may.
+    """
+    return per_group([sequences(mask, stack.groups, axis=0) for stack in stacks])
 
 
-def _keep_single(acts: SingleActs) -> tuple[SingleFrozen, Any, Any]:
-    return acts.frozen, acts.mlp_in, acts.mlp_out
+def _keep(visit: Visit) -> tuple[Any, tuple[Array, ...], tuple[Array, ...]]:
+    return visit.acts.frozen, tuple(visit.acts.mlp_in), tuple(visit.acts.mlp_out)

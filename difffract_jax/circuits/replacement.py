@@ -7,11 +7,11 @@
    features, and the errors. `replacement` returns that map and its sources, for anyone's `jax.linearize` or `jax.vjp`.
 
 Codes are kept as the active features alone: `index` and `value` of up to K features per position, K the largest number
-anywhere in a group. Filling places have value 0. Layers count through the recorded blocks, double-stream ones first;
-`trace.info.recorded` gives the model's blocks. The single-stream sequence has the text first.
+anywhere in a group. Filling places have value 0. "Per group" is a tuple over the model's groups of sites (`address`);
+layers count through the recorded blocks of the group's stack.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 from difffract_jax.circuits.record import Reading, Record
 from difffract_jax.circuits.trace import Trace
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import Groups, Streams, both, join, split
+from difffract_jax.models.blocks import Streams
+from difffract_jax.models.stacks import Visit, per_group, run_stacks, slice_layer
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 
 BY_EIGHTS = 8
@@ -68,8 +69,8 @@ class Sources(NamedTuple):
     """
 
     boundary: Streams
-    values: Groups
-    errors: Groups
+    values: tuple[Float[Array, "_ _ _"], ...]
+    errors: tuple[Float[Array, "_ _ d_model"], ...]
 
 
 class Replacement(NamedTuple):
@@ -77,12 +78,12 @@ class Replacement(NamedTuple):
 
     Attributes:
         record: the trace's arrays.
-        sites: all groups' MLP sublayers.
+        sites: the MLP sublayers, per group.
         sources: sources at the traced point.
     """
 
     record: Record
-    sites: Groups
+    sites: tuple[Sites, ...]
     sources: Sources
 
 
@@ -103,47 +104,44 @@ def replacement(trace: Trace, tcs: TranscoderSet) -> tuple[Callable[[Sources], R
         >>> tcs = random_transcoders(pipe.config.transformer)
         >>> f, sources = replacement(capture(pipe, tcs, "a red circle"), tcs)
         >>> reading, push = jax.linearize(f, sources)
-        >>> reading.mlp_in.img.shape
+        >>> reading.mlp_in[0].shape
         (3, 36, 32)
     """
     prepared = prepare(trace, tcs)
     return partial(run, prepared.record, prepared.sites), prepared.sources
 
 
-def prepare(trace: Trace, tcs: TranscoderSet, *, active: Groups | None = None) -> Replacement:
+def prepare(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Replacement:
     """Encodes every replaced site of a trace, and splits its output into features and error.
 
     Args:
         trace: from `capture`.
         tcs: the transcoders it was captured for.
-        active: places for features per position of each group, at least as many as are active; counted if left out.
+        active: places for features per position, per group, at least as many as are active; counted if left out.
 
     Raises:
         UserError: if the transcoders have sites outside the trace.
     """
     record, info = trace.record, trace.info
-    groups = group_layers(tcs, info.depths[0])
-    outside = sorted({block for blocks in groups for block in blocks} - set(info.recorded))
+    slots = tcs.sites.slots(info.layout)
+    outside = sorted({block for placed in slots for block in placed} - set(info.recorded))
     if outside:
         raise UserError(
             f"The trace recorded the blocks {info.recorded[0]} to {info.recorded[-1]}, but the transcoders have block "
             f"{outside[0]}; capture again with these transcoders."
         )
-    stacks = Groups(tcs.img, tcs.txt, tcs.joint)
-    double, single = ([b for b in info.recorded if (b >= info.depths[0]) == last] for last in (False, True))
     with jax.default_matmul_precision("highest"):
         parts = [
             _encode_group(
                 stack,
-                blocks,
-                (double, double, single)[i],
+                [slots[i].get(block) for block in info.recorded if block in info.layout.blocks_of(i)],
                 GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
                 None if active is None else active[i],
             )
-            for i, (stack, blocks) in enumerate(zip(stacks, groups, strict=True))
+            for i, stack in enumerate(tcs.per_group(info.layout))
         ]
-    sites, values, errors = (Groups(*column) for column in zip(*parts, strict=True))
-    return Replacement(record, sites, Sources(record.boundary, values, errors))
+    sites, values, errors = zip(*parts, strict=True)
+    return Replacement(record, tuple(sites), Sources(record.boundary, tuple(values), tuple(errors)))
 
 
 def prepare_steps(traces: tuple[Trace, ...], tcs: TranscoderSet) -> tuple[Replacement, ...]:
@@ -154,15 +152,11 @@ def prepare_steps(traces: tuple[Trace, ...], tcs: TranscoderSet) -> tuple[Replac
         tcs: the transcoders it was captured for.
     """
     prepared = [prepare(trace, tcs) for trace in traces]
-    most = Groups(*(max(one.sources.values[i].shape[2] for one in prepared) for i in range(len(Groups._fields))))
-    if all(one.sources.values[i].shape[2] == most[i] for one in prepared for i in range(len(most))):
+    places = [[values.shape[2] for values in one.sources.values] for one in prepared]
+    most = [max(column) for column in zip(*places, strict=True)]
+    if all(one == most for one in places):
         return tuple(prepared)
     return tuple(prepare(trace, tcs, active=most) for trace in traces)
-
-
-def group_layers(tcs: TranscoderSet, depth_double: int) -> Groups:
-    """Returns the model's blocks of every group's transcoders; single-stream blocks count on after the others."""
-    return Groups(tcs.img_layers, tcs.txt_layers, tuple(depth_double + layer for layer in tcs.joint_layers))
 
 
 class GroupRecord(NamedTuple):
@@ -175,12 +169,12 @@ class GroupRecord(NamedTuple):
 
 
 def _encode_group(
-    stack: Transcoder | None, blocks: tuple[int, ...], recorded: list[int], record: GroupRecord, most: int | None
+    stack: Transcoder | None, slots: Sequence[int | None], record: GroupRecord, most: int | None
 ) -> tuple[Sites, Array, Array]:
-    """Returns one group's sites, feature values and errors."""
+    """Returns one group's sites, feature values and errors; `slots` has each recorded block's place in the stack."""
     count, rows, _ = record.mlp_in.shape
-    slot, has = np.zeros(count, np.int32), np.isin(np.array(recorded, int), blocks)
-    slot[has] = np.arange(len(blocks))
+    has = np.array([place is not None for place in slots], bool)
+    slot = np.array([place or 0 for place in slots], np.int32)
     live = jnp.asarray(has)[:, None] & record.replaceable[None]
     if stack is None or not count:
         none = jnp.zeros((count, rows, 0), jnp.int32)
@@ -198,7 +192,7 @@ def _encode_group(
 
 def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
     """Returns one transcoder of a stack."""
-    return jax.tree.map(lambda leaf: leaf[slot], stack)
+    return slice_layer(stack, slot)
 
 
 @jax.jit
@@ -253,55 +247,56 @@ def find_active(
     return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out, codes))[1]
 
 
-def run(record: Record, sites: Groups, sources: Sources) -> Reading:
+def run(record: Record, sites: Sequence[Sites], sources: Sources) -> Reading:
     """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
 
     Args:
         record: the trace's arrays.
-        sites: the MLP sublayers.
+        sites: the MLP sublayers, per group.
         sources: where to evaluate it; zeros give its constant.
     """
-    joint, x, joint_x = _blocks(record, sites, sources, lambda _, acts: acts.mlp_in)
-    velocity = None
-    if record.weights.final is not None:
-        last = split(joint, sources.boundary.txt.shape[0]).img
-        velocity = record.weights.final(last, record.cond, record.inv_std)
-    return Reading(Groups(x.img, x.txt, joint_x), velocity, record.latents)
+    h, x = _blocks(record, sites, sources, lambda visit: tuple(visit.acts.mlp_in))
+    final = record.weights.final
+    velocity = None if final is None else final(h.img, record.cond, record.inv_std)
+    return Reading(x, velocity, record.latents)
 
 
 @jax.jit
-def residuals(record: Record, sites: Groups, sources: Sources) -> tuple[Streams, Array]:
-    """Returns the residual streams entering every block: both streams' [layer rows d_model], the joint one's the same.
+def residuals(record: Record, sites: Sequence[Sites], sources: Sources) -> tuple[Float[Array, "_ _ d_model"], ...]:
+    """Returns the residual streams entering every block, [layer rows d_model] per group.
 
     Args:
         record: the trace's arrays.
-        sites: the MLP sublayers.
+        sites: the MLP sublayers, per group.
         sources: where to evaluate the affine map.
     """
     with jax.default_matmul_precision("highest"):
-        return _blocks(record, sites, sources, lambda h, _: h)[1:]
+        return _blocks(record, sites, sources, lambda visit: visit.entering)[1]
 
 
-def _blocks(record: Record, sites: Groups, sources: Sources, tap: Callable[[Any, Any], Any]) -> tuple[Array, Any, Any]:
-    """Runs all recorded blocks; returns the last residual stream, and what `tap(h, acts)` keeps of either kind."""
-    double = [Streams(tree.img, tree.txt) for tree in (sites, sources.values, sources.errors)]
-    stacks, layers = both(lambda s: s.stack, double[0]), both(lambda s: s.layers, double[0])
+def _blocks(
+    record: Record, sites: Sequence[Sites], sources: Sources, tap: Callable[[Visit], tuple[Array, ...]]
+) -> tuple[Streams, tuple[Array, ...]]:
+    """Runs all recorded blocks; returns the last residual streams, and what `tap` keeps per group."""
+    h, kept = run_stacks(
+        record.weights.stacks,
+        sources.boundary,
+        record.cond,
+        frozen=record.frozen,
+        write=_write_site,
+        fixed=[one.stack for one in sites],
+        layers=list(zip([one.layers for one in sites], sources.values, sources.errors, strict=True)),
+        tap=tap,
+        unroll=False,
+    )
+    return h, per_group(kept)
 
-    def step(h: Streams, layer: Any) -> tuple[Streams, Any]:
-        block, frozen, *parts = layer
-        after, acts = block(h, record.cond, frozen=frozen, mlp=lambda _, x: both(write, stacks, *parts, x))
-        return after, tap(h, acts)
 
-    def step_single(h: Array, layer: Any) -> tuple[Array, Any]:
-        block, frozen, here, values, errors = layer
-        mlp = lambda _, x: write(sites.joint.stack, here, values, errors, x)  # noqa: E731  (closed over the layer)
-        after, acts = block(h, record.cond, frozen=frozen, mlp=mlp)
-        return after, tap(h, acts)
-
-    h, kept = jax.lax.scan(step, sources.boundary, (record.weights.double, record.frozen, layers, double[1], double[2]))
-    single = (record.weights.single, record.frozen_single, sites.joint.layers)
-    joint, kept_single = jax.lax.scan(step_single, join(h), (*single, sources.values.joint, sources.errors.joint))
-    return joint, kept, kept_single
+def _write_site(
+    stack: Transcoder | None, layer: tuple[SiteLayers, Array, Array], x: Array, true: Callable[[], Array]
+) -> tuple[Array, None]:
+    del true
+    return write(stack, *layer, x), None
 
 
 def write(
@@ -314,7 +309,7 @@ def write(
     """Returns what the replacement adds for one MLP sublayer: W_dec z + b_dec (+ W_skip x) where live, plus the error.
 
     Args:
-        stack: the stream's transcoders.
+        stack: the group's transcoders; None if it has none.
         layer: one block's slice.
         values: of the features in `layer.index`.
         error: the sublayer's error.

@@ -1,6 +1,6 @@
 """The table of sources: what every place in a row of edges stands for, over one step or several.
 
-    per step     features and errors, in the order of `pullback.Layout`
+    per step     features and errors, in the order of `pullback.RowLayout`
     then         one step: the residual streams entering the first block, image and text; the latents too, if the
                  velocity is recorded, since an objective on the image depends on them directly
                  several: the text embedding, then the latents entering the first step
@@ -43,31 +43,22 @@ def source_table(
         parts += [_vectors(INPUT, IMG, -1, np.arange(rows), first), _vectors(INPUT, TXT, -1, np.arange(text), first)]
         if prepared[0].record.velocity is not None:
             parts.append(_vectors(INPUT, LATENT, -1, np.arange(rows), first))
-    parts += [_vectors(OUTPUT, IMG, sum(infos[0].depths), np.array([-1]), step) for step in outputs]
+    parts += [_vectors(OUTPUT, IMG, infos[0].layout.depth, np.array([-1]), step) for step in outputs]
     columns = zip(zip(*parts, strict=True), _DTYPES, strict=True)
     return SourceTable(*(np.concatenate(column, dtype=dtype, casting="unsafe") for column, dtype in columns))
 
 
 def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
     """Returns the features and errors of one step, in the order of a row of edges."""
-    parts = []
-    text = info.text_tokens
-    single = [block for block in info.recorded if block >= info.depths[0]]
-    for layer, block in enumerate(block for block in info.recorded if block < info.depths[0]):
-        for group, stream in enumerate((IMG, TXT)):
-            positions = np.arange(prepared.sources.values[group].shape[1])
-            parts.append(
-                _features(prepared, group, layer, block, np.full(positions.size, stream), positions, info.step)
-            )
-        for group, stream in enumerate((IMG, TXT)):
-            rows = prepared.sources.values[group].shape[1]
-            parts.append(_vectors(ERROR, stream, block, np.arange(rows), info.step))
-    for layer, block in enumerate(single):
-        rows = prepared.sources.values.joint.shape[1]
-        stream = np.where(np.arange(rows) < text, TXT, IMG)
-        position = np.where(stream == TXT, np.arange(rows), np.arange(rows) - text)
-        parts.append(_features(prepared, 2, layer, block, stream, position, info.step))
-        parts.append(_vectors(ERROR, stream, block, position, info.step))
+    parts, layout = [], info.layout
+    places = [layout.sequence(group, info.tokens_of) for group in range(len(layout.groups))]
+    for number in range(len(layout.stacks)):
+        groups = [group for group, stack in enumerate(layout.stack_of_group) if stack == number]
+        recorded = [block for block in info.recorded if block in layout.blocks_of_stack(number)]
+        for layer, block in enumerate(recorded):
+            parts += [_features(prepared, group, layer, block, *places[group], info.step) for group in groups]
+            for stream, position in (places[group] for group in groups):
+                parts.append(_vectors(ERROR, stream, block, position, info.step))
     return parts
 
 

@@ -12,6 +12,7 @@ and norms are held; a test holds that. Effects of sources on one path overlap: t
 graph with every feature expanded and no threshold says the same.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from jaxtyping import Array, Float, Int
 
 from difffract_jax.circuits.engine import Output
 from difffract_jax.circuits.record import Weights
-from difffract_jax.circuits.replacement import Replacement, Sites, prepare, prepare_steps, site
+from difffract_jax.circuits.replacement import Replacement, SiteLayers, prepare, prepare_steps, site
 from difffract_jax.circuits.trace import Span
-from difffract_jax.models.blocks import DoubleBlock, Groups, SingleBlock, Streams, both, join, split
+from difffract_jax.models.blocks import Streams
+from difffract_jax.models.stacks import run_stacks
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 FEW = 1024
@@ -31,7 +33,7 @@ FEW = 1024
 
 
 class TotalEffects(NamedTuple):
-    """What every source adds to an output, in its units. Groups are img, txt and joint; layers those of the model.
+    """What every source adds to an output, in its units; layers are those of each group's stack.
 
     Attributes:
         features: of the active features, [step layer rows active] per group; 0 in places that fill up.
@@ -41,9 +43,9 @@ class TotalEffects(NamedTuple):
         noise: of the latents entering the first step.
     """
 
-    features: Groups
-    index: Groups
-    errors: Groups
+    features: tuple[Float[Array, "_ _ _ _"], ...]
+    index: tuple[Int[Array, "_ _ _ _"], ...]
+    errors: tuple[Float[Array, "_ _ _"], ...]
     text: Float[Array, "txt"]
     noise: Float[Array, "img"]
 
@@ -62,11 +64,11 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     if output.step != span.info.step:
         raise ValueError(f"The output lies in step {output.step}, but effects are on the last step, {span.info.step}.")
     prepared = _prepare(span, tcs)
-    weights, stacks = prepared[0].record.weights, Groups(*(sites.stack for sites in prepared[0].sites))
+    weights, transcoders = prepared[0].record.weights, tuple(sites.stack for sites in prepared[0].sites)
     slim = [
         one._replace(
             record=one.record._replace(weights=None, unpooled=None),
-            sites=Groups(*(sites._replace(stack=None) for sites in one.sites)),
+            sites=tuple(sites._replace(stack=None) for sites in one.sites),
         )
         for one in prepared
     ]
@@ -75,33 +77,34 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     dtype = prepared[0].record.latents.dtype
     # What the last step adds to latents is not read.
     taken = jnp.asarray([sigmas[t.info.step + 1] - sigmas[t.info.step] for t in span.traces], dtype)
-    found = _effects(weights, stacks, stacked, taken, output.velocity.astype(dtype), output.latents.astype(dtype))
-    index = Groups(*(sites.layers.index for sites in stacked.sites))
+    found = _effects(weights, transcoders, stacked, taken, output.velocity.astype(dtype), output.latents.astype(dtype))
+    index = tuple(sites.layers.index for sites in stacked.sites)
     return TotalEffects(found.features, index, found.errors, found.text, found.noise)
 
 
 def _prepare(span: Span, tcs: TranscoderSet) -> tuple[Replacement, ...]:
     if tcs.config.features > FEW:
         return prepare_steps(span.traces, tcs)
-    every = Groups(*(tcs.config.features if stack is not None else 0 for stack in (tcs.img, tcs.txt, tcs.joint)))
+    stacks = tcs.per_group(span.info.layout)
+    every = [0 if stack is None else tcs.config.features for stack in stacks]
     return tuple(prepare(trace, tcs, active=every) for trace in span.traces)
 
 
 class _Factors(NamedTuple):
     """What sources are scaled by, less 1."""
 
-    features: Groups
-    errors: Groups
+    features: tuple[Array, ...]
+    errors: tuple[Array, ...]
     text: Array
     noise: Array
 
 
 @jax.jit
 def _effects(
-    weights: Weights, stacks: Groups, steps: Replacement, taken: Array, velocity: Array, latents: Array
+    weights: Weights, transcoders: tuple[Any, ...], steps: Replacement, taken: Array, velocity: Array, latents: Array
 ) -> _Factors:
     """Returns the derivative of the output by every factor."""
-    errors = Groups(*(jnp.zeros(error.shape[:-1], error.dtype) for error in steps.sources.errors))
+    errors = tuple(jnp.zeros(error.shape[:-1], error.dtype) for error in steps.sources.errors)
     dtype = steps.record.latents.dtype
     none = _Factors(
         jax.tree.map(jnp.zeros_like, steps.sources.values),
@@ -110,12 +113,12 @@ def _effects(
         jnp.zeros(steps.record.latents.shape[1], dtype),
     )
     with jax.default_matmul_precision("highest"):
-        return jax.grad(partial(_value, weights, stacks, steps, taken, velocity, latents))(none)
+        return jax.grad(partial(_value, weights, transcoders, steps, taken, velocity, latents))(none)
 
 
 def _value(
     weights: Weights,
-    stacks: Groups,
+    transcoders: tuple[Any, ...],
     steps: Replacement,
     taken: Array,
     velocity: Array,
@@ -126,9 +129,9 @@ def _value(
     text = weights.txt_in(steps.record.text[0] * (1 + factors.text)[:, None])
 
     @jax.checkpoint
-    def step(z: Array, now: tuple[Replacement, Groups, Groups, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def step(z: Array, now: tuple[Replacement, Any, Any, Array]) -> tuple[Array, tuple[Array, Array]]:
         prepared, features, errors, change = now
-        v = _velocity(weights, stacks, prepared, Streams(weights.img_in(z), text), features, errors)
+        v = _velocity(weights, transcoders, prepared, Streams(weights.img_in(z), text), features, errors)
         return z + change * v, (z, v)
 
     first = steps.record.latents[0] * (1 + factors.noise)[:, None]
@@ -137,54 +140,49 @@ def _value(
 
 
 def _velocity(
-    weights: Weights, stacks: Groups, prepared: Replacement, h: Streams, features: Groups, errors: Groups
+    weights: Weights,
+    transcoders: tuple[Any, ...],
+    prepared: Replacement,
+    h: Streams,
+    features: tuple[Array, ...],
+    errors: tuple[Array, ...],
 ) -> Float[Array, "img outputs"]:
     """Returns one step's velocity with its sources scaled, every active feature live."""
     record, sites, sources = prepared
-    text_tokens = h.txt.shape[0]
-
-    def parts(group: Any) -> Any:
-        # Stacked by layer: where features stand, their values, the errors, and what both are scaled by.
-        return tuple(group(tree) for tree in (sites, sources.values, sources.errors, features, errors))
-
-    @jax.checkpoint
-    def step(h: Streams, layer: Any) -> tuple[Streams, None]:
-        block, frozen, *here = layer
-
-        def mlp(_: DoubleBlock, x: Streams) -> Streams:
-            return both(partial(_write, record.t), Streams(stacks.img, stacks.txt), *here, x)
-
-        return block(h, record.cond, frozen=frozen, mlp=mlp)[0], None
-
-    @jax.checkpoint
-    def step_single(h: Array, layer: Any) -> tuple[Array, None]:
-        block, frozen, at, values, error, scales, error_scale = layer
-
-        def mlp(_: SingleBlock, x: Array) -> Array:
-            return _write(record.t, stacks.joint, at, values, error, scales, error_scale, x)
-
-        return block(h, record.cond, frozen=frozen, mlp=mlp)[0], None
-
-    double = parts(lambda tree: Streams(tree.img, tree.txt))
-    h, _ = jax.lax.scan(step, h, (weights.double, record.frozen, *double))
-    joint = parts(lambda tree: tree.joint)
-    last, _ = jax.lax.scan(step_single, join(h), (weights.single, record.frozen_single, *joint))
+    # Stacked by layer: where features stand, their values, the errors, and what both are scaled by.
+    parts = ([one.layers for one in sites], sources.values, sources.errors, features, errors)
+    last, _ = run_stacks(
+        weights.stacks,
+        h,
+        record.cond,
+        frozen=record.frozen,
+        write=partial(_write, record.t),
+        fixed=transcoders,
+        layers=list(zip(*parts, strict=True)),
+        unroll=False,
+        remat=True,
+    )
     assert weights.final is not None
-    return weights.final(split(last, text_tokens).img, record.cond, record.inv_std)
+    return weights.final(last.img, record.cond, record.inv_std)
 
 
 def _write(
-    t: Array, stack: Any, sites: Sites, values: Array, error: Array, features: Array, errors: Array, x: Array
-) -> Float[Array, "rows d_model"]:
+    t: Array,
+    stack: Any,
+    layer: tuple[SiteLayers, Array, Array, Array, Array],
+    x: Float[Array, "rows d_model"],
+    true: Callable[[], Array],
+) -> tuple[Float[Array, "rows d_model"], None]:
     """Returns what one MLP sublayer adds, its active features following x."""
+    del true
+    at, values, error, features, errors = layer
     error = error * (1 + errors)[:, None]
     if stack is None:
-        return error
-    layer = sites.layers
-    transcoder = site(stack, layer.slot)
-    u = jnp.take_along_axis(transcoder.preactivation(x, t), layer.index, axis=1)
-    z = _scatter(layer.index, jnp.where(values > 0, u, 0) * (1 + features), stack.config.features)
-    return error + jnp.where(layer.live[:, None], transcoder.decode(z, x), 0)
+        return error, None
+    transcoder = site(stack, at.slot)
+    u = jnp.take_along_axis(transcoder.preactivation(x, t), at.index, axis=1)
+    z = _scatter(at.index, jnp.where(values > 0, u, 0) * (1 + features), stack.config.features)
+    return error + jnp.where(at.live[:, None], transcoder.decode(z, x), 0), None
 
 
 def _scatter(

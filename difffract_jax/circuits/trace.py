@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from difffract_jax.address import Layout, Tokens
 from difffract_jax.circuits.record import Blocks, Record, Weights, read_live, record_step, take_weights
 from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import FluxConfig
@@ -55,8 +56,8 @@ class TraceInfo:
         text_tokens: length of the text sequence.
         tokens: the text sequence's tokens, padding included.
         guidance: guidance scale; None for models that take none, or where it is not known.
-        recorded: the model's block of every recorded layer; single-stream blocks count on after the double-stream ones.
-        depths: double- and single-stream blocks of the model.
+        recorded: the model's block of every recorded layer, ascending without a gap.
+        layout: the order of the model's stacks, blocks and sites.
         include_padding: whether padded text positions are replaced like any other.
         latents_given: whether the run started from given latents.
         model: content hash of the pipeline.
@@ -72,7 +73,7 @@ class TraceInfo:
     tokens: tuple[str, ...]
     guidance: float | None
     recorded: tuple[int, ...]
-    depths: tuple[int, int]
+    layout: Layout
     include_padding: bool
     latents_given: bool
     model: str
@@ -81,6 +82,11 @@ class TraceInfo:
     def first_block(self) -> int:
         """The model's number of the first recorded block."""
         return self.recorded[0]
+
+    @property
+    def tokens_of(self) -> Tokens:
+        """How many tokens each stream has."""
+        return Tokens(self.grid[0] * self.grid[1], self.text_tokens)
 
 
 class Trace(NamedTuple):
@@ -190,8 +196,7 @@ def capture_steps(
     """
     sizes = {"steps": steps, "height": height, "width": width, "text_tokens": text_tokens, "guidance": guidance}
     blocks_for(pipe.config.transformer, tcs, True)
-    depths = pipe.config.transformer.depth_double, pipe.config.transformer.depth_single
-    blocks = Blocks(0, depths[0], 0, depths[1], True)
+    blocks = Blocks(0, pipe.config.transformer.layout.depth, True)
     run = plan_run(pipe.config, **sizes)
     return _capture(pipe, prompt, run, blocks, (first, last), seed, latents, include_padding)
 
@@ -208,17 +213,13 @@ def blocks_for(config: FluxConfig, tcs: TranscoderSet, output: bool) -> Blocks:
         UserError: if the transcoders do not fit the model, or are none.
     """
     check_fit(tcs, config)
-    double = tcs.img_layers + tcs.txt_layers
-    if tcs.config.role != "transcoder" or not double + tcs.joint_layers:
+    blocks = [block for placed in tcs.sites.slots(config.layout) for block in placed]
+    if tcs.config.role != "transcoder" or not blocks:
         raise UserError(
             "Tracing needs transcoders, which map an MLP's input to its output, but these are "
-            f"{'SAEs' if double + tcs.joint_layers else 'none'}; give a directory of transcoders."
+            f"{'SAEs' if blocks else 'none'}; give a directory of transcoders."
         )
-    end_single = config.depth_single if output else max(tcs.joint_layers, default=-1) + 1
-    if not double:
-        return Blocks(config.depth_double, config.depth_double, min(tcs.joint_layers), end_single, output)
-    end = config.depth_double if end_single else max(double) + 1
-    return Blocks(min(double), end, 0, end_single, output)
+    return Blocks(min(blocks), config.layout.depth if output else max(blocks) + 1, output)
 
 
 def _capture(
@@ -249,8 +250,6 @@ def _capture(
             pipe, run, blocks, weights, encoded, empty, jnp.asarray(mask), z, range(first, last + 1)
         )
     config, ids = pipe.config.transformer, encode_prompt(pipe.tokenizers, prompt, run.text_tokens)
-    recorded = (*range(blocks.first, blocks.end),)
-    recorded += (*range(config.depth_double + blocks.first_single, config.depth_double + blocks.end_single),)
     infos = (
         TraceInfo(
             prompt=prompt,
@@ -262,8 +261,8 @@ def _capture(
             text_tokens=run.text_tokens,
             tokens=tuple(pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids.tolist())),
             guidance=run.guidance,
-            recorded=recorded,
-            depths=(config.depth_double, config.depth_single),
+            recorded=tuple(range(blocks.first, blocks.end)),
+            layout=config.layout,
             include_padding=include_padding,
             latents_given=latents is not None,
             model=pipe.source,

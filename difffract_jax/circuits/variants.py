@@ -21,10 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int64
 
 from difffract_jax.circuits.engine import Engine, Output, targets_of
-from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, LATENT, OUTPUT, TXT
+from difffract_jax.circuits.graph import ERROR, FEATURE, IMG, INPUT, LATENT, OUTPUT, TXT
 from difffract_jax.circuits.readout import Targets, preactivation_changes
 from difffract_jax.circuits.replacement import Replacement, Sources, run
-from difffract_jax.models.blocks import Groups, Streams
+from difffract_jax.models.blocks import Streams
 
 AT_ONCE = 8
 """Variants computed together; also the fewest that programs are compiled for."""
@@ -110,9 +110,9 @@ class Places(NamedTuple):
 
     Attributes:
         kind: `FEATURE`, `ERROR`, `INPUT` of this step; anything else for one that is not.
-        group: 0 image, 1 text, 2 joint sequence; for inputs the stream.
-        layer: within the group.
-        position: within the group's sequence.
+        group: number of the group; for inputs the stream's code.
+        layer: recorded layer, counted through all stacks.
+        position: within the group's sequence, or the stream.
         feature: of a feature.
     """
 
@@ -138,14 +138,10 @@ def places_at(engine: Engine, rows: Int64[np.ndarray, "source"], number: int) ->
     table, info = engine.table, engine.infos[number]
     kind, stream, block = (column[rows].astype(np.int64) for column in (table.kind, table.stream, table.block))
     kind[(table.step[rows] != info.step) | (rows < 0)] = NOT_HERE
-    joint = block >= info.depths[0]
-    group = np.where(joint, 2, stream)
-    double = [b for b in info.recorded if b < info.depths[0]]
-    single = [b for b in info.recorded if b >= info.depths[0]]
-    numbers = {b: i for blocks in (double, single) for i, b in enumerate(blocks)}
-    layer = np.array([numbers.get(int(b), 0) for b in block], np.int64)
-    position = table.position[rows] + np.where(joint & (stream != TXT), info.text_tokens, 0)
-    columns = (kind, group, layer, position, np.maximum(table.feature[rows], 0))
+    group = info.layout.groups_at(block, stream)
+    position = info.layout.rows_at(group, stream, table.position[rows], info.tokens_of)
+    layer = np.clip(block - info.recorded[0], 0, len(info.recorded) - 1)
+    columns = (kind, np.where(group < 0, stream, group), layer, position, np.maximum(table.feature[rows], 0))
     return Places(*(jnp.asarray(column, jnp.int32) for column in columns))
 
 
@@ -202,17 +198,20 @@ def _change(prepared: Replacement, place: Places, latents: Array, *, across: boo
     weights, values, errors = record.weights, [], []
     for group, (one, value, error) in enumerate(zip(sites, sources.values, sources.errors, strict=True)):
         layers, rows = (jnp.arange(size)[:, None] for size in error.shape[:2])
+        layers = layers + record.first_layers[group]
         here = (layers == place.layer) & (place.position == rows.T) & (place.group == group)
         chosen = here[:, :, None] & (one.layers.index == place.feature) & (place.kind == FEATURE)
         values.append(jnp.where(chosen, value, 0))
         errors.append(jnp.where(here[:, :, None] & (place.kind == ERROR), error, 0))
-    own = (place.kind == INPUT) & (jnp.arange(sources.boundary.img.shape[0]) == place.position) & (place.group == 0)
+    own, text = (
+        (place.kind == INPUT) & (jnp.arange(h.shape[0]) == place.position) & (place.group == stream)
+        for stream, h in ((IMG, sources.boundary.img), (TXT, sources.boundary.txt))
+    )
     img = jnp.where(own[:, None], sources.boundary.img, 0)
-    text = (place.kind == INPUT) & (jnp.arange(sources.boundary.txt.shape[0]) == place.position) & (place.group == 1)
     if across:
         # What the projections' biases add is no source's.
         img = latents @ weights.img_in.kernel[...]
         txt = jnp.where(text[:, None], record.text, 0) @ weights.txt_in.kernel[...]
     else:
         txt = jnp.where(text[:, None], sources.boundary.txt, 0)
-    return Sources(Streams(img, txt), Groups(*values), Groups(*errors))
+    return Sources(Streams(img, txt), tuple(values), tuple(errors))

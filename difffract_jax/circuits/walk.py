@@ -7,10 +7,10 @@ part. They go through in pieces that fit a processor's cache, of sizes chosen by
    features that are active there, and the errors. These are edges, written into place.
 2. The block's pull-back, `jax.vjp` of the frozen block at any point, vectorised over the targets of a piece. What all
    targets share, the attention pattern first of all, is computed once per block.
-3. Targets of this block enter; see `entry`.
+3. Targets of this block enter, as the block says (`models.blocks.Block.entry`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from difffract_jax.circuits.contraction import contract, gather_bytes
-from difffract_jax.circuits.entry import enter_double, enter_single
 from difffract_jax.circuits.readout import Targets
 from difffract_jax.circuits.record import Record
 from difffract_jax.circuits.replacement import Sites, Sources, site
-from difffract_jax.models.blocks import Groups, Streams, both, modulations
+from difffract_jax.models.blocks import Entry
+from difffract_jax.models.stacks import slice_layer
 
 PULL_BYTES = 2**20
 """Cotangents pulled through a block at a time: few enough for a processor's cache; accelerators take them all."""
@@ -87,8 +87,8 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class Here(NamedTuple):
-    """One block in the walk; tuples have an entry per group of sites, img and txt or joint.
+class BlockAt(NamedTuple):
+    """One block in the walk; tuples have an entry per group of the block's stack.
 
     Attributes:
         sites: its sites.
@@ -96,7 +96,7 @@ class Here(NamedTuple):
         errors: of the sites, [rows d_model].
         gates: factor between a site's output and the residual stream.
         pull: pulls one target's cotangents back through the block, one [rows d_model] per group.
-        enter: gradients and targets of this block to cotangents of the residual streams entering it.
+        enter: gradients, groups and rows of targets of this block to cotangents of the residual streams entering it.
     """
 
     sites: tuple[Sites, ...]
@@ -104,47 +104,32 @@ class Here(NamedTuple):
     errors: tuple[Array, ...]
     gates: tuple[Array, ...]
     pull: Callable[[tuple[Array, ...]], tuple[Array, ...]]
-    enter: Callable[[Array, Targets], tuple[Array, ...]]
+    enter: Entry
 
 
-def double_block(record: Record, sites: Groups, sources: Sources, layer: Array) -> Here:
-    """Returns a double-stream block of the walk."""
-    block, frozen, values, errors = jax.tree.map(
-        lambda leaf: leaf[layer],
-        (record.weights.double, record.frozen, sources.values[:2], sources.errors[:2]),
-    )
-    mod, here = modulations(block, record.cond.vec), tuple(_sites_at(s, layer) for s in sites[:2])
+def block_at(
+    record: Record, sites: Sequence[Sites], sources: Sources, stack: int, groups: slice, layer: Array
+) -> BlockAt:
+    """Returns a block of the walk.
 
-    def forward(h: tuple[Array, ...]) -> tuple[Array, ...]:
-        mlp = lambda _, x: both(skip, Streams(*here), x)  # noqa: E731  (closed over the block's sites)
-        return tuple(block(Streams(*h), record.cond, frozen=frozen, mlp=mlp)[0])
-
-    def enter(gradients: Array, targets: Targets) -> tuple[Array, ...]:
-        return tuple(enter_double(block, frozen, mod, gradients, targets.group, targets.position))
-
-    return Here(here, values, errors, (mod.img[5], mod.txt[5]), _puller(forward, errors), enter)
-
-
-def single_block(record: Record, sites: Groups, sources: Sources, layer: Array) -> Here:
-    """Returns a single-stream block of the walk, counted from the first recorded one."""
-    block, frozen, values, errors = jax.tree.map(
-        lambda leaf: leaf[layer],
-        (record.weights.single, record.frozen_single, sources.values.joint, sources.errors.joint),
-    )
-    _, scale, gate = block.mod(jax.nn.silu(record.cond.vec)).reshape(3, -1)
-    here = _sites_at(sites.joint, layer)
+    Args:
+        record: the trace's arrays.
+        sites: per group.
+        sources: at the traced point.
+        stack: number of the stack.
+        groups: the stack's among all groups.
+        layer: counted from the stack's first recorded block.
+    """
+    parts = record.weights.stacks[stack], record.frozen[stack], sources.values[groups], sources.errors[groups]
+    block, frozen, values, errors = slice_layer(parts, layer)
+    at = tuple(Sites(one.stack, slice_layer(one.layers, layer)) for one in sites[groups])
 
     def forward(h: tuple[Array, ...]) -> tuple[Array, ...]:
-        return (block(h[0], record.cond, frozen=frozen, mlp=lambda _, x: skip(here, x))[0],)
+        return tuple(block(h, record.cond, frozen=frozen, mlp=lambda i, x: skip(at[i], x))[0])
 
-    def enter(gradients: Array, targets: Targets) -> tuple[Array, ...]:
-        return (enter_single(frozen.inv_std, scale, gradients, targets.position),)
-
-    return Here((here,), (values,), (errors,), (gate,), _puller(forward, (errors,)), enter)
-
-
-def _sites_at(sites: Sites, layer: Array) -> Sites:
-    return Sites(sites.stack, jax.tree.map(lambda leaf: leaf[layer], sites.layers))
+    return BlockAt(
+        at, values, errors, block.gates(record.cond), _puller(forward, errors), block.entry(record.cond, frozen)
+    )
 
 
 def _puller(forward: Callable[..., Any], like: tuple[Array, ...]) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
@@ -160,12 +145,13 @@ def skip(sites: Sites, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_
     return jnp.where(sites.layers.live[:, None], site(sites.stack, sites.layers.slot).skip(x), 0)
 
 
-class Stack(NamedTuple):
-    """A run of like layers in the walk.
+class Stretch(NamedTuple):
+    """A stack's layers in the walk.
 
     Attributes:
-        first: its first layer.
+        first: the stack's first layer, counted through all recorded layers.
         layers: how many there are.
+        first_group: number of the stack's first group.
         begin: place of its first edge.
         per_layer: places of a layer.
         at: from a layer, counted from the stack's first, to the block there.
@@ -173,9 +159,10 @@ class Stack(NamedTuple):
 
     first: int
     layers: int
+    first_group: int
     begin: int
     per_layer: int
-    at: Callable[[Array], Here]
+    at: Callable[[Array], BlockAt]
 
     def clear(self, edges: Float[Array, "target source"]) -> Float[Array, "target source"]:
         """Zeroes the stack's edges, layer by layer, in place."""
@@ -188,7 +175,7 @@ class Stack(NamedTuple):
 
 
 def walk(
-    stack: Stack,
+    stretch: Stretch,
     top: Array,
     edges: Float[Array, "target source"],
     cotangent: tuple[Array, ...],
@@ -199,10 +186,10 @@ def walk(
     """Walks the layers below `top` down to the stack's first.
 
     Args:
-        stack: which layers.
+        stretch: which layers.
         top: layer after the first to walk.
         edges: to write into.
-        cotangent: of the residual streams, [target rows d_model] per group.
+        cotangent: of the residual streams, [target rows d_model] per group of the stack.
         targets: highest first.
         gradients: of each target.
         sizes: of the pieces.
@@ -215,19 +202,20 @@ def walk(
     def step(i: Array, carry: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
         edges, cotangent = carry
         layer = top - 1 - i
-        here = stack.at(layer - stack.first)
-        column = stack.begin + (layer - stack.first) * stack.per_layer
+        block = stretch.at(layer - stretch.first)
+        column = stretch.begin + (layer - stretch.first) * stretch.per_layer
 
         def contract_some(first: Array, count: int, edges: Array) -> Array:
-            return contract_block(here, edges, (first, column), cotangent, count, sizes.gather)
+            return contract_block(block, edges, (first, column), cotangent, count, sizes.gather)
 
         def through(first: Array, count: int, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
-            return _put(cotangent, jax.vmap(here.pull)(_some(cotangent, first, count)), first)
+            return _put(cotangent, jax.vmap(block.pull)(_some(cotangent, first, count)), first)
 
         def enter_some(piece: Array, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
             first = piece * sizes.enter
             some, gradient, before = _some((targets, gradients, cotangent), first, sizes.enter)
-            entered = here.enter(jnp.where((some.layer == layer)[:, None], gradient, 0), some)
+            own = jnp.where((some.layer == layer)[:, None], gradient, 0)
+            entered = block.enter(own, some.group - stretch.first_group, some.position)
             return _put(cotangent, jax.tree.map(jnp.add, before, entered), first)
 
         begun, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
@@ -238,7 +226,7 @@ def walk(
         last = (begin + sizes.enter - 1) // sizes.enter
         return edges, jax.lax.fori_loop(begun // sizes.enter, last, enter_some, cotangent)
 
-    return jax.lax.fori_loop(0, top - stack.first, step, (edges, cotangent))
+    return jax.lax.fori_loop(0, top - stretch.first, step, (edges, cotangent))
 
 
 def _in_pieces(
@@ -269,7 +257,7 @@ def _put(tree: Any, part: Any, first: Array) -> Any:
 
 
 def contract_block(
-    here: Here,
+    block: BlockAt,
     edges: Float[Array, "target source"],
     corner: tuple[Array, Array],
     cotangent: tuple[Array, ...],
@@ -279,7 +267,7 @@ def contract_block(
     """Writes the edges that come from one block's features and errors into `count` targets.
 
     Args:
-        here: the block.
+        block: the block.
         edges: rows to write into.
         corner: first row, and the block's first column.
         cotangent: of the residual streams leaving the block, all targets'.
@@ -287,7 +275,7 @@ def contract_block(
         gather: bytes of decoder vectors gathered at a time.
     """
     row, column = corner
-    for sites, values, written, gate in zip(here.sites, here.values, cotangent, here.gates, strict=True):
+    for sites, values, written, gate in zip(block.sites, block.values, cotangent, block.gates, strict=True):
         if sites.stack is not None:
             decoder, layers = sites.stack.dec.kernel[...], sites.layers
             place = layers.slot, layers.index, values
@@ -295,7 +283,7 @@ def contract_block(
         column += values.size
     from_errors = [
         dot_rows(row, count, c, gate[None, :] * error)
-        for c, error, gate in zip(cotangent, here.errors, here.gates, strict=True)
+        for c, error, gate in zip(cotangent, block.errors, block.gates, strict=True)
     ]
     return jax.lax.dynamic_update_slice(edges, jnp.concatenate(from_errors, axis=1), (row, column))
 

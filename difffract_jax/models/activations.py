@@ -4,10 +4,13 @@
 2. `write_activations` and `read_activations` hold both sides to that declaration: the recorder in
    `converters/torch_trace.py`, and `circuits/imported.py`, which makes a trace of the file.
 
-Values are float32, which holds those of a bfloat16 run exactly. NumPy only.
+3. `records_of` sorts the arrays by stack and group.
+
+Values are float32, which holds those of a bfloat16 run exactly.
 """
 
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +18,9 @@ import numpy as np
 
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file
-from difffract_jax.models.blocks import FluxConfig
+from difffract_jax.models.blocks import FluxConfig, Streams
+from difffract_jax.models.double import Frozen
+from difffract_jax.models.single import SingleFrozen
 
 FORMAT_VERSION = 1
 ARRAYS: dict[str, str] = {
@@ -151,6 +156,39 @@ def read_activations(path: str | Path) -> Activations:
         )
     check_finite(activations, str(path))
     return activations
+
+
+class Records(NamedTuple):
+    """What a file says of the blocks, as a trace holds it.
+
+    Attributes:
+        frozen: queries, keys and norm scales of each stack's blocks.
+        mlp_in: inputs x of the MLP sublayers, [layer rows d_model] per group.
+        mlp_out: their outputs y, alike.
+        names: of each group's outputs in the file.
+    """
+
+    frozen: tuple[Any, ...]
+    mlp_in: tuple[Any, ...]
+    mlp_out: tuple[Any, ...]
+    names: tuple[str, ...]
+
+
+def records_of(arrays: Mapping[str, Any]) -> Records:
+    """Sorts a file's arrays by stack and group.
+
+    Args:
+        arrays: by the names in `ARRAYS`.
+    """
+
+    def streams(name: str) -> Streams:
+        return Streams(arrays[f"{name}_img"], arrays[f"{name}_txt"])
+
+    double = Frozen(arrays["double_q"], arrays["double_k"], streams("double_inv_std1"), streams("double_inv_std2"))
+    single = SingleFrozen(arrays["single_q"], arrays["single_k"], arrays["single_inv_std"])
+    names = ("double_mlp_out_img", "double_mlp_out_txt", "single_mlp_out")
+    mlp_in = (*streams("double_mlp_in"), arrays["single_mlp_in"])
+    return Records((double, single), mlp_in, tuple(arrays[name] for name in names), names)
 
 
 def check_finite(activations: Activations, holder: str) -> None:

@@ -92,7 +92,7 @@ class SingleBlock(nnx.Module):
         return (self._modulation(cond)[2],)
 
     def entry(self, cond: Cond, frozen: SingleFrozen) -> Entry:
-        """Returns the function that pulls gradients at single rows of x back to the residual stream before the block."""
+        """Returns the function that pulls gradients at single rows of x back to the stream before the block."""
         scale = self._modulation(cond)[1]
 
         def enter(gradients: Array, group: Array, row: Array) -> tuple[Array, ...]:
@@ -125,9 +125,7 @@ class SingleBlock(nnx.Module):
         del group  # there is one
         shift, scale = self._modulation(cond)[:2]
         norm = (self.q_norm, self.k_norm)[part]
-        return head_of_row(
-            self.qkv, norm, cond, (shift, scale), part, head, row, h, frozen.inv_std[row], denominator
-        )
+        return head_of_row(self.qkv, norm, cond, (shift, scale), part, head, row, h, frozen.inv_std[row], denominator)
 
     def _modulation(self, cond: Cond) -> Float[Array, "3 d_model"]:
         """Returns shift, scale and gate."""
