@@ -2,9 +2,9 @@
 
 1. A *stream* is a residual stream with tokens of its own: `img` and `txt`.
 2. A *stack* is a run of blocks that are alike. FLUX has two, `double` and `single`. Blocks are numbered through the
-   model, stack after stack; in text a block is STACK/N, counted from its stack's first: double/2, single/0.
-3. A *group* is what the MLP sublayers of one stack that read the same sequence of tokens have in common: in FLUX `img`
    model, stack after stack; in text a block is STACK/N, counted from the first of its stack: double/2, single/0.
+3. A *group* is what the MLP sublayers of one stack that read the same sequence of tokens have in common: in FLUX `img`
+   and `txt` of the double-stream blocks, and `joint` of the single-stream blocks, whose sequence holds the text, then
    the image. A model's groups are numbered stack by stack; "one per group" is always a tuple in this order.
 4. A *site* is one MLP sublayer: a group in a block. In text it is LABEL/N, counted from the first block that has the
    label: img/3, txt/0, single/5.
@@ -47,6 +47,8 @@ TEXT = Group("txt", "txt", ("txt",))
 JOINT = Group("joint", "single", ("txt", "img"))
 GROUPS = (IMAGE, TEXT, JOINT)
 """The groups that FLUX's blocks have, by number."""
+LABELS = {group.label: group for group in GROUPS}
+"""Labels that addresses may have where no model is at hand to ask."""
 
 
 class Stack(NamedTuple):
@@ -105,6 +107,10 @@ class Layout:
         """The stack of every group, by number."""
         return tuple(i for i, stack in enumerate(self.stacks) for _ in stack.groups)
 
+    def stack_of_block(self, block: int) -> int:
+        """Returns the stack that a block is in."""
+        return next(i for i in range(len(self.stacks)) if block in self.blocks_of_stack(i))
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The groups' names, each once."""
@@ -117,6 +123,16 @@ class Layout:
         for group, stack in zip(self.groups, self.stack_of_group, strict=True):
             labels[group.label] = labels.get(group.label, ()) + tuple(self.blocks_of_stack(stack))
         return labels
+
+    @cached_property
+    def sides(self) -> tuple[tuple[int, str], ...]:
+        """Every group with each stream that its sequence holds: (number of the group, name of the stream)."""
+        return tuple((number, stream) for number, group in enumerate(self.groups) for stream in group.streams)
+
+    def groups_of_stack(self, stack: int) -> range:
+        """Returns the numbers of a stack's groups."""
+        first = sum(len(one.groups) for one in self.stacks[:stack])
+        return range(first, first + len(self.stacks[stack].groups))
 
     def blocks_of_stack(self, stack: int) -> range:
         """Returns the blocks of a stack."""
@@ -170,6 +186,20 @@ class Layout:
                 before[number, STREAMS.index(name)] = sum(getattr(tokens, s) for s in one.streams[:place])
         return np.asarray(position, np.int64) + before[group, stream]
 
+    def place(self, group: int, row: int, tokens: Tokens) -> str:
+        """Returns how a row of a group's sequence is written: 7, or img7 where the sequence holds several streams."""
+        stream, position = (int(column[row]) for column in self.sequence(group, tokens))
+        return f"{STREAMS[stream] if len(self.groups[group].streams) > 1 else ''}{position}"
+
+    def group_of(self, label: str, number: int) -> int:
+        """Returns the group of the site that is written LABEL/N.
+
+        Raises:
+            UserError: if the model does not have it.
+        """
+        block = self.block_of(label, number)
+        return next(i for i, group in enumerate(self.groups) if group.label == label and block in self.blocks_of(i))
+
     def sequence(self, group: int, tokens: Tokens) -> tuple[np.ndarray, np.ndarray]:
         """Returns stream and position of every row of a group's sequence.
 
@@ -184,7 +214,7 @@ class Layout:
 
     def block_name(self, block: int) -> str:
         """Returns how a block is written: double/2, single/0."""
-        stack = max(i for i, first in enumerate(self.firsts) if first <= block)
+        stack = max(i for i, first in enumerate(self.firsts) if first <= block)  # also of a block beyond the last
         return f"{self.stacks[stack].name}/{block - self.firsts[stack]}"
 
     def block_number(self, stack: str, number: int) -> int:

@@ -24,6 +24,8 @@ PROMPTS = (
     "lighthouse and a tin robot in heavy fog, pixel art, emerald green",
 )
 SIZE = {"height": 96, "width": 96, "text_tokens": 16}
+IMAGE, TEXT, JOINT = range(3)
+"""Numbers of FLUX's groups of sites."""
 
 
 class Golden(NamedTuple):

@@ -278,12 +278,12 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
     if block not in info.recorded:
         first, last, wanted = (layout.block_name(one) for one in (info.recorded[0], info.recorded[-1], block))
         raise UserError(f"The trace recorded the blocks {first} to {last}, but not {wanted}.")
-    stack = next(i for i in range(len(layout.stacks)) if block in layout.blocks_of_stack(i))
+    stack = layout.stack_of_block(block)
     shape = record.weights.stacks[stack].attention_shape(record.frozen[stack])
     heads = 0 if shape is None else shape[1]
     if not 0 <= head < heads:
         known = f"heads 0 to {heads - 1}" if heads else "no attention"
-        raise UserError(f"The block {layout.block_name(block)} has {known}, but got head {head}.")
+        raise UserError(f"The block {layout.block_name(block)} has {known}, but got {head}.")
     places = []
     for stream, position in (query, key):
         rows = info.tokens_of._asdict()

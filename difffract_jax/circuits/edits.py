@@ -21,13 +21,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from difffract_jax.circuits.feature import STREAMS, Feature
+from difffract_jax.address import LABELS
+from difffract_jax.circuits.feature import Feature
 from difffract_jax.config import UserError
 
 MODES = ("zero", "scale", "invert", "set", "add")
 WITH_AMOUNT = ("scale", "set", "add")
 FORM = "FEATURE=zero|invert|scale:2|set:1.5|add:.5"
-_SITE = re.compile(r"(?P<stream>img|txt|single)(?:/(?P<block>\d+))?(?P<rest>[@#].*)?")
+_SITE = re.compile(rf"(?P<stream>{'|'.join(LABELS)})(?:/(?P<block>\d+))?(?P<rest>[@#].*)?")
 _NAMED = re.compile(r"(?P<name>[A-Za-z][\w -]*):(?P<features>.+)")
 
 
@@ -35,11 +36,11 @@ class Site(NamedTuple):
     """An MLP sublayer as a whole, every feature of its transcoder; or a whole stream.
 
     Attributes:
-        stream: "img", "txt" or "single".
-        block: double-stream block, or for "single" single-stream block; None for every one with a transcoder.
+        stream: label of the site: "img", "txt" or, for single-stream blocks, "single".
+        block: number of the site; None for every one with a transcoder.
         positions: positions within the stream; None for all.
         steps: denoising steps; None for all.
-        side: in single-stream blocks, whose positions are meant, "img" or "txt"; None for both.
+        side: of sites of several streams, whose positions are meant, "img" or "txt"; None for both.
     """
 
     stream: str
@@ -259,14 +260,14 @@ def _meet(edit: Edit, part: Part, other: Edit, theirs: Part) -> bool:
     sides = {part.side, theirs.side} - {None}
     if len(sides) == 2 or not overlap(part.steps, theirs.steps):
         return False
-    if part.side != theirs.side:  # one of them is at every position of the joint sequence
+    if part.side != theirs.side:  # one of them is at every position of the sequence
         return True
-    image = part.stream == "img" or (part.stream == "single" and part.side != "txt")
+    image = part.side != "txt" and "img" in LABELS[part.stream].streams
     regions = overlap(edit.region, other.region) if image else True
     return regions and overlap(part.positions, theirs.positions)
 
 
 def check_stream(stream: str) -> None:
     """Raises `UserError` if there is no such stream."""
-    if stream not in STREAMS:
-        raise UserError(f"A site's stream must be one of {', '.join(STREAMS)}, but got {stream!r}.")
+    if stream not in LABELS:
+        raise UserError(f"A site's stream must be one of {', '.join(LABELS)}, but got {stream!r}.")

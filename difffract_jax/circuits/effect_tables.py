@@ -10,28 +10,26 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from difffract_jax.address import STREAMS, Layout
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.ranking import SIDES
 from difffract_jax.circuits.total_effects import TotalEffects
-from difffract_jax.models.blocks import Groups
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 
 def summed(
-    found: TotalEffects, group: str, layers: Sequence[int], rows: Bool[np.ndarray, "rows"], features: int
+    found: TotalEffects, group: int, layers: Sequence[int], rows: Bool[np.ndarray, "rows"], features: int
 ) -> Float64[np.ndarray, "step layer feat"]:
     """Sums the effects of every feature of a group over the tokens that count.
 
     Args:
         found: total effects of a run.
-        group: "img", "txt" or "joint".
-        layers: of the group.
-        rows: which of its tokens count; in single-stream blocks the text comes first.
+        group: its number.
+        layers: of the group's stack.
+        rows: which rows of its sequence count.
         features: of a transcoder.
     """
-    place, layers = Groups._fields.index(group), list(layers)
-    effect = np.asarray(found.features[place], np.float64)[:, layers] * rows[:, None]
-    index = np.asarray(found.index[place])[:, layers]
+    effect = np.asarray(found.features[group], np.float64)[:, list(layers)] * rows[:, None]
+    index = np.asarray(found.index[group])[:, list(layers)]
     total = np.zeros((len(effect), len(layers), features))
     step, layer = np.indices(effect.shape)[:2]
     np.add.at(total, (step, layer, index), effect)
@@ -71,37 +69,41 @@ def strongest(
         first: the first step traced.
     """
     best: list[FeatureEffect] = []
-    for group, side in SIDES:
-        layers = list(getattr(tcs, f"{group}_layers"))
-        if not layers:
+    layout = found.layout
+    slots = tcs.sites.slots(layout)
+    for group, side in layout.sides:
+        blocks = list(slots[group])
+        if not blocks:
             continue
         tokens = inside if side == "img" else own
-        total = summed(found, group, layers, rows_of(group, side, inside, own), tcs.config.features)
+        layers = [block - layout.blocks_of(group).start for block in blocks]
+        total = summed(found, group, layers, rows_of(layout, group, side, inside, own), tcs.config.features)
         order = np.argsort(-np.abs(total), axis=None, kind="stable")[:most]
         # An edit without positions acts at all image tokens, and at the prompt's own.
-        positions = None if group == "txt" or (group == "img" and inside.all()) else _numbers(tokens)
+        alone = len(layout.groups[group].streams) == 1
+        positions = None if alone and (side == "txt" or inside.all()) else _numbers(tokens)
         for step, layer, number in zip(*np.unravel_index(order, total.shape), strict=True):
-            name, sided = ("single", side) if group == "joint" else (group, None)
-            at = Feature(name, layers[layer], int(number), positions, (first + int(step),), sided)
+            site = layout.site_number(blocks[layer], STREAMS.index(side))
+            at = Feature(*site, int(number), positions, (first + int(step),), None if alone else side)
             best.append(FeatureEffect(at, side, float(total[step, layer, number])))
     ranked = sorted(best, key=lambda one: -abs(one.effect))[:most]
     return [one for one in ranked if one.effect]
 
 
 def rows_of(
-    group: str, side: str, inside: Bool[np.ndarray, "img"], text: Bool[np.ndarray, "txt"]
+    layout: Layout, group: int, side: str, inside: Bool[np.ndarray, "img"], text: Bool[np.ndarray, "txt"]
 ) -> Bool[np.ndarray, "rows"]:
     """Marks the tokens that count of one side, in the order of a group's rows.
 
     Args:
-        group: "img", "txt" or "joint".
-        side: "img" or "txt".
+        layout: of the model.
+        group: its number.
+        side: one of its streams.
         inside: image tokens that count.
         text: text tokens that count.
     """
-    if group != "joint":
-        return inside if side == "img" else text
-    return np.concatenate([text & (side == "txt"), inside & (side == "img")])
+    counted = {"img": inside, "txt": text}
+    return np.concatenate([counted[stream] & (stream == side) for stream in layout.groups[group].streams])
 
 
 def _numbers(tokens: Bool[np.ndarray, "token"]) -> tuple[int, ...]:
@@ -113,7 +115,7 @@ class SideSums(NamedTuple):
 
     Attributes:
         step: denoising step.
-        stream: "img", "txt" or "single".
+        stream: label of the sites, as in img/3 or single/0.
         side: stream of the tokens.
         features: sum of their effects.
         errors: likewise; where an MLP has no transcoder, its whole output.
@@ -136,12 +138,10 @@ def side_sums(found: TotalEffects, inside: Bool[np.ndarray, "img"], first: int =
     """
     text = np.ones(found.text.shape[0], bool)
     rows = []
-    for step in range(found.features.img.shape[0]):
-        for group, side in SIDES:
-            place = Groups._fields.index(group)
-            mask = rows_of(group, side, inside, text)
-            features, errors = (np.asarray(one[place][step], np.float64) for one in (found.features, found.errors))
-            stream = "single" if group == "joint" else group
+    for step in range(found.features[0].shape[0]):
+        for group, side in found.layout.sides:
+            mask = rows_of(found.layout, group, side, inside, text)
+            features, errors = (np.asarray(one[group][step], np.float64) for one in (found.features, found.errors))
             sums = float(features.sum(axis=-1)[:, mask].sum()), float(errors[:, mask].sum())
-            rows.append(SideSums(first + step, stream, side, *sums))
+            rows.append(SideSums(first + step, found.layout.groups[group].label, side, *sums))
     return rows

@@ -11,12 +11,12 @@ Blocks, features, positions and steps count from 0; positions within their strea
 import re
 from dataclasses import dataclass
 
+from difffract_jax.address import LABELS
 from difffract_jax.config import UserError
 
-STREAMS = ("img", "txt", "single")
 _RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
 _PATTERN = re.compile(
-    rf"(?P<stream>img|txt|single)/(?P<block>\d+)/f(?P<feature>\d+)"
+    rf"(?P<stream>{'|'.join(LABELS)})/(?P<block>\d+)/f(?P<feature>\d+)"
     rf"(?:@(?P<side>img|txt)?(?P<positions>{_RANGES}))?(?:#(?P<steps>{_RANGES}))?"
 )
 
@@ -26,12 +26,12 @@ class Feature:
     """A feature of one MLP sublayer's transcoder, and where and when it is meant.
 
     Attributes:
-        stream: "img", "txt" or, for single-stream blocks, "single".
-        block: block of that kind.
+        stream: label of the site: "img", "txt" or, for single-stream blocks, "single".
+        block: number of the site.
         feature: of the site's transcoder.
         positions: positions within the stream, ascending; None for all, or for wherever it is strongest.
         steps: denoising steps, ascending; None for all.
-        side: for single-stream blocks, whose positions are meant, "img" or "txt"; else None.
+        side: for sites of several streams, whose positions are meant, "img" or "txt"; else None.
     """
 
     stream: str
@@ -42,9 +42,8 @@ class Feature:
     side: str | None = None
 
     def __post_init__(self) -> None:
-        if self.stream not in STREAMS:
-            raise UserError(f"A feature's stream must be one of {', '.join(STREAMS)}, but got {self.stream!r}.")
-        if (self.side is not None) != (self.stream == "single" and self.positions is not None):
+        group = LABELS.get(self.stream)  # None for a label of a foreign model, whose layout tells
+        if group and (self.side is not None) != (len(group.streams) > 1 and self.positions is not None):
             raise UserError(
                 f"Positions in single-stream blocks need their stream, as in single/5/f9@img12, and only there; "
                 f"got {self.stream}/{self.block}/f{self.feature}."
@@ -67,7 +66,7 @@ class Feature:
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             raise UserError(
-                f"{text!r} is no feature; write STREAM/BLOCK/fN[@POSITIONS][#STEPS] with a stream img, txt or single, "
+                f"{text!r} is no feature; write STREAM/BLOCK/fN[@POSITIONS][#STEPS] with a stream {', '.join(LABELS)}, "
                 "as in img/2/f401@12 or txt/0/f7@0-3#1."
             )
         part = match.groupdict()

@@ -3,16 +3,14 @@
 import numpy as np
 from jaxtyping import Float64
 
+from difffract_jax.address import STREAMS
 from difffract_jax.circuits.engine import Engine, make_engine
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE, IMG, TXT
+from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.replacement import site
 from difffract_jax.circuits.trace import Span, Trace, TraceInfo
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.transcoder import TranscoderSet
-
-GROUPS = ("img", "txt", "single")
-"""How features of each group are written."""
 
 
 def strongest_feature(trace: Trace | Span, tcs: TranscoderSet, stream: str, block: int) -> Feature:
@@ -21,8 +19,8 @@ def strongest_feature(trace: Trace | Span, tcs: TranscoderSet, stream: str, bloc
     Args:
         trace: from `capture` or `capture_steps`; of a span, its last step counts.
         tcs: the transcoders it was captured for.
-        stream: "img", "txt" or "single".
-        block: block of that kind.
+        stream: label of the site, as in img/3 or single/0.
+        block: its number.
 
     Raises:
         UserError: if nothing is active there.
@@ -37,22 +35,20 @@ def strongest_feature(trace: Trace | Span, tcs: TranscoderSet, stream: str, bloc
 
 def named(engine: Engine, row: int) -> Feature:
     """Returns a row of the table as a feature with its position, and its step if there are several."""
-    table, depth = engine.table, engine.infos[0].depths[0]
-    stream, block = ("img", "txt")[table.stream[row]], int(table.block[row])
+    table, layout = engine.table, engine.infos[0].layout
+    block, stream = int(table.block[row]), int(table.stream[row])
     position, steps = (int(table.position[row]),), (int(table.step[row]),) if engine.across else None
-    if block < depth:
-        return Feature(stream, block, int(table.feature[row]), position, steps)
-    return Feature("single", block - depth, int(table.feature[row]), position, steps, stream)
+    site_of = layout.site_number(block, stream)
+    return Feature(*site_of, int(table.feature[row]), position, steps, layout.side(block, stream))
 
 
 def _at_site(engine: Engine, target: Feature, step: int) -> np.ndarray:
-    """Marks the active rows of a site in one step; of a single-stream site, those of the stream that is named."""
-    table, info = engine.table, engine.infos[0]
-    here = (table.kind == FEATURE) & (table.value > 0) & (table.step == step)
-    if target.stream == "single":
-        here &= table.block == info.depths[0] + target.block
-        return here if target.side is None else here & (table.stream == {"img": IMG, "txt": TXT}[target.side])
-    return here & (table.block == target.block) & (table.stream == GROUPS.index(target.stream))
+    """Marks the active rows of a site in one step; of a site of several streams, those of the one that is named."""
+    table, layout = engine.table, engine.infos[0].layout
+    streams = layout.streams_of(target.stream) if target.side is None else (target.side,)
+    active = (table.kind == FEATURE) & (table.value > 0) & (table.step == step)
+    of_stream = np.isin(table.stream, [STREAMS.index(stream) for stream in streams])
+    return active & of_stream & (table.block == layout.block_of(target.stream, target.block))
 
 
 def target_row(engine: Engine, target: Feature) -> int:
@@ -99,20 +95,16 @@ def _step_of(engine: Engine, target: Feature) -> TraceInfo:
 
 def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
     """Refuses a target without a transcoder, feature or position of that number, or on padding."""
-    group = GROUPS.index(target.stream)
-    sites, record = engine.steps[0].sites[group], engine.steps[0].record
-    first = info.depths[0] if target.stream == "single" else 0
-    layers = [block for block in info.recorded if (block >= info.depths[0]) == (target.stream == "single")]
-    live = np.asarray(sites.layers.live)
-    blocks = [] if sites.stack is None else [b - first for b, on in zip(layers, live, strict=True) if on.any()]
-    if target.block not in blocks or sites.stack is None:
-        known = ", ".join(map(str, blocks)) or "none"
+    numbers, layout = _live_sites(engine, info, target.stream), info.layout
+    if target.block not in numbers:
+        known = ", ".join(map(str, numbers)) or "none"
         raise UserError(f"There is no transcoder at {target.stream}/{target.block}; blocks with one: {known}.")
-    features = sites.stack.config.features
+    group, record = layout.group_of(target.stream, target.block), engine.steps[0].record
+    features = engine.steps[0].sites[group].stack.config.features
     if target.feature >= features:
         raise UserError(f"{target} does not exist: the transcoders have features 0 to {features - 1}.")
-    side = {"img": IMG, "txt": TXT}[target.side or ("img" if target.stream == "single" else target.stream)]
-    replaceable = np.asarray(record.replaceable[side])
+    side = STREAMS.index(target.side or layout.streams_of(target.stream)[-1])
+    replaceable = np.asarray(record.replaceable[group])[layout.sequence(group, info.tokens_of)[0] == side]
     asked = np.array([] if target.positions is None else target.positions, int)
     beyond = asked[asked >= replaceable.size]
     if beyond.size:
@@ -126,17 +118,28 @@ def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
         )
 
 
+def _live_sites(engine: Engine, info: TraceInfo, label: str) -> list[int]:
+    """Returns the numbers of a label's sites that have a transcoder and were recorded."""
+    numbers = []
+    for group, sites in enumerate(engine.steps[0].sites):
+        if sites.stack is None or info.layout.groups[group].label != label:
+            continue
+        recorded = [block for block in info.recorded if block in info.layout.blocks_of(group)]
+        live = np.asarray(sites.layers.live).any(axis=1)
+        blocks = info.layout.labels[label]
+        numbers += [blocks.index(block) for block, on in zip(recorded, live, strict=True) if on]
+    return numbers
+
+
 def _inactive_everywhere(engine: Engine, info: TraceInfo, target: Feature) -> str:
     """Says how far an inactive feature is from being active, and which features of its site are."""
     u = site_preactivations(engine, info, target)
+    group = info.layout.group_of(target.stream, target.block)
     if target.side is not None:
-        here = np.arange(u.size) < info.text_tokens
-        u = np.where(here == (target.side == "txt"), u, -np.inf)
+        of_side = info.layout.sequence(group, info.tokens_of)[0] == STREAMS.index(target.side)
+        u = np.where(of_side, u, -np.inf)
     best, table = int(np.argmax(u)), engine.table
-    place = f"{best}"
-    if target.stream == "single":
-        # Positions of the joint sequence, text first.
-        place = f"txt{best}" if best < info.text_tokens else f"img{best - info.text_tokens}"
+    place = info.layout.place(group, best, info.tokens_of)
     here = np.flatnonzero(_at_site(engine, target, info.step))
     order = here[np.argsort(-table.value[here], kind="stable")]
     examples = dict.fromkeys(str(named(engine, int(r))).rpartition("/")[2] for r in order[:5])
@@ -147,17 +150,17 @@ def _inactive_everywhere(engine: Engine, info: TraceInfo, target: Feature) -> st
 
 
 def site_preactivations(engine: Engine, info: TraceInfo, target: Feature) -> Float64[np.ndarray, "rows"]:
-    """Returns a feature's pre-activation u at every position; minus infinity where the MLP is not replaced.
+    """Returns a feature's pre-activation u at every row of its sequence; minus infinity where the MLP is not replaced.
 
     Args:
         engine: of the trace.
         info: of the step.
-        target: the feature; of a single-stream site, positions count through the joint sequence, text first.
+        target: the feature.
     """
-    group = GROUPS.index(target.stream)
+    group = info.layout.group_of(target.stream, target.block)
     prepared = engine.steps[engine.infos.index(info)]
-    block = target.block + (info.depths[0] if target.stream == "single" else 0)
-    layer = [b for b in info.recorded if (b >= info.depths[0]) == (target.stream == "single")].index(block)
+    block = info.layout.block_of(target.stream, target.block)
+    layer = block - info.recorded[0] - prepared.record.first_layers[group]
     sites = prepared.sites[group]
     assert sites.stack is not None  # checked before
     transcoder = site(sites.stack, sites.layers.slot[layer])

@@ -53,7 +53,7 @@ def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
     parts, layout = [], info.layout
     places = [layout.sequence(group, info.tokens_of) for group in range(len(layout.groups))]
     for number in range(len(layout.stacks)):
-        groups = [group for group, stack in enumerate(layout.stack_of_group) if stack == number]
+        groups = layout.groups_of_stack(number)
         recorded = [block for block in info.recorded if block in layout.blocks_of_stack(number)]
         for layer, block in enumerate(recorded):
             parts += [_features(prepared, group, layer, block, *places[group], info.step) for group in groups]

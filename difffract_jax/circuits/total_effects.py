@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from difffract_jax.address import Layout
 from difffract_jax.circuits.engine import Output
 from difffract_jax.circuits.record import Weights
 from difffract_jax.circuits.replacement import Replacement, SiteLayers, prepare, prepare_steps, site
@@ -41,6 +42,7 @@ class TotalEffects(NamedTuple):
         errors: of the sites' errors, [step layer rows] per group.
         text: of the text embedding, which all steps share.
         noise: of the latents entering the first step.
+        layout: of the model, which orders the groups.
     """
 
     features: tuple[Float[Array, "_ _ _ _"], ...]
@@ -48,6 +50,7 @@ class TotalEffects(NamedTuple):
     errors: tuple[Float[Array, "_ _ _"], ...]
     text: Float[Array, "txt"]
     noise: Float[Array, "img"]
+    layout: Layout
 
 
 def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffects:
@@ -79,7 +82,7 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     taken = jnp.asarray([sigmas[t.info.step + 1] - sigmas[t.info.step] for t in span.traces], dtype)
     found = _effects(weights, transcoders, stacked, taken, output.velocity.astype(dtype), output.latents.astype(dtype))
     index = tuple(sites.layers.index for sites in stacked.sites)
-    return TotalEffects(found.features, index, found.errors, found.text, found.noise)
+    return TotalEffects(found.features, index, found.errors, found.text, found.noise, span.info.layout)
 
 
 def _prepare(span: Span, tcs: TranscoderSet) -> tuple[Replacement, ...]:

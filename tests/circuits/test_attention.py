@@ -68,12 +68,12 @@ def test_a_loading_is_the_edge_without_the_other_heads_at_the_last_hop(exact):
     block = int(engine.table.block[row])
     record = engine.steps[0].record
     before = pull_rows(engine, np.array([row], np.int64), 1).edges[0]
-    for head in range(record.frozen.q.shape[2]):
+    for head in range(record.frozen[0].q.shape[2]):
         # Columns of the value projection that belong to the head are zeroed in that block alone.
-        width, per = record.boundary.img.shape[1], record.frozen.q.shape[3]
+        width, per = record.boundary.img.shape[1], record.frozen[0].q.shape[3]
         columns = slice(2 * width + head * per, 2 * width + (head + 1) * per)
         weights = jax.tree.map(lambda leaf: leaf, record.weights)
-        for stream in (weights.double.img, weights.double.txt):
+        for stream in (weights.stacks[0].img, weights.stacks[0].txt):
             stream.attn.qkv.kernel[...] = stream.attn.qkv.kernel[...].at[block, :, columns].set(0)
         cut = engine._replace(
             steps=(engine.steps[0]._replace(record=record._replace(weights=weights)),), constants=engine.constants
@@ -91,7 +91,7 @@ def test_pairs_terms_and_constant_add_up_to_the_score(exact, block, head, query,
     engine = make_engine(exact.trace, exact.tcs)
     parts = score_parts(engine, block, head, query, key)
     record, text = engine.steps[0].record, exact.trace.info.text_tokens
-    frozen, layer = (record.frozen, block) if block < 3 else (record.frozen_single, block - 3)
+    frozen, layer = (record.frozen[0], block) if block < 3 else (record.frozen[1], block - 3)
     at = [position + (text if stream == "img" else 0) for stream, position in (query, key)]
     q, k = frozen.q[layer, at[0], head], frozen.k[layer, at[1], head]
     assert parts.score == pytest.approx(float(jnp.dot(q, k)) * q.size**-0.5, rel=1e-9)

@@ -103,10 +103,8 @@ def strongest(exact):
     table = source_table((exact.replacement,), (exact.trace.info,))
     rows = np.flatnonzero((table.kind == FEATURE) & (table.block == table.block.max()))
     row = rows[np.argmax(table.value[rows])]
-    block, depth = int(table.block[row]), exact.trace.info.depths[0]
-    if block >= depth:
-        return Feature("single", block - depth, int(table.feature[row]))
-    return Feature(("img", "txt")[table.stream[row]], block, int(table.feature[row]))
+    site = exact.trace.info.layout.site_number(int(table.block[row]), int(table.stream[row]))
+    return Feature(*site, int(table.feature[row]))
 
 
 def test_a_graph_in_float64_adds_up(exact):

@@ -19,7 +19,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.report import conservation_error
 from tolerances import TOL, relative_error
-from traces import make_transcoders
+from traces import IMAGE, JOINT, make_transcoders
 
 PROMPT = "a red circle"
 SIZE = {"height": 24, "width": 32, "text_tokens": 16}
@@ -71,16 +71,16 @@ def doubled(engine, row):
         return steps, text, latents
     number = [i.step for i in engine.infos].index(table.step[row])
     group, layer = int(table.stream[row]), block
-    if block >= info.depths[0]:
+    if block >= 3:
         position += info.text_tokens if group == 0 else 0
-        group, layer = 2, block - info.depths[0]
+        group, layer = JOINT, block - 3
     field = "errors" if table.kind[row] == ERROR else "values"
     pair = getattr(steps[number], field)
     place = (layer, position)
     if field == "values":
         index = np.asarray(engine.steps[number].sites[group].layers.index)[layer, position]
         place = (*place, int(np.flatnonzero(index == table.feature[row])[0]))
-    new = pair._replace(**{pair._fields[group]: pair[group].at[place].multiply(2)})
+    new = tuple(one.at[place].multiply(2) if i == group else one for i, one in enumerate(pair))
     steps[number] = steps[number]._replace(**{field: new})
     return steps, text, latents
 
@@ -294,8 +294,8 @@ def test_targets_and_budgets_that_make_no_graph_are_refused():
 def test_activations_that_are_not_finite_are_refused():
     pipe, tcs, span = made(jnp.float32)
     last = span.traces[-1]
-    errors = last.record.mlp_out.img.at[0, 0, 0].set(jnp.nan)
-    broken = last.record._replace(mlp_out=last.record.mlp_out._replace(img=errors))
+    errors = last.record.mlp_out[IMAGE].at[0, 0, 0].set(jnp.nan)
+    broken = last.record._replace(mlp_out=(errors, *last.record.mlp_out[1:]))
     span = span._replace(traces=(*span.traces[:-1], last._replace(record=broken)))
     with pytest.raises(UserError, match="not finite"):
         attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=2)

@@ -11,7 +11,6 @@ from difffract_jax import cli
 from difffract_jax.circuits.plan import Asked, plan_trace
 from difffract_jax.circuits.replacement import prepare
 from difffract_jax.circuits.trace import blocks_for, capture
-from difffract_jax.models.blocks import Groups
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.transcoders.plan import GIB, Topology
 from traces import make_transcoders
@@ -38,7 +37,7 @@ def test_a_plan_counts_what_a_trace_holds():
     pipe = random_pipeline()
     tcs = make_transcoders(pipe.config.transformer, img=(1, 2), txt=(), dtype=jnp.float32)
     trace = capture(pipe, tcs, "a red circle", step=1, height=24, width=32, text_tokens=16)
-    prepared = prepare(trace, tcs, active=Groups(24, 24, 24))
+    prepared = prepare(trace, tcs, active=(24, 24, 24))
     config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in ("transformer", "t5")}
     blocks = blocks_for(config, tcs, False)
     asked = Asked(config, parts, tcs, blocks, trace.info.grid, 16, active=24, targets=6, shards=2, precision="bf16")
@@ -47,8 +46,8 @@ def test_a_plan_counts_what_a_trace_holds():
     held = nbytes((trace.record._replace(weights=None), prepared.sources.values, prepared.sources.errors))
     assert plan.record == held + nbytes([s.layers for s in prepared.sites])
     # Of the weights only two of three double-stream blocks are copies; the rest are the model's own arrays.
-    assert plan.weights == nbytes(trace.record.weights.double)
-    assert plan.model == nbytes(parts) and plan.transcoders == nbytes(tcs.img)
+    assert plan.weights == nbytes(trace.record.weights.stacks[0])
+    assert plan.model == nbytes(parts) and plan.transcoders == nbytes(tcs.stacks["img"])
     assert plan.targets == 3  # per device
     assert [program.name for program in plan.programs] == ["record a step", "encode img", "constant", "pull back 3"]
     assert plan.fits and all(held <= program.needed <= GIB for program in plan.programs)

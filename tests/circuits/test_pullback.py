@@ -12,19 +12,20 @@ from difffract_jax.circuits import contraction, pullback, walk
 from difffract_jax.circuits.engine import affine_constants
 from difffract_jax.circuits.pullback import pull_back, push_forward
 from difffract_jax.circuits.readout import Targets, preactivations
-from difffract_jax.circuits.replacement import group_layers, prepare, run
+from difffract_jax.circuits.replacement import prepare, run
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import capture
+from difffract_jax.models.blocks import Streams
 from tolerances import TOL, relative_error
-from traces import VARIANTS, Exact, make_exact
+from traces import IMAGE, JOINT, TEXT, VARIANTS, Exact, make_exact
 
 
 def some_targets(exact, count=12, seed=0):
     """Targets spread over groups, blocks and positions; active or not, the laws hold."""
     rng = np.random.default_rng(seed)
     info = exact.trace.info
-    groups = group_layers(exact.tcs, info.depths[0])
-    sites = [(group, block) for group, blocks in enumerate(groups) for block in blocks]
+    slots = exact.tcs.sites.slots(info.layout)
+    sites = [(group, block) for group, blocks in enumerate(slots) for block in blocks]
     chosen = [sites[i] for i in rng.integers(0, len(sites), count)]
     rows = [exact.trace.record.mlp_in[s].shape[1] for s, _ in chosen]
     columns = (
@@ -93,10 +94,10 @@ def _double(exact, table, row):
     layer = 0
     if table.kind[row] != 2:
         layer = info.recorded.index(block)
-        if block >= info.depths[0]:
-            layer -= sources.values.img.shape[0]
+        if block >= 3:
+            layer -= sources.values[IMAGE].shape[0]
             position += info.text_tokens if group == 0 else 0
-            group = 2
+            group = JOINT
     field = ("values", "errors", "boundary")[table.kind[row]]
     pair = getattr(sources, field)
     if field == "values":
@@ -104,14 +105,14 @@ def _double(exact, table, row):
         place = (layer, position, int(np.flatnonzero(index == table.feature[row])[0]))
     else:
         place = (layer, position) if field == "errors" else (position,)
-    new = pair[group].at[place].multiply(2)
-    return sources._replace(**{field: pair._replace(**{pair._fields[group]: new})})
+    new = [one.at[place].multiply(2) if i == group else one for i, one in enumerate(pair)]
+    return sources._replace(**{field: Streams(*new) if field == "boundary" else tuple(new)})
 
 
 def group_of(exact, table):
     """The group of every row of a table."""
-    joint = (table.block >= exact.trace.info.depths[0]) & (table.kind != 2)
-    return np.where(joint, 2, table.stream)
+    joint = (table.block >= 3) & (table.kind != 2)
+    return np.where(joint, JOINT, table.stream)
 
 
 def test_pulling_back_is_reverse_mode_on_the_affine_map(exact):
@@ -170,8 +171,8 @@ def test_a_stream_without_sources_has_no_edges(x64):
     silent = exact.replacement.sources
     silent = silent._replace(
         boundary=silent.boundary._replace(txt=jnp.zeros_like(silent.boundary.txt)),
-        values=silent.values._replace(txt=jnp.zeros_like(silent.values.txt)),
-        errors=silent.errors._replace(txt=jnp.zeros_like(silent.errors.txt)),
+        values=tuple(jnp.zeros_like(v) if i == TEXT else v for i, v in enumerate(silent.values)),
+        errors=tuple(jnp.zeros_like(e) if i == TEXT else e for i, e in enumerate(silent.errors)),
     )
     edges = np.asarray(pull_back(exact.replacement._replace(sources=silent), some_targets(exact)))
     assert not edges[:, table.stream == 1].any() and edges[:, table.stream == 0].any()

@@ -11,7 +11,7 @@ from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.readings import factors_for, predict, scaled
 from tolerances import TOL, relative_error
-from traces import make_exact
+from traces import IMAGE, make_exact
 
 MODES = ("direct", "propagated", "live", "full")
 
@@ -70,12 +70,12 @@ def test_the_full_reading_is_the_model_with_its_edit(made):
     factors = factors_for(exact.replacement, graph, np.array([node]), -1.0)
     found = scaled(exact.replacement, factors, "full")
     record = exact.trace.record
-    tc = jax.tree.map(lambda leaf: leaf[0], exact.tcs.img)
-    code = tc.encode(record.mlp_in.img[0], record.t)[:, feature]
-    added = jnp.zeros_like(record.mlp_out.img).at[0].set(-2 * code[:, None] * tc.dec.kernel[feature][None])
+    tc = jax.tree.map(lambda leaf: leaf[0], exact.tcs.stacks["img"])
+    code = tc.encode(record.mlp_in[IMAGE][0], record.t)[:, feature]
+    added = jnp.zeros_like(record.mlp_out[IMAGE]).at[0].set(-2 * code[:, None] * tc.dec.kernel[feature][None])
     from difffract_jax.circuits.faithfulness import live_reading
 
-    change = jax.tree.map(jnp.zeros_like, record.mlp_out)._replace(img=added)
+    change = (added, *jax.tree.map(jnp.zeros_like, record.mlp_out[1:]))
     expected = live_reading(exact.replacement, change)
     assert relative_error(found.velocity, expected.velocity) <= TOL.x64
 

@@ -9,7 +9,7 @@ from difffract_jax.circuits.replacement import replacement
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.transcoder import Transcoder
 from tolerances import TOL, relative_error
-from traces import make_exact, make_transcoders
+from traces import IMAGE, TEXT, make_exact, make_transcoders
 
 
 def random_like(tree, seed, size=1.0):
@@ -53,34 +53,34 @@ def test_a_finite_step_is_its_derivative(exact):
 def test_only_active_features_are_sources(exact):
     tcs, record = exact.tcs, exact.trace.record
     first = exact.trace.info.first_block
-    for stream, stack, layers in (("img", tcs.img, tcs.img_layers), ("txt", tcs.txt, tcs.txt_layers)):
-        values = getattr(exact.replacement.sources.values, stream)
-        index = getattr(exact.replacement.sites, stream).layers.index
+    for group, name in ((IMAGE, "img"), (TEXT, "txt")):
+        stack, values = tcs.stacks.get(name), exact.replacement.sources.values[group]
+        index = exact.replacement.sites[group].layers.index
         dense = np.zeros((*values.shape[:2], tcs.config.features))
         np.put_along_axis(dense, np.asarray(index), np.asarray(values), axis=2)
         expected = np.zeros_like(dense)
-        for slot, block in enumerate(layers):
+        for slot, block in enumerate(tcs.sites.groups.get(name, ())):
             tc: Transcoder = jax.tree.map(lambda leaf, s=slot: leaf[s], stack)
-            z = tc.encode(getattr(record.mlp_in, stream)[block - first], record.t)
-            expected[block - first] = np.where(np.asarray(getattr(record.replaceable, stream))[:, None], z, 0)
+            z = tc.encode(record.mlp_in[group][block - first], record.t)
+            expected[block - first] = np.where(np.asarray(record.replaceable[group])[:, None], z, 0)
         assert np.allclose(dense, expected, rtol=0, atol=1e-13)
 
 
 def test_sites_without_a_transcoder_are_one_constant_each(x64):
     exact = make_exact(img=(0, 2), txt=(0, 2))
-    for stream in ("img", "txt"):
-        errors = getattr(exact.replacement.sources.errors, stream)
-        assert np.array_equal(errors[1], getattr(exact.trace.record.mlp_out, stream)[1])
-        assert not getattr(exact.replacement.sources.values, stream)[1].any()
+    for group in (IMAGE, TEXT):
+        errors = exact.replacement.sources.errors[group]
+        assert np.array_equal(errors[1], exact.trace.record.mlp_out[group][1])
+        assert not exact.replacement.sources.values[group][1].any()
 
 
 def test_padded_positions_keep_their_true_mlp(x64):
     exact = make_exact(prompt="a red", text_tokens=16)
-    padded = ~np.asarray(exact.trace.record.replaceable.txt)
+    padded = ~np.asarray(exact.trace.record.replaceable[TEXT])
     assert padded.any()
-    errors, outputs = exact.replacement.sources.errors.txt, exact.trace.record.mlp_out.txt
+    errors, outputs = exact.replacement.sources.errors[TEXT], exact.trace.record.mlp_out[TEXT]
     assert np.array_equal(errors[:, padded], outputs[:, padded])
-    assert not exact.replacement.sources.values.txt[:, padded].any()
+    assert not exact.replacement.sources.values[TEXT][:, padded].any()
 
 
 @pytest.mark.parametrize("layers", [(0, 1), (0, 2)])

@@ -9,7 +9,7 @@ from difffract_jax.circuits.readings import scaled
 from difffract_jax.circuits.replacement import prepare_steps
 from difffract_jax.circuits.total_effects import total_effects
 from difffract_jax.circuits.trace import capture_steps
-from difffract_jax.models.blocks import Groups, Streams
+from difffract_jax.models.blocks import Streams
 from difffract_jax.models.tiny import random_pipeline
 from tolerances import TOL
 from traces import make_transcoders
@@ -21,6 +21,11 @@ def made(x64):
     tcs = make_transcoders(pipe.config.transformer, seed=4, img=(0, 2), txt=(1,), joint=(1,), skip=True, features=16)
     span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, height=16, width=16, text_tokens=4)
     return tcs, span, resolve(pipe, span, parse_target("pixels:color=red,box=0,0,8,8"))
+
+
+def put(per_group, group, new):
+    """The tuple with one group's entry replaced."""
+    return tuple(new if i == group else one for i, one in enumerate(per_group))
 
 
 def value(steps, span, output, factors, noise, text):
@@ -38,8 +43,8 @@ def value(steps, span, output, factors, noise, text):
 def test_without_a_source_the_output_moves_by_its_effect(made):
     tcs, span, output = made
     found, steps = total_effects(span, tcs, output), prepare_steps(span.traces, tcs)
-    sizes = [0 if stack is None else 16 for stack in (tcs.img, tcs.txt, tcs.joint)]
-    one = Groups(*(np.ones((e.shape[0], size)) for e, size in zip(steps[0].sources.errors, sizes, strict=True)))
+    sizes = [0 if stack is None else 16 for stack in tcs.per_group(span.info.layout)]
+    one = tuple(np.ones((e.shape[0], size)) for e, size in zip(steps[0].sources.errors, sizes, strict=True))
     all_on = [one, one]
     noise, text = np.ones(found.noise.shape[0]), np.ones(found.text.shape[0])
     base = value(steps, span, output, all_on, noise, text)
@@ -53,12 +58,12 @@ def test_without_a_source_the_output_moves_by_its_effect(made):
                 if np.any(total):
                     off = one[group].copy()
                     off[layer, np.abs(total).argmax()] = 0
-                    changed = [one._replace(**{Groups._fields[group]: off}) if i == step else one for i in range(2)]
+                    changed = [put(one, group, off) if i == step else one for i in range(2)]
                     moved.append(value(steps, span, output, changed, noise, text) - base)
                     expected.append(-total[np.abs(total).argmax()])
                 errors = steps[step].sources.errors[group].at[layer, 1].set(0)
                 sources = steps[step].sources
-                sources = sources._replace(errors=sources.errors._replace(**{Groups._fields[group]: errors}))
+                sources = sources._replace(errors=put(sources.errors, group, errors))
                 cut = [s._replace(sources=sources) if i == step else s for i, s in enumerate(steps)]
                 moved.append(value(cut, span, output, all_on, noise, text) - base)
                 expected.append(-float(found.errors[group][step, layer, 1]))

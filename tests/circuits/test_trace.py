@@ -10,8 +10,10 @@ from difffract_jax.config import UserError
 from difffract_jax.loading import load_transcoders
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.ops import attention_pattern
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import random_transcoders
 from tolerances import REFERENCE, TOL, relative_error
+from traces import IMAGE, TEXT
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +64,8 @@ def test_padding_is_not_replaced_unless_asked_for(golden):
     usual, all_of_it = (golden.trace(0, 1, include_padding=flag).record.replaceable for flag in (False, True))
     ids = golden.forward["p0_t5_input_ids"]
     own = np.flatnonzero(ids == 1)[0] + 1  # </s> closes the prompt
-    assert np.array_equal(np.flatnonzero(usual.txt), np.arange(own))
-    assert own < 16 and usual.img.all() and all_of_it.txt.all()
+    assert np.array_equal(np.flatnonzero(usual[TEXT]), np.arange(own))
+    assert own < 16 and usual[IMAGE].all() and all_of_it[TEXT].all()
 
 
 def test_weights_in_bfloat16_are_kept_and_all_that_is_recorded_is_float32():
@@ -101,8 +103,8 @@ def test_transcoders_of_another_model_are_refused(golden):
     pipe = random_pipeline()
     with pytest.raises(UserError, match="The transcoders are 64 wide, but the model is 32 wide"):
         capture(pipe, golden.tcs, "a red circle")
-    elsewhere = random_transcoders(pipe.config.transformer)._replace(img_layers=(0, 1, 7))
-    with pytest.raises(UserError, match="sites img/7, but the model has double-stream blocks 0 to 2"):
+    elsewhere = random_transcoders(pipe.config.transformer)._replace(sites=sites_of({"img": (0, 1, 7), "txt": (0, 1, 2)}))
+    with pytest.raises(UserError, match="sites img/7, but the model has img/0 to img/2 and txt/0 to txt/2 and single/0 to single/1"):
         capture(pipe, elsewhere, "a red circle")
 
 

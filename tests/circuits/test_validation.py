@@ -22,7 +22,7 @@ from difffract_jax.circuits.variants import push_edges
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import encode, model_velocity, plan_run, step_inputs
 from tolerances import TOL, relative_error
-from traces import make_exact
+from traces import JOINT, TEXT, make_exact
 
 PIXELS = "pixels:color=red,box=0,0,16,16"
 
@@ -76,15 +76,15 @@ def test_perturbing_an_earlier_step_is_the_model_run_on_from_there(made):
     # By hand: the first step's velocity without the feature, one Euler step, and the model itself.
     prepared, info = again.engine.steps[0], again.engine.infos[0]
     feature = targets_of(again.engine, again.rows[[node]], 0)
-    stack = (exact.tcs.img, exact.tcs.txt)[int(feature.group[0])]
-    slot = (exact.tcs.img_layers, exact.tcs.txt_layers)[int(feature.group[0])].index(int(feature.layer[0]))
+    name = ("img", "txt")[int(feature.group[0])]
+    stack, slot = exact.tcs.stacks[name], exact.tcs.sites.groups[name].index(int(feature.layer[0]))
     vector = -float(graph.node_value[node]) * stack.dec.kernel[slot, feature.feature[0]]
     from difffract_jax.circuits.faithfulness import live_reading
 
     change = [jnp.zeros_like(y) for y in prepared.record.mlp_out]
     group = int(feature.group[0])
     change[group] = change[group].at[feature.layer[0], feature.position[0]].set(vector)
-    velocity = live_reading(prepared, type(prepared.record.mlp_out)(*change)).velocity
+    velocity = live_reading(prepared, tuple(change)).velocity
     z = prepared.record.latents + (info.sigmas[2] - info.sigmas[1]) * velocity
     run = plan_run(exact.pipe.config, height=24, width=32, text_tokens=8)
     inputs = step_inputs(run, encode(exact.pipe, "a red circle", 8), z, 2)
@@ -128,12 +128,12 @@ def test_in_the_direct_reading_what_is_kept_adds_up_by_edges(made):
 def test_a_mean_is_taken_over_live_positions_of_a_stream(made):
     exact, (again, _), _ = made
     record, found = exact.trace.record, completeness.mean_values(again.engine.steps[0])
-    z = jax.tree.map(lambda leaf: leaf[1], exact.tcs.joint).encode(record.mlp_in.joint[1], record.t)
-    live = np.asarray(record.replaceable.joint)
+    z = jax.tree.map(lambda leaf: leaf[1], exact.tcs.stacks["joint"]).encode(record.mlp_in[JOINT][1], record.t)
+    live = np.asarray(record.replaceable[JOINT])
     text = np.arange(live.size) < 8
     for side, rows in enumerate((live & text, live & ~text)):
-        assert relative_error(found.joint[1, side], np.mean(z[rows], axis=0)) <= TOL.x64
-    assert found.txt.shape[:2] == (3, 1) and not np.any(found.txt[0])
+        assert relative_error(found[JOINT][1, side], np.mean(z[rows], axis=0)) <= TOL.x64
+    assert found[TEXT].shape[:2] == (3, 1) and not np.any(found[TEXT][0])
 
 
 def test_a_curve_ends_where_nothing_is_left_to_ablate(made):

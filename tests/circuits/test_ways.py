@@ -122,7 +122,7 @@ def test_bfloat16_weights_are_traced_as_their_values_in_float32():
     pipe = random_pipeline(seed=3)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 1), txt=(), dtype=jnp.float32)
     half = lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)  # noqa: E731
-    halves = tcs._replace(img=half(tcs.img))
+    halves = tcs._replace(stacks=half(tcs.stacks))
     trace = capture(pipe._replace(transformer=half(pipe.transformer)), halves, "a red circle", **SIZE)
     assert {leaf.dtype for leaf in jax.tree.leaves(trace.record.weights)} == {jnp.dtype(jnp.bfloat16)}
     widened = jax.tree.map(lambda w: w.astype(jnp.float32), trace.record.weights)

@@ -1,0 +1,217 @@
+"""A model with a kind of stack that the package does not have: everything works on it, since no one asks for FLUX's.
+
+Between the double- and the single-stream blocks stand blocks of the image stream alone, without attention: a modulated
+norm and a gated MLP, whose up-projection has no bias.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from difffract_jax.address import IMG, Group, Layout, Stack
+from difffract_jax.circuits.attention import head_loadings
+from difffract_jax.circuits.attribution import attribute
+from difffract_jax.circuits.engine import affine_constants, make_engine, pull_rows
+from difffract_jax.circuits.faithfulness import live_reading
+from difffract_jax.circuits.graph import ERROR, FEATURE, load_graph
+from difffract_jax.circuits.pullback import pull_back
+from difffract_jax.circuits.readings import edited
+from difffract_jax.circuits.readout import Targets, preactivations
+from difffract_jax.circuits.replacement import prepare, run
+from difffract_jax.circuits.selection import strongest_feature
+from difffract_jax.circuits.sources import source_table
+from difffract_jax.circuits.trace import capture, capture_steps
+from difffract_jax.models.blocks import BlockActs, FluxConfig
+from difffract_jax.models.mmdit import MMDiT
+from difffract_jax.models.pipeline import generate
+from difffract_jax.models.tiny import TINY, random_pipeline, random_weights
+from difffract_jax.ops import film, layer_norm
+from difffract_jax.transcoders.sites import sites_of
+from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+from tolerances import TOL, relative_error
+
+LENS = Group("lens", "lens", ("img",))
+DEPTH = 2
+LAYERS = {"img": (0, 2), "txt": (1,), "lens": (0, 1), "joint": (1,)}
+SIZE = {"height": 24, "width": 32, "text_tokens": 8}
+
+
+class LensBlock(nnx.Module):
+    """A block of the image stream alone."""
+
+    groups: ClassVar[tuple[Group, ...]] = (LENS,)
+
+    def __init__(self, config, *, rngs, dtype=jnp.float32):
+        self.mod = nnx.Linear(config.d_model, 3 * config.d_model, param_dtype=dtype, rngs=rngs)
+        self.up = nnx.Linear(config.d_model, config.d_ff, use_bias=False, param_dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(config.d_ff, config.d_model, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, h, cond, *, frozen=None, mlp=None, heads=None):
+        shift, scale, gate = self._modulation(cond)
+        normed, inv_std = layer_norm(h[0], frozen)
+        x = film(normed, scale, shift)
+        y = self.run_mlp(0, x) if mlp is None else mlp(0, x)
+        after = h[0] + gate[None] * y
+        return (after,), BlockActs(inv_std, (x,), (y,), (after,))
+
+    def run_mlp(self, group, x):
+        return self.down(jax.nn.silu(self.up(x)))
+
+    def gates(self, cond):
+        return (self._modulation(cond)[2],)
+
+    def entry(self, cond, frozen):
+        scale = self._modulation(cond)[1]
+
+        def enter(gradients, group, row):
+            del group
+            inv_std = frozen.at[row].get(mode="clip")
+            origin = jnp.zeros_like(gradients)
+            _, pull = jax.vjp(lambda h: film(layer_norm(h, inv_std)[0], scale, jnp.zeros_like(scale)), origin)
+            rows = jnp.zeros((gradients.shape[0], frozen.shape[0], gradients.shape[1]), gradients.dtype)
+            return (rows.at[jnp.arange(row.shape[0]), row].set(pull(gradients)[0], mode="drop"),)
+
+        return enter
+
+    @staticmethod
+    def attention_shape(frozen):
+        return None
+
+    def _modulation(self, cond):
+        return self.mod(jax.nn.silu(cond.vec)).reshape(3, -1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LensConfig(FluxConfig):
+    """FLUX's shape, with the other stack in between."""
+
+    @property
+    def layout(self):
+        double, single = super().layout.stacks
+        return Layout((double, Stack("lens", DEPTH, (LENS,)), single))
+
+
+class LensModel(MMDiT):
+    """FLUX with the other stack in between."""
+
+    def __init__(self, config, *, rngs, dtype=jnp.float32):
+        super().__init__(config, rngs=rngs, dtype=dtype)
+        build = jax.vmap(lambda key: LensBlock(config, rngs=nnx.Rngs(key), dtype=dtype))
+        self.lens = build(jax.random.split(rngs.params(), DEPTH))
+
+
+def make(dtype):
+    """A pipeline around such a model, and transcoders at sites of every stack."""
+    pipe = random_pipeline(dtype=dtype)
+    config = LensConfig(**{name: getattr(TINY, name) for name in TINY.__dataclass_fields__})
+    abstract = jax.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype))
+    model = random_weights(abstract, 3)
+    pipe = pipe._replace(transformer=model, config=pipe.config._replace(transformer=config))
+    shape = TranscoderConfig(d_model=config.d_model, features=40, time_embed=8, conditioning="film", skip=True)
+    stacks = {}
+    for number, (name, numbers) in enumerate(LAYERS.items()):
+        build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
+        stacks[name] = random_weights(jax.eval_shape(build, jax.random.split(jax.random.key(0), len(numbers))), number)
+        stacks[name].enc.bias[...] = stacks[name].enc.bias[...] - 1
+    return pipe, TranscoderSet(stacks, sites_of(LAYERS, config.layout.groups), shape, "lens")
+
+
+@pytest.fixture
+def made(x64):
+    pipe, tcs = make(jnp.float64)
+    trace = capture(pipe, tcs, "a red circle", step=1, output=True, **SIZE)
+    return pipe, tcs, trace, prepare(trace, tcs)
+
+
+def some_targets(trace, tcs):
+    """Features at two positions of every site."""
+    layout, rows = trace.info.layout, []
+    for group, slots in enumerate(tcs.sites.slots(layout)):
+        for block in slots:
+            last = trace.record.mlp_in[group].shape[1] - 1
+            rows += [(group, block - trace.info.recorded[0], row, 3 + row) for row in (1, last)]
+    return Targets(*(jnp.array(column, jnp.int32) for column in zip(*rows, strict=True)))
+
+
+def test_the_replacement_is_the_model_and_edges_and_bias_add_up(made):
+    _, tcs, trace, prepared = made
+    reading = jax.jit(run)(*prepared)
+    assert relative_error(reading.velocity, trace.record.velocity) <= TOL.x64
+    targets = some_targets(trace, tcs)
+    edges = np.asarray(pull_back(prepared, targets))
+    u = preactivations(prepared, targets, trace.record.mlp_in)
+    constant = affine_constants((prepared,), (trace.info,), across=False)[0].mlp_in
+    residual = np.abs(edges.sum(axis=1) + preactivations(prepared, targets, constant) - u)
+    assert np.max(residual / np.abs(edges).sum(axis=1)) <= TOL.conservation_x64
+
+
+def test_edges_of_every_stack_are_direct_interventions(made):
+    _, tcs, trace, prepared = made
+    targets, sources = some_targets(trace, tcs), prepared.sources
+    edges, table = np.asarray(pull_back(prepared, targets)), source_table((prepared,), (trace.info,))
+    affine = jax.jit(run)
+    before = preactivations(prepared, targets, affine(*prepared).mlp_in)
+    rng, seen = np.random.default_rng(0), set()
+    rows = np.flatnonzero(np.isin(table.kind, (FEATURE, ERROR)) & (table.value > 0))
+    for row in rng.choice(rows, 24):
+        group = int(trace.info.layout.groups_at(table.block[row], table.stream[row]))
+        layer = int(table.block[row]) - trace.info.recorded[0] - prepared.record.first_layers[group]
+        at = int(trace.info.layout.rows_at(group, table.stream[row], table.position[row], trace.info.tokens_of))
+        field, place = "errors", (layer, at)
+        if table.kind[row] == FEATURE:
+            index = np.asarray(prepared.sites[group].layers.index[layer, at])
+            field, place = "values", (layer, at, int(np.flatnonzero(index == table.feature[row])[0]))
+        changed = [v.at[place].multiply(2) if i == group else v for i, v in enumerate(getattr(sources, field))]
+        after = preactivations(prepared, targets, affine(*prepared[:2], sources._replace(**{field: tuple(changed)})).mlp_in)
+        assert np.max(np.abs((after - before) - edges[:, row])) <= TOL.intervention_x64 * np.abs(edges).max()
+        seen.add(group)
+    assert len(seen) == len(LAYERS)
+
+
+def test_readings_agree_where_nothing_is_edited(made):
+    _, _, trace, prepared = made
+    zeros = jax.tree.map(jnp.zeros_like, trace.record.mlp_out)
+    ones = [jnp.ones((x.shape[0], 1, 40)) for x in trace.record.mlp_in]
+    for mode in ("direct", "propagated", "live", "full"):
+        reading = edited(prepared, ones, jax.tree.map(jnp.zeros_like, ones), mode)
+        assert relative_error(reading.velocity, trace.record.velocity) <= TOL.x64
+    assert relative_error(live_reading(prepared, zeros).velocity, trace.record.velocity) <= TOL.x64
+
+
+def test_a_graph_reaches_features_of_the_foreign_stack_and_adds_up(made, tmp_path):
+    pipe, tcs, trace, _ = made
+    target = strongest_feature(trace, tcs, "single", 1)
+    graph = attribute(trace, tcs, target=target, max_nodes=20, expansion_batch=4)
+    lens = trace.info.layout.labels["lens"]
+    assert np.any((graph.node_kind == FEATURE) & np.isin(graph.node_block, lens) & (graph.node_stream == IMG))
+    assert np.max(graph.conservation_error) <= TOL.conservation_x64
+    graph.save(tmp_path / "g.npz")
+    again = load_graph(tmp_path / "g.npz")
+    assert again.provenance.run.layout == pipe.config.transformer.layout
+    own = attribute(trace, tcs, target=strongest_feature(trace, tcs, "lens", 1), max_nodes=4)
+    assert np.max(own.conservation_error) <= TOL.conservation_x64
+
+
+def test_heads_and_no_hop_add_up_across_a_stack_without_attention(made):
+    _, tcs, trace, _ = made
+    engine = make_engine(trace, tcs)
+    table = engine.table
+    rows = np.flatnonzero((table.kind == FEATURE) & (table.value > 0) & (table.block == table.block.max() - 0))
+    row = rows[np.argmax(table.value[rows])]
+    edges = pull_rows(engine, np.array([row]), 1).edges[0]
+    loadings = head_loadings(engine, int(row))
+    assert relative_error(loadings.loading.sum(axis=0) + loadings.direct, edges) <= TOL.x64
+    assert not np.isin(loadings.block, trace.info.layout.labels["lens"]).any()
+
+
+def test_a_span_of_steps_adds_up_and_images_are_generated():
+    pipe, tcs = make(jnp.float32)
+    span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, **SIZE)
+    graph = attribute(span, tcs, target=strongest_feature(span, tcs, "lens", 0), max_nodes=6)
+    assert np.max(graph.conservation_error) <= TOL.conservation_steps_f32
+    assert generate(pipe, "a red circle", **SIZE).image.shape == (24, 32, 3)
