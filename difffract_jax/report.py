@@ -191,10 +191,10 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
     ]
     known = bool(np.isfinite(graph.target_preactivation).all())  # documents of other tools do not tell
     kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
-    paths = graph.metadata.get("pooled_path", [])
-    pooled = {"share of the frozen pooled path": ", ".join(f"{path['share']:.3g}" for path in paths)} if paths else {}
-    rounding = graph.metadata.get("precision")
-    rounded = {"bfloat16 error": f"{rounding['edge_error']:.2g} of the largest edge"} if rounding else {}
+    paths = graph.provenance.pooled_path
+    pooled = {"share of the frozen pooled path": ", ".join(f"{path.share:.3g}" for path in paths)} if paths else {}
+    rounding = graph.provenance.precision
+    rounded = {"bfloat16 error": f"{rounding.edge_error:.2g} of the largest edge"} if rounding else {}
     by_step = expanded_by_step(graph)
     spread = ", ".join(f"step {step}: {count}" for step, count in by_step.items())
     weighted = [{"target": names[node], "weight": float(graph.root_weights[node])} for node in targets]
@@ -214,8 +214,7 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
 def expanded_by_step(graph: Graph) -> dict[int, int]:
     """Returns how many expanded features a graph holds of each step that it was traced over; pruning leaves fewer."""
     mine = graph.node_step[graph.target_node[graph.node_kind[graph.target_node] == FEATURE]]
-    traced = graph.metadata.get("steps")
-    steps = traced if isinstance(traced, list) else np.unique(graph.node_step).tolist()
+    steps = graph.provenance.steps or np.unique(graph.node_step).tolist()
     return {int(step): int(np.sum(mine == step)) for step in steps}
 
 

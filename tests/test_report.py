@@ -77,7 +77,7 @@ def test_a_summary_tells_which_steps_features_were_expanded_in():
     early, late = (sum(name.endswith(f"#{step}") for name in features) for step in (0, 1))
     assert early + late == len(features) and late > 0
     assert expanded_by_step(graph) == {0: early, 1: late}
-    told = graph_summary(graph.with_metadata({"steps": [0, 1, 2]}))
+    told = graph_summary(graph.with_provenance(steps=(0, 1, 2)))
     assert told["features expanded"] == f"step 0: {early}, step 1: {late}, step 2: 0"
     assert "features expanded" not in graph_summary(random_graph(3))
 

@@ -96,7 +96,7 @@ def target_node(graph: Graph, name: str | None) -> int:
     Raises:
         UserError: if the graph is of several steps, has no such node, or nothing leads into it.
     """
-    steps = graph.metadata.get("steps", ())
+    steps = graph.provenance.steps
     if len(steps) > 1:
         raise UserError(
             f"The graph spans the steps {min(steps)} to {max(steps)}, but heads and scores are those of one step; "

@@ -35,9 +35,10 @@ def _name(graph: Graph, node: int, steps: bool) -> str:
     kind, block = int(graph.node_kind[node]), int(graph.node_block[node])
     step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
     if kind == OUTPUT:
-        asked = graph.metadata.get("attribution", {}).get("target", f"output {node}")
+        settings = graph.provenance.attribution
+        asked = f"output {node}" if settings is None else settings.target
         return f"{asked if isinstance(asked, str) else asked[node]}{step}"
-    depth = graph.metadata.get("trace", {}).get("depths", [block + 1])[0]
+    depth, _ = graph.provenance.known.depths or (block + 1, 0)
     columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
     return _place(*(int(column[node]) for column in columns), depth=depth) + step
 

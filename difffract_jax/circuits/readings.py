@@ -158,7 +158,8 @@ def factors_for(prepared: Replacement, graph: Graph, nodes: np.ndarray, factor: 
     Raises:
         ValueError: if a node is no feature.
     """
-    depth, recorded = graph.metadata["trace"]["depths"][0], list(graph.metadata["trace"]["recorded"])
+    run = graph.provenance.traced_run
+    depth, recorded = run.depths[0], list(run.recorded)
     if np.any(graph.node_kind[nodes] != FEATURE):
         raise ValueError("Only features can be scaled, but a node is none.")
     made = []

@@ -238,7 +238,7 @@ def circuit_sizes(graph: Graph) -> tuple[list[int], int]:
         graph: position by position; of one that is pruned already, all features count as kept.
     """
     many = _features(aggregate(graph))
-    kept = many if "pruning" in graph.metadata else _features(prune(graph))
+    kept = many if graph.provenance.pruning is not None else _features(prune(graph))
     return sorted({*(size for size in SIZES if size < many), kept, many} - {0}), kept
 
 

@@ -104,9 +104,9 @@ def crossing(graph: Graph) -> Crossing:
     """
     scores, text = edge_scores(graph), graph.node_stream == TXT
     into_image = ~text[graph.edge_target]
-    shape = len(graph.metadata["steps"]), sum(graph.metadata["trace"]["depths"]) + 2
+    shape = len(graph.provenance.steps), sum(graph.provenance.depths) + 2
     sums = np.zeros((2, len(ENDS), *shape))
-    step = graph.node_step - graph.metadata["steps"][0]
+    step = graph.node_step - graph.provenance.steps[0]
     for end, node in enumerate((graph.edge_target, graph.edge_source)):
         for kept, which in enumerate((into_image & text[graph.edge_source], into_image)):
             at = node[which]

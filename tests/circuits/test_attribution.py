@@ -153,10 +153,10 @@ def test_progress_and_provenance_are_kept(x64):
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(1, 12), (5, 12), (9, 12), (12, 12)]
-    assert graph.metadata["trace"]["prompt"] == "a red circle"
-    assert graph.metadata["trace"]["model"] == exact.pipe.source != ""
-    assert graph.metadata["transcoders"] == exact.tcs.source
-    assert graph.metadata["attribution"]["max_nodes"] == 12
+    assert graph.provenance.run.prompt == "a red circle"
+    assert graph.provenance.run.model == exact.pipe.source != ""
+    assert graph.provenance.transcoders == exact.tcs.source
+    assert graph.provenance.attribution.max_nodes == 12
 
 
 def test_without_a_position_the_strongest_is_taken(golden, graphs):

@@ -211,13 +211,13 @@ def test_several_targets_share_one_graph():
 def test_the_pooled_path_is_what_swapping_the_embedding_moves():
     pipe, tcs, span = made(jnp.float32)
     graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=2)
-    (path,) = graph.metadata["pooled_path"]
-    assert path["value"] == graph.target_preactivation[0]
-    assert path["share"] == pytest.approx(abs(path["value"] - path["without"]) / abs(path["value"]))
-    assert path["without"] != path["value"]
+    (path,) = graph.provenance.pooled_path
+    assert path.value == graph.target_preactivation[0]
+    assert path.share == pytest.approx(abs(path.value - path.without) / abs(path.value))
+    assert path.without != path.value
     silent = capture_steps(pipe, tcs, "", first=1, last=2, **SIZE)
     graph = attribute(silent, tcs, target=target_of("img", pipe, tcs, silent), max_nodes=2)
-    assert graph.metadata["pooled_path"][0]["share"] == 0
+    assert graph.provenance.pooled_path[0].share == 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.circuits.graph import Graph, keep
+from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError
 from random_graphs import random_graph, random_output_graph
 
@@ -25,10 +26,11 @@ def assert_same(a, b):
 
 @given(st.integers(0, 10_000), st.dictionaries(st.text(), st.integers() | st.text() | st.none(), max_size=3))
 @settings(max_examples=15, deadline=None)
-def test_what_is_saved_is_loaded(tmp_path_factory, seed, metadata):
+def test_what_is_saved_is_loaded(tmp_path_factory, seed, extra):
     path = tmp_path_factory.mktemp("graph") / "g.npz"
-    metadata.pop("format_version", None)
-    graph = replace(random_graph(seed), supernodes={"a": [0, 1]}).with_metadata(metadata)
+    for name in ("format_version", *(field.name for field in fields(Provenance))):
+        extra.pop(name, None)
+    graph = replace(random_graph(seed), supernodes={"a": [0, 1]}).with_provenance(extra=extra, steps=(1,))
     graph.save(path)
     assert_same(Graph.load(path), graph)
 
@@ -62,10 +64,10 @@ def test_all_targets_are_kept():
     assert kept.node_kind.size == 3 and kept.target_node.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, -1.0], [0.0], "1", [1.0, float("inf")], [None]])
-def test_weights_that_are_no_weights_are_refused(weights):
+@pytest.mark.parametrize("weights", [(), (1.0, -1.0), (0.0,), (1.0, float("inf"))])
+def test_weights_that_are_not_positive_are_refused(weights):
     with pytest.raises(ValueError, match="instead of a list of positive numbers"):
-        random_graph(0).with_metadata({"target_weights": weights})
+        random_graph(0).with_provenance(target_weights=weights)
 
 
 def test_targets_that_are_not_first_are_refused():
@@ -106,6 +108,9 @@ def metadata(**entries):
         ({"map_indptr": np.zeros(2, np.int64)}, "map_indptr has 2 entries"),
         ({"metadata": metadata(format_version=99)}, "graph format 99, but this release reads 1"),
         ({"metadata": np.zeros(4, np.uint8)}, "its metadata are not JSON"),
+        ({"metadata": metadata(format_version=1, steps="x")}, 'steps is "x", but should be a valid array; give'),
+        ({"metadata": metadata(format_version=1, target_weights=[None])}, "target_weights.0 is null, but should be a"),
+        ({"metadata": metadata(format_version=1, target_weights=[0])}, "target_weights are .0.0. instead of a list"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, arrays, change, sentence):

@@ -131,7 +131,7 @@ def test_the_command_line_records_and_traces(golden, files, tmp_path, trace, cap
     capsys.readouterr()
     status, out, err = trace(PROMPTS[0], tmp_path / "a.npz", "--json")
     assert status == 0 and json.loads(out)["graph"] == str(tmp_path / "graph.npz"), err
-    assert Graph.load(tmp_path / "graph.npz").metadata["settings"]["step"] == "1"
+    assert Graph.load(tmp_path / "graph.npz").provenance.settings["step"] == "1"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Ways to pull targets back: several devices give one graph, bfloat16 products nearly the same one, and say so."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,12 +80,12 @@ def test_bfloat16_products_tell_their_error_and_keep_what_was_recorded(small):
     settings = {"target": targets[1][0], "max_nodes": 10, "expansion_batch": 11}
     full = attribute(exact.trace, exact.tcs, **settings)
     half = attribute(exact.trace, exact.tcs, **settings, precision="bf16")
-    told = half.metadata["precision"]
-    assert full.metadata.keys() == half.metadata.keys() - {"precision"}
+    told = half.provenance.precision
+    assert full.provenance == replace(half.provenance, precision=None)
     # Each factor is rounded to 8 bits; float32 would be a thousand times closer.
-    assert 1e-4 < told["edge_error"] <= TOL.bf16
-    assert 1e-5 < told["conservation_error"] <= TOL.bf16
-    assert graph_summary(half)["bfloat16 error"] == f"{told['edge_error']:.2g} of the largest edge"
+    assert 1e-4 < told.edge_error <= TOL.bf16
+    assert 1e-5 < told.conservation_error <= TOL.bf16
+    assert graph_summary(half)["bfloat16 error"] == f"{told.edge_error:.2g} of the largest edge"
     assert half.target_preactivation[0] == full.target_preactivation[0] and half.target_bias[0] == full.target_bias[0]
 
 
