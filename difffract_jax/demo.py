@@ -226,7 +226,8 @@ def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], whole: Graph, pruned: 
     text = [
         f"The target is {target}: how {COLOUR} the pixels of that box will be, as step {STEP} predicts them. With "
         "attention and norms held at this run, it is the sum of the features' contributions, errors, inputs and a "
-        f"bias; the largest gap in that sum, over the sum of absolute edges, is {told['conservation error']:.1e}.",
+        "bias; the largest gap in that sum, over the sum of absolute edges and bias, is "
+        f"{told['conservation error']:.1e}.",
         f"Pruning keeps {told['nodes'].get('feature', 0)} features. Shown are, with the most influence, those of image "
         "positions, and before pruning those of text: where each is active, in orange, over the image's tokens or the "
         "prompt's words, and what it detects on other captions (in brackets how well, 0.5 to 1).",

@@ -23,7 +23,7 @@ from difffract_jax.circuits import expansion as expanding
 from difffract_jax.circuits.engine import Engine, Output, make_engine, pull_rows, read
 from difffract_jax.circuits.expansion import Expansion
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import Graph
+from difffract_jax.circuits.graph import Graph, conservation_scale
 from difffract_jax.circuits.provenance import AttributionSettings, PooledPath, Rounding
 from difffract_jax.circuits.pullback import Way
 from difffract_jax.circuits.selection import target_row
@@ -226,7 +226,8 @@ def rounding_error(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int
     exact = engine._replace(way=engine.way._replace(precision="f32"))
     ours, theirs = (pull_rows(one, rows, batch) for one in (engine, exact))
     edges = ours.edges.astype(np.float64)
-    missed = np.abs(edges.sum(axis=1) + ours.bias - ours.preactivation) / np.abs(edges).sum(axis=1)
+    missed = np.abs(edges.sum(axis=1) + ours.bias - ours.preactivation)
+    missed /= conservation_scale(np.abs(edges).sum(axis=1), np.asarray(ours.bias, np.float64))
     largest = np.max(np.abs(theirs.edges))
     return Rounding(
         products=engine.way.precision,

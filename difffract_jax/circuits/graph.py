@@ -11,7 +11,8 @@ A graph explains one target or several, weighted. They are its first nodes and t
 2. `save` writes one `.npz` without pickled objects, whole or not at all; `load` refuses what is damaged.
 
 Every expanded target carries its pre-activation u, its bias, and the sum and absolute sum of all its edges before any
-threshold, so that sum + bias = u can be checked however much of the graph has been dropped.
+threshold, so that sum + bias = u can be checked however much of the graph has been dropped. By how much they miss, over
+the absolute sum of edges and bias, is the target's conservation error; `conservation_error` is its one definition.
 """
 
 import json
@@ -117,6 +118,23 @@ class Graph:
         """Whether nodes stand for single positions, rather than sums over them."""
         return bool(np.any(self.node_position[self.node_kind == FEATURE] >= 0))
 
+    @property
+    def target_scale(self) -> Float64[np.ndarray, "target"]:
+        """The size of what adds up to each expanded target: its absolute edges and its bias; 1 where both are 0."""
+        return conservation_scale(self.target_abs_sum, self.target_bias)
+
+    @property
+    def conservation_error(self) -> Float64[np.ndarray, "target"]:
+        """|sum of edges + bias - u| / (sum of |edges| + |bias|) of each expanded target; NaN where u is not known."""
+        missed = np.abs(self.target_sum + self.target_bias - self.target_preactivation)
+        return missed / self.target_scale
+
+    @property
+    def largest_conservation_error(self) -> float | None:
+        """The largest conservation error; None for documents of other tools, which do not tell pre-activations."""
+        worst = float(np.max(self.conservation_error))
+        return None if np.isnan(worst) else worst
+
     def with_provenance(self, **facts: Any) -> "Graph":
         """Returns the graph with other facts of these names in its provenance.
 
@@ -169,6 +187,14 @@ class Graph:
             return Graph(**known, supernodes=supernodes, provenance=provenance)
         except ValueError as error:
             raise UserError(f"{path} is damaged. {error} Trace it again.") from None
+
+
+def conservation_scale(
+    abs_sum: Float64[np.ndarray, "target"], bias: Float64[np.ndarray, "target"]
+) -> Float64[np.ndarray, "target"]:
+    """Returns what errors of targets are relative to: sums of absolute edges and of the bias; 1 where both are 0."""
+    size = abs_sum + np.abs(bias)
+    return np.where(size > 0, size, 1.0)
 
 
 _DTYPES: dict[str, type] = {

@@ -81,6 +81,31 @@ def test_a_file_from_before_cumulative_shares_is_read(tmp_path, arrays):
     assert np.isnan(Graph.load(rewritten(tmp_path, arrays)).node_cumulative).all()
 
 
+def test_the_conservation_error_is_relative_to_absolute_edges_and_bias():
+    graph = random_graph(3)
+    bias, size = np.linspace(-2, 2, graph.target_node.size), graph.target_abs_sum
+    graph = replace(graph, target_bias=bias, target_preactivation=graph.target_sum + bias)
+    assert graph.largest_conservation_error <= 1e-15
+    missed = np.zeros(bias.size)
+    missed[[0, -1]] = 0.25 * (size[0] + 2), 0.5 * (size[-1] + 2)
+    wrong = replace(graph, target_preactivation=graph.target_preactivation + missed)
+    assert wrong.conservation_error[[0, -1]] == pytest.approx([0.25, 0.5], abs=1e-12)
+    assert wrong.conservation_error[1:-1].max() <= 1e-15 and wrong.largest_conservation_error == pytest.approx(0.5)
+
+
+def test_a_target_without_edges_and_bias_is_held_to_its_absolute_error():
+    graph = random_graph(3)
+    zeros, u = np.zeros(graph.target_node.size), np.full(graph.target_node.size, 0.125)
+    bare = replace(graph, target_abs_sum=zeros, target_sum=zeros, target_bias=zeros, target_preactivation=u)
+    assert bare.target_scale.tolist() == np.ones(u.size).tolist() and bare.conservation_error.tolist() == u.tolist()
+
+
+def test_documents_that_do_not_tell_preactivations_have_no_conservation_error():
+    graph = random_graph(3)
+    unknown = replace(graph, target_preactivation=np.full(graph.target_node.size, np.nan))
+    assert unknown.largest_conservation_error is None and np.isnan(unknown.conservation_error).all()
+
+
 @pytest.fixture
 def arrays(tmp_path):
     path = tmp_path / "g.npz"
