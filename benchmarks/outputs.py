@@ -1,7 +1,7 @@
 """Outputs and spans on the organism: what adds up, and what a graph predicts of the image.
 
 1. Conservation: per kind of target, over one step and over all, the largest |edges + bias - value| over the sum of
-   absolute edges, in float32 and float64.
+   absolute edges and bias, in float32 and float64.
 2. Prediction: for each of many prompts, the graph of a `pixels:` target (the colour of its first object, in the box
    around it, at the last step), its most influential supernode scaled by +-20% at every position, and the change of the
    objective: as the graph says, and in the readings `propagated`, `live` and `full` (METHOD section 7). Slope and
@@ -35,7 +35,6 @@ from difffract_jax.circuits.trace import capture, capture_steps
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.organism.vocabulary import COLOUR_NAMES
 from difffract_jax.organism.world import scenes
-from difffract_jax.report import conservation_error
 
 WORLD = 60_000
 """World of the prompts; another than those of training and scores."""
@@ -71,7 +70,7 @@ def conservation(dtype: str) -> list[dict[str, Any]]:
             target: Any = strongest_feature(trace, tcs, stream, int(block)) if feature else None
             target = target or resolve(pipe, trace, parse_target(text))
             graph = attribute(trace, tcs, target=target, max_nodes=100, expansion_batch=50)
-            row[name] = conservation_error(graph)
+            row[name] = graph.largest_conservation_error
             row[f"{name}, nodes"] = int(graph.target_node.size)
         rows.append(row)
     return rows

@@ -13,7 +13,6 @@
 `Layout` knows the order of all of these for one model; no other module does arithmetic on them. Plain Python and NumPy.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -227,7 +226,7 @@ class Layout:
             if one.name == stack and 0 <= number < one.depth:
                 return first + number
         known = [f"{one.name}/0 to {one.name}/{one.depth - 1}" for one in self.stacks if one.depth]
-        raise UserError(f"The model has no block {stack}/{number}; it has {' and '.join(known)}.")
+        raise UserError(f"There is no block {stack}/{number}; the model has {' and '.join(known)}.")
 
     def site_number(self, block: int, stream: int) -> tuple[str, int]:
         """Returns label and number of the site that works on a stream in a block.
@@ -268,27 +267,6 @@ class Layout:
     def streams_of(self, label: str) -> tuple[str, ...]:
         """Returns whose tokens the sequence of a label's sites holds, in order."""
         return next((group.streams for group in self.groups if group.label == label), ())
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Returns JSON values that say the same."""
-        return [
-            {"name": stack.name, "depth": stack.depth, "groups": [group._asdict() for group in stack.groups]}
-            for stack in self.stacks
-        ]
-
-    @classmethod
-    def from_json(cls, stacks: Sequence[Mapping[str, Any]]) -> "Layout":
-        """Undoes `to_json`."""
-        return cls(
-            tuple(
-                Stack(
-                    stack["name"],
-                    int(stack["depth"]),
-                    tuple(Group(g["name"], g["label"], tuple(g["streams"])) for g in stack["groups"]),
-                )
-                for stack in stacks
-            )
-        )
 
 
 def flux_layout(double: int, single: int) -> Layout:

@@ -291,7 +291,7 @@ def trace(
     with progress("Expanding nodes") as advance:
         graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
     _warn(captured.info.cut, graph)
-    graph = graph.with_metadata(record)
+    graph = graph.with_provenance(**record)
     graph.save(settings.out)
     if settings.export_json:
         write_reference_json(graph, settings.export_json)

@@ -63,7 +63,7 @@ def heads(
     # The score first: what it names may not be there, and heads take longer.
     scores = {}
     if asked is not None:
-        parts = score_parts(engine, asked.model_block(engine.infos[0].depths), asked.head, asked.query, asked.key)
+        parts = score_parts(engine, asked.model_block(engine.infos[0].layout), asked.head, asked.query, asked.key)
         scores = _score(settings, engine, parts, labels)
     found = by_head.carried(engine, int(again.rows[node]))
     error, held = by_head.edge_error(found, read, again.rows, node)
@@ -135,7 +135,7 @@ def _named(engine: Any, row: int, labels: Any, column: str) -> dict[str, Any]:
     from difffract_jax.circuits.names import source_names
     from difffract_jax.circuits.selection import named
 
-    shown = {column: source_names(engine.table, np.array([row]), engine.infos[0].depths[0])[0]}
+    shown = {column: source_names(engine.table, np.array([row]), engine.infos[0].layout)[0]}
     if labels is None:
         return shown
     is_feature = engine.table.kind[row] == FEATURE

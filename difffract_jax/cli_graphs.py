@@ -74,12 +74,13 @@ def prune(
     opt.check_out(settings.out, ".npz")
     from difffract_jax.circuits import pruning
     from difffract_jax.circuits.compare import read_graph
+    from difffract_jax.circuits.json_values import plain
     from difffract_jax.report import emit, graph_summary
 
     whole = read_graph(settings.graph)
     pruned = pruning.prune(whole, **settings.model_dump(exclude={"graph", "out"}))
     pruned.save(settings.out)
-    rows = [{"of": name} | found for name, found in pruned.metadata["scores"].items()]
+    rows = [{"of": name} | found for name, found in plain(pruned.provenance.scores).items()]
     emit({"graph": str(settings.out)} | graph_summary(pruned) | {"scores": rows}, as_json=json)
 
 
@@ -128,7 +129,7 @@ def combine_average(graphs: Graphs, out: Out = Path("average.npz"), json: opt.Js
     """Average the circuits of several prompts or seeds, feature by feature.
 
     They are summed over positions first. What a graph lacks counts as 0; in how many each node occurs stands in the
-    result's metadata.
+    result's provenance.
 
     Example: `difffract combine average seed0.npz seed1.npz seed2.npz --out average.npz`
     """
@@ -155,7 +156,7 @@ def _read(paths: list[Path], out: Path) -> list[Any]:
     opt.check_out(out, ".npz")
     from difffract_jax.circuits.compare import read_graph
 
-    return [read_graph(path).with_metadata({"file": path.name}) for path in paths]
+    return [read_graph(path).with_provenance(file=path.name) for path in paths]
 
 
 def _combined(graph: Any, out: Path, json: bool) -> None:
@@ -163,9 +164,9 @@ def _combined(graph: Any, out: Path, json: bool) -> None:
     from difffract_jax.report import emit, graph_summary
 
     graph.save(out)
-    told = graph.metadata["combined"]
-    shares = list(told["occurs_in"].values())
-    shown = {"graph": str(out), "operation": told["operation"], "graphs": len(told["graphs"])}
+    told = graph.provenance.combined
+    shares = list(told.occurs_in.values())
+    shown = {"graph": str(out), "operation": told.operation, "graphs": len(told.graphs)}
     shown |= {"nodes in all of them": f"{sum(share == 1 for share in shares)} of {len(shares)}"}
     emit(shown | graph_summary(graph), as_json=json)
 

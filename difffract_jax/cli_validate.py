@@ -90,14 +90,14 @@ def rerun(pipe: Any, tcs: Any, graph: Any, settings: RerunSettings) -> Any:
     from difffract_jax.circuits.recapture import capture_again, check_same
 
     check_same(pipe, tcs, graph)
-    told = graph.metadata["trace"]
-    traced = graph.metadata.get("settings", {})
+    run = graph.provenance.traced_run
+    traced = graph.provenance.settings or {}
     if settings.activations is not None:
         if settings.latents is not None or settings.noise is not None:
             raise UserError(f"{settings.activations} brings the latents of its step; leave out latents and noise.")
         from difffract_jax.circuits.imported import load_trace
 
-        padding = bool(told["include_padding"])
+        padding = run.include_padding
         return capture_again(
             pipe, tcs, graph, trace=load_trace(settings.activations, pipe, tcs, include_padding=padding)
         )
@@ -110,8 +110,8 @@ def rerun(pipe: Any, tcs: Any, graph: Any, settings: RerunSettings) -> Any:
         from difffract_jax.files import read_array
 
         given = read_array(settings.latents)
-    elif told["latents_given"] and (settings.noise or traced.get("noise")) == "torch" and not traced.get("latents"):
-        given = torch_latents(pipe, told["grid"], [told["seed"]])[0]
+    elif run.latents_given and (settings.noise or traced.get("noise")) == "torch" and not traced.get("latents"):
+        given = torch_latents(pipe, run.grid, [run.seed])[0]
     return capture_again(pipe, tcs, graph, latents=given)
 
 

@@ -101,7 +101,7 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     asked = parse_target(f"pixels:color={COLOUR},box={box_of(reading, image.shape[0])}")
     assert not isinstance(asked, Feature)
     target = resolve(pipe, trace, asked)
-    graph = attribute(trace, tcs, target=target, max_nodes=NODES, min_attribution=1e-6).with_metadata(record)
+    graph = attribute(trace, tcs, target=target, max_nodes=NODES, min_attribution=1e-6).with_provenance(**record)
     pruned = find_supernodes(prune(graph))
     graph.save(paths["graph.npz"])
     pruned.save(paths["pruned.npz"])
@@ -144,11 +144,8 @@ def _steer(pipe: Any, tcs: Any, again: Rerun, graph: Graph, pruned: Graph, seed:
     name, members = next(iter(pruned.supernodes.items()), ("", top_features(pruned, DRAWN)))
     features = tuple(dict.fromkeys(feature_of(pruned, node) for node in members))
     _, places = candidates(again, graph)
-    depth = again.engine.infos[0].depths[0]
-    others = {
-        Feature("single", block - depth, number) if block >= depth else Feature(("img", "txt")[stream], block, number)
-        for _, stream, block, number in places
-    }
+    layout = again.engine.infos[0].layout
+    others = {Feature(*layout.site_number(block, stream), number) for _, stream, block, number in places}
     drawn = np.random.default_rng(seed).permutation(sorted(map(str, others - {*features})))[: len(features)]
     random = tuple(Feature.parse(text) for text in drawn.tolist())
     edits = [[], [Edit(Supernode("", features), "zero")], [Edit(Supernode("", random), "zero")]]
@@ -165,7 +162,9 @@ def _steer(pipe: Any, tcs: Any, again: Rerun, graph: Graph, pruned: Graph, seed:
 
 def _colour_of(images: UInt8[np.ndarray, "image H W rgb"], graph: Graph) -> np.ndarray:
     """Returns how red the traced box of each image is: red less the mean of green and blue, in [-1, 1]."""
-    x0, y0, x1, y1 = map(int, graph.metadata["attribution"]["target"].partition("box=")[2].split(","))
+    settings = graph.provenance.attribution
+    assert settings is not None
+    x0, y0, x1, y1 = map(int, settings.targets[0].partition("box=")[2].split(","))
     inside = images[:, y0:y1, x0:x1].astype(np.float64).mean(axis=(1, 2)) / 255
     return inside[:, 0] - inside[:, 1:].mean(axis=1)
 
@@ -219,12 +218,13 @@ def _image_section(image: UInt8[np.ndarray, "H W rgb"]) -> Section:
 
 def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], whole: Graph, pruned: Graph) -> Section:
     told, labels = graph_summary(pruned), load_labels("organism")
-    labels = labels if labels.transcoders == pruned.metadata["transcoders"] else None
+    labels = labels if labels.transcoders == pruned.provenance.transcoders else None
     target = told["target"]
     text = [
         f"The target is {target}: how {COLOUR} the pixels of that box will be, as step {STEP} predicts them. With "
         "attention and norms held at this run, it is the sum of the features' contributions, errors, inputs and a "
-        f"bias; the largest gap in that sum, over the sum of absolute edges, is {told['conservation error']:.1e}.",
+        "bias; the largest gap in that sum, over the sum of absolute edges and bias, is "
+        f"{told['conservation error']:.1e}.",
         f"Pruning keeps {told['nodes'].get('feature', 0)} features. Shown are, with the most influence, those of image "
         "positions, and before pruning those of text: where each is active, in orange, over the image's tokens or the "
         "prompt's words, and what it detects on other captions (in brackets how well, 0.5 to 1).",
@@ -236,8 +236,7 @@ def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], whole: Graph, pruned: 
     best += [shown(card(whole, node, labels), image) for node in top_features(whole, SHOWN[1], [TXT])]
     cards = {node: card(pruned, node, labels) for node in nodes[:-1]}
     blocks = sorted({int(pruned.node_block[node]) for node in nodes})
-    depth = int(pruned.metadata["trace"]["depths"][0])
-    heads = [f"double-stream {b}" if b < depth else f"single-stream {b - depth}" for b in blocks[:-1]] + ["target"]
+    heads = [pruned.provenance.layout.block_name(block) for block in blocks[:-1]] + ["target"]
     laid = drawing(
         [node_names(pruned)[node] for node in nodes],
         [*(cards[node].detects for node in nodes[:-1]), target],

@@ -189,12 +189,11 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
         | {"attribution": float(graph.edge_attribution[edge])}
         for edge in strongest
     ]
-    known = bool(np.isfinite(graph.target_preactivation).all())  # documents of other tools do not tell
     kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
-    paths = graph.metadata.get("pooled_path", [])
-    pooled = {"share of the frozen pooled path": ", ".join(f"{path['share']:.3g}" for path in paths)} if paths else {}
-    rounding = graph.metadata.get("precision")
-    rounded = {"bfloat16 error": f"{rounding['edge_error']:.2g} of the largest edge"} if rounding else {}
+    paths = graph.provenance.pooled_path
+    pooled = {"share of the frozen pooled path": ", ".join(f"{path.share:.3g}" for path in paths)} if paths else {}
+    rounding = graph.provenance.precision
+    rounded = {"bfloat16 error": f"{rounding.edge_error:.2g} of the largest edge"} if rounding else {}
     by_step = expanded_by_step(graph)
     spread = ", ".join(f"step {step}: {count}" for step, count in by_step.items())
     weighted = [{"target": names[node], "weight": float(graph.root_weights[node])} for node in targets]
@@ -204,7 +203,7 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
         "nodes": {kind: count for kind, count in kinds.items() if count},
         **({"features expanded": spread} if len(by_step) > 1 else {}),
         "edges": len(graph.edge_attribution),
-        "conservation error": conservation_error(graph) if known else None,
+        "conservation error": graph.largest_conservation_error,
         **rounded,
         **pooled,
         "strongest sources": rows,
@@ -214,19 +213,8 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
 def expanded_by_step(graph: Graph) -> dict[int, int]:
     """Returns how many expanded features a graph holds of each step that it was traced over; pruning leaves fewer."""
     mine = graph.node_step[graph.target_node[graph.node_kind[graph.target_node] == FEATURE]]
-    traced = graph.metadata.get("steps")
-    steps = traced if isinstance(traced, list) else np.unique(graph.node_step).tolist()
+    steps = graph.provenance.steps or np.unique(graph.node_step).tolist()
     return {int(step): int(np.sum(mine == step)) for step in steps}
-
-
-def conservation_error(graph: Graph) -> float:
-    """Returns the largest |edges + bias - pre-activation| over the sum of absolute edges, among all expanded targets.
-
-    The sums are those stored before any threshold, so that pruning does not change the result.
-    """
-    residual = np.abs(graph.target_sum + graph.target_bias - graph.target_preactivation)
-    shares = np.divide(residual, graph.target_abs_sum, out=residual.copy(), where=graph.target_abs_sum > 0)
-    return float(np.max(shares, initial=0.0))
 
 
 def _over(value: float | None, unit: float) -> str:

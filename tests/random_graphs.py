@@ -5,6 +5,7 @@ import numpy as np
 from difffract_jax.circuits import expansion
 from difffract_jax.circuits.expansion import SourceTable
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, REST, Graph
+from difffract_jax.circuits.provenance import Provenance
 
 
 def random_table(rng, *, layers=3, rows=4, active=3, features=6, step=1):
@@ -105,7 +106,7 @@ def random_output_graph(seed, *, weights=(2.0, 1.0, 0.5), steps=2, blocks=4, row
         map_indptr=np.concatenate([[0], np.cumsum(maps)]),
         map_position=position[maps > 0].astype(np.int32),
         map_value=value[maps > 0],
-        metadata={"target_weights": list(weights)},
+        provenance=Provenance(target_weights=tuple(weights)),
     )
 
 

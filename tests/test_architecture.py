@@ -42,7 +42,7 @@ ORDER = (
 NUMPY_ONLY = (
     *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
     *("edits", "labels", "names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
-    "predictions",
+    *("predictions", "provenance", "json_values"),
 )
 LIGHT = (
     "difffract_jax",

@@ -140,6 +140,6 @@ def test_a_graph_that_knows_no_feature_of_a_step_is_told_of(capsys: pytest.Captu
     graph = random_output_graph(3)
     cli._warn("", graph)
     assert capsys.readouterr().err == ""
-    cli._warn("", graph.with_metadata({"steps": [0, 1, 2]}))
+    cli._warn("", graph.with_provenance(steps=(0, 1, 2)))
     told = capsys.readouterr().err
     assert told.startswith("Warning: no feature of step 2 was expanded") and "lower --expansion-batch" in told

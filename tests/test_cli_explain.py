@@ -17,6 +17,7 @@ from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.outputs import GREY, colour_of, parse_target, resolve
+from difffract_jax.circuits.provenance import Combined, Provenance
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.region import box_mask, tokens_in
 from difffract_jax.circuits.selection import strongest_feature
@@ -64,10 +65,10 @@ def graphs(organism: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) 
     graph = attribute(trace, tcs, target=resolve(pipe, trace, parse_target(RED)), max_nodes=30)
     graph.save(folder / "output.npz")
     replace(graph, edge_attribution=graph.edge_attribution * np.float32(1.01)).save(folder / "wrong.npz")
-    graph.with_metadata({"steps": [0, 1]}).save(folder / "steps.npz")
-    graph.with_metadata({"combined": {}}).save(folder / "combined.npz")
+    graph.with_provenance(steps=(0, 1)).save(folder / "steps.npz")
+    graph.with_provenance(combined=Combined(operation="average", graphs=(), occurs_in={})).save(folder / "combined.npz")
     prune(graph).save(folder / "summed.npz")
-    replace(graph, metadata={}).save(folder / "untold.npz")
+    replace(graph, provenance=Provenance()).save(folder / "untold.npz")
     trace = capture(pipe, tcs, PROMPT, seed=0, step=1)
     attribute(trace, tcs, target=strongest_feature(trace, tcs, "img", 1), max_nodes=30).save(folder / "feature.npz")
     return folder

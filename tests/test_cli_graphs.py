@@ -10,7 +10,9 @@ import pytest
 from commands import done, run_json
 
 from difffract_jax.circuits.graph import Graph
+from difffract_jax.circuits.json_values import plain
 from difffract_jax.circuits.names import node_names
+from difffract_jax.circuits.provenance import KnownRun
 from difffract_jax.circuits.viewer_document import read_document
 from random_graphs import random_graph, random_output_graph
 
@@ -20,8 +22,8 @@ def difffract(monkeypatch, capsys, tmp_path):
     """Runs `difffract ARGUMENTS --json` in a directory with graphs; returns status, result, and what it said."""
     monkeypatch.chdir(tmp_path)
     for seed in range(2):
-        trace = {"prompt": f"prompt {seed}", "seed": seed, "model": "m"}
-        random_graph(seed).with_metadata({"trace": trace, "transcoders": "t"}).save(f"{seed}.npz")
+        run = KnownRun(prompt=f"prompt {seed}", seed=seed, model="m")
+        random_graph(seed).with_provenance(shared=run, transcoders="t").save(f"{seed}.npz")
     random_output_graph(0).save("outputs.npz")
 
     return partial(run_json, monkeypatch, capsys)
@@ -39,8 +41,8 @@ def test_pruning_tells_the_scores_and_keeps_them(difffract, mode):
     told = done(difffract("prune", "0.npz", "--mode", mode))
     pruned = Graph.load("pruned.npz")
     assert [row.pop("of") for row in told["scores"]] == ["unpruned", "pinned", "pruned"]
-    assert told["scores"] == list(pruned.metadata["scores"].values())
-    assert pruned.metadata["pruning"]["mode"] == mode and told["edges"] == pruned.edge_source.size
+    assert told["scores"] == list(plain(pruned.provenance.scores).values())
+    assert pruned.provenance.pruning.mode == mode and told["edges"] == pruned.edge_source.size
     assert (
         done(difffract("prune", "0.npz"))["edges"] == done(difffract("prune", "0.npz", "--mode", "standard"))["edges"]
     )
@@ -69,13 +71,13 @@ def test_supernodes_are_found_changed_and_exported(difffract, tmp_path):
 
 def test_circuits_are_averaged_and_subtracted(difffract, tmp_path):
     told = done(difffract("combine", "average", "0.npz", "1.npz"))
-    record = Graph.load("average.npz").metadata["combined"]
+    record = Graph.load("average.npz").provenance.combined
     assert (told["operation"], told["graphs"]) == ("average", 2)
-    assert [entry["file"] for entry in record["graphs"]] == ["0.npz", "1.npz"]
+    assert [entry.file for entry in record.graphs] == ["0.npz", "1.npz"]
     told = done(difffract("combine", "difference", "0.npz", "0.npz"))
-    assert told["edges"] == 0 and Graph.load("difference.npz").metadata["combined"]["operation"] == "difference"
+    assert told["edges"] == 0 and Graph.load("difference.npz").provenance.combined.operation == "difference"
     done(difffract("prune", "average.npz"))
-    random_graph(0).with_metadata({"trace": {"model": "other"}}).save("other.npz")
+    random_graph(0).with_provenance(shared=KnownRun(model="other")).save("other.npz")
     before = sorted(path.name for path in tmp_path.iterdir())
     wrong = difffract("combine", "average", "0.npz", "other.npz", "--out", "wrong.npz")
     assert "Graphs of different models (m, other)" in refused(wrong, tmp_path, before)

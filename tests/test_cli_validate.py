@@ -13,6 +13,7 @@ from commands import run_command
 from PIL import Image
 
 from difffract_jax.circuits.attribution import attribute
+from difffract_jax.circuits.provenance import Combined, Provenance
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.reference_json import write_reference_json
 from difffract_jax.circuits.selection import strongest_feature
@@ -47,16 +48,17 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     replace(graph, edge_attribution=wrong).save(folder / "wrong.npz")
     prune(graph).save(folder / "summed.npz")
     write_reference_json(prune(graph), folder / "reference.json")
-    replace(graph, metadata={}).save(folder / "untold.npz")
-    told = graph.metadata["trace"]
+    replace(graph, provenance=Provenance()).save(folder / "untold.npz")
+    run = graph.provenance.run
+    assert run is not None
     for name, change in {
-        "noise": {"trace": told | {"latents_given": True}},
-        "step": {"steps": [9]},
+        "noise": {"run": replace(run, latents_given=True)},
+        "step": {"steps": (9,)},
         "activations": {"settings": {"activations": "a.npz"}},
-        "seed": {"trace": told | {"seed": 3}},
-        "combined": {"combined": {}},
+        "seed": {"run": replace(run, seed=3)},
+        "combined": {"combined": Combined(operation="average", graphs=(), occurs_in={})},
     }.items():
-        graph.with_metadata(change).save(folder / f"{name}.npz")
+        graph.with_provenance(**change).save(folder / f"{name}.npz")
     first = strongest_feature(trace, tcs, "img", 0)
     attribute(trace, tcs, target=first, max_nodes=5).save(folder / "bare.npz")
     return folder

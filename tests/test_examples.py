@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from difffract_jax.circuits.graph import Graph
-from difffract_jax.report import conservation_error
 from tolerances import TOL
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +22,7 @@ def test_the_readme_s_example_makes_a_circuit_that_adds_up(tmp_path, monkeypatch
     assert len(code.splitlines()) <= 10
     exec(compile(code, "README.md", "exec"), {})
     graph = Graph.load("circuit.npz")
-    assert conservation_error(graph) <= TOL.conservation_f32
+    assert graph.largest_conservation_error <= TOL.conservation_f32
     # Circuit-tracer's rule, the default, keeps a handful.
     assert np.isfinite(graph.node_influence).all() and graph.target_node.size > 2
 

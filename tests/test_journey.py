@@ -58,7 +58,7 @@ def test_a_converted_model_and_the_directory_itself_give_the_reference_s_circuit
             assert found["largest_error"] <= TOL.edge
     a, b = (Graph.load(made / f"{number}.npz") for number in (0, 1))
     assert np.array_equal(a.edge_attribution, b.edge_attribution)
-    assert a.metadata["settings"]["seed"] == 7 and a.metadata["sources"]["model"] and a.metadata["versions"]["jax"]
+    assert a.provenance.settings["seed"] == 7 and a.provenance.sources["model"] and a.provenance.versions["jax"]
 
 
 def test_the_image_of_a_seed_is_the_one_that_diffusers_makes(difffract, made):

@@ -10,7 +10,6 @@ from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.names import node_names
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.report import (
-    conservation_error,
     emit,
     expanded_by_step,
     graph_summary,
@@ -77,17 +76,9 @@ def test_a_summary_tells_which_steps_features_were_expanded_in():
     early, late = (sum(name.endswith(f"#{step}") for name in features) for step in (0, 1))
     assert early + late == len(features) and late > 0
     assert expanded_by_step(graph) == {0: early, 1: late}
-    told = graph_summary(graph.with_metadata({"steps": [0, 1, 2]}))
+    told = graph_summary(graph.with_provenance(steps=(0, 1, 2)))
     assert told["features expanded"] == f"step 0: {early}, step 1: {late}, step 2: 0"
     assert "features expanded" not in graph_summary(random_graph(3))
-
-
-def test_the_conservation_error_is_the_worst_target_s():
-    graph = random_graph(3)
-    graph.target_bias[:] = graph.target_preactivation - graph.target_sum
-    assert conservation_error(graph) <= 1e-15
-    graph.target_bias[-1] += 0.5 * graph.target_abs_sum[-1]
-    assert abs(conservation_error(graph) - 0.5) < 1e-12
 
 
 def test_parameters_are_counted_per_part():

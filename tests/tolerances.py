@@ -25,7 +25,7 @@ class Tolerances(NamedTuple):
     edge: float = 1e-5
     """Largest edge error over the largest edge, against the reference's float32 graphs."""
     conservation_f32: float = 1e-6
-    """|sum of edges + bias - pre-activation| over the sum of absolute edges, float32, one step."""
+    """|sum of edges + bias - pre-activation| over the sum of absolute edges and bias, float32, one step."""
     conservation_steps_f32: float = 1e-4
     """The same over several steps: a step's latents are a rounded sum of velocities, and the edges of the earlier steps
     must make them up again."""

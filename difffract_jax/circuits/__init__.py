@@ -13,6 +13,8 @@ selection       from a feature as written to its row
 expansion       which features to expand next; what was found becomes a graph (NumPy)
 attribution     all of it: a trace and a target to a graph
 graph           the graph and its file (NumPy)
+provenance      where a graph comes from: its run, its settings, what was done to it (pure Python)
+json_values     dataclasses as JSON values and back (pure Python)
 influence       how much each node bears on another, on a graph without cycles (NumPy)
 scores          how much of a graph its features explain, rather than errors (NumPy)
 pruning         which nodes and edges to keep (NumPy)

@@ -13,7 +13,6 @@ host (`expansion`). Every target's bias is the affine map evaluated at zero sour
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Literal
 
 import numpy as np
@@ -24,7 +23,8 @@ from difffract_jax.circuits import expansion as expanding
 from difffract_jax.circuits.engine import Engine, Output, make_engine, pull_rows, read
 from difffract_jax.circuits.expansion import Expansion
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import Graph
+from difffract_jax.circuits.graph import Graph, conservation_scale
+from difffract_jax.circuits.provenance import AttributionSettings, PooledPath, Rounding
 from difffract_jax.circuits.pullback import Way
 from difffract_jax.circuits.selection import target_row
 from difffract_jax.circuits.trace import Span, Trace
@@ -67,11 +67,11 @@ def attribute(
             holds all weights, transcoders and records.
         precision: of the pull-back's products. `bf16` rounds their factors and sums in float32; recorded values,
             attention patterns, biases and pre-activations stay in float32. Its error is measured on the first target
-            and kept in the graph's metadata under `precision`.
+            and kept in the graph's provenance under `precision`.
         progress: called with (nodes expanded, `max_nodes`).
 
     Returns:
-        The graph, position by position; `prune` sums over positions. Its metadata say under `pooled_path` how each
+        The graph, position by position; `prune` sums over positions. Its provenance says under `pooled_path` how each
         target's value changes when only the pooled embedding becomes that of the empty prompt, a path that the
         replacement holds constant.
 
@@ -98,18 +98,21 @@ def attribute(
             progress(len(state.expanded), max_nodes)
         rows = expanding.next_batch(state, min(expansion_batch, max_nodes - len(state.expanded)))
     names = [one.name if isinstance(one, Output) else str(one) for one, _ in wanted]
-    settings = {
-        "target": names[0] if len(names) == 1 else names,
-        "max_nodes": max_nodes,
-        "expansion_batch": expansion_batch,
-        "min_attribution": min_attribution,
-    }
-    record = {"attribution": settings, "trace": asdict(trace.info), "transcoders": tcs.source}
-    record |= {"steps": [info.step for info in engine.infos], "pooled_path": _pooled_path(engine, roots)}
-    record |= {"precision": rounding_error(engine, roots[:1], batch)} if precision != "f32" else {}
-    if len(wanted) > 1:
-        record["target_weights"] = weights.tolist()
-    return expanding.compact(state).with_metadata(record)
+    settings = AttributionSettings(
+        target=names[0] if len(names) == 1 else tuple(names),
+        max_nodes=max_nodes,
+        expansion_batch=expansion_batch,
+        min_attribution=min_attribution,
+    )
+    return expanding.compact(state).with_provenance(
+        run=trace.info,
+        attribution=settings,
+        transcoders=tcs.source,
+        steps=tuple(info.step for info in engine.infos),
+        pooled_path=_pooled_path(engine, roots),
+        precision=rounding_error(engine, roots[:1], batch) if precision != "f32" else None,
+        target_weights=tuple(weights.tolist()) if len(wanted) > 1 else (1.0,),
+    )
 
 
 def _check_numbers(max_nodes: int, expansion_batch: int, min_attribution: float, target_batch: int | None) -> None:
@@ -209,7 +212,7 @@ def divided(targets: int, row_bytes: int, shards: int = 1) -> int:
     return math.ceil(equal / shards) * shards
 
 
-def rounding_error(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int) -> dict[str, str | float]:
+def rounding_error(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int) -> Rounding:
     """Measures what an engine's precision costs: its edges against float32 ones.
 
     Args:
@@ -218,19 +221,19 @@ def rounding_error(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int
         batch: number of targets the programs are compiled for.
 
     Returns:
-        `edge_error`, the largest difference of an edge over the largest edge; `conservation_error`, by how much edges
-        and bias miss the pre-activation, over the sum of absolute edges, largest over the targets.
+        The largest difference of an edge, and the largest conservation error of the targets.
     """
     exact = engine._replace(way=engine.way._replace(precision="f32"))
     ours, theirs = (pull_rows(one, rows, batch) for one in (engine, exact))
     edges = ours.edges.astype(np.float64)
-    missed = np.abs(edges.sum(axis=1) + ours.bias - ours.preactivation) / np.abs(edges).sum(axis=1)
+    missed = np.abs(edges.sum(axis=1) + ours.bias - ours.preactivation)
+    missed /= conservation_scale(np.abs(edges).sum(axis=1), np.asarray(ours.bias, np.float64))
     largest = np.max(np.abs(theirs.edges))
-    return {
-        "products": engine.way.precision,
-        "edge_error": float(np.max(np.abs(edges - theirs.edges)) / largest),
-        "conservation_error": float(missed.max()),
-    }
+    return Rounding(
+        products=engine.way.precision,
+        edge_error=float(np.max(np.abs(edges - theirs.edges)) / largest),
+        conservation_error=float(missed.max()),
+    )
 
 
 def _expand(
@@ -257,13 +260,13 @@ def _check_reached(state: Expansion, wanted: list[tuple[Target, float]]) -> None
             raise UserError(f"No source reaches {name}: all its edges are zero; choose another target.")
 
 
-def _pooled_path(engine: Engine, roots: Int64[np.ndarray, "target"]) -> list[dict[str, float]]:
+def _pooled_path(engine: Engine, roots: Int64[np.ndarray, "target"]) -> tuple[PooledPath, ...]:
     """Returns each target's value, and its value with the pooled embedding of the empty prompt, in the real model."""
     values = read(engine, roots, tuple(step.record.reading for step in engine.steps))
     unpooled = tuple(step.record.unpooled for step in engine.steps if step.record.unpooled is not None)
     if len(unpooled) < len(engine.steps):
-        return []
+        return ()
     without = read(engine, roots, unpooled)
     share = np.abs(values - without) / np.maximum(np.abs(values), np.finfo(np.float64).tiny)
     columns = zip(values.tolist(), without.tolist(), share.tolist(), strict=True)
-    return [{"value": a, "without": b, "share": c} for a, b, c in columns]
+    return tuple(PooledPath(value=a, without=b, share=c) for a, b, c in columns)

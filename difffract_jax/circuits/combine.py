@@ -7,13 +7,13 @@
 3. Values, edges, totals and maps are added up with coefficients: 1/n each for the average, 1 and -1 for the difference.
    What a graph lacks counts as 0, so that edges and bias still add up to the pre-activation at every target.
 
-The result is a graph like any other, without influence until it is pruned. `metadata["combined"]` tells which graphs
+The result is a graph like any other, without influence until it is pruned. `provenance.combined` tells which graphs
 went in, and for every node, by name, in what share of them it occurs. Maps are kept where all graphs have the same
 grid of image tokens and length of text.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, Graph
 from difffract_jax.circuits.names import node_names
+from difffract_jax.circuits.provenance import FILE_KEYS, Combined, KnownRun, Origin, Provenance
 from difffract_jax.config import UserError
 
 _KEY = ("node_kind", "node_step", "node_block", "node_stream", "node_feature")
-_OF_ONE = ("pruning", "scores", "supernodes", "file")
-"""Metadata that hold for one graph as it is, even where all say the same."""
+_OF_ONE = ("pruning", "scores", "grouping", "file", "run", "shared", "target_weights", "combined")
+"""Facts that hold for one graph as it is, even where all say the same, or that are combined otherwise."""
 _TOTALS = ("target_preactivation", "target_bias", "target_sum")
 
 
@@ -73,7 +74,7 @@ class _Union(NamedTuple):
 
 def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[float]) -> Graph:
     _check_origins(graphs)
-    record = [_origin(graph) for graph in graphs]
+    record = tuple(_origin(graph.provenance) for graph in graphs)
     summed = [aggregate(_merged(graph, graphs)) for graph in graphs]
     union = _union(summed)
     count = union.keys.shape[1]
@@ -96,15 +97,15 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
         **_totals(weighted, count),
         **_maps(weighted, count),
         supernodes={},
-        metadata=_common(summed) | {"target_weights": weights[weights > 0].tolist()},
+        provenance=replace(_common(graphs), target_weights=tuple(weights[weights > 0].tolist())),
     )
     shares = dict(zip(node_names(combined), occurs.tolist(), strict=True))
-    return combined.with_metadata({"combined": {"operation": operation, "graphs": record, "occurs_in": shares}})
+    return combined.with_provenance(combined=Combined(operation=operation, graphs=record, occurs_in=shares))
 
 
 def _merged(graph: Graph, graphs: Sequence[Graph]) -> Graph:
     """Returns the graph with rest nodes as errors, if any graph cannot tell them apart."""
-    if not any("reference_config" in other.metadata for other in graphs):
+    if not any(other.provenance.reference_config is not None for other in graphs):
         return graph
     return replace(graph, node_kind=np.where(graph.node_kind == REST, ERROR, graph.node_kind).astype(np.uint8))
 
@@ -112,8 +113,8 @@ def _merged(graph: Graph, graphs: Sequence[Graph]) -> Graph:
 def _check_origins(graphs: Sequence[Graph]) -> None:
     """Refuses graphs that are known to be of different models or transcoders."""
     origins = {
-        "models": {graph.metadata.get("trace", {}).get("model") for graph in graphs} - {None},
-        "transcoders": {graph.metadata.get("transcoders") for graph in graphs} - {None},
+        "models": {graph.provenance.known.model for graph in graphs} - {None},
+        "transcoders": {graph.provenance.transcoders for graph in graphs} - {None},
     }
     for what, known in origins.items():
         if len(known) > 1:
@@ -121,20 +122,30 @@ def _check_origins(graphs: Sequence[Graph]) -> None:
             raise UserError(f"Graphs of different {what} ({named}) have no features in common; combine those of one.")
 
 
-def _origin(graph: Graph) -> dict[str, Any]:
+def _origin(told: Provenance) -> Origin:
     """Returns what tells one graph from another."""
-    trace = graph.metadata.get("trace", {})
-    told = {name: trace[name] for name in ("prompt", "seed", "step") if name in trace}
-    return told | {name: graph.metadata[name] for name in ("pruning", "file") if name in graph.metadata}
+    run = told.known
+    return Origin(prompt=run.prompt, seed=run.seed, step=run.step, pruning=told.pruning, file=told.file)
 
 
-def _common(graphs: Sequence[Graph]) -> dict[str, Any]:
-    """Returns the metadata that all graphs share, down to the entries of `trace`."""
-    first, *others = (graph.metadata for graph in graphs)
-    same = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    traces = [metadata.get("trace", {}) for metadata in (first, *others)]
-    trace = {k: v for k, v in traces[0].items() if all(k in other and other[k] == v for other in traces)}
-    return {key: value for key, value in same.items() if key not in _OF_ONE} | {"trace": trace}
+def _common(graphs: Sequence[Graph]) -> Provenance:
+    """Returns what all graphs say alike, down to the fields of their runs."""
+    told = [graph.provenance for graph in graphs]
+    same = {name: value for name, value in _alike(told).items() if name not in _OF_ONE}
+    extra = _alike_entries([one.extra for one in told])
+    same |= {"extra": {key: value for key, value in extra.items() if key not in FILE_KEYS}}
+    return Provenance(**same, shared=KnownRun(**_alike([one.known for one in told])))
+
+
+def _alike(told: Sequence[Any]) -> dict[str, Any]:
+    """Returns the fields in which dataclasses of one kind are equal."""
+    return _alike_entries([{one.name: getattr(each, one.name) for one in fields(each)} for each in told])
+
+
+def _alike_entries(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the entries that dictionaries have in common."""
+    first, *others = told
+    return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
 
 
 def _union(graphs: Sequence[Graph]) -> _Union:
@@ -192,10 +203,7 @@ def _totals(graphs: _Weighted, count: int) -> dict[str, np.ndarray]:
 
 def _maps(graphs: _Weighted, count: int) -> dict[str, np.ndarray]:
     """Adds up the maps, position by position; none where positions do not correspond."""
-    shapes = [
-        (graph.metadata.get("trace", {}).get("grid"), graph.metadata.get("trace", {}).get("text_tokens"))
-        for graph, _, _ in graphs
-    ]
+    shapes = [(graph.provenance.known.grid, graph.provenance.known.text_tokens) for graph, _, _ in graphs]
     if any(shape != shapes[0] for shape in shapes):
         graphs = []
     owners = [np.repeat(place, np.diff(graph.map_indptr)) for graph, place, _ in graphs]

@@ -81,7 +81,7 @@ def compare(a: Graph, b: Graph) -> Comparison:
     summed = not (a.by_position and b.by_position)
     if summed:
         a, b = aggregate(a), aggregate(b)
-    merged = any("reference_config" in graph.metadata for graph in (a, b))
+    merged = any(graph.provenance.reference_config is not None for graph in (a, b))
     nodes_a, nodes_b = _nodes(a, merged), _nodes(b, merged)
     edges_a, edges_b = _edges(a, nodes_a), _edges(b, nodes_b)
     common = sorted(edges_a.keys() & edges_b.keys())

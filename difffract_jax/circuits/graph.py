@@ -5,18 +5,18 @@ are sorted by step, block, stream, position and feature. An edge has attribution
 target's pre-activation; edges are sorted by target, then source.
 
 A graph explains one target or several, weighted. They are its first nodes and the first entries of `target_node`;
-`metadata["target_weights"]` lists their weights, positive numbers, one each. Without it there is one target.
+`provenance.target_weights` lists their weights, positive numbers, one each.
 
 1. `Graph` checks itself when it is made: lengths, types, its targets, and that every index points somewhere.
 2. `save` writes one `.npz` without pickled objects, whole or not at all; `load` refuses what is damaged.
 
 Every expanded target carries its pre-activation u, its bias, and the sum and absolute sum of all its edges before any
-threshold, so that sum + bias = u can be checked however much of the graph has been dropped.
+threshold, so that sum + bias = u can be checked however much of the graph has been dropped. By how much they miss, over
+the absolute sum of edges and bias, is the target's conservation error; `conservation_error` is its one definition.
 """
 
 import json
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file
 
@@ -62,7 +63,7 @@ class Graph:
         map_value: a feature's value there; for other kinds, once positions are summed over, the attribution from there.
         node_cumulative: share of all influence held by a node and those above it, from pruning; NaN before it.
         supernodes: name -> nodes grouped under it.
-        metadata: JSON values: where the graph comes from.
+        provenance: where the graph comes from.
     """
 
     node_kind: np.ndarray
@@ -86,7 +87,7 @@ class Graph:
     map_value: np.ndarray
     node_cumulative: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     supernodes: dict[str, list[int]] = field(default_factory=dict)
-    metadata: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         if not self.node_cumulative.size:
@@ -103,13 +104,13 @@ class Graph:
     @property
     def targets(self) -> Int64[np.ndarray, "root"]:
         """The nodes that the graph explains: its first ones."""
-        return np.arange(len(self.metadata.get("target_weights", [1.0])))
+        return np.arange(len(self.provenance.target_weights))
 
     @property
     def root_weights(self) -> Float64[np.ndarray, "node"]:
         """The weight of every node in what the graph explains: 0 but at its targets, where they sum to 1."""
         weights = np.zeros(self.node_kind.size)
-        weights[self.targets] = self.metadata.get("target_weights", [1.0])
+        weights[self.targets] = self.provenance.target_weights
         return weights / weights.sum()
 
     @property
@@ -117,9 +118,30 @@ class Graph:
         """Whether nodes stand for single positions, rather than sums over them."""
         return bool(np.any(self.node_position[self.node_kind == FEATURE] >= 0))
 
-    def with_metadata(self, more: Mapping[str, Any]) -> "Graph":
-        """Returns the graph with entries added to its metadata; entries of the same name are replaced."""
-        return replace(self, metadata=self.metadata | dict(more))
+    @property
+    def target_scale(self) -> Float64[np.ndarray, "target"]:
+        """The size of what adds up to each expanded target: its absolute edges and its bias; 1 where both are 0."""
+        return conservation_scale(self.target_abs_sum, self.target_bias)
+
+    @property
+    def conservation_error(self) -> Float64[np.ndarray, "target"]:
+        """|sum of edges + bias - u| / (sum of |edges| + |bias|) of each expanded target; NaN where u is not known."""
+        missed = np.abs(self.target_sum + self.target_bias - self.target_preactivation)
+        return missed / self.target_scale
+
+    @property
+    def largest_conservation_error(self) -> float | None:
+        """The largest conservation error; None for documents of other tools, which do not tell pre-activations."""
+        worst = float(np.max(self.conservation_error))
+        return None if np.isnan(worst) else worst
+
+    def with_provenance(self, **facts: Any) -> "Graph":
+        """Returns the graph with other facts of these names in its provenance.
+
+        Args:
+            facts: fields of `Provenance`, such as `pruning`.
+        """
+        return replace(self, provenance=replace(self.provenance, **facts))
 
     def save(self, path: str | Path) -> None:
         """Writes the graph to a `.npz` file.
@@ -127,7 +149,7 @@ class Graph:
         Args:
             path: file to write; it appears only when it is complete.
         """
-        record = {"format_version": FORMAT_VERSION} | self.metadata
+        record = {"format_version": FORMAT_VERSION} | self.provenance.to_json()
         arrays: dict[str, Any] = {name: getattr(self, name) for name in _DTYPES}
         texts = {"supernodes": self.supernodes, "metadata": record}
         arrays |= {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
@@ -152,16 +174,27 @@ class Graph:
             supernodes, metadata = (json.loads(arrays[name].tobytes()) for name in ("supernodes", "metadata"))
         except ValueError as error:
             raise UserError(f"{path} is damaged: its metadata are not JSON ({error}); trace it again.") from None
+        if not isinstance(metadata, dict):
+            raise UserError(f"{path} is damaged: its metadata are not named values; trace it again.")
         version = metadata.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{path} has graph format {version}, but this release reads {FORMAT_VERSION}; trace it again."
             )
+        provenance = Provenance.from_json(metadata, str(path))
         try:
             known = {name: arrays[name] for name in _DTYPES if name in arrays}
-            return Graph(**known, supernodes=supernodes, metadata=metadata)
+            return Graph(**known, supernodes=supernodes, provenance=provenance)
         except ValueError as error:
             raise UserError(f"{path} is damaged. {error} Trace it again.") from None
+
+
+def conservation_scale(
+    abs_sum: Float64[np.ndarray, "target"], bias: Float64[np.ndarray, "target"]
+) -> Float64[np.ndarray, "target"]:
+    """Returns what errors of targets are relative to: sums of absolute edges and of the bias; 1 where both are 0."""
+    size = abs_sum + np.abs(bias)
+    return np.where(size > 0, size, 1.0)
 
 
 _DTYPES: dict[str, type] = {
@@ -188,7 +221,7 @@ _DTYPES: dict[str, type] = {
 }
 _LATER = ("node_cumulative",)
 """What files of earlier releases lack; then as if the graph were not pruned."""
-assert [f.name for f in fields(Graph)] == [*_DTYPES, "supernodes", "metadata"]
+assert [f.name for f in fields(Graph)] == [*_DTYPES, "supernodes", "provenance"]
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -239,10 +272,9 @@ def _wrong_targets(graph: Graph) -> list[str]:
     """Names what is wrong with the targets and their weights."""
     if not graph.target_node.size:
         return ["it has no target"]
-    weights = graph.metadata.get("target_weights", [1.0])
-    numbers = isinstance(weights, list) and all(isinstance(w, int | float) and 0 < w < np.inf for w in weights)
-    if not numbers or not weights:
-        return [f"its target_weights are {weights} instead of a list of positive numbers"]
+    weights = graph.provenance.target_weights
+    if not weights or not all(0 < weight < np.inf for weight in weights):
+        return [f"its target_weights are {list(weights)} instead of a list of positive numbers"]
     if not np.array_equal(graph.target_node[: len(weights)], np.arange(len(weights))):
         return [f"its {len(weights)} targets are not its first nodes and the first of target_node"]
     return []

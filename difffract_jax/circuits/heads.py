@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
+from difffract_jax.address import Layout
 from difffract_jax.circuits.attention import ScoreParts, loadings_by_layer
 from difffract_jax.circuits.engine import Engine
 from difffract_jax.circuits.expansion import SourceTable
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
-from difffract_jax.circuits.names import block_name, find_nodes, node_names
+from difffract_jax.circuits.names import find_nodes, node_names
 from difffract_jax.config import UserError
 
 SIDES = ("features", "errors", "inputs", "constant")
@@ -26,7 +27,7 @@ SIDES = ("features", "errors", "inputs", "constant")
 AT_ONCE = 1024
 """Sources of either side that are multiplied at once."""
 _SCORE = re.compile(
-    r"(?P<kind>double|single)/(?P<block>\d+)/h(?P<head>\d+)@(?P<q>img|txt)(?P<i>\d+),(?P<k>img|txt)(?P<j>\d+)"
+    r"(?P<kind>[a-z]+)/(?P<block>\d+)/h(?P<head>\d+)@(?P<q>img|txt)(?P<i>\d+),(?P<k>img|txt)(?P<j>\d+)"
 )
 
 
@@ -34,8 +35,8 @@ class Score(NamedTuple):
     """An attention score as written.
 
     Attributes:
-        kind: "double" or "single".
-        block: of its kind.
+        kind: stack of the block, as in double/1.
+        block: its number within the stack.
         head: of the block.
         query: stream and position of the token that attends.
         key: the same of the token attended to.
@@ -47,20 +48,16 @@ class Score(NamedTuple):
     query: tuple[str, int]
     key: tuple[str, int]
 
-    def model_block(self, depths: tuple[int, int]) -> int:
+    def model_block(self, layout: Layout) -> int:
         """Returns the block's number in the model.
 
         Args:
-            depths: double- and single-stream blocks of the model.
+            layout: of the model.
 
         Raises:
             UserError: if it has no such block.
         """
-        double, single = depths
-        if self.block >= (double if self.kind == "double" else single):
-            known = [f"{kind}/0 to {kind}/{n - 1}" for kind, n in (("double", double), ("single", single)) if n]
-            raise UserError(f"There is no block {self.kind}/{self.block}; the model has {' and '.join(known)}.")
-        return self.block + (double if self.kind == "single" else 0)
+        return layout.block_number(self.kind, self.block)
 
 
 def parse_score(text: str) -> Score:
@@ -96,7 +93,7 @@ def target_node(graph: Graph, name: str | None) -> int:
     Raises:
         UserError: if the graph is of several steps, has no such node, or nothing leads into it.
     """
-    steps = graph.metadata.get("steps", ())
+    steps = graph.provenance.steps
     if len(steps) > 1:
         raise UserError(
             f"The graph spans the steps {min(steps)} to {max(steps)}, but heads and scores are those of one step; "
@@ -155,11 +152,11 @@ def carried(engine: Engine, row: int) -> Carried:
     Raises:
         UserError: if the engine is a span's.
     """
-    depth = engine.infos[0].depths[0]
+    layout = engine.infos[0].layout
     edges, carriers = np.zeros(engine.sources), []
     for block, loadings in loadings_by_layer(engine, row):
         edges += loadings.sum(axis=0)
-        names = ("no hop" if block is None else f"{block_name(block, depth)}/h{head}" for head in range(len(loadings)))
+        names = ("no hop" if block is None else f"{layout.block_name(block)}/h{head}" for head in range(len(loadings)))
         carriers += map(_carrier, names, loadings)
         del loadings  # before the next layer's come
     *heads, direct = carriers

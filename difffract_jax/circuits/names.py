@@ -2,7 +2,7 @@
 
 A feature is written as in `feature`, so that it can be a target: single/0/f7@img3 in a single-stream block, where the
 stream stays once positions are summed over; the step only where the graph has several. A document that does not tell
-how many double-stream blocks there are has all blocks numbered through the model. A target that shares its name with
+which blocks its model has gets all of them numbered through the model. A target that shares its name with
 another node, once positions are summed over, is marked.
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
+from difffract_jax.address import Layout
 from difffract_jax.circuits.expansion import SourceTable
 from difffract_jax.circuits.graph import FEATURE, INPUT, KINDS, OUTPUT, STREAMS, Graph
 from difffract_jax.config import UserError
@@ -35,43 +36,34 @@ def _name(graph: Graph, node: int, steps: bool) -> str:
     kind, block = int(graph.node_kind[node]), int(graph.node_block[node])
     step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
     if kind == OUTPUT:
-        asked = graph.metadata.get("attribution", {}).get("target", f"output {node}")
+        settings = graph.provenance.attribution
+        asked = f"output {node}" if settings is None else settings.target
         return f"{asked if isinstance(asked, str) else asked[node]}{step}"
-    depth = graph.metadata.get("trace", {}).get("depths", [block + 1])[0]
     columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
-    return _place(*(int(column[node]) for column in columns), depth=depth) + step
+    return _place(*(int(column[node]) for column in columns), graph.provenance.known.layout) + step
 
 
-def _place(kind: int, stream: int, block: int, position: int, feature: int, *, depth: int) -> str:
+def _place(kind: int, stream: int, block: int, position: int, feature: int, layout: Layout | None) -> str:
     """Names a source by where it lies, without its step."""
-    site, side = STREAMS[stream] if kind == INPUT else f"{STREAMS[stream]}/{block}", ""
-    if block >= depth:
-        site, side = f"single/{block - depth}", STREAMS[stream]
+    site, side = STREAMS[stream], ""
+    if kind != INPUT:
+        site = f"{site}/{block}" if layout is None else layout.site_name(block, stream)
+        side = (layout and layout.side(block, stream)) or ""
     name = f"{site}/f{feature}" if kind == FEATURE else f"{KINDS[kind]} {site}"
     number = f"{position}" if position >= 0 else ""
     return f"{name}{f'@{side}{number}' if side or number else ''}"
 
 
-def source_names(table: SourceTable, rows: Int64[np.ndarray, "row"], depth: int) -> list[str]:
+def source_names(table: SourceTable, rows: Int64[np.ndarray, "row"], layout: Layout) -> list[str]:
     """Returns the names of some sources of one step, spelled as the nodes of its graph are.
 
     Args:
         table: of the sources.
         rows: of the table; no outputs.
-        depth: double-stream blocks of the model.
+        layout: of the model.
     """
     columns = table.kind, table.stream, table.block, table.position, table.feature
-    return [_place(*(int(column[row]) for column in columns), depth=depth) for row in rows]
-
-
-def block_name(block: int, depth: int) -> str:
-    """Returns how a block of the model is called: double/2, or single/0, which counts on its own.
-
-    Args:
-        block: of the model; single-stream blocks count on after the double-stream ones.
-        depth: double-stream blocks of the model.
-    """
-    return f"double/{block}" if block < depth else f"single/{block - depth}"
+    return [_place(*(int(column[row]) for column in columns), layout) for row in rows]
 
 
 def find_nodes(graph: Graph, names: Sequence[str]) -> Int64[np.ndarray, "name"]:

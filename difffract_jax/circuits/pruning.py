@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import FEATURE, INPUT, Graph, keep
 from difffract_jax.circuits.influence import column_shares, levels, reach
+from difffract_jax.circuits.provenance import PruningScores, PruningSettings
 from difffract_jax.circuits.scores import scores
 from difffract_jax.config import UserError
 
@@ -56,7 +57,7 @@ def prune(
 
     Returns:
         The pruned graph, with `node_influence` and `node_cumulative` as computed before any node was dropped. Its
-        metadata tell the settings, `pruning`, and `scores`: of the graph before pruning (`unpruned`), of the same
+        provenance tells the settings, `pruning`, and `scores`: of the graph before pruning (`unpruned`), of the same
         graph with every feature that was dropped counted as error (`pinned`), and of the result (`pruned`).
 
     Raises:
@@ -74,11 +75,9 @@ def prune(
     rule = {"standard": _standard, "difffract": _difffract}[mode]
     nodes, edges = rule(graph, influence, node_threshold, edge_threshold)
     pruned = keep(graph, nodes, edges)
-    settings = {"mode": mode, "node_threshold": node_threshold, "edge_threshold": edge_threshold}
-    told = {"unpruned": scores(graph), "pinned": scores(graph, pinned=nodes), "pruned": scores(pruned)}
-    return pruned.with_metadata(
-        {"pruning": settings, "scores": {name: found._asdict() for name, found in told.items()}}
-    )
+    settings = PruningSettings(mode=mode, node_threshold=node_threshold, edge_threshold=edge_threshold)
+    told = PruningScores(unpruned=scores(graph), pinned=scores(graph, pinned=nodes), pruned=scores(pruned))
+    return pruned.with_provenance(pruning=settings, scores=told)
 
 
 Masks = tuple[Bool[np.ndarray, "node"], Bool[np.ndarray, "edge"]]

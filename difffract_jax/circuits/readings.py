@@ -138,7 +138,7 @@ def factors_for(
     Raises:
         ValueError: if a node is not a feature.
     """
-    info = graph.provenance.run
+    info = graph.provenance.traced_run
     if np.any(graph.node_kind[nodes] != FEATURE):
         raise ValueError("Only features can be scaled, but a node is none.")
     groups = info.layout.groups_at(graph.node_block, graph.node_stream)

@@ -1,7 +1,7 @@
 """The run behind a saved graph, captured anew, so that the graph can be held against the model.
 
-1. The graph's metadata name model, transcoders, prompt, seed, sizes, steps and targets. A graph of another model or of
-   other transcoders is refused; so is one that does not tell, or has been summed over positions.
+1. The graph's provenance names model, transcoders, prompt, seed, sizes, steps and targets. A graph of another model or
+   of other transcoders is refused; so is one that does not tell, or has been summed over positions.
 2. Capture that run, and resolve the targets.
 3. Find every node's row in the table of sources, and hold the features' values against the graph's.
 """
@@ -68,21 +68,22 @@ def capture_again(
 
 def check_same(pipe: Pipeline, tcs: TranscoderSet, graph: Graph) -> None:
     """Refuses a graph that does not tell its run, is summed over positions, or is of another model or transcoders."""
-    told = graph.metadata
-    if "combined" in told:
+    told = graph.provenance
+    if told.combined is not None:
         raise UserError(
             "The graph combines the circuits of several runs, and is checked against none; give the graph of one run, "
             "as `difffract trace` wrote it."
         )
-    if not {"trace", "transcoders", "steps", "attribution"} <= told.keys():
-        raise UserError("The graph does not tell the run that it explains; give an .npz that `difffract trace` wrote.")
+    run = told.traced_run
+    if told.transcoders is None or told.attribution is None or not told.steps:
+        raise UserError("The graph does not tell how it was traced; give an .npz that `difffract trace` wrote.")
     if np.any(graph.node_position[graph.node_kind != OUTPUT] < 0):
         raise UserError(
             "The graph is summed over positions, as by `difffract prune`, and single edges cannot be checked any more; "
             "give the graph that `difffract trace` wrote, or prune it with --by-position."
         )
-    hashes = {"model": (pipe.source, told["trace"]["model"])}
-    hashes["set of transcoders"] = (tcs.source, told["transcoders"])
+    hashes = {"model": (pipe.source, run.model)}
+    hashes["set of transcoders"] = (tcs.source, told.transcoders)
     for what, (ours, theirs) in hashes.items():
         if ours != theirs:
             raise UserError(
@@ -92,37 +93,37 @@ def check_same(pipe: Pipeline, tcs: TranscoderSet, graph: Graph) -> None:
 
 
 def _capture(pipe: Pipeline, tcs: TranscoderSet, graph: Graph, latents: Any) -> Trace | Span:
-    told, unit = graph.metadata["trace"], PATCH * pipe.config.vae.factor
-    if told["latents_given"] and latents is None:
+    told, unit = graph.provenance.traced_run, PATCH * pipe.config.vae.factor
+    if told.latents_given and latents is None:
         raise UserError(
             "The graph's run started from noise that was given, not drawn from its seed; give the same noise again, "
             "with --latents or --noise."
         )
-    count = len(told["sigmas"]) - 1
-    steps: Sequence[int] = graph.metadata["steps"]
+    count = len(told.sigmas) - 1
+    steps: Sequence[int] = graph.provenance.steps
     outside = [step for step in (*steps, *graph.node_step.tolist()) if not 0 <= step < count]
     if outside:
         raise UserError(
             f"The graph names step {outside[0]}, but its run has the steps 0 to {count - 1}; trace it again."
         )
-    run = {"seed": told["seed"], "steps": count, "text_tokens": told["text_tokens"], "guidance": told["guidance"]}
-    run |= {"height": told["grid"][0] * unit, "width": told["grid"][1] * unit}
-    run |= {"include_padding": told["include_padding"], "latents": latents}
+    run = {"seed": told.seed, "steps": count, "text_tokens": told.text_tokens, "guidance": told.guidance}
+    run |= {"height": told.grid[0] * unit, "width": told.grid[1] * unit}
+    run |= {"include_padding": told.include_padding, "latents": latents}
     inputs = {*graph.node_stream[graph.node_kind == INPUT].tolist()}
     if len(steps) > 1 or (LATENT in inputs and IMG not in inputs):
-        made: Trace | Span = capture_steps(pipe, tcs, told["prompt"], first=min(steps), last=max(steps), **run)
+        made: Trace | Span = capture_steps(pipe, tcs, told.prompt, first=min(steps), last=max(steps), **run)
     else:
         output = LATENT in inputs or bool(np.any(graph.node_kind == OUTPUT))
-        made = capture(pipe, tcs, told["prompt"], step=steps[0], output=output, **run)
-    if not np.allclose(made.info.sigmas, told["sigmas"]):
+        made = capture(pipe, tcs, told.prompt, step=min(steps), output=output, **run)
+    if not np.allclose(made.info.sigmas, told.sigmas):
         raise UserError("The graph's run had other noise levels than the model has for as many steps; trace it again.")
     return made
 
 
 def _outputs(pipe: Pipeline, trace: Trace | Span, graph: Graph) -> list[Output]:
     """Returns the graph's outputs, in the order of its nodes."""
-    asked = graph.metadata["attribution"]["target"]
-    texts = [asked] if isinstance(asked, str) else asked
+    settings = graph.provenance.attribution
+    texts = settings.targets if settings is not None else ()
     found = []
     for node in np.flatnonzero(graph.node_kind == OUTPUT):
         target = parse_target(texts[node])

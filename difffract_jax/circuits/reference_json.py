@@ -17,6 +17,7 @@ import numpy as np
 
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, LATENT, REST, STREAMS, Graph
+from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file
 
@@ -73,7 +74,7 @@ def to_document(graph: Graph) -> dict[str, Any]:
         "stats": _stats(graph, nodes),
         "nodes": list(nodes.values()),
         "edges": edges,
-        "metadata": graph.metadata,
+        "metadata": graph.provenance.to_json(),
     }
 
 
@@ -119,19 +120,19 @@ def _target(graph: Graph, name: str, position: int) -> dict[str, Any]:
 
 
 def _config(graph: Graph) -> dict[str, Any]:
-    """Returns what the reference records of a run, from our metadata; a document that was read keeps its own."""
-    if "reference_config" in graph.metadata:
-        return graph.metadata["reference_config"]
-    trace, settings = graph.metadata.get("trace", {}), graph.metadata.get("attribution", {})
-    sigmas, step = trace.get("sigmas"), trace.get("step", int(graph.node_step[graph.target]))
+    """Returns what the reference records of a run, from our provenance; a document that was read keeps its own."""
+    if graph.provenance.reference_config is not None:
+        return dict(graph.provenance.reference_config)
+    run, settings = graph.provenance.known, graph.provenance.attribution
+    step = int(graph.node_step[graph.target]) if run.step is None else run.step
     return {
-        "prompt": trace.get("prompt"),
-        "seed": trace.get("seed"),
+        "prompt": run.prompt,
+        "seed": run.seed,
         "step": step,
-        "timestep": None if sigmas is None else sigmas[step],
-        "circuit_max_nodes": settings.get("max_nodes"),
-        "circuit_min_attribution": settings.get("min_attribution"),
-        "model_id": trace.get("model"),
+        "timestep": None if run.sigmas is None else run.sigmas[step],
+        "circuit_max_nodes": settings and settings.max_nodes,
+        "circuit_min_attribution": settings and settings.min_attribution,
+        "model_id": run.model,
     }
 
 
@@ -234,5 +235,5 @@ def from_document(document: Mapping[str, Any]) -> Graph:
         map_indptr=np.concatenate([[0], np.cumsum([len(m) for m in maps])]).astype(np.int64),
         map_position=np.array([p for m in maps for p, _ in m], np.int32),
         map_value=np.array([v for m in maps for _, v in m], np.float32),
-        metadata={**document["metadata"], "reference_config": document["config"]},
+        provenance=Provenance.from_json({**document["metadata"], "reference_config": document["config"]}),
     )

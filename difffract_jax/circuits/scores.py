@@ -21,18 +21,7 @@ from numpy.typing import NDArray
 
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, REST, Graph
 from difffract_jax.circuits.influence import column_shares, levels, reach
-
-
-class Scores(NamedTuple):
-    """What `scores` finds.
-
-    Attributes:
-        replacement: share in [0, 1]; None if neither inputs nor errors have influence.
-        completeness: share in [0, 1].
-    """
-
-    replacement: float | None
-    completeness: float
+from difffract_jax.circuits.provenance import Scores
 
 
 def scores(graph: Graph, *, pinned: Bool[np.ndarray, "node"] | None = None) -> Scores:

@@ -24,6 +24,7 @@ from scipy.spatial.distance import squareform
 
 from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.names import find_nodes, node_names
+from difffract_jax.circuits.provenance import GroupingSettings
 from difffract_jax.config import Settings, UserError
 
 MAX_FEATURES = 5_000
@@ -49,8 +50,8 @@ def find_supernodes(graph: Graph, *, threshold: float = 0.5, map_weight: float =
             f"The graph has {features.size} features, more than the {MAX_FEATURES} that are clustered together; "
             "prune it first."
         )
-    settings = {"threshold": threshold, "map_weight": map_weight}
-    graph = replace(graph, supernodes={}).with_metadata({"supernodes": settings})
+    settings = GroupingSettings(threshold=threshold, map_weight=map_weight)
+    graph = replace(graph, supernodes={}).with_provenance(grouping=settings)
     if features.size < 2:
         return graph
     distance = np.clip(1 - similarity(graph, features, map_weight), 0, 2)

@@ -15,7 +15,6 @@ through the Euler updates, and one graph spans them all (METHOD section 6).
 Nothing here depends on the transcoders but the range of blocks. Attention patterns are not stored: q and k give them.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from difffract_jax.address import Layout, Tokens
+from difffract_jax.circuits.provenance import TraceInfo
 from difffract_jax.circuits.record import Blocks, Record, Weights, read_live, record_step, take_weights
 from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import FluxConfig
@@ -40,53 +39,6 @@ from difffract_jax.models.pipeline import (
 )
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
-
-
-@dataclass(frozen=True, kw_only=True)
-class TraceInfo:
-    """Where a trace comes from.
-
-    Attributes:
-        prompt: of the run.
-        cut: the end of the prompt that did not fit; "" if all did.
-        seed: of the starting noise; not what it started from if latents were given.
-        step: the step, from 0.
-        sigmas: noise level entering every step, and the final 0.
-        grid: rows and columns of image tokens.
-        text_tokens: length of the text sequence.
-        tokens: the text sequence's tokens, padding included.
-        guidance: guidance scale; None for models that take none, or where it is not known.
-        recorded: the model's block of every recorded layer, ascending without a gap.
-        layout: the order of the model's stacks, blocks and sites.
-        include_padding: whether padded text positions are replaced like any other.
-        latents_given: whether the run started from given latents.
-        model: content hash of the pipeline.
-    """
-
-    prompt: str
-    cut: str
-    seed: int
-    step: int
-    sigmas: tuple[float, ...]
-    grid: tuple[int, int]
-    text_tokens: int
-    tokens: tuple[str, ...]
-    guidance: float | None
-    recorded: tuple[int, ...]
-    layout: Layout
-    include_padding: bool
-    latents_given: bool
-    model: str
-
-    @property
-    def first_block(self) -> int:
-        """The model's number of the first recorded block."""
-        return self.recorded[0]
-
-    @property
-    def tokens_of(self) -> Tokens:
-        """How many tokens each stream has."""
-        return Tokens(self.grid[0] * self.grid[1], self.text_tokens)
 
 
 class Trace(NamedTuple):

@@ -158,13 +158,12 @@ _run = jax.jit(run)
 def _sums(again: Rerun, graph: Graph) -> list[dict[str, Any]]:
     """Holds each expanded target's sums against its pre-activation, and both against the run's."""
     engine, rows = again.engine, again.rows[graph.target_node]
-    scale = _scale(graph)
-    left = np.abs(graph.target_sum + graph.target_bias - graph.target_preactivation) / scale
+    scale = graph.target_scale
     fresh = read(engine, rows, tuple(step.record.reading for step in engine.steps))
     bias = read(engine, rows, engine.constants)
     apart = np.maximum(np.abs(fresh - graph.target_preactivation), np.abs(bias - graph.target_bias)) / scale
     readings = _row("readings", "pre-activation and bias = those of the run", apart, rows.size)
-    return [readings, _row("conservation", "edges + bias = pre-activation", left, rows.size)]
+    return [readings, _row("conservation", "edges + bias = pre-activation", graph.conservation_error, rows.size)]
 
 
 def _edges(again: Rerun, graph: Graph, count: int, seed: int) -> dict[str, Any]:
@@ -177,15 +176,9 @@ def _edges(again: Rerun, graph: Graph, count: int, seed: int) -> dict[str, Any]:
     targets, target = np.unique(graph.edge_target[chosen], return_inverse=True)
     pushed = push_edges(again.engine, again.rows[sources], again.rows[targets])[source, target]
     scale = np.ones(graph.node_kind.size)
-    scale[graph.target_node] = _scale(graph)
+    scale[graph.target_node] = graph.target_scale
     errors = np.abs(pushed - graph.edge_attribution[chosen]) / scale[graph.edge_target[chosen]]
     return _row("edges", "edge = its direct intervention", errors, single.size)
-
-
-def _scale(graph: Graph) -> Float64[np.ndarray, "target"]:
-    """Returns the size of what adds up to each expanded target: its sum of absolute edges and its bias."""
-    size = graph.target_abs_sum + np.abs(graph.target_bias)
-    return np.where(size > 0, size, 1)
 
 
 def perturbation(again: Rerun, graph: Graph, ablations: int) -> dict[str, Any]:
@@ -238,7 +231,7 @@ def circuit_sizes(graph: Graph) -> tuple[list[int], int]:
         graph: position by position; of one that is pruned already, all features count as kept.
     """
     many = _features(aggregate(graph))
-    kept = many if "pruning" in graph.metadata else _features(prune(graph))
+    kept = many if graph.provenance.pruning is not None else _features(prune(graph))
     return sorted({*(size for size in SIZES if size < many), kept, many} - {0}), kept
 
 

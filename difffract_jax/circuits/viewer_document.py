@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, TXT, Graph
+from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file
 
@@ -147,7 +148,7 @@ def graph_of(document: Mapping[str, Any]) -> Graph:
         map_position=np.zeros(0, np.int32),
         map_value=np.zeros(0, np.float32),
         supernodes=groups,
-        metadata={"target_weights": weights, "viewer": dict(document["metadata"])},
+        provenance=Provenance(target_weights=tuple(weights), viewer=dict(document["metadata"])),
     )
 
 

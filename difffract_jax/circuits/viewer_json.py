@@ -29,6 +29,7 @@ from jaxtyping import Int64
 from difffract_jax import __version__
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, IMG, INPUT, LATENT, OUTPUT, STREAMS, TXT, Graph
+from difffract_jax.circuits.json_values import plain
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.pruning import cumulative_shares, node_influence
 from difffract_jax.circuits.scores import scores
@@ -77,7 +78,7 @@ def to_document(graph: Graph, flavour: Flavour, options: ViewerOptions) -> dict[
             f"The graph has {count} nodes and {links} edges, more than the {options.max_nodes} and {options.max_links} "
             "that the viewers bear; prune it further, sum it over positions, or raise --max-nodes and --max-links."
         )
-    text = options.tokens or list(graph.metadata.get("trace", {}).get("tokens", []))
+    text = options.tokens or list(graph.provenance.known.tokens or ())
     tokens, column = _columns(graph, text)
     nodes = _nodes(graph, column, options)
     ids = [node["node_id"] for node in nodes]
@@ -144,7 +145,7 @@ def _columns(graph: Graph, text: list[str]) -> tuple[list[str], Int64[np.ndarray
     columns = sorted(used | missing)
     number = {key: place for place, key in enumerate(columns)}
     last = {step: place for place, (step, _, _) in enumerate(columns)}
-    grid = graph.metadata.get("trace", {}).get("grid")
+    grid = graph.provenance.known.grid
     several = len(last) > 1
     tokens = [_token(c, position, text, grid) + (f"#{step}" if several else "") for step, c, position in columns]
     places = [last[key[0]] if is_output else number[key] for key, is_output in zip(keys, output, strict=True)]
@@ -256,27 +257,27 @@ def _metadata(
     graph: Graph, flavour: Flavour, scan: str, tokens: list[str], nodes: list[dict[str, Any]], options: ViewerOptions
 ) -> dict[str, Any]:
     """Returns the document's metadata."""
-    known, trace = graph.metadata, graph.metadata.get("trace", {})
-    told = known.get("scores", {}).get("unpruned") or scores(graph)._asdict()
-    settings = {"seed": trace.get("seed"), "step": trace.get("step")} | known.get("attribution", {})
-    if "max_nodes" in settings:
-        settings["max_feature_nodes"] = settings["max_nodes"]
+    known, run = graph.provenance, graph.provenance.known
+    told = known.scores.unpruned if known.scores is not None else scores(graph)
+    settings = {"seed": run.seed, "step": run.step} | (plain(known.attribution) or {})
+    if known.attribution is not None:
+        settings["max_feature_nodes"] = known.attribution.max_nodes
     source = {"feature_json_base_url": options.feature_url} if options.feature_url else {}
     return {
         "slug": options.slug,
         "scan": scan,
         "transcoder_list": [],
         "prompt_tokens": tokens,
-        "prompt": trace.get("prompt") or "",
+        "prompt": run.prompt or "",
         # The slider hides what lies above it: start where all that was kept is seen (trap 12).
         "node_threshold": max((n["influence"] for n in nodes if n["influence"] is not None), default=1.0),
         "schema_version": 1,
         "feature_details": source,
         "info": {"generator": {"name": GENERATOR, "version": __version__}},
         "generation_settings": settings,
-        "pruning_settings": known.get("pruning", {}),
-        **{f"{name}_score": value for name, value in told.items() if value is not None},
-        "scored_on": "the graph before pruning" if "scores" in known else "this graph",
+        "pruning_settings": plain(known.pruning) or {},
+        **{f"{name}_score": value for name, value in told._asdict().items() if value is not None},
+        "scored_on": "the graph before pruning" if known.scores is not None else "this graph",
     }
 
 

@@ -1,7 +1,7 @@
 """What a report shows of a circuit: its strongest features, with where each is active and what it stands for."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Float64
@@ -10,6 +10,8 @@ from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE, IMG, TXT, Graph
 from difffract_jax.circuits.labels import Labels
 from difffract_jax.config import UserError
+
+Known = TypeVar("Known")
 
 
 class Card(NamedTuple):
@@ -36,14 +38,11 @@ def feature_of(graph: Graph, node: int) -> Feature:
     """Returns a feature node without its position; `feature` says how the text form reads.
 
     Args:
-        graph: one that tells its model's depths.
+        graph: one that says which blocks its model has.
         node: a feature.
     """
-    block, depth = int(graph.node_block[node]), int(graph.metadata["trace"]["depths"][0])
-    number = int(graph.node_feature[node])
-    if block >= depth:
-        return Feature("single", block - depth, number)
-    return Feature(("img", "txt")[graph.node_stream[node]], block, number)
+    site = graph.provenance.layout.site_number(int(graph.node_block[node]), int(graph.node_stream[node]))
+    return Feature(*site, int(graph.node_feature[node]))
 
 
 def top_features(graph: Graph, most: int, streams: Sequence[int] = (IMG, TXT)) -> list[int]:
@@ -66,21 +65,24 @@ def card(graph: Graph, node: int, labels: Labels | None = None) -> Card:
     """Returns what is to be shown of a feature.
 
     Args:
-        graph: pruned, summed over positions; its metadata tell the image's grid and the prompt's tokens.
+        graph: pruned, summed over positions; its provenance tells the image's grid and the prompt's tokens.
         node: a feature.
         labels: of its transcoders.
     """
-    told = graph.metadata["trace"]
+    run = graph.provenance.known
     feature = feature_of(graph, node)
     part = slice(graph.map_indptr[node], graph.map_indptr[node + 1])
     positions, values = graph.map_position[part], graph.map_value[part].astype(np.float64)
     heat, words = None, ()
     if graph.node_stream[node] == IMG:
-        heat = np.zeros(int(np.prod(told["grid"])))
+        grid = _said(run.grid, "its image's grid")
+        heat = np.zeros(int(np.prod(grid)))
         heat[positions] = values
-        heat = heat.reshape(told["grid"])
+        heat = heat.reshape(grid)
     else:
-        words = _words(told["tokens"], dict(zip(positions.tolist(), values.tolist(), strict=True)))
+        words = _words(
+            _said(run.tokens, "its prompt's tokens"), dict(zip(positions.tolist(), values.tolist(), strict=True))
+        )
     return Card(
         str(feature),
         _detects(labels, feature),
@@ -89,6 +91,13 @@ def card(graph: Graph, node: int, labels: Labels | None = None) -> Card:
         heat,
         words,
     )
+
+
+def _said(fact: Known | None, what: str) -> Known:
+    """Returns what a graph says of its run; refuses one that does not say it."""
+    if fact is None:
+        raise UserError(f"The graph does not say {what}; give the graph of one run, as `difffract trace` wrote it.")
+    return fact
 
 
 def _words(tokens: Sequence[str], values: dict[int, float]) -> tuple[tuple[str, float], ...]:

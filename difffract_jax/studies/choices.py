@@ -162,7 +162,7 @@ def circuit_effects(
         inside: image tokens that count.
         phrase: text tokens that count.
     """
-    depth = graph.metadata["trace"]["depths"][0]
+    depth = graph.provenance.depths[0]
     counts = np.zeros(max(inside.size, phrase.size), bool), np.zeros(max(inside.size, phrase.size), bool)
     counts[0][: inside.size], counts[1][: phrase.size] = inside, phrase
     image = graph.node_stream == IMG

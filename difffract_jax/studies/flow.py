@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.figure import Figure
 
+from difffract_jax.address import Layout
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.graph import TXT, Graph
 from difffract_jax.circuits.pruning import edge_scores
@@ -79,7 +80,7 @@ def flow(
     for row, (prompt, seed, target) in enumerate(runs):
         found.append(crossing(deep_circuit(pipe, tcs, prompt, seed, target)))
         progress(row + 1, len(runs))
-    return report(found, pipe.config.transformer.depth_double, runs)
+    return report(found, pipe.config.transformer.layout, runs)
 
 
 def deep_circuit(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, target: str) -> Graph:
@@ -104,9 +105,9 @@ def crossing(graph: Graph) -> Crossing:
     """
     scores, text = edge_scores(graph), graph.node_stream == TXT
     into_image = ~text[graph.edge_target]
-    shape = len(graph.metadata["steps"]), sum(graph.metadata["trace"]["depths"]) + 2
+    shape = len(graph.provenance.steps), graph.provenance.layout.depth + 2
     sums = np.zeros((2, len(ENDS), *shape))
-    step = graph.node_step - graph.metadata["steps"][0]
+    step = graph.node_step - graph.provenance.steps[0]
     for end, node in enumerate((graph.edge_target, graph.edge_source)):
         for kept, which in enumerate((into_image & text[graph.edge_source], into_image)):
             at = node[which]
@@ -114,16 +115,16 @@ def crossing(graph: Graph) -> Crossing:
     return Crossing(*sums)
 
 
-def report(found: Sequence[Crossing], depth: int, runs: Sequence[tuple[str, int, str]]) -> Result:
+def report(found: Sequence[Crossing], layout: Layout, runs: Sequence[tuple[str, int, str]]) -> Result:
     """Puts tables, figure and verdict together.
 
     Args:
         found: of every run.
-        depth: double-stream blocks of the model.
+        layout: of the model.
         runs: prompt, seed and target of each.
     """
     text, every = (np.stack([getattr(one, name) for one in found]) for name in Crossing._fields)
-    names = block_names(depth, text.shape[3] - 2)
+    names = block_names(layout)
     total = text[:, 0].sum(axis=(1, 2)) / every[:, 0].sum(axis=(1, 2))
     mean, low, high = mean_with_interval(total)
     tables: dict[str, list[dict[str, Any]]] = {
@@ -152,15 +153,10 @@ def report(found: Sequence[Crossing], depth: int, runs: Sequence[tuple[str, int,
     return Result("flow", verdict, tables, {"flow": _figure(text, every, names)}, raw)
 
 
-def block_names(depth: int, blocks: int) -> list[str]:
-    """Returns names of blocks, with those of the inputs before and the output behind.
-
-    Args:
-        depth: double-stream blocks.
-        blocks: of both kinds.
-    """
-    double = [f"double {block}" for block in range(depth)]
-    return ["input", *double, *(f"single {block}" for block in range(blocks - depth)), "output"]
+def block_names(layout: Layout) -> list[str]:
+    """Returns names of a model's blocks, with those of the inputs before and the output behind."""
+    blocks = (layout.block_name(block).replace("/", " ") for block in range(layout.depth))
+    return ["input", *blocks, "output"]
 
 
 def _rows(

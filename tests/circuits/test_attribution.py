@@ -16,7 +16,6 @@ from difffract_jax.circuits.reference_json import from_document
 from difffract_jax.circuits.selection import site_preactivations
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.config import UserError
-from difffract_jax.report import conservation_error
 from tolerances import REFERENCE, TOL
 from traces import golden_trace, make_exact
 
@@ -84,7 +83,7 @@ def test_sums_and_pruned_graphs_are_the_reference_s(graphs, number, kind):
 
 @pytest.mark.parametrize("number", range(5))
 def test_every_target_adds_up(graphs, number):
-    assert conservation_error(graphs[number]) <= TOL.conservation_f32
+    assert graphs[number].largest_conservation_error <= TOL.conservation_f32
 
 
 @pytest.mark.parametrize("number", range(5))
@@ -109,7 +108,7 @@ def strongest(exact):
 
 def test_a_graph_in_float64_adds_up(exact):
     graph = attribute(exact.trace, exact.tcs, target=strongest(exact), max_nodes=30, expansion_batch=8)
-    assert conservation_error(graph) <= TOL.conservation_x64
+    assert graph.largest_conservation_error <= TOL.conservation_x64
 
 
 def test_how_many_targets_go_together_changes_nothing(x64):
@@ -151,10 +150,10 @@ def test_progress_and_provenance_are_kept(x64):
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(1, 12), (5, 12), (9, 12), (12, 12)]
-    assert graph.metadata["trace"]["prompt"] == "a red circle"
-    assert graph.metadata["trace"]["model"] == exact.pipe.source != ""
-    assert graph.metadata["transcoders"] == exact.tcs.source
-    assert graph.metadata["attribution"]["max_nodes"] == 12
+    assert graph.provenance.run.prompt == "a red circle"
+    assert graph.provenance.run.model == exact.pipe.source != ""
+    assert graph.provenance.transcoders == exact.tcs.source
+    assert graph.provenance.attribution.max_nodes == 12
 
 
 def test_without_a_position_the_strongest_is_taken(golden, graphs):

@@ -17,7 +17,6 @@ from difffract_jax.circuits.selection import named, strongest_feature
 from difffract_jax.circuits.trace import capture, capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.models.tiny import random_pipeline
-from difffract_jax.report import conservation_error
 from tolerances import TOL, relative_error
 from traces import IMAGE, JOINT, make_transcoders
 
@@ -132,7 +131,7 @@ def test_spans_of_bfloat16_weights_add_up_too():
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pipe.transformer)
     span = capture_steps(pipe._replace(transformer=half), tcs, PROMPT, first=1, last=3, **SIZE)
     graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=10, expansion_batch=10)
-    assert conservation_error(graph) <= TOL.conservation_steps_f32
+    assert graph.largest_conservation_error <= TOL.conservation_steps_f32
 
 
 def _row(engine, feature):
@@ -145,11 +144,11 @@ def test_float32_adds_up(kind):
     pipe, tcs, span = made(jnp.float32)
     target = target_of(kind, pipe, tcs, span)
     graph = attribute(span, tcs, target=target, max_nodes=30, expansion_batch=10)
-    assert conservation_error(graph) <= TOL.conservation_steps_f32
+    assert graph.largest_conservation_error <= TOL.conservation_steps_f32
     assert set(graph.node_step) == {1, 2, 3}
     trace = capture(pipe, tcs, PROMPT, step=2, output=True, **SIZE)
     graph = attribute(trace, tcs, target=target_of(kind, pipe, tcs, trace), max_nodes=30, expansion_batch=10)
-    assert conservation_error(graph) <= TOL.conservation_f32
+    assert graph.largest_conservation_error <= TOL.conservation_f32
     assert graph.node_kind[0] == (OUTPUT if kind in OUTPUTS else FEATURE)
 
 
@@ -203,7 +202,7 @@ def test_several_targets_share_one_graph():
     assert graph.targets.tolist() == [0, 1]
     assert graph.root_weights[:2].tolist() == [0.75, 0.25] and not graph.root_weights[2:].any()
     assert graph.node_kind[:2].tolist() == [OUTPUT, FEATURE]
-    assert conservation_error(graph) <= TOL.conservation_steps_f32
+    assert graph.largest_conservation_error <= TOL.conservation_steps_f32
     alone = attribute(span, tcs, target=targets[1][0], max_nodes=1)
     assert graph.target_preactivation[1] == alone.target_preactivation[0]
 
@@ -211,13 +210,13 @@ def test_several_targets_share_one_graph():
 def test_the_pooled_path_is_what_swapping_the_embedding_moves():
     pipe, tcs, span = made(jnp.float32)
     graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=2)
-    (path,) = graph.metadata["pooled_path"]
-    assert path["value"] == graph.target_preactivation[0]
-    assert path["share"] == pytest.approx(abs(path["value"] - path["without"]) / abs(path["value"]))
-    assert path["without"] != path["value"]
+    (path,) = graph.provenance.pooled_path
+    assert path.value == graph.target_preactivation[0]
+    assert path.share == pytest.approx(abs(path.value - path.without) / abs(path.value))
+    assert path.without != path.value
     silent = capture_steps(pipe, tcs, "", first=1, last=2, **SIZE)
     graph = attribute(silent, tcs, target=target_of("img", pipe, tcs, silent), max_nodes=2)
-    assert graph.metadata["pooled_path"][0]["share"] == 0
+    assert graph.provenance.pooled_path[0].share == 0
 
 
 @pytest.mark.parametrize(

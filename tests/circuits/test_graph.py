@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.circuits.graph import Graph, keep
+from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError
 from random_graphs import random_graph, random_output_graph
 
@@ -25,10 +26,11 @@ def assert_same(a, b):
 
 @given(st.integers(0, 10_000), st.dictionaries(st.text(), st.integers() | st.text() | st.none(), max_size=3))
 @settings(max_examples=15, deadline=None)
-def test_what_is_saved_is_loaded(tmp_path_factory, seed, metadata):
+def test_what_is_saved_is_loaded(tmp_path_factory, seed, extra):
     path = tmp_path_factory.mktemp("graph") / "g.npz"
-    metadata.pop("format_version", None)
-    graph = replace(random_graph(seed), supernodes={"a": [0, 1]}).with_metadata(metadata)
+    for name in ("format_version", *(field.name for field in fields(Provenance))):
+        extra.pop(name, None)
+    graph = replace(random_graph(seed), supernodes={"a": [0, 1]}).with_provenance(extra=extra, steps=(1,))
     graph.save(path)
     assert_same(Graph.load(path), graph)
 
@@ -62,10 +64,10 @@ def test_all_targets_are_kept():
     assert kept.node_kind.size == 3 and kept.target_node.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("weights", [[], [1.0, -1.0], [0.0], "1", [1.0, float("inf")], [None]])
-def test_weights_that_are_no_weights_are_refused(weights):
+@pytest.mark.parametrize("weights", [(), (1.0, -1.0), (0.0,), (1.0, float("inf"))])
+def test_weights_that_are_not_positive_are_refused(weights):
     with pytest.raises(ValueError, match="instead of a list of positive numbers"):
-        random_graph(0).with_metadata({"target_weights": weights})
+        random_graph(0).with_provenance(target_weights=weights)
 
 
 def test_targets_that_are_not_first_are_refused():
@@ -77,6 +79,31 @@ def test_targets_that_are_not_first_are_refused():
 def test_a_file_from_before_cumulative_shares_is_read(tmp_path, arrays):
     del arrays["node_cumulative"]
     assert np.isnan(Graph.load(rewritten(tmp_path, arrays)).node_cumulative).all()
+
+
+def test_the_conservation_error_is_relative_to_absolute_edges_and_bias():
+    graph = random_graph(3)
+    bias, size = np.linspace(-2, 2, graph.target_node.size), graph.target_abs_sum
+    graph = replace(graph, target_bias=bias, target_preactivation=graph.target_sum + bias)
+    assert graph.largest_conservation_error <= 1e-15
+    missed = np.zeros(bias.size)
+    missed[[0, -1]] = 0.25 * (size[0] + 2), 0.5 * (size[-1] + 2)
+    wrong = replace(graph, target_preactivation=graph.target_preactivation + missed)
+    assert wrong.conservation_error[[0, -1]] == pytest.approx([0.25, 0.5], abs=1e-12)
+    assert wrong.conservation_error[1:-1].max() <= 1e-15 and wrong.largest_conservation_error == pytest.approx(0.5)
+
+
+def test_a_target_without_edges_and_bias_is_held_to_its_absolute_error():
+    graph = random_graph(3)
+    zeros, u = np.zeros(graph.target_node.size), np.full(graph.target_node.size, 0.125)
+    bare = replace(graph, target_abs_sum=zeros, target_sum=zeros, target_bias=zeros, target_preactivation=u)
+    assert bare.target_scale.tolist() == np.ones(u.size).tolist() and bare.conservation_error.tolist() == u.tolist()
+
+
+def test_documents_that_do_not_tell_preactivations_have_no_conservation_error():
+    graph = random_graph(3)
+    unknown = replace(graph, target_preactivation=np.full(graph.target_node.size, np.nan))
+    assert unknown.largest_conservation_error is None and np.isnan(unknown.conservation_error).all()
 
 
 @pytest.fixture
@@ -106,6 +133,9 @@ def metadata(**entries):
         ({"map_indptr": np.zeros(2, np.int64)}, "map_indptr has 2 entries"),
         ({"metadata": metadata(format_version=99)}, "graph format 99, but this release reads 1"),
         ({"metadata": np.zeros(4, np.uint8)}, "its metadata are not JSON"),
+        ({"metadata": metadata(format_version=1, steps="x")}, 'steps is "x", but should be a valid array; give'),
+        ({"metadata": metadata(format_version=1, target_weights=[None])}, "target_weights.0 is null, but should be a"),
+        ({"metadata": metadata(format_version=1, target_weights=[0])}, "target_weights are .0.0. instead of a list"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path, arrays, change, sentence):

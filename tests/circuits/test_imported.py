@@ -16,7 +16,6 @@ from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.selection import strongest_feature
 from difffract_jax.config import UserError
 from difffract_jax.models.activations import ARRAYS, read_activations, write_activations
-from difffract_jax.report import conservation_error
 from tolerances import REFERENCE, TOL, relative_error
 from traces import PROMPTS, SIZE, TEXT
 
@@ -75,7 +74,7 @@ def test_the_graph_in_float32_is_that_of_our_own_run(graphs):
     assert not found.nodes_only_in_a + found.nodes_only_in_b
     assert found.edges_only_in_a == found.edges_only_in_b == 0 < found.edges_in_both
     assert found.largest_error <= TOL.edge
-    assert conservation_error(graphs["f32"]) <= TOL.conservation_f32
+    assert graphs["f32"].largest_conservation_error <= TOL.conservation_f32
 
 
 def test_a_bfloat16_run_is_traced_and_differs(graphs):
@@ -86,7 +85,7 @@ def test_a_bfloat16_run_is_traced_and_differs(graphs):
 
 def test_targets_of_a_bfloat16_run_add_up_to_what_it_rounded(graphs):
     # u is read from the recorded x, which every block before it rounded to 8 bits; edges and bias are exact.
-    error = conservation_error(graphs["bf16"])
+    error = graphs["bf16"].largest_conservation_error
     print(f"conservation error of bfloat16: {error:.2g}")
     assert TOL.conservation_f32 < error <= TOL.bf16
 
@@ -131,7 +130,7 @@ def test_the_command_line_records_and_traces(golden, files, tmp_path, trace, cap
     capsys.readouterr()
     status, out, err = trace(PROMPTS[0], tmp_path / "a.npz", "--json")
     assert status == 0 and json.loads(out)["graph"] == str(tmp_path / "graph.npz"), err
-    assert Graph.load(tmp_path / "graph.npz").metadata["settings"]["step"] == "1"
+    assert Graph.load(tmp_path / "graph.npz").provenance.settings["step"] == "1"
 
 
 @pytest.mark.parametrize(

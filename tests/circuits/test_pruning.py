@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, REST
+from difffract_jax.circuits.provenance import PruningSettings
 from difffract_jax.circuits.pruning import cumulative_shares, largest, node_influence, prune, top_share
 from difffract_jax.config import UserError
 from random_graphs import random_graph, random_output_graph
@@ -60,7 +61,7 @@ def test_influence_is_recorded(mode):
     pruned = prune(graph, mode=mode, node_threshold=1.0, edge_threshold=1.0)
     assert np.allclose(pruned.node_influence, node_influence(graph), rtol=1e-6)
     assert np.allclose(pruned.node_cumulative, cumulative_shares(node_influence(graph)), rtol=1e-6)
-    assert pruned.metadata["pruning"] == {"mode": mode, "node_threshold": 1.0, "edge_threshold": 1.0}
+    assert pruned.provenance.pruning == PruningSettings(mode=mode, node_threshold=1.0, edge_threshold=1.0)
 
 
 def dense(graph):
@@ -68,7 +69,7 @@ def dense(graph):
     matrix = np.zeros((graph.node_kind.size,) * 2)
     matrix[graph.edge_target, graph.edge_source] = graph.edge_attribution
     weights = np.zeros(graph.node_kind.size)
-    weights[: len(graph.metadata.get("target_weights", [1]))] = graph.metadata.get("target_weights", [1])
+    weights[graph.targets] = graph.provenance.target_weights
     return matrix, weights / weights.sum()
 
 
@@ -145,7 +146,7 @@ def test_nothing_dangles_and_targets_and_inputs_stay(seed, share):
     assert np.isin(free[np.isin(pruned.node_kind[free], (FEATURE, ERROR, REST))], out).all()
     assert np.isin(free[pruned.node_kind[free] == FEATURE], into).all()
     assert np.sum(pruned.node_kind == INPUT) == np.sum(graph.node_kind == INPUT)
-    assert pruned.metadata["target_weights"] == [2.0, 1.0, 0.5]
+    assert pruned.provenance.target_weights == (2.0, 1.0, 0.5)
     assert [int(k) for k in pruned.node_kind[:3]] == [OUTPUT, OUTPUT, FEATURE]
     assert pruned.target_node[:3].tolist() == [0, 1, 2]
 

@@ -27,7 +27,7 @@ def dense(graph):
     matrix = np.zeros((graph.node_kind.size,) * 2)
     matrix[graph.edge_target, graph.edge_source] = graph.edge_attribution
     weights = np.zeros(graph.node_kind.size)
-    weights[: len(graph.metadata["target_weights"])] = graph.metadata["target_weights"]
+    weights[graph.targets] = graph.provenance.target_weights
     return matrix, weights / weights.sum(), graph.node_kind == INPUT, np.isin(graph.node_kind, (ERROR, REST))
 
 
@@ -80,11 +80,11 @@ def test_without_errors_both_are_one_and_without_edges_there_is_no_replacement()
 def test_pruning_stores_the_scores_of_all_three_readings():
     graph = aggregate(random_graph(2))
     pruned = prune(graph)
-    told = pruned.metadata["scores"]
-    assert told["unpruned"] == scores(graph)._asdict() and told["pruned"] == scores(pruned)._asdict()
+    told = pruned.provenance.scores
+    assert told.unpruned == scores(graph) and told.pruned == scores(pruned)
     names = {tuple(row) for row in node_rows(pruned)}
     pinned = np.array([tuple(row) in names for row in node_rows(graph)])
-    assert told["pinned"] == pytest.approx(scores(graph, pinned=pinned)._asdict())
+    assert told.pinned == pytest.approx(scores(graph, pinned=pinned))
 
 
 def node_rows(graph):

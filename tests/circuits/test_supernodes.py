@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.names import find_nodes, node_names
+from difffract_jax.circuits.provenance import GroupingSettings
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.supernodes import Edits, edit_supernodes, find_supernodes, parse_assignment, similarity
 from difffract_jax.config import UserError, resolve
@@ -102,7 +103,7 @@ def test_groups_are_named_by_their_strongest_member_and_survive_the_file(tmp_pat
     graph = prune(with_twin(aggregate(random_graph(4)), 3), node_threshold=1.0, edge_threshold=1.0)
     grouped = find_supernodes(graph, threshold=0.95)
     names = node_names(graph)
-    assert grouped.supernodes and grouped.metadata["supernodes"] == {"threshold": 0.95, "map_weight": 0.25}
+    assert grouped.supernodes and grouped.provenance.grouping == GroupingSettings(threshold=0.95, map_weight=0.25)
     for name, group in grouped.supernodes.items():
         strongest = max(group, key=lambda node: graph.node_influence[node])
         assert name == f"{names[strongest]} and {len(group) - 1} more"

@@ -184,7 +184,7 @@ def test_another_run_is_told_from_the_graph_s(made):
     exact, (_, graph), _ = made
     with pytest.raises(UserError, match="The graph was traced with another set of transcoders"):
         capture_again(exact.pipe, exact.tcs._replace(source="other"), graph)
-    other = graph.with_metadata({"trace": graph.metadata["trace"] | {"seed": 5}})
+    other = graph.with_provenance(run=replace(graph.provenance.run, seed=5))
     with pytest.raises(UserError, match="The run captured anew"):
         capture_again(exact.pipe, exact.tcs, other)
     values = replace(graph, node_value=np.where(graph.node_kind == FEATURE, 1.01 * graph.node_value, 1).astype("f4"))

@@ -21,6 +21,7 @@ from difffract_jax.circuits import viewer_json
 from difffract_jax.circuits.compare import compare, read_graph
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, keep
+from difffract_jax.circuits.provenance import KnownRun
 from difffract_jax.circuits.pruning import cumulative_shares, node_influence, prune
 from difffract_jax.circuits.scores import scores
 from difffract_jax.circuits.supernodes import find_supernodes
@@ -164,7 +165,7 @@ def test_what_pruning_found_is_exported():
     document = document_of(pruned)
     told = document["metadata"]
     assert told["pruning_settings"] == {"mode": "standard", "node_threshold": 0.8, "edge_threshold": 0.98}
-    assert told["replacement_score"] == pruned.metadata["scores"]["unpruned"]["replacement"]
+    assert told["replacement_score"] == pruned.provenance.scores.unpruned.replacement
     assert told["scored_on"] == "the graph before pruning"
     influences = [node["influence"] for node in document["nodes"][1:]]
     assert np.allclose(influences, pruned.node_cumulative[1:], atol=1e-7) and document["nodes"][0]["influence"] is None
@@ -182,7 +183,7 @@ def test_labels_links_and_tokens_are_shown():
     assert json.loads(shown["qParams"]["clerps"]) == [[str(node["feature"]), "red"]]
     by_position = document_of(graph, by_position=True, tokens=["a", "red"])["metadata"]["prompt_tokens"]
     assert {"a", "txt[2]", "img[0]"} <= {*by_position}
-    grid = document_of(graph.with_metadata({"trace": {"grid": [2, 2]}}), by_position=True)
+    grid = document_of(graph.with_provenance(shared=KnownRun(grid=(2, 2))), by_position=True)
     assert "img[1,0]" in grid["metadata"]["prompt_tokens"]
 
 
@@ -374,7 +375,7 @@ def test_documents_of_others_become_graphs(tmp_path):
     (tmp_path / "g.json").write_text(json.dumps(document))
     graph = read_graph(tmp_path / "g.json")
     assert graph.edge_source.size == 4 and graph.node_kind[0] == OUTPUT
-    assert prune(graph, by_position=True).metadata["scores"]["unpruned"]["replacement"] == pytest.approx(5 / 7)
+    assert prune(graph, by_position=True).provenance.scores.unpruned.replacement == pytest.approx(5 / 7)
     document["nodes"][0]["feature_type"] = "bias"
     with pytest.raises(UserError, match="of type 'bias', which a graph of ours cannot hold"):
         graph_of(document)

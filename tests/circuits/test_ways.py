@@ -1,5 +1,7 @@
 """Ways to pull targets back: several devices give one graph, bfloat16 products nearly the same one, and say so."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from difffract_jax.circuits.selection import strongest_feature
 from difffract_jax.circuits.trace import capture, capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.models.tiny import random_pipeline
-from difffract_jax.report import conservation_error, graph_summary
+from difffract_jax.report import graph_summary
 from difffract_jax.sharding import make_mesh
 from tolerances import TOL, relative_error
 from traces import make_exact, make_transcoders
@@ -47,7 +49,7 @@ def test_eight_devices_give_the_graph_of_one(small):
     alone = attribute(exact.trace, exact.tcs, **settings)
     shared = attribute(exact.trace, exact.tcs, **settings, mesh=make_mesh({"data": 8}))
     same_graph(shared, alone, TOL.edge)
-    assert conservation_error(shared) <= TOL.conservation_f32
+    assert shared.largest_conservation_error <= TOL.conservation_f32
     assert relative_error(shared.target_sum, alone.target_sum) <= TOL.sharded
 
 
@@ -78,12 +80,12 @@ def test_bfloat16_products_tell_their_error_and_keep_what_was_recorded(small):
     settings = {"target": targets[1][0], "max_nodes": 10, "expansion_batch": 11}
     full = attribute(exact.trace, exact.tcs, **settings)
     half = attribute(exact.trace, exact.tcs, **settings, precision="bf16")
-    told = half.metadata["precision"]
-    assert full.metadata.keys() == half.metadata.keys() - {"precision"}
+    told = half.provenance.precision
+    assert full.provenance == replace(half.provenance, precision=None)
     # Each factor is rounded to 8 bits; float32 would be a thousand times closer.
-    assert 1e-4 < told["edge_error"] <= TOL.bf16
-    assert 1e-5 < told["conservation_error"] <= TOL.bf16
-    assert graph_summary(half)["bfloat16 error"] == f"{told['edge_error']:.2g} of the largest edge"
+    assert 1e-4 < told.edge_error <= TOL.bf16
+    assert 1e-5 < told.conservation_error <= TOL.bf16
+    assert graph_summary(half)["bfloat16 error"] == f"{told.edge_error:.2g} of the largest edge"
     assert half.target_preactivation[0] == full.target_preactivation[0] and half.target_bias[0] == full.target_bias[0]
 
 
@@ -128,6 +130,6 @@ def test_bfloat16_weights_are_traced_as_their_values_in_float32():
     widened = jax.tree.map(lambda w: w.astype(jnp.float32), trace.record.weights)
     settings = {"target": strongest_feature(trace, halves, "img", 1), "max_nodes": 1, "expansion_batch": 1}
     graph = attribute(trace, halves, **settings)
-    assert conservation_error(graph) <= TOL.conservation_f32
+    assert graph.largest_conservation_error <= TOL.conservation_f32
     same = attribute(trace._replace(record=trace.record._replace(weights=widened)), halves, **settings)
     assert relative_error(graph.target_sum[0], same.target_sum[0]) <= TOL.sharded

@@ -10,9 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from difffract_jax.address import flux_layout
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE, IMG, TXT
+from difffract_jax.circuits.provenance import KnownRun
 from difffract_jax.circuits.pruning import node_influence
 from difffract_jax.dashboards.pictures import HEAT, STRONGEST, enlarged, figure_address, heat_over, png_address
 from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
@@ -27,8 +29,8 @@ TOKENS = ("▁a", "▁red", "</s>", *["<pad>"] * 60)
 def graph():
     """A graph summed over positions, with influence, on a run of known sizes."""
     summed = aggregate(random_graph(3))
-    told = {"trace": {"depths": [2, 1], "grid": [8, 8], "tokens": list(TOKENS)}}
-    return replace(summed, node_influence=node_influence(summed).astype(np.float32)).with_metadata(told)
+    run = KnownRun(layout=flux_layout(2, 1), grid=(8, 8), tokens=TOKENS)
+    return replace(summed, node_influence=node_influence(summed).astype(np.float32)).with_provenance(shared=run)
 
 
 def page(*sections):

@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difffract_jax.address import flux_layout
 from difffract_jax.circuits.graph import TXT
 from difffract_jax.circuits.outputs import GREY, colour_of, parse_target
+from difffract_jax.circuits.provenance import KnownRun
 from difffract_jax.circuits.pruning import edge_scores
 from difffract_jax.circuits.region import box_mask
 from difffract_jax.config import UserError
@@ -126,7 +128,7 @@ def test_random_places_are_active_and_as_many():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_crosses_divides_among_blocks_and_steps(seed):
-    graph = random_output_graph(seed).with_metadata({"steps": [0, 1], "trace": {"depths": [2, 2]}})
+    graph = random_output_graph(seed).with_provenance(steps=(0, 1), shared=KnownRun(layout=flux_layout(2, 2)))
     found = flow.crossing(graph)
     scores, text = edge_scores(graph), graph.node_stream == TXT
     into = ~text[graph.edge_target]
