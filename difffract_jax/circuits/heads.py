@@ -26,9 +26,7 @@ SIDES = ("features", "errors", "inputs", "constant")
 """What a query or a key is made of, in the order of `by_kind`."""
 AT_ONCE = 1024
 """Sources of either side that are multiplied at once."""
-_SCORE = re.compile(
-    r"(?P<kind>[a-z]+)/(?P<block>\d+)/h(?P<head>\d+)@(?P<q>img|txt)(?P<i>\d+),(?P<k>img|txt)(?P<j>\d+)"
-)
+_SCORE = re.compile(r"(?P<kind>[a-z]+)/(?P<block>\d+)/h(?P<head>\d+)@(?P<q>img|txt)(?P<i>\d+),(?P<k>img|txt)(?P<j>\d+)")
 
 
 class Score(NamedTuple):

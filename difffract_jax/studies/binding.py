@@ -109,16 +109,19 @@ def _carried(
 def by_block(
     found: TotalEffects, phrase: Bool[np.ndarray, "txt"], inside: Bool[np.ndarray, "img"]
 ) -> Float64[np.ndarray, "block step"]:
-    """Sums the effects of features at some tokens, by block and step; single-stream blocks count on.
+    """Sums the effects of features at some tokens, by block of the model and step.
 
     Args:
         found: total effects of a run.
         phrase: text tokens that count.
         inside: image tokens that count.
     """
-    img, txt, joint = (np.asarray(one, np.float64).sum(axis=3) for one in found.features)
-    double = img @ inside + txt @ phrase
-    return np.concatenate([double, joint @ np.concatenate([phrase, inside])], axis=1).T
+    layout, counted = found.layout, {"img": inside, "txt": phrase}
+    total = np.zeros((found.features[0].shape[0], layout.depth))
+    for number, (group, effects) in enumerate(zip(layout.groups, found.features, strict=True)):
+        rows = np.concatenate([counted[stream] for stream in group.streams])
+        total[:, layout.blocks_of(number)] += np.asarray(effects, np.float64).sum(axis=3) @ rows
+    return total.T
 
 
 def _exchange(

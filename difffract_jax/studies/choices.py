@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
+from difffract_jax.address import GROUPS, STREAMS
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.edits import Edit
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE, IMG, Graph
 from difffract_jax.circuits.outputs import parse_target, resolve
-from difffract_jax.circuits.ranking import SIDES, summarise
+from difffract_jax.circuits.ranking import summarise
 from difffract_jax.circuits.readings import effects
 from difffract_jax.circuits.trace import capture_steps
 from difffract_jax.models.pipeline import Pipeline, encode, plan_run, start
@@ -31,6 +32,8 @@ from difffract_jax.studies.cases import Material
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
+SIDES = tuple((group, stream) for group in GROUPS for stream in group.streams)
+"""The organism's groups of sites, each with every stream that its sequence holds."""
 AT_ONCE = 32
 """Runs sampled together."""
 NODES = 100
@@ -44,8 +47,8 @@ class Places(NamedTuple):
     Attributes:
         group: index into `SIDES`.
         step: denoising step.
-        site: index of the block among those with a transcoder, of its kind.
-        block: block of its kind.
+        site: index among the group's sites with a transcoder.
+        block: number of the site, as addresses have it.
         feature: of its transcoder.
     """
 
@@ -65,7 +68,7 @@ class Places(NamedTuple):
     ) -> Feature:
         """Returns the feature of a place with its step and positions.
 
-        Without positions a feature of a single-stream block is that of both sides: `is_image` tells the place's own.
+        Without positions a feature of a site of two streams is that of both sides: `is_image` tells the place's own.
 
         Args:
             place: the place.
@@ -75,12 +78,12 @@ class Places(NamedTuple):
         group, side = SIDES[int(self.group[place])]
         positions = image if side == "img" else text
         return Feature(
-            "single" if group == "joint" else group,
+            group.label,
             int(self.block[place]),
             int(self.feature[place]),
             positions,
             (int(self.step[place]),),
-            side if group == "joint" and positions is not None else None,
+            side if len(group.streams) > 1 and positions is not None else None,
         )
 
 
@@ -92,13 +95,13 @@ def all_places(tcs: TranscoderSet, steps: int) -> Places:
         steps: denoising steps.
     """
     columns: list[np.ndarray] = []
-    for group, (kind, _) in enumerate(SIDES):
-        layers = np.array(getattr(tcs, f"{kind}_layers"), np.int64)
+    for number, (group, _) in enumerate(SIDES):
+        layers = np.array(tcs.sites.groups.get(group.name, ()), np.int64)
         step, site, feature = (
             a.ravel() for a in np.indices((steps, len(layers), tcs.config.features if len(layers) else 0))
         )
         columns.append(
-            np.stack([np.full(step.size, group), step, site, layers[site] if layers.size else site, feature])
+            np.stack([np.full(step.size, number), step, site, layers[site] if layers.size else site, feature])
         )
     return Places(*np.concatenate(columns, axis=1))
 
@@ -126,7 +129,7 @@ def mean_codes(
         noise = jnp.stack([start(pipe, run, material.cases[row].seed) for row in at])
         extra = repeat_steps((material.inside[at], material.phrase[at]), len(run.sigmas) - 1)
         kept, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise, extra)
-        sides = [np.asarray(kept[group][side].inside) for group, side in SIDES if group in kept]
+        sides = [np.asarray(kept[group.name][side].inside) for group, side in SIDES if group.name in kept]
         flat = [np.moveaxis(one, 1, 0).reshape(AT_ONCE, -1) for one in sides]
         found.append(np.concatenate(flat, axis=1)[: rows - first])
         if progress is not None:
@@ -162,17 +165,19 @@ def circuit_effects(
         inside: image tokens that count.
         phrase: text tokens that count.
     """
-    depth = graph.provenance.depths[0]
+    layout = graph.provenance.layout
     counts = np.zeros(max(inside.size, phrase.size), bool), np.zeros(max(inside.size, phrase.size), bool)
     counts[0][: inside.size], counts[1][: phrase.size] = inside, phrase
     image = graph.node_stream == IMG
     here = (graph.node_kind == FEATURE) & np.where(
         image, counts[0][graph.node_position], counts[1][graph.node_position]
     )
-    joint = graph.node_block >= depth
-    group = np.where(joint, np.where(image, 3, 2), np.where(image, 0, 1))
-    block = graph.node_block - depth * joint
-    keys = [group, graph.node_step, block, graph.node_feature]
+    number = {(group.label, stream): side for side, (group, stream) in enumerate(SIDES)}
+    sides, blocks = np.full(graph.node_kind.size, -1), np.full(graph.node_kind.size, -1)
+    for node in np.flatnonzero(here):
+        label, blocks[node] = layout.site_number(int(graph.node_block[node]), int(graph.node_stream[node]))
+        sides[node] = number[label, STREAMS[graph.node_stream[node]]]
+    keys = [sides, graph.node_step, blocks, graph.node_feature]
     wanted = np.stack([np.asarray(key, np.int64)[here] for key in keys], axis=1)
     table = {key: place for place, key in enumerate(zip(*(a.tolist() for a in _keys(places)), strict=True))}
     total = np.zeros(places.feature.size)

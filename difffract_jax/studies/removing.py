@@ -29,7 +29,7 @@ from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import Reading
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies.cases import Case, Material, draw
-from difffract_jax.studies.choices import SIDES, Places, first, removals
+from difffract_jax.studies.choices import Places, first, removals
 from difffract_jax.studies.metrics import SAME_PLACE, distances
 from difffract_jax.studies.outcomes import mean_with_interval
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -130,10 +130,12 @@ def place_effects(
         steps: of the places; as many as were run if left out. Later ones have no effect.
     """
     columns = []
-    for kind, side in SIDES:
-        layers = getattr(tcs, f"{kind}_layers")
+    slots = tcs.sites.slots(found.layout)
+    for group, side in found.layout.sides:
+        layers = [block - found.layout.blocks_of(group).start for block in slots[group]]
         if layers:
-            total = summed(found, kind, layers, rows_of(kind, side, inside, phrase), tcs.config.features)
+            counted = rows_of(found.layout, group, side, inside, phrase)
+            total = summed(found, group, layers, counted, tcs.config.features)
             columns.append(np.pad(total, ((0, (steps or len(total)) - len(total)), (0, 0), (0, 0))).ravel())
     return np.concatenate(columns)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.figure import Figure
 
+from difffract_jax.circuits.effect_tables import rows_of
 from difffract_jax.circuits.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.studies import removing
@@ -79,12 +80,18 @@ def shares(found: TotalEffects) -> Shares:
     Args:
         found: its total effects.
     """
-    text = len(np.asarray(found.text))
+    every = {"img": np.ones(found.noise.shape[0], bool), "txt": np.ones(found.text.shape[0], bool)}
     parts = []
     for kind in (found.features, found.errors):
-        img, txt, joint = (np.abs(np.asarray(group, np.float64)) for group in kind)
-        sides = [img, txt, joint[:, :, text:], joint[:, :, :text]]
-        parts.append(np.stack([side.reshape(len(side), -1).sum(axis=1) for side in sides], axis=1))
+        effects = [np.abs(np.asarray(group, np.float64)) for group in kind]
+        # Image before text, as in `SIDES`.
+        sides = sorted(found.layout.sides)
+        rows = [rows_of(found.layout, group, side, every["img"], every["txt"]) for group, side in sides]
+        sums = [
+            effects[g][:, :, mask].reshape(len(effects[g]), -1).sum(axis=1)
+            for (g, _), mask in zip(sides, rows, strict=True)
+        ]
+        parts.append(np.stack(sums, axis=1))
     inputs = [float(np.abs(np.asarray(part, np.float64)).sum()) for part in (found.text, found.noise)]
     total = parts[0].sum() + parts[1].sum() + sum(inputs)
     return Shares(parts[0] / total, parts[1] / total, inputs[0] / total, inputs[1] / total)

@@ -210,8 +210,8 @@ def frequent(places: Places, chosen: Sequence[Int[np.ndarray, "_"]], labels: Lab
         cases.update({(int(places.group[p]), int(places.block[p]), int(places.feature[p])) for p in mine})
     rows = []
     for (group, block, number), count in cases.most_common(LISTED):
-        kind, side = SIDES[group]
-        feature = Feature("single" if kind == "joint" else kind, block, number)
+        site, side = SIDES[group]
+        feature = Feature(site.label, block, number)
         row = {"feature": str(feature), "side": side, "cases": count, "of": len(chosen)}
         rows.append(row | ({} if labels is None else {"label": str(labels.of(feature))}))
     return rows
@@ -226,8 +226,8 @@ def where(places: Places, chosen: Sequence[Int[np.ndarray, "_"]]) -> list[dict[s
     """
     every = np.concatenate(chosen)
     rows = []
-    for group, (kind, side) in enumerate(SIDES):
-        stream = {"img": "image stream", "txt": "text stream", "joint": f"single-stream, {side}"}[kind]
+    for group, (site, side) in enumerate(SIDES):
+        stream = {"img": "image stream", "txt": "text stream"}.get(site.label, f"{site.label}-stream, {side}")
         mine = places.step[every[places.group[every] == group]]
         shares = np.bincount(mine, minlength=int(places.step.max()) + 1) / max(len(every), 1)
         row = {f"step {step}": float(share) for step, share in enumerate(shares)}

@@ -167,7 +167,9 @@ def test_edges_of_every_stack_are_direct_interventions(made):
             index = np.asarray(prepared.sites[group].layers.index[layer, at])
             field, place = "values", (layer, at, int(np.flatnonzero(index == table.feature[row])[0]))
         changed = [v.at[place].multiply(2) if i == group else v for i, v in enumerate(getattr(sources, field))]
-        after = preactivations(prepared, targets, affine(*prepared[:2], sources._replace(**{field: tuple(changed)})).mlp_in)
+        after = preactivations(
+            prepared, targets, affine(*prepared[:2], sources._replace(**{field: tuple(changed)})).mlp_in
+        )
         assert np.max(np.abs((after - before) - edges[:, row])) <= TOL.intervention_x64 * np.abs(edges).max()
         seen.add(group)
     assert len(seen) == len(LAYERS)

@@ -103,8 +103,12 @@ def test_transcoders_of_another_model_are_refused(golden):
     pipe = random_pipeline()
     with pytest.raises(UserError, match="The transcoders are 64 wide, but the model is 32 wide"):
         capture(pipe, golden.tcs, "a red circle")
-    elsewhere = random_transcoders(pipe.config.transformer)._replace(sites=sites_of({"img": (0, 1, 7), "txt": (0, 1, 2)}))
-    with pytest.raises(UserError, match="sites img/7, but the model has img/0 to img/2 and txt/0 to txt/2 and single/0 to single/1"):
+    elsewhere = random_transcoders(pipe.config.transformer)._replace(
+        sites=sites_of({"img": (0, 1, 7), "txt": (0, 1, 2)})
+    )
+    with pytest.raises(
+        UserError, match="sites img/7, but the model has img/0 to img/2 and txt/0 to txt/2 and single/0 to single/1"
+    ):
         capture(pipe, elsewhere, "a red circle")
 
 
