@@ -183,7 +183,7 @@ class Layout:
         for number, one in enumerate(self.groups):
             for place, name in enumerate(one.streams):
                 before[number, STREAMS.index(name)] = sum(getattr(tokens, s) for s in one.streams[:place])
-        return np.asarray(position, np.int64) + before[group, stream]
+        return np.asarray(np.asarray(position, np.int64) + before[group, stream])
 
     def place(self, group: int, row: int, tokens: Tokens) -> str:
         """Returns how a row of a group's sequence is written: 7, or img7 where the sequence holds several streams."""

@@ -153,13 +153,13 @@ def _direct_edges(
 def _edges_below(prepared: Replacement, layer: int, directions: Streams) -> Float64[np.ndarray, "hop source"]:
     """Returns the edges of directions of the residual streams entering a layer; the latents have none."""
     count = directions.img.shape[0]
+    record = prepared.record
+    latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
     if not count:
-        return np.zeros((0, layout_of(prepared).size))
+        return np.zeros((0, layout_of(prepared).size + latents.shape[1]))
     same = [jnp.full(count, value, jnp.int32) for value in (DIRECTION, layer, 0, 0)]
     pulled = pull(prepared, Targets(*same), directions)
     inputs = input_edges(pulled.boundary, prepared.sources.boundary)
-    record = prepared.record
-    latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
     parts = (np.asarray(pulled.edges, np.float64), np.asarray(inputs, np.float64), latents)
     return np.concatenate(parts, axis=1)
 

@@ -33,7 +33,7 @@ def node_names(graph: Graph) -> list[str]:
 
 
 def _name(graph: Graph, node: int, steps: bool) -> str:
-    kind, block = int(graph.node_kind[node]), int(graph.node_block[node])
+    kind = int(graph.node_kind[node])
     step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
     if kind == OUTPUT:
         settings = graph.provenance.attribution

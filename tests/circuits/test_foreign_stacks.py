@@ -4,7 +4,7 @@ Between the double- and the single-stream blocks stand blocks of the image strea
 norm and a gated MLP, whose up-projection has no bias.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -18,7 +18,7 @@ from difffract_jax.circuits.attention import head_loadings
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.engine import affine_constants, make_engine, pull_rows
 from difffract_jax.circuits.faithfulness import live_reading
-from difffract_jax.circuits.graph import ERROR, FEATURE, load_graph
+from difffract_jax.circuits.graph import ERROR, FEATURE, Graph
 from difffract_jax.circuits.pullback import pull_back
 from difffract_jax.circuits.readings import edited
 from difffract_jax.circuits.readout import Targets, preactivations
@@ -111,7 +111,7 @@ def make(dtype):
     config = LensConfig(**{name: getattr(TINY, name) for name in TINY.__dataclass_fields__})
     abstract = jax.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype))
     model = random_weights(abstract, 3)
-    pipe = pipe._replace(transformer=model, config=pipe.config._replace(transformer=config))
+    pipe = pipe._replace(transformer=model, config=replace(pipe.config, transformer=config))
     shape = TranscoderConfig(d_model=config.d_model, features=40, time_embed=8, conditioning="film", skip=True)
     stacks = {}
     for number, (name, numbers) in enumerate(LAYERS.items()):
@@ -193,7 +193,7 @@ def test_a_graph_reaches_features_of_the_foreign_stack_and_adds_up(made, tmp_pat
     assert np.any((graph.node_kind == FEATURE) & np.isin(graph.node_block, lens) & (graph.node_stream == IMG))
     assert np.max(graph.conservation_error) <= TOL.conservation_x64
     graph.save(tmp_path / "g.npz")
-    again = load_graph(tmp_path / "g.npz")
+    again = Graph.load(tmp_path / "g.npz")
     assert again.provenance.run.layout == pipe.config.transformer.layout
     own = attribute(trace, tcs, target=strongest_feature(trace, tcs, "lens", 1), max_nodes=4)
     assert np.max(own.conservation_error) <= TOL.conservation_x64
