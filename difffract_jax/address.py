@@ -3,9 +3,9 @@
 1. A *stream* is a residual stream with tokens of its own: `img` and `txt`.
 2. A *stack* is a run of blocks that are alike. FLUX has two, `double` and `single`. Blocks are numbered through the
    model, stack after stack; in text a block is STACK/N, counted from the stack's first: double/2, single/0.
-3. A *group* is what the MLP sublayers of one stack that read the same sequence of tokens have in common: in FLUX `img`
-   and `txt` of the double-stream blocks, and `joint` of the single-stream blocks, whose sequence holds the text and then
-   the image. A model's groups are numbered stack by stack; "one per group" is always a tuple in this order.
+3. A *group* is what the MLP sublayers of one stack that read the same sequence of tokens have in common: in FLUX
+   `img` and `txt` of the double-stream blocks, and `joint` of the single-stream blocks, whose sequence holds the text
+   and then the image. A model's groups are numbered stack by stack; "one per group" is always a tuple in this order.
 4. A *site* is one MLP sublayer: a group in a block. In text it is LABEL/N, counted from the first block that has the
    label: img/3, txt/0, single/5.
 5. A *row* is a place in a group's sequence; a *position* is a place in a stream.
@@ -40,6 +40,10 @@ class Group(NamedTuple):
     name: str
     label: str
     streams: tuple[str, ...]
+
+    def rows(self, tokens: "Tokens") -> int:
+        """Returns the length of the sequence."""
+        return sum(getattr(tokens, stream) for stream in self.streams)
 
 
 IMAGE = Group("img", "img", ("img",))
@@ -231,7 +235,9 @@ class Layout:
 
     def describe(self) -> str:
         """Returns the sites that there are, in words."""
-        return " and ".join(f"{label}/0 to {label}/{len(blocks) - 1}" for label, blocks in self.labels.items() if blocks)
+        return " and ".join(
+            f"{label}/0 to {label}/{len(blocks) - 1}" for label, blocks in self.labels.items() if blocks
+        )
 
     def streams_of(self, label: str) -> tuple[str, ...]:
         """Returns whose tokens the sequence of a label's sites holds, in order."""

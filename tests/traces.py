@@ -15,6 +15,7 @@ from difffract_jax.circuits.trace import Trace, capture
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import pack
 from difffract_jax.models.tiny import random_pipeline, random_weights
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 from tolerances import REFERENCE
 
@@ -57,17 +58,24 @@ def make_transcoders(
         conditioning=conditioning,
         **{"features": 40} | shape,
     )
-    stacks = []
-    for number, layers in enumerate((img, txt, joint)):
+    chosen = sites_of({"img": img, "txt": txt, "joint": joint})
+    stacks = {}
+    for number, (name, layers) in enumerate((("img", img), ("txt", txt), ("joint", joint))):
         keys = jax.random.split(jax.random.key(0), max(len(layers), 1))
         build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
         stack = random_weights(jax.eval_shape(build, keys), 3 * seed + number)
         stack.enc.bias[...] = stack.enc.bias[...] - 1
         if shape.activation == "jumprelu":
             stack.threshold[...] = 0.2 + jnp.abs(stack.threshold[...])
-        stacks.append(stack if layers else None)
-    layers = tuple(img), tuple(txt)
-    return TranscoderSet(stacks[0], stacks[1], *layers, shape, f"made:{seed}", stacks[2], tuple(joint))
+        if layers:
+            stacks[name] = stack
+    return TranscoderSet(stacks, chosen, shape, f"made:{seed}")
+
+
+def with_joint(tcs: TranscoderSet, layers=(0, 1)) -> TranscoderSet:
+    """The set with the image stream's transcoders in single-stream blocks too."""
+    chosen = sites_of(tcs.sites.groups | {"joint": layers})
+    return tcs._replace(stacks=tcs.stacks | {"joint": tcs.stacks["img"]}, sites=chosen)
 
 
 class Exact(NamedTuple):

@@ -31,7 +31,7 @@ from difffract_jax.address import Group, Layout, flux_layout
 from difffract_jax.ops import film, layer_norm, rms_norm, rotate
 
 StandIn = Callable[[int, Float[Array, "rows d_model"]], Float[Array, "rows d_model"]]
-"""Stands in for MLP sublayers: from the number of the group within the block, and the sublayer's input, to its output."""
+"""Stands in for MLP sublayers: from the group's number within the block, and the sublayer's input, to its output."""
 Entry = Callable[[Float[Array, "target d_model"], Int[Array, "target"], Int[Array, "target"]], tuple[Array, ...]]
 """Lets targets into the walk of cotangents; see `Block.entry`."""
 

@@ -41,6 +41,7 @@ class SingleBlock(nnx.Module):
     """A single-stream block; `mod` gives shift, scale, gate, and `mlp_out` holds the bias of the fused output."""
 
     groups: ClassVar[tuple[Group, ...]] = (JOINT,)
+    gate_rows: ClassVar[tuple[int, ...]] = (2,)
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         d_model = config.d_model
@@ -92,7 +93,7 @@ class SingleBlock(nnx.Module):
         return (self._modulation(cond)[2],)
 
     def entry(self, cond: Cond, frozen: SingleFrozen) -> Entry:
-        """Returns the function that pulls gradients at single rows of x back to the residual stream before the block."""
+        """Returns the function that pulls gradients at single rows of x back to the stream that enters the block."""
         scale = self._modulation(cond)[1]
 
         def enter(gradients: Array, group: Array, row: Array) -> tuple[Array, ...]:
@@ -125,9 +126,7 @@ class SingleBlock(nnx.Module):
         del group  # there is one
         shift, scale = self._modulation(cond)[:2]
         norm = (self.q_norm, self.k_norm)[part]
-        return head_of_row(
-            self.qkv, norm, cond, (shift, scale), part, head, row, h, frozen.inv_std[row], denominator
-        )
+        return head_of_row(self.qkv, norm, cond, (shift, scale), part, head, row, h, frozen.inv_std[row], denominator)
 
     def _modulation(self, cond: Cond) -> Float[Array, "3 d_model"]:
         """Returns shift, scale and gate."""

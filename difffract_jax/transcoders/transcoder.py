@@ -243,8 +243,8 @@ def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
     ]
     if absent:
         raise UserError(
-            f"The transcoders are for the sites {', '.join(absent)}, but the model has {config.layout.describe()}; give "
-            "transcoders that were trained on this model."
+            f"The transcoders are for the sites {', '.join(absent)}, but the model has {config.layout.describe()}; "
+            "give transcoders that were trained on this model."
         )
 
 
