@@ -138,7 +138,7 @@ class Sampler:
         groups = [group for group, _ in self.sites.members]
         tokens, valid = {}, {}
         for group, live in zip(groups, sequences(counts, groups, axis=1), strict=True):
-            counted = np.broadcast_to(np.asarray(live), (steps, *live.shape))
+            counted = np.broadcast_to(live, (steps, *live.shape))
             # Sorting random numbers draws without replacement; 2 puts what does not count behind all that does.
             draw = np.where(counted, rng.random(counted.shape), 2.0)
             order = np.argsort(draw, axis=-1, kind="stable")[..., : self._places(group)]

@@ -98,7 +98,8 @@ def test_streams_undo_sequences(groups, lead, axis):
 
 def test_the_joint_sequence_has_the_text_first_along_any_axis():
     masks = Streams(np.array([True, False]), np.array([False, True, True]))
-    assert sequences(masks, (JOINT,), axis=0)[0].tolist() == [False, True, True, True, False]
+    (rows,) = sequences(masks, (JOINT,), axis=0)
+    assert isinstance(rows, np.ndarray) and rows.tolist() == [False, True, True, True, False]
     (joint,) = sequences(pair(), (JOINT,))
     assert np.array_equal(joint[:5], pair().txt) and np.array_equal(joint[5:], pair().img)
 

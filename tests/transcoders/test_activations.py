@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from difffract_jax.checkpoint import leaf_paths
-from difffract_jax.circuits.replacement import site
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_transcoders, save_transcoders
+from difffract_jax.models.stacks import slice_layer
 from difffract_jax.models.tiny import TINY
 from difffract_jax.sharding import TRANSCODER, match
 from difffract_jax.transcoders.transcoder import TranscoderConfig, batch_cutoff, check_fit
@@ -21,7 +21,7 @@ def made(activation, **more):
     """One random transcoder, float32, with inputs for it."""
     tcs = make_transcoders(TINY, activation=activation, features=FEATURES, dtype=jnp.float32, **more)
     x = jax.random.normal(jax.random.key(1), (ROWS, TINY.d_model))
-    return site(tcs.stacks["img"], jnp.int32(0)), x, jnp.float32(0.5)
+    return slice_layer(tcs.stacks["img"], jnp.int32(0)), x, jnp.float32(0.5)
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
