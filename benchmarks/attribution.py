@@ -68,6 +68,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from difffract_jax.address import GROUPS  # noqa: E402
 from difffract_jax.circuits import engine, expansion  # noqa: E402
 from difffract_jax.circuits.attribution import attribute  # noqa: E402
 from difffract_jax.circuits.feature import Feature  # noqa: E402
@@ -79,6 +80,7 @@ from difffract_jax.models.mmdit import FluxConfig  # noqa: E402
 from difffract_jax.models.pipeline import Pipeline  # noqa: E402
 from difffract_jax.models.presets import PRESETS  # noqa: E402
 from difffract_jax.models.tiny import random_pipeline  # noqa: E402
+from difffract_jax.transcoders.sites import sites_of  # noqa: E402
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, random_transcoders  # noqa: E402
 
 REFERENCE = Path(__file__).parents[1] / "tests" / "data" / "reference"
@@ -128,10 +130,11 @@ def flux(
     pipe = random_pipeline(transformer=config, dtype=jnp.bfloat16, on_device=True)
     # Recording asks of transcoders only where they are; drawn later, they never lie beside the model.
     shape = TranscoderConfig(d_model=config.d_model, features=features, time_embed=0, conditioning="none")
-    trace = record(pipe, TranscoderSet(None, None, double, double, shape, "", None, joint), side, text)
+    sites = sites_of({"img": double, "txt": double, "joint": joint})
+    trace = record(pipe, TranscoderSet({}, sites, shape, ""), side, text)
     tell("recorded", peak_memory())
     del pipe
-    tcs = random_transcoders(config, features=features, dtype=dtype, img=double, txt=double, joint=joint)
+    tcs = random_transcoders(config, features=features, dtype=dtype, sites=sites.groups)
     return calibrated(trace, tcs, ACTIVE_IN_FLUX)
 
 
@@ -149,7 +152,8 @@ def record(pipe: Pipeline, tcs: TranscoderSet, side: int, text: int) -> Trace:
 
 def calibrated(trace: Trace, tcs: TranscoderSet, active: float) -> tuple[Trace, TranscoderSet, Feature]:
     """Sets encoder biases such that a share of the features is active, and chooses a target in the last block."""
-    for stack, inputs in zip((tcs.img, tcs.txt, tcs.joint), trace.record.mlp_in, strict=True):
+    for group, inputs in zip(GROUPS, trace.record.mlp_in, strict=True):
+        stack = tcs.stacks.get(group.name)
         for layer, x in enumerate(inputs if stack is not None else ()):
             # Of FLUX's rows 64 are enough: they have three million pre-activations.
             rows = x if ON_CPU else x[:: max(1, len(x) // 64)]
@@ -157,8 +161,8 @@ def calibrated(trace: Trace, tcs: TranscoderSet, active: float) -> tuple[Trace, 
                 cutoff = np.quantile(np.asarray(rows @ stack.enc.kernel[layer]), 1 - active)
             bias = stack.enc.bias[...]
             stack.enc.bias[...] = bias.at[layer].set(jnp.asarray(-cutoff, bias.dtype))
-    last = ("single", tcs.joint_layers[-1]) if tcs.joint_layers else ("img", tcs.img_layers[-1])
-    return trace, tcs, strongest_feature(trace, tcs, *last)
+    label = "single" if "single" in tcs.sites.labels else "img"
+    return trace, tcs, strongest_feature(trace, tcs, label, tcs.sites.labels[label][-1])
 
 
 def tell(what: str, figures: Any) -> None:
@@ -171,7 +175,7 @@ def describe(prepared: Replacement) -> dict[str, Any]:
     """Returns the sizes that decide how long a trace takes."""
     record, values = prepared.record, [v for v in prepared.sources.values if v.size]
     return {
-        "blocks": [rows.shape[0] for rows in (record.mlp_in.img, record.mlp_in.joint)],
+        "blocks": [rows.shape[0] for rows in (record.mlp_in[0], record.mlp_in[-1])],
         "tokens": [rows.shape[1] for rows in record.mlp_in[:2]],
         "width": record.boundary.img.shape[1],
         "features": next(site.stack.config.features for site in prepared.sites if site.stack is not None),

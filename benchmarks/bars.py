@@ -40,19 +40,26 @@ from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
 from difffract_jax.circuits.sources import source_table  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
 from difffract_jax.models import pipeline  # noqa: E402
-from difffract_jax.models.blocks import Streams, join, split  # noqa: E402
+from difffract_jax.models.blocks import Cond, Streams  # noqa: E402
 from difffract_jax.models.mmdit import Inputs, MMDiT  # noqa: E402
+from difffract_jax.models.stacks import sequences, slice_layer, streams  # noqa: E402
 from difffract_jax.report import emit  # noqa: E402
 from tolerances import REFERENCE, TOL, relative_error  # noqa: E402
 from traces import PROMPTS, SIZE, VARIANTS, Golden, golden_trace, make_exact  # noqa: E402
 
 GRID = (6, 6)
-RUN_BLOCK = jax.jit(lambda stack, number, h, cond: jax.tree.map(lambda leaf: leaf[number], stack)(h, cond)[0])
 RUN_REPLACEMENT = jax.jit(run_replacement)
 LIMITS = {"max_nodes": 80, "expansion_batch": 10, "min_attribution": 1e-4}
 REPLACED = {"form": "replace", "include_padding": True}
 """How the reference edits."""
 MODES = {"amplify": "scale", "zero": "zero", "invert": "invert", "set": "set"}
+
+
+@jax.jit
+def run_block(stack: Any, number: Any, h: Streams, cond: Cond) -> Streams:
+    """Returns the streams after one block of a stack."""
+    after, _ = slice_layer(stack, number)(sequences(h, stack.groups), cond)
+    return streams(after, stack.groups, h)
 
 
 @jax.jit
@@ -123,9 +130,7 @@ def block_errors(model: MMDiT, data: dict[str, np.ndarray], prompt: int) -> tupl
     before = Streams(jnp.asarray(data[f"p{prompt}_embed_img"]), jnp.asarray(data[f"p{prompt}_embed_txt"]))
     for kind, stack, depth in (("double", model.double, 3), ("single", model.single, 2)):
         for number in range(depth):
-            h = before if kind == "double" else join(before)
-            h = RUN_BLOCK(stack, number, h, cond)
-            ours = h if kind == "double" else split(h, 16)
+            ours = run_block(stack, number, before, cond)
             before = Streams(*(jnp.asarray(data[f"p{prompt}_{kind}_{stream}"][number]) for stream in ("img", "txt")))
             after[kind] += [relative_error(a, b) for a, b in zip(ours, before, strict=True)]
     return max(after["double"]), max(after["single"])
@@ -262,7 +267,7 @@ def interventions(golden: Golden) -> Iterator[Bar]:
     data, errors = dict(np.load(REFERENCE / "golden_replacement.npz")), []
     for name, folder in (("transcoder", "transcoders"), ("sae", "saes")):
         tcs = load_transcoders(REFERENCE / folder)
-        sites = [Site("img", b) for b in tcs.img_layers] + [Site("txt", b) for b in tcs.txt_layers]
+        sites = [Site(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]
         for number, prompt in enumerate(PROMPTS):
             noise = golden.forward[f"p{number}_initial_latents"]
             made = steer(golden.pipe, tcs, prompt, [], replaced=sites, latents=noise, **REPLACED, **SIZE)

@@ -58,7 +58,7 @@ def conservation(dtype: str) -> list[dict[str, Any]]:
     pipe, tcs = load_pipeline("organism"), load_transcoders("organism")
     if dtype == "float64":
         pipe = pipe._replace(**{part: widen(getattr(pipe, part)) for part in ("transformer", "t5", "clip", "vae")})
-        tcs = tcs._replace(img=widen(tcs.img), txt=widen(tcs.txt), joint=widen(tcs.joint))
+        tcs = tcs._replace(stacks=widen(tcs.stacks))
     one = capture(pipe, tcs, PROMPT, step=3, output=True)
     span = capture_steps(pipe, tcs, PROMPT, first=0, last=3)
     rows = []

@@ -29,7 +29,6 @@ from difffract_jax.checkpoint import atomic_file
 from difffract_jax.loading import load_pipeline, load_transcoders, save_transcoders
 from difffract_jax.organism.world import scenes
 from difffract_jax.transcoders.evaluate import Sums, measures, row_sums
-from difffract_jax.transcoders.replaced import stacks_of
 from difffract_jax.transcoders.settings import HarvestConfig, TrainConfig
 from difffract_jax.transcoders.sources import open_sampler
 from difffract_jax.transcoders.store import open_store, write_store
@@ -104,7 +103,7 @@ def measure_run(home: Path, rows: Path, settings: dict[str, Any], budget: dict[s
     done = train(config, source, record, Watch(lambda *_: None, print), resume=resume)
     assert done.transcoders is not None  # nothing stops it before its last step but an error
     save_transcoders(done.transcoders, home / "transcoders", overwrite=True)
-    sites, stacks = stacks_of(load_transcoders(home / "transcoders"))
+    tcs = load_transcoders(home / "transcoders")
     valid = open_store(rows, "validation", config.seed, sae=config.role == "sae")
     times = jnp.asarray(load_pipeline("organism").config.defaults.steps)
     times = 1 - jnp.arange(times) / times
@@ -112,11 +111,11 @@ def measure_run(home: Path, rows: Path, settings: dict[str, Any], budget: dict[s
     for number in range(len(valid.rows)):
         chunk = valid.chunk(number)
         for group, part in chunk.rows.items():
-            more = row_sums(stacks[group], part, jnp.asarray(chunk.valid[group]), times)
+            more = row_sums(tcs.stacks[group], part, jnp.asarray(chunk.valid[group]), times)
             sums[group] = more if group not in sums else jax.tree.map(jnp.add, sums[group], more)
     found = []
-    for group, at in sites.slices.items():
-        for i, site in enumerate(sites.names[at]):
+    for group, at in tcs.sites.slices.items():
+        for i, site in enumerate(tcs.sites.names[at]):
             one = jax.tree.map(lambda a, i=i: np.asarray(a[i]), sums[group])
             dead = float(np.mean(one.fired == 0))
             found.append({"site": site, "step": "all", "dead": dead} | measures(one, slice(None)))

@@ -25,9 +25,10 @@ from converters.torch_files import (
     record_transformer,
 )
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import Cond, Streams, join, split
+from difffract_jax.models.blocks import Cond, Streams
 from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.stacks import sequences, slice_layer, streams
 from difffract_jax.models.tokenizers import encode_prompt
 
 PROMPT = "a red fox at dawn, oil painting"
@@ -123,10 +124,8 @@ def _transformer(
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
     first = record.double[0]
     yield "embeddings", (h, cond.vec), (Streams(first.img, first.txt), first.cond), 1
-    for name, stack, run, blocks in (
-        ("double", model.double, jax.jit(_double), record.double),
-        ("single", model.single, jax.jit(_single), record.single),
-    ):
+    run = jax.jit(_block)
+    for name, stack, blocks in (("double", model.double, record.double), ("single", model.single, record.single)):
         for number, block in enumerate(blocks):
             ours = run(stack, number, block, cond)
             yield f"{name} {number}", ours, Streams(block.img_out, block.txt_out), 1
@@ -134,12 +133,7 @@ def _transformer(
     yield "whole transformer", velocity, record.velocity, WHOLE
 
 
-def _double(stack: Any, number: Any, given: BlockRecord, cond: Cond) -> Streams:
-    block = jax.tree.map(lambda leaf: leaf[number], stack)
-    return block(Streams(given.img, given.txt), cond._replace(vec=given.cond))[0]
-
-
-def _single(stack: Any, number: Any, given: BlockRecord, cond: Cond) -> Streams:
-    block = jax.tree.map(lambda leaf: leaf[number], stack)
-    joint, _ = block(join(Streams(given.img, given.txt)), cond._replace(vec=given.cond))
-    return split(joint, given.txt.shape[0])
+def _block(stack: Any, number: Any, given: BlockRecord, cond: Cond) -> Streams:
+    h = Streams(jnp.asarray(given.img), jnp.asarray(given.txt))
+    after, _ = slice_layer(stack, number)(sequences(h, stack.groups), cond._replace(vec=given.cond))
+    return streams(after, stack.groups, h)

@@ -21,6 +21,7 @@ from converters.mapping import ArraySource, ConversionError, Rule, load_tree, sa
 from converters.torch_files import read_state, write_state
 from difffract_jax.checkpoint import atomic_directory, tree_hash
 from difffract_jax.config import UserError
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
 State = dict[str, np.ndarray]
@@ -85,18 +86,18 @@ def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, s
     if not states:
         raise ConversionError(str(directory), problems)
     config = _config(*next(iter(states.items())))
-    stacks: dict[str, Transcoder | None] = {}
+    stacks: dict[str, Transcoder] = {}
     for stream in STREAMS:
         chosen = {file: state for file, state in states.items() if file.stream == stream}
         try:
-            stacks[stream] = _load_stream(str(directory), chosen, config, dtype, sharding) if chosen else None
+            if chosen:
+                stacks[stream] = _load_stream(str(directory), chosen, config, dtype, sharding)
         except ConversionError as error:
             problems += error.problems
     if problems:
         raise ConversionError(str(directory), problems)
-    img_layers, txt_layers = (tuple(file.layer for file in states if file.stream == stream) for stream in STREAMS)
-    source = transcoder_hash(stacks["img"], stacks["txt"])
-    return TranscoderSet(stacks["img"], stacks["txt"], img_layers, txt_layers, config, source)
+    sites = sites_of({stream: [file.layer for file in states if file.stream == stream] for stream in STREAMS})
+    return TranscoderSet(stacks, sites, config, tree_hash(stacks))
 
 
 def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> None:
@@ -115,7 +116,7 @@ def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool =
         )
         if value != wanted
     ]
-    if tcs.joint is not None:
+    if set(tcs.stacks) - set(STREAMS):
         differs.append("sites in single-stream blocks (the reference has none)")
     if differs:
         raise UserError(
@@ -123,9 +124,8 @@ def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool =
             "save them in this package's own format."
         )
     with atomic_directory(out, overwrite=overwrite) as partial:
-        for stream, stack, layers in (("img", tcs.img, tcs.img_layers), ("txt", tcs.txt, tcs.txt_layers)):
-            if stack is not None:
-                _write_stream(partial, config.role, stream, stack, layers)
+        for stream, layers in tcs.sites.groups.items():
+            _write_stream(partial, config.role, stream, tcs.stacks[stream], layers)
 
 
 def stacked_transcoders(config: TranscoderConfig, count: int, dtype: Any) -> Any:
@@ -135,11 +135,6 @@ def stacked_transcoders(config: TranscoderConfig, count: int, dtype: Any) -> Any
         return Transcoder(config, rngs=nnx.Rngs(key), dtype=dtype)
 
     return jax.eval_shape(lambda: jax.vmap(build)(jax.random.split(jax.random.key(0), count)))
-
-
-def transcoder_hash(img: Transcoder | None, txt: Transcoder | None) -> str:
-    """Returns the identity of a set of weights, the same before and after saving."""
-    return tree_hash({name: stack for name, stack in (("img", img), ("txt", txt)) if stack is not None})
 
 
 def _list_files(directory: Path) -> tuple[list[SiteFile], list[str]]:

@@ -40,6 +40,10 @@ class Group(NamedTuple):
     label: str
     streams: tuple[str, ...]
 
+    def rows(self, tokens: "Tokens") -> int:
+        """Returns the length of the sequence."""
+        return sum(getattr(tokens, stream) for stream in self.streams)
+
 
 IMAGE = Group("img", "img", ("img",))
 TEXT = Group("txt", "txt", ("txt",))

@@ -153,8 +153,8 @@ def convert_transcoders(
     tcs = loading.convert_transcoders(
         settings.source, settings.out, to_torch=to_torch, dtype=_dtype(settings.dtype), overwrite=settings.overwrite
     )
-    sites = {"img layers": list(tcs.img_layers), "txt layers": list(tcs.txt_layers), "features": tcs.config.features}
-    emit({"converted": str(settings.out)} | sites, as_json=json)
+    sites = {f"{name} layers": numbers for name, numbers in tcs.sites.to_json().items()}
+    emit({"converted": str(settings.out)} | sites | {"features": tcs.config.features}, as_json=json)
 
 
 @convert.command("check")

@@ -50,7 +50,7 @@ def info(model: ModelName = "organism", json: opt.Json = False) -> None:
             "arrangements": ", ".join(dict.fromkeys((*RELATIONS, *PLACES))),
             "image": f"{pipe.config.defaults.width} x {pipe.config.defaults.height} pixels",
             "text tokens": pipe.config.defaults.text_tokens,
-            "blocks": f"{config.depth_double} double, {config.depth_single} single, width {config.d_model}",
+            "blocks": f"{', '.join(f'{s.depth} {s.name}' for s in config.layout.stacks)}, width {config.d_model}",
             "built-in mistake": "a concept named in another colour keeps its own: `a blue lemon` comes out yellow",
             "example captions": "; ".join(scenes(0, 0, 6).captions),
             "devices": ", ".join(str(device) for device in jax.devices()),

@@ -275,7 +275,7 @@ def _work(settings: TrainConfig) -> Any:
         config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
     else:
         config, parts = abstract_pipeline(settings.model, _dtype(settings))
-    return Work(settings, parse_sites(settings.sites, config), config.d_model, parts)
+    return Work(settings, parse_sites(settings.sites, config.layout), config.d_model, parts)
 
 
 def _asked_trace(settings: TraceConfig) -> Any:
@@ -296,12 +296,12 @@ def _asked_trace(settings: TraceConfig) -> Any:
     if first != last:
         raise UserError(f"One step is planned at a time, but step is {settings.step}; a trace holds a record of each.")
     config, parts = abstract_pipeline(settings.model, _dtype_named(settings.model_dtype))
-    sites, taken = parse_sites(settings.plan.sites, config), settings.plan
+    sites, taken = parse_sites(settings.plan.sites, config.layout), settings.plan
     features = round(config.d_model * taken.expansion)
     shape = TranscoderConfig(d_model=config.d_model, features=features, time_embed=256)
     dtype = _dtype_named(settings.transcoder_dtype)
-    stacks = [stacked_transcoders(shape, len(at), dtype) if at else None for at in sites]
-    tcs = TranscoderSet(stacks[0], stacks[1], sites.img, sites.txt, shape, "planned", stacks[2], sites.joint)
+    stacks = {name: stacked_transcoders(shape, len(numbers), dtype) for name, numbers in sites.groups.items()}
+    tcs = TranscoderSet(stacks, sites, shape, "planned")
     asked = [settings.target] if isinstance(settings.target, str) else settings.target
     output = any(not isinstance(parse_target(one), Feature) for one in asked)
     unit = PATCH * pipeline_shapes(settings.model)["vae"].factor

@@ -7,7 +7,7 @@
 
     kind "pipeline"      transformer t5 clip vae .safetensors, tokenizer/ tokenizer_2/
     kind "transformer"   transformer.safetensors; a single file that was converted without `base`
-    kind "transcoders"   img txt joint .safetensors, each stacked over its stream's layers
+    kind "transcoders"   a .safetensors file per group of sites, img txt joint, stacked over its sites
 """
 
 import dataclasses
@@ -52,6 +52,7 @@ from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.sums import check_sums
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
 C = TypeVar("C")
@@ -202,7 +203,7 @@ def load_transcoders(
         path: "organism" or "organism-saes" for the embedded model's, a directory that `save_transcoders` wrote, or one
             of the reference's `.pt` files.
         dtype: type of the weights in memory.
-        sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
+        sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
     directory = SHIPPED[str(path)] if str(path) in SHIPPED else _model_path(path)
@@ -210,17 +211,14 @@ def load_transcoders(
         return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
-    layers = {stream: tuple(record["layers"].get(stream, ())) for stream in ("img", "txt", "joint")}
-    stacks: dict[str, Any] = {
+    sites = sites_of(record["layers"])
+    stacks = {
         name: load_tree(
-            directory, stacked_transcoders(config, len(at), dtype), name=name, sharding=sharding, verify=verify
+            directory, stacked_transcoders(config, len(numbers), dtype), name=name, sharding=sharding, verify=verify
         )
-        if at
-        else None
-        for name, at in layers.items()
+        for name, numbers in sites.groups.items()
     }
-    places: dict[str, Any] = {f"{name}_layers": at for name, at in layers.items()}
-    return TranscoderSet(**stacks, **places, config=config, source=record["content_hash"])
+    return TranscoderSet(stacks, sites, config, record["content_hash"])
 
 
 def load_labels(path: str | Path) -> Labels:
@@ -249,16 +247,14 @@ def save_transcoders(
         overwrite: replace an existing directory.
         provenance: how they were made, from `config.provenance`.
     """
-    stacks = {"img": tcs.img, "txt": tcs.txt, "joint": tcs.joint}
-    trees = {name: stack for name, stack in stacks.items() if stack is not None}
     record = {
         "kind": "transcoders",
         "config": dataclasses.asdict(tcs.config),
-        "layers": {"img": list(tcs.img_layers), "txt": list(tcs.txt_layers), "joint": list(tcs.joint_layers)},
+        "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
     }
     with atomic_directory(out, overwrite=overwrite) as partial:
-        return save_trees(trees, partial, record)
+        return save_trees(tcs.stacks, partial, record)
 
 
 def convert_transcoders(

@@ -28,8 +28,11 @@ def attribution(monkeypatch):
 def test_the_size_of_flux_runs_on_a_small_shape(attribution, capsys):
     config = dataclasses.replace(TINY, depth_double=18, depth_single=1)
     trace, tcs, target = attribution.flux(config, features=64, side=6, text=8)
-    assert tcs.img_layers == tcs.txt_layers == tuple(range(2, 18)) and tcs.joint is None
-    assert (tcs.img.dec.kernel.dtype, jax.tree.leaves(trace.record.weights)[0].dtype) == ("float32", "bfloat16")
+    assert tcs.sites.groups == dict.fromkeys(("img", "txt"), tuple(range(2, 18)))
+    assert (tcs.stacks["img"].dec.kernel.dtype, jax.tree.leaves(trace.record.weights)[0].dtype) == (
+        "float32",
+        "bfloat16",
+    )
     found = attribution.measure("flux", trace, tcs, target)
     assert found["expanded"] == 6 and found["edges"] > 6 and found["blocks"] == [16, 0]
     assert found["active"] == pytest.approx([6.4, 6.4], abs=1)
@@ -41,7 +44,9 @@ def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
     trace, tcs, target = attribution.flux(TINY, features=64, side=6, text=8)
     held = attribution.layers_of(prepare(trace, tcs))
     rows, width, double, single = 36 + 8, TINY.d_model, TINY.depth_double, TINY.depth_single
-    assert tcs.joint.dec.kernel.dtype == "bfloat16" and target.stream == "single" and target.block == single - 1
+    assert (
+        tcs.stacks["joint"].dec.kernel.dtype == "bfloat16" and target.stream == "single" and target.block == single - 1
+    )
     # All is in bfloat16: both streams of a double-stream block have a matrix for values and one for the output.
     assert held.projections.tolist() == [2 * 2 * 2 * width**2] * double + [2 * 2 * width**2] * single
     assert (held.decoders <= 2 * width * held.active).all() and (held.decoders > 0).all()

@@ -25,6 +25,7 @@ from difffract_jax.loading import (
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.sharding import make_mesh, pipeline_shardings
+from difffract_jax.transcoders.sites import sites_of
 from tolerances import REFERENCE
 
 PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
@@ -180,19 +181,22 @@ def test_saved_transcoders_are_the_converted_ones(tmp_path, name):
     tcs = load_transcoders(REFERENCE / name)
     save_transcoders(tcs, tmp_path / "out")
     loaded = load_transcoders(tmp_path / "out")
-    assert loaded._replace(img=None, txt=None) == tcs._replace(img=None, txt=None)
-    assert_equal((loaded.img, loaded.txt), (tcs.img, tcs.txt))
+    assert loaded._replace(stacks={}) == tcs._replace(stacks={})
+    assert_equal(loaded.stacks, tcs.stacks)
+    layers = json.loads((tmp_path / "out" / "config.json").read_text())["layers"]
+    assert list(layers) == ["img", "txt", "joint"] and layers["joint"] == []
 
 
 def test_transcoders_go_to_our_format_and_back_bit_for_bit(tmp_path, tcs):
     convert_transcoders(TRANSCODERS, tmp_path / "ours")
     convert_transcoders(tmp_path / "ours", tmp_path / "theirs", to_torch=True)
-    assert_equal(load_transcoders(tmp_path / "theirs")[:2], tcs[:2])
+    assert_equal(load_transcoders(tmp_path / "theirs").stacks, tcs.stacks)
     half = convert_transcoders(TRANSCODERS, tmp_path / "half", dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(half.img)} == {jnp.bfloat16.dtype}
+    assert {leaf.dtype for leaf in jax.tree.leaves(half.stacks["img"])} == {jnp.bfloat16.dtype}
 
 
 def test_one_stream_alone_is_saved_and_loaded(tmp_path, tcs):
-    save_transcoders(tcs._replace(txt=None, txt_layers=()), tmp_path / "out")
+    alone = {"img": tcs.sites.groups["img"]}
+    save_transcoders(tcs._replace(stacks={"img": tcs.stacks["img"]}, sites=sites_of(alone)), tmp_path / "out")
     loaded = load_transcoders(tmp_path / "out")
-    assert loaded.txt is None and loaded.img_layers == tcs.img_layers
+    assert list(loaded.stacks) == ["img"] and loaded.sites.groups == alone

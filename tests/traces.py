@@ -60,8 +60,9 @@ def make_transcoders(
         conditioning=conditioning,
         **{"features": 40} | shape,
     )
+    chosen = sites_of({"img": img, "txt": txt, "joint": joint})
     stacks = {}
-    for number, (name, layers) in enumerate({"img": img, "txt": txt, "joint": joint}.items()):
+    for number, (name, layers) in enumerate((("img", img), ("txt", txt), ("joint", joint))):
         keys = jax.random.split(jax.random.key(0), max(len(layers), 1))
         build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
         stack = random_weights(jax.eval_shape(build, keys), 3 * seed + number)
@@ -70,8 +71,13 @@ def make_transcoders(
             stack.threshold[...] = 0.2 + jnp.abs(stack.threshold[...])
         if layers:
             stacks[name] = stack
-    sites = sites_of({"img": img, "txt": txt, "joint": joint})
-    return TranscoderSet(stacks, sites, shape, f"made:{seed}")
+    return TranscoderSet(stacks, chosen, shape, f"made:{seed}")
+
+
+def with_joint(tcs: TranscoderSet, layers=(0, 1)) -> TranscoderSet:
+    """The set with the image stream's transcoders in single-stream blocks too."""
+    chosen = sites_of(tcs.sites.groups | {"joint": layers})
+    return tcs._replace(stacks=tcs.stacks | {"joint": tcs.stacks["img"]}, sites=chosen)
 
 
 class Exact(NamedTuple):

@@ -1,8 +1,7 @@
 """Edits laid out as arrays for the sizes of a run, so that what is edited is data and one compilation serves all.
 
-1. Sites come in three groups: `img`, `txt`, and `joint` for single-stream blocks, whose sequence is text, then image.
-2. `lay_out` makes one table per group, block by block; a block's edits are filled up with edits that do nothing.
-3. `apply_edits` runs one block's table over its code, in the order of the edits.
+1. `lay_out` makes one table per group of sites, block by block; edits that do nothing fill up what a block has fewer.
+2. `apply_edits` runs one block's table over its code, in the order of the edits.
 """
 
 from collections.abc import Sequence
@@ -11,18 +10,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from difffract_jax.address import Group, Layout
 from difffract_jax.circuits.edits import Edit, Part, Site, check_stream, refuse_contradictions
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import FluxConfig
+from difffract_jax.models.blocks import Streams
 from difffract_jax.models.pipeline import Run
+from difffract_jax.models.stacks import sequences
+from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 LEAST_MAXIMUM = 1e-6
 """A feature's maximum counts as at least this where a threshold is a share of it, as in the reference."""
-GROUP = {"img": "img", "txt": "txt", "single": "joint"}
-"""Stream as features name it -> group of sites."""
 
 
 class EditTable(NamedTuple):
@@ -61,108 +62,64 @@ class EditLayers(NamedTuple):
     edits: EditTable
 
 
-class Groups(NamedTuple):
-    """One thing per group of sites.
-
-    Attributes:
-        img: double-stream blocks, image stream.
-        txt: double-stream blocks, text stream.
-        joint: single-stream blocks.
-    """
-
-    img: Any
-    txt: Any
-    joint: Any
-
-
-class Places(NamedTuple):
-    """What a run has that edits can name.
-
-    Attributes:
-        depths: blocks of the model, by group.
-        blocks: those with a transcoder, by group.
-        features: features of a transcoder.
-        img: image tokens.
-        txt: text tokens, padding included.
-        steps: denoising steps.
-        dtype: of the tables' numbers.
-    """
-
-    depths: Groups
-    blocks: Groups
-    features: int
-    img: int
-    txt: int
-    steps: int
-    dtype: Any
-
-    @property
-    def rows(self) -> Groups:
-        """Positions of each group's sequence."""
-        return Groups(self.img, self.txt, self.txt + self.img)
-
-
-def places_of(config: FluxConfig, tcs: TranscoderSet, run: Run, dtype: Any) -> Places:
-    """Returns what edits of a run can name.
-
-    Args:
-        config: of the transformer.
-        tcs: its transcoders.
-        run: sizes and schedule.
-        dtype: of the model's weights.
-    """
-    return Places(
-        Groups(config.depth_double, config.depth_double, config.depth_single),
-        Groups(tcs.img_layers, tcs.txt_layers, tcs.joint_layers),
-        tcs.config.features,
-        run.grid[0] * run.grid[1],
-        run.text_tokens,
-        len(run.sigmas) - 1,
-        np.promote_types(dtype, np.float32),
-    )
-
-
 def lay_out(
     edits: Sequence[Edit],
-    places: Places,
+    layout: Layout,
+    tcs: TranscoderSet,
+    run: Run,
     text_mask: Bool[np.ndarray, "txt"],
     replaced: Sequence[Site] = (),
     width: int | None = None,
-) -> Groups:
+    dtype: DTypeLike = np.float32,
+) -> tuple[EditLayers, ...]:
     """Lays out the edits of one image.
 
     Args:
         edits: what to change, in order.
-        places: what there is.
+        layout: of the model.
+        tcs: its transcoders.
+        run: sizes and schedule.
         text_mask: text positions that edits without positions act on.
         replaced: sites that count as edited though no edit names them.
         width: edits that every block gets, filling included; as many as the fullest needs if left out.
+        dtype: of the tables' numbers.
 
     Returns:
-        `EditLayers` of NumPy arrays by group.
+        `EditLayers` of NumPy arrays, per group.
 
     Raises:
         UserError: if an edit names a site, feature, position or step that does not exist, acts on no token, or
             contradicts another.
     """
     refuse_contradictions(edits)
-    parts = [(edit, part) for edit in edits for whole in edit.parts for part in _blocks(whole, places, str(edit))]
-    sites = [Part(*site[:2], -1, *site[2:]) for site in replaced]
-    also = {(part.stream, part.block) for whole in sites for part in _blocks(whole, places, str(whole[:2]))}
+    parts = [(edit, part) for edit in edits for whole in edit.parts for part in _split(whole, tcs.sites, str(edit))]
+    wholes = [Part(*site[:2], -1, *site[2:]) for site in replaced]
+    also = {_block(part, layout) for whole in wholes for part in _split(whole, tcs.sites, str(whole[:2]))}
     for edit, part in parts:
-        _check(edit, part, places)
+        _check(edit, part, layout, tcs.config.features, run)
     widest = _fullest(parts) if width is None else width
-    return Groups(
-        *(
-            _group(stream, [pair for pair in parts if pair[1].stream == stream], also, places, text_mask, widest)
-            for stream in GROUP
-        )
-    )
+    by_block: dict[tuple[str, int], list[tuple[Edit, Part]]] = {}
+    for edit, part in parts:
+        by_block.setdefault(_block(part, layout), []).append((edit, part))
+    tables = []
+    for number, (group, slots) in enumerate(zip(layout.groups, tcs.sites.slots(layout), strict=True)):
+        blocks = layout.blocks_of(number)
+        edited = [by_block.get((group.label, block), []) for block in blocks]
+        slot = np.array([slots.get(block, 0) for block in blocks], np.int32)
+        touched = [bool(own) or (group.label, block) in also for own, block in zip(edited, blocks, strict=True)]
+        live, table = _tables(group, edited, run, text_mask, widest, dtype)
+        tables.append(EditLayers(slot, np.array(touched, bool), live, table))
+    return tuple(tables)
 
 
-def edits_per_block(edits: Sequence[Edit], places: Places) -> int:
-    """Returns how many edits the fullest block has, rounded up to a power of two so that compilations are shared."""
-    return _fullest([(edit, part) for edit in edits for whole in edit.parts for part in _blocks(whole, places, "")])
+def edits_per_block(edits: Sequence[Edit], sites: Sites) -> int:
+    """Returns how many edits the fullest block has, rounded up to a power of two so that compilations are shared.
+
+    Args:
+        edits: of one image.
+        sites: that have a transcoder.
+    """
+    return _fullest([(edit, part) for edit in edits for whole in edit.parts for part in _split(whole, sites, "")])
 
 
 def _fullest(parts: Sequence[tuple[Edit, Part]]) -> int:
@@ -171,26 +128,32 @@ def _fullest(parts: Sequence[tuple[Edit, Part]]) -> int:
     return 1 << (most - 1).bit_length() if most else 0
 
 
-def _blocks(part: Part, places: Places, name: str) -> list[Part]:
-    """Returns the part once for every block that it means."""
+def _split(part: Part, sites: Sites, name: str) -> list[Part]:
+    """Returns the part once for every site that it means."""
     check_stream(part.stream)
-    blocks = getattr(places.blocks, GROUP[part.stream])
-    if part.block is None and blocks:
-        return [part._replace(block=block) for block in blocks]
-    if part.block not in blocks:
+    numbers = sites.labels.get(part.stream, ())
+    if part.block is None and numbers:
+        return [part._replace(block=number) for number in numbers]
+    if part.block not in numbers:
         where = part.stream if part.block is None else f"{part.stream}/{part.block}"
-        known = ", ".join(map(str, blocks)) or "none"
+        known = ", ".join(map(str, numbers)) or "none"
         raise UserError(f"There is no transcoder at {where}; blocks with one: {known}.")
     return [part]
 
 
-def _check(edit: Edit, part: Part, places: Places) -> None:
-    rows = {"img": places.img, "txt": places.txt}.get(part.side or part.stream, places.img)
+def _block(part: Part, layout: Layout) -> tuple[str, int]:
+    """Returns label and block of a part's site."""
+    assert part.block is not None  # `_split` has numbered it
+    return part.stream, layout.block_of(part.stream, part.block)
+
+
+def _check(edit: Edit, part: Part, layout: Layout, features: int, run: Run) -> None:
+    streams = (part.side,) if part.side else layout.streams_of(part.stream)
     for what, values, end in (
-        ("feature", (part.feature,), places.features),
-        ("position", part.positions or (), rows),
-        ("step", part.steps or (), places.steps),
-        ("image token", edit.region or (), places.img),
+        ("feature", (part.feature,), features),
+        ("position", part.positions or (), sum(getattr(run.tokens, stream) for stream in streams)),
+        ("step", part.steps or (), len(run.sigmas) - 1),
+        ("image token", edit.region or (), run.tokens.img),
     ):
         beyond = [value for value in values if value >= end or (value < 0 and what != "feature")]
         if beyond:
@@ -199,57 +162,66 @@ def _check(edit: Edit, part: Part, places: Places) -> None:
         raise UserError(f"The edit of {edit.feature} names an empty set of steps; leave the steps out for all.")
 
 
-def _positions(edit: Edit, part: Part, places: Places, text_mask: np.ndarray) -> Bool[np.ndarray, "rows"]:
-    """Returns the positions of the group's sequence that a part acts on."""
-    img, txt = np.ones(places.img, bool), text_mask.copy()
+def _positions(edit: Edit, part: Part, group: Group, live: Streams) -> Bool[np.ndarray, "rows"]:
+    """Returns the rows of the group's sequence that a part acts on; `live` are those of edits without positions."""
+    several = len(group.streams) > 1
     if part.positions is not None:
-        named = np.zeros(places.txt if "txt" in (part.stream, part.side) else places.img, bool)
+        stream = part.side or group.streams[-1]
+        named = np.zeros_like(getattr(live, stream))
         named[list(part.positions)] = True
-        img, txt = (img, named) if "txt" in (part.stream, part.side) else (named, txt)
+        live = live._replace(**{stream: named})
     if edit.region is not None:
-        img &= np.isin(np.arange(places.img), edit.region)
-    if part.stream == "single":
-        of_text = part.side == "txt" or (part.side is None and edit.region is None)
-        joint = np.concatenate([txt if of_text else np.zeros_like(txt), img if part.side != "txt" else img & False])
-    else:
-        joint = img if part.stream == "img" else txt
-    if not joint.any():
+        live = live._replace(img=live.img & np.isin(np.arange(live.img.size), edit.region))
+    if several and (part.side or edit.region is not None):
+        # A side, or else a region, which is of the image, leaves the other stream alone.
+        other = "txt" if (part.side or "img") == "img" else "img"
+        live = live._replace(**{other: np.zeros_like(getattr(live, other))})
+    rows = _rows(group, live)
+    if not rows.any():
         raise UserError(
             f"The edit of {edit.feature} acts on no token: its positions and region have none in common, or are empty."
         )
-    return joint
+    return rows
 
 
-def _group(
-    stream: str,
-    parts: Sequence[tuple[Edit, Part]],
-    also: set[tuple[str, int | None]],
-    places: Places,
-    text_mask: np.ndarray,
+def _rows(group: Group, live: Streams) -> Bool[np.ndarray, "rows"]:
+    """Returns which rows of the group's sequence are marked in its streams."""
+    return sequences(live, (group,), axis=0)[0]
+
+
+def _tables(
+    group: Group,
+    edited: Sequence[Sequence[tuple[Edit, Part]]],
+    run: Run,
+    text_mask: Bool[np.ndarray, "txt"],
     width: int,
-) -> EditLayers:
-    group = GROUP[stream]
-    depth, rows, blocks = (getattr(field, group) for field in (places.depths, places.rows, places.blocks))
-    shape = depth, width
-    feature, threshold = np.full(shape, -1, np.int32), np.full(shape, -1.0, places.dtype)
-    scale, offset = np.ones(shape, places.dtype), np.zeros(shape, places.dtype)
-    positions, on = np.zeros((*shape, rows), bool), np.zeros((*shape, places.steps), bool)
-    image = np.ones(places.img, bool)
-    counted = {"img": image, "txt": text_mask, "joint": np.concatenate([text_mask, image])}[group]
-    live = np.tile(counted, (depth, 1))
-    filled = np.zeros(depth, int)
-    for edit, part in parts:
-        at = part.block, filled[part.block]
-        filled[part.block] += 1
-        feature[at] = part.feature
-        scale[at], offset[at] = edit.affine
-        threshold[at] = -1.0 if edit.threshold is None else edit.threshold
-        positions[at] = _positions(edit, part, places, text_mask)
-        on[at][slice(None) if part.steps is None else list(part.steps)] = True
-        live[part.block] |= positions[at]
-    slot = np.array([blocks.index(block) if block in blocks else 0 for block in range(depth)], np.int32)
-    touched = np.array([bool(filled[block]) or (stream, block) in also for block in range(depth)], bool)
-    return EditLayers(slot, touched, live, EditTable(feature, scale, offset, threshold, positions, on))
+    dtype: DTypeLike,
+) -> tuple[Bool[np.ndarray, "layer rows"], EditTable]:
+    """Returns a group's live positions and its edits, block by block.
+
+    Args:
+        group: of the sites.
+        edited: each block's edits.
+        run: sizes and schedule.
+        text_mask: text positions that edits without positions act on.
+        width: edits that every block gets.
+        dtype: of the table's numbers.
+    """
+    shape, tokens = (len(edited), width), Streams(np.ones(run.tokens.img, bool), text_mask)
+    feature, threshold = np.full(shape, -1, np.int32), np.full(shape, -1.0, dtype)
+    scale, offset = np.ones(shape, dtype), np.zeros(shape, dtype)
+    live = np.tile(_rows(group, tokens), (shape[0], 1))
+    positions, on = np.zeros((*shape, live.shape[1]), bool), np.zeros((*shape, len(run.sigmas) - 1), bool)
+    for layer, own in enumerate(edited):
+        for place, (edit, part) in enumerate(own):
+            at = layer, place
+            feature[at] = part.feature
+            scale[at], offset[at] = edit.affine
+            threshold[at] = -1.0 if edit.threshold is None else edit.threshold
+            positions[at] = _positions(edit, part, group, tokens)
+            on[at][slice(None) if part.steps is None else list(part.steps)] = True
+            live[layer] |= positions[at]
+    return live, EditTable(feature, scale, offset, threshold, positions, on)
 
 
 def apply_edits(edits: EditTable, z: Float[Array, "rows feat"], step: Array) -> Float[Array, "rows feat"]:

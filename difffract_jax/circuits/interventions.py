@@ -1,8 +1,8 @@
 """Edits of features in the running model (METHOD section 7, reading `full`): what a user sees.
 
 1. An `Edit` names features, or a whole site, what happens to their code z, and where: see `edits`.
-2. In every denoising step each edited MLP sublayer, of double- and single-stream blocks alike, runs its transcoder on
-   its own live input, and edits the code in the order the edits were given.
+2. In every denoising step each edited MLP sublayer, whatever its block, runs its transcoder on its own live input, and
+   edits the code in the order the edits were given.
 3. Form `delta` adds what the edits changed to the true output: y + W_dec (z' - z); no edit changes nothing. Form
    `replace`, the reference's, puts the reconstruction in place of the output: y^(z'), also in steps without an edit.
    Padded text positions keep the true MLP unless an edit names them or padding is counted in.
@@ -14,6 +14,7 @@ between attention and MLP; it lies outside y and is left alone.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from difffract_jax.circuits.edit_tables import EditLayers, EditTable, Groups, apply_edits, lay_out, places_of
+from difffract_jax.circuits.edit_tables import EditLayers, EditTable, apply_edits, lay_out
 from difffract_jax.circuits.edits import Edit, Site, Supernode
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import DoubleBlock, SingleBlock, Streams, join, run_mlp, run_mlps, split
-from difffract_jax.models.mmdit import UNROLLED, Inputs, MMDiT
+from difffract_jax.models.mmdit import Inputs, MMDiT, forward
 from difffract_jax.models.pipeline import (
     GeneratedImage,
     Pipeline,
@@ -37,6 +37,7 @@ from difffract_jax.models.pipeline import (
     sample,
     start,
 )
+from difffract_jax.models.stacks import slice_layer
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
 FORMS = ("delta", "replace")
@@ -47,7 +48,6 @@ __all__ = [
     "EditLayers",
     "EditTable",
     "EditedModel",
-    "Groups",
     "Site",
     "Supernode",
     "apply_edits",
@@ -64,13 +64,13 @@ class EditedModel(NamedTuple):
 
     Attributes:
         model: the transformer.
-        stacks: its transcoders by group of sites; None where nothing of the group is edited.
-        layers: the edits by group; None likewise.
+        stacks: its transcoders per group; None where nothing of the group is edited.
+        layers: the edits per group; None likewise.
     """
 
     model: MMDiT
-    stacks: Groups
-    layers: Groups
+    stacks: tuple[Transcoder | None, ...]
+    layers: tuple[EditLayers | None, ...]
 
 
 def steer(
@@ -155,12 +155,17 @@ def edit_model(
     Raises:
         UserError: see `edit_tables.lay_out`.
     """
-    places = places_of(model.config, tcs, run, model.img_in.kernel.dtype)
     mask = np.ones(run.text_tokens, bool) if text_mask is None else text_mask
-    return edited_model(model, tcs, lay_out(edits, places, mask, replaced))
+    layers = lay_out(edits, model.config.layout, tcs, run, mask, replaced, dtype=table_dtype(model))
+    return edited_model(model, tcs, layers)
 
 
-def edited_model(model: MMDiT, tcs: TranscoderSet, layers: Groups) -> EditedModel:
+def table_dtype(model: MMDiT) -> np.dtype:
+    """Returns the type of the numbers of a model's edits: that of its weights, but at least float32."""
+    return np.promote_types(model.img_in.kernel.dtype, np.float32)
+
+
+def edited_model(model: MMDiT, tcs: TranscoderSet, layers: Sequence[EditLayers]) -> EditedModel:
     """Puts a laid-out edit on the device, and leaves out the groups that it does not touch.
 
     Args:
@@ -168,12 +173,11 @@ def edited_model(model: MMDiT, tcs: TranscoderSet, layers: Groups) -> EditedMode
         tcs: its transcoders.
         layers: from `lay_out`.
     """
-    stacks = Groups(tcs.img, tcs.txt, tcs.joint)
-    used = [layer.touched.any() for layer in layers]
+    stacks, used = tcs.per_group(model.config.layout), [layer.touched.any() for layer in layers]
     return EditedModel(
         model,
-        Groups(*(stack if use else None for stack, use in zip(stacks, used, strict=True))),
-        Groups(*(jax.tree.map(jnp.asarray, layer) if use else None for layer, use in zip(layers, used, strict=True))),
+        tuple(stack if use else None for stack, use in zip(stacks, used, strict=True)),
+        tuple(jax.tree.map(jnp.asarray, layer) if use else None for layer, use in zip(layers, used, strict=True)),
     )
 
 
@@ -207,49 +211,25 @@ def edited_velocity(
     """
     form_of = _delta if form == "delta" else _replace
 
-    def site(group: str, layer: Any, x: Array, y: Array) -> tuple[Array, Array]:
-        stack = getattr(params.stacks, group)
-        if stack is None:
-            return y, jnp.zeros((), jnp.float32)
-        tc: Transcoder = jax.tree.map(lambda leaf: leaf[layer.slot], stack)
-        return jax.lax.cond(
-            layer.touched, lambda: form_of(tc, layer, x, y, inputs.t, step), lambda: (y, jnp.zeros((), jnp.float32))
-        )
+    def write(stack: Any, layer: Any, x: Array, true: Callable[[], Array]) -> tuple[Array, Array]:
+        untouched = true(), jnp.zeros((), jnp.float32)
+        if layer is None:
+            return untouched
+        tc: Transcoder = slice_layer(stack, layer.slot)
+        edited = partial(form_of, tc, layer, x, untouched[0], inputs.t, step)
+        return jax.lax.cond(layer.touched, edited, lambda: untouched)
 
-    def double(block: DoubleBlock, layers: tuple[Any, Any], x: Streams) -> tuple[Streams, Array]:
-        y = run_mlps(block, x)
-        img, txt = (site(g, lay, a, b) for g, lay, a, b in zip(("img", "txt"), layers, x, y, strict=True))
-        return Streams(img[0], txt[0]), img[1] + txt[1]
-
-    def single(block: SingleBlock, layer: Any, x: Array) -> tuple[Array, Array]:
-        return site("joint", layer, x, run_mlp(block, x))
-
-    h, cond = params.model.embed(inputs, grid)
-    text = h.txt.shape[0]
-    h, size = _run(params.model.double, h, cond, double, (params.layers.img, params.layers.txt))
-    joint, more = _run(params.model.single, join(h), cond, single, params.layers.joint)
-    return params.model.final(split(joint, text).img, cond), size + more
-
-
-def _run(blocks: Any, h: Any, cond: Any, edited: Callable[..., tuple[Any, Array]], layers: Any) -> tuple[Any, Array]:
-    """Applies stacked blocks with edited MLPs; returns the residual stream after the last, and the sum of sizes."""
-
-    def step(h: Any, layer: tuple[Any, Any]) -> tuple[Any, Array]:
-        block, mine = layer
-        sizes: list[Array] = []
-
-        # A block hands its MLP's output on without reporting what it was made of; the size leaves beside it.
-        def mlp(block: Any, x: Any) -> Any:
-            y, size = edited(block, mine, x)
-            sizes.append(size)
-            return y
-
-        h, _ = block(h, cond, mlp=mlp)
-        return h, sizes[0]
-
-    few = len(jax.tree.leaves(blocks)[0]) <= UNROLLED
-    h, sizes = jax.lax.scan(step, h, (blocks, layers), unroll=few)
-    return h, jnp.sum(sizes)
+    nothing = jnp.zeros((), jnp.float32)
+    velocity, sizes = forward(
+        params.model,
+        inputs,
+        grid,
+        write=write,
+        fixed=params.stacks,
+        layers=params.layers,
+        tap=lambda visit: sum(visit.reports, nothing),
+    )
+    return velocity, sum(map(jnp.sum, sizes), nothing)
 
 
 def _delta(tc: Transcoder, layer: EditLayers, x: Any, y: Any, t: Array, step: Array) -> tuple[Array, Array]:

@@ -22,17 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from difffract_jax.address import Group
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.region import tokens_in
 from difffract_jax.config import UserError
+from difffract_jax.models.blocks import Streams
 from difffract_jax.models.pipeline import Pipeline, Run, encode, plan_run, start
+from difffract_jax.models.stacks import streams
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
-from difffract_jax.transcoders.sites import parse_sites
+from difffract_jax.transcoders.sites import Sites, parse_sites
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
 ORDERS = ("contrast", "region", "trend", "activation")
-SIDES = (("img", "img"), ("txt", "txt"), ("joint", "txt"), ("joint", "img"))
-"""Groups of sites, and whose tokens are summarised in each, in the order of the result."""
 AT_ONCE = 16
 """Runs computed together unless the caller says otherwise."""
 
@@ -87,7 +88,7 @@ def rank_features(
     batch: int = AT_ONCE,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, list[Ranked]]:
-    """Ranks the features of every stream.
+    """Ranks the features of the sites of every label.
 
     Args:
         pipe: the pipeline.
@@ -99,13 +100,13 @@ def rank_features(
         step: denoising step; left out, each feature's own with the largest score.
         seeds: of the starting noise, averaged over.
         top: features per stream.
-        sites: which sites, as `img/0-3` or `single/*`; all that have a transcoder if left out.
+        sites: which sites, as img/0-3 or single/*; all that have a transcoder if left out.
         run: sizes and schedule; the pipeline's defaults if left out.
         batch: runs computed together.
         progress: called with (runs done, runs in all).
 
     Returns:
-        Stream, "img", "txt" or "single" -> features, highest score first; a stream without transcoders is left out.
+        Label of sites -> features, highest score first; labels without a transcoder are left out.
 
     Raises:
         UserError: if what an order needs is missing, a step or site does not exist, or the region holds no token.
@@ -118,15 +119,20 @@ def rank_features(
     if mask is not None:
         inside = np.isin(np.arange(len(inside)), tokens_in(mask, run.grid))
     prompts = [prompt] if contrast is None else [prompt, contrast]
-    wanted = parse_sites(sites, pipe.config.transformer)
+    wanted = parse_sites(sites, pipe.config.transformer.layout).groups
     kept = _summaries(pipe, tcs, run, prompts, seeds, inside, batch, progress)
-    found: dict[str, list[Ranked]] = {}
-    for group, side in (key for key in SIDES if key in kept):
-        stream = "single" if group == "joint" else group
-        rows = _rank(stream, side, tcs, kept[group, side], wanted._asdict()[group], by, step, top)
-        if rows or stream in found:
-            found[stream] = sorted((*found.get(stream, ()), *rows), key=lambda row: -_size(row, by))[:top]
-    return found
+    ranked: dict[str, list[Ranked]] = {}
+    for group, side in sides_of(tcs.sites):
+        rows = _rank(group, side, tcs, kept[group.name, side], wanted.get(group.name, ()), by, step, top)
+        if rows or group.label in ranked:
+            every = (*ranked.get(group.label, ()), *rows)
+            ranked[group.label] = sorted(every, key=lambda row: -_size(row, by))[:top]
+    return ranked
+
+
+def sides_of(sites: Sites) -> tuple[tuple[Group, str], ...]:
+    """Returns the groups that have sites, and whose tokens are summarised in each, in the order of the result."""
+    return tuple((group, stream) for group, _ in sites.members for stream in group.streams)
 
 
 def _check(
@@ -146,7 +152,7 @@ def _check(
         raise UserError("Features are averaged over seeds, but got none; write for example --seeds 0..4.")
 
 
-def summarise(group: str, z: Float[Array, "rows feat"], extra: tuple[Array, Array]) -> dict[str, Summary]:
+def summarise(group: Group, z: Float[Array, "rows feat"], extra: tuple[Array, Array]) -> dict[str, Summary]:
     """Reduces one site's code to means and strongest positions; a `transcoders.codes.Reduce`.
 
     Args:
@@ -158,13 +164,15 @@ def summarise(group: str, z: Float[Array, "rows feat"], extra: tuple[Array, Arra
         Side, "img" or "txt" -> summary.
     """
     inside, text = extra
-    img, txt = {"img": (z, None), "txt": (None, z), "joint": (z[text.shape[0] :], z[: text.shape[0]])}[group]
-    found = {}
-    if img is not None:
-        found["img"] = Summary(_mean(img, inside), _mean(img, ~inside), _strongest(img, inside))
-    if txt is not None:
-        found["txt"] = Summary(_mean(txt, text), jnp.zeros_like(txt[0]), _strongest(txt, text))
-    return found
+    code = streams((z,), (group,), Streams(inside, text), axis=0)
+    summaries = {}
+    if "img" in group.streams:
+        img = code.img
+        summaries["img"] = Summary(_mean(img, inside), _mean(img, ~inside), _strongest(img, inside))
+    if "txt" in group.streams:
+        txt = code.txt
+        summaries["txt"] = Summary(_mean(txt, text), jnp.zeros_like(txt[0]), _strongest(txt, text))
+    return summaries
 
 
 def _mean(z: Array, rows: Array) -> Array:
@@ -185,7 +193,7 @@ def _summaries(
     batch: int,
     progress: Callable[[int, int], None] | None,
 ) -> dict[tuple[str, str], Summary]:
-    """Returns (group, side) -> summaries [step prompt seed site feat]."""
+    """Returns (name of a group, side) -> summaries [step prompt seed site feat]."""
     encoded = [encode(pipe, prompt, run.text_tokens) for prompt in prompts]
     pairs = [(one, seed) for one in encoded for seed in seeds]
     parts = []
@@ -210,7 +218,7 @@ def _summaries(
 
 
 def _rank(
-    stream: str,
+    group: Group,
     side: str,
     tcs: TranscoderSet,
     kept: Summary,
@@ -219,8 +227,8 @@ def _rank(
     step: int | None,
     top: int,
 ) -> list[Ranked]:
-    """Returns the highest features of one stream, or of one side of the single-stream blocks."""
-    layers = {"img": tcs.img_layers, "txt": tcs.txt_layers, "single": tcs.joint_layers}[stream]
+    """Returns the highest features of a group's sites on one side of its sequence."""
+    numbers = tcs.sites.groups[group.name]
     value, against = kept.inside[:, 0], np.zeros_like(kept.inside[:, 0])
     if by == "contrast":
         against = kept.inside[:, 1]
@@ -234,7 +242,8 @@ def _rank(
     last = len(kept.inside) - 1
     at = size.argmax(axis=0) if step is None or by == "trend" else np.full(size.shape[1:], step)
     best = np.take_along_axis(size, at[None], axis=0)[0]
-    best[[layer not in wanted for layer in layers]] = 0
+    best[[number not in wanted for number in numbers]] = 0
+    named = side if len(group.streams) > 1 else None
     rows = []
     for flat in np.argsort(-best, axis=None, kind="stable")[:top]:
         site, feature = np.unravel_index(flat, best.shape)
@@ -250,9 +259,7 @@ def _rank(
         position = int(kept.position[shown, run, strongest, site, feature])
         rows.append(
             Ranked(
-                Feature(
-                    stream, layers[site], int(feature), (position,), (shown,), side if stream == "single" else None
-                ),
+                Feature(group.label, numbers[site], int(feature), (position,), (shown,), named),
                 float(scores.mean()),
                 float(value[number, :, site, feature].mean()),
                 float(against[number, :, site, feature].mean()),

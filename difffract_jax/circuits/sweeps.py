@@ -17,15 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from difffract_jax.circuits.edit_tables import EditLayers, Groups, edits_per_block, lay_out, places_of
+from difffract_jax.circuits.edit_tables import EditLayers, edits_per_block, lay_out
 from difffract_jax.circuits.edits import Edit, Site
-from difffract_jax.circuits.interventions import EditedModel, check_form, edited_model, edited_velocity
+from difffract_jax.circuits.interventions import EditedModel, check_form, edited_model, edited_velocity, table_dtype
 from difffract_jax.config import UserError
 from difffract_jax.models.batch import pixels
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run, encode, plan_run, start
+from difffract_jax.models.sampler import euler_scan
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
+PerGroup = tuple[Any, ...]
+"""One thing per group of sites; None where nothing of the group is edited."""
 AT_ONCE = 64
 """Images computed together unless the caller says otherwise."""
 
@@ -135,29 +138,22 @@ def _tables(
     masks: Sequence[np.ndarray],
     run: Run,
     replaced: Sequence[Site],
-) -> tuple[EditedModel, Groups, Groups]:
-    """Returns the model with what all images share, and by group what each has its own of: live positions, tables."""
-    places = places_of(pipe.transformer.config, tcs, run, pipe.transformer.img_in.kernel.dtype)
-    width = max(edits_per_block(mine, places) for mine in edits)
-    laid: dict[tuple[int, bytes], Groups] = {}
-    for mine, mask in zip(edits, masks, strict=True):
-        key = id(mine), mask.tobytes()
+) -> tuple[EditedModel, PerGroup, PerGroup]:
+    """Returns the model with what all images share, and per group what each has its own of: live positions, tables."""
+    model = pipe.transformer
+    width = max(edits_per_block(own, tcs.sites) for own in edits)
+    laid: dict[tuple[int, bytes], tuple[EditLayers, ...]] = {}
+    for own, mask in zip(edits, masks, strict=True):
+        key = id(own), mask.tobytes()
         if key not in laid:
-            laid[key] = lay_out(mine, places, mask, replaced, width)
-    rows = [laid[id(mine), mask.tobytes()] for mine, mask in zip(edits, masks, strict=True)]
-    shared = Groups(
-        *(
-            group[0]._replace(touched=np.any([one.touched for one in group], axis=0))
-            for group in zip(*rows, strict=True)
-        )
-    )
-    params = edited_model(pipe.transformer, tcs, shared)
+            laid[key] = lay_out(own, model.config.layout, tcs, run, mask, replaced, width, table_dtype(model))
+    groups = list(zip(*(laid[id(own), mask.tobytes()] for own, mask in zip(edits, masks, strict=True)), strict=True))
+    shared = [images[0]._replace(touched=np.any([one.touched for one in images], axis=0)) for images in groups]
+    params = edited_model(model, tcs, shared)
     live, tables = (
-        Groups(
-            *(
-                None if layers is None else jax.tree.map(lambda *a: np.stack(a), *(getattr(one, name) for one in group))
-                for layers, group in zip(params.layers, zip(*rows, strict=True), strict=True)
-            )
+        tuple(
+            None if layers is None else jax.tree.map(lambda *a: np.stack(a), *(getattr(one, name) for one in images))
+            for layers, images in zip(params.layers, groups, strict=True)
         )
         for name in ("live", "edits")
     )
@@ -167,8 +163,8 @@ def _tables(
 @partial(jax.jit, static_argnames=("grid", "guidance", "form"))
 def _sample(
     params: EditedModel,
-    live: Groups,
-    tables: Groups,
+    live: PerGroup,
+    tables: PerGroup,
     text: Array,
     pooled: Array,
     noise: Array,
@@ -178,27 +174,21 @@ def _sample(
     form: str,
 ) -> tuple[Array, Array]:
     """Takes all Euler steps; returns the last latents, and the size of each image's edits."""
+    scale = None if guidance is None else jnp.asarray(guidance, noise.dtype)
 
-    def step(carry: tuple[Array, Array], levels: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
-        (latents, sizes), (sigma, after, number) = carry, levels
-        scale = None if guidance is None else jnp.asarray(guidance, latents.dtype)
-
-        def one(z: Array, txt: Array, vec: Array, live: Groups, tables: Groups) -> tuple[Array, Array]:
-            layers = Groups(
-                *(
-                    None if shared is None else EditLayers(shared.slot, shared.touched, mine, table)
-                    for shared, mine, table in zip(params.layers, live, tables, strict=True)
-                )
+    def evaluate(latents: Array, sigma: Array, number: Array, _: None) -> tuple[Array, Array]:
+        def one(z: Array, txt: Array, vec: Array, live: PerGroup, tables: PerGroup) -> tuple[Array, Array]:
+            layers = tuple(
+                None if shared is None else EditLayers(shared.slot, shared.touched, own, table)
+                for shared, own, table in zip(params.layers, live, tables, strict=True)
             )
             inputs = Inputs(z, txt, vec, sigma, scale)
             return edited_velocity(params._replace(layers=layers), inputs, number, grid, form)
 
-        v, size = jax.vmap(one)(latents, text, pooled, live, tables)
-        return (latents + (after - sigma) * v.astype(latents.dtype), sizes + size), None
+        return jax.vmap(one)(latents, text, pooled, live, tables)
 
-    levels = (sigmas[:-1].astype(noise.dtype), sigmas[1:].astype(noise.dtype), jnp.arange(sigmas.shape[0] - 1))
-    (latents, sizes), _ = jax.lax.scan(step, (noise, jnp.zeros(len(noise), jnp.float32)), levels)
-    return latents, jnp.sqrt(sizes)
+    latents, sizes = euler_scan(evaluate, noise, sigmas.astype(noise.dtype))
+    return latents, jnp.sqrt(jnp.sum(sizes, axis=0))
 
 
 def sweep(

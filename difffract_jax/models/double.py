@@ -85,6 +85,8 @@ class MLP(nnx.Module):
 class DoubleStream(nnx.Module):
     """One stream's weights in a double-stream block; `mod` gives shift1, scale1, gate1, shift2, scale2, gate2."""
 
+    gate_rows: ClassVar[tuple[int, ...]] = (2, 5)
+
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         self.mod = nnx.Linear(config.d_model, 6 * config.d_model, param_dtype=dtype, rngs=rngs)
         self.attn = Attention(config, rngs=rngs, dtype=dtype)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
+from difffract_jax.address import Tokens
 from difffract_jax.config import UserError
 from difffract_jax.models import sampler
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -97,6 +98,11 @@ class Run(NamedTuple):
     text_tokens: int
     sigmas: Float32[np.ndarray, "step_and_end"]
     guidance: float | None
+
+    @property
+    def tokens(self) -> Tokens:
+        """Length of each stream."""
+        return Tokens(img=self.grid[0] * self.grid[1], txt=self.text_tokens)
 
 
 class EncodedPrompt(NamedTuple):

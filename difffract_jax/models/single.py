@@ -41,6 +41,7 @@ class SingleBlock(nnx.Module):
     """A single-stream block; `mod` gives shift, scale, gate, and `mlp_out` holds the bias of the fused output."""
 
     groups: ClassVar[tuple[Group, ...]] = (JOINT,)
+    gate_rows: ClassVar[tuple[int, ...]] = (2,)
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         d_model = config.d_model

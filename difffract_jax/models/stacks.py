@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from difffract_jax.address import Group
@@ -69,18 +70,19 @@ def group_slices(stacks: Sequence[Any]) -> tuple[slice, ...]:
     return tuple(slice(end - len(stack.groups), end) for end, stack in zip(ends, stacks, strict=True))
 
 
-def sequences(h: Streams, groups: Sequence[Group], axis: int = -2) -> tuple[Array, ...]:
+def sequences(h: Streams, groups: Sequence[Group], axis: int = -2) -> tuple[Any, ...]:
     """Puts streams into the groups' sequences.
 
     Args:
-        h: one array per stream.
+        h: one array per stream; NumPy's stay NumPy's.
         groups: of a stack.
         axis: along which tokens are counted.
     """
+    chain = np.concatenate if all(isinstance(part, np.ndarray) for part in h) else jnp.concatenate
     joined = []
     for group in groups:
         parts = [getattr(h, stream) for stream in group.streams]
-        joined.append(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=axis))
+        joined.append(parts[0] if len(parts) == 1 else chain(parts, axis=axis))
     return tuple(joined)
 
 

@@ -158,6 +158,7 @@ def _text(pipe: Pipeline, recipe: OrganismRecipe, tables: dict[str, Any], comman
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(getattr(pipe, name))) for name in _PARTS}
     parts = ", ".join(f"{_PARTS[name]} {count:,}" for name, count in counts.items())
     placed = "\n".join(f"- {colour} {noun} at the {side}" for noun, colour, side in HELD_OUT_PLACED)
+    stacks = " and ".join(f"{stack.depth} {stack.name}-" for stack in config.layout.stacks)
     return f"""# The organism
 
 A FLUX pipeline small enough for a laptop, trained on scenes whose content is known. The architecture is
@@ -166,7 +167,7 @@ FLUX.1[schnell]'s, tensor for tensor; diffusers loads this directory as a `FluxP
 - Images: {pipe.config.defaults.width} x {pipe.config.defaults.height} pixels, 4 steps, no guidance.
 - Prompts: up to {pipe.config.defaults.text_tokens} tokens of a closed vocabulary.
 - Parameters: {parts}.
-- Transformer: {config.depth_double} double- and {config.depth_single} single-stream blocks, width {config.d_model},
+- Transformer: {stacks}stream blocks, width {config.d_model},
   {config.heads} heads.
 
 ## Data

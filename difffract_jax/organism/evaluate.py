@@ -173,7 +173,7 @@ def ablations(pipe: Pipeline, size: int, *, progress: Progress | None = None) ->
     mean = mean_outputs(pipe.transformer, run, text, pooled, noise)
     zero = jax.tree.map(jnp.zeros_like, mean)
 
-    def right(site: tuple[str, int] | None, value: Any, label: str) -> float:
+    def right(site: tuple[int, int] | None, value: Any, label: str) -> float:
         params = (pipe.transformer, ablation(config, site, value))
         images = draw_images(
             pipe, asked, velocity=ablated_velocity, params=params, progress=_named(progress, f"ablating {label}")
@@ -182,9 +182,9 @@ def ablations(pipe: Pipeline, size: int, *, progress: Progress | None = None) ->
 
     whole = right(None, mean, "nothing")
     rows = []
-    for stream, layer in sites(config):
-        name = f"{stream}/{layer}"
-        shares = {kind: right((stream, layer), value, name) for kind, value in (("mean", mean), ("zero", zero))}
+    for group, layer in sites(config):
+        name = f"{config.layout.groups[group].name}/{layer}"
+        shares = {kind: right((group, layer), value, name) for kind, value in (("mean", mean), ("zero", zero))}
         rows.append(
             {"site": name, "images": size, "whole": whole} | shares | {"points lost": 100 * (whole - shares["mean"])}
         )

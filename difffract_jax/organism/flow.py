@@ -106,9 +106,9 @@ def init(recipe: FlowRecipe, seed: int) -> FlowState:
     """Returns the state before the first step."""
     model = MMDiT(transformer_config(recipe), rngs=nnx.Rngs(seed))
     width = model.config.d_model
-    for stream, gates in ((model.double.img, (2, 5)), (model.double.txt, (2, 5)), (model.single, (2,))):
+    for stream in (model.double.img, model.double.txt, model.single):
         bias = np.zeros(stream.mod.bias.shape, np.float32).reshape(len(stream.mod.bias), -1, width)
-        bias[:, gates] = 1
+        bias[:, stream.gate_rows] = 1
         stream.mod.bias[...] = jnp.asarray(bias.reshape(stream.mod.bias.shape))
         stream.mod.kernel[...] = 0.1 * stream.mod.kernel[...]
     for layer in (model.final.mod, model.final.proj):

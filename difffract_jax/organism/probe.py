@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from difffract_jax.models import sampler
 from difffract_jax.models.batch import draw
-from difffract_jax.models.blocks import join
-from difffract_jax.models.mmdit import Inputs, run_double, run_single
+from difffract_jax.models.blocks import Streams
+from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run, plan_run
+from difffract_jax.models.stacks import depth_of, run_stacks, streams
 from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import FIRST_SEED, WORLD_SEED, held_out, see, share
 from difffract_jax.organism.render import NOUNS
@@ -121,22 +122,31 @@ def _block_states(pipe: Pipeline, text: Array, pooled: Array) -> list[tuple[str,
     """Returns the text tokens after the entrance and after every block, at the first step."""
     run = plan_run(pipe.config)
     noise = jnp.stack([sampler.draw_noise(i, run.grid, pipe.config.transformer.in_channels) for i in range(len(text))])
-    entered, double, single = _run_blocks(pipe.transformer, noise, text, pooled, run.grid)
-    length = text.shape[1]
-    named = [("txt entering", entered)]
-    named += [(f"txt after double/{layer}", states) for layer, states in enumerate(jnp.swapaxes(double, 0, 1))]
-    return named + [
-        (f"txt after single/{layer}", states[:, :length]) for layer, states in enumerate(jnp.swapaxes(single, 0, 1))
+    entered, after = _run_blocks(pipe.transformer, noise, text, pooled, run.grid)
+    layout = pipe.config.transformer.layout
+    states = (states for stack in after for states in jnp.swapaxes(stack, 0, 1))
+    return [
+        ("txt entering", entered),
+        *((f"txt after {layout.block_name(block)}", of_block) for block, of_block in enumerate(states)),
     ]
 
 
 @partial(jax.jit, static_argnames="grid")
-def _run_blocks(model: Any, noise: Array, text: Array, pooled: Array, grid: tuple[int, int]) -> tuple[Array, ...]:
-    def one(z: Array, txt: Array, vec: Array) -> tuple[Array, ...]:
+def _run_blocks(
+    model: Any, noise: Array, text: Array, pooled: Array, grid: tuple[int, int]
+) -> tuple[Array, tuple[Array, ...]]:
+    """Returns the text tokens before the first block, and per stack after every block, [prompt layer txt d_model]."""
+
+    def one(z: Array, txt: Array, vec: Array) -> tuple[Array, tuple[Array, ...]]:
         h, cond = model.embed(Inputs(z, txt, vec, jnp.ones((), z.dtype)), grid)
-        after, double = run_double(model.double, h, cond, tap=lambda acts: acts.residual.txt)
-        _, single = run_single(model.single, join(after), cond, tap=lambda acts: acts.residual)
-        return h.txt, double, single
+        _, reports = run_stacks(model.stacks, h, cond, tap=lambda visit: visit.acts.residual)
+        last, after = h, []
+        for report, stack in zip(reports, model.stacks, strict=True):
+            depth = depth_of(stack)
+            same = Streams(*(jnp.broadcast_to(part, (depth, *part.shape)) for part in last))
+            after.append(streams(report, stack.groups, same))
+            last = Streams(*(part[-1] for part in after[-1]))
+        return h.txt, tuple(one.txt for one in after)
 
     return jax.vmap(one)(noise, text, pooled)
 

@@ -24,11 +24,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.stats import rankdata
 
+from difffract_jax.address import Group
 from difffract_jax.circuits.labels import EXAMPLES, FORMAT_VERSION
 from difffract_jax.config import UserError
 from difffract_jax.models import sampler
 from difffract_jax.models.batch import pixels
+from difffract_jax.models.blocks import Streams
 from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.stacks import sequences, streams
 from difffract_jax.organism.evaluate import see
 from difffract_jax.organism.scorer import judge
 from difffract_jax.organism.text import encode_all, tokenise
@@ -137,7 +140,7 @@ def _sample(
     return jax.tree.map(np.asarray, kept), picked, images
 
 
-def keep(group: str, z: Float[Array, "rows feat"], extra: tuple[Array, Array, Array]) -> Kept:
+def keep(group: Group, z: Float[Array, "rows feat"], extra: tuple[Array, Array, Array]) -> Kept:
     """Reduces one site's code; a `transcoders.codes.Reduce`.
 
     Args:
@@ -145,13 +148,12 @@ def keep(group: str, z: Float[Array, "rows feat"], extra: tuple[Array, Array, Ar
         z: the code.
         extra: random image tokens, random text tokens, and which text tokens count.
     """
-    img, txt, mask = extra
-    before = mask.shape[0] if group == "joint" else 0
-    image = jnp.ones(z.shape[0] - (mask.shape[0] if group == "joint" else 0), bool)
-    counted = {"img": image, "txt": mask, "joint": jnp.concatenate([mask, image])}[group]
+    *picked, mask = extra
+    tokens = Streams(jnp.ones(z.shape[0] - (mask.shape[0] if "txt" in group.streams else 0), bool), mask)
+    (counted,) = sequences(tokens, (group,), axis=0)
     counting = jnp.where(counted[:, None], z, 0)
-    code = {} if group == "txt" else {"img": z[before + img].astype(jnp.float16)}
-    code |= {} if group == "img" else {"txt": z[txt].astype(jnp.float16)}
+    parts, chosen = streams((z,), (group,), tokens, axis=0), Streams(*picked)
+    code = {stream: getattr(parts, stream)[getattr(chosen, stream)].astype(jnp.float16) for stream in group.streams}
     return Kept(counting.max(axis=0), counting.argmax(axis=0), (counting > 0).sum(axis=0), code)
 
 
@@ -164,16 +166,15 @@ def _report(
     tcs: TranscoderSet,
 ) -> dict[str, Any]:
     run = plan_run(pipe.config)
-    rows = {"img": run.grid[0] * run.grid[1], "txt": float(np.mean([len(c.split()) + 1 for c in asked.captions]))}
-    rows["joint"] = rows["img"] + rows["txt"]
+    tokens = {"img": run.tokens.img, "txt": float(np.mean([len(c.split()) + 1 for c in asked.captions]))}
     kinds = [[side, *kind] for side in KINDS for kind in KINDS[side]]
-    layers = {"img": tcs.img_layers, "txt": tcs.txt_layers, "joint": tcs.joint_layers}
     sites, used = {}, set()
-    for group, blocks in layers.items():
-        for place, block in enumerate(blocks):
-            columns = _site([_of_site(part[group], place) for part in parts], truth, right, rows[group])
+    for group, numbers in tcs.sites.members:
+        rows = sum(tokens[stream] for stream in group.streams)
+        for place, number in enumerate(numbers):
+            columns = _site([_of_site(part[group.name], place) for part in parts], truth, right, rows)
             used |= {flat[i] for flat in columns["examples"] for i in range(0, len(flat), 4)}
-            sites[f"{'single' if group == 'joint' else group}/{block}"] = columns
+            sites[f"{group.label}/{number}"] = columns
     order = {image: number for number, image in enumerate(sorted(used))}
     for columns in sites.values():
         for flat in columns["examples"]:

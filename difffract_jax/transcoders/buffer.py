@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from difffract_jax.address import GROUPS
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.harvest import RowSource
 from difffract_jax.transcoders.objective import Rows
@@ -32,7 +33,7 @@ Store = dict[str, Rows]
 
 def groups_of(store: Store) -> tuple[str, ...]:
     """Returns a buffer's groups in the order of the stack; a dictionary that went through JAX has lost it."""
-    return tuple(name for name in Sites._fields if name in store)
+    return tuple(group.name for group in GROUPS if group.name in store)
 
 
 class Position(NamedTuple):

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from difffract_jax.address import Group, Tokens
 from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.pipeline import Pipeline, Run
+from difffract_jax.models.sampler import euler_scan
 from difffract_jax.transcoders.harvest import tapped_velocity
-from difffract_jax.transcoders.replaced import stacks_of
 from difffract_jax.transcoders.sites import Sites
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 
-Reduce = Callable[[str, Float[Array, "rows feat"], Any], Any]
-"""`reduce(group, z, extra)`: a named function, since each is compiled once; group is `img`, `txt` or `joint`."""
+Reduce = Callable[[Group, Float[Array, "rows feat"], Any], Any]
+"""`reduce(group, z, extra)`: a named function, since each is compiled once."""
 
 
 def reduced_codes(
@@ -50,9 +51,9 @@ def reduced_codes(
     Returns:
         By group what `reduce` returned, with axes [step prompt site] in front; and the latents after the last step.
     """
-    sites, stacks = stacks_of(tcs)
     sigmas = jnp.asarray(run.sigmas, noise.dtype)
-    return _scan(pipe.transformer, stacks, text, pooled, noise, sigmas, extra, run.grid, run.guidance, sites, reduce)
+    fixed = run.grid, run.guidance, tcs.sites, reduce
+    return _scan(pipe.transformer, tcs.stacks, text, pooled, noise, sigmas, extra, *fixed)
 
 
 @partial(jax.jit, static_argnames=("grid", "guidance", "sites", "reduce"))
@@ -69,32 +70,32 @@ def _scan(
     sites: Sites,
     reduce: Reduce,
 ) -> tuple[dict[str, Any], Array]:
-    img, txt = grid[0] * grid[1], text.shape[1]
-    counts = {"img": img, "txt": txt, "joint": txt + img}
-    tokens = {group: jnp.arange(counts[group]) for group in sites.groups}
+    counts = Tokens(img=grid[0] * grid[1], txt=text.shape[1])
+    tokens = {group.name: jnp.arange(group.rows(counts)) for group, _ in sites.members}
     scale = None if guidance is None else jnp.asarray(guidance, noise.dtype)
 
     def one(z: Array, txt: Array, vec: Array, extra: Any, t: Array) -> tuple[Array, dict[str, Any]]:
         v, rows = tapped_velocity(model, Inputs(z, txt, vec, t, scale), tokens, grid=grid, sites=sites)
 
-        def at_site(group: str, site: tuple[Transcoder, Array, Array]) -> Any:
+        def at_site(group: Group, site: tuple[Transcoder, Array, Array]) -> Any:
             tc, x, y = site
             read = (y if tc.config.role == "sae" else x).astype(tc.enc.kernel.dtype)
             return reduce(group, tc.encode(read, t), extra)
 
-        found = {
-            group: jax.lax.map(partial(at_site, group), (stacks[group], taken.x, taken.y))
-            for group, taken in rows.items()
+        kept = {
+            group.name: jax.lax.map(
+                partial(at_site, group), (stacks[group.name], rows[group.name].x, rows[group.name].y)
+            )
+            for group, _ in sites.members
         }
-        return v, found
+        return v, kept
 
-    def step(z: Array, now: tuple[Array, Array, Any]) -> tuple[Array, dict[str, Any]]:
-        sigma, after, extra = now
-        v, found = jax.vmap(one, in_axes=(0, 0, 0, 0, None))(z, text, pooled, extra, sigma)
-        return z + (after - sigma) * v.astype(z.dtype), found
+    def evaluate(z: Array, sigma: Array, number: Array, extra: Any) -> tuple[Array, dict[str, Any]]:
+        del number
+        return jax.vmap(one, in_axes=(0, 0, 0, 0, None))(z, text, pooled, extra, sigma)
 
-    latents, found = jax.lax.scan(step, noise, (sigmas[:-1], sigmas[1:], extra))
-    return found, latents
+    latents, kept = euler_scan(evaluate, noise, sigmas, extra)
+    return kept, latents
 
 
 def repeat_steps(extra: Any, steps: int) -> Any:

@@ -35,7 +35,7 @@ from difffract_jax.models.pipeline import (
 from difffract_jax.transcoders.harvest import Sampler
 from difffract_jax.transcoders.objective import Objective, Rows, encoder_input, preactivations
 from difffract_jax.transcoders.objective import decode as decode_rows
-from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, stacks_of, swaps_of
+from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.scored import accuracies
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from difffract_jax.transcoders.sources import Caption, open_sampler
@@ -141,7 +141,7 @@ def evaluate(
         progress: called with (parts done, parts in all).
     """
     check_fit(tcs, pipe.config.transformer)
-    sites, stacks = stacks_of(tcs)
+    sites = tcs.sites
     source = open_sampler(trained, pipe, "validation", caption=caption, sae=tcs.config.role == "sae")
     source = replace_sites(source, sites)
     count = -(-settings.prompts_count // source.prompts_at_once)
@@ -151,11 +151,11 @@ def evaluate(
     for number in range(count):
         chunk = source.chunk(number)
         for name, rows in chunk.rows.items():
-            more = row_sums(stacks[name], rows, jnp.asarray(chunk.valid[name]), jnp.asarray(source.run.sigmas[:-1]))
+            more = row_sums(tcs.stacks[name], rows, jnp.asarray(chunk.valid[name]), jnp.asarray(source.run.sigmas[:-1]))
             sums[name] = more if name not in sums else jax.tree.map(jnp.add, sums[name], more)
         progress(number + 1, total)
     means = {name: np.asarray(s.y / jnp.maximum(s.rows, 1)[..., None]) for name, s in sums.items()}
-    build = _Builder(source, stacks, means)
+    build = _Builder(source, tcs, means)
     velocity, alone = _velocities(build, settings.velocity_count, lambda done: progress(count + done, total))
     images = [_image(build, n) for n in range(settings.images)]
     judged = accuracies(pipe, tcs, asked, lambda done: progress(total - asked + done, total)) if asked else []
@@ -250,13 +250,14 @@ class _Builder(NamedTuple):
     """What replaced models are built from."""
 
     source: Sampler
-    stacks: dict[str, Transcoder]
+    tcs: TranscoderSet
     means: dict[str, Float[np.ndarray, "site step d_model"]]
 
     def model(self, kinds: np.ndarray, prompt: EncodedPrompt) -> Replaced:
         transformer = self.source.pipe.transformer
         swaps = swaps_of(self.source.sites, transformer, self.means, kinds)
-        return Replaced(transformer, self.stacks, swaps, jnp.asarray(prompt.mask))
+        stacks = self.tcs.per_group(transformer.config.layout)
+        return Replaced(transformer, stacks, swaps, jnp.asarray(prompt.mask))
 
     def start(self, number: int) -> tuple[EncodedPrompt, Array]:
         source = self.source

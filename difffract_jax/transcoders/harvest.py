@@ -10,7 +10,7 @@
 Which tokens are taken is decided on the host, where the prompts are: there it is known how many rows a chunk holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,9 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from difffract_jax.models.blocks import join, split
-from difffract_jax.models.mmdit import Inputs, MMDiT, run_double, run_single
+from difffract_jax.address import Group, Layout
+from difffract_jax.models.blocks import Streams
+from difffract_jax.models.mmdit import Inputs, MMDiT, forward
 from difffract_jax.models.pipeline import Pipeline, Run
+from difffract_jax.models.sampler import euler_scan
+from difffract_jax.models.stacks import Visit, per_group, sequences
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.prompts import Prompts
@@ -120,12 +123,10 @@ class Sampler:
     def _send(self, *arrays: np.ndarray) -> list[Array]:
         return [jax.device_put(array, self.spread) for array in arrays]
 
-    def _tokens(self, group: str) -> int:
-        img, txt = self.run.grid[0] * self.run.grid[1], self.run.text_tokens
-        return {"img": img, "txt": txt, "joint": txt + img}[group]
-
-    def _places(self, group: str) -> int:
-        return min(self._tokens(group), self.tokens_per_step or self._tokens(group))
+    def _places(self, group: Group) -> int:
+        """Returns how many tokens of a prompt the group's sites report at a step."""
+        rows = group.rows(self.run.tokens)
+        return min(rows, self.tokens_per_step or rows)
 
     def _choose(
         self, number: int, masks: Bool[np.ndarray, "prompt txt"]
@@ -133,16 +134,16 @@ class Sampler:
         """Returns which tokens each group reports, [step prompt place], and which of these places are filled."""
         rng = np.random.default_rng((self.seed, number))
         steps, prompts = len(self.run.sigmas) - 1, len(masks)
-        image = np.ones((prompts, self._tokens("img")), bool)
-        counts = {"img": image, "txt": masks, "joint": np.concatenate([masks, image], axis=1)}
+        counts = Streams(np.ones((prompts, self.run.tokens.img), bool), masks)
+        groups = [group for group, _ in self.sites.members]
         tokens, valid = {}, {}
-        for group in self.sites.groups:
-            counted = np.broadcast_to(counts[group], (steps, *counts[group].shape))
+        for group, live in zip(groups, sequences(counts, groups, axis=1), strict=True):
+            counted = np.broadcast_to(live, (steps, *live.shape))
             # Sorting random numbers draws without replacement; 2 puts what does not count behind all that does.
             draw = np.where(counted, rng.random(counted.shape), 2.0)
             order = np.argsort(draw, axis=-1, kind="stable")[..., : self._places(group)]
-            valid[group] = np.take_along_axis(counted, order, axis=-1)
-            tokens[group] = jnp.asarray(order, jnp.int32)
+            valid[group.name] = np.take_along_axis(counted, order, axis=-1)
+            tokens[group.name] = jnp.asarray(order, jnp.int32)
         return tokens, valid
 
 
@@ -184,17 +185,16 @@ def sample_rows(
     one = partial(tapped_velocity, model, grid=grid, sites=sites)
     over_prompts = jax.vmap(one, in_axes=(Inputs(0, 0, 0, None, None), 0))  # pyright: ignore[reportArgumentType]
 
-    def step(z: Array, now: tuple[Array, Array, dict[str, Array]]) -> tuple[Array, dict[str, Rows]]:
-        sigma, after, places = now
-        v, rows = over_prompts(inputs._replace(latents=z, t=sigma), places)
-        return z + (after - sigma) * v.astype(z.dtype), rows
+    def evaluate(z: Array, sigma: Array, number: Array, places: dict[str, Array]) -> tuple[Array, dict[str, Rows]]:
+        del number
+        return over_prompts(inputs._replace(latents=z, t=sigma), places)
 
-    _, found = jax.lax.scan(step, inputs.latents, (sigmas[:-1], sigmas[1:], tokens))
+    _, reported = euler_scan(evaluate, inputs.latents, sigmas, tokens)
 
     def flatten(a: Float[Array, "step prompt site place d_model"]) -> Float[Array, "site rows d_model"]:
         return a.transpose(2, 0, 1, 3, 4).reshape(a.shape[2], -1, a.shape[4])
 
-    return {name: Rows(flatten(rows.x), flatten(rows.y), rows.t.reshape(-1)) for name, rows in found.items()}
+    return {name: Rows(flatten(rows.x), flatten(rows.y), rows.t.reshape(-1)) for name, rows in reported.items()}
 
 
 def tapped_velocity(
@@ -212,24 +212,41 @@ def tapped_velocity(
     Returns:
         The velocity; and by group x and y [site place d_model] and t [place].
     """
-    h, cond = model.embed(inputs, grid)
-    h, double = run_double(model.double, h, cond, tap=_in_and_out)
-    joint, single = run_single(model.single, join(h), cond, tap=_in_and_out)
-    found = {
-        "img": tuple(a.img for a in double),
-        "txt": tuple(a.txt for a in double),
-        "joint": single,
-    }
+    velocity, reports = forward(model, inputs, grid, tap=_in_and_out)
+    taken = at_sites(per_group(reports), sites, model.config.layout)
     rows = {}
-    for group, places in tokens.items():
-        layers = np.array(sites.groups[group])
-        x, y = (a[layers][:, places] for a in found[group])
-        rows[group] = Rows(x, y, jnp.full(places.shape, inputs.t, jnp.float32))
-    return model.final(split(joint, h.txt.shape[0]).img, cond), rows
+    for name, places in tokens.items():
+        x, y = (a[:, places] for a in taken[name])
+        rows[name] = Rows(x, y, jnp.full(places.shape, inputs.t, jnp.float32))
+    return velocity, rows
 
 
-def _in_and_out(acts: Any) -> tuple[Any, Any]:
-    return acts.mlp_in, acts.mlp_out
+def _in_and_out(visit: Visit) -> tuple[tuple[Array, Array], ...]:
+    return tuple(zip(visit.acts.mlp_in, visit.acts.mlp_out, strict=True))
+
+
+def at_sites(reports: Sequence[Any], sites: Sites, layout: Layout) -> dict[str, Any]:
+    """Takes from what every block reported that of the sites.
+
+    Args:
+        reports: per group, a tree with a leading axis of the stack's blocks.
+        sites: which to take.
+        layout: of the model.
+
+    Returns:
+        Name of a group -> the same tree, with a leading axis of its sites.
+    """
+    parts: dict[str, list[Any]] = {}
+    for number, (group, slots) in enumerate(zip(layout.groups, sites.slots(layout), strict=True)):
+        if slots:
+            layers = np.array(list(slots)) - layout.blocks_of(number).start
+            one = jax.tree.map(lambda leaf, layers=layers: leaf[layers], reports[number])
+            parts.setdefault(group.name, []).append(one)
+    return {name: jax.tree.map(lambda *leaves: _chain(leaves), *trees) for name, trees in parts.items()}
+
+
+def _chain(leaves: Sequence[Array]) -> Array:
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
 
 def rows_of(source: RowSource, group: str, numbers: range, progress: Callable[[int, int], None] | None = None) -> Rows:
@@ -237,7 +254,7 @@ def rows_of(source: RowSource, group: str, numbers: range, progress: Callable[[i
 
     Args:
         source: where from.
-        group: `img`, `txt` or `joint`.
+        group: its name.
         numbers: of the chunks.
         progress: called with (chunks done, chunks in all).
     """

@@ -48,8 +48,14 @@ def sparsities(settings: TrainConfig, sites: Sites) -> Float[np.ndarray, "site"]
     """Returns what `objective.site_loss` is given as sparsity for every site."""
     if settings.activation == "jumprelu":
         return np.full(len(sites.names), settings.target_l0, np.float32)
-    weights = [settings.l1_txt if name.startswith("txt/") else settings.l1 for name in sites.names]
-    return np.array(weights, np.float32)
+    return np.array(
+        [
+            settings.l1_txt if group.streams == ("txt",) else settings.l1
+            for group, numbers in sites.members
+            for _ in numbers
+        ],
+        np.float32,
+    )
 
 
 def multiplies_sparsely(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh) -> bool:

@@ -7,6 +7,7 @@ Padded text positions keep the true MLP, as in tracing. Which sites are replaced
 serves every choice.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from difffract_jax.models.blocks import DoubleBlock, SingleBlock, Streams, join, run_mlp, run_mlps, split
-from difffract_jax.models.mmdit import Inputs, MMDiT, run_double, run_single
+from difffract_jax.models.blocks import Streams
+from difffract_jax.models.mmdit import Inputs, MMDiT, forward
+from difffract_jax.models.stacks import sequences, slice_layer
 from difffract_jax.transcoders.sites import Sites
-from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
+from difffract_jax.transcoders.transcoder import Transcoder
 
 TRUE, TRANSCODER, MEAN = range(3)
 
@@ -41,78 +43,64 @@ class Replaced(NamedTuple):
 
     Attributes:
         model: the transformer.
-        stacks: transcoders by group of sites.
-        swaps: what is replaced, by group; a group that is missing is left as it is.
+        stacks: transcoders per group.
+        swaps: what is replaced, per group; where it is None, the group is left as it is.
         text_mask: text positions that are no padding.
     """
 
     model: MMDiT
-    stacks: dict[str, Transcoder]
-    swaps: dict[str, Swap]
+    stacks: tuple[Transcoder | None, ...]
+    swaps: tuple[Swap | None, ...]
     text_mask: Bool[Array, "txt"]
 
 
-def stacks_of(tcs: TranscoderSet) -> tuple[Sites, dict[str, Transcoder]]:
-    """Returns where a set's transcoders belong, and its stacks by group."""
-    found = {"img": tcs.img, "txt": tcs.txt, "joint": tcs.joint}
-    stacks = {name: stack for name, stack in found.items() if stack is not None}
-    return Sites(tcs.img_layers, tcs.txt_layers, tcs.joint_layers), stacks
-
-
 def swaps_of(
-    sites: Sites, model: MMDiT, means: dict[str, Float[np.ndarray, "_ step d_model"]], kinds: Int[np.ndarray, "site"]
-) -> dict[str, Swap]:
-    """Lays out what is replaced.
+    sites: Sites, model: MMDiT, means: Mapping[str, Float[np.ndarray, "_ step d_model"]], kinds: Int[np.ndarray, "site"]
+) -> tuple[Swap | None, ...]:
+    """Lays out what is replaced, per group.
 
     Args:
         sites: with a transcoder.
         model: the transformer.
-        means: by group, each site's mean output at every step.
+        means: name of a group -> each site's mean output at every step.
         kinds: of every site, in the order of the stack.
     """
-    depth = {"img": model.config.depth_double, "txt": model.config.depth_double, "joint": model.config.depth_single}
-    swaps = {}
-    for name, at in sites.slices.items():
-        layers, mean = np.array(sites.groups[name]), means[name]
-        slot, kind = np.zeros(depth[name], np.int32), np.full(depth[name], TRUE, np.int32)
-        slot[layers], kind[layers] = np.arange(len(layers)), kinds[at]
-        spread = np.zeros((depth[name], *mean.shape[1:]), np.float32)
-        spread[layers] = mean
-        swaps[name] = Swap(jnp.asarray(slot), jnp.asarray(kind), jnp.asarray(spread))
-    return swaps
+    layout, swaps = model.config.layout, []
+    for number, (group, slots) in enumerate(zip(layout.groups, sites.slots(layout), strict=True)):
+        if not slots:
+            swaps.append(None)
+            continue
+        blocks, places, mean = layout.blocks_of(number), np.array(list(slots.values())), means[group.name]
+        layers = np.array(list(slots)) - blocks.start
+        slot, kind = np.zeros(len(blocks), np.int32), np.full(len(blocks), TRUE, np.int32)
+        slot[layers], kind[layers] = places, kinds[sites.slices[group.name]][places]
+        spread = np.zeros((len(blocks), *mean.shape[1:]), np.float32)
+        spread[layers] = mean[places]
+        swaps.append(Swap(jnp.asarray(slot), jnp.asarray(kind), jnp.asarray(spread)))
+    return tuple(swaps)
 
 
 def replaced_velocity(
     params: Replaced, inputs: Inputs, step: Array, grid: tuple[int, int]
 ) -> Float[Array, "img outputs"]:
     """Velocity of a model with replaced MLPs; see `models.pipeline.Velocity`."""
-    text_tokens = inputs.text.shape[0]
-    live = {"img": jnp.ones(grid[0] * grid[1], bool), "txt": params.text_mask}
-    live["joint"] = jnp.concatenate([params.text_mask, live["img"]])
+    tokens = Streams(jnp.ones(grid[0] * grid[1], bool), params.text_mask)
+    live = sequences(tokens, params.model.config.layout.groups, axis=0)
 
-    def one(name: str, swap: dict[str, Swap], x: Array, y: Array) -> Array:
-        if name not in swap:
-            return y
-        stood_in = _stand_in(params.stacks[name], swap[name], inputs.t, step, x, y)
-        return jnp.where(live[name][:, None], stood_in, y)
+    def write(fixed: tuple[Any, Array], swap: Swap | None, x: Array, true: Callable[[], Array]) -> tuple[Array, None]:
+        stack, rows = fixed
+        y = true()
+        if swap is None:
+            return y, None
+        return jnp.where(rows[:, None], _stand_in(stack, swap, inputs.t, step, x, y), y), None
 
-    def double(swap: dict[str, Swap], block: DoubleBlock, x: Streams) -> Streams:
-        y = run_mlps(block, x)
-        return Streams(one("img", swap, x.img, y.img), one("txt", swap, x.txt, y.txt))
-
-    def single(swap: dict[str, Swap], block: SingleBlock, x: Array) -> Array:
-        return one("joint", swap, x, run_mlp(block, x))
-
-    by_block = [{n: s for n, s in params.swaps.items() if (n == "joint") == last} for last in (False, True)]
-    h, cond = params.model.embed(inputs, grid)
-    h, _ = run_double(params.model.double, h, cond, mlp=double, per_layer=by_block[0])
-    joint, _ = run_single(params.model.single, join(h), cond, mlp=single, per_layer=by_block[1])
-    return params.model.final(split(joint, text_tokens).img, cond)
+    fixed = tuple(zip(params.stacks, live, strict=True))
+    return forward(params.model, inputs, grid, write=write, fixed=fixed, layers=params.swaps)[0]
 
 
 def _stand_in(stack: Transcoder, swap: Swap, t: Array, step: Array, x: Any, y: Any) -> Array:
     """Returns what is put in place of one MLP's output y."""
-    tc: Transcoder = jax.tree.map(lambda leaf: leaf[swap.slot], stack)
+    tc: Transcoder = slice_layer(stack, swap.slot)
     read = (y if tc.config.role == "sae" else x).astype(tc.enc.kernel.dtype)
     choices = (y, tc(read, t).astype(y.dtype), jnp.broadcast_to(swap.mean[step].astype(y.dtype), y.shape))
     return jax.lax.select_n(swap.kind, *choices)

@@ -19,7 +19,7 @@ from difffract_jax.models.pipeline import Pipeline, model_velocity
 from difffract_jax.organism.evaluate import FIRST_SEED, WORLD_SEED, see, share
 from difffract_jax.organism.scorer import judge
 from difffract_jax.organism.world import Scenes, concatenate, scenes
-from difffract_jax.transcoders.replaced import TRANSCODER, Replaced, replaced_velocity, stacks_of, swaps_of
+from difffract_jax.transcoders.replaced import TRANSCODER, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 AT_ONCE = 32
@@ -80,9 +80,10 @@ def _by_length(asked: Scenes) -> list[tuple[np.ndarray, int]]:
 
 def _replaced(pipe: Pipeline, tcs: TranscoderSet, words: int) -> Replaced:
     """Returns the model with all MLPs of a set replaced, for captions of a number of words."""
-    sites, stacks = stacks_of(tcs)
+    model = pipe.transformer
     # Nothing is ablated, so no mean is read.
-    nothing = {name: np.zeros((len(layers), 1, tcs.config.d_model)) for name, layers in sites.groups.items()}
-    kinds = np.full(len(sites.names), TRANSCODER)
+    nothing = {name: np.zeros((len(layers), 1, tcs.config.d_model)) for name, layers in tcs.sites.groups.items()}
+    kinds = np.full(len(tcs.sites.names), TRANSCODER)
     mask: Bool[np.ndarray, "txt"] = np.arange(pipe.config.defaults.text_tokens) <= words  # the closing token counts
-    return Replaced(pipe.transformer, stacks, swaps_of(sites, pipe.transformer, nothing, kinds), jnp.asarray(mask))
+    swaps = swaps_of(tcs.sites, model, nothing, kinds)
+    return Replaced(model, tcs.per_group(model.config.layout), swaps, jnp.asarray(mask))

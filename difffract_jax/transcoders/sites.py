@@ -48,6 +48,10 @@ class Sites(NamedTuple):
             start += len(numbers)
         return places
 
+    def to_json(self) -> dict[str, list[int]]:
+        """Returns the same as JSON values, also of groups that have none; `sites_of` reads them."""
+        return {group.name: [] for group in GROUPS} | {name: list(numbers) for name, numbers in self.groups.items()}
+
     def slots(self, layout: Layout) -> tuple[dict[int, int], ...]:
         """Returns, per group of a model, which of its blocks have a transcoder, and the place of each in its stack.
 

@@ -67,7 +67,7 @@ def open_sampler(
         spread = NamedSharding(mesh, PartitionSpec("data") if even else PartitionSpec())
     return Sampler(
         pipe=pipe,
-        sites=parse_sites(settings.sites, pipe.config.transformer),
+        sites=parse_sites(settings.sites, pipe.config.transformer.layout),
         run=run,
         prompts=open_prompts(settings, split, caption),
         seed=settings.seed,

@@ -25,7 +25,7 @@ from difffract_jax.files import TensorFile, write_tensors
 from difffract_jax.transcoders.harvest import Chunk, RowSource
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.prompts import Split
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import Sites, sites_of
 
 KIND = "rows"
 
@@ -62,7 +62,7 @@ def write_store(
         record = {
             "format_version": FORMAT_VERSION,
             "kind": KIND,
-            "sites": first.sites._asdict(),
+            "sites": first.sites.to_json(),
             "width": first.width,
             "rows": rows,
             "provenance": dict(provenance),
@@ -147,5 +147,4 @@ def open_store(directory: Path, split: Split, seed: int, *, sae: bool = False) -
     absent = [n for n in range(len(rows)) if not (directory / f"{split}-{n:05}.safetensors").exists()]
     if absent or not rows:
         raise UserError(f"{directory} lacks shards of the {split} split; harvest the rows again.")
-    sites = Sites(*(tuple(record["sites"][name]) for name in Sites._fields))
-    return StoredRows(directory, split, seed, sites, record["width"], rows, sae)
+    return StoredRows(directory, split, seed, sites_of(record["sites"]), record["width"], rows, sae)

@@ -299,7 +299,4 @@ def transcoders_of(state: TrainState, sites: Sites) -> TranscoderSet:
     stacks: dict[str, Any] = {
         name: jax.tree.map(lambda leaf, at=at: leaf[at], stack) for name, at in sites.slices.items()
     }
-    source = tree_hash(stacks)
-    return TranscoderSet(
-        stacks.get("img"), stacks.get("txt"), sites.img, sites.txt, config, source, stacks.get("joint"), sites.joint
-    )
+    return TranscoderSet(stacks, sites, config, tree_hash(stacks))

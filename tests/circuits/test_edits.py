@@ -3,20 +3,28 @@
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.edit_tables import Groups, Places, lay_out
+from difffract_jax.address import IMAGE, JOINT, TEXT, Layout, Stack, flux_layout
+from difffract_jax.circuits.edit_tables import lay_out
 from difffract_jax.circuits.edits import Edit, Site, Supernode
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.region import box_mask, read_mask, tokens_in
 from difffract_jax.config import UserError
+from difffract_jax.models.pipeline import Run
 from difffract_jax.report import save_image
+from difffract_jax.transcoders.sites import sites_of
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
-PLACES = Places(Groups(2, 2, 2), Groups((0, 1), (1,), (0, 1)), 40, 9, 5, 4, np.float32)
+SHAPE = TranscoderConfig(d_model=8, features=40, time_embed=0, conditioning="none")
+TCS = TranscoderSet({}, sites_of({"img": (0, 1), "txt": (1,), "joint": (0, 1)}), SHAPE, "")
+PLACES = flux_layout(2, 2), TCS, Run((3, 3), 5, np.zeros(5, np.float32), None)
+"""Layout, transcoders without weights, and a run of 9 image tokens, 5 text tokens and 4 steps."""
 MASK = np.array([True, True, True, False, False])
 
 
 def table(stream, *edits, mask=MASK, block=1):
-    """Returns one block's edits."""
-    group = getattr(lay_out([Edit.parse(e) if isinstance(e, str) else e for e in edits], PLACES, mask), stream)
+    """Returns one block's edits; the groups are img, txt, joint."""
+    place = ("img", "txt", "joint").index(stream)
+    group = lay_out([Edit.parse(e) if isinstance(e, str) else e for e in edits], *PLACES, mask)[place]
     return type(group.edits)(*(column[block] for column in group.edits))
 
 
@@ -97,8 +105,21 @@ def test_a_supernode_edits_each_of_its_features_at_its_own_places():
 
 
 def test_a_stream_is_every_block_with_a_transcoder():
-    layers = lay_out([Edit.parse("img=zero"), Edit.parse("txt=zero")], PLACES, MASK)
+    layers = lay_out([Edit.parse("img=zero"), Edit.parse("txt=zero")], *PLACES, MASK)
     assert [group.touched.tolist() for group in layers] == [[True, True], [False, True], [False, False]]
+
+
+def test_sites_of_a_model_of_other_stacks_lie_where_their_names_count_on():
+    """Image sites of two stacks are numbered through; each group's table has its own."""
+    layout = Layout((Stack("pairs", 2, (IMAGE, TEXT)), Stack("alone", 3, (IMAGE,)), Stack("single", 1, (JOINT,))))
+    tcs = TCS._replace(sites=sites_of({"img": (1, 3, 4), "joint": (0,)}, layout.groups))
+    edits = [Edit.parse("img/3/f7@2=set:5"), Edit.parse("single/0/f1@txt1=zero")]
+    pairs, text, alone, single = lay_out(edits, layout, tcs, PLACES[2], MASK, replaced=[Site("img", 1)])
+    assert [group.touched.tolist() for group in (pairs, text)] == [[False, True], [False, False]]
+    assert alone.touched.tolist() == [False, True, False] and alone.edits.feature[1].tolist() == [7]
+    assert (pairs.slot.tolist(), alone.slot.tolist(), single.touched.tolist()) == ([0, 0], [0, 1, 2], [True])
+    assert np.flatnonzero(alone.edits.positions[1, 0]).tolist() == [2]
+    assert np.flatnonzero(single.edits.positions[0, 0]).tolist() == [1]
 
 
 def test_a_sweep_scales_what_multiplies_and_multiplies_what_is_added():
@@ -118,7 +139,7 @@ def test_a_sweep_scales_what_multiplies_and_multiplies_what_is_added():
 )
 def test_edits_that_contradict_each_other_are_refused(pair):
     with pytest.raises(UserError, match="Edits contradict each other: .* set the same feature to different values"):
-        lay_out([Edit.parse(text) for text in pair], PLACES, MASK)
+        lay_out([Edit.parse(text) for text in pair], *PLACES, MASK)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +154,7 @@ def test_edits_that_contradict_each_other_are_refused(pair):
     ],
 )
 def test_edits_that_follow_one_another_are_not(pair):
-    lay_out([Edit.parse(text) for text in pair], PLACES, MASK)
+    lay_out([Edit.parse(text) for text in pair], *PLACES, MASK)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +174,7 @@ def test_edits_that_follow_one_another_are_not(pair):
 )
 def test_an_edit_of_what_is_not_there_is_refused(edit, told):
     with pytest.raises(UserError) as caught:
-        lay_out([edit], PLACES, MASK)
+        lay_out([edit], *PLACES, MASK)
     assert told in str(caught.value)
 
 

@@ -56,7 +56,7 @@ def test_interventions_are_the_reference_s(golden, case):
 @pytest.mark.parametrize("role", ["transcoder", "sae"])
 def test_replacing_every_mlp_is_the_reference_s(golden, prompt, role):
     tcs = golden.tcs if role == "transcoder" else load_transcoders(REFERENCE / "saes")
-    sites = [Site("img", b) for b in tcs.img_layers] + [Site("txt", b) for b in tcs.txt_layers]
+    sites = [Site(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]
     noise = golden.forward[f"p{prompt}_initial_latents"]
     result = steer(
         golden.pipe,
@@ -91,7 +91,7 @@ def tiny():
 def code(tiny, edits, z, step=0, block=1):
     """The code of img/1 after edits."""
     pipe, tcs = tiny
-    table = edit_model(pipe.transformer, tcs, edits, plan_run(pipe.config)).layers.img.edits
+    table = edit_model(pipe.transformer, tcs, edits, plan_run(pipe.config)).layers[0].edits
     return np.asarray(apply_edits(type(table)(*(column[block] for column in table)), jnp.asarray(z), jnp.asarray(step)))
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difffract_jax.address import IMAGE, JOINT, TEXT
 from difffract_jax.circuits.ranking import rank_features, summarise
 from difffract_jax.circuits.region import box_mask
 from difffract_jax.config import UserError
@@ -12,7 +13,6 @@ from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import encode, plan_run, start
 from difffract_jax.transcoders.harvest import sample_rows
-from difffract_jax.transcoders.replaced import stacks_of
 
 RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
 LEFT = box_mask("0,0,24,48", (48, 48))
@@ -35,11 +35,10 @@ def codes(organism):
     encoded = {prompt: encode(pipe, prompt, run.text_tokens) for prompt in (RED, GREEN)}
     text, pooled = (jnp.stack([getattr(encoded[p], name) for p, _ in pairs]) for name in ("text", "pooled"))
     noise = jnp.stack([start(pipe, run, seed) for _, seed in pairs])
-    sites, _ = stacks_of(tcs)
     groups = {"img": jnp.broadcast_to(jnp.arange(36), (4, 4, 36))}
     inputs = Inputs(noise, text, pooled, jnp.zeros(()))
-    rows = sample_rows(pipe.transformer, inputs, jnp.asarray(run.sigmas), groups, run.grid, sites)["img"]
-    tc = jax.tree.map(lambda leaf: leaf[1], tcs.img)
+    rows = sample_rows(pipe.transformer, inputs, jnp.asarray(run.sigmas), groups, run.grid, tcs.sites)["img"]
+    tc = jax.tree.map(lambda leaf: leaf[1], tcs.stacks["img"])
     z = [tc.encode(x, jnp.asarray(t)) for x, t in zip(rows.x[1].reshape(4, -1, 64), run.sigmas[:4], strict=True)]
     return np.asarray(jnp.stack(z)).reshape(4, 2, 2, 36, -1).transpose(1, 2, 0, 3, 4)
 
@@ -92,9 +91,13 @@ def test_activations_come_per_stream_and_padding_does_not_count(organism):
 
 def test_only_what_counts_is_averaged():
     z = jnp.asarray([[1.0, 0.0], [3.0, 4.0], [9.0, 9.0], [5.0, 1.0], [7.0, 3.0]])
-    found = summarise("joint", z, (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
+    found = summarise(JOINT, z, (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
     assert (found["txt"].inside.tolist(), found["txt"].position.tolist()) == ([2, 2], [1, 1])
     assert (found["img"].inside.tolist(), found["img"].outside.tolist()) == ([5, 1], [7, 3])
+    alone = summarise(IMAGE, z[3:], (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
+    assert list(alone) == ["img"] and alone["img"].inside.tolist() == [5, 1]
+    alone = summarise(TEXT, z[:3], (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
+    assert list(alone) == ["txt"] and alone["txt"].inside.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,8 @@ from difffract_jax.circuits.edits import Edit
 from difffract_jax.circuits.interventions import edit_model, edited_velocity, steer
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline, load_transcoders
-from difffract_jax.models.blocks import join, run_mlp
-from difffract_jax.models.mmdit import run_double
 from difffract_jax.models.pipeline import encode, generate, plan_run, start, step_inputs
+from difffract_jax.models.stacks import run_stacks, sequences, slice_layer
 from tolerances import TOL, relative_error
 
 PROMPT = "a red circle left of a blue square"
@@ -72,7 +71,7 @@ def test_an_edit_of_a_single_stream_site_is_what_it_says(organism, name):
     inputs = step_inputs(run, encode(pipe, PROMPT, run.text_tokens), start(pipe, run, 0), 2)
     edited = edit_model(model, tcs, [Edit.parse("single/1/f40@img7=set:50")], run)
     velocity, size = jax.jit(edited_velocity, static_argnums=(3, 4))(edited, inputs, 2, run.grid, "delta")
-    plain, expected, write = by_hand(model, tcs.joint, inputs, run.grid, run.text_tokens + 7)
+    plain, expected, write = by_hand(model, tcs.stacks["joint"], inputs, run.grid, run.text_tokens + 7)
     assert relative_error(velocity, expected) <= TOL.f32_block
     assert float(size) == pytest.approx(float(jnp.sum(write**2)), rel=1e-4)
     assert relative_error(plain, expected) > 10 * TOL.f32_block
@@ -82,16 +81,16 @@ def test_an_edit_of_a_single_stream_site_is_what_it_says(organism, name):
 def by_hand(model, stack, inputs, grid, row):
     """The velocity without the edit, with it, and what feature 40 of single-stream block 1 writes more at a row."""
     h, cond = model.embed(inputs, grid)
-    before = join(run_double(model.double, h, cond)[0])
-    first, second = (jax.tree.map(lambda leaf, n=number: leaf[n], model.single) for number in range(2))
+    before = sequences(run_stacks(model.stacks[:1], h, cond)[0], model.single.groups)
+    first, second = (slice_layer(model.single, number) for number in range(2))
     before, _ = first(before, cond)
     _, acts = second(before, cond)
-    tc = jax.tree.map(lambda leaf: leaf[1], stack)
-    read = acts.mlp_out if tc.config.role == "sae" else acts.mlp_in
+    tc = slice_layer(stack, 1)
+    (read,) = acts.mlp_out if tc.config.role == "sae" else acts.mlp_in
     alpha, beta = tc.scale_shift(inputs.t)
     u = ((1 + alpha) * read[row] + beta) @ tc.enc.kernel[:, 40] + tc.enc.bias[40]
     write = (50 - jnp.where(u > tc.threshold[40], u, 0)) * tc.dec.kernel[40]
-    joint, _ = second(before, cond, mlp=lambda block, x: run_mlp(block, x).at[row].add(write))
+    (joint,), _ = second(before, cond, mlp=lambda group, x: second.run_mlp(group, x).at[row].add(write))
     return model(inputs, grid), model.final(joint[inputs.text.shape[0] :], cond), write
 
 

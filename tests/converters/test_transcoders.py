@@ -36,11 +36,12 @@ def directory(tmp_path):
 
 def test_layers_need_not_be_contiguous_and_each_leaf_is_its_tensor(directory):
     tcs = transcoders_from_torch(directory)
-    assert (tcs.img_layers, tcs.txt_layers) == ((0, 3), (18,))
+    assert tcs.sites.groups == {"img": (0, 3), "txt": (18,)}
+    img = tcs.stacks["img"]
     assert (tcs.config.d_model, tcs.config.features, tcs.config.time_embed) == (6, 20, 4)
     assert (tcs.config.conditioning, tcs.config.role) == ("film_raw_t", "transcoder")
     state = read_state(directory / "transcoder_img_3.pt")
-    leaves = (tcs.img.time_in, tcs.img.time_out, tcs.img.film, tcs.img.enc, tcs.img.dec)
+    leaves = (img.time_in, img.time_out, img.film, img.enc, img.dec)
     for key, leaf in zip(KEYS, leaves, strict=True):
         assert np.array_equal(leaf.kernel[1], state[f"{key}.weight"].T)
         assert np.array_equal(leaf.bias[1], state[f"{key}.bias"])
@@ -49,7 +50,7 @@ def test_layers_need_not_be_contiguous_and_each_leaf_is_its_tensor(directory):
 def test_one_stream_may_be_absent(tmp_path):
     make(tmp_path / "sae_txt_2.pt")
     tcs = transcoders_from_torch(tmp_path)
-    assert tcs.img is None and tcs.img_layers == () and tcs.txt_layers == (2,) and tcs.config.role == "sae"
+    assert list(tcs.stacks) == ["txt"] and tcs.sites.groups == {"txt": (2,)} and tcs.config.role == "sae"
 
 
 @pytest.mark.parametrize("name", ["transcoders", "saes"])
@@ -74,7 +75,7 @@ def test_the_identity_of_a_set_is_that_of_its_weights(directory, tmp_path_factor
 
 def test_weights_take_the_type_that_is_asked_for(directory):
     tcs = transcoders_from_torch(directory, dtype=jax.numpy.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(tcs.img)} == {jax.numpy.bfloat16.dtype}
+    assert {leaf.dtype for leaf in jax.tree.leaves(tcs.stacks["img"])} == {jax.numpy.bfloat16.dtype}
 
 
 def test_all_problems_of_all_files_are_told_together(directory):
@@ -149,4 +150,4 @@ def test_a_failed_export_leaves_nothing(directory, tmp_path, tmp_path_factory, m
 
 def test_the_reference_files_can_be_copied_one_by_one(tmp_path):
     shutil.copy(REFERENCE / "transcoders" / "transcoder_txt_1.pt", tmp_path)
-    assert transcoders_from_torch(tmp_path).txt_layers == (1,)
+    assert transcoders_from_torch(tmp_path).sites.groups == {"txt": (1,)}

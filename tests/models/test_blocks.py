@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from difffract_jax.models.blocks import DoubleBlock, SingleBlock, Streams, join, run_mlp, run_mlps, split
-from difffract_jax.models.mmdit import Cond, position_ids
+from difffract_jax.models.blocks import Cond, Streams, join, split
+from difffract_jax.models.double import DoubleBlock
+from difffract_jax.models.mmdit import position_ids
+from difffract_jax.models.single import SingleBlock
+from difffract_jax.models.stacks import sequences
 from difffract_jax.models.tiny import TINY, random_weights
 from difffract_jax.ops import attend, rope_table
 from tolerances import TOL, relative_error
@@ -35,35 +38,29 @@ def make(cls, seed=0):
 
 @pytest.fixture(params=[DoubleBlock, SingleBlock])
 def case(request, x64):
-    """A block, its input at a seed, and the same with the MLP replaced by a function of the seed."""
-    block = make(request.param)
-    double = request.param is DoubleBlock
-
-    def residual(seed, size=1.0):
-        return streams(seed, size) if double else join(streams(seed, size))
-
-    return block, residual, run_mlps if double else run_mlp
+    """A block, and its input at a seed."""
+    return make(request.param), lambda seed, size=1.0: sequences(streams(seed, size), request.param.groups)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_block_with_its_own_record_repeats_itself(case, seed):
-    block, residual, _ = case
+    block, residual = case
     h, acts = block(residual(seed), cond(seed))
     again, _ = block(residual(seed), cond(seed), frozen=acts.frozen)
     for ours, expected in zip(jax.tree.leaves(again), jax.tree.leaves(h), strict=True):
         assert relative_error(ours, expected) <= TOL.x64
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, acts.residual, h))
+    assert all(map(np.array_equal, acts.residual, h))
 
 
 def test_with_its_mlp_held_a_frozen_block_has_one_derivative(case):
-    block, residual, _ = case
+    block, residual = case
     _, acts = block(residual(0), cond())
     direction = residual(1)
 
     @jax.jit
     def derivative(at):
         return jax.jvp(
-            lambda h: block(h, cond(), frozen=acts.frozen, mlp=lambda b, x: acts.mlp_out)[0], (at,), (direction,)
+            lambda h: block(h, cond(), frozen=acts.frozen, mlp=lambda i, x: acts.mlp_out[i])[0], (at,), (direction,)
         )[1]
 
     here, far = derivative(residual(2)), derivative(residual(3, 100.0))
@@ -74,10 +71,10 @@ def test_with_its_mlp_held_a_frozen_block_has_one_derivative(case):
 
 
 def test_standing_in_for_the_mlp_with_the_mlp_changes_nothing(case):
-    block, residual, own = case
+    block, residual = case
     h, acts = block(residual(0), cond())
-    again, _ = block(residual(0), cond(), mlp=own)
-    held, _ = block(residual(0), cond(), mlp=lambda b, x: acts.mlp_out)
+    again, _ = block(residual(0), cond(), mlp=block.run_mlp)
+    held, _ = block(residual(0), cond(), mlp=lambda i, x: acts.mlp_out[i])
     for other in (again, held):
         for ours, expected in zip(jax.tree.leaves(other), jax.tree.leaves(h), strict=True):
             assert relative_error(ours, expected) <= TOL.x64
@@ -102,6 +99,54 @@ def test_a_record_gives_the_attention_that_was_paid(x64):
 def test_in_a_double_block_no_stream_s_mlp_sees_the_other(x64):
     block = make(DoubleBlock)
     _, acts = block(streams(0), cond())
-    changed = Streams(acts.mlp_in.img, 2 * acts.mlp_in.txt)
-    assert np.array_equal(run_mlps(block, changed).img, run_mlps(block, acts.mlp_in).img)
-    assert not np.array_equal(run_mlps(block, changed).txt, run_mlps(block, acts.mlp_in).txt)
+    same, changed = ([block.run_mlp(i, x) for i, x in enumerate(pair)] for pair in (acts.mlp_in, doubled_text(acts)))
+    assert np.array_equal(changed[0], same[0]) and np.array_equal(changed[0], acts.mlp_out.img)
+    assert not np.array_equal(changed[1], same[1])
+
+
+def doubled_text(acts):
+    return Streams(acts.mlp_in.img, 2 * acts.mlp_in.txt)
+
+
+def test_gates_stand_between_an_mlp_and_its_residual_stream(case):
+    """Without the MLPs the streams lack exactly gate times output."""
+    block, residual = case
+    h, acts = block(residual(0), cond())
+    without, _ = block(residual(0), cond(), mlp=lambda i, x: jnp.zeros_like(x))
+    for gate, y, whole, rest in zip(block.gates(cond()), acts.mlp_out, h, without, strict=True):
+        assert relative_error(gate[None] * y, whole - rest) <= TOL.x64
+
+
+def test_heads_that_are_switched_off_leave_what_does_not_attend(case):
+    """Attention's output is the sum over heads: what the heads add one by one they add together."""
+    block, residual = case
+
+    def run(heads):
+        return block(residual(0), cond(), heads=jnp.asarray(heads), mlp=lambda i, x: jnp.zeros_like(x))[0]
+
+    ones = np.eye(CONFIG.heads)
+    none, every = run(np.zeros(CONFIG.heads)), run(np.ones(CONFIG.heads))
+    parts = [run(one) for one in ones]
+    for number, (a, b) in enumerate(zip(none, every, strict=True)):
+        assert relative_error(sum(part[number] - a for part in parts), b - a) <= TOL.x64
+
+
+def test_pulling_single_rows_back_is_the_gradient_of_the_frozen_block(case):
+    """`entry` gives what reverse mode gives for x at single rows of every group, target by target."""
+    block, residual = case
+    h = residual(0)
+    _, acts = block(h, cond())
+    group = np.array([i % len(h) for i in range(4)])
+    row = np.array([0, 1, 3, 4])
+    gradients = jnp.asarray(np.random.default_rng(7).standard_normal((4, CONFIG.d_model)))
+    ours = block.entry(cond(), acts.frozen)(gradients, jnp.asarray(group), jnp.asarray(row))
+
+    def inputs_of(h):
+        return tuple(block(h, cond(), frozen=acts.frozen)[1].mlp_in)
+
+    _, pull = jax.vjp(inputs_of, h)
+    for target in range(4):
+        given = [jnp.zeros_like(x) for x in acts.mlp_in]
+        given[group[target]] = given[group[target]].at[row[target]].set(gradients[target])
+        for cotangent, expected in zip(ours, pull(tuple(given))[0], strict=True):
+            assert relative_error(cotangent[target], expected) <= TOL.x64

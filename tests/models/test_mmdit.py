@@ -15,8 +15,9 @@ from converters.mapping import Source, load_tree
 from converters.pipelines import abstract_module
 from converters.torch_files import TransformerInputs, record_transformer
 from difffract_jax.loading import load_pipeline
-from difffract_jax.models.blocks import Streams, join, split
-from difffract_jax.models.mmdit import Inputs, MMDiT, position_ids, run_double, run_single
+from difffract_jax.models.blocks import Streams
+from difffract_jax.models.mmdit import Inputs, MMDiT, position_ids
+from difffract_jax.models.stacks import run_stacks, sequences, slice_layer, streams
 from difffract_jax.models.tiny import TINY, random_weights
 from difffract_jax.ops import rope_table
 from difffract_jax.sharding import make_mesh, pipeline_shardings
@@ -61,8 +62,9 @@ RUN, EMBED = (jax.jit(method, static_argnums=2) for method in (MMDiT.__call__, M
 
 @jax.jit
 def run_block(stack, number, h, cond):
-    """Applies one block of a stack, and returns what it reports too."""
-    return jax.tree.map(lambda leaf: leaf[number], stack)(h, cond)
+    """Applies one block of a stack to streams, and returns what it reports too."""
+    after, acts = slice_layer(stack, number)(sequences(h, stack.groups), cond)
+    return streams(after, stack.groups, h), acts
 
 
 def test_what_enters_the_first_block_is_diffusers(pair):
@@ -86,9 +88,8 @@ def test_every_double_block_is_diffusers(pair, number):
 def test_every_single_block_is_diffusers(pair, number):
     model, inputs, grid, record = pair
     given, cond = record.single[number], EMBED(model, inputs, grid)[1]
-    h = join(Streams(*map(jnp.asarray, (given.img, given.txt))))
-    joint, _ = run_block(model.single, number, h, cond._replace(vec=given.cond))
-    h = split(joint, given.txt.shape[0])
+    h = Streams(*map(jnp.asarray, (given.img, given.txt)))
+    h, _ = run_block(model.single, number, h, cond._replace(vec=given.cond))
     assert relative_error(h.img, given.img_out) <= TOL.f32_block
     assert relative_error(h.txt, given.txt_out) <= TOL.f32_block
 
@@ -130,17 +131,34 @@ def test_golden_blocks_are_met_one_by_one(golden_model, golden, prompt):
     before = Streams(golden[f"{p}_embed_img"], golden[f"{p}_embed_txt"])
     for number in range(3):
         _, acts = run_block(golden_model.double, number, before, cond)
-        named = {"double": acts.residual, "attn": acts.attn_out, "ff_x": acts.mlp_in, "ff_y": acts.mlp_out}
+        named = {"double": acts.residual, "ff_x": acts.mlp_in, "ff_y": acts.mlp_out}
         for name, pair in named.items():
             for stream, rows in pair._asdict().items():
                 assert relative_error(rows, golden[f"{p}_{name}_{stream}"][number]) <= TOL.f32_block
         before = Streams(golden[f"{p}_double_img"][number], golden[f"{p}_double_txt"][number])
     for number in range(2):
-        joint = join(Streams(*map(jnp.asarray, before)))
-        after = split(run_block(golden_model.single, number, joint, cond)[0], 16)
+        after, _ = run_block(golden_model.single, number, Streams(*map(jnp.asarray, before)), cond)
         for stream, rows in after._asdict().items():
             assert relative_error(rows, golden[f"{p}_single_{stream}"][number]) <= TOL.f32_block
         before = Streams(golden[f"{p}_single_img"][number], golden[f"{p}_single_txt"][number])
+
+
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_golden_attention_is_met_block_by_block(golden_model, golden, prompt, x64):
+    """Without its MLPs a block adds gate times attention; in float64, so that the difference keeps its digits."""
+    p, step = f"p{prompt}", int(golden["block_step"])
+    wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), golden_model)
+    given = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), golden_inputs(golden, prompt, step))
+    cond = EMBED(wide, given, (6, 6))[1]
+    before = Streams(golden[f"{p}_embed_img"], golden[f"{p}_embed_txt"])
+    for number in range(3):
+        block = slice_layer(wide.double, number)
+        h = Streams(*(jnp.asarray(rows, jnp.float64) for rows in before))
+        after, _ = block(h, cond, mlp=lambda group, x: jnp.zeros_like(x))
+        for name, stream, a, b in zip(h._fields, (block.img, block.txt), after, h, strict=True):
+            gate = stream.mod(jax.nn.silu(cond.vec)).reshape(6, -1)[2]
+            assert relative_error((a - b) / gate[None], golden[f"{p}_attn_{name}"][number]) <= TOL.f32_block
+        before = Streams(golden[f"{p}_double_img"][number], golden[f"{p}_double_txt"][number])
 
 
 @pytest.mark.parametrize("prompt", [0, 1])
@@ -170,18 +188,14 @@ def tiny_inputs(seed=0, dtype=jnp.float32, rows=6, text_tokens=5):
 def test_the_scan_over_blocks_equals_a_loop(x64):
     model = tiny(jnp.float64)
     h, cond = EMBED(model, tiny_inputs(dtype=jnp.float64), (2, 3))
-    scanned, kept = jax.jit(partial(run_double, tap=lambda acts: acts.residual))(model.double, h, cond)
-    for layer in range(TINY.depth_double):
-        h, _ = run_block(model.double, layer, h, cond)
-        for stream in (0, 1):
-            assert relative_error(kept[stream][layer], h[stream]) <= TOL.x64
-    joint = join(h)
-    run = jax.jit(partial(run_single, tap=lambda acts: acts.residual))
-    scanned_joint, kept = run(model.single, join(scanned), cond)
-    for layer in range(TINY.depth_single):
-        joint, _ = run_block(model.single, layer, joint, cond)
-        assert relative_error(kept[layer], joint) <= TOL.x64
-    assert relative_error(scanned_joint, joint) <= TOL.x64
+    scanned, kept = jax.jit(partial(run_stacks, tap=lambda visit: visit.acts.residual))(model.stacks, h, cond)
+    for stack, reports, depth in zip(model.stacks, kept, (TINY.depth_double, TINY.depth_single), strict=True):
+        for layer in range(depth):
+            h, _ = run_block(stack, layer, h, cond)
+            for report, rows in zip(reports, sequences(h, stack.groups), strict=True):
+                assert relative_error(report[layer], rows) <= TOL.x64
+    for ours, expected in zip(scanned, h, strict=True):
+        assert relative_error(ours, expected) <= TOL.x64
 
 
 def test_a_batch_is_a_vmap():

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.models.blocks import join, split
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import model_velocity, plan_run
-from difffract_jax.organism.ablation import SiteValues, ablated_velocity, ablation, mean_outputs, sites
+from difffract_jax.models.stacks import sequences, slice_layer, streams
+from difffract_jax.organism.ablation import ablated_velocity, ablation, mean_outputs, sites
 from difffract_jax.organism.flow import GRID, FlowRecipe, transformer_config
 from tolerances import TOL, relative_error
 
-SITES = [("img", 0), ("txt", 0), ("img", 1), ("txt", 1), ("joint", 0)]
+IMG, TXT, JOINT = range(3)
+SITES = [(IMG, 0), (TXT, 0), (IMG, 1), (TXT, 1), (JOINT, 0)]
 STEPS = 3
 
 
@@ -30,7 +31,7 @@ def inputs():
 @pytest.fixture(scope="module")
 def values():
     """Something to replace outputs by, at every layer and step."""
-    return SiteValues(*(jnp.asarray(random(seed, layers, STEPS, 32)) for seed, layers in ((3, 2), (4, 2), (5, 1))))
+    return tuple(jnp.asarray(random(seed, layers, STEPS, 32)) for seed, layers in ((3, 2), (4, 2), (5, 1)))
 
 
 velocity = jax.jit(partial(ablated_velocity, grid=GRID))
@@ -39,14 +40,14 @@ own = jax.jit(partial(model_velocity, grid=GRID))
 
 def edited(model, site, bias=None):
     """The model with one MLP that gives nothing, or one vector at every row."""
-    stream, layer = site
+    group, layer = site
     changed = jax.tree.map(jnp.asarray, model)
-    if stream == "joint":
+    if group == JOINT:
         out = changed.single.mlp_out
         # Attention shares this bias, and the MLP's own output has none.
         out.bias[...] = out.bias[...].at[layer].add(0 if bias is None else bias)
     else:
-        out = getattr(changed.double, stream).mlp.down
+        out = (changed.double.img, changed.double.txt)[group].mlp.down
         out.bias[...] = out.bias[...].at[layer].set(0 if bias is None else bias)
     out.kernel[...] = out.kernel[...].at[layer].set(0)
     return changed
@@ -80,7 +81,7 @@ def test_replacing_a_site_is_giving_its_mlp_a_constant_output_that_the_step_choo
 ):
     replaced = ablation(organism.config.transformer, site, values)
     ours = velocity((organism.transformer, replaced), inputs, jnp.asarray(step))
-    constant = edited(organism.transformer, site, getattr(values, site[0])[site[1], step])
+    constant = edited(organism.transformer, site, values[site[0]][site[1], step])
     assert relative_error(ours, own(constant, inputs, jnp.asarray(step))) <= TOL.f32_block
 
 
@@ -89,20 +90,20 @@ def test_mean_outputs_are_those_of_a_slow_loop(organism):
     noise, text, pooled = random(6, 2, 36, 32), random(7, 2, 20, 96), random(8, 2, 64)
     embed = jax.jit(partial(type(model).embed, grid=GRID))
     apply = jax.jit(lambda block, h, cond: block(h, cond))
-    final = jax.jit(lambda model, joint, cond: model.final(split(joint, 20).img, cond))
+    final = jax.jit(lambda model, img, cond: model.final(img, cond))
     found = {site: np.zeros((STEPS, 2, 32)) for site in SITES}
     for image in range(2):
         latents = jnp.asarray(noise[image])
         for step in range(STEPS):
             h, cond = embed(model, Inputs(latents, text[image], pooled[image], jnp.asarray(run.sigmas[step])))
             for layer in range(2):
-                h, acts = apply(jax.tree.map(lambda leaf, layer=layer: leaf[layer], model.double), h, cond)
-                for stream in ("img", "txt"):
-                    found[stream, layer][step, image] = np.mean(getattr(acts.mlp_out, stream), axis=0)
-            joint, acts = apply(jax.tree.map(lambda leaf: leaf[0], model.single), join(h), cond)
-            found["joint", 0][step, image] = np.mean(acts.mlp_out, axis=0)
-            latents = latents + (run.sigmas[step + 1] - run.sigmas[step]) * final(model, joint, cond)
+                h, acts = apply(slice_layer(model.double, layer), h, cond)
+                for group in (IMG, TXT):
+                    found[group, layer][step, image] = np.mean(acts.mlp_out[group], axis=0)
+            joint, acts = apply(slice_layer(model.single, 0), sequences(h, model.single.groups), cond)
+            found[JOINT, 0][step, image] = np.mean(acts.mlp_out[0], axis=0)
+            img = streams(joint, model.single.groups, h).img
+            latents = latents + (run.sigmas[step + 1] - run.sigmas[step]) * final(model, img, cond)
     means = mean_outputs(model, run, jnp.asarray(text), jnp.asarray(pooled), jnp.asarray(noise))
-    for stream, layer in SITES:
-        ours = getattr(means, stream)[layer]
-        assert relative_error(ours, found[stream, layer].mean(axis=1)) <= TOL.f32_run, (stream, layer)
+    for group, layer in SITES:
+        assert relative_error(means[group][layer], found[group, layer].mean(axis=1)) <= TOL.f32_run, (group, layer)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from difffract_jax.checkpoint import leaf_paths
-from difffract_jax.circuits.replacement import site
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_transcoders, save_transcoders
+from difffract_jax.models.stacks import slice_layer
 from difffract_jax.models.tiny import TINY
 from difffract_jax.sharding import TRANSCODER, match
 from difffract_jax.transcoders.transcoder import TranscoderConfig, batch_cutoff, check_fit
-from traces import make_transcoders
+from traces import make_transcoders, with_joint
 
 ROWS, FEATURES, K = 24, 40, 5
 
@@ -21,7 +21,7 @@ def made(activation, **more):
     """One random transcoder, float32, with inputs for it."""
     tcs = make_transcoders(TINY, activation=activation, features=FEATURES, dtype=jnp.float32, **more)
     x = jax.random.normal(jax.random.key(1), (ROWS, TINY.d_model))
-    return site(tcs.img, jnp.int32(0)), x, jnp.float32(0.5)
+    return slice_layer(tcs.stacks["img"], jnp.int32(0)), x, jnp.float32(0.5)
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "batchtopk", "jumprelu"])
@@ -86,19 +86,19 @@ def test_codes_that_depend_on_the_batch_are_not_traced():
 
 
 def test_single_stream_sites_are_saved_loaded_and_checked(tmp_path):
-    made = make_transcoders(TINY, activation="jumprelu", dtype=jnp.float32, img=(0, 2))
-    tcs = made._replace(joint=made.img, joint_layers=(0, 1))
+    tcs = with_joint(make_transcoders(TINY, activation="jumprelu", dtype=jnp.float32, img=(0, 2)))
     save_transcoders(tcs, tmp_path / "out")
     loaded = load_transcoders(tmp_path / "out")
-    assert (loaded.joint_layers, loaded.config) == ((0, 1), tcs.config)
-    assert all(map(np.array_equal, jax.tree.leaves(loaded[:2] + loaded[6:7]), jax.tree.leaves(tcs[:2] + tcs[6:7])))
+    assert (loaded.sites, loaded.config) == (tcs.sites, tcs.config) and loaded.sites.groups["joint"] == (0, 1)
+    assert jax.tree.structure(loaded.stacks) == jax.tree.structure(tcs.stacks)
+    assert all(map(np.array_equal, jax.tree.leaves(loaded.stacks), jax.tree.leaves(tcs.stacks)))
     check_fit(loaded, TINY)
-    with pytest.raises(UserError, match="sites single/2, but the model has .* 2 single-stream blocks"):
-        check_fit(loaded._replace(joint_layers=(0, 2)), TINY)
+    with pytest.raises(UserError, match="sites single/2, but the model has .* single/0 to single/1"):
+        check_fit(with_joint(loaded, (0, 2)), TINY)
 
 
 def test_every_parameter_has_one_sharding_rule():
     for shape in ({"activation": "jumprelu", "skip": True}, {"conditioning": "none"}):
         tcs = make_transcoders(TINY, dtype=jnp.float32, **shape)
-        for path, leaf in leaf_paths(tcs.img).items():
+        for path, leaf in leaf_paths(tcs.stacks["img"]).items():
             assert len(match(path, TRANSCODER).axes) == leaf.ndim

@@ -41,7 +41,7 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
         assert status == 0, err
         assert json.loads(out)["step"] == 6
         tcs = load_transcoders(place / "transcoders")
-        assert (tcs.img_layers, tcs.joint_layers, tcs.config.activation) == ((0, 1, 2), (0, 1), "jumprelu")
+        assert (*map(tcs.sites.groups.get, ("img", "joint")), tcs.config.activation) == ((0, 1, 2), (0, 1), "jumprelu")
         assert json.loads((place / "transcoders" / "config.json").read_text())["provenance"]["command"] == "train"
     status, out, err = difffract("evaluate", run, "--prompts-count", 2, "--velocity-count", 2, "--images", 1, "--json")
     assert status == 0, err

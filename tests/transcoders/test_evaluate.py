@@ -13,10 +13,10 @@ from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.transcoders.evaluate import evaluate, psnr, row_sums, ssim
 from difffract_jax.transcoders.evaluation_report import write_report
 from difffract_jax.transcoders.objective import Rows
-from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, stacks_of, swaps_of
+from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from tolerances import TOL, relative_error
-from traces import make_transcoders
+from traces import make_transcoders, with_joint
 
 GRID, TEXT = (2, 3), 40
 
@@ -32,8 +32,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def tcs():
-    made = make_transcoders(TINY, img=(0, 2), txt=(1,), dtype=jnp.float32)
-    return made._replace(joint=made.img, joint_layers=(0, 1))
+    return with_joint(make_transcoders(TINY, img=(0, 2), txt=(1,), dtype=jnp.float32))
 
 
 def inputs(t=0.5):
@@ -43,10 +42,9 @@ def inputs(t=0.5):
 
 
 def replaced(pipe, tcs, kinds, means=None, mask=None):
-    sites, stacks = stacks_of(tcs)
-    means = means or {name: np.zeros((len(layers), 4, 32), np.float32) for name, layers in sites.groups.items()}
-    swaps = swaps_of(sites, pipe.transformer, means, np.array(kinds))
-    return Replaced(pipe.transformer, stacks, swaps, jnp.ones(TEXT, bool) if mask is None else mask)
+    means = means or {name: np.zeros((len(layers), 4, 32), np.float32) for name, layers in tcs.sites.groups.items()}
+    swaps = swaps_of(tcs.sites, pipe.transformer, means, np.array(kinds))
+    return Replaced(pipe.transformer, tcs.per_group(TINY.layout), swaps, jnp.ones(TEXT, bool) if mask is None else mask)
 
 
 def test_nothing_replaced_is_the_model(pipe, tcs):
@@ -74,9 +72,9 @@ def test_row_sums_are_their_definitions(tcs):
     x, y = rng.standard_normal((2, 2, 50, 32), np.float32)
     t = rng.choice(np.float32([1, 0.5]), 50)
     valid = rng.random(50) < 0.7
-    sums = row_sums(tcs.img, Rows(*map(jnp.asarray, (x, y, t))), jnp.asarray(valid), jnp.array([1.0, 0.5]))
+    sums = row_sums(tcs.stacks["img"], Rows(*map(jnp.asarray, (x, y, t))), jnp.asarray(valid), jnp.array([1.0, 0.5]))
     for site in range(2):
-        tc = jax.tree.map(lambda leaf, site=site: leaf[site], tcs.img)
+        tc = jax.tree.map(lambda leaf, site=site: leaf[site], tcs.stacks["img"])
         for step, time in enumerate((1.0, 0.5)):
             keep = valid & (t == time)
             z = np.asarray(tc.encode(jnp.asarray(x[site, keep]), jnp.float32(time)))

@@ -13,20 +13,19 @@ import pytest
 from pyarrow import parquet
 
 from difffract_jax.config import UserError
-from difffract_jax.models.blocks import join
-from difffract_jax.models.mmdit import run_double, run_single
 from difffract_jax.models.pipeline import encode, model_velocity, plan_run, sample, step_inputs
+from difffract_jax.models.stacks import run_stacks
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.harvest import Chunk, Sampler, rows_of
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.prompts import PromptFile, PromptWorld, in_validation, read_prompts, split_prompts
-from difffract_jax.transcoders.sites import Sites, parse_sites
+from difffract_jax.transcoders.sites import parse_sites, sites_of
 from difffract_jax.transcoders.store import open_store, write_store
 from tolerances import TOL, relative_error
 
-ALL = Sites((0, 2), (1,), (0, 1))
+ALL = sites_of({"img": (0, 2), "txt": (1,), "joint": (0, 1)})
 
 
 def caption(number: int) -> str:
@@ -51,13 +50,14 @@ def test_rows_are_what_the_model_computes(pipe):
     noise = jax.random.normal(jax.random.fold_in(jax.random.key(3), 3), (6, 16))
     z = sample(model_velocity, pipe.transformer, source.run, encoded, noise, stop=1)
     h, cond = pipe.transformer.embed(step_inputs(source.run, encoded, z, 1), source.run.grid)
-    h, double = run_double(pipe.transformer.double, h, cond, tap=lambda acts: (acts.mlp_in, acts.mlp_out))
-    _, single = run_single(pipe.transformer.single, join(h), cond, tap=lambda acts: (acts.mlp_in, acts.mlp_out))
+    _, (double, single) = run_stacks(
+        pipe.transformer.stacks, h, cond, tap=lambda visit: (visit.acts.mlp_in, visit.acts.mlp_out)
+    )
     tokens = int(encoded.mask.sum())
     for group, layers, live in (
         ("img", (0, 2), [a.img[np.array([0, 2])] for a in double]),
         ("txt", (1,), [a.txt[1:2, :tokens] for a in double]),
-        ("joint", (0, 1), [jnp.concatenate([a[:, :tokens], a[:, 40:]], axis=1) for a in single]),
+        ("joint", (0, 1), [jnp.concatenate([a[:, :tokens], a[:, 40:]], axis=1) for (a,) in single]),
     ):
         count = live[0].shape[1]
         rows, valid = chunk.rows[group], chunk.valid[group].reshape(2, 2, -1)
@@ -103,7 +103,7 @@ def test_chunks_are_the_same_whenever_they_are_made_and_on_every_mesh(pipe):
 class Numbers:
     """A source whose rows say where they come from: y = 1000 * chunk + number in the chunk."""
 
-    sites, width = Sites((0, 1), (4,), ()), 2
+    sites, width = sites_of({"img": (0, 1), "txt": (4,)}), 2
 
     def chunk(self, number):
         rows, valid = {}, {}
@@ -153,7 +153,7 @@ def test_a_buffer_that_could_not_fill_a_batch_is_refused():
 
 
 def test_a_store_gives_back_the_rows_of_both_splits(pipe, tmp_path):
-    source = sampler(pipe, sites=Sites((0,), (1,), ()))
+    source = sampler(pipe, sites=sites_of({"img": (0,), "txt": (1,)}))
     record = write_store({"train": source, "validation": source}, {"train": 3, "validation": 1}, tmp_path / "s", {})
     assert [len(record["rows"][split]) for split in ("train", "validation")] == [3, 1]
     stored = open_store(tmp_path / "s", "train", seed=0)
@@ -283,17 +283,20 @@ def test_datasets_are_read_and_missing_ones_told(monkeypatch):
     ],
 )
 def test_sites_are_read_from_patterns(patterns, names):
-    assert parse_sites(patterns, TINY).names == tuple(names.split())
+    assert parse_sites(patterns, TINY.layout).names == tuple(names.split())
 
 
 @pytest.mark.parametrize(
     ("pattern", "told"),
     [
-        ("img/7", "site img/7 does not exist: the model has 3 double-stream blocks"),
+        (
+            "img/7",
+            "site img/7 does not exist: the model has img/0 to img/2 and txt/0 to txt/2 and single/0 to single/1",
+        ),
         ("mlp/1", "'mlp/1' names no sites"),
         ("img/2-1", "name no block of this model"),
     ],
 )
 def test_sites_that_do_not_exist_are_refused(pattern, told):
     with pytest.raises(UserError, match=told):
-        parse_sites([pattern], TINY)
+        parse_sites([pattern], TINY.layout)

@@ -18,11 +18,11 @@ from difffract_jax.transcoders import plan as planning
 from difffract_jax.transcoders.plan import GIB, Topology, Work, asked_of, communication, meshes, open_topology, plan
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import first_state, set_up
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.state import Moments, place, state_shardings
 
 ROOT = Path(__file__).parents[2]
-SITES, WIDTH = Sites((0, 1), (0, 1), ()), 16
+SITES, WIDTH = sites_of({"img": (0, 1), "txt": (0, 1)}), 16
 LIBTPU = "libtpu compiles for TPUs that are not here; pip install 'difffract_jax[tpu]'"
 
 

@@ -16,7 +16,7 @@ from processes import finish, start
 from difffract_jax.loading import load_transcoders
 from difffract_jax.transcoders.harvest import Chunk
 from difffract_jax.transcoders.objective import Rows
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.store import write_store
 from tolerances import TOL, relative_error
 
@@ -29,7 +29,7 @@ STEPS = 16
 class Synthetic:
     """Rows y = tanh(A x) of an img and a txt site, by chunk number."""
 
-    sites, width = Sites((0,), (4,), ()), WIDTH
+    sites, width = sites_of({"img": (0,), "txt": (4,)}), WIDTH
 
     def chunk(self, number):
         rng = np.random.default_rng(number)
@@ -67,7 +67,7 @@ class Place:
 
     def weights(self, name):
         tcs = load_transcoders(self.path / name / "transcoders")
-        return [np.asarray(leaf) for leaf in jax.tree.leaves((tcs.img, tcs.txt))]
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(tcs.stacks)]
 
     def checkpoints(self, name):
         """Returns the numbers of a run's complete checkpoints, and whether one is being written."""

@@ -11,6 +11,7 @@ from difffract_jax.organism.world import from_caption
 from difffract_jax.transcoders import scored
 from difffract_jax.transcoders.scored import AT_ONCE, accuracies, captions
 from difffract_jax.transcoders.transcoder import random_transcoders
+from traces import with_joint
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +21,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def tcs(pipe):
-    made = random_transcoders(pipe.config.transformer, features=64)
-    return made._replace(joint=made.img, joint_layers=(0, 1))
+    return with_joint(random_transcoders(pipe.config.transformer, features=64))
 
 
 def painted(text):
@@ -68,7 +68,6 @@ def test_both_draw_the_same_captions_from_the_same_noise_in_whole_batches(pipe, 
 
 def test_what_is_replaced_changes_the_images(pipe, tcs):
     """Transcoders that return nothing leave nothing of the caption; the model itself gets some right."""
-    img, txt, joint = (jax.tree.map(jnp.zeros_like, stack) for stack in (tcs.img, tcs.txt, tcs.joint))
-    tcs = tcs._replace(img=img, txt=txt, joint=joint)
+    tcs = tcs._replace(stacks=jax.tree.map(jnp.zeros_like, tcs.stacks))
     rows = accuracies(pipe, tcs, 4)
     assert rows[0]["right"] >= 2 and rows[1]["right"] == 0

@@ -20,7 +20,7 @@ def pipe():
 def test_there_is_one_for_every_mlp(pipe, name, role):
     tcs = load_transcoders(name)
     check_fit(tcs, pipe.config.transformer)
-    assert (tcs.img_layers, tcs.txt_layers, tcs.joint_layers) == ((0, 1),) * 3
+    assert tcs.sites.groups == dict.fromkeys(("img", "txt", "joint"), (0, 1))
     assert tcs.config.role == role
 
 

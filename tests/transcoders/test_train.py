@@ -17,7 +17,7 @@ from difffract_jax.transcoders.checkpoints import CHECKPOINTS, locked
 from difffract_jax.transcoders.harvest import Chunk
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.train import Watch, train
 from tolerances import TOL, relative_error
 
@@ -27,7 +27,7 @@ WIDTH = 8
 class Synthetic:
     """Rows y = tanh(A x) of two img sites and one txt site, by chunk number."""
 
-    sites, width = Sites((0, 1), (4,), ()), WIDTH
+    sites, width = sites_of({"img": (0, 1), "txt": (4,)}), WIDTH
 
     def __init__(self, broken_from=10**9):
         self.broken_from = broken_from
@@ -65,7 +65,7 @@ def run(config, source=None, resume=False, stop_at=None, notes=None):
 
 
 def leaves(done):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves((done.transcoders.img, done.transcoders.txt))]
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(done.transcoders.stacks)]
 
 
 def same(a, b):
@@ -81,7 +81,7 @@ def whole(tmp_path_factory):
 
 def test_a_run_leaves_settings_metrics_checkpoints_and_transcoders(whole):
     out, done = whole
-    assert (done.step, done.transcoders.img_layers, done.transcoders.txt_layers) == (12, (0, 1), (4,))
+    assert (done.step, done.transcoders.sites) == (12, sites_of({"img": (0, 1), "txt": (4,)}))
     assert done.transcoders.config.activation == "jumprelu"
     assert json.loads((out / "train.json").read_text())["settings"]["lr"] == 3e-3
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

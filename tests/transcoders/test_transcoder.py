@@ -9,6 +9,7 @@ from flax import nnx
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_transcoders
 from difffract_jax.models.tiny import TINY, random_weights
+from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, check_fit, random_transcoders
 from tolerances import REFERENCE, TOL, relative_error
 
@@ -119,22 +120,35 @@ def test_a_shape_that_makes_no_sense_is_refused(change, sentence):
 
 def test_random_transcoders_have_unit_vectors_and_the_share_that_was_asked_for():
     tcs = random_transcoders(TINY, features=500, active=0.07)
-    assert tcs.img_layers == tcs.txt_layers == (0, 1, 2)
-    for stack in (tcs.img, tcs.txt):
+    assert tcs.sites.groups == {"img": (0, 1, 2), "txt": (0, 1, 2)}
+    for stack in tcs.stacks.values():
         norms = np.linalg.norm(stack.dec.kernel[...], axis=2)
         assert np.abs(norms - 1).max() <= TOL.f32_block
         assert np.array_equal(stack.enc.kernel[...], np.swapaxes(stack.dec.kernel[...], 1, 2))
     x = np.random.default_rng(0).standard_normal((400, 32)).astype(np.float32)
-    module = jax.tree.map(lambda leaf: leaf[0], tcs.img)
+    module = jax.tree.map(lambda leaf: leaf[0], tcs.stacks["img"])
     assert 0.06 < float((module.encode(jnp.asarray(x), jnp.float32(1)) > 0).mean()) < 0.08
-    assert not np.array_equal(tcs.img.enc.kernel[...], random_transcoders(TINY, seed=1, features=500).img.enc.kernel)
+    other = random_transcoders(TINY, seed=1, features=500)
+    assert not np.array_equal(tcs.stacks["img"].enc.kernel[...], other.stacks["img"].enc.kernel)
+
+
+def test_random_transcoders_of_chosen_sites_are_those_of_all():
+    every = random_transcoders(TINY, features=40, sites={"img": range(3), "txt": range(3), "joint": range(2)})
+    some = random_transcoders(TINY, features=40, sites={"txt": (2, 0), "joint": (1,)})
+    assert some.sites.names == ("txt/0", "txt/2", "single/1") and list(some.stacks) == ["txt", "joint"]
+    for name, numbers in some.sites.groups.items():
+        expected = jax.tree.map(lambda leaf, at=numbers: leaf[np.array(at)], every.stacks[name])
+        assert all(map(np.array_equal, jax.tree.leaves(some.stacks[name]), jax.tree.leaves(expected)))
+    assert [stack is None for stack in some.per_group(TINY.layout)] == [True, False, False]
+    with pytest.raises(UserError, match="There are no sites called 'single'; the model has img, txt, joint"):
+        random_transcoders(TINY, sites={"single": (0,)})
 
 
 def test_another_width_or_site_is_refused():
     tcs = random_transcoders(TINY)
     check_fit(tcs, TINY)
-    with pytest.raises(UserError, match="sites img/7, txt/9, but the model has double-stream blocks 0 to 2"):
-        check_fit(tcs._replace(img_layers=(0, 1, 7), txt_layers=(0, 1, 9)), TINY)
+    with pytest.raises(UserError, match="sites img/7, txt/9, but the model has img/0 to img/2 and txt/0 to txt/2"):
+        check_fit(tcs._replace(sites=sites_of({"img": (0, 1, 7), "txt": (0, 1, 9)})), TINY)
     wider = TranscoderConfig(**(vars(tcs.config) | {"d_model": 128}))
     with pytest.raises(UserError, match="The transcoders are 128 wide, but the model is 32 wide"):
         check_fit(tcs._replace(config=wider), TINY)
