@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, STREAMS, Graph
 from difffract_jax.circuits.influence import column_shares, levels, reach
+from difffract_jax.circuits.names import place_name
 
 
 class SourceTable(NamedTuple):
@@ -367,3 +368,15 @@ def _summed_maps(
     order = np.lexsort((positions, owners))
     indptr = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=first.size))]).astype(np.int64)
     return indptr, positions[order].astype(np.int32), values[order].astype(np.float32)
+
+
+def source_names(table: SourceTable, rows: Int64[np.ndarray, "row"], depth: int) -> list[str]:
+    """Returns the names of some sources of one step, spelled as the nodes of its graph are.
+
+    Args:
+        table: of the sources.
+        rows: of the table; no outputs.
+        depth: double-stream blocks of the model.
+    """
+    columns = table.kind, table.stream, table.block, table.position, table.feature
+    return [place_name(*(int(column[row]) for column in columns), depth=depth) for row in rows]

@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
 
+from difffract_jax.circuits.arrays import GraphArrays
+
 
 def column_shares(
     target: NDArray[np.integer], attribution: NDArray[np.floating], nodes: int
@@ -67,3 +69,20 @@ def levels(step: NDArray[np.integer], block: NDArray[np.integer]) -> Int64[np.nd
     """Returns one number per node that orders (step, block); inputs have block -1, outputs the number of blocks."""
     step, block = step.astype(np.int64), block.astype(np.int64)
     return step * (int(block.max(initial=0)) + 2) + block + 1
+
+
+def graph_reach(graph: GraphArrays, attribution: NDArray[np.floating]) -> Float64[np.ndarray, "node"]:
+    """Returns w + B w of a graph.
+
+    Args:
+        graph: the graph.
+        attribution: of its edges; 0 for those that are taken for absent.
+    """
+    shares = column_shares(graph.edge_target, attribution, graph.node_kind.size)
+    level = levels(graph.node_step, graph.node_block)
+    return reach(level, graph.edge_source, graph.edge_target, shares, graph.root_weights)
+
+
+def node_influence(graph: GraphArrays) -> Float64[np.ndarray, "node"]:
+    """Returns B w: every node's influence on a graph's weighted targets, over all paths."""
+    return graph_reach(graph, graph.edge_attribution) - graph.root_weights

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from difffract_jax.circuits.expansion import SourceTable
-from difffract_jax.circuits.graph import FEATURE, INPUT, KINDS, OUTPUT, STREAMS, Graph
+from difffract_jax.circuits.arrays import FEATURE, INPUT, KINDS, OUTPUT, STREAMS, GraphArrays
 from difffract_jax.config import UserError
 
 
-def node_names(graph: Graph) -> list[str]:
+def node_names(graph: GraphArrays) -> list[str]:
     """Returns the name of every node; no two are alike."""
     steps = np.unique(graph.node_step).size > 1
     names = [_name(graph, node, steps) for node in range(graph.node_kind.size)]
@@ -31,7 +30,12 @@ def node_names(graph: Graph) -> list[str]:
     return names
 
 
-def _name(graph: Graph, node: int, steps: bool) -> str:
+def node_name(graph: GraphArrays, node: int) -> str:
+    """Returns the name of one node, without the mark that tells it from another of the same name."""
+    return _name(graph, node, np.unique(graph.node_step).size > 1)
+
+
+def _name(graph: GraphArrays, node: int, steps: bool) -> str:
     kind, block = int(graph.node_kind[node]), int(graph.node_block[node])
     step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
     if kind == OUTPUT:
@@ -40,29 +44,26 @@ def _name(graph: Graph, node: int, steps: bool) -> str:
         return f"{asked if isinstance(asked, str) else asked[node]}{step}"
     depth, _ = graph.provenance.known.depths or (block + 1, 0)
     columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
-    return _place(*(int(column[node]) for column in columns), depth=depth) + step
+    return place_name(*(int(column[node]) for column in columns), depth=depth) + step
 
 
-def _place(kind: int, stream: int, block: int, position: int, feature: int, *, depth: int) -> str:
-    """Names a source by where it lies, without its step."""
+def place_name(kind: int, stream: int, block: int, position: int, feature: int, *, depth: int) -> str:
+    """Returns how a source is called by where it lies, without its step.
+
+    Args:
+        kind: of the node; no output.
+        stream: of the node.
+        block: of the model; -1 for inputs.
+        position: within the stream; -1 where positions are summed over.
+        feature: -1 for other kinds.
+        depth: double-stream blocks of the model.
+    """
     site, side = STREAMS[stream] if kind == INPUT else f"{STREAMS[stream]}/{block}", ""
     if block >= depth:
         site, side = f"single/{block - depth}", STREAMS[stream]
     name = f"{site}/f{feature}" if kind == FEATURE else f"{KINDS[kind]} {site}"
     number = f"{position}" if position >= 0 else ""
     return f"{name}{f'@{side}{number}' if side or number else ''}"
-
-
-def source_names(table: SourceTable, rows: Int64[np.ndarray, "row"], depth: int) -> list[str]:
-    """Returns the names of some sources of one step, spelled as the nodes of its graph are.
-
-    Args:
-        table: of the sources.
-        rows: of the table; no outputs.
-        depth: double-stream blocks of the model.
-    """
-    columns = table.kind, table.stream, table.block, table.position, table.feature
-    return [_place(*(int(column[row]) for column in columns), depth=depth) for row in rows]
 
 
 def block_name(block: int, depth: int) -> str:
@@ -75,7 +76,7 @@ def block_name(block: int, depth: int) -> str:
     return f"double/{block}" if block < depth else f"single/{block - depth}"
 
 
-def find_nodes(graph: Graph, names: Sequence[str]) -> Int64[np.ndarray, "name"]:
+def find_nodes(graph: GraphArrays, names: Sequence[str]) -> Int64[np.ndarray, "name"]:
     """Returns the nodes of some names.
 
     Args:

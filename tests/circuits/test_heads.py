@@ -6,8 +6,9 @@ import pytest
 from difffract_jax.circuits import heads
 from difffract_jax.circuits.attention import head_loadings, score_parts
 from difffract_jax.circuits.engine import make_engine, pull_rows
+from difffract_jax.circuits.expansion import source_names
 from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.names import block_name, source_names
+from difffract_jax.circuits.names import block_name
 from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.selection import named
 from difffract_jax.config import UserError
