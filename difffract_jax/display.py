@@ -2,13 +2,14 @@
 
 1. `text_of` and `html_of` lay out a title and facts, one a line.
 2. `text_table` and `html_table` lay out rows; past `MOST` rows they say how many more there are.
-3. `hash_text`, `size_text`, `one_line` and `dtypes_text` shorten what is long.
+3. `hash_text`, `size_text`, `spans`, `one_line`, `record_text` and `arrays_text` shorten what is long.
 
 HTML is escaped here, once: prompts and names may hold anything.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from html import escape
 from typing import Any
 
@@ -96,6 +97,41 @@ def size_text(size: int) -> str:
     """
     unit = max(0, min(4, (max(size, 1).bit_length() - 1) // 10))
     return f"{size} B" if unit == 0 else f"{size / 2 ** (10 * unit):.1f} {('KiB', 'MiB', 'GiB', 'TiB')[unit - 1]}"
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers as spans.
+
+    Example:
+        >>> spans((0, 1, 2, 5))
+        '0-2,5'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def record_text(record: Any, width: int = 40) -> str:
+    """Returns a dataclass or named tuple on one line, with long values cut and long sequences counted.
+
+    Args:
+        record: the value.
+        width: characters that each field gets.
+    """
+    names = getattr(record, "_fields", None) or [one.name for one in fields(record)]
+    told = (f"{name}={_value(getattr(record, name), width)}" for name in names)
+    return f"{type(record).__name__}({', '.join(told)})"
+
+
+def _value(value: object, width: int) -> str:
+    text = one_line(repr(value), width + 1)
+    if isinstance(value, tuple | list | dict) and len(text) > width:
+        return f"<{len(value)} entries>"
+    return one_line(repr(value), width)
 
 
 def arrays_text(arrays: Iterable[Any]) -> str:

@@ -22,7 +22,7 @@ PACKAGES = ("difffract_jax", "converters")
 ORDER = (
     ("difffract_jax", "difffract_jax.config", "difffract_jax.axes"),
     ("difffract_jax.ops", "difffract_jax.files", "difffract_jax.sums", "difffract_jax.display"),
-    ("difffract_jax.checkpoint",),
+    ("difffract_jax.checkpoint", "difffract_jax.trees"),
     ("difffract_jax.sharding",),
     ("difffract_jax.models",),
     ("difffract_jax.organism",),

@@ -27,6 +27,7 @@ from difffract_jax.models.blocks import (
 )
 from difffract_jax.models.mmdit import Final, Inputs, MMDiT, run_double, run_single
 from difffract_jax.ops import layer_norm, widen
+from difffract_jax.trees import brief
 
 
 class Weights(NamedTuple):
@@ -45,6 +46,8 @@ class Weights(NamedTuple):
     final: Final | None
     img_in: nnx.Linear
     txt_in: nnx.Linear
+
+    __repr__ = brief
 
 
 class Reading(NamedTuple):
@@ -100,6 +103,8 @@ class Record(NamedTuple):
     def reading(self) -> Reading:
         """What the model itself gave."""
         return Reading(self.mlp_in, self.velocity, self.latents)
+
+    __repr__ = brief
 
 
 class Blocks(NamedTuple):

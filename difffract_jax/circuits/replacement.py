@@ -25,6 +25,7 @@ from difffract_jax.circuits.trace import Trace
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Groups, Streams, both, join, split
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
+from difffract_jax.trees import brief
 
 BY_EIGHTS = 8
 """K is rounded up to a multiple of this, so that similar traces share a compilation."""
@@ -57,6 +58,8 @@ class Sites(NamedTuple):
     stack: Transcoder | None
     layers: SiteLayers
 
+    __repr__ = brief
+
 
 class Sources(NamedTuple):
     """What the affine map starts from.
@@ -71,6 +74,8 @@ class Sources(NamedTuple):
     values: Groups
     errors: Groups
 
+    __repr__ = brief
+
 
 class Replacement(NamedTuple):
     """The replacement of one trace, ready to run.
@@ -84,6 +89,8 @@ class Replacement(NamedTuple):
     record: Record
     sites: Groups
     sources: Sources
+
+    __repr__ = brief
 
 
 def replacement(trace: Trace, tcs: TranscoderSet) -> tuple[Callable[[Sources], Reading], Sources]:

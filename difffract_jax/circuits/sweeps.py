@@ -25,6 +25,7 @@ from difffract_jax.models.batch import pixels
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run, encode, plan_run, start
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
+from difffract_jax.trees import brief
 
 AT_ONCE = 64
 """Images computed together unless the caller says otherwise."""
@@ -45,6 +46,8 @@ class EditedImages(NamedTuple):
     norms: Float[np.ndarray, "image"]
     cut: tuple[str, ...]
 
+    __repr__ = brief
+
 
 class Sweep(NamedTuple):
     """Images of one prompt over seeds and strengths; the first column is the original.
@@ -62,6 +65,8 @@ class Sweep(NamedTuple):
     columns: tuple[str, ...]
     seeds: tuple[int, ...]
     cut: str
+
+    __repr__ = brief
 
 
 def steer_batch(

@@ -1,4 +1,4 @@
-"""The transcoder of one site (METHOD section 2): an MLP sublayer's output from a sparse code of its input.
+"""The transcoder of one site (docs/method.md, section 2): an MLP sublayer's output from a sparse code of its input.
 
     e(t)          sinusoidal embedding of the denoising time
     alpha, beta   scale and shift from e, by two layers with SiLU after both, and a linear head
@@ -27,8 +27,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from difffract_jax.config import UserError
+from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
+from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
@@ -84,6 +86,8 @@ class TranscoderConfig:
 
 class Transcoder(nnx.Module):
     """The transcoder of one site; see the module."""
+
+    __repr__ = brief
 
     def __init__(self, config: TranscoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         d_model, time = config.d_model, config.time_embed
@@ -213,6 +217,25 @@ class TranscoderSet(NamedTuple):
     source: str
     joint: Transcoder | None = None
     joint_layers: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        return text_of(*self._page())
+
+    def _repr_html_(self) -> str:
+        return html_of(*self._page())
+
+    def _page(self) -> tuple[str, dict[str, str]]:
+        """Returns what it shows of itself: a title and facts."""
+        config, stacks = self.config, {"img": self.img_layers, "txt": self.txt_layers, "single": self.joint_layers}
+        sites = [f"{stream}/{spans(layers)}" for stream, layers in stacks.items() if layers]
+        kind = "Transcoders" if config.role == "transcoder" else "SAEs"
+        shape = f"{config.features} features each, width {config.d_model}, activation {config.activation}"
+        return f"{kind} of {sum(map(len, stacks.values()))} MLPs", {
+            "sites": ", ".join(sites),
+            "shape": f"{shape}, conditioning {config.conditioning}{', skip' if config.skip else ''}",
+            "weights": tree_text((self.img, self.txt, self.joint)),
+            "source": hash_text(self.source),
+        }
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
