@@ -1,4 +1,6 @@
-"""Iterative expansion on the host (METHOD section 5, mode `difffract`): what to expand next, and the resulting graph.
+"""Iterative expansion on the host: what to expand next, and the resulting graph.
+
+This is mode `difffract` of docs/method.md, section 5:
 
 1. A table lists every possible source of a trace, one row each. A target's edges come as one dense row over the table.
 2. `add`: keep the edges of at least `min_attribution`; from features only those whose value exceeds it too.

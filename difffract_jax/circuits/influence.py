@@ -1,4 +1,4 @@
-"""How much every node bears on one target, or on several weighted ones, along all paths (METHOD section 5).
+"""How much every node bears on one target, or on several weighted ones, along all paths (docs/method.md, section 5).
 
     A   |attribution|, each column (target) divided by its sum: the share of a target's edges that a source holds
     B   A + A^2 + A^3 + ... = (I - A)^-1 - I, over paths of every length

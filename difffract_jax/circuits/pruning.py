@@ -1,9 +1,9 @@
-"""Which nodes and edges of a circuit to keep (METHOD section 5).
+"""Which nodes and edges of a circuit to keep (docs/method.md, section 5).
 
 Both modes sum over positions first, unless asked not to, and take the influence of every node on the weighted targets
 over column shares of all edges. Inputs and targets are always kept.
 
-Mode `standard` (circuit-tracer's `prune_graph`; FACTS section 4):
+Mode `standard` (circuit-tracer's `prune_graph`):
 
 1. All nodes in one list: the fewest that hold `node_threshold` of all influence stay; ties with the last one too.
 2. Shares and influence anew on what is left. All edges in one list, by share times the reach of their target, cut in

@@ -1,4 +1,4 @@
-"""Documents of circuit-tracer's viewer and of Neuronpedia, read, checked and taken for graphs (FACTS section 3).
+"""Documents of circuit-tracer's viewer and of Neuronpedia, read, checked and taken for graphs (docs/viewers.md).
 
 1. `read_document` checks what the viewers rely on, and returns the document as it is, but for the view: saving in the
    viewer turns its lists into strings, which become lists again (trap 8).

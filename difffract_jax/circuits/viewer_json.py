@@ -1,4 +1,4 @@
-"""Graphs for circuit-tracer's local viewer and for Neuronpedia: one JSON format, two flavours (FACTS section 3).
+"""Graphs for circuit-tracer's local viewer and for Neuronpedia: one JSON format, two flavours (docs/viewers.md).
 
 1. Columns: text positions first, then image positions, then latents, step beside step; one per stream where positions
    are summed over, which is how graphs of images are best exported.
@@ -10,7 +10,7 @@
    was one, else of the graph as it is.
 4. Every node also carries `difffract`, its kind, step, stream, block, position and feature, for `graph_of`.
 
-What the viewers trip over is avoided here; each line that does so names the trap (FACTS section 3.7).
+What the viewers trip over is avoided here; each line that does so names the trap (docs/viewers.md).
 """
 
 import gzip
