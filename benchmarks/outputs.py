@@ -4,8 +4,9 @@
    absolute edges and bias, in float32 and float64.
 2. Prediction: for each of many prompts, the graph of a `pixels:` target (the colour of its first object, in the box
    around it, at the last step), its most influential supernode scaled by +-20% at every position, and the change of the
-   objective: as the graph says, and in the readings `propagated`, `live` and `full` (METHOD section 7). Slope and
-   correlation of each reading on the graph's prediction. A graph of every active feature predicts the first exactly.
+   objective: as the graph says, and in the readings `propagated`, `live` and `full` (docs/method.md, section 7). Slope
+   and correlation of each reading on the graph's prediction. A graph of every active feature predicts the first
+   exactly.
 
     python benchmarks/outputs.py [--prompts 50] [--max-nodes 1500] [--json]
 

@@ -9,7 +9,7 @@
     python benchmarks/sparsity.py OUT [--steps 1000] [--batch 1024] [--prompts 2048] [--recipes ours,paper,...] [--json]
 
 OUT keeps rows and runs; a run that is there is not trained again. It ends with `sparsity.md`, `sparsity.json` and
-`sparsity.png`. Settings and machine are printed. METHOD section 9 defines the measures.
+`sparsity.png`. Settings and machine are printed. docs/method.md, section 9 defines the measures.
 """
 
 import argparse

@@ -3,7 +3,8 @@
 1. Files are named `{transcoder|sae}_{img|txt}_{layer}.pt`; one directory holds one role.
 2. Widths are read off the first file; every other file must agree, and all that do not are reported together.
 3. `TRANSCODER_TORCH` maps one file; `{site}` is the file's name without `.pt`, stacked over a stream's layers.
-4. The reference feeds its transcoders t in [0, 1], so they load with `conditioning` "film_raw_t" (METHOD, section 2).
+4. The reference feeds its transcoders t in [0, 1], so they load with `conditioning` "film_raw_t"
+   (docs/method.md, section 2).
 5. `export_transcoders` runs the table backwards, and refuses sets that the reference's module cannot compute.
 """
 

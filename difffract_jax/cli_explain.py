@@ -131,8 +131,8 @@ def _named(engine: Any, row: int, labels: Any, column: str) -> dict[str, Any]:
     """Returns a source's name under a column, and what it detects beside it if there are labels."""
     import numpy as np
 
+    from difffract_jax.circuits.expansion import source_names
     from difffract_jax.circuits.graph import FEATURE
-    from difffract_jax.circuits.names import source_names
     from difffract_jax.circuits.selection import named
 
     shown = {column: source_names(engine.table, np.array([row]), engine.infos[0].layout)[0]}

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
+from difffract_jax.address import IMG, TXT
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.completeness import candidates
 from difffract_jax.circuits.edits import Edit, Supernode
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import IMG, TXT, Graph
+from difffract_jax.circuits.graph import Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.pruning import prune

@@ -4,7 +4,7 @@
 2. `layer_norm` returns the 1/sqrt(var + eps) that it used, and uses the one it is given: with it frozen, it is linear.
 3. `rope_table` and `rotate` turn interleaved pairs of columns by angles that depend on the position.
 4. `attend` is softmax attention; its pattern is a function of q and k alone, so that it can be recomputed from them.
-5. `sinusoid` embeds a time, in either of the two orders in use (METHOD sections 1 and 2).
+5. `sinusoid` embeds a time, in either of the two orders in use (docs/method.md, sections 1 and 2).
 6. `film` is the feature-wise affine map by which time, and in the MM-DiT the whole conditioning, enters.
 
 Einsum letters: q and k positions, h heads, d head_dim.

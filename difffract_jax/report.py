@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from difffract_jax.checkpoint import atomic_file, leaf_paths
-from difffract_jax.circuits.graph import FEATURE, KINDS, Graph
+from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.names import node_names
 
 Advance = Callable[[int, int], None]
@@ -189,7 +189,6 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
         | {"attribution": float(graph.edge_attribution[edge])}
         for edge in strongest
     ]
-    kinds = {kind: int(np.sum(graph.node_kind == code)) for code, kind in enumerate(KINDS)}
     paths = graph.provenance.pooled_path
     pooled = {"share of the frozen pooled path": ", ".join(f"{path.share:.3g}" for path in paths)} if paths else {}
     rounding = graph.provenance.precision
@@ -200,7 +199,7 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
     return {
         "target": names[targets[0]],
         **({"targets": weighted} if len(weighted) > 1 else {}),
-        "nodes": {kind: count for kind, count in kinds.items() if count},
+        "nodes": graph.summary().nodes,
         **({"features expanded": spread} if len(by_step) > 1 else {}),
         "edges": len(graph.edge_attribution),
         "conservation error": graph.largest_conservation_error,

@@ -21,8 +21,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("difffract_jax", "converters")
 ORDER = (
     ("difffract_jax", "difffract_jax.config", "difffract_jax.axes"),
-    ("difffract_jax.ops", "difffract_jax.files", "difffract_jax.sums"),
-    ("difffract_jax.checkpoint",),
+    ("difffract_jax.ops", "difffract_jax.files", "difffract_jax.sums", "difffract_jax.display"),
+    ("difffract_jax.checkpoint", "difffract_jax.trees"),
     ("difffract_jax.sharding",),
     ("difffract_jax.models",),
     ("difffract_jax.organism",),
@@ -42,7 +42,7 @@ ORDER = (
 NUMPY_ONLY = (
     *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
     *("edits", "labels", "names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
-    *("predictions", "provenance", "json_values"),
+    *("predictions", "provenance", "json_values", "arrays", "summary"),
 )
 LIGHT = (
     "difffract_jax",

@@ -12,7 +12,9 @@ engine          targets pulled back through one step or several
 selection       from a feature as written to its row
 expansion       which features to expand next; what was found becomes a graph (NumPy)
 attribution     all of it: a trace and a target to a graph
-graph           the graph and its file (NumPy)
+arrays          a graph's arrays, checked (NumPy)
+graph           the graph: its arrays, its file, and how it shows itself (NumPy)
+summary         what one wants to see of a graph: a summary, its top nodes, the graph for networkx (NumPy)
 provenance      where a graph comes from: its run, its settings, what was done to it (pure Python)
 json_values     dataclasses as JSON values and back (pure Python)
 influence       how much each node bears on another, on a graph without cycles (NumPy)

@@ -1,4 +1,6 @@
-"""The circuit of a target: which sources drive it, through which features (METHOD sections 4 to 6, mode `difffract`).
+"""The circuit of a target: which sources drive it, through which features.
+
+This is mode `difffract` of docs/method.md, sections 4 to 6:
 
 1. Encode the trace: active features, errors, inputs, one row of the source table each; outputs that are targets too.
 2. Choose a feature target's position: the given one, else where the feature is strongest.

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from difffract_jax.address import STREAMS
 from difffract_jax.circuits.expansion import aggregate
-from difffract_jax.circuits.graph import ERROR, INPUT, KINDS, REST, STREAMS, Graph
+from difffract_jax.circuits.graph import ERROR, INPUT, KINDS, REST, Graph
 from difffract_jax.circuits.reference_json import read_reference_json
 from difffract_jax.circuits.viewer_document import graph_of, read_document
 from difffract_jax.config import UserError
+from difffract_jax.display import number_text, text_of
 
 Node = tuple[int, int, int, int, int, int]
 
@@ -50,6 +52,27 @@ class Comparison(NamedTuple):
     pearson: float | None
     spearman: float | None
     summed_over_positions: bool
+
+    def __repr__(self) -> str:
+        only = {name: f"{count:,}" for name, count in self._counts().items()}
+        return text_of("Comparison of graph a with graph b", only | self._errors())
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "nodes in both": self.nodes_in_both,
+            "nodes only in a": len(self.nodes_only_in_a),
+            "nodes only in b": len(self.nodes_only_in_b),
+            "edges in both": self.edges_in_both,
+            "edges only in a": self.edges_only_in_a,
+            "edges only in b": self.edges_only_in_b,
+        }
+
+    def _errors(self) -> dict[str, str]:
+        return {
+            "largest error": f"{self.largest_error:.3g} of the largest edge, {self.largest_edge:.4g}",
+            "correlation": f"Pearson {number_text(self.pearson)}, Spearman {number_text(self.spearman)}",
+            "compared": "sums over positions" if self.summed_over_positions else "position by position",
+        }
 
 
 def read_graph(path: str | Path) -> Graph:

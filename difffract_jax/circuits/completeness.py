@@ -1,4 +1,6 @@
-"""Whether a circuit's features are enough for its target, and whether they are needed (METHOD sections 7 and 9).
+"""Whether a circuit's features are enough for its target, and whether they are needed.
+
+Readings and ablations are those of docs/method.md, sections 7 and 9.
 
 The unit is a feature of one site, stream and step, at all its positions: that is what pruning keeps and edits reach.
 
@@ -12,9 +14,9 @@ readings: pre-activations of features, values of outputs. What a kept feature's 
 `direct` it is the recorded one; in `propagated`, `live` and `full` it follows what is left of the run (see `readings`).
 Errors, inputs and untouched MLPs stay, so that `recovered` is about features alone.
 
-Ablated features get their mean over the replaced positions of their stream in the same step of the same run (`mean`,
-after METHOD section 9: what a site writes on average stays, so that the run stays near what the model knows), or 0.
-Means over other prompts can be given.
+Ablated features get their mean over the replaced positions of their stream in the same step of the same run (`mean`:
+what a site writes on average stays, so that the run stays near what the model knows), or 0. Means over other prompts
+can be given.
 
 Sets of growing size come from three rankings: the graph's features by influence; all active features that lie below a
 target by their largest value; the same at random.

@@ -1,4 +1,4 @@
-"""How edits of features are written, and where they act (METHOD section 7): one feature, several, a site, a stream.
+"""How edits are written, and where they act (docs/method.md, section 7): one feature, several, a site, a stream.
 
     img/2/f401=zero                  a feature's code becomes 0, at every position and step
     img/2/f401@12#0,1=scale:-2       -2 times itself at image position 12 in steps 0 and 1

@@ -1,4 +1,6 @@
-"""Iterative expansion on the host (METHOD section 5, mode `difffract`): what to expand next, and the resulting graph.
+"""Iterative expansion on the host: what to expand next, and the resulting graph.
+
+This is mode `difffract` of docs/method.md, section 5:
 
 1. A table lists every possible source of a trace, one row each. A target's edges come as one dense row over the table.
 2. `add`: keep the edges of at least `min_attribution`; from features only those whose value exceeds it too.
@@ -17,8 +19,10 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
 from numpy.typing import NDArray
 
-from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, STREAMS, Graph
+from difffract_jax.address import STREAMS, Layout
+from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, Graph
 from difffract_jax.circuits.influence import column_shares, levels, reach
+from difffract_jax.circuits.names import place_name
 
 
 class SourceTable(NamedTuple):
@@ -367,3 +371,15 @@ def _summed_maps(
     order = np.lexsort((positions, owners))
     indptr = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=first.size))]).astype(np.int64)
     return indptr, positions[order].astype(np.int32), values[order].astype(np.float32)
+
+
+def source_names(table: SourceTable, rows: Int64[np.ndarray, "row"], layout: Layout) -> list[str]:
+    """Returns the names of some sources of one step, spelled as the nodes of its graph are.
+
+    Args:
+        table: of the sources.
+        rows: of the table; no outputs.
+        layout: of the model.
+    """
+    columns = table.kind, table.stream, table.block, table.position, table.feature
+    return [place_name(*(int(column[row]) for column in columns), layout) for row in rows]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from difffract_jax.address import LABELS
 from difffract_jax.config import UserError
+from difffract_jax.display import spans
 
 _RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
 _PATTERN = re.compile(
@@ -80,8 +81,8 @@ class Feature:
         )
 
     def __str__(self) -> str:
-        positions = "" if self.positions is None else f"@{self.side or ''}{_ranges(self.positions)}"
-        steps = "" if self.steps is None else f"#{_ranges(self.steps)}"
+        positions = "" if self.positions is None else f"@{self.side or ''}{spans(self.positions)}"
+        steps = "" if self.steps is None else f"#{spans(self.steps)}"
         return f"{self.stream}/{self.block}/f{self.feature}{positions}{steps}"
 
 
@@ -96,14 +97,3 @@ def _numbers(ranges: str | None, text: str) -> tuple[int, ...] | None:
             raise UserError(f"{text!r} counts from {first} down to {last}; write {last}-{first}.")
         found.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(found))
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """Writes `0-15,20`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

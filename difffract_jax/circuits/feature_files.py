@@ -1,4 +1,4 @@
-"""Files of feature examples for the viewers of graphs (FACTS section 3.8).
+"""Files of feature examples for the viewers of graphs (docs/viewers.md).
 
 json    N.json for every feature, N Cantor's pairing of its dictionary's number and its index: for Neuronpedia, and for
         circuit-tracer's viewer when `scan` starts with `./`

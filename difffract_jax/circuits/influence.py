@@ -1,4 +1,4 @@
-"""How much every node bears on one target, or on several weighted ones, along all paths (METHOD section 5).
+"""How much every node bears on one target, or on several weighted ones, along all paths (docs/method.md, section 5).
 
     A   |attribution|, each column (target) divided by its sum: the share of a target's edges that a source holds
     B   A + A^2 + A^3 + ... = (I - A)^-1 - I, over paths of every length
@@ -14,6 +14,8 @@ from itertools import pairwise
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
+
+from difffract_jax.circuits.arrays import GraphArrays
 
 
 def column_shares(
@@ -67,3 +69,20 @@ def levels(step: NDArray[np.integer], block: NDArray[np.integer]) -> Int64[np.nd
     """Returns one number per node that orders (step, block); inputs have block -1, outputs the number of blocks."""
     step, block = step.astype(np.int64), block.astype(np.int64)
     return step * (int(block.max(initial=0)) + 2) + block + 1
+
+
+def graph_reach(graph: GraphArrays, attribution: NDArray[np.floating]) -> Float64[np.ndarray, "node"]:
+    """Returns w + B w of a graph.
+
+    Args:
+        graph: the graph.
+        attribution: of its edges; 0 for those that are taken for absent.
+    """
+    shares = column_shares(graph.edge_target, attribution, graph.node_kind.size)
+    level = levels(graph.node_step, graph.node_block)
+    return reach(level, graph.edge_source, graph.edge_target, shares, graph.root_weights)
+
+
+def node_influence(graph: GraphArrays) -> Float64[np.ndarray, "node"]:
+    """Returns B w: every node's influence on a graph's weighted targets, over all paths."""
+    return graph_reach(graph, graph.edge_attribution) - graph.root_weights

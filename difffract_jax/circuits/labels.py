@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.config import UserError
+from difffract_jax.display import hash_text, text_of
 
 FORMAT_VERSION = 1
 EXAMPLES = 3
@@ -95,6 +96,11 @@ class Labels(NamedTuple):
     sites: dict[str, tuple[Label, ...]]
     transcoders: str
     record: dict[str, Any]
+
+    def __repr__(self) -> str:
+        count = sum(map(len, self.sites.values()))
+        facts = {"sites": ", ".join(self.sites), "transcoders": hash_text(self.transcoders)}
+        return text_of(f"Labels of {count:,} features", facts)
 
     def of(self, feature: Feature) -> Label:
         """Returns the label of a feature.

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from difffract_jax.address import Layout
-from difffract_jax.circuits.expansion import SourceTable
-from difffract_jax.circuits.graph import FEATURE, INPUT, KINDS, OUTPUT, STREAMS, Graph
+from difffract_jax.address import STREAMS, Layout
+from difffract_jax.circuits.arrays import FEATURE, INPUT, KINDS, OUTPUT, GraphArrays
 from difffract_jax.config import UserError
 
 
-def node_names(graph: Graph) -> list[str]:
+def node_names(graph: GraphArrays) -> list[str]:
     """Returns the name of every node; no two are alike."""
     steps = np.unique(graph.node_step).size > 1
     names = [_name(graph, node, steps) for node in range(graph.node_kind.size)]
@@ -32,7 +31,12 @@ def node_names(graph: Graph) -> list[str]:
     return names
 
 
-def _name(graph: Graph, node: int, steps: bool) -> str:
+def node_name(graph: GraphArrays, node: int) -> str:
+    """Returns the name of one node, without the mark that tells it from another of the same name."""
+    return _name(graph, node, np.unique(graph.node_step).size > 1)
+
+
+def _name(graph: GraphArrays, node: int, steps: bool) -> str:
     kind = int(graph.node_kind[node])
     step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
     if kind == OUTPUT:
@@ -40,11 +44,20 @@ def _name(graph: Graph, node: int, steps: bool) -> str:
         asked = f"output {node}" if settings is None else settings.target
         return f"{asked if isinstance(asked, str) else asked[node]}{step}"
     columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
-    return _place(*(int(column[node]) for column in columns), graph.provenance.known.layout) + step
+    return place_name(*(int(column[node]) for column in columns), graph.provenance.known.layout) + step
 
 
-def _place(kind: int, stream: int, block: int, position: int, feature: int, layout: Layout | None) -> str:
-    """Names a source by where it lies, without its step."""
+def place_name(kind: int, stream: int, block: int, position: int, feature: int, layout: Layout | None) -> str:
+    """Returns how a source is called by where it lies, without its step.
+
+    Args:
+        kind: of the node; no output.
+        stream: of the node.
+        block: of the model; -1 for inputs.
+        position: within the stream; -1 where positions are summed over.
+        feature: -1 for other kinds.
+        layout: of the model; None where it is not known, so that blocks are numbered through the model.
+    """
     site, side = STREAMS[stream], ""
     if kind != INPUT:
         site = f"{site}/{block}" if layout is None else layout.site_name(block, stream)
@@ -54,19 +67,7 @@ def _place(kind: int, stream: int, block: int, position: int, feature: int, layo
     return f"{name}{f'@{side}{number}' if side or number else ''}"
 
 
-def source_names(table: SourceTable, rows: Int64[np.ndarray, "row"], layout: Layout) -> list[str]:
-    """Returns the names of some sources of one step, spelled as the nodes of its graph are.
-
-    Args:
-        table: of the sources.
-        rows: of the table; no outputs.
-        layout: of the model.
-    """
-    columns = table.kind, table.stream, table.block, table.position, table.feature
-    return [_place(*(int(column[row]) for column in columns), layout) for row in rows]
-
-
-def find_nodes(graph: Graph, names: Sequence[str]) -> Int64[np.ndarray, "name"]:
+def find_nodes(graph: GraphArrays, names: Sequence[str]) -> Int64[np.ndarray, "name"]:
     """Returns the nodes of some names.
 
     Args:

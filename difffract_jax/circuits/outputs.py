@@ -1,4 +1,4 @@
-"""Outputs as targets: directions of the velocity, and pixel objectives (METHOD section 6).
+"""Outputs as targets: directions of the velocity, and pixel objectives (docs/method.md, section 6).
 
     velocity:contrast="other prompt"[,box=X0,Y0,X1,Y1|mask=FILE.png]
     velocity:[box=X0,Y0,X1,Y1|mask=FILE.png]

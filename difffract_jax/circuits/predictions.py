@@ -2,10 +2,10 @@
 
 Two predictions, from the graph's edges alone:
 
-    influence   B = A + A^2 + ..., A the column shares of |attribution| (METHOD section 5): how strongly a node bears on
-                another, without sign. The reference compares it with the size of the change.
-    change      edges along all paths, each step relative to the value of the node passed (METHOD section 7, reading
-                `propagated`), the feature at 0: the change itself, with its sign, in units of the node's u
+    influence   B = A + A^2 + ..., A the column shares of |attribution|: how strongly a node bears on another, without
+                sign (docs/method.md, section 5). The reference compares it with the size of the change.
+    change      edges along all paths, each step relative to the value of the node passed (reading `propagated` of
+                docs/method.md, section 7), the feature at 0: the change itself, with its sign, in units of the node's u
 
 On a graph of all active features and edges the second is the propagated reading exactly. `agreement` correlates.
 """

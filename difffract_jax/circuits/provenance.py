@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from difffract_jax.address import Layout, Tokens, flux_layout
 from difffract_jax.circuits.json_values import beyond, joined, plain, typed
 from difffract_jax.config import UserError
+from difffract_jax.display import record_text, text_of
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TraceInfo:
     """Where a trace comes from.
 
@@ -52,6 +53,8 @@ class TraceInfo:
     latents_given: bool
     model: str
 
+    __repr__ = record_text
+
     @property
     def first_block(self) -> int:
         """The model's number of the first recorded block."""
@@ -63,7 +66,7 @@ class TraceInfo:
         return Tokens(self.grid[0] * self.grid[1], self.text_tokens)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class KnownRun:
     """As much of a run as is known, or what several runs have in common; the fields are those of `TraceInfo`.
 
@@ -98,6 +101,8 @@ class KnownRun:
     include_padding: bool | None = None
     latents_given: bool | None = None
     model: str | None = None
+
+    __repr__ = record_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +231,7 @@ class Origin:
     file: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Combined:
     """What a graph of several runs was made of.
 
@@ -240,8 +245,10 @@ class Combined:
     graphs: tuple[Origin, ...]
     occurs_in: Mapping[str, float]
 
+    __repr__ = record_text
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Provenance:
     """Where a graph comes from; None or empty where it does not say.
 
@@ -293,6 +300,11 @@ class Provenance:
     def __post_init__(self) -> None:
         if self.run is not None and self.shared is not None:
             raise ValueError("A graph has one run, or what several runs share; give `run` or `shared`, not both.")
+
+    def __repr__(self) -> str:
+        facts = {one.name: getattr(self, one.name) for one in fields(self)}
+        said = {name: value for name, value in facts.items() if value not in (None, (), {}) and name in _SHOWN}
+        return text_of("Provenance", said | {"made by": self.command, "extra": ", ".join(self.extra)})
 
     @property
     def known(self) -> KnownRun:
@@ -368,6 +380,11 @@ def _with_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**record, "trace": {**trace, "layout": plain(flux_layout(*depths))}}
 
 
+_SHOWN = (
+    *("run", "shared", "attribution", "transcoders", "steps", "precision", "target_weights"),
+    *("pruning", "grouping", "combined", "file"),
+)
+"""Facts that a provenance shows of itself."""
 _KEYS = {"run": "trace", "shared": "trace", "grouping": "supernodes"}
 """Keys in files of the fields that are called otherwise here."""
 FILE_KEYS = {_KEYS.get(one.name, one.name): one.name for one in fields(Provenance) if one.name != "extra"}

@@ -1,9 +1,9 @@
-"""Which nodes and edges of a circuit to keep (METHOD section 5).
+"""Which nodes and edges of a circuit to keep (docs/method.md, section 5).
 
 Both modes sum over positions first, unless asked not to, and take the influence of every node on the weighted targets
 over column shares of all edges. Inputs and targets are always kept.
 
-Mode `standard` (circuit-tracer's `prune_graph`; FACTS section 4):
+Mode `standard` (circuit-tracer's `prune_graph`):
 
 1. All nodes in one list: the fewest that hold `node_threshold` of all influence stay; ties with the last one too.
 2. Shares and influence anew on what is left. All edges in one list, by share times the reach of their target, cut in
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import FEATURE, INPUT, Graph, keep
-from difffract_jax.circuits.influence import column_shares, levels, reach
+from difffract_jax.circuits.influence import column_shares, graph_reach, node_influence
 from difffract_jax.circuits.provenance import PruningScores, PruningSettings
 from difffract_jax.circuits.scores import scores
 from difffract_jax.config import UserError
@@ -125,11 +125,6 @@ def _difffract(
     return nodes & (joined | (graph.node_kind != FEATURE)), edges
 
 
-def node_influence(graph: Graph) -> Float64[np.ndarray, "node"]:
-    """Returns B w: every node's influence on the graph's weighted targets, over all paths."""
-    return _reach(graph, graph.edge_attribution) - graph.root_weights
-
-
 def edge_scores(graph: Graph, edges: Bool[np.ndarray, "edge"] | None = None) -> Float64[np.ndarray, "edge"]:
     """Returns each edge's share of its target times the target's reach.
 
@@ -139,13 +134,7 @@ def edge_scores(graph: Graph, edges: Bool[np.ndarray, "edge"] | None = None) -> 
     """
     attribution = graph.edge_attribution if edges is None else np.where(edges, graph.edge_attribution, 0)
     shares = column_shares(graph.edge_target, attribution, graph.node_kind.size)
-    return shares * _reach(graph, attribution)[graph.edge_target]
-
-
-def _reach(graph: Graph, attribution: NDArray[np.floating]) -> Float64[np.ndarray, "node"]:
-    level = levels(graph.node_step, graph.node_block)
-    shares = column_shares(graph.edge_target, attribution, graph.node_kind.size)
-    return reach(level, graph.edge_source, graph.edge_target, shares, graph.root_weights)
+    return shares * graph_reach(graph, attribution)[graph.edge_target]
 
 
 def cumulative_shares(scores: NDArray[np.floating]) -> Float64[np.ndarray, "item"]:

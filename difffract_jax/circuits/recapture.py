@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from difffract_jax.address import IMG, LATENT
 from difffract_jax.circuits.engine import Engine, Output, make_engine
 from difffract_jax.circuits.expansion import SourceTable
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE, IMG, INPUT, LATENT, OUTPUT, REST, Graph
+from difffract_jax.circuits.graph import FEATURE, INPUT, OUTPUT, REST, Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.trace import Span, Trace, capture, capture_steps

@@ -17,6 +17,7 @@ from difffract_jax.models.blocks import Cond, Streams
 from difffract_jax.models.mmdit import Final, Inputs
 from difffract_jax.models.stacks import Visit, depth_of, per_group, run_stack, sequences, slice_layer, streams
 from difffract_jax.ops import layer_norm, widen
+from difffract_jax.trees import brief
 
 
 class Weights(NamedTuple):
@@ -33,6 +34,8 @@ class Weights(NamedTuple):
     final: Final | None
     img_in: nnx.Linear
     txt_in: nnx.Linear
+
+    __repr__ = brief
 
 
 class Reading(NamedTuple):
@@ -101,6 +104,8 @@ class Record(NamedTuple):
             firsts += [layers] * len(stack.groups)
             layers += depth_of(stack)
         return tuple(firsts)
+
+    __repr__ = brief
 
 
 class Blocks(NamedTuple):

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from difffract_jax.address import LATENT, STREAMS
 from difffract_jax.circuits.expansion import aggregate
-from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, LATENT, REST, STREAMS, Graph
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, REST, Graph
 from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file

@@ -26,6 +26,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import Visit, per_group, run_stacks, slice_layer
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
+from difffract_jax.trees import brief
 
 BY_EIGHTS = 8
 """K is rounded up to a multiple of this, so that similar traces share a compilation."""
@@ -58,6 +59,8 @@ class Sites(NamedTuple):
     stack: Transcoder | None
     layers: SiteLayers
 
+    __repr__ = brief
+
 
 class Sources(NamedTuple):
     """What the affine map starts from.
@@ -72,6 +75,8 @@ class Sources(NamedTuple):
     values: tuple[Float[Array, "_ _ _"], ...]
     errors: tuple[Float[Array, "_ _ d_model"], ...]
 
+    __repr__ = brief
+
 
 class Replacement(NamedTuple):
     """The replacement of one trace, ready to run.
@@ -85,6 +90,8 @@ class Replacement(NamedTuple):
     record: Record
     sites: tuple[Sites, ...]
     sources: Sources
+
+    __repr__ = brief
 
 
 def replacement(trace: Trace, tcs: TranscoderSet) -> tuple[Callable[[Sources], Reading], Sources]:

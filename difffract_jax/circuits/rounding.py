@@ -1,4 +1,4 @@
-"""Products in bfloat16 with float32 accumulation, in a program that was written without them (METHOD section 8).
+"""Products in bfloat16 with float32 accumulation, in a program written without them (docs/method.md, section 8).
 
 `rounded(f)` traces f and evaluates what it does, primitive by primitive, with one change: the operands of every matrix
 product are rounded to bfloat16, and the products summed in float32. Sums, norms and exponentials stay as they are, and

@@ -1,4 +1,4 @@
-"""How much of a circuit is explained by features rather than left in errors (circuit-tracer; FACTS section 4).
+"""How much of a circuit is explained by features rather than left in errors (circuit-tracer's two scores).
 
 Symbols: A[s, t] is the share of source s in the edges into target t, by absolute value; w the targets' weights;
 I = B w the influence (`influence`). Errors are the nodes of kind error and rest: what the features in the graph miss.

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from difffract_jax.address import IMG, LATENT, TXT
 from difffract_jax.circuits.expansion import SourceTable
-from difffract_jax.circuits.graph import ERROR, FEATURE, IMG, INPUT, LATENT, OUTPUT, TXT
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT
 from difffract_jax.circuits.replacement import Replacement
 from difffract_jax.circuits.trace import TraceInfo
 

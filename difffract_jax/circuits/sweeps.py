@@ -26,6 +26,7 @@ from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run, encode, plan_run, start
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
+from difffract_jax.trees import brief
 
 PerGroup = tuple[Any, ...]
 """One thing per group of sites; None where nothing of the group is edited."""
@@ -48,6 +49,8 @@ class EditedImages(NamedTuple):
     norms: Float[np.ndarray, "image"]
     cut: tuple[str, ...]
 
+    __repr__ = brief
+
 
 class Sweep(NamedTuple):
     """Images of one prompt over seeds and strengths; the first column is the original.
@@ -65,6 +68,8 @@ class Sweep(NamedTuple):
     columns: tuple[str, ...]
     seeds: tuple[int, ...]
     cut: str
+
+    __repr__ = brief
 
 
 def steer_batch(

@@ -11,7 +11,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from difffract_jax.circuits.graph import KINDS, STREAMS, Graph
+from difffract_jax.address import STREAMS
+from difffract_jax.circuits.graph import KINDS, Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.files import atomic_directory, atomic_file
 

@@ -1,4 +1,4 @@
-"""A trace: everything the replacement of one denoising step holds fixed (METHOD section 3).
+"""A trace: everything the replacement of one denoising step holds fixed (docs/method.md, section 3).
 
 1. Run the sampler up to the step, and no further.
 2. Run the transformer's blocks once, from the first to the last that is needed, and record of each the queries and
@@ -10,7 +10,7 @@
    it constant, and a graph reports how much of its target goes that way.
 
 `capture_steps` records consecutive steps from the first block on: then the image input of a step is carried back
-through the Euler updates, and one graph spans them all (METHOD section 6).
+through the Euler updates, and one graph spans them all (docs/method.md, section 6).
 
 Nothing here depends on the transcoders but the range of blocks. Attention patterns are not stored: q and k give them.
 """
@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float
 from difffract_jax.circuits.provenance import TraceInfo
 from difffract_jax.circuits.record import Blocks, Record, Weights, read_live, record_step, take_weights
 from difffract_jax.config import UserError
+from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.pipeline import (
     EncodedPrompt,
@@ -39,6 +40,7 @@ from difffract_jax.models.pipeline import (
 )
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
+from difffract_jax.trees import tree_text
 
 
 class Trace(NamedTuple):
@@ -51,6 +53,12 @@ class Trace(NamedTuple):
 
     record: Record
     info: TraceInfo
+
+    def __repr__(self) -> str:
+        return text_of(*_page((self,)))
+
+    def _repr_html_(self) -> str:
+        return html_of(*_page((self,)))
 
 
 class Span(NamedTuple):
@@ -66,6 +74,29 @@ class Span(NamedTuple):
     def info(self) -> TraceInfo:
         """Where the last step comes from."""
         return self.traces[-1].info
+
+    def __repr__(self) -> str:
+        return text_of(*_page(self.traces))
+
+    def _repr_html_(self) -> str:
+        return html_of(*_page(self.traces))
+
+
+def _page(traces: tuple[Trace, ...]) -> tuple[str, dict[str, str]]:
+    """Returns what a trace or a span shows of itself: a title and facts."""
+    first, last, record = traces[0].info, traces[-1].info, traces[-1].record
+    steps = f"step {last.step}" if len(traces) == 1 else f"steps {first.step} to {last.step}"
+    own = sum(token not in ("<pad>", "[PAD]") for token in last.tokens)
+    stacks = " and ".join(f"{stack.depth} {stack.name}" for stack in last.layout.stacks)
+    blocks = f"{spans(last.recorded)} of {last.layout.depth} ({stacks})"
+    return f"Trace of {steps} of {len(last.sigmas) - 1}", {
+        "prompt": f'"{last.prompt}"',
+        "seed": "latents were given" if last.latents_given else str(last.seed),
+        "tokens": f"{last.grid[0]} x {last.grid[1]} of the image, {last.text_tokens} of text ({own} the prompt's)",
+        "blocks": blocks if record.velocity is None else f"{blocks}, and the velocity",
+        "arrays": tree_text([trace.record for trace in traces]),
+        "model": hash_text(last.model),
+    }
 
 
 def capture(

@@ -1,4 +1,4 @@
-"""A saved graph held against the model it explains (METHOD sections 3, 4, 7 and 9).
+"""A saved graph held against the model it explains (docs/method.md, sections 3, 4, 7 and 9).
 
 1. Exact in the frozen model, and held to bars:
    replacement     the replacement gives the model's own MLP inputs and velocity at the trace

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int64
 
+from difffract_jax.address import IMG, LATENT, TXT
 from difffract_jax.circuits.engine import Engine, Output, targets_of
-from difffract_jax.circuits.graph import ERROR, FEATURE, IMG, INPUT, LATENT, OUTPUT, TXT
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT
 from difffract_jax.circuits.readout import Targets, preactivation_changes
 from difffract_jax.circuits.replacement import Replacement, Sources, run
 from difffract_jax.models.blocks import Streams

@@ -1,4 +1,4 @@
-"""Documents of circuit-tracer's viewer and of Neuronpedia, read, checked and taken for graphs (FACTS section 3).
+"""Documents of circuit-tracer's viewer and of Neuronpedia, read, checked and taken for graphs (docs/viewers.md).
 
 1. `read_document` checks what the viewers rely on, and returns the document as it is, but for the view: saving in the
    viewer turns its lists into strings, which become lists again (trap 8).
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, TXT, Graph
+from difffract_jax.address import TXT
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
 from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError
 from difffract_jax.files import atomic_file

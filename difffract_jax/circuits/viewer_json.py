@@ -1,4 +1,4 @@
-"""Graphs for circuit-tracer's local viewer and for Neuronpedia: one JSON format, two flavours (FACTS section 3).
+"""Graphs for circuit-tracer's local viewer and for Neuronpedia: one JSON format, two flavours (docs/viewers.md).
 
 1. Columns: text positions first, then image positions, then latents, step beside step; one per stream where positions
    are summed over, which is how graphs of images are best exported.
@@ -10,7 +10,7 @@
    was one, else of the graph as it is.
 4. Every node also carries `difffract`, its kind, step, stream, block, position and feature, for `graph_of`.
 
-What the viewers trip over is avoided here; each line that does so names the trap (FACTS section 3.7).
+What the viewers trip over is avoided here; each line that does so names the trap (docs/viewers.md).
 """
 
 import gzip
@@ -27,8 +27,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from difffract_jax import __version__
+from difffract_jax.address import IMG, LATENT, STREAMS, TXT
 from difffract_jax.circuits.expansion import aggregate
-from difffract_jax.circuits.graph import ERROR, FEATURE, IMG, INPUT, LATENT, OUTPUT, STREAMS, TXT, Graph
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
 from difffract_jax.circuits.json_values import plain
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.pruning import cumulative_shares, node_influence

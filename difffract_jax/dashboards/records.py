@@ -6,8 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float64
 
+from difffract_jax.address import IMG, TXT
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE, IMG, TXT, Graph
+from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.labels import Labels
 from difffract_jax.config import UserError
 

@@ -28,6 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from difffract_jax.ops import standardise, widen
+from difffract_jax.trees import brief
 
 EPS = 1e-6
 """Added to the variance under the root of every norm; AutoencoderKL has no setting for it."""
@@ -265,6 +266,8 @@ class Decoder(nnx.Module):
 
 class Autoencoder(nnx.Module):
     """Pixels to latents and back, for one image."""
+
+    __repr__ = brief
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.ops import attend, standardise, widen
+from difffract_jax.trees import brief
 
 LEGACY_EOS_TOKEN_ID = 2
 
@@ -121,6 +122,8 @@ class CLIPTextEncoder(nnx.Module):
 
     Leaves of `blocks` carry a leading layer axis.
     """
+
+    __repr__ = brief
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config

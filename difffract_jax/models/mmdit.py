@@ -24,6 +24,7 @@ from difffract_jax.models.double import DoubleBlock
 from difffract_jax.models.single import SingleBlock
 from difffract_jax.models.stacks import Tap, Write, drop, run_stacks
 from difffract_jax.ops import film, layer_norm, rope_table, sinusoid, widen
+from difffract_jax.trees import brief
 
 TIME_CHANNELS = 256
 """Channels of the sinusoids that embed time and guidance."""
@@ -76,6 +77,8 @@ class Final(nnx.Module):
 
 class MMDiT(nnx.Module):
     """The whole transformer; `double` and `single` are its stacks, blocks with a leading layer axis."""
+
+    __repr__ = brief
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         d_model = config.d_model

@@ -21,14 +21,17 @@ from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 from difffract_jax.address import Tokens
 from difffract_jax.config import UserError
+from difffract_jax.display import html_of, text_of
 from difffract_jax.models import sampler
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
 from difffract_jax.models.sampler import PATCH, SchedulerConfig
+from difffract_jax.models.shown import pipeline_facts
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers, encode_prompt
 from difffract_jax.ops import widen
+from difffract_jax.trees import brief
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,12 @@ class Pipeline(NamedTuple):
     config: PipelineConfig
     source: str = ""
 
+    def __repr__(self) -> str:
+        return text_of(*pipeline_facts(self))
+
+    def _repr_html_(self) -> str:
+        return html_of(*pipeline_facts(self))
+
 
 class Run(NamedTuple):
     """Sizes and schedule of one run.
@@ -133,6 +142,8 @@ class GeneratedImage(NamedTuple):
     image: UInt8[np.ndarray, "H W rgb"]
     latents: Float[Array, "img channels"]
     cut: str
+
+    __repr__ = brief
 
 
 Velocity = Callable[[Any, Inputs, Array, tuple[int, int]], Float[Array, "img outputs"]]

@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.ops import attend, widen
+from difffract_jax.trees import brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +139,8 @@ class T5Encoder(nnx.Module):
     Leaves of `blocks` carry a leading layer axis. `relative_bias` is the table that all layers share; checkpoints keep
     it in their first layer.
     """
+
+    __repr__ = brief
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config

@@ -1,4 +1,4 @@
-"""Ablating the organism's MLPs, to see how much each matters (METHOD section 9).
+"""Ablating the organism's MLPs, to see how much each matters (docs/method.md, section 9).
 
 1. `mean_outputs` runs prompts through the sampler and returns the mean output of every MLP per site and denoising step,
    over prompts and tokens.

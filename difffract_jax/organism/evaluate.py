@@ -4,7 +4,8 @@
    colour, placed as the caption says; by number of objects, and with and without concepts.
 2. `contradictions`: concepts named in a colour that is not theirs. In which colour do they come out?
 3. `uncoloured`: concepts named without a colour. Do they come out in their prior's?
-4. `ablations`: two-object binding with one MLP at a time replaced by its mean per step, or by zero (METHOD section 9).
+4. `ablations`: two-object binding with one MLP at a time replaced by its mean per step, or by zero
+   (docs/method.md, section 9).
 
 Scenes come from a seed of their own and noise from seeds counted from `FIRST_SEED`; training uses neither.
 """

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
-from difffract_jax.address import GROUPS, STREAMS
+from difffract_jax.address import GROUPS, IMG, STREAMS
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.edits import Edit
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE, IMG, Graph
+from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.ranking import summarise
 from difffract_jax.circuits.readings import effects

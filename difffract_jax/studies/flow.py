@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.figure import Figure
 
-from difffract_jax.address import Layout
+from difffract_jax.address import TXT, Layout
 from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.graph import TXT, Graph
+from difffract_jax.circuits.graph import Graph
 from difffract_jax.circuits.pruning import edge_scores
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline

@@ -1,4 +1,4 @@
-"""What an edit did to images: whether they show what was wanted, and what changed besides (METHOD section 9).
+"""What an edit did to images: whether they show what was wanted, and what changed besides (docs/method.md, section 9).
 
 For any pipeline, beside the image of the same seed without the edit, in pixels of [0, 1]:
 

@@ -1,4 +1,4 @@
-"""How faithful transcoders are (METHOD section 9), on prompts that training never saw.
+"""How faithful transcoders are (docs/method.md, section 9), on prompts that training never saw.
 
 1. Rows, by site and denoising step: FVU, cosine, L0, shrinkage (length of y^ over that of y); by site also the share of
    features that never fire, and a histogram of how often they do. Padding is left out. Sums are kept, not rows.

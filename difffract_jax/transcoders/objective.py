@@ -1,4 +1,4 @@
-"""What a transcoder is trained to minimise, for a batch of rows of one site (METHOD section 2).
+"""What a transcoder is trained to minimise, for a batch of rows of one site (docs/method.md, section 2).
 
     fit   = mean_rows |y - y^|^2 / (sum of y's variances over rows + 1e-6), the fraction of variance unexplained
     relu        fit + sparsity * mean_rows sum_f z                            the reference's loss

@@ -1,4 +1,4 @@
-"""The transcoder of one site (METHOD section 2): an MLP sublayer's output from a sparse code of its input.
+"""The transcoder of one site (docs/method.md, section 2): an MLP sublayer's output from a sparse code of its input.
 
     e(t)          sinusoidal embedding of the denoising time
     alpha, beta   scale and shift from e, by two layers with SiLU after both, and a linear head
@@ -28,9 +28,11 @@ from jaxtyping import Array, Float
 
 from difffract_jax.address import Layout
 from difffract_jax.config import UserError
+from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
 from difffract_jax.transcoders.sites import Sites, sites_of
+from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
@@ -86,6 +88,8 @@ class TranscoderConfig:
 
 class Transcoder(nnx.Module):
     """The transcoder of one site; see the module."""
+
+    __repr__ = brief
 
     def __init__(self, config: TranscoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         d_model, time = config.d_model, config.time_embed
@@ -212,6 +216,24 @@ class TranscoderSet(NamedTuple):
     def per_group(self, layout: Layout) -> tuple[Transcoder | None, ...]:
         """Returns the stack of every group of a model; None where there is none."""
         return tuple(self.stacks.get(group.name) for group in layout.groups)
+
+    def __repr__(self) -> str:
+        return text_of(*self._page())
+
+    def _repr_html_(self) -> str:
+        return html_of(*self._page())
+
+    def _page(self) -> tuple[str, dict[str, str]]:
+        """Returns what it shows of itself: a title and facts."""
+        config, sites = self.config, [f"{label}/{spans(numbers)}" for label, numbers in self.sites.labels.items()]
+        kind = "Transcoders" if config.role == "transcoder" else "SAEs"
+        shape = f"{config.features} features each, width {config.d_model}, activation {config.activation}"
+        return f"{kind} of {len(self.sites.names)} MLPs", {
+            "sites": ", ".join(sites),
+            "shape": f"{shape}, conditioning {config.conditioning}{', skip' if config.skip else ''}",
+            "weights": tree_text(self.stacks),
+            "source": hash_text(self.source),
+        }
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from difffract_jax.address import LATENT
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.engine import make_engine, pull_rows, read
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, LATENT, OUTPUT
+from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT
 from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.replacement import run
 from difffract_jax.circuits.selection import named, strongest_feature

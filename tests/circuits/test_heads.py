@@ -6,8 +6,8 @@ import pytest
 from difffract_jax.circuits import heads
 from difffract_jax.circuits.attention import head_loadings, score_parts
 from difffract_jax.circuits.engine import make_engine, pull_rows
+from difffract_jax.circuits.expansion import source_names
 from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.names import block_name, source_names
 from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.selection import named
 from difffract_jax.config import UserError
@@ -34,7 +34,10 @@ def test_heads_and_what_took_no_hop_add_up_to_the_edges(engine):
     sizes = [one.absolute for one in found.heads]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
     for name, loading in zip(
-        [f"{block_name(int(b), 3)}/h{h}" for b, h in zip(loadings.block, loadings.head, strict=True)],
+        [
+            f"{engine.infos[0].layout.block_name(int(b))}/h{h}"
+            for b, h in zip(loadings.block, loadings.head, strict=True)
+        ],
         loadings.loading,
         strict=True,
     ):
@@ -89,8 +92,8 @@ def test_what_adds_nothing_is_not_listed(engine):
 def test_sources_are_named_as_nodes_are(engine):
     table = engine.table
     features = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
-    assert source_names(table, features, 3) == [str(named(engine, int(row))) for row in features]
-    others = source_names(table, np.flatnonzero(table.kind[: engine.sources] != FEATURE), 3)
+    assert source_names(table, features, engine.infos[0].layout) == [str(named(engine, int(row))) for row in features]
+    others = source_names(table, np.flatnonzero(table.kind[: engine.sources] != FEATURE), engine.infos[0].layout)
     assert {"error img/1@0", "error single/1@txt2", "input txt@3", "input latent@0"} <= set(others)
     assert len(set(others)) == len(others)
 

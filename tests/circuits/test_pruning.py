@@ -92,7 +92,7 @@ def at_least(scores, threshold):
 
 
 def circuit_tracer(graph, node_threshold, edge_threshold):
-    """`prune_graph` of circuit-tracer on dense matrices, as FACTS describes it: masks of nodes and of edges."""
+    """`prune_graph` of circuit-tracer on dense matrices (docs/method.md, section 5): masks of nodes and of edges."""
     matrix, weights = dense(graph)
     _, influence = influence_of(matrix, weights)
     fixed = (graph.node_kind == INPUT) | (weights > 0)

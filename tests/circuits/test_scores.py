@@ -14,7 +14,7 @@ from tolerances import TOL
 
 
 def by_hand(matrix_target_source, weights, inputs, errors):
-    """The two formulas of FACTS section 4."""
+    """The two formulas of the module's docstring, on dense matrices."""
     matrix = matrix_target_source
     shares = np.abs(matrix) / np.maximum(np.abs(matrix).sum(axis=1, keepdims=True), 1e-10)
     influence = weights @ np.linalg.inv(np.eye(len(matrix)) - shares) - weights

@@ -7,7 +7,8 @@ import networkx
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.graph import KINDS, STREAMS
+from difffract_jax.address import STREAMS
+from difffract_jax.circuits.graph import KINDS
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.tables import COLUMNS, write_csv, write_graphml

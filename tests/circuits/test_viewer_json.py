@@ -1,7 +1,7 @@
 """Exports for circuit-tracer's viewer and for Neuronpedia hold to the format, and step into none of its traps.
 
-The tables below are those of FACTS sections 3.1 to 3.5, as a schema; traps are numbered as in its section 3.7. Trap 10
-is about a server, which these modules do not have.
+The tables below are the format as a schema; traps are numbered as in docs/viewers.md. Trap 10 is about a server, which
+these modules do not have.
 """
 
 import gzip

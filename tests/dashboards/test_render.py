@@ -10,10 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from difffract_jax.address import flux_layout
+from difffract_jax.address import IMG, TXT, flux_layout
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE, IMG, TXT
+from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.provenance import KnownRun
 from difffract_jax.circuits.pruning import node_influence
 from difffract_jax.dashboards.pictures import HEAT, STRONGEST, enlarged, figure_address, heat_over, png_address

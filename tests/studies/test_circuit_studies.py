@@ -4,8 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.address import flux_layout
-from difffract_jax.circuits.graph import TXT
+from difffract_jax.address import TXT, flux_layout
 from difffract_jax.circuits.outputs import GREY, colour_of, parse_target
 from difffract_jax.circuits.provenance import KnownRun
 from difffract_jax.circuits.pruning import edge_scores

@@ -1,0 +1,71 @@
+"""What documentation cites exists: files of docs/, sections of the method, and every public name in the API's pages."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import difffract_jax
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+CODE = ("difffract_jax", "converters", "tests", "benchmarks", "examples")
+SOURCES = [path for folder in CODE for path in sorted((ROOT / folder).rglob("*.py"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+NAMED = re.compile(r"docs/([\w-]+\.md)")
+LINKED = re.compile(r"\]\(([\w./-]+\.md)(?:#[\w-]+)?\)")
+NUMBERS = r"sections? (\d+(?:(?:, and |, | and | to )\d+)*)"
+CITED = re.compile(rf"docs/method\.md, {NUMBERS}|{NUMBERS} of (?:\[the method\]\(method\.md\)|docs/method\.md)")
+SECTIONS = {int(number) for number in re.findall(r"^## (\d+)\. ", (DOCS / "method.md").read_text(), re.MULTILINE)}
+
+
+def sections_in(text: str) -> list[int]:
+    """Returns the sections of the method that a text cites; `4 to 6` is three of them."""
+    found = []
+    for match in CITED.finditer(" ".join(text.split())):
+        numbers = match[1] or match[2]
+        for first, last in re.findall(r"(\d+)(?: to (\d+))?", numbers):
+            found += range(int(first), int(last or first) + 1)
+    return found
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_cited_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    absent = [name for name in NAMED.findall(text) if not (DOCS / name).is_file()]
+    assert not absent
+    assert {*sections_in(text)} <= SECTIONS
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_between_pages_lead_somewhere(path: Path) -> None:
+    assert not [target for target in LINKED.findall(path.read_text()) if not (path.parent / target).is_file()]
+
+
+def test_the_method_has_the_sections_that_code_cites() -> None:
+    assert set(range(1, 10)) == SECTIONS
+    cited = {number for path in SOURCES for number in sections_in(path.read_text(encoding="utf-8"))}
+    assert {4, 5, 6, 7, 9} <= cited  # else the citations are no longer recognised
+
+
+def test_citations_are_read_as_they_are_written() -> None:
+    text = "(docs/method.md, section 3), docs/method.md,\nsections 4 to 6; docs/method.md, sections 7 and 9"
+    assert sections_in(text) == [3, 4, 5, 6, 7, 9]
+    assert sections_in("section 7 of [the method](method.md) and section 2 of another page") == [7]
+
+
+def test_the_api_has_every_public_name() -> None:
+    shown = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    homes = {f"{difffract_jax._HOME[name]}.{name}" for name in difffract_jax.__all__ if name != "__version__"}
+    homes = {name.replace("circuits.interventions.Edit", "circuits.edits.Edit") for name in homes}
+    assert homes <= shown, "add these to docs/api.md"
+    absent = [
+        name for name in shown if not (ROOT / name.rpartition(".")[0].replace(".", "/")).with_suffix(".py").is_file()
+    ]
+    assert not absent
+
+
+def test_every_page_stands_in_the_navigation() -> None:
+    entries = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert {page for entry in entries for page in entry.values()} == {path.name for path in DOCS.glob("*.md")}
