@@ -79,6 +79,7 @@ from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
 from difffract_jax.models.mmdit import FluxConfig  # noqa: E402
 from difffract_jax.models.pipeline import Pipeline  # noqa: E402
 from difffract_jax.models.presets import PRESETS  # noqa: E402
+from difffract_jax.models.stacks import group_slices  # noqa: E402
 from difffract_jax.models.tiny import random_pipeline  # noqa: E402
 from difffract_jax.transcoders.sites import sites_of  # noqa: E402
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, random_transcoders  # noqa: E402
@@ -213,8 +214,8 @@ def layers_of(prepared: Replacement) -> Layers:
         projections = [2 * width**2 * weight] * values.shape[0]
         places = [values.shape[1] * values.shape[2]] * values.shape[0]
         counts.append(np.array([decoders, projections, active.sum(axis=(1, 2)), places], np.int64))
-    img, txt, joint = counts
-    return Layers(*np.concatenate([img + txt, joint], axis=1))
+    slices = group_slices(trace.record.weights.stacks)
+    return Layers(*np.concatenate([sum(counts[part]) for part in slices], axis=1))
 
 
 def reach(trace: Trace, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +224,7 @@ def reach(trace: Trace, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     A single-stream MLP reads what its block's attention reads; a double-stream one reads what attention has added to.
     """
     layers = blocks - trace.info.first_block
-    return layers + (blocks < trace.info.depths[0]), layers
+    return layers + (blocks < trace.info.layout.stacks[0].depth), layers
 
 
 def floor_flops(trace: Trace, held: Layers, blocks: np.ndarray) -> float:

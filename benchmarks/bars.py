@@ -214,11 +214,11 @@ def law(exact: Any) -> Law:
     table = source_table((exact.replacement,), (exact.trace.info,))
     rows = np.flatnonzero((table.kind == FEATURE) & (table.value > 0) & (table.block == table.block.max()))
     stream, position, feature = (jnp.asarray(c[rows[:8]], jnp.int32) for c in (table[1], table[3], table[4]))
-    if table.block.max() >= exact.trace.info.depths[0]:
-        position = position + jnp.where(stream == 0, exact.trace.info.text_tokens, 0)
-        stream = jnp.full_like(stream, 2)
-    layer = jnp.full(len(stream), exact.trace.info.recorded.index(int(table.block.max())), jnp.int32)
-    targets = Targets(stream, layer, position, feature)
+    info = exact.trace.info
+    group = info.layout.groups_at(table.block[rows[:8]], stream)
+    row = info.layout.rows_at(group, stream, position, info.tokens_of)
+    layer = jnp.full(len(stream), info.recorded.index(int(table.block.max())), jnp.int32)
+    targets = Targets(*(jnp.asarray(column, jnp.int32) for column in (group, layer, row, feature)))
     edges = np.asarray(pull_back(exact.replacement, targets), np.float64)
     sums = np.abs(edges).sum(1)
     record, sites, sources = exact.replacement
@@ -242,18 +242,16 @@ def law(exact: Any) -> Law:
 
 
 def strongest_places(exact: Any, edges: np.ndarray) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Yields the eight features with the largest edges: (stream, layer, position, place), and the column of a row."""
+    """Yields the eight features with the largest edges: (group, layer, row, place), and the column of a row of edges."""
     table = source_table((exact.replacement,), (exact.trace.info,))
     size = np.where((table.kind == FEATURE) & (table.value > 0), np.abs(edges).max(axis=0), 0.0)
     for column in np.argsort(-size)[:8]:
         info = exact.trace.info
-        stream, layer = int(table.stream[column]), info.recorded.index(int(table.block[column]))
-        position = int(table.position[column])
-        if table.block[column] >= info.depths[0]:
-            position += info.text_tokens if stream == 0 else 0
-            stream, layer = 2, layer - exact.replacement.sources.values.img.shape[0]
-        index = np.asarray(exact.replacement.sites[stream].layers.index)[layer, position]
-        yield (stream, layer, position, int(np.flatnonzero(index == table.feature[column])[0])), int(column)
+        group = int(info.layout.groups_at(table.block[column], table.stream[column]))
+        row = int(info.layout.rows_at(group, table.stream[column], table.position[column], info.tokens_of))
+        layer = info.recorded.index(int(table.block[column])) - exact.replacement.record.first_layers[group]
+        index = np.asarray(exact.replacement.sites[group].layers.index)[layer, row]
+        yield (group, layer, row, int(np.flatnonzero(index == table.feature[column])[0])), int(column)
 
 
 def interventions(golden: Golden) -> Iterator[Bar]:

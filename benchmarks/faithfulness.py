@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from difffract_jax.address import STREAMS  # noqa: E402
 from difffract_jax.checkpoint import atomic_file
 from difffract_jax.circuits import replacement
 from difffract_jax.circuits.attribution import attribute
@@ -53,11 +54,10 @@ def draw(pipe: Any, tcs: Any, caption: str, number: int) -> tuple[Any, Any]:
     step = int(rng.integers(pipe.config.defaults.steps))
     trace = capture(pipe, tcs, caption, seed=number, step=step, output=True)
     engine = make_engine(trace, tcs)
-    table, depth = engine.table, trace.info.depths[0]
-    here = (table.kind == FEATURE) & (table.value > 0) & (table.block == block + (depth if stream == "single" else 0))
-    if stream != "single":
-        here &= table.stream == ("img", "txt").index(stream)
-    rows = np.flatnonzero(here)
+    table, layout = engine.table, trace.info.layout
+    at_site = (table.kind == FEATURE) & (table.value > 0) & (table.block == layout.block_of(stream, block))
+    at_site &= np.isin(table.stream, [STREAMS.index(name) for name in layout.streams_of(stream)])
+    rows = np.flatnonzero(at_site)
     feature = rng.choice(np.unique(table.feature[rows]))
     return trace, named(engine, int(rng.choice(rows[table.feature[rows] == feature])))
 

@@ -4,7 +4,7 @@
 2. No network: a library that would fetch something fails at once.
 3. Matrix products at full float32 precision, which is what the tolerances assume.
 4. Compiled programs are dropped before they use up the memory maps that the kernel grants a process.
-5. What one process has compiled the others of this run read: a cache on disk, empty at first, removed at the end.
+5. What one process has compiled others read, in this run and the next: `compiled.py`.
 6. The compiler optimises its machine code less, since compiling is two thirds of the time; a module that mostly
    compiles takes a quarter less. Results differ by rounding alone, which no tolerance may hang on. As users run it:
    `XLA_FLAGS= pytest`.
@@ -15,20 +15,15 @@
 
 import gc
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import compiled
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
-# Set where the run begins; its worker processes, and the commands that tests start, inherit it.
-CACHE = None if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="difffract-tests-")
-if CACHE is not None:
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
-    # With a limit JAX locks the cache, so that no process reads what another has half written.
-    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**32)
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+compiled.share()
 
 import hypothesis  # noqa: E402  (the environment above must be set first)
 import jax  # noqa: E402
@@ -45,12 +40,6 @@ jax.config.update("jax_default_matmul_precision", "highest")
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 25_000
 """Of the 65,530 that Linux grants; every compiled program holds some, and without one the compiler crashes."""
-
-
-def pytest_unconfigure() -> None:
-    """Removes the cache that this process made."""
-    if CACHE is not None:
-        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -91,7 +91,7 @@ def test_a_notebook_gets_a_short_escaped_table(values: dict[str, Any], name: str
 
 def test_parts_of_public_values_show_themselves_too(values: dict[str, Any]) -> None:
     pipe, tcs, trace, graph = (values[name] for name in ("load_pipeline", "load_transcoders", "capture", "prune"))
-    parts = [pipe.transformer, pipe.t5, pipe.clip, pipe.vae, pipe.config, tcs.img, tcs.config]
+    parts = [pipe.transformer, pipe.t5, pipe.clip, pipe.vae, pipe.config, tcs.stacks["img"], tcs.config]
     parts += [trace.record, trace.info, graph.provenance, graph.provenance.known, graph.summary(), graph.top(50)]
     for part in parts:
         lines = repr(part).splitlines()

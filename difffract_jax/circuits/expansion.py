@@ -382,4 +382,8 @@ def source_names(table: SourceTable, rows: Int64[np.ndarray, "row"], layout: Lay
         layout: of the model.
     """
     columns = table.kind, table.stream, table.block, table.position, table.feature
-    return [place_name(*(int(column[row]) for column in columns), layout) for row in rows]
+    names = []
+    for row in rows:
+        kind, stream, block, position, feature = (int(column[row]) for column in columns)
+        names.append(place_name(kind, stream, block, position, feature, layout))
+    return names

@@ -44,7 +44,8 @@ def _name(graph: GraphArrays, node: int, steps: bool) -> str:
         asked = f"output {node}" if settings is None else settings.target
         return f"{asked if isinstance(asked, str) else asked[node]}{step}"
     columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
-    return place_name(*(int(column[node]) for column in columns), graph.provenance.known.layout) + step
+    kind, stream, block, position, feature = (int(column[node]) for column in columns)
+    return place_name(kind, stream, block, position, feature, graph.provenance.known.layout) + step
 
 
 def place_name(kind: int, stream: int, block: int, position: int, feature: int, layout: Layout | None) -> str:

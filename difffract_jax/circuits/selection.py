@@ -100,7 +100,9 @@ def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
         known = ", ".join(map(str, numbers)) or "none"
         raise UserError(f"There is no transcoder at {target.stream}/{target.block}; blocks with one: {known}.")
     group, record = layout.group_of(target.stream, target.block), engine.steps[0].record
-    features = engine.steps[0].sites[group].stack.config.features
+    stack = engine.steps[0].sites[group].stack
+    assert stack is not None  # as the site has a transcoder
+    features = stack.config.features
     if target.feature >= features:
         raise UserError(f"{target} does not exist: the transcoders have features 0 to {features - 1}.")
     side = STREAMS.index(target.side or layout.streams_of(target.stream)[-1])

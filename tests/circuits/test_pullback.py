@@ -17,7 +17,7 @@ from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import capture
 from difffract_jax.models.blocks import Streams
 from tolerances import TOL, relative_error
-from traces import IMAGE, JOINT, TEXT, VARIANTS, Exact, make_exact
+from traces import IMAGE, JOINT, MORE_VARIANTS, TEXT, Exact, make_exact
 
 
 def some_targets(exact, count=12, seed=0):
@@ -73,9 +73,11 @@ def test_every_kind_of_edge_is_the_effect_of_its_direct_intervention(exact):
             assert np.max(np.abs((after - before) - edges[:, row])) <= TOL.intervention_x64 * np.abs(edges).max()
 
 
-@pytest.mark.parametrize("name", ["every site", "a skip", "a gap"])
+@pytest.mark.parametrize(
+    "name", ["a skip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("every site", "a gap"))]
+)
 def test_edges_are_direct_interventions_in_float32_too(name):
-    exact = make_exact(dtype=jnp.float32, **VARIANTS[name])
+    exact = make_exact(dtype=jnp.float32, **MORE_VARIANTS[name])
     targets = some_targets(exact, seed=1)
     edges = np.asarray(pull_back(exact.replacement, targets))
     assert edges.dtype == np.float32

@@ -22,6 +22,7 @@ from difffract_jax.studies.repair import blame
 from difffract_jax.transcoders.transcoder import Transcoder
 from random_graphs import random_graph, random_output_graph
 from tolerances import TOL
+from traces import IMAGE, JOINT, TEXT
 
 PROMPT, WANTED = "a red circle left of a blue square", "an orange circle left of a blue square"
 
@@ -93,10 +94,14 @@ def test_places_hold_the_mean_codes_of_the_run(organism, material, codes):
     record = trace.record
     for group, (stack, x, mask) in enumerate(
         (
-            (tcs.img, record.mlp_in.img, material.inside[1]),
-            (tcs.txt, record.mlp_in.txt, material.phrase[1]),
-            (tcs.joint, record.mlp_in.joint, np.append(material.phrase[1], np.zeros(36, bool))),
-            (tcs.joint, record.mlp_in.joint, np.append(np.zeros(material.phrase.shape[1], bool), material.inside[1])),
+            (tcs.stacks["img"], record.mlp_in[IMAGE], material.inside[1]),
+            (tcs.stacks["txt"], record.mlp_in[TEXT], material.phrase[1]),
+            (tcs.stacks["joint"], record.mlp_in[JOINT], np.append(material.phrase[1], np.zeros(36, bool))),
+            (
+                tcs.stacks["joint"],
+                record.mlp_in[JOINT],
+                np.append(np.zeros_like(material.phrase[1]), material.inside[1]),
+            ),
         )
     ):
         tc: Transcoder = jax.tree.map(lambda leaf: leaf[1], stack)
