@@ -242,7 +242,7 @@ def law(exact: Any) -> Law:
 
 
 def strongest_places(exact: Any, edges: np.ndarray) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Yields the eight features with the largest edges: (group, layer, row, place), and the column of a row of edges."""
+    """Yields the eight features with the largest edges: (group, layer, row, place), and their column of edges."""
     table = source_table((exact.replacement,), (exact.trace.info,))
     size = np.where((table.kind == FEATURE) & (table.value > 0), np.abs(edges).max(axis=0), 0.0)
     for column in np.argsort(-size)[:8]:

@@ -100,7 +100,7 @@ def test_places_hold_the_mean_codes_of_the_run(organism, material, codes):
             (
                 tcs.stacks["joint"],
                 record.mlp_in[JOINT],
-                np.append(np.zeros_like(material.phrase[1]), material.inside[1]),
+                np.append(0 * material.phrase[1], material.inside[1]) > 0,
             ),
         )
     ):
