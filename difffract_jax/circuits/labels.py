@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from difffract_jax.address import LABELS
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, text_of
@@ -156,10 +157,10 @@ def _detected(columns: dict[str, Any], prefix: str, number: int, kinds: list[Any
 
 def _example(feature: Feature, flat: list[Any], text_tokens: int, images: list[Any]) -> Example:
     image, step, position, value = flat
-    side = None
-    if feature.stream == "single":
-        side = "txt" if position < text_tokens else "img"
-        position -= 0 if side == "txt" else text_tokens
+    side, group = None, LABELS[feature.stream]
+    if len(group.streams) > 1:
+        side = group.streams[int(position >= text_tokens)]
+        position -= 0 if side == group.streams[0] else text_tokens
     prompt, seed = images[image]
     at = Feature(feature.stream, feature.block, feature.feature, (position,), (step,), side)
     return Example(prompt, seed, at, value)

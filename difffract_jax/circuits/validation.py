@@ -168,17 +168,17 @@ def _sums(again: Rerun, graph: Graph) -> list[dict[str, Any]]:
 
 def _edges(again: Rerun, graph: Graph, count: int, seed: int) -> dict[str, Any]:
     """Holds edges against their direct interventions."""
-    single = np.flatnonzero(graph.node_kind[graph.edge_source] != REST)
-    chosen = single
-    if 0 < count < single.size:
-        chosen = np.sort(np.random.default_rng(seed).choice(single, count, replace=False))
+    checkable = np.flatnonzero(graph.node_kind[graph.edge_source] != REST)
+    chosen = checkable
+    if 0 < count < checkable.size:
+        chosen = np.sort(np.random.default_rng(seed).choice(checkable, count, replace=False))
     sources, source = np.unique(graph.edge_source[chosen], return_inverse=True)
     targets, target = np.unique(graph.edge_target[chosen], return_inverse=True)
     pushed = push_edges(again.engine, again.rows[sources], again.rows[targets])[source, target]
     scale = np.ones(graph.node_kind.size)
     scale[graph.target_node] = graph.target_scale
     errors = np.abs(pushed - graph.edge_attribution[chosen]) / scale[graph.edge_target[chosen]]
-    return _row("edges", "edge = its direct intervention", errors, single.size)
+    return _row("edges", "edge = its direct intervention", errors, checkable.size)
 
 
 def perturbation(again: Rerun, graph: Graph, ablations: int) -> dict[str, Any]:
@@ -207,10 +207,10 @@ def perturbation(again: Rerun, graph: Graph, ablations: int) -> dict[str, Any]:
     for name in PREDICTIONS:
         happened = np.abs(changed) if name == "influence" else changed
         rows.append({"prediction": name, "of": "every node downstream"} | agreement(told[name], happened, pairs))
-        single = [agreement(told[name][:, i], happened[:, i], pairs[:, i]) for i in range(readouts.size)]
+        per_readout = [agreement(told[name][:, i], happened[:, i], pairs[:, i]) for i in range(readouts.size)]
         for target in graph.targets:
-            rows.append({"prediction": name, "of": names[target]} | single[int(np.searchsorted(readouts, target))])
-        medians[name] = _median(single)
+            rows.append({"prediction": name, "of": names[target]} | per_readout[int(np.searchsorted(readouts, target))])
+        medians[name] = _median(per_readout)
     shown = {name: told[name][pairs].tolist() for name in PREDICTIONS} | {"measured": changed[pairs].tolist()}
     return {"ablated": int(top.size), "nodes": int(readouts.size), "rows": rows, "median": medians, "pairs": shown}
 

@@ -240,13 +240,13 @@ def _place(
     jitter = scatter * rng.uniform(-JITTER, JITTER, (size, SLOTS, 2))
     wander = scatter * rng.uniform(-WANDER, WANDER, (size, 2))
     sides = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "middle": (0, 0)}
-    single = np.array([sides[place] for place in PLACES])[arrangement]
-    double = np.array([_OFFSETS[relation] for relation in RELATIONS])[arrangement]
+    alone = np.array([sides[place] for place in PLACES])[arrangement]
+    pair = np.array([_OFFSETS[relation] for relation in RELATIONS])[arrangement]
     step = (FAR - NEAR) / 2
     one, two = count == 1, count == 2
-    centre[one, 0] = HALF + single[one] * step + np.where(single[one] == 0, wander[one], 0)
+    centre[one, 0] = HALF + alone[one] * step + np.where(alone[one] == 0, wander[one], 0)
     for slot, sign in ((0, 1), (1, -1)):
-        centre[two, slot] = HALF + sign * double[two] * step + np.where(double[two] == 0, wander[two], 0)
+        centre[two, slot] = HALF + sign * pair[two] * step + np.where(pair[two] == 0, wander[two], 0)
     layout = np.array(TRIPLES, np.float32)[rng.integers(0, len(TRIPLES), size)]
     centre[count == 3] = layout[count == 3]
     return (centre + jitter).astype(np.float32)
