@@ -72,7 +72,7 @@ from difffract_jax.address import GROUPS  # noqa: E402
 from difffract_jax.circuits import engine, expansion  # noqa: E402
 from difffract_jax.circuits.attribution import attribute  # noqa: E402
 from difffract_jax.circuits.feature import Feature  # noqa: E402
-from difffract_jax.circuits.replacement import Replacement, prepare  # noqa: E402
+from difffract_jax.circuits.replacement import Replacement, prepare_step  # noqa: E402
 from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
 from difffract_jax.circuits.trace import Trace, capture  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
@@ -336,7 +336,7 @@ def measure(name: str, trace: Trace, tcs: TranscoderSet, target: Feature) -> dic
     tell("first run, with compilation, s", round(first, 2))
     tell("memory", memory_used)
     blocks = graph.node_block[graph.target_node].astype(int)
-    prepared = prepare(trace, tcs)
+    prepared = prepare_step(trace, tcs)
     sizes, held = describe(prepared), layers_of(prepared)
     del prepared
     flops = floor_flops(trace, held, blocks) / nodes
@@ -406,7 +406,7 @@ def scaling() -> None:
         blocks = done[0].node_block[done[0].target_node].astype(int)
         row = {ARGS.scaling: x, "expanded": blocks.size, "s": round(took, 3), "s per node": took / blocks.size}
         row["floor s per node"] = (
-            floor_flops(trace, layers_of(prepare(trace, tcs)), blocks) / matmul_rate() / blocks.size
+            floor_flops(trace, layers_of(prepare_step(trace, tcs)), blocks) / matmul_rate() / blocks.size
         )
         rows.append(row)
         sys.stdout.write(json.dumps(row) + "\n")

@@ -38,6 +38,7 @@ _HOME = {
     "random_transcoders": "difffract_jax.transcoders.transcoder",
     "capture": "difffract_jax.circuits.trace",
     "capture_steps": "difffract_jax.circuits.trace",
+    "prepare": "difffract_jax.circuits.replacement",
     "replacement": "difffract_jax.circuits.replacement",
     "attribute": "difffract_jax.circuits.attribution",
     "strongest_feature": "difffract_jax.circuits.selection",

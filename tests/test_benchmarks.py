@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.replacement import prepare
+from difffract_jax.circuits.replacement import prepare_step
 from difffract_jax.models.tiny import TINY
 
 
@@ -42,7 +42,7 @@ def test_the_size_of_flux_runs_on_a_small_shape(attribution, capsys):
 def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
     monkeypatch.setattr(attribution.ARGS, "sites", "all")
     trace, tcs, target = attribution.flux(TINY, features=64, side=6, text=8)
-    held = attribution.layers_of(prepare(trace, tcs))
+    held = attribution.layers_of(prepare_step(trace, tcs))
     rows, width, double, single = 36 + 8, TINY.d_model, TINY.depth_double, TINY.depth_single
     assert (
         tcs.stacks["joint"].dec.kernel.dtype == "bfloat16" and target.stream == "single" and target.block == single - 1

@@ -69,5 +69,9 @@ def test_no_other_file_knows_the_order_of_stacks_and_groups() -> None:
 
 
 def test_what_it_looks_for_is_found() -> None:
-    code = 'def f(x):\n    """single/0"""\n    return x.double[0], "single/1", group == 2, group < 0, depth_single, "a joint"'
+    code = """
+def f(x):
+    'single/0'
+    return x.double[0], "single/1", group == 2, group < 0, depth_single, "a joint"
+"""
     assert sorted(what for _, what in names(ast.parse(code))) == ["depth_single", "double", "group == 2", "single/1"]

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from converters.torch_files import torch_noise
-from difffract_jax.circuits.replacement import Replacement, prepare
+from difffract_jax.circuits.replacement import Replacement, prepare_step
 from difffract_jax.circuits.trace import Trace, capture
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import pack
@@ -113,7 +113,7 @@ def make_exact(
         include_padding=include_padding,
         output=output,
     )
-    return Exact(pipe, tcs, trace, prepare(trace, tcs))
+    return Exact(pipe, tcs, trace, prepare_step(trace, tcs))
 
 
 VARIANTS = {

@@ -28,6 +28,7 @@ from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import Graph, conservation_scale
 from difffract_jax.circuits.provenance import AttributionSettings, PooledPath, Rounding
 from difffract_jax.circuits.pullback import Way
+from difffract_jax.circuits.replacement import Prepared
 from difffract_jax.circuits.selection import target_row
 from difffract_jax.circuits.trace import Span, Trace
 from difffract_jax.config import UserError
@@ -41,7 +42,7 @@ Target = Feature | Output
 
 
 def attribute(
-    trace: Trace | Span,
+    trace: Trace | Span | Prepared,
     tcs: TranscoderSet,
     *,
     target: Target | Sequence[tuple[Target, float]],
@@ -56,7 +57,7 @@ def attribute(
     """Traces the circuit behind one target, or several weighted ones.
 
     Args:
-        trace: from `capture`, or from `capture_steps` for one graph over several steps.
+        trace: from `capture`, or from `capture_steps` for one graph over several steps; or either from `prepare`.
         tcs: the transcoders it was captured for.
         target: a feature, where it names several positions the one among them where it is strongest; or an output from
             `outputs.resolve`; or several of them with positive weights, which share the influence.

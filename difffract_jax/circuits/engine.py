@@ -28,7 +28,7 @@ from difffract_jax.circuits.graph import FEATURE, OUTPUT
 from difffract_jax.circuits.pullback import Way, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.record import Reading, Weights
-from difffract_jax.circuits.replacement import Replacement, Sites, Sources, prepare_steps, run
+from difffract_jax.circuits.replacement import Prepared, Replacement, Sites, Sources, prepare, run
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import Span, Trace, TraceInfo
 from difffract_jax.models.blocks import Streams
@@ -81,7 +81,7 @@ class Engine(NamedTuple):
 
 
 def make_engine(
-    trace: Trace | Span,
+    trace: Trace | Span | Prepared,
     tcs: TranscoderSet,
     outputs: tuple[Output, ...] = (),
     way: Way = Way(),  # noqa: B008  (immutable)
@@ -89,15 +89,15 @@ def make_engine(
     """Prepares the steps of a trace or span.
 
     Args:
-        trace: from `capture` or `capture_steps`.
+        trace: from `capture`, `capture_steps` or `prepare`.
         tcs: the transcoders it was captured for.
         outputs: targets that are no features.
         way: devices and precision. Of several devices each gets all weights, transcoders and records.
     """
-    across = isinstance(trace, Span)
-    traces = trace.traces if isinstance(trace, Span) else (trace,)
-    infos = tuple(one.info for one in traces)
-    steps = prepare_steps(traces, tcs)
+    prepared = prepare(trace, tcs)
+    across = isinstance(prepared.trace, Span)
+    traces = prepared.trace.traces if isinstance(prepared.trace, Span) else (prepared.trace,)
+    infos, steps = tuple(one.info for one in traces), prepared.steps
     table = source_table(steps, infos, across=across, outputs=[output.step for output in outputs])
     constants = affine_constants(steps, infos, across)
     if way.mesh is not None:

@@ -29,7 +29,7 @@ def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Fl
     """Returns pre-activations with each feature taken off, alone, in the real model.
 
     Args:
-        replacement: from `prepare`.
+        replacement: from `prepare_step`.
         features: what to take off; one run each.
         readouts: whose pre-activations to read.
     """
@@ -128,7 +128,7 @@ def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_
     """Runs the recorded blocks live with something added to the MLPs' outputs.
 
     Args:
-        replacement: from `prepare`; its transcoders are not used.
+        replacement: from `prepare_step`; its transcoders are not used.
         change: what to add, [layer rows d_model] per group.
 
     Returns:

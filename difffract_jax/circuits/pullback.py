@@ -30,6 +30,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from difffract_jax.circuits.contraction import gather_bytes
 from difffract_jax.circuits.readout import Targets, target_gradients
 from difffract_jax.circuits.record import Reading, Record
 from difffract_jax.circuits.replacement import Replacement, Sites, Sources, run
@@ -129,12 +130,42 @@ def pull_back(
     """Returns the attribution of every source to every target, value(source) * d u(target) / d value(source).
 
     Args:
-        replacement: from `prepare`.
+        replacement: from `prepare_step`.
         targets: as many as shall be computed together; each number of them is compiled once.
         direction: of the velocity, for targets that are directions; zeros for features.
     """
     pulled = pull(replacement, targets, None if direction is None else velocity_cotangent(replacement, direction))
     return jnp.concatenate([pulled.edges, input_edges(pulled.boundary, replacement.sources.boundary)], axis=1)
+
+
+def pull_target(replacement: Replacement, target: Targets) -> Float[Array, "source"]:
+    """Returns the attribution of every source to one feature: a pure function, to give to `jax.jit` and `jax.vmap`.
+
+        `pull_back` gives the same for many targets at once, faster: it sorts them on the host, and shares what they share.
+
+        Args:
+            replacement: from `prepare_step`.
+            target: scalars.
+
+        Example:
+            >>> import jax, jax.numpy as jnp
+            >>> from difffract_jax import capture, prepare, random_pipeline, random_transcoders
+            >>> from difffract_jax.circuits.pullback import pull_target
+            >>> from difffract_jax.circuits.contraction import gather_bytes
+    from difffract_jax.circuits.readout import Targets
+            >>> pipe = random_pipeline()
+            >>> tcs = random_transcoders(pipe.config.transformer)
+            >>> (step,) = prepare(capture(pipe, tcs, "a red circle"), tcs).steps
+            >>> features = Targets(*jnp.array([[0, 0], [2, 1], [5, 5], [40, 41]]))  # group, layer, position, feature
+            >>> jax.jit(jax.vmap(pull_target, (None, 0)))(step, features).shape[0]
+            2
+    """
+    one = Targets(*(jnp.reshape(jnp.asarray(column, jnp.int32), (1,)) for column in target))
+    sizes = Sizes(pull=1, enter=1, contract=(1,), batch=1, gather=gather_bytes(jax.default_backend()))
+    spare = jnp.zeros((1, layout_of(replacement).inputs), replacement.record.boundary.img.dtype)
+    with jax.default_matmul_precision("highest"):
+        pulled = _pull_on_one_device(sizes, *replacement, one, None, spare)
+    return jnp.concatenate([pulled.edges, input_edges(pulled.boundary, replacement.sources.boundary)], axis=1)[0]
 
 
 def pull(
@@ -147,7 +178,7 @@ def pull(
     """Pulls targets back through the recorded blocks.
 
     Args:
-        replacement: from `prepare`.
+        replacement: from `prepare_step`.
         targets: as for `pull_back`. Of several devices each takes its share of them, the first device the first.
         direction: cotangents of the residual streams where each direction enters, [target rows d_model] per stream;
             zeros for features. All directions enter at one layer, and no feature lies above.
@@ -317,7 +348,7 @@ def push_forward(replacement: Replacement, change: Sources) -> Reading:
     """Returns how all that the affine map gives moves with the sources: J change, `jax.linearize`'s map.
 
     Args:
-        replacement: from `prepare`.
+        replacement: from `prepare_step`.
         change: of the sources, in their own units.
     """
     with jax.default_matmul_precision("highest"):

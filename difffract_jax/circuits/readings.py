@@ -34,7 +34,7 @@ def scaled(prepared: Replacement, factors: Sequence[Array], mode: Mode) -> Readi
     """Runs the recorded blocks with features scaled.
 
     Args:
-        prepared: from `prepare`.
+        prepared: from `prepare_step`.
         factors: of every feature, at all replaced positions, [layer feat] per group; 1 leaves it.
         mode: the reading, see the module.
 
@@ -55,7 +55,7 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
     """Runs the recorded blocks with every feature's value z made factor * z + offset; for use inside other programs.
 
     Args:
-        prepared: from `prepare`. Where the run starts is `prepared.sources.boundary`.
+        prepared: from `prepare_step`. Where the run starts is `prepared.sources.boundary`.
         factors: at all replaced positions, [layer side feat] per group. One side is all positions of the sequence; as
             many sides as the sequence holds streams are those of each.
         offsets: likewise, in units of z.

@@ -65,7 +65,7 @@ def preactivations(replacement: Replacement, targets: Targets, x: Sequence[Array
     """Returns u of every target.
 
     Args:
-        replacement: from `prepare`.
+        replacement: from `prepare_step`.
         targets: which features.
         x: inputs of the MLP sublayers: the record's, or the affine map's at any sources.
     """

@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from difffract_jax.circuits.provenance import TraceInfo
 from difffract_jax.circuits.record import Reading, Record
-from difffract_jax.circuits.trace import Trace
+from difffract_jax.circuits.trace import Span, Trace
 from difffract_jax.config import UserError
+from difffract_jax.display import hash_text
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import Visit, per_group, run_stacks, slice_layer
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
@@ -94,32 +96,98 @@ class Replacement(NamedTuple):
     __repr__ = brief
 
 
-def replacement(trace: Trace, tcs: TranscoderSet) -> tuple[Callable[[Sources], Reading], Sources]:
+class Prepared(NamedTuple):
+    """A trace or span with every replaced site encoded; accepted wherever a trace is, so that nothing is encoded twice.
+
+    Attributes:
+        trace: what was prepared.
+        steps: the replacement of each step.
+        source: content hash of the transcoders.
+    """
+
+    trace: Trace | Span
+    steps: tuple[Replacement, ...]
+    source: str
+
+    @property
+    def info(self) -> TraceInfo:
+        """Where the last step comes from."""
+        return self.trace.info
+
+    def __repr__(self) -> str:
+        return f"Prepared with the transcoders {hash_text(self.source)}\n{self.trace!r}"
+
+    def _repr_html_(self) -> str:
+        return self.trace._repr_html_()
+
+
+def prepare(trace: Trace | Span | Prepared, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Prepared:
+    """Encodes every replaced site of a trace or span, and splits its output into features and error.
+
+    Args:
+        trace: from `capture` or `capture_steps`; what is prepared already is returned as it is.
+        tcs: the transcoders it was captured for.
+        active: places for features per position, per group, at least as many as are active; counted if left out. Given
+            the same, traces of one size share every compiled program.
+
+    Raises:
+        UserError: if the transcoders have sites outside the trace, or are not those that it was prepared with.
+
+    Example:
+        >>> from difffract_jax import attribute, capture, random_pipeline, random_transcoders, strongest_feature
+        >>> pipe = random_pipeline()
+        >>> tcs = random_transcoders(pipe.config.transformer)
+        >>> prepared = prepare(capture(pipe, tcs, "a red circle"), tcs)
+        >>> target = strongest_feature(prepared, tcs, "img", 2)
+        >>> attribute(prepared, tcs, target=target, max_nodes=2).targets.size
+        1
+    """
+    if isinstance(trace, Prepared):
+        if trace.source != tcs.source:
+            raise UserError(
+                f"The trace was prepared with the transcoders {trace.source[:12]}, but these are {tcs.source[:12]}; "
+                "prepare it again."
+            )
+        return trace
+    steps = trace.traces if isinstance(trace, Span) else (trace,)
+    return Prepared(trace, prepare_steps(steps, tcs, active=active), tcs.source)
+
+
+def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[Sources], Reading], Sources]:
     """Returns the affine map of a trace, and the sources at which it reproduces the trace.
 
     Args:
-        trace: from `capture`.
+        trace: from `capture`, or from `prepare`.
         tcs: the transcoders it was captured for.
 
     Returns:
         f, a pure function of sources that returns the MLP sublayers' inputs x of every recorded block, and the
-        velocity if it is recorded; and the sources.
+        velocity if it is recorded; and the sources. f is a pytree (`jax.tree_util.Partial`): given to a jitted function
+        as an argument, its weights are no constants of the program, and one program serves all traces of a shape.
+
+    Raises:
+        UserError: if the trace is a span of several steps.
 
     Example:
         >>> from difffract_jax import capture, random_pipeline, random_transcoders
         >>> pipe = random_pipeline()
         >>> tcs = random_transcoders(pipe.config.transformer)
         >>> f, sources = replacement(capture(pipe, tcs, "a red circle"), tcs)
-        >>> reading, push = jax.linearize(f, sources)
+        >>> reading, push = jax.jit(jax.linearize)(f, sources)
         >>> reading.mlp_in[0].shape
         (3, 36, 32)
     """
-    prepared = prepare(trace, tcs)
-    return partial(run, prepared.record, prepared.sites), prepared.sources
+    steps = prepare(trace, tcs).steps
+    if len(steps) > 1:
+        raise UserError(f"The affine map is that of one step, but the trace spans {len(steps)}; give one of them.")
+            f"The affine map is that of one step, but the trace spans {len(steps)}; give one of its traces."
+        )
+    (prepared,) = steps
+    return jax.tree_util.Partial(run, prepared.record, prepared.sites), prepared.sources
 
 
-def prepare(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Replacement:
-    """Encodes every replaced site of a trace, and splits its output into features and error.
+def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Replacement:
+    """Encodes every replaced site of one step's trace, and splits its output into features and error.
 
     Args:
         trace: from `capture`.
@@ -151,19 +219,22 @@ def prepare(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = 
     return Replacement(record, tuple(sites), Sources(record.boundary, tuple(values), tuple(errors)))
 
 
-def prepare_steps(traces: tuple[Trace, ...], tcs: TranscoderSet) -> tuple[Replacement, ...]:
+def prepare_steps(
+    traces: tuple[Trace, ...], tcs: TranscoderSet, *, active: Sequence[int] | None = None
+) -> tuple[Replacement, ...]:
     """Prepares several steps with the same places for features, so that one program does for all.
 
     Args:
         traces: of a span.
         tcs: the transcoders it was captured for.
+        active: see `prepare`.
     """
-    prepared = [prepare(trace, tcs) for trace in traces]
+    prepared = [prepare_step(trace, tcs, active=active) for trace in traces]
     places = [[values.shape[2] for values in one.sources.values] for one in prepared]
     most = [max(column) for column in zip(*places, strict=True)]
     if all(one == most for one in places):
         return tuple(prepared)
-    return tuple(prepare(trace, tcs, active=most) for trace in traces)
+    return tuple(prepare_step(trace, tcs, active=most) for trace in traces)
 
 
 class GroupRecord(NamedTuple):

@@ -7,17 +7,17 @@ from difffract_jax.address import STREAMS
 from difffract_jax.circuits.engine import Engine, make_engine
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.replacement import site
+from difffract_jax.circuits.replacement import Prepared, site
 from difffract_jax.circuits.trace import Span, Trace, TraceInfo
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 
-def strongest_feature(trace: Trace | Span, tcs: TranscoderSet, stream: str, block: int) -> Feature:
+def strongest_feature(trace: Trace | Span | Prepared, tcs: TranscoderSet, stream: str, block: int) -> Feature:
     """Returns the feature with the largest value at one site, at the position where it has it.
 
     Args:
-        trace: from `capture` or `capture_steps`; of a span, its last step counts.
+        trace: from `capture`, `capture_steps` or `prepare`; of a span, its last step counts.
         tcs: the transcoders it was captured for.
         stream: label of the site, as in img/3 or single/0.
         block: its number.

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from difffract_jax.address import Layout
 from difffract_jax.circuits.engine import Output
 from difffract_jax.circuits.record import Weights
-from difffract_jax.circuits.replacement import Replacement, SiteLayers, prepare, prepare_steps, site
+from difffract_jax.circuits.replacement import Replacement, SiteLayers, prepare_step, prepare_steps, site
 from difffract_jax.circuits.trace import Span
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import run_stacks
@@ -90,7 +90,7 @@ def _prepare(span: Span, tcs: TranscoderSet) -> tuple[Replacement, ...]:
         return prepare_steps(span.traces, tcs)
     stacks = tcs.per_group(span.info.layout)
     every = [0 if stack is None else tcs.config.features for stack in stacks]
-    return tuple(prepare(trace, tcs, active=every) for trace in span.traces)
+    return tuple(prepare_step(trace, tcs, active=every) for trace in span.traces)
 
 
 class _Factors(NamedTuple):

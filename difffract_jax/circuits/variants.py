@@ -96,7 +96,7 @@ def entering(prepared: Replacement, latents: Array, *, across: bool) -> Replacem
     """Returns a step's replacement with a run that starts from other latents, for use inside other programs.
 
     Args:
-        prepared: from `prepare`.
+        prepared: from `prepare_step`.
         latents: entering the step, [img channels].
         across: whether the residual streams follow them, as over several steps; else they stay as recorded.
     """

@@ -7,7 +7,7 @@ import pytest
 
 from difffract_jax.circuits.faithfulness import ablate, live_reading
 from difffract_jax.circuits.readout import Targets, preactivations
-from difffract_jax.circuits.replacement import prepare
+from difffract_jax.circuits.replacement import prepare_step
 from tolerances import REFERENCE, TOL, relative_error
 from traces import golden_trace, make_exact
 
@@ -18,7 +18,7 @@ def test_perturbations_are_the_reference_s(golden, number):
     data = np.load(REFERENCE / f"golden_graph_{number}.npz")
     columns = (data[f"pert_{name}"] for name in ("stream", "layer", "pos", "feat"))
     nodes = Targets(*(jnp.asarray(column, jnp.int32) for column in columns))
-    replacement = prepare(trace, golden.tcs)
+    replacement = prepare_step(trace, golden.tcs)
     before = preactivations(replacement, nodes, trace.record.mlp_in)
     assert relative_error(before, data["pert_h_pre"][0]) <= TOL.intervention_f32
     after = ablate(replacement, nodes, nodes)

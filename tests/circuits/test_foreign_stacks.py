@@ -22,7 +22,7 @@ from difffract_jax.circuits.graph import ERROR, FEATURE, Graph
 from difffract_jax.circuits.pullback import pull_back
 from difffract_jax.circuits.readings import edited
 from difffract_jax.circuits.readout import Targets, preactivations
-from difffract_jax.circuits.replacement import prepare, run
+from difffract_jax.circuits.replacement import prepare_step, run
 from difffract_jax.circuits.selection import strongest_feature
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import capture, capture_steps
@@ -125,7 +125,7 @@ def make(dtype):
 def made(x64):
     pipe, tcs = make(jnp.float64)
     trace = capture(pipe, tcs, "a red circle", step=1, output=True, **SIZE)
-    return pipe, tcs, trace, prepare(trace, tcs)
+    return pipe, tcs, trace, prepare_step(trace, tcs)
 
 
 def some_targets(trace, tcs):

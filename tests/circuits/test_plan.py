@@ -9,7 +9,7 @@ import pytest
 
 from difffract_jax import cli
 from difffract_jax.circuits.plan import Asked, plan_trace
-from difffract_jax.circuits.replacement import prepare
+from difffract_jax.circuits.replacement import prepare_step
 from difffract_jax.circuits.trace import blocks_for, capture
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.transcoders.plan import GIB, Topology
@@ -37,7 +37,7 @@ def test_a_plan_counts_what_a_trace_holds():
     pipe = random_pipeline()
     tcs = make_transcoders(pipe.config.transformer, img=(1, 2), txt=(), dtype=jnp.float32)
     trace = capture(pipe, tcs, "a red circle", step=1, height=24, width=32, text_tokens=16)
-    prepared = prepare(trace, tcs, active=(24, 24, 24))
+    prepared = prepare_step(trace, tcs, active=(24, 24, 24))
     config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in ("transformer", "t5")}
     blocks = blocks_for(config, tcs, False)
     asked = Asked(config, parts, tcs, blocks, trace.info.grid, 16, active=24, targets=6, shards=2, precision="bf16")

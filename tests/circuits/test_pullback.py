@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,9 @@ import pytest
 from difffract_jax import ops
 from difffract_jax.circuits import contraction, pullback, walk
 from difffract_jax.circuits.engine import affine_constants
-from difffract_jax.circuits.pullback import pull_back, push_forward
+from difffract_jax.circuits.pullback import pull_back, pull_target, push_forward
 from difffract_jax.circuits.readout import Targets, preactivations
-from difffract_jax.circuits.replacement import prepare, run
+from difffract_jax.circuits.replacement import prepare_step, run
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import capture
 from difffract_jax.models.blocks import Streams
@@ -189,6 +190,17 @@ def test_one_by_one_is_the_same_as_together(x64):
         assert relative_error(alone[0], together[i]) <= TOL.x64
 
 
+def test_the_pull_back_of_one_target_is_pure_and_the_same(x64):
+    """It goes through `jax.jit` and `jax.vmap`, and compiles once."""
+    exact = make_exact()
+    targets = some_targets(exact, 4)
+    traced = chex.assert_max_traces(pull_target, n=1)
+    many = jax.jit(jax.vmap(traced, (None, 0)))
+    chex.clear_trace_counter()
+    for changed in (targets, jax.tree.map(lambda column: column[::-1], targets)):
+        assert relative_error(many(exact.replacement, changed), pull_back(exact.replacement, changed)) <= TOL.x64
+
+
 def test_places_that_fill_up_change_nothing_and_have_no_edges(x64):
     exact = make_exact()
     targets = some_targets(exact, 5)
@@ -246,7 +258,7 @@ def test_attention_in_blocks_changes_no_edge(x64, monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_float32_adds_up_too(golden, seed):
     trace = golden.trace(seed % 2, seed + 1)
-    replacement = prepare(trace, golden.tcs)
+    replacement = prepare_step(trace, golden.tcs)
     exact = Exact(golden.pipe, golden.tcs, trace, replacement)
     targets = some_targets(exact, 20, seed)
     edges = np.asarray(pull_back(replacement, targets), np.float64)

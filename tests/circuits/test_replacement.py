@@ -1,13 +1,16 @@
 """The replacement is exact at the trace, and affine everywhere else."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.replacement import replacement
+from difffract_jax.circuits.replacement import prepare, replacement
+from difffract_jax.circuits.trace import capture
 from difffract_jax.config import UserError
-from difffract_jax.transcoders.transcoder import Transcoder
+from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.transcoders.transcoder import Transcoder, random_transcoders
 from tolerances import TOL, relative_error
 from traces import IMAGE, TEXT, make_exact, make_transcoders
 
@@ -81,6 +84,29 @@ def test_padded_positions_keep_their_true_mlp(x64):
     errors, outputs = exact.replacement.sources.errors[TEXT], exact.trace.record.mlp_out[TEXT]
     assert np.array_equal(errors[:, padded], outputs[:, padded])
     assert not exact.replacement.sources.values[TEXT][:, padded].any()
+
+
+def test_the_affine_map_is_a_pytree_and_one_program_serves_all_traces_of_a_shape():
+    pipe = random_pipeline()
+    tcs = random_transcoders(pipe.config.transformer)
+    chex.clear_trace_counter()
+    evaluate = jax.jit(chex.assert_max_traces(lambda f, sources: f(sources).mlp_in, n=1))
+    size = {"height": 24, "width": 32, "text_tokens": 16}
+    for prompt, step in (("a red circle", 0), ("a blue square above", 2)):
+        prepared = prepare(capture(pipe, tcs, prompt, step=step, **size), tcs, active=(64, 64, 0))
+        f, sources = replacement(prepared, tcs)
+        assert len(jax.tree.leaves(f)) > 10
+        for ours, theirs in zip(evaluate(f, sources), prepared.trace.record.mlp_in, strict=True):
+            assert not theirs.size or relative_error(ours, theirs) <= TOL.f32_block
+
+
+def test_what_is_prepared_is_not_encoded_again_and_knows_its_transcoders():
+    pipe = random_pipeline()
+    tcs = random_transcoders(pipe.config.transformer)
+    prepared = prepare(capture(pipe, tcs, "a red circle", height=24, width=32, text_tokens=16), tcs)
+    assert prepare(prepared, tcs) is prepared and len(repr(prepared).splitlines()) <= 15
+    with pytest.raises(UserError, match="was prepared with the transcoders .*prepare it again"):
+        prepare(prepared, random_transcoders(pipe.config.transformer, seed=1))
 
 
 @pytest.mark.parametrize("layers", [(0, 1), (0, 2)])
