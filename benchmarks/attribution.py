@@ -112,7 +112,7 @@ def golden() -> tuple[Trace, TranscoderSet, Feature]:
     prompt = json.loads((REFERENCE / "golden_graph_0.json").read_text())["target"]["prompt"]
     noise = np.load(REFERENCE / "golden_forward.npz")["p0_initial_latents"]
     size = {"height": 96, "width": 96, "text_tokens": 16}
-    trace = capture(pipe, tcs, prompt, step=1, latents=noise, include_padding=True, **size)
+    trace = capture(pipe, tcs, prompt, step=1, latents=noise, include_padding=True, run=pipe.plan(**size))
     return trace, tcs, Feature.parse("img/2/f326@14")
 
 
@@ -148,7 +148,9 @@ def small_trace(config: FluxConfig, features: int, side: int, text: int) -> tupl
 def record(pipe: Pipeline, tcs: TranscoderSet, side: int, text: int) -> Trace:
     """Records a run of side x side image tokens."""
     prompt, pixels = "a red circle left of a blue square", 8 * side
-    return capture(pipe, tcs, prompt, step=1, height=pixels, width=pixels, text_tokens=text, include_padding=True)
+    return capture(
+        pipe, tcs, prompt, step=1, include_padding=True, run=pipe.plan(height=pixels, width=pixels, text_tokens=text)
+    )
 
 
 def calibrated(trace: Trace, tcs: TranscoderSet, active: float) -> tuple[Trace, TranscoderSet, Feature]:

@@ -106,7 +106,10 @@ def forward(golden: Golden) -> Iterator[Bar]:
         for s in range(4)
     ]
     yield bar("MM-DiT, velocity of any step", TOL.f32_run, max(errors))
-    made = [pipeline.generate(pipe, p, latents=data[f"p{i}_initial_latents"], **SIZE) for i, p in enumerate(PROMPTS)]
+    made = [
+        pipeline.generate(pipe, p, latents=data[f"p{i}_initial_latents"], run=pipe.plan(**SIZE))
+        for i, p in enumerate(PROMPTS)
+    ]
     errors = [relative_error(m.latents, data[f"p{i}_final_latents"]) for i, m in enumerate(made)]
     yield bar("latents after a whole sampling run", TOL.f32_run, max(errors))
     raw = [pipeline.decode_raw(pipe.vae, jnp.asarray(data[f"p{i}_final_latents"]), GRID) for i in range(2)]
@@ -259,7 +262,15 @@ def interventions(golden: Golden) -> Iterator[Bar]:
     data, errors = dict(np.load(REFERENCE / "golden_intervention.npz")), []
     for case in json.loads((REFERENCE / "golden_intervention.json").read_text()):
         noise = golden.forward["p0_initial_latents"]
-        made = steer(golden.pipe, golden.tcs, PROMPTS[0], list(edits(case)), latents=noise, **REPLACED, **SIZE)
+        made = steer(
+            golden.pipe,
+            golden.tcs,
+            PROMPTS[0],
+            list(edits(case)),
+            latents=noise,
+            run=golden.pipe.plan(**SIZE),
+            **REPLACED,
+        )
         errors.append(relative_error(made.latents, data[f"final_{case['name']}"]))
     yield bar("interventions, final latents", TOL.intervention_f32, max(errors))
     data, errors = dict(np.load(REFERENCE / "golden_replacement.npz")), []
@@ -268,7 +279,9 @@ def interventions(golden: Golden) -> Iterator[Bar]:
         sites = [Site(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]
         for number, prompt in enumerate(PROMPTS):
             noise = golden.forward[f"p{number}_initial_latents"]
-            made = steer(golden.pipe, tcs, prompt, [], replaced=sites, latents=noise, **REPLACED, **SIZE)
+            made = steer(
+                golden.pipe, tcs, prompt, [], replaced=sites, latents=noise, run=golden.pipe.plan(**SIZE), **REPLACED
+            )
             errors.append(relative_error(made.latents, data[f"p{number}_final_{name}"]))
     yield bar("every MLP replaced, final latents", TOL.intervention_f32, max(errors))
 
@@ -291,7 +304,7 @@ def compilations(golden: Golden) -> Iterator[Bar]:
     """Counts the programs that runs and traces of one size compile."""
     pipeline.euler_step.clear_cache()
     for seed, steps in ((0, 4), (1, 3)):
-        pipeline.generate(golden.pipe, PROMPTS[seed], seed=seed, steps=steps, **SIZE)
+        pipeline.generate(golden.pipe, PROMPTS[seed], seed=seed, run=golden.pipe.plan(steps=steps, **SIZE))
     yield bar("programs for the steps of two runs of one size", 1, pipeline.euler_step._cache_size())
     trace, _ = golden_trace(golden, 0)
     pullback._pull_back.clear_cache()

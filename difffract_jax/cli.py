@@ -222,7 +222,8 @@ def generate(
         result = pipeline.generate(
             pipe,
             settings.prompt,
-            **settings.model_dump(include={"seed", "steps", "height", "width", "text_tokens", "guidance"}),
+            seed=settings.seed,
+            run=cli_steer.run_of(pipe, settings),
             latents=cli_steer.starting_noise(pipe, settings),
             progress=advance,
         )
@@ -310,15 +311,22 @@ def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], step
     """Records the run that the settings describe, or takes it from the file they name."""
     from difffract_jax.circuits.requests import import_run, record_run
 
-    run = {"seed", "steps", "height", "width", "text_tokens"}
     if settings.activations is not None:
-        given = settings.model_dump(include=run | {"prompt", "step", "latents", "noise"}, exclude_unset=True)
+        names = {"seed", "steps", "height", "width", "text_tokens", "prompt", "step", "latents", "noise"}
+        given = settings.model_dump(include=names, exclude_unset=True)
         padding = settings.include_padding
         return import_run(settings.activations, pipe, tcs, given, include_padding=padding)
-    sizes = settings.model_dump(include=run | {"include_padding"}) | {
-        "latents": cli_steer.starting_noise(pipe, settings)
-    }
-    return record_run(pipe, tcs, settings.prompt, asked, steps, **sizes)
+    return record_run(
+        pipe,
+        tcs,
+        settings.prompt,
+        asked,
+        steps,
+        seed=settings.seed,
+        run=cli_steer.run_of(pipe, settings),
+        latents=cli_steer.starting_noise(pipe, settings),
+        include_padding=settings.include_padding,
+    )
 
 
 def _listed(value: str | tuple[str, ...]) -> list[str]:

@@ -11,7 +11,7 @@ import typer
 
 from difffract_jax import options as opt
 from difffract_jax.circuits.settings import EffectsConfig, HeadsConfig
-from difffract_jax.cli_steer import labels_of, region_of, starting_noise, warn_cut
+from difffract_jax.cli_steer import labels_of, region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli_validate import rerun
 from difffract_jax.config import UserError, provenance
 
@@ -199,10 +199,8 @@ def _recorded(pipe: Any, tcs: Any, settings: EffectsConfig) -> tuple[Any, Any]:
 
     from difffract_jax.circuits.region import tokens_in
     from difffract_jax.circuits.trace import capture_steps
-    from difffract_jax.models.pipeline import plan_run
 
-    sizes = settings.model_dump(include={"steps", "height", "width", "text_tokens"})
-    run = plan_run(pipe.config, **sizes)
+    run = run_of(pipe, settings)
     region = region_of(pipe, run, settings)
     inside = np.ones(run.grid[0] * run.grid[1], bool)
     if region is not None:
@@ -211,9 +209,11 @@ def _recorded(pipe: Any, tcs: Any, settings: EffectsConfig) -> tuple[Any, Any]:
         pipe,
         tcs,
         settings.prompt,
-        last=len(run.sigmas) - 2 if settings.step is None else settings.step,
+        last=run.steps - 1 if settings.step is None else settings.step,
+        seed=settings.seed,
+        run=run,
         latents=starting_noise(pipe, settings),
-        **sizes | settings.model_dump(include={"seed", "include_padding"}),
+        include_padding=settings.include_padding,
     )
     return span, inside
 

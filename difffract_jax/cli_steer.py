@@ -69,7 +69,7 @@ def steer(
 
     meant = _intent(settings)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    run = _run(pipe, settings)
+    run = run_of(pipe, settings)
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
     rows = table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
@@ -144,7 +144,7 @@ def features(
     from difffract_jax.report import emit, progress
 
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    run = _run(pipe, settings)
+    run = run_of(pipe, settings)
     with progress("Sampling") as advance:
         found = rank_features(
             pipe,
@@ -222,11 +222,9 @@ def _confined(edit: Edit, settings: SteerConfig, region: tuple[int, ...] | None)
     return edit if region is None or placed else edit.within(region)
 
 
-def _run(pipe: Any, settings: RunSettings) -> Any:
-    from difffract_jax.models.pipeline import plan_run
-
-    sizes = settings.model_dump(include={"steps", "height", "width", "text_tokens", "guidance"})
-    return plan_run(pipe.config, **sizes)
+def run_of(pipe: Any, settings: Any) -> Any:
+    """Returns the sizes and the schedule that the settings of a run name."""
+    return pipe.plan(**settings.model_dump(include={"steps", "height", "width", "text_tokens", "guidance"}))
 
 
 def region_of(pipe: Any, run: Any, settings: RunSettings | EffectsConfig) -> Any:

@@ -33,7 +33,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("reprs")
     pipe = dfx.random_pipeline()
     tcs = dfx.random_transcoders(pipe.config.transformer)
-    trace = dfx.capture(pipe, tcs, PROMPT, output=True, **SIZES)
+    trace = dfx.capture(pipe, tcs, PROMPT, output=True, run=pipe.plan(**SIZES))
     span = Span((trace, trace._replace(info=replace(trace.info, step=1))))
     settings = AttributionSettings(target="img/1/f3", max_nodes=9, expansion_batch=3, min_attribution=0.0)
     graph = random_graph(0).with_provenance(run=trace.info, attribution=settings, transcoders=tcs.source)

@@ -39,7 +39,13 @@ class Golden(NamedTuple):
         """Captures as the reference did, padding included; seed 7 unless other starting noise is given."""
         latents = self.forward[f"p{prompt}_initial_latents"] if latents is None else latents
         return capture(
-            self.pipe, self.tcs, PROMPTS[prompt], step=step, latents=latents, **SIZE, **{"include_padding": True} | more
+            self.pipe,
+            self.tcs,
+            PROMPTS[prompt],
+            step=step,
+            latents=latents,
+            run=self.pipe.plan(**SIZE),
+            **{"include_padding": True} | more,
         )
 
 
@@ -107,11 +113,9 @@ def make_exact(
         prompt,
         seed=seed,
         step=1,
-        height=24,
-        width=32,
-        text_tokens=text_tokens,
         include_padding=include_padding,
         output=output,
+        run=pipe.plan(height=24, width=32, text_tokens=text_tokens),
     )
     return Exact(pipe, tcs, trace, prepare_step(trace, tcs))
 

@@ -152,7 +152,7 @@ def _check(edit: Edit, part: Part, layout: Layout, features: int, run: Run) -> N
     for what, values, end in (
         ("feature", (part.feature,), features),
         ("position", part.positions or (), sum(getattr(run.tokens, stream) for stream in streams)),
-        ("step", part.steps or (), len(run.sigmas) - 1),
+        ("step", part.steps or (), run.steps),
         ("image token", edit.region or (), run.tokens.img),
     ):
         beyond = [value for value in values if value >= end or (value < 0 and what != "feature")]
@@ -211,7 +211,7 @@ def _tables(
     feature, threshold = np.full(shape, -1, np.int32), np.full(shape, -1.0, dtype)
     scale, offset = np.ones(shape, dtype), np.zeros(shape, dtype)
     live = np.tile(_rows(group, tokens), (shape[0], 1))
-    positions, on = np.zeros((*shape, live.shape[1]), bool), np.zeros((*shape, len(run.sigmas) - 1), bool)
+    positions, on = np.zeros((*shape, live.shape[1]), bool), np.zeros((*shape, run.steps), bool)
     for layer, own in enumerate(edited):
         for place, (edit, part) in enumerate(own):
             at = layer, place

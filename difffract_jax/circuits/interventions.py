@@ -33,7 +33,6 @@ from difffract_jax.models.pipeline import (
     decode,
     encode,
     model_velocity,
-    plan_run,
     sample,
     start,
 )
@@ -83,11 +82,7 @@ def steer(
     replaced: Sequence[Site] = (),
     include_padding: bool = False,
     seed: int = 0,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    text_tokens: int | None = None,
-    guidance: float | None = None,
+    run: Run | None = None,
     latents: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GeneratedImage:
@@ -102,11 +97,7 @@ def steer(
         replaced: sites to treat as edited though no edit names them; changes nothing in form `delta`.
         include_padding: let edits without positions act on padded text positions too, as the reference does.
         seed: of the starting noise; this and the rest as for `generate`.
-        steps: denoising steps.
-        height: image height in pixels.
-        width: image width in pixels.
-        text_tokens: length of the text sequence.
-        guidance: guidance scale.
+        run: sizes and schedule, from `pipe.plan`.
         latents: packed starting noise.
         progress: called with (steps done, steps in all).
 
@@ -116,7 +107,7 @@ def steer(
     """
     check_form(form)
     check_fit(tcs, pipe.config.transformer)
-    run = plan_run(pipe.config, steps=steps, height=height, width=width, text_tokens=text_tokens, guidance=guidance)
+    run = run or pipe.plan()
     encoded = encode(pipe, prompt, run.text_tokens)
     mask = np.ones(run.text_tokens, bool) if include_padding else np.asarray(encoded.mask)
     edited = edit_model(pipe.transformer, tcs, edits, run, replaced, mask)

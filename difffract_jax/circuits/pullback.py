@@ -141,24 +141,24 @@ def pull_back(
 def pull_target(replacement: Replacement, target: Targets) -> Float[Array, "source"]:
     """Returns the attribution of every source to one feature: a pure function, to give to `jax.jit` and `jax.vmap`.
 
-        `pull_back` gives the same for many targets at once, faster: it sorts them on the host, and shares what they share.
+    `pull_back` gives the same for many targets at once, faster: it sorts them on the host, and shares what they share.
 
-        Args:
-            replacement: from `prepare_step`.
-            target: scalars.
+    Args:
+        replacement: from `prepare_step`.
+        target: scalars.
 
-        Example:
-            >>> import jax, jax.numpy as jnp
-            >>> from difffract_jax import capture, prepare, random_pipeline, random_transcoders
-            >>> from difffract_jax.circuits.pullback import pull_target
-            >>> from difffract_jax.circuits.contraction import gather_bytes
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from difffract_jax import capture, prepare, random_pipeline, random_transcoders
+        >>> from difffract_jax.circuits.pullback import pull_target
+        >>> from difffract_jax.circuits.contraction import gather_bytes
     from difffract_jax.circuits.readout import Targets
-            >>> pipe = random_pipeline()
-            >>> tcs = random_transcoders(pipe.config.transformer)
-            >>> (step,) = prepare(capture(pipe, tcs, "a red circle"), tcs).steps
-            >>> features = Targets(*jnp.array([[0, 0], [2, 1], [5, 5], [40, 41]]))  # group, layer, position, feature
-            >>> jax.jit(jax.vmap(pull_target, (None, 0)))(step, features).shape[0]
-            2
+        >>> pipe = random_pipeline()
+        >>> tcs = random_transcoders(pipe.config.transformer)
+        >>> (step,) = prepare(capture(pipe, tcs, "a red circle"), tcs).steps
+        >>> features = Targets(*jnp.array([[0, 0], [2, 1], [5, 5], [40, 41]]))  # group, layer, position, feature
+        >>> jax.jit(jax.vmap(pull_target, (None, 0)))(step, features).shape[0]
+        2
     """
     one = Targets(*(jnp.reshape(jnp.asarray(column, jnp.int32), (1,)) for column in target))
     sizes = Sizes(pull=1, enter=1, contract=(1,), batch=1, gather=gather_bytes(jax.default_backend()))

@@ -27,7 +27,7 @@ from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.region import tokens_in
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Streams
-from difffract_jax.models.pipeline import Pipeline, Run, encode, plan_run, start
+from difffract_jax.models.pipeline import Pipeline, Run, encode, start
 from difffract_jax.models.stacks import streams
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.sites import Sites, parse_sites
@@ -112,9 +112,9 @@ def rank_features(
         UserError: if what an order needs is missing, a step or site does not exist, or the region holds no token.
     """
     check_fit(tcs, pipe.config.transformer)
-    run = run or plan_run(pipe.config)
+    run = run or pipe.plan()
     by = by or ("contrast" if contrast is not None else "region" if mask is not None else "activation")
-    _check(by, contrast, mask, step, seeds, len(run.sigmas) - 1)
+    _check(by, contrast, mask, step, seeds, run.steps)
     inside = np.ones(run.grid[0] * run.grid[1], bool)
     if mask is not None:
         inside = np.isin(np.arange(len(inside)), tokens_in(mask, run.grid))
@@ -203,7 +203,7 @@ def _summaries(
         text, pooled = (jnp.stack([getattr(one, name) for one, _ in filled]) for name in ("text", "pooled"))
         noise = jnp.stack([start(pipe, run, seed) for _, seed in filled])
         masks = np.stack([np.asarray(one.mask) for one, _ in filled])
-        extra = repeat_steps((np.broadcast_to(inside, (len(filled), len(inside))), masks), len(run.sigmas) - 1)
+        extra = repeat_steps((np.broadcast_to(inside, (len(filled), len(inside))), masks), run.steps)
         found, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise, extra)
         flat = {(group, side): summary for group, sides in found.items() for side, summary in sides.items()}
         parts.append({key: [np.asarray(a)[:, : len(mine)] for a in value] for key, value in flat.items()})

@@ -107,9 +107,9 @@ def _capture(pipe: Pipeline, tcs: TranscoderSet, graph: Graph, latents: Any) -> 
         raise UserError(
             f"The graph names step {outside[0]}, but its run has the steps 0 to {count - 1}; trace it again."
         )
-    run = {"seed": told.seed, "steps": count, "text_tokens": told.text_tokens, "guidance": told.guidance}
-    run |= {"height": told.grid[0] * unit, "width": told.grid[1] * unit}
-    run |= {"include_padding": told.include_padding, "latents": latents}
+    height, width = (side * unit for side in told.grid)
+    planned = pipe.plan(steps=count, height=height, width=width, text_tokens=told.text_tokens, guidance=told.guidance)
+    run = {"seed": told.seed, "run": planned, "include_padding": told.include_padding, "latents": latents}
     inputs = {*graph.node_stream[graph.node_kind == INPUT].tolist()}
     if len(steps) > 1 or (LATENT in inputs and IMG not in inputs):
         made: Trace | Span = capture_steps(pipe, tcs, told.prompt, first=min(steps), last=max(steps), **run)

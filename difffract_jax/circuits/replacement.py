@@ -180,8 +180,6 @@ def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[
     steps = prepare(trace, tcs).steps
     if len(steps) > 1:
         raise UserError(f"The affine map is that of one step, but the trace spans {len(steps)}; give one of them.")
-            f"The affine map is that of one step, but the trace spans {len(steps)}; give one of its traces."
-        )
     (prepared,) = steps
     return jax.tree_util.Partial(run, prepared.record, prepared.sites), prepared.sources
 

@@ -23,7 +23,7 @@ from difffract_jax.circuits.interventions import EditedModel, check_form, edited
 from difffract_jax.config import UserError
 from difffract_jax.models.batch import pixels
 from difffract_jax.models.mmdit import Inputs
-from difffract_jax.models.pipeline import Pipeline, Run, encode, plan_run, start
+from difffract_jax.models.pipeline import Pipeline, Run, encode, start
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 from difffract_jax.trees import brief
@@ -113,7 +113,7 @@ def steer_batch(
             f"Every image needs a prompt, a list of edits and a seed, but got {len(prompts)} prompts, {len(edits)} "
             f"lists of edits and {len(seeds)} seeds."
         )
-    run = run or plan_run(pipe.config)
+    run = run or pipe.plan()
     encoded = {prompt: encode(pipe, prompt, run.text_tokens) for prompt in dict.fromkeys(prompts)}
     masks = [np.asarray(encoded[p].mask) | include_padding for p in prompts]
     params, live, tables = _tables(pipe, tcs, edits, masks, run, replaced)

@@ -33,7 +33,6 @@ from difffract_jax.models.pipeline import (
     Run,
     encode,
     model_velocity,
-    plan_run,
     sample,
     start,
     step_inputs,
@@ -107,11 +106,7 @@ def capture(
     seed: int = 0,
     step: int = 0,
     output: bool = False,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    text_tokens: int | None = None,
-    guidance: float | None = None,
+    run: Run | None = None,
     latents: Any = None,
     include_padding: bool = False,
 ) -> Trace:
@@ -124,21 +119,15 @@ def capture(
         seed: seed of the starting noise.
         step: step to record, from 0.
         output: record through to the velocity, so that it can be a target.
-        steps: denoising steps; this and the sizes below: the pipeline's defaults if left out.
-        height: image height in pixels.
-        width: image width in pixels.
-        text_tokens: length of the text sequence.
-        guidance: guidance scale, for models that take one.
+        run: sizes and schedule, from `pipe.plan`; the pipeline's defaults if left out.
         latents: packed starting noise instead of the seed's.
         include_padding: replace the MLPs of padded text positions too, as the reference does.
 
     Raises:
         UserError: if the step or a size is out of range, or the transcoders do not fit the model.
     """
-    sizes = {"steps": steps, "height": height, "width": width, "text_tokens": text_tokens, "guidance": guidance}
     blocks = blocks_for(pipe.config.transformer, tcs, output)
-    run = plan_run(pipe.config, **sizes)
-    return _capture(pipe, prompt, run, blocks, (step, step), seed, latents, include_padding).traces[0]
+    return _capture(pipe, prompt, run or pipe.plan(), blocks, (step, step), seed, latents, include_padding).traces[0]
 
 
 def capture_steps(
@@ -149,11 +138,7 @@ def capture_steps(
     first: int = 0,
     last: int,
     seed: int = 0,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    text_tokens: int | None = None,
-    guidance: float | None = None,
+    run: Run | None = None,
     latents: Any = None,
     include_padding: bool = False,
 ) -> Span:
@@ -166,22 +151,16 @@ def capture_steps(
         first: first step; the latents entering it are the span's input.
         last: last step; a graph's target lies in it unless it says otherwise.
         seed: this and the rest as for `capture`.
-        steps: denoising steps of the run.
-        height: image height in pixels.
-        width: image width in pixels.
-        text_tokens: length of the text sequence.
-        guidance: guidance scale.
+        run: sizes and schedule.
         latents: packed starting noise.
         include_padding: replace the MLPs of padded text positions too.
 
     Raises:
         UserError: as `capture`, or if the steps are not in order.
     """
-    sizes = {"steps": steps, "height": height, "width": width, "text_tokens": text_tokens, "guidance": guidance}
     blocks_for(pipe.config.transformer, tcs, True)
     blocks = Blocks(0, pipe.config.transformer.layout.depth, True)
-    run = plan_run(pipe.config, **sizes)
-    return _capture(pipe, prompt, run, blocks, (first, last), seed, latents, include_padding)
+    return _capture(pipe, prompt, run or pipe.plan(), blocks, (first, last), seed, latents, include_padding)
 
 
 def blocks_for(config: FluxConfig, tcs: TranscoderSet, output: bool) -> Blocks:
@@ -216,7 +195,7 @@ def _capture(
     include_padding: bool,
 ) -> Span:
     first, last = steps
-    count = len(run.sigmas) - 1
+    count = run.steps
     for step in steps:
         if not 0 <= step < count:
             raise UserError(

@@ -86,6 +86,10 @@ class Pipeline(NamedTuple):
     config: PipelineConfig
     source: str = ""
 
+    def plan(self, **sizes: Any) -> "Run":
+        """Fixes the sizes and the schedule of a run; keyword arguments as for `plan_run`."""
+        return plan_run(self.config, **sizes)
+
     def __repr__(self) -> str:
         return text_of(*pipeline_facts(self))
 
@@ -112,6 +116,11 @@ class Run(NamedTuple):
     def tokens(self) -> Tokens:
         """Length of each stream."""
         return Tokens(img=self.grid[0] * self.grid[1], txt=self.text_tokens)
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps."""
+        return len(self.sigmas) - 1
 
 
 class EncodedPrompt(NamedTuple):
@@ -334,11 +343,7 @@ def generate(
     prompt: str,
     *,
     seed: int = 0,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    text_tokens: int | None = None,
-    guidance: float | None = None,
+    run: Run | None = None,
     latents: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> GeneratedImage:
@@ -348,11 +353,7 @@ def generate(
         pipe: the pipeline.
         prompt: what the image shall show.
         seed: seed of the starting noise.
-        steps: denoising steps; this and the sizes below: the pipeline's defaults if left out.
-        height: image height in pixels, a multiple of twice the autoencoder's factor.
-        width: image width in pixels, likewise.
-        text_tokens: length of the text sequence, padding included.
-        guidance: guidance scale, for models that take one.
+        run: sizes and schedule, from `pipe.plan`; the pipeline's defaults if left out.
         latents: packed starting noise, [img channels], instead of the seed's.
         progress: called with (steps done, steps in all).
 
@@ -362,7 +363,7 @@ def generate(
     Raises:
         UserError: if a size or the noise does not fit.
     """
-    run = plan_run(pipe.config, steps=steps, height=height, width=width, text_tokens=text_tokens, guidance=guidance)
+    run = run or pipe.plan()
     encoded = encode(pipe, prompt, run.text_tokens)
     noise = start(pipe, run, seed, latents)
     final = sample(model_velocity, pipe.transformer, run, encoded, noise, progress=progress)

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from difffract_jax.models import sampler
 from difffract_jax.models.batch import generate_batch
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.ablation import ablated_velocity, ablation, mean_outputs, sites
 from difffract_jax.organism.captions import RELATIONS
 from difffract_jax.organism.scorer import Reading, interval, judge, read
@@ -167,7 +167,7 @@ def ablations(pipe: Pipeline, size: int, *, progress: Progress | None = None) ->
         progress: as in `binding`.
     """
     asked = held_out(size, "two shapes")
-    config, run = pipe.config.transformer, plan_run(pipe.config)
+    config, run = pipe.config.transformer, pipe.plan()
     calibration = scenes(WORLD_SEED + 3, 0, 256)
     text, pooled = encode_all(pipe.t5, pipe.clip, tokenise(pipe.tokenizers, calibration.captions))
     noise = jnp.stack([sampler.draw_noise(seed, run.grid, config.in_channels) for seed in range(256)])

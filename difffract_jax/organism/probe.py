@@ -20,7 +20,7 @@ from difffract_jax.models import sampler
 from difffract_jax.models.batch import draw
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.mmdit import Inputs
-from difffract_jax.models.pipeline import Pipeline, Run, plan_run
+from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.stacks import depth_of, run_stacks, streams
 from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import FIRST_SEED, WORLD_SEED, held_out, see, share
@@ -58,7 +58,7 @@ def replace_text(pipe: Pipeline, size: int = 500) -> list[dict[str, Any]]:
         pipe: the organism.
         size: images of each.
     """
-    asked, run = held_out(size, "two shapes"), plan_run(pipe.config)
+    asked, run = held_out(size, "two shapes"), pipe.plan()
     prompts = tokenise(pipe.tokenizers, asked.captions)
     text, pooled = encode_all(pipe.t5, pipe.clip, prompts)
     rows = []
@@ -120,7 +120,7 @@ def _nouns(asked: Scenes) -> tuple[Int[np.ndarray, "noun"], Int[np.ndarray, "nou
 
 def _block_states(pipe: Pipeline, text: Array, pooled: Array) -> list[tuple[str, Array]]:
     """Returns the text tokens after the entrance and after every block, at the first step."""
-    run = plan_run(pipe.config)
+    run = pipe.plan()
     noise = jnp.stack([sampler.draw_noise(i, run.grid, pipe.config.transformer.in_channels) for i in range(len(text))])
     entered, after = _run_blocks(pipe.transformer, noise, text, pooled, run.grid)
     layout = pipe.config.transformer.layout

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float64
 from matplotlib.figure import Figure
 
 from difffract_jax.circuits.total_effects import TotalEffects
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import held_out
 from difffract_jax.studies import choices
@@ -128,7 +128,7 @@ def _exchange(
     pipe: Pipeline, tcs: TranscoderSet, both: Sequence[Material], told: Sequence[Any], advance: Advance
 ) -> dict[tuple[str, int, float], Outcomes]:
     """Moves both objects' places towards the other caption's run and reads what comes out."""
-    places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    places = choices.all_places(tcs, pipe.plan().steps)
     parts = []
     for slot, material in enumerate(both):
         before, after = (

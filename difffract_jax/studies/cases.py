@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int, UInt8
 
 from difffract_jax.circuits.region import tokens_in
 from difffract_jax.models.batch import generate_batch
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, object_phrase, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.render import SIDE
@@ -149,7 +149,7 @@ def locate(
         seen: what was read in the images.
         drawn: cases that these were taken from.
     """
-    run = plan_run(pipe.config)
+    run = pipe.plan()
     radius = np.array(RADII, np.float32).mean(axis=1)
     at = np.stack(np.meshgrid(np.arange(SIDE) + 0.5, np.arange(SIDE) + 0.5), axis=-1)  # column and row of each pixel
     inside = np.zeros((len(cases), run.grid[0] * run.grid[1]), bool)

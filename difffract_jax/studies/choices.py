@@ -27,7 +27,7 @@ from difffract_jax.circuits.outputs import parse_target, resolve
 from difffract_jax.circuits.ranking import summarise
 from difffract_jax.circuits.readings import effects
 from difffract_jax.circuits.trace import capture_steps
-from difffract_jax.models.pipeline import Pipeline, encode, plan_run, start
+from difffract_jax.models.pipeline import Pipeline, encode, start
 from difffract_jax.studies.cases import Material
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -118,7 +118,7 @@ def mean_codes(
         prompts: of the runs, one per case.
         progress: called with (runs done, runs in all).
     """
-    run, rows = plan_run(pipe.config), len(prompts)
+    run, rows = pipe.plan(), len(prompts)
     encoded = {text: encode(pipe, text, run.text_tokens) for text in dict.fromkeys(prompts)}
     found = []
     for first in range(0, rows, AT_ONCE):
@@ -127,7 +127,7 @@ def mean_codes(
             jnp.stack([getattr(encoded[prompts[row]], name) for row in map(int, at)]) for name in ("text", "pooled")
         )
         noise = jnp.stack([start(pipe, run, material.cases[row].seed) for row in at])
-        extra = repeat_steps((material.inside[at], material.phrase[at]), len(run.sigmas) - 1)
+        extra = repeat_steps((material.inside[at], material.phrase[at]), run.steps)
         kept, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise, extra)
         sides = [np.asarray(kept[group.name][side].inside) for group, side in SIDES if group.name in kept]
         flat = [np.moveaxis(one, 1, 0).reshape(AT_ONCE, -1) for one in sides]
@@ -147,7 +147,7 @@ def circuit_of(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targe
         seed: of its starting noise.
         target: as text, see `outputs`.
     """
-    span = capture_steps(pipe, tcs, prompt, first=0, last=len(plan_run(pipe.config).sigmas) - 2, seed=seed)
+    span = capture_steps(pipe, tcs, prompt, first=0, last=pipe.plan().steps - 1, seed=seed)
     asked = parse_target(target)
     assert not isinstance(asked, Feature)
     output = resolve(pipe, span, asked)

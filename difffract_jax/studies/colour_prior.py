@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from difffract_jax.models.batch import generate_batch
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, parse
 from difffract_jax.organism.evaluate import contradicting, see
 from difffract_jax.organism.render import NOUNS
@@ -86,7 +86,7 @@ def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
 
 
 def _attempts(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: Advance) -> Scores:
-    places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    places = choices.all_places(tcs, pipe.plan().steps)
     told, effects = advance("circuits"), []
     for row, case in enumerate(material.cases):
         target = colour_target(case.shows or case.prompt, case.wanted, case.slot, material.box(row))

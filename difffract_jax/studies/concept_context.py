@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.figure import Figure
 
-from difffract_jax.models.pipeline import Pipeline, encode, plan_run
+from difffract_jax.models.pipeline import Pipeline, encode
 from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import all_places, first, mean_codes
@@ -50,7 +50,7 @@ def concept_context(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = No
         for name, where in zip(WHERE, (material, around), strict=True):
             effects[name].append(removing.place_effects(found, tcs, where.inside[row], where.phrase[row]))
         progress(row + 1, len(prompts))
-    places = all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    places = all_places(tcs, pipe.plan().steps)
     ways: dict[tuple[Any, ...], removing.Way] = {}
     random: dict[tuple[Any, ...], removing.Way] = {}
     for name, where in zip(WHERE, (material, around), strict=True):

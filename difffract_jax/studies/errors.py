@@ -13,7 +13,7 @@ import numpy as np
 
 from difffract_jax.config import UserError
 from difffract_jax.models.batch import generate_batch
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.render import NOUNS
@@ -106,7 +106,7 @@ def shown(text: str, kind: int, colour: int) -> str:
 
 
 def _attempts(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: Advance) -> Scores:
-    steps = len(plan_run(pipe.config).sigmas) - 1
+    steps = pipe.plan().steps
     places = choices.all_places(tcs, steps)
     effects: dict[int, list[Any]] = {until: [] for until in UNTIL}
     told = advance("circuits")

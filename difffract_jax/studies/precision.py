@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import CONCEPTS, parse
 from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Material, draw, recolourings
@@ -109,7 +109,7 @@ def measure(
         rules: of the round.
         advance: as in `precision`.
     """
-    places = choices.all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    places = choices.all_places(tcs, pipe.plan().steps)
     prompts, wanted = [case.prompt for case in material.cases], [case.wanted for case in material.cases]
     found: Scores = {}
     values = {

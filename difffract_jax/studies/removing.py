@@ -23,7 +23,7 @@ from difffract_jax.circuits.sweeps import AT_ONCE, steer_batch
 from difffract_jax.circuits.total_effects import TotalEffects, total_effects
 from difffract_jax.circuits.trace import Span, capture_steps
 from difffract_jax.config import UserError
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import Reading
@@ -90,7 +90,7 @@ def explained(
         targets: as text, see `outputs`; no features.
         last: their step; the run's last if left out.
     """
-    end = len(plan_run(pipe.config).sigmas) - 2 if last is None else last
+    end = pipe.plan().steps - 1 if last is None else last
     span = capture_steps(pipe, tcs, prompt, last=end, seed=seed)
     parsed = [parse_target(target) for target in targets]
     return span, [resolve(pipe, span, target) for target in parsed if not isinstance(target, Feature)]

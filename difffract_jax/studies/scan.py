@@ -30,7 +30,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models import sampler
 from difffract_jax.models.batch import pixels
 from difffract_jax.models.blocks import Streams
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.stacks import sequences, streams
 from difffract_jax.organism.evaluate import see
 from difffract_jax.organism.scorer import judge
@@ -89,7 +89,7 @@ def scan(
     if captions < 2 * AT_ONCE or captions % AT_ONCE:
         raise UserError(f"A scan takes a multiple of {AT_ONCE} captions, at least {2 * AT_ONCE}, but got {captions}.")
     asked = _captions(captions)
-    grid, parts, right, truths = plan_run(pipe.config).grid, [], [], []
+    grid, parts, right, truths = pipe.plan().grid, [], [], []
     for first in range(0, captions, AT_ONCE):
         rows = np.arange(first, first + AT_ONCE)
         mine = asked.take(rows)
@@ -122,8 +122,8 @@ def _sample(
     pipe: Pipeline, tcs: TranscoderSet, asked: Scenes, numbers: np.ndarray
 ) -> tuple[dict[str, Kept], dict[str, np.ndarray], np.ndarray]:
     """Samples some captions: what is kept by group, the random tokens by side [step caption token], and the images."""
-    run = plan_run(pipe.config)
-    steps, img = len(run.sigmas) - 1, run.grid[0] * run.grid[1]
+    run = pipe.plan()
+    steps, img = run.steps, run.grid[0] * run.grid[1]
     text, pooled = encode_all(pipe.t5, pipe.clip, tokenise(pipe.tokenizers, asked.captions))
     channels = pipe.config.transformer.in_channels
     noise = jnp.stack([sampler.draw_noise(FIRST_SEED + int(number), run.grid, channels) for number in numbers])
@@ -165,7 +165,7 @@ def _report(
     pipe: Pipeline,
     tcs: TranscoderSet,
 ) -> dict[str, Any]:
-    run = plan_run(pipe.config)
+    run = pipe.plan()
     tokens = {"img": run.tokens.img, "txt": float(np.mean([len(c.split()) + 1 for c in asked.captions]))}
     kinds = [[side, *kind] for side in KINDS for kind in KINDS[side]]
     sites, used = {}, set()

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from difffract_jax.circuits.effect_tables import rows_of
 from difffract_jax.circuits.total_effects import TotalEffects
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import Places, all_places, first, mean_codes
@@ -63,7 +63,7 @@ def steps(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advanc
         divided.append(shares(found))
         effects.append(removing.place_effects(found, tcs, material.inside[row], material.phrase[row]))
         progress(row + 1, len(material.cases))
-    places = all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    places = all_places(tcs, pipe.plan().steps)
     codes = mean_codes(pipe, tcs, material, [case.prompt for case in material.cases], advance("codes"))
     ways = chosen_ways(places, material, np.stack(effects))
     looks = removing.run_ways(pipe, tcs, material, places, ways, advance("removals"))

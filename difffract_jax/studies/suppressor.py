@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.labels import Labels
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import contradicting
 from difffract_jax.studies import removing
@@ -70,7 +70,7 @@ def suppressor(
     for name, cases in drawn.items():
         material = removing.right_images(pipe, cases, advance(f"{name}: images"))
         parts[name] = _measure(pipe, tcs, material, name, advance)
-    return report(all_places(tcs, len(plan_run(pipe.config).sigmas) - 1), parts, labels)
+    return report(all_places(tcs, pipe.plan().steps), parts, labels)
 
 
 def competing_colour(case: Case) -> str:
@@ -112,7 +112,7 @@ def _measure(pipe: Pipeline, tcs: TranscoderSet, material: Material, name: str, 
         found = removing.effects_on(pipe, tcs, case.prompt, case.seed, targets)
         effects.append([removing.place_effects(one, tcs, material.inside[row], material.phrase[row]) for one in found])
         progress(row + 1, len(material.cases))
-    places = all_places(tcs, len(plan_run(pipe.config).sigmas) - 1)
+    places = all_places(tcs, pipe.plan().steps)
     codes = mean_codes(pipe, tcs, material, [case.prompt for case in material.cases], advance(f"{name}: codes"))
     ways: dict[tuple[Any, ...], removing.Way] = {}
     random: dict[tuple[Any, ...], removing.Way] = {}

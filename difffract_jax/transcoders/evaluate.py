@@ -278,7 +278,7 @@ def _velocities(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns velocity recovered with all sites replaced, by step, and with each alone."""
     run, names = build.source.run, build.source.sites.names
-    steps = len(run.sigmas) - 1
+    steps = run.steps
     choices = [np.full(len(names), TRUE) for _ in range(len(names) + 1)]
     choices[-1] = np.ones(len(names), int)
     for i in range(len(names)):

@@ -133,7 +133,7 @@ class Sampler:
     ) -> tuple[dict[str, Array], dict[str, Bool[np.ndarray, "step prompt place"]]]:
         """Returns which tokens each group reports, [step prompt place], and which of these places are filled."""
         rng = np.random.default_rng((self.seed, number))
-        steps, prompts = len(self.run.sigmas) - 1, len(masks)
+        steps, prompts = self.run.steps, len(masks)
         counts = Streams(np.ones((prompts, self.run.tokens.img), bool), masks)
         groups = [group for group, _ in self.sites.members]
         tokens, valid = {}, {}

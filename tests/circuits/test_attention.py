@@ -102,7 +102,9 @@ def test_pairs_terms_and_constant_add_up_to_the_score(exact, block, head, query,
 
 
 def test_spans_are_refused(exact):
-    span = capture_steps(exact.pipe, exact.tcs, "a red circle", first=1, last=1, height=24, width=32, text_tokens=16)
+    span = capture_steps(
+        exact.pipe, exact.tcs, "a red circle", first=1, last=1, run=exact.pipe.plan(height=24, width=32, text_tokens=16)
+    )
     engine = make_engine(span, exact.tcs)
     with pytest.raises(UserError, match="not of a span"):
         head_loadings(engine, top_feature(engine, single=False))

@@ -32,7 +32,7 @@ def made(dtype):
     """A pipeline, its transcoders of all groups, and a span of three steps; the first is step 1."""
     pipe = random_pipeline(seed=3, dtype=dtype)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(1, 2), joint=(0, 1), skip=True, dtype=dtype)
-    return pipe, tcs, capture_steps(pipe, tcs, PROMPT, first=1, last=3, **SIZE)
+    return pipe, tcs, capture_steps(pipe, tcs, PROMPT, first=1, last=3, run=pipe.plan(**SIZE))
 
 
 def target_of(kind, pipe, tcs, trace):
@@ -130,7 +130,7 @@ def test_targets_of_different_steps_go_together(x64):
 def test_spans_of_bfloat16_weights_add_up_too():
     pipe, tcs, _ = made(jnp.float32)
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pipe.transformer)
-    span = capture_steps(pipe._replace(transformer=half), tcs, PROMPT, first=1, last=3, **SIZE)
+    span = capture_steps(pipe._replace(transformer=half), tcs, PROMPT, first=1, last=3, run=pipe.plan(**SIZE))
     graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=10, expansion_batch=10)
     assert graph.largest_conservation_error <= TOL.conservation_steps_f32
 
@@ -147,7 +147,7 @@ def test_float32_adds_up(kind):
     graph = attribute(span, tcs, target=target, max_nodes=30, expansion_batch=10)
     assert graph.largest_conservation_error <= TOL.conservation_steps_f32
     assert set(graph.node_step) == {1, 2, 3}
-    trace = capture(pipe, tcs, PROMPT, step=2, output=True, **SIZE)
+    trace = capture(pipe, tcs, PROMPT, step=2, output=True, run=pipe.plan(**SIZE))
     graph = attribute(trace, tcs, target=target_of(kind, pipe, tcs, trace), max_nodes=30, expansion_batch=10)
     assert graph.largest_conservation_error <= TOL.conservation_f32
     assert graph.node_kind[0] == (OUTPUT if kind in OUTPUTS else FEATURE)
@@ -155,8 +155,8 @@ def test_float32_adds_up(kind):
 
 def test_a_span_of_one_step_explains_it_as_the_step_alone_does(x64):
     pipe, tcs, _ = made(jnp.float64)
-    span = capture_steps(pipe, tcs, PROMPT, first=2, last=2, **SIZE)
-    trace = capture(pipe, tcs, PROMPT, step=2, output=True, **SIZE)
+    span = capture_steps(pipe, tcs, PROMPT, first=2, last=2, run=pipe.plan(**SIZE))
+    trace = capture(pipe, tcs, PROMPT, step=2, output=True, run=pipe.plan(**SIZE))
     rows = []
     for one in (span, trace):
         output = resolve(pipe, one, parse_target(OUTPUTS[2]))
@@ -215,7 +215,7 @@ def test_the_pooled_path_is_what_swapping_the_embedding_moves():
     assert path.value == graph.target_preactivation[0]
     assert path.share == pytest.approx(abs(path.value - path.without) / abs(path.value))
     assert path.without != path.value
-    silent = capture_steps(pipe, tcs, "", first=1, last=2, **SIZE)
+    silent = capture_steps(pipe, tcs, "", first=1, last=2, run=pipe.plan(**SIZE))
     graph = attribute(silent, tcs, target=target_of("img", pipe, tcs, silent), max_nodes=2)
     assert graph.provenance.pooled_path[0].share == 0
 
@@ -286,7 +286,7 @@ def test_targets_and_budgets_that_make_no_graph_are_refused():
     ):
         with pytest.raises(UserError, match=sentence):
             attribute(span, tcs, target=targets, **settings)
-    trace = capture(pipe, tcs, PROMPT, step=1, **SIZE)
+    trace = capture(pipe, tcs, PROMPT, step=1, run=pipe.plan(**SIZE))
     with pytest.raises(UserError, match="capture with output=True"):
         resolve(pipe, trace, parse_target("velocity:"))
 

@@ -124,7 +124,7 @@ def make(dtype):
 @pytest.fixture
 def made(x64):
     pipe, tcs = make(jnp.float64)
-    trace = capture(pipe, tcs, "a red circle", step=1, output=True, **SIZE)
+    trace = capture(pipe, tcs, "a red circle", step=1, output=True, run=pipe.plan(**SIZE))
     return pipe, tcs, trace, prepare_step(trace, tcs)
 
 
@@ -213,7 +213,7 @@ def test_heads_and_no_hop_add_up_across_a_stack_without_attention(made):
 
 def test_a_span_of_steps_adds_up_and_images_are_generated():
     pipe, tcs = make(jnp.float32)
-    span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, **SIZE)
+    span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(**SIZE))
     graph = attribute(span, tcs, target=strongest_feature(span, tcs, "lens", 0), max_nodes=6)
     assert np.max(graph.conservation_error) <= TOL.conservation_steps_f32
-    assert generate(pipe, "a red circle", **SIZE).image.shape == (24, 32, 3)
+    assert generate(pipe, "a red circle", run=pipe.plan(**SIZE)).image.shape == (24, 32, 3)

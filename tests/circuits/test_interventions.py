@@ -45,7 +45,7 @@ def test_interventions_are_the_reference_s(golden, case):
         form="replace",
         latents=noise,
         include_padding=True,
-        **SIZE,
+        run=golden.pipe.plan(**SIZE),
     )
     assert relative_error(result.latents, expected) <= TOL.intervention_f32
     # What is agreed upon must be an effect: clearly larger than the tolerance. The smallest of these edits moves 0.5%.
@@ -67,7 +67,7 @@ def test_replacing_every_mlp_is_the_reference_s(golden, prompt, role):
         replaced=sites,
         latents=noise,
         include_padding=True,
-        **SIZE,
+        run=golden.pipe.plan(**SIZE),
     )
     expected = np.load(REFERENCE / "golden_replacement.npz")[f"p{prompt}_final_{role}"]
     assert relative_error(result.latents, expected) <= TOL.intervention_f32
@@ -76,8 +76,8 @@ def test_replacing_every_mlp_is_the_reference_s(golden, prompt, role):
 @pytest.mark.parametrize("edits", [[], [Edit("img/2/f326", "scale", 1.0), Edit("txt/0/f7", "add", 0.0)]])
 def test_changing_nothing_changes_nothing(golden, edits):
     noise = golden.forward["p0_initial_latents"]
-    result = steer(golden.pipe, golden.tcs, PROMPTS[0], edits, latents=noise, **SIZE)
-    plain = generate(golden.pipe, PROMPTS[0], latents=noise, **SIZE)
+    result = steer(golden.pipe, golden.tcs, PROMPTS[0], edits, latents=noise, run=golden.pipe.plan(**SIZE))
+    plain = generate(golden.pipe, PROMPTS[0], latents=noise, run=golden.pipe.plan(**SIZE))
     assert relative_error(result.latents, plain.latents) <= TOL.f32_block
     assert np.array_equal(result.image, plain.image)
 

@@ -36,7 +36,7 @@ def nbytes(tree):
 def test_a_plan_counts_what_a_trace_holds():
     pipe = random_pipeline()
     tcs = make_transcoders(pipe.config.transformer, img=(1, 2), txt=(), dtype=jnp.float32)
-    trace = capture(pipe, tcs, "a red circle", step=1, height=24, width=32, text_tokens=16)
+    trace = capture(pipe, tcs, "a red circle", step=1, run=pipe.plan(height=24, width=32, text_tokens=16))
     prepared = prepare_step(trace, tcs, active=(24, 24, 24))
     config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in ("transformer", "t5")}
     blocks = blocks_for(config, tcs, False)

@@ -249,7 +249,9 @@ def test_attention_in_blocks_changes_no_edge(x64, monkeypatch):
     monkeypatch.setattr(ops, "PATTERN_BLOCK", 28 * 8 * 5)  # of 28 queries five at a time: the last block is filled up
     pullback._pull_back.clear_cache()
     assert relative_error(pull_back(exact.replacement, targets), usual) <= 1e-12
-    again = capture(exact.pipe, exact.tcs, "a red circle", step=1, height=24, width=32, text_tokens=16)
+    again = capture(
+        exact.pipe, exact.tcs, "a red circle", step=1, run=exact.pipe.plan(height=24, width=32, text_tokens=16)
+    )
     for ours, expected in zip(jax.tree.leaves(again.record), jax.tree.leaves(exact.trace.record), strict=True):
         if np.any(expected):
             assert relative_error(ours, expected) <= 1e-12

@@ -93,7 +93,7 @@ def test_the_affine_map_is_a_pytree_and_one_program_serves_all_traces_of_a_shape
     evaluate = jax.jit(chex.assert_max_traces(lambda f, sources: f(sources).mlp_in, n=1))
     size = {"height": 24, "width": 32, "text_tokens": 16}
     for prompt, step in (("a red circle", 0), ("a blue square above", 2)):
-        prepared = prepare(capture(pipe, tcs, prompt, step=step, **size), tcs, active=(64, 64, 0))
+        prepared = prepare(capture(pipe, tcs, prompt, step=step, run=pipe.plan(**size)), tcs, active=(64, 64, 0))
         f, sources = replacement(prepared, tcs)
         assert len(jax.tree.leaves(f)) > 10
         for ours, theirs in zip(evaluate(f, sources), prepared.trace.record.mlp_in, strict=True):
@@ -103,7 +103,7 @@ def test_the_affine_map_is_a_pytree_and_one_program_serves_all_traces_of_a_shape
 def test_what_is_prepared_is_not_encoded_again_and_knows_its_transcoders():
     pipe = random_pipeline()
     tcs = random_transcoders(pipe.config.transformer)
-    prepared = prepare(capture(pipe, tcs, "a red circle", height=24, width=32, text_tokens=16), tcs)
+    prepared = prepare(capture(pipe, tcs, "a red circle", run=pipe.plan(height=24, width=32, text_tokens=16)), tcs)
     assert prepare(prepared, tcs) is prepared and len(repr(prepared).splitlines()) <= 15
     with pytest.raises(UserError, match="was prepared with the transcoders .*prepare it again"):
         prepare(prepared, random_transcoders(pipe.config.transformer, seed=1))

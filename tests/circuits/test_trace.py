@@ -95,7 +95,8 @@ def test_a_trace_says_where_it_comes_from(golden):
 def test_what_is_out_of_range_is_refused(change, sentence):
     pipe = random_pipeline()
     with pytest.raises(UserError) as caught:
-        capture(pipe, random_transcoders(pipe.config.transformer), "a red circle", **change)
+        run = pipe.plan(**{name: value for name, value in change.items() if name != "step"})
+        capture(pipe, random_transcoders(pipe.config.transformer), "a red circle", run=run, step=change.get("step", 0))
     assert sentence in str(caught.value)
 
 
@@ -119,5 +120,5 @@ def test_saes_cannot_be_traced(golden):
 
 def test_a_prompt_that_is_too_long_is_cut_and_says_so(golden):
     prompt = "a red fox " * 12 + "at dawn"
-    info = capture(golden.pipe, golden.tcs, prompt, height=96, width=96, text_tokens=16).info
+    info = capture(golden.pipe, golden.tcs, prompt, run=golden.pipe.plan(height=96, width=96, text_tokens=16)).info
     assert info.cut and prompt.endswith(info.cut)

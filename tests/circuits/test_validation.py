@@ -32,7 +32,9 @@ def made():
     """A pixel target's graph over one step, and one over two, each with its run."""
     jax.config.update("jax_enable_x64", True)
     exact = make_exact(seed=2, text_tokens=8, img=(0, 1, 2), txt=(1,), joint=(0, 1), skip=True, output=True)
-    span = capture_steps(exact.pipe, exact.tcs, "a red circle", first=1, last=2, height=24, width=32, text_tokens=8)
+    span = capture_steps(
+        exact.pipe, exact.tcs, "a red circle", first=1, last=2, run=exact.pipe.plan(height=24, width=32, text_tokens=8)
+    )
     found = []
     for trace in (exact.trace, span):
         target = resolve(exact.pipe, trace, parse_target(PIXELS))

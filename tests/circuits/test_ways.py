@@ -56,7 +56,7 @@ def test_eight_devices_give_the_graph_of_one(small):
 def test_rows_on_several_devices_are_the_rows_of_one_over_several_steps(x64):
     pipe = random_pipeline(seed=3, dtype=jnp.float64)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(), joint=(1,))
-    span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, **SIZE)
+    span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(**SIZE))
     output = resolve(pipe, span, parse_target("velocity:"))
     one, four = (make_engine(span, tcs, (output,), way) for way in (Way(), Way(make_mesh({"data": 4}))))
     features = np.flatnonzero((one.table.kind == FEATURE) & (one.table.value > 0))
@@ -125,7 +125,7 @@ def test_bfloat16_weights_are_traced_as_their_values_in_float32():
     tcs = make_transcoders(pipe.config.transformer, img=(0, 1), txt=(), dtype=jnp.float32)
     half = lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)  # noqa: E731
     halves = tcs._replace(stacks=half(tcs.stacks))
-    trace = capture(pipe._replace(transformer=half(pipe.transformer)), halves, "a red circle", **SIZE)
+    trace = capture(pipe._replace(transformer=half(pipe.transformer)), halves, "a red circle", run=pipe.plan(**SIZE))
     assert {leaf.dtype for leaf in jax.tree.leaves(trace.record.weights)} == {jnp.dtype(jnp.bfloat16)}
     widened = jax.tree.map(lambda w: w.astype(jnp.float32), trace.record.weights)
     settings = {"target": strongest_feature(trace, halves, "img", 1), "max_nodes": 1, "expansion_batch": 1}

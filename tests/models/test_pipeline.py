@@ -58,7 +58,7 @@ def test_golden_latents_are_met_at_every_step(pipe, golden, prompt):
 def test_golden_images_are_met(pipe, golden, prompt):
     raw = decode_raw(pipe.vae, jnp.asarray(golden[f"p{prompt}_final_latents"]), (6, 6))
     assert relative_error(raw.transpose(2, 0, 1), golden[f"p{prompt}_vae_raw"]) <= TOL.f32_block
-    made = generate(pipe, PROMPTS[prompt], latents=golden[f"p{prompt}_initial_latents"], **SIZE)
+    made = generate(pipe, PROMPTS[prompt], latents=golden[f"p{prompt}_initial_latents"], run=pipe.plan(**SIZE))
     assert relative_error(made.latents, golden[f"p{prompt}_final_latents"]) <= TOL.f32_run
     # One level of 255: errors of the run may push a pixel over the edge between two.
     assert np.max(np.abs(made.image - 255 * golden[f"p{prompt}_image"])) <= 1
@@ -83,7 +83,7 @@ def test_the_image_of_a_seed_is_diffusers(tmp_path, shape, height, width, steps)
     image = theirs(prompt, generator=generator.manual_seed(5), output_type="np", **arguments).images[0]
     noise = pack(torch_noise(5, 4, height // 4, width // 4)[0].transpose(1, 2, 0))
     guidance = 2.5 if shape.guidance else None
-    made = generate(ours, prompt, latents=noise, steps=steps, text_tokens=40, guidance=guidance, **size)
+    made = generate(ours, prompt, latents=noise, run=ours.plan(steps=steps, text_tokens=40, guidance=guidance, **size))
     assert relative_error(made.latents, latents) <= TOL.f32_run
     assert np.max(np.abs(made.image - 255 * image)) <= 1
 
@@ -91,12 +91,12 @@ def test_the_image_of_a_seed_is_diffusers(tmp_path, shape, height, width, steps)
 def test_a_run_compiles_one_step(tiny):
     pipeline.euler_step.clear_cache()
     for prompt, seed, steps in (("a red circle", 0, 4), ("a blue square", 1, 3)):
-        generate(tiny, prompt, seed=seed, steps=steps, height=32, width=32)
+        generate(tiny, prompt, seed=seed, run=tiny.plan(steps=steps, height=32, width=32))
     assert pipeline.euler_step._cache_size() == 1
 
 
 def test_the_seed_decides_and_nothing_else(tiny):
-    images = [generate(tiny, "a red circle", seed=seed, steps=2).image for seed in (3, 3, 4)]
+    images = [generate(tiny, "a red circle", seed=seed, run=tiny.plan(steps=2)).image for seed in (3, 3, 4)]
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
     assert images[0].shape == (48, 48, 3)
 
@@ -104,7 +104,7 @@ def test_the_seed_decides_and_nothing_else(tiny):
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (24, 56)])
 @pytest.mark.parametrize("text_tokens", [1, 70])
 def test_any_size_that_divides_gives_an_image(tiny, height, width, text_tokens):
-    made = generate(tiny, "a red circle", steps=1, height=height, width=width, text_tokens=text_tokens)
+    made = generate(tiny, "a red circle", run=tiny.plan(steps=1, height=height, width=width, text_tokens=text_tokens))
     assert made.image.shape == (height, width, 3) and made.image.dtype == np.uint8
     assert (made.cut == "") == (text_tokens == 70)
 
@@ -123,7 +123,7 @@ def test_bfloat16_generates_what_float32_does_but_for_rounding():
             for n in ("transformer", "t5", "clip", "vae")
         }
     )
-    ours, exact = (generate(p, "a red circle", height=24, width=24) for p in (half, whole))
+    ours, exact = (generate(p, "a red circle", run=p.plan(height=24, width=24)) for p in (half, whole))
     assert ours.latents.dtype == jnp.float32
     # Four steps and five blocks of single roundings of 4e-3 each.
     assert relative_error(ours.latents, exact.latents) <= 4 * TOL.bf16
@@ -134,14 +134,14 @@ def test_eight_devices_generate_what_one_does(pipe, golden):
     parts = {name: getattr(pipe, name) for name in ("transformer", "t5", "clip", "vae")}
     spread = pipe._replace(**{name: jax.device_put(tree, place(name, tree)) for name, tree in parts.items()})
     noise = golden["p0_initial_latents"]
-    ours, alone = (generate(p, PROMPTS[0], latents=noise, **SIZE) for p in (spread, pipe))
+    ours, alone = (generate(p, PROMPTS[0], latents=noise, run=p.plan(**SIZE)) for p in (spread, pipe))
     assert relative_error(ours.latents, alone.latents) <= TOL.f32_run
     assert np.max(np.abs(ours.image.astype(int) - alone.image)) <= 1
 
 
 def test_progress_is_told_after_every_step(tiny):
     seen = []
-    generate(tiny, "a", steps=3, progress=lambda done, total: seen.append((done, total)))
+    generate(tiny, "a", progress=lambda done, total: seen.append((done, total)), run=tiny.plan(steps=3))
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -163,7 +163,8 @@ def test_progress_is_told_after_every_step(tiny):
 )
 def test_what_does_not_fit_is_refused(tiny, change, sentence):
     with pytest.raises(UserError) as caught:
-        generate(tiny, "a red circle", **change)
+        run = tiny.plan(**{name: value for name, value in change.items() if name != "latents"})
+        generate(tiny, "a red circle", run=run, latents=change.get("latents"))
     assert sentence in str(caught.value)
 
 
