@@ -151,7 +151,8 @@ class DoubleBlock(nnx.Module):
     @staticmethod
     def attention_shape(frozen: Frozen) -> tuple[int, int, int]:
         """Returns queries, heads and columns of a head."""
-        return frozen.q.shape[-3:]
+        queries, heads, head_dim = frozen.q.shape[-3:]
+        return queries, heads, head_dim
 
     def query_or_key(
         self,
