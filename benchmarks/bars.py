@@ -145,7 +145,7 @@ def transcoders() -> Iterator[Bar]:
     for kind, folder in (("tc", "transcoders"), ("sae", "saes")):
         errors = []
         for stream in ("img", "txt"):
-            stack = getattr(load_transcoders(REFERENCE / folder), stream)
+            stack = load_transcoders(REFERENCE / folder).stacks[stream]
             for layer in range(3):
                 module = jax.tree.map(lambda leaf, n=layer: leaf[n], stack)
                 place = f"{kind}_{stream}_{layer}"

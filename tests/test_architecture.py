@@ -21,7 +21,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("difffract_jax", "converters")
 ORDER = (
     ("difffract_jax", "difffract_jax.config", "difffract_jax.axes"),
-    ("difffract_jax.ops", "difffract_jax.files", "difffract_jax.sums", "difffract_jax.display"),
+    (
+        *("difffract_jax.address", "difffract_jax.ops", "difffract_jax.files", "difffract_jax.sums"),
+        "difffract_jax.display",
+    ),
     ("difffract_jax.checkpoint", "difffract_jax.trees"),
     ("difffract_jax.sharding",),
     ("difffract_jax.models",),

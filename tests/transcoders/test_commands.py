@@ -52,7 +52,7 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
     ("command", "sets", "told"),
     [
         ("train", ("activation=gelu",), "`activation` was 'gelu', but input should be 'relu', 'topk'"),
-        ("train", ("sites=[img/9]",), "The site img/9 does not exist: the model has 3 double-stream blocks"),
+        ("train", ("sites=[img/9]",), "The site img/9 does not exist: the model has img/0 to img/2 and txt/0 to txt/2"),
         ("train", ("prompts=no.txt",), "no.txt is no file of prompts"),
         ("train", ("prompts=world",), "prompts: world needs a model with a world of its own"),
         ("train", ("mesh=data=3",), "data=3, but batch, 32, is not divisible by it"),

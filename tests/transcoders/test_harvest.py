@@ -12,13 +12,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from difffract_jax.address import IMAGE, TEXT, Layout, Stack
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import encode, model_velocity, plan_run, sample, step_inputs
 from difffract_jax.models.stacks import run_stacks
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import buffer as buffers
-from difffract_jax.transcoders.harvest import Chunk, Sampler, rows_of
+from difffract_jax.transcoders.harvest import Chunk, Sampler, at_sites, rows_of
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.prompts import PromptFile, PromptWorld, in_validation, read_prompts, split_prompts
 from difffract_jax.transcoders.sites import parse_sites, sites_of
@@ -67,6 +68,13 @@ def test_rows_are_what_the_model_computes(pipe):
         for ours, expected in zip(rows[:2], live, strict=True):
             assert ours.shape[0] == len(layers)
             assert relative_error(sorted_rows(ours[:, here]), sorted_rows(expected)) <= TOL.f32_block
+
+
+def test_sites_of_several_stacks_are_taken_in_the_order_of_their_numbers():
+    layout = Layout((Stack("pairs", 2, (IMAGE, TEXT)), Stack("alone", 3, (IMAGE,))))
+    reports = [jnp.arange(2), 10 + jnp.arange(2), 20 + jnp.arange(3)]
+    taken = at_sites(reports, sites_of({"img": (1, 2, 4), "txt": (0,)}), layout)
+    assert {name: rows.tolist() for name, rows in taken.items()} == {"img": [1, 20, 22], "txt": [10]}
 
 
 def sorted_rows(a):

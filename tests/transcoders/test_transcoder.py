@@ -48,7 +48,7 @@ def everything(stack, layer, x, t):
 def test_golden_forward_passes_are_met(kind, golden, stream, layer):
     name, tcs = kind
     place = f"{name}_{stream}_{layer}"
-    found = everything(getattr(tcs, stream), layer, golden[f"{place}_x"], golden[f"{place}_t"])
+    found = everything(tcs.stacks[stream], layer, golden[f"{place}_x"], golden[f"{place}_t"])
     for array in ("scale", "shift", "h_pre", "z", "rec"):
         assert relative_error(found[array], golden[f"{place}_{array}"]) <= TOL.f32_block, array
     assert np.array_equal(found["rec"], found["decoded"])
@@ -59,7 +59,7 @@ def test_golden_forward_passes_are_met(kind, golden, stream, layer):
 def test_what_time_and_the_block_s_shift_add_to_a_feature_is_golden(golden, stream):
     tcs = load_transcoders(REFERENCE / "transcoders")
     for layer in range(3):
-        module = jax.tree.map(lambda leaf, n=layer: leaf[n], getattr(tcs, stream))
+        module = jax.tree.map(lambda leaf, n=layer: leaf[n], tcs.stacks[stream])
         place = f"tc_{stream}_{layer}_effbias"
         features, shifts = golden[f"{place}_feats"], jnp.asarray(golden[f"{place}_block_shift"])
         for row, t in enumerate(golden[f"{place}_t"]):
