@@ -17,6 +17,8 @@ MOST = 10
 """Rows of a table that are shown."""
 WIDTH = 88
 """Characters of a fact that are shown."""
+FIELD = 40
+"""Characters of a table's cell, or of a field of a record, that are shown."""
 
 
 def text_of(title: str, facts: Mapping[str, object]) -> str:
@@ -41,7 +43,7 @@ def _told(facts: Mapping[str, object]) -> dict[str, str]:
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Returns rows as aligned text under a title and the columns' names."""
-    cells = [[one_line(str(name), 40) for name in columns], *_cells(rows)]
+    cells = [[one_line(str(name), FIELD) for name in columns], *_cells(rows)]
     widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([one_line(title), *lines, *_more(rows)])
@@ -56,7 +58,7 @@ def html_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 
 def _cells(rows: Sequence[Sequence[object]]) -> list[list[str]]:
-    return [[one_line(number_text(cell), 40) for cell in row] for row in rows[:MOST]]
+    return [[one_line(number_text(cell), FIELD) for cell in row] for row in rows[:MOST]]
 
 
 def _more(rows: Sequence[Sequence[object]]) -> list[str]:
@@ -115,23 +117,17 @@ def spans(numbers: Sequence[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def record_text(record: Any, width: int = 40) -> str:
-    """Returns a dataclass or named tuple on one line, with long values cut and long sequences counted.
-
-    Args:
-        record: the value.
-        width: characters that each field gets.
-    """
-    names = getattr(record, "_fields", None) or [one.name for one in fields(record)]
-    told = (f"{name}={_value(getattr(record, name), width)}" for name in names)
-    return f"{type(record).__name__}({', '.join(told)})"
+def record_text(self: Any) -> str:
+    """Returns a dataclass on one line, with long values cut and long sequences counted; for use as `__repr__`."""
+    told = (f"{one.name}={_value(getattr(self, one.name))}" for one in fields(self))
+    return f"{type(self).__name__}({', '.join(told)})"
 
 
-def _value(value: object, width: int) -> str:
-    text = one_line(repr(value), width + 1)
-    if isinstance(value, tuple | list | dict) and len(text) > width:
+def _value(value: object) -> str:
+    text = repr(value)
+    if isinstance(value, tuple | list | dict) and len(text) > FIELD:
         return f"<{len(value)} entries>"
-    return one_line(repr(value), width)
+    return one_line(text, FIELD)
 
 
 def arrays_text(arrays: Iterable[Any]) -> str:

@@ -1,5 +1,7 @@
 """Whatever an object holds, it shows itself in few short lines, and HTML holds nothing that a browser would run."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,9 @@ from difffract_jax.display import (
     html_table,
     number_text,
     one_line,
+    record_text,
     size_text,
+    spans,
     text_of,
     text_table,
 )
@@ -52,6 +56,22 @@ def test_numbers_hashes_and_sizes_are_short():
         *("0 B", "1 B", "1023 B", "1.0 KiB", "1.5 KiB", "1.0 MiB", "3.0 GiB", "1.0 TiB", "5242880.0 TiB")
     ]
     assert one_line("a" * 10, 10) == "a" * 10 and one_line("a" * 11, 10) == "a" * 7 + "..."
+
+
+def test_a_record_stands_on_one_line():
+    @dataclass(repr=False)
+    class Kept:
+        text: str
+        numbers: tuple[int, ...]
+        few: tuple[int, ...] = (1, 2)
+
+        __repr__ = record_text
+
+    assert repr(Kept("a" * 99, tuple(range(99)))) == f"Kept(text='{'a' * 36}..., numbers=<99 entries>, few=(1, 2))"
+
+
+def test_spans_of_numbers():
+    assert [spans(numbers) for numbers in ((), (3,), (0, 1, 2, 5), (1, 3, 4))] == ["", "3", "0-2,5", "1,3-4"]
 
 
 def test_arrays_come_to_numbers_types_and_bytes():

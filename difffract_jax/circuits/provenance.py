@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from difffract_jax.address import Layout, Tokens, flux_layout
 from difffract_jax.circuits.json_values import beyond, joined, plain, typed
 from difffract_jax.config import UserError
-from difffract_jax.display import record_text, text_of
+from difffract_jax.display import hash_text, record_text, text_of
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -302,9 +302,22 @@ class Provenance:
             raise ValueError("A graph has one run, or what several runs share; give `run` or `shared`, not both.")
 
     def __repr__(self) -> str:
-        facts = {one.name: getattr(self, one.name) for one in fields(self)}
-        said = {name: value for name, value in facts.items() if value not in (None, (), {}) and name in _SHOWN}
-        return text_of("Provenance", said | {"made by": self.command, "extra": ", ".join(self.extra)})
+        run = self.known
+        facts = {
+            "prompt": run.prompt and f'"{run.prompt}", seed {run.seed}, step {run.step}',
+            "model": run.model and hash_text(run.model),
+            "transcoders": self.transcoders and hash_text(self.transcoders),
+            "steps": ", ".join(map(str, self.steps)),
+            "attribution": self.attribution,
+            "precision": self.precision,
+            "pruning": self.pruning,
+            "grouping": self.grouping,
+            "combined": self.combined and f"{self.combined.operation} of {len(self.combined.graphs)} graphs",
+            "file": self.file,
+            "made by": self.command,
+            "extra": ", ".join(self.extra),
+        }
+        return text_of("Provenance", facts)
 
     @property
     def known(self) -> KnownRun:
@@ -374,17 +387,14 @@ class Provenance:
 def _with_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the values with the layout of the run's model, where the first release wrote FLUX's two depths."""
     trace = record.get("trace")
-    depths = trace.get("depths") if isinstance(trace, Mapping) and "layout" not in trace else None
+    if not isinstance(trace, dict) or "layout" in trace:
+        return record
+    depths = trace.get("depths")
     if not (isinstance(depths, list) and len(depths) == 2 and all(type(depth) is int for depth in depths)):
         return record
     return {**record, "trace": {**trace, "layout": plain(flux_layout(*depths))}}
 
 
-_SHOWN = (
-    *("run", "shared", "attribution", "transcoders", "steps", "precision", "target_weights"),
-    *("pruning", "grouping", "combined", "file"),
-)
-"""Facts that a provenance shows of itself."""
 _KEYS = {"run": "trace", "shared": "trace", "grouping": "supernodes"}
 """Keys in files of the fields that are called otherwise here."""
 FILE_KEYS = {_KEYS.get(one.name, one.name): one.name for one in fields(Provenance) if one.name != "extra"}
