@@ -225,7 +225,7 @@ def reach(trace: Trace, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A single-stream MLP reads what its block's attention reads; a double-stream one reads what attention has added to.
     """
-    layers = blocks - trace.info.first_block
+    layers = blocks - trace.info.recorded[0]
     return layers + (blocks < trace.info.layout.stacks[0].depth), layers
 
 

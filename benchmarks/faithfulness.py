@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 
 from difffract_jax.address import STREAMS  # noqa: E402
 from difffract_jax.checkpoint import atomic_file
-from difffract_jax.circuits import replacement
 from difffract_jax.circuits.attribution import attribute
 from difffract_jax.circuits.engine import make_engine
 from difffract_jax.circuits.graph import FEATURE
@@ -178,7 +177,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{vars(options)}; {platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}", flush=True)
     # Places for features per position, rounded up this far, are the same in all runs, which then share their programs.
-    replacement.BY_EIGHTS = 64
+    encoding.BY_EIGHTS = 64
     pipe, tcs = load_pipeline("organism"), load_transcoders("organism")
     captions, begun, rows = scenes(WORLD, 0, options.targets, "held out").captions, time.perf_counter(), []
     for number, caption in enumerate(captions):

@@ -91,6 +91,12 @@ class Layout:
     stacks: tuple[Stack, ...]
 
     @property
+    def flux_depths(self) -> tuple[int, int] | None:
+        """Double- and single-stream blocks, if the layout is FLUX's; else None."""
+        depths = [stack.depth for stack in self.stacks]
+        return (depths[0], depths[1]) if len(depths) == 2 and self == flux_layout(*depths) else None
+
+    @property
     def depth(self) -> int:
         """Blocks of the model."""
         return sum(stack.depth for stack in self.stacks)

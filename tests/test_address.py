@@ -21,6 +21,7 @@ from difffract_jax.address import (
     Tokens,
     flux_layout,
 )
+from difffract_jax.circuits.provenance import KnownRun, Provenance
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.sites import parse_sites, sites_of
 
@@ -120,7 +121,9 @@ def test_every_block_belongs_to_one_stack_and_every_site_to_one_group(stacks):
 @given(STACKS)
 def test_json_holds_the_whole_layout(stacks):
     layout = layout_of(stacks)
-    assert Layout.from_json(json.loads(json.dumps(layout.to_json()))) == layout
+    told = Provenance(shared=KnownRun(layout=layout)).to_json()
+    assert Provenance.from_json(json.loads(json.dumps(told))).layout == layout
+    assert ("depths" in told["trace"]) == (layout.flux_depths is not None)
 
 
 @given(STACKS, st.data())
@@ -151,7 +154,7 @@ def test_slots_place_every_site_once_in_its_stack(stacks, data):
     [
         (
             lambda: FLUX.block_number("double", 3),
-            "no block double/3; it has double/0 to double/2 and single/0 to single/1",
+            "no block double/3; the model has double/0 to double/2 and single/0 to single/1",
         ),
         (lambda: FLUX.block_number("triple", 0), "no block triple/0"),
         (lambda: FLUX.block_of("txt", 3), "txt/3 does not exist: the model has img/0 to img/2 and txt/0 to txt/2"),

@@ -26,12 +26,13 @@ from jaxtyping import Array, Float, Float64, Int64
 
 from difffract_jax.address import STREAMS
 from difffract_jax.circuits.contraction import gather_bytes
+from difffract_jax.circuits.encoding import ReplacedSites
 from difffract_jax.circuits.engine import Engine, targets_of
 from difffract_jax.circuits.graph import OUTPUT
 from difffract_jax.circuits.pullback import input_edges, layout_of, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, target_gradients
 from difffract_jax.circuits.record import Record
-from difffract_jax.circuits.replacement import Replacement, Sites, residuals
+from difffract_jax.circuits.replacement import Replacement, residuals
 from difffract_jax.circuits.walk import block_at, contract_block, skip
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Streams, both
@@ -167,7 +168,7 @@ def _edges_below(prepared: Replacement, layer: int, directions: Streams) -> Floa
 @partial(jax.jit, static_argnames="stack")
 def _without_hops(
     record: Record,
-    sites: tuple[Sites, ...],
+    sites: tuple[ReplacedSites, ...],
     cotangent: tuple[Float[Array, "one _ d_model"], ...],
     target: Targets,
     gradient: Float[Array, "one d_model"],
@@ -189,7 +190,7 @@ def _without_hops(
     block, frozen, layers = slice_layer(
         (record.weights.stacks[stack], record.frozen[stack], [one.layers for one in sites[part]]), layer
     )
-    at = [Sites(one.stack, place) for one, place in zip(sites[part], layers, strict=True)]
+    at = [ReplacedSites(one.stack, place) for one, place in zip(sites[part], layers, strict=True)]
     into = tuple(
         _at_row(gradient[0], target, group, c.shape[1:])
         for group, c in zip(range(part.start, part.stop), cotangent, strict=True)

@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int
 
 from difffract_jax.address import STREAMS
+from difffract_jax.circuits.encoding import ReplacedSites, site
 from difffract_jax.circuits.engine import Engine
 from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import FEATURE, Graph
@@ -40,7 +41,7 @@ from difffract_jax.circuits.pruning import node_influence
 from difffract_jax.circuits.readings import Mode, edited
 from difffract_jax.circuits.readout import Targets, preactivations_at
 from difffract_jax.circuits.recapture import Rerun
-from difffract_jax.circuits.replacement import Replacement, Sites, site
+from difffract_jax.circuits.replacement import Replacement
 from difffract_jax.circuits.variants import AT_ONCE, entering, read_variants, recorded_latents, round_up
 
 Ablation = Literal["mean", "zero"]
@@ -240,7 +241,7 @@ def _run_sets(
     return jax.lax.map(one, (sets, latents), batch_size=FEW)
 
 
-def _features(sites: Sites) -> int:
+def _features(sites: ReplacedSites) -> int:
     return 0 if sites.stack is None else sites.stack.config.features
 
 

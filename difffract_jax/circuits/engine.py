@@ -23,12 +23,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Int64
 
+from difffract_jax.circuits.encoding import ReplacedSites
 from difffract_jax.circuits.expansion import SourceTable
 from difffract_jax.circuits.graph import FEATURE, OUTPUT
 from difffract_jax.circuits.pullback import Way, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.readout import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.record import Reading, Weights
-from difffract_jax.circuits.replacement import Prepared, Replacement, Sites, Sources, prepare, run
+from difffract_jax.circuits.replacement import Prepared, Replacement, Sources, prepare, run
 from difffract_jax.circuits.sources import source_table
 from difffract_jax.circuits.trace import Span, Trace, TraceInfo
 from difffract_jax.models.blocks import Streams
@@ -131,7 +132,7 @@ run_affine = jax.jit(run)
 """`replacement.run` as a program of its own."""
 
 
-def no_sources(prepared: Replacement) -> tuple[Sources, tuple[Sites, ...]]:
+def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...]]:
     """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
     zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
     zeros = zeros._replace(values=tuple(v[:, :, :0] for v in zeros.values))

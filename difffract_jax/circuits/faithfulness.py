@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int64
 
+from difffract_jax.circuits.encoding import ReplacedSites
 from difffract_jax.circuits.engine import Engine
 from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.readout import Targets, preactivations_at
 from difffract_jax.circuits.record import Reading
-from difffract_jax.circuits.replacement import Replacement, Sites
+from difffract_jax.circuits.replacement import Replacement
 from difffract_jax.circuits.variants import AT_ONCE, Places, entering, fill, places_at, read_variants, recorded_latents
 from difffract_jax.models.stacks import per_group, run_stacks
 
@@ -113,7 +114,7 @@ def _values(replacement: Replacement, features: Targets) -> Float[Array, "ablate
 
 
 def _vector_at(
-    sites: Sites, feature: Targets, group: int, first: int, like: Float[Array, "layer rows d_model"]
+    sites: ReplacedSites, feature: Targets, group: int, first: int, like: Float[Array, "layer rows d_model"]
 ) -> Float[Array, "layer rows d_model"]:
     """Returns zeros but for the feature's decoder vector at its place, if it is of this group."""
     if sites.stack is None or not like.size:

@@ -24,17 +24,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from difffract_jax.address import Tokens
 from difffract_jax.circuits.attribution import divided
+from difffract_jax.circuits.encoding import GroupRecord, ReplacedSites, SiteLayers, find_active
 from difffract_jax.circuits.engine import no_sources, run_affine
 from difffract_jax.circuits.pullback import layout_of, lower_pull, spare_rows
 from difffract_jax.circuits.record import Blocks, Record, record_step, take_weights
-from difffract_jax.circuits.replacement import (
-    GroupRecord,
-    Replacement,
-    SiteLayers,
-    Sites,
-    Sources,
-    find_active,
-)
+from difffract_jax.circuits.replacement import Replacement, Sources
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.models.mmdit import Inputs
@@ -209,7 +203,9 @@ def _replacement(asked: Asked) -> Replacement:
         layers, rows, _ = x.shape
         places = asked.active if stack is not None and layers else 0
         index = _shape(jnp.int32, layers, rows, places)
-        sites.append(Sites(stack, SiteLayers(_shape(jnp.int32, layers), _shape(jnp.bool_, layers, rows), index)))
+        sites.append(
+            ReplacedSites(stack, SiteLayers(_shape(jnp.int32, layers), _shape(jnp.bool_, layers, rows), index))
+        )
         values.append(_shape(x.dtype, layers, rows, places))
     return Replacement(record, tuple(sites), Sources(record.boundary, tuple(values), record.mlp_out))
 

@@ -32,7 +32,7 @@ class TraceInfo:
         tokens: the text sequence's tokens, padding included.
         guidance: guidance scale; None for models that take none, or where it is not known.
         recorded: the model's block of every recorded layer, ascending without a gap.
-        layout: the order of the model's stacks, blocks and sites; files of the first release have FLUX's `depths`.
+        layout: the order of the model's stacks, blocks and sites.
         include_padding: whether padded text positions are replaced like any other.
         latents_given: whether the run started from given latents.
         model: content hash of the pipeline.
@@ -54,11 +54,6 @@ class TraceInfo:
     model: str
 
     __repr__ = record_text
-
-    @property
-    def first_block(self) -> int:
-        """The model's number of the first recorded block."""
-        return self.recorded[0]
 
     @property
     def tokens_of(self) -> Tokens:
@@ -349,6 +344,10 @@ class Provenance:
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON values that a file holds."""
         told = {_KEYS.get(name, name): value for name, value in plain(self).items() if name != "extra"}
+        depths = self.known.layout and self.known.layout.flux_depths
+        if depths is not None:
+            trace = {key: value for key, value in told["trace"].items() if key != "layout"}
+            told["trace"] = trace | {"depths": list(depths)}
         return joined(told, dict(self.extra))
 
     @staticmethod
@@ -363,16 +362,16 @@ class Provenance:
             UserError: naming the first value that is not of its field's type; those of a document of the reference
                 are kept in `extra` instead.
         """
-        record = _with_layout(record)
-        trace = record.get("trace")
+        trace = _with_layout(record.get("trace"))
         whole = isinstance(trace, Mapping) and {one.name for one in fields(TraceInfo)} <= {*trace}
         names = FILE_KEYS | {"trace": "run" if whole and "combined" not in record else "shared"}
         kinds, facts = Provenance.__annotations__, {}
         for key, name in names.items():
-            if record.get(key) is None:
+            value = trace if key == "trace" else record.get(key)
+            if value is None:
                 continue
             try:
-                facts[name] = typed(kinds[name], record[key], key)
+                facts[name] = typed(kinds[name], value, key)
             except ValueError as error:
                 if "reference_config" in record:
                     continue  # the reference has words of its own, such as `pruning`, that mean something else
@@ -384,15 +383,12 @@ class Provenance:
         return replace(found, extra=beyond(dict(record), found.to_json()))
 
 
-def _with_layout(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the values with the layout of the run's model, where the first release wrote FLUX's two depths."""
-    trace = record.get("trace")
-    if not isinstance(trace, dict) or "layout" in trace:
-        return record
-    depths = trace.get("depths")
-    if not (isinstance(depths, list) and len(depths) == 2 and all(type(depth) is int for depth in depths)):
-        return record
-    return {**record, "trace": {**trace, "layout": plain(flux_layout(*depths))}}
+def _with_layout(trace: Any) -> Any:
+    """Returns a run's values with its model's layout; of FLUX's, files hold the two depths alone."""
+    match trace:
+        case {"depths": [int(double), int(single)], **rest}:
+            return {**rest, "layout": plain(flux_layout(double, single))}
+    return trace
 
 
 _KEYS = {"run": "trace", "shared": "trace", "grouping": "supernodes"}

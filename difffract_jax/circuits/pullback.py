@@ -31,9 +31,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from difffract_jax.circuits.contraction import gather_bytes
+from difffract_jax.circuits.encoding import ReplacedSites
 from difffract_jax.circuits.readout import Targets, target_gradients
 from difffract_jax.circuits.record import Reading, Record
-from difffract_jax.circuits.replacement import Replacement, Sites, Sources, run
+from difffract_jax.circuits.replacement import Replacement, Sources, run
 from difffract_jax.circuits.rounding import rounded
 from difffract_jax.circuits.walk import Sizes, Stretch, block_at, dot_rows, sizes_for, walk
 from difffract_jax.models.blocks import Streams, both
@@ -293,7 +294,7 @@ def _velocity_cotangent(record: Record, direction: Array) -> Streams:
 @partial(jax.jit, static_argnames=("sizes", "way"), donate_argnames="spare")
 def _pull_back(
     record: Record,
-    sites: tuple[Sites, ...],
+    sites: tuple[ReplacedSites, ...],
     sources: Sources,
     targets: Targets,
     direction: Streams | None,
@@ -317,7 +318,7 @@ def _pull_back(
 def _pull_on_one_device(
     sizes: Sizes,
     record: Record,
-    sites: tuple[Sites, ...],
+    sites: tuple[ReplacedSites, ...],
     sources: Sources,
     targets: Targets,
     direction: Streams | None,
@@ -356,6 +357,6 @@ def push_forward(replacement: Replacement, change: Sources) -> Reading:
 
 
 @jax.jit
-def _push_forward(record: Record, sites: tuple[Sites, ...], sources: Sources, change: Sources) -> Any:
+def _push_forward(record: Record, sites: tuple[ReplacedSites, ...], sources: Sources, change: Sources) -> Any:
     _, push = jax.linearize(partial(run, record, sites), sources)
     return push(change)

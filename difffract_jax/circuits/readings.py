@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
+from difffract_jax.circuits.encoding import ReplacedSites, SiteLayers, site
 from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.influence import levels
 from difffract_jax.circuits.record import Reading
-from difffract_jax.circuits.replacement import Replacement, SiteLayers, Sites, site
+from difffract_jax.circuits.replacement import Replacement
 from difffract_jax.models.stacks import per_group, run_stacks
 
 Mode = Literal["direct", "propagated", "live", "full"]
@@ -151,7 +152,7 @@ def factors_for(
     return tuple(jnp.asarray(one) for one in made)
 
 
-def _features(sites: Sites) -> int:
+def _features(sites: ReplacedSites) -> int:
     return 0 if sites.stack is None else sites.stack.config.features
 
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int
 
+from difffract_jax.circuits.encoding import ReplacedSites, site
 from difffract_jax.circuits.record import Record
-from difffract_jax.circuits.replacement import Replacement, Sites, site
+from difffract_jax.circuits.replacement import Replacement
 from difffract_jax.ops import widen
 from difffract_jax.transcoders.transcoder import Transcoder
 
@@ -46,7 +47,9 @@ class Targets(NamedTuple):
         return jnp.where(self.layer < 0, -1, 2 * self.layer + jnp.where(self.group == DIRECTION, 0, 1))
 
 
-def target_gradients(record: Record, sites: Sequence[Sites], targets: Targets) -> Float[Array, "target d_model"]:
+def target_gradients(
+    record: Record, sites: Sequence[ReplacedSites], targets: Targets
+) -> Float[Array, "target d_model"]:
     """Returns g = (1 + alpha) * w_f of every target; zeros for directions and places that fill up."""
     rows = [_encoder_rows(s, record, targets, group)[0] for group, s in enumerate(sites)]
     return _by_group(targets, rows)
@@ -74,14 +77,14 @@ def preactivations(replacement: Replacement, targets: Targets, x: Sequence[Array
 
 
 @jax.jit
-def preactivations_at(record: Record, sites: Sequence[Sites], targets: Targets, x: Sequence[Array]) -> Array:
+def preactivations_at(record: Record, sites: Sequence[ReplacedSites], targets: Targets, x: Sequence[Array]) -> Array:
     """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
     gradients, here, constant = _encoder_terms(record, sites, targets, x)
     return jnp.sum(gradients * here, axis=1) + constant
 
 
 def preactivation_changes(
-    record: Record, sites: Sequence[Sites], targets: Targets, change: Sequence[Array]
+    record: Record, sites: Sequence[ReplacedSites], targets: Targets, change: Sequence[Array]
 ) -> Float[Array, "target"]:
     """Returns by how much u of every target moves when x moves, without the constant; for use inside other programs.
 
@@ -105,7 +108,7 @@ def exact_preactivations(
 
 
 def _encoder_terms(
-    record: Record, sites: Sequence[Sites], targets: Targets, x: Sequence[Array]
+    record: Record, sites: Sequence[ReplacedSites], targets: Targets, x: Sequence[Array]
 ) -> tuple[Array, Array, Array]:
     """Returns (1 + alpha) * w_f, x, and b_f + w_f . beta of every target: u = the first times the second + the last."""
     found = []
@@ -129,7 +132,7 @@ def _group_layer(record: Record, targets: Targets, group: int) -> Int[Array, "ta
 
 
 def _encoder_rows(
-    sites: Sites, record: Record, targets: Targets, group: int
+    sites: ReplacedSites, record: Record, targets: Targets, group: int
 ) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
     """Returns (1 + alpha) * w_f, and b_f + w_f . beta, of every target as if it were of this group."""
     if sites.stack is None:

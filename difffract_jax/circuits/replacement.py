@@ -6,62 +6,27 @@
 3. What remains is affine in the sources: the residual streams h0 entering the first block, the values of the active
    features, and the errors. `replacement` returns that map and its sources, for anyone's `jax.linearize` or `jax.vjp`.
 
-Codes are kept as the active features alone: `index` and `value` of up to K features per position, K the largest number
-anywhere in a group. Filling places have value 0. "Per group" is a tuple over the model's groups of sites (`address`);
+Codes are kept as the active features alone, see `encoding`. "Per group" is a tuple over the model's groups of sites (`address`);
 layers count through the recorded blocks of the group's stack.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from difffract_jax.circuits.encoding import GroupRecord, ReplacedSites, SiteLayers, encode_group, site
 from difffract_jax.circuits.provenance import TraceInfo
 from difffract_jax.circuits.record import Reading, Record
 from difffract_jax.circuits.trace import Span, Trace
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text
 from difffract_jax.models.blocks import Streams
-from difffract_jax.models.stacks import Visit, per_group, run_stacks, slice_layer
+from difffract_jax.models.stacks import Visit, per_group, run_stacks
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 from difffract_jax.trees import brief
-
-BY_EIGHTS = 8
-"""K is rounded up to a multiple of this, so that similar traces share a compilation."""
-CODE_BYTES = 2**28
-"""Codes of a group kept between counting and finding their active features; larger ones are computed twice."""
-
-
-class SiteLayers(NamedTuple):
-    """Where one group's MLP sublayers are replaced; arrays have a leading layer axis.
-
-    Attributes:
-        slot: place in the stack of each block's transcoder; 0, and nothing live, where there is none.
-        live: positions that are replaced.
-        index: features of every position that can be sources: the active ones, filled up with inactive ones.
-    """
-
-    slot: Int[Array, "layer"]
-    live: Bool[Array, "layer rows"]
-    index: Int[Array, "layer rows active"]
-
-
-class Sites(NamedTuple):
-    """One group's MLP sublayers in the replacement.
-
-    Attributes:
-        stack: the group's transcoders; None if it has none.
-        layers: where they stand.
-    """
-
-    stack: Transcoder | None
-    layers: SiteLayers
-
-    __repr__ = brief
 
 
 class Sources(NamedTuple):
@@ -90,7 +55,7 @@ class Replacement(NamedTuple):
     """
 
     record: Record
-    sites: tuple[Sites, ...]
+    sites: tuple[ReplacedSites, ...]
     sources: Sources
 
     __repr__ = brief
@@ -205,7 +170,7 @@ def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | No
         )
     with jax.default_matmul_precision("highest"):
         parts = [
-            _encode_group(
+            encode_group(
                 stack,
                 [slots[i].get(block) for block in info.recorded if block in info.layout.blocks_of(i)],
                 GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
@@ -235,95 +200,7 @@ def prepare_steps(
     return tuple(prepare_step(trace, tcs, active=most) for trace in traces)
 
 
-class GroupRecord(NamedTuple):
-    """What encoding one group's sites reads of a trace: MLP inputs and outputs, replaceable positions, time."""
-
-    mlp_in: Float[Array, "layer rows d_model"]
-    mlp_out: Float[Array, "layer rows d_model"]
-    replaceable: Bool[Array, "rows"]
-    t: Float[Array, ""]
-
-
-def _encode_group(
-    stack: Transcoder | None, slots: Sequence[int | None], record: GroupRecord, most: int | None
-) -> tuple[Sites, Array, Array]:
-    """Returns one group's sites, feature values and errors; `slots` has each recorded block's place in the stack."""
-    count, rows, _ = record.mlp_in.shape
-    has = np.array([place is not None for place in slots], bool)
-    slot = np.array([place or 0 for place in slots], np.int32)
-    live = jnp.asarray(has)[:, None] & record.replaceable[None]
-    if stack is None or not count:
-        none = jnp.zeros((count, rows, 0), jnp.int32)
-        layout = SiteLayers(jnp.asarray(slot), live, none)
-        return Sites(None, layout), none.astype(record.mlp_in.dtype), record.mlp_out
-    codes, counted, size = None, None, count * rows * stack.config.features * record.mlp_in.dtype.itemsize
-    if size <= CODE_BYTES:
-        codes, counted = _codes(stack, jnp.asarray(slot), live, record)
-    if most is None:
-        counted = count_active(stack, jnp.asarray(slot), live, record) if counted is None else counted
-        most = min(-(-max(int(counted), 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
-    index, values, errors = find_active(stack, jnp.asarray(slot), live, record, codes, most)
-    return Sites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
-
-
-def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
-    """Returns one transcoder of a stack."""
-    return slice_layer(stack, slot)
-
-
-@jax.jit
-def _codes(
-    stack: Transcoder, slot: Array, live: Array, record: GroupRecord
-) -> tuple[Float[Array, "layer rows feat"], Int[Array, ""]]:
-    """Returns the code of every position of every block, and what `count_active` does."""
-
-    def one(layer: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        slot, live, x = layer
-        code = _code(stack, slot, live, x, record.t)
-        return code, _most_active(code)
-
-    codes, counts = jax.lax.map(one, (slot, live, record.mlp_in))
-    return codes, jnp.max(counts)
-
-
-@jax.jit
-def count_active(stack: Transcoder, slot: Array, live: Array, record: GroupRecord) -> Int[Array, ""]:
-    """Returns the largest number of active features at any position of any block, from one block's codes at a time."""
-
-    def one(layer: tuple[Array, Array, Array]) -> Array:
-        slot, live, x = layer
-        return _most_active(_code(stack, slot, live, x, record.t))
-
-    return jnp.max(jax.lax.map(one, (slot, live, record.mlp_in)))
-
-
-def _code(stack: Transcoder, slot: Array, live: Array, x: Array, t: Array) -> Float[Array, "rows feat"]:
-    return jnp.where(live[:, None], site(stack, slot).encode(x, t), 0)
-
-
-def _most_active(code: Float[Array, "rows feat"]) -> Int[Array, ""]:
-    return jnp.max(jnp.sum(code > 0, axis=1, dtype=jnp.int32))
-
-
-@partial(jax.jit, static_argnames="most")
-def find_active(
-    stack: Transcoder, slot: Array, live: Array, record: GroupRecord, codes: Array | None, most: int
-) -> tuple[Int[Array, "layer rows active"], Float[Array, "layer rows active"], Float[Array, "layer rows d_model"]]:
-    """Returns every position's active features, strongest first, their values, and the errors."""
-
-    def step(_: None, layer: tuple[Array, Array, Array, Array, Array | None]) -> tuple[None, Any]:
-        slot, live, x, y, z = layer
-        transcoder = site(stack, slot)
-        if z is None:
-            z = _code(stack, slot, live, x, record.t)
-        value, index = jax.lax.top_k(z, most)
-        error = y - jnp.where(live[:, None], transcoder.decode(z, x), 0)
-        return None, (index, value, error)
-
-    return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out, codes))[1]
-
-
-def run(record: Record, sites: Sequence[Sites], sources: Sources) -> Reading:
+def run(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> Reading:
     """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
 
     Args:
@@ -338,7 +215,9 @@ def run(record: Record, sites: Sequence[Sites], sources: Sources) -> Reading:
 
 
 @jax.jit
-def residuals(record: Record, sites: Sequence[Sites], sources: Sources) -> tuple[Float[Array, "_ _ d_model"], ...]:
+def residuals(
+    record: Record, sites: Sequence[ReplacedSites], sources: Sources
+) -> tuple[Float[Array, "_ _ d_model"], ...]:
     """Returns the residual streams entering every block, [layer rows d_model] per group.
 
     Args:
@@ -351,7 +230,7 @@ def residuals(record: Record, sites: Sequence[Sites], sources: Sources) -> tuple
 
 
 def _blocks(
-    record: Record, sites: Sequence[Sites], sources: Sources, tap: Callable[[Visit], tuple[Array, ...]]
+    record: Record, sites: Sequence[ReplacedSites], sources: Sources, tap: Callable[[Visit], tuple[Array, ...]]
 ) -> tuple[Streams, tuple[Array, ...]]:
     """Runs all recorded blocks; returns the last residual streams, and what `tap` keeps per group."""
     h, kept = run_stacks(

@@ -4,10 +4,11 @@ import numpy as np
 from jaxtyping import Float64
 
 from difffract_jax.address import STREAMS
+from difffract_jax.circuits.encoding import site
 from difffract_jax.circuits.engine import Engine, make_engine
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.replacement import Prepared, site
+from difffract_jax.circuits.replacement import Prepared
 from difffract_jax.circuits.trace import Span, Trace, TraceInfo
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.transcoder import TranscoderSet

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.address import Layout
+from difffract_jax.circuits.encoding import SiteLayers, site
 from difffract_jax.circuits.engine import Output
 from difffract_jax.circuits.record import Weights
-from difffract_jax.circuits.replacement import Replacement, SiteLayers, prepare_step, prepare_steps, site
+from difffract_jax.circuits.replacement import Replacement, prepare_step, prepare_steps
 from difffract_jax.circuits.trace import Span
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import run_stacks

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from difffract_jax.circuits.contraction import contract, gather_bytes
+from difffract_jax.circuits.encoding import ReplacedSites, site
 from difffract_jax.circuits.readout import Targets
 from difffract_jax.circuits.record import Record
-from difffract_jax.circuits.replacement import Sites, Sources, site
+from difffract_jax.circuits.replacement import Sources
 from difffract_jax.models.blocks import Entry
 from difffract_jax.models.stacks import slice_layer
 
@@ -99,7 +100,7 @@ class BlockAt(NamedTuple):
         enter: gradients, groups and rows of targets of this block to cotangents of the residual streams entering it.
     """
 
-    sites: tuple[Sites, ...]
+    sites: tuple[ReplacedSites, ...]
     values: tuple[Array, ...]
     errors: tuple[Array, ...]
     gates: tuple[Array, ...]
@@ -108,7 +109,7 @@ class BlockAt(NamedTuple):
 
 
 def block_at(
-    record: Record, sites: Sequence[Sites], sources: Sources, stack: int, groups: slice, layer: Array
+    record: Record, sites: Sequence[ReplacedSites], sources: Sources, stack: int, groups: slice, layer: Array
 ) -> BlockAt:
     """Returns a block of the walk.
 
@@ -122,7 +123,7 @@ def block_at(
     """
     parts = record.weights.stacks[stack], record.frozen[stack], sources.values[groups], sources.errors[groups]
     block, frozen, values, errors = slice_layer(parts, layer)
-    at = tuple(Sites(one.stack, slice_layer(one.layers, layer)) for one in sites[groups])
+    at = tuple(ReplacedSites(one.stack, slice_layer(one.layers, layer)) for one in sites[groups])
 
     def forward(h: tuple[Array, ...]) -> tuple[Array, ...]:
         return tuple(block(h, record.cond, frozen=frozen, mlp=lambda i, x: skip(at[i], x))[0])
@@ -138,7 +139,7 @@ def _puller(forward: Callable[..., Any], like: tuple[Array, ...]) -> Callable[[t
     return lambda cotangent: pull(cotangent)[0]
 
 
-def skip(sites: Sites, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+def skip(sites: ReplacedSites, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
     """Returns what takes the one path through an MLP sublayer that is not a feature: a transcoder's skip."""
     if sites.stack is None or not sites.stack.config.skip:
         return jnp.zeros_like(x)

@@ -55,7 +55,7 @@ def test_a_finite_step_is_its_derivative(exact):
 
 def test_only_active_features_are_sources(exact):
     tcs, record = exact.tcs, exact.trace.record
-    first = exact.trace.info.first_block
+    first = exact.trace.info.recorded[0]
     for group, name in ((IMAGE, "img"), (TEXT, "txt")):
         stack, values = tcs.stacks.get(name), exact.replacement.sources.values[group]
         index = exact.replacement.sites[group].layers.index

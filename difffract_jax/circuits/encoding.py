@@ -1,0 +1,149 @@
+"""Encoding the sites of a trace: which features are active at every position, their values, and what is missing.
+
+Codes are kept as the active features alone: `index` and `value` of up to K features per position, K the largest number
+anywhere in a group. Filling places have value 0.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from difffract_jax.models.stacks import slice_layer
+from difffract_jax.transcoders.transcoder import Transcoder
+from difffract_jax.trees import brief
+
+BY_EIGHTS = 8
+"""K is rounded up to a multiple of this, so that similar traces share a compilation."""
+CODE_BYTES = 2**28
+"""Codes of a group kept between counting and finding their active features; larger ones are computed twice."""
+
+
+class SiteLayers(NamedTuple):
+    """Where one group's MLP sublayers are replaced; arrays have a leading layer axis.
+
+    Attributes:
+        slot: place in the stack of each block's transcoder; 0, and nothing live, where there is none.
+        live: positions that are replaced.
+        index: features of every position that can be sources: the active ones, filled up with inactive ones.
+    """
+
+    slot: Int[Array, "layer"]
+    live: Bool[Array, "layer rows"]
+    index: Int[Array, "layer rows active"]
+
+
+class ReplacedSites(NamedTuple):
+    """One group's MLP sublayers in the replacement.
+
+    Attributes:
+        stack: the group's transcoders; None if it has none.
+        layers: where they stand.
+    """
+
+    stack: Transcoder | None
+    layers: SiteLayers
+
+    __repr__ = brief
+
+
+class GroupRecord(NamedTuple):
+    """What encoding one group's sites reads of a trace: MLP inputs and outputs, replaceable positions, time."""
+
+    mlp_in: Float[Array, "layer rows d_model"]
+    mlp_out: Float[Array, "layer rows d_model"]
+    replaceable: Bool[Array, "rows"]
+    t: Float[Array, ""]
+
+
+def encode_group(
+    stack: Transcoder | None, slots: Sequence[int | None], record: GroupRecord, most: int | None
+) -> tuple[ReplacedSites, Array, Array]:
+    """Encodes one group's sites.
+
+    Args:
+        stack: the group's transcoders; None if it has none.
+        slots: of each recorded block, the place of its transcoder in the stack; None where it has none.
+        record: what encoding reads of a trace.
+        most: places for features per position; counted if None.
+
+    Returns:
+        The group's sites, the values of their features, and the errors.
+    """
+    count, rows, _ = record.mlp_in.shape
+    has = np.array([place is not None for place in slots], bool)
+    slot = np.array([place or 0 for place in slots], np.int32)
+    live = jnp.asarray(has)[:, None] & record.replaceable[None]
+    if stack is None or not count:
+        none = jnp.zeros((count, rows, 0), jnp.int32)
+        layout = SiteLayers(jnp.asarray(slot), live, none)
+        return ReplacedSites(None, layout), none.astype(record.mlp_in.dtype), record.mlp_out
+    codes, counted, size = None, None, count * rows * stack.config.features * record.mlp_in.dtype.itemsize
+    if size <= CODE_BYTES:
+        codes, counted = _codes(stack, jnp.asarray(slot), live, record)
+    if most is None:
+        counted = count_active(stack, jnp.asarray(slot), live, record) if counted is None else counted
+        most = min(-(-max(int(counted), 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
+    index, values, errors = find_active(stack, jnp.asarray(slot), live, record, codes, most)
+    return ReplacedSites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
+
+
+def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:
+    """Returns one transcoder of a stack."""
+    return slice_layer(stack, slot)
+
+
+@jax.jit
+def _codes(
+    stack: Transcoder, slot: Array, live: Array, record: GroupRecord
+) -> tuple[Float[Array, "layer rows feat"], Int[Array, ""]]:
+    """Returns the code of every position of every block, and what `count_active` does."""
+
+    def one(layer: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        slot, live, x = layer
+        code = _code(stack, slot, live, x, record.t)
+        return code, _most_active(code)
+
+    codes, counts = jax.lax.map(one, (slot, live, record.mlp_in))
+    return codes, jnp.max(counts)
+
+
+@jax.jit
+def count_active(stack: Transcoder, slot: Array, live: Array, record: GroupRecord) -> Int[Array, ""]:
+    """Returns the largest number of active features at any position of any block, from one block's codes at a time."""
+
+    def one(layer: tuple[Array, Array, Array]) -> Array:
+        slot, live, x = layer
+        return _most_active(_code(stack, slot, live, x, record.t))
+
+    return jnp.max(jax.lax.map(one, (slot, live, record.mlp_in)))
+
+
+def _code(stack: Transcoder, slot: Array, live: Array, x: Array, t: Array) -> Float[Array, "rows feat"]:
+    return jnp.where(live[:, None], site(stack, slot).encode(x, t), 0)
+
+
+def _most_active(code: Float[Array, "rows feat"]) -> Int[Array, ""]:
+    return jnp.max(jnp.sum(code > 0, axis=1, dtype=jnp.int32))
+
+
+@partial(jax.jit, static_argnames="most")
+def find_active(
+    stack: Transcoder, slot: Array, live: Array, record: GroupRecord, codes: Array | None, most: int
+) -> tuple[Int[Array, "layer rows active"], Float[Array, "layer rows active"], Float[Array, "layer rows d_model"]]:
+    """Returns every position's active features, strongest first, their values, and the errors."""
+
+    def step(_: None, layer: tuple[Array, Array, Array, Array, Array | None]) -> tuple[None, Any]:
+        slot, live, x, y, z = layer
+        transcoder = site(stack, slot)
+        if z is None:
+            z = _code(stack, slot, live, x, record.t)
+        value, index = jax.lax.top_k(z, most)
+        error = y - jnp.where(live[:, None], transcoder.decode(z, x), 0)
+        return None, (index, value, error)
+
+    return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out, codes))[1]
