@@ -6,8 +6,8 @@
 3. What remains is affine in the sources: the residual streams h0 entering the first block, the values of the active
    features, and the errors. `replacement` returns that map and its sources, for anyone's `jax.linearize` or `jax.vjp`.
 
-Codes are kept as the active features alone, see `encoding`. "Per group" is a tuple over the model's groups of sites (`address`);
-layers count through the recorded blocks of the group's stack.
+Codes are kept as the active features alone, see `encoding`. "Per group" is a tuple over the model's groups of sites
+(`address`); layers count through the recorded blocks of the group's stack.
 """
 
 from collections.abc import Callable, Sequence
