@@ -20,7 +20,7 @@ from difffract_jax.models.pipeline import Run
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.stacks import Visit, per_group
 
-SiteValues = tuple[Float[Array, "layer *rest"], ...]
+SiteValues = tuple[Float[Array, "_ ..."], ...]
 """One array per group, stacked over its stack's blocks."""
 
 
