@@ -342,8 +342,8 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON values that a file holds."""
-        told = {_KEYS.get(name, name): value for name, value in plain(self).items() if name != "extra"}
-        return joined(told, dict(self.extra))
+        facts = {_KEYS.get(name, name): value for name, value in plain(self).items() if name != "extra"}
+        return joined(facts, dict(self.extra))
 
     @staticmethod
     def from_json(record: Mapping[str, Any], source: str = "The graph") -> "Provenance":
@@ -373,8 +373,8 @@ class Provenance:
                     f"{source} is damaged: in its metadata, {error}; give the file as it was written, or trace it "
                     "again."
                 ) from None
-        found = Provenance(**facts)
-        return replace(found, extra=beyond(dict(record), found.to_json()))
+        provenance = Provenance(**facts)
+        return replace(provenance, extra=beyond(dict(record), provenance.to_json()))
 
 
 _KEYS = {"run": "trace", "shared": "trace", "grouping": "supernodes"}
