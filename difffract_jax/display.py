@@ -23,21 +23,21 @@ FIELD = 40
 
 def text_of(title: str, facts: Mapping[str, object]) -> str:
     """Returns a title and facts as text, a line each; facts that are None or empty are left out."""
-    told = _told(facts)
-    width = max(map(len, told), default=0)
-    return "\n".join([one_line(title), *(f"  {name:<{width}}  {value}" for name, value in told.items())])
+    stated = _stated(facts)
+    width = max(map(len, stated), default=0)
+    return "\n".join([one_line(title), *(f"  {name:<{width}}  {value}" for name, value in stated.items())])
 
 
 def html_of(title: str, facts: Mapping[str, object]) -> str:
     """Returns a title and facts as an HTML table, escaped; facts that are None or empty are left out."""
     rows = "".join(
         f'<tr><th style="text-align:left">{escape(name)}</th><td style="text-align:left">{escape(value)}</td></tr>'
-        for name, value in _told(facts).items()
+        for name, value in _stated(facts).items()
     )
     return f"<table><caption>{escape(one_line(title))}</caption>{rows}</table>"
 
 
-def _told(facts: Mapping[str, object]) -> dict[str, str]:
+def _stated(facts: Mapping[str, object]) -> dict[str, str]:
     return {name: one_line(str(value)) for name, value in facts.items() if value is not None and str(value) != ""}
 
 
@@ -119,8 +119,8 @@ def spans(numbers: Sequence[int]) -> str:
 
 def record_text(self: Any) -> str:
     """Returns a dataclass on one line, with long values cut and long sequences counted; for use as `__repr__`."""
-    told = (f"{one.name}={_value(getattr(self, one.name))}" for one in fields(self))
-    return f"{type(self).__name__}({', '.join(told)})"
+    stated = (f"{one.name}={_value(getattr(self, one.name))}" for one in fields(self))
+    return f"{type(self).__name__}({', '.join(stated)})"
 
 
 def _value(value: object) -> str:

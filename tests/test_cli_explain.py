@@ -184,7 +184,10 @@ def test_without_a_feature_the_image_moves_against_its_effect(result: Any, organ
             (*HEADS, "output.npz", "--target", "input img@3"),
             "Nothing leads into `input img@3`, which is a source alone",
         ),
-        ((*HEADS, "output.npz", "--score", "double/1/1@img0"), "is no attention score; write BLOCK/hHEAD@QUERY,KEY"),
+        (
+            (*HEADS, "output.npz", "--score", "double/1/1@img0"),
+            "is not an attention score; write BLOCK/hHEAD@QUERY,KEY",
+        ),
         ((*HEADS, "output.npz", "--score", "single/2/h0@img0,img1"), "There is no block single/2; the model has"),
         ((*HEADS, "output.npz", "--score", "double/1/h2@img0,img1"), "The block double/1 has heads 0 to 1, but got 2"),
         ((*HEADS, "output.npz", "--score", "double/1/h0@img36,img1"), "There is no token img36; the run has 36 image"),

@@ -22,12 +22,12 @@ SECTIONS = {int(number) for number in re.findall(r"^## (\d+)\. ", (DOCS / "metho
 
 def sections_in(text: str) -> list[int]:
     """Returns the sections of the method that a text cites; `4 to 6` is three of them."""
-    found = []
+    numbers_cited = []
     for match in CITED.finditer(" ".join(text.split())):
         numbers = match[1] or match[2]
         for first, last in re.findall(r"(\d+)(?: to (\d+))?", numbers):
-            found += range(int(first), int(last or first) + 1)
-    return found
+            numbers_cited += range(int(first), int(last or first) + 1)
+    return numbers_cited
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *PAGES], ids=lambda path: str(path.relative_to(ROOT)))

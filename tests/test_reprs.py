@@ -28,7 +28,7 @@ WITHOUT_VALUE = {"__version__", "UserError"}
 def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every public function returns, and an instance of every public class, on the tiny random pipeline.
 
-    What would take long to compute, and is but arrays of some shape, is made up.
+    What would take long to compute, and is but arrays of some shape, is shown up.
     """
     folder = tmp_path_factory.mktemp("reprs")
     pipe = dfx.random_pipeline()
@@ -43,7 +43,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         dfx.Edit(feature, "zero"),
         GeneratedImage(np.zeros((32, 32, 3), np.uint8), trace.record.latents, PROMPT),
     )
-    made: dict[str, Any] = {
+    shown: dict[str, Any] = {
         "make_mesh": dfx.make_mesh({"data": 1}, jax.devices()[:1]),
         "load_pipeline": pipe,
         "save_pipeline": dfx.save_pipeline(pipe, folder / "pipeline"),
@@ -68,8 +68,8 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "rank_features": [Ranked(feature, 0.5, 1.0, 0.5, 3, 4)],
         "load_labels": Labels({f"img/{i}": (Label(never, never, 0.0, ()),) * 40 for i in range(40)}, tcs.source, {}),
     }
-    assert made.keys() == {*dfx.__all__} - WITHOUT_VALUE, "a public name has no value here"
-    return made
+    assert shown.keys() == {*dfx.__all__} - WITHOUT_VALUE, "a public name has no value here"
+    return shown
 
 
 NAMES = sorted({*dfx.__all__} - WITHOUT_VALUE)

@@ -82,7 +82,7 @@ class GraphArrays:
             object.__setattr__(self, "node_cumulative", np.full(self.node_kind.size, np.nan, np.float32))
         problems = _problems(self)
         if problems:
-            raise ValueError(f"These arrays are no graph: {'; '.join(problems)}.")
+            raise ValueError(f"These arrays are not a graph: {'; '.join(problems)}.")
 
     @property
     def target(self) -> int:

@@ -122,29 +122,29 @@ def _check_origins(graphs: Sequence[Graph]) -> None:
             raise UserError(f"Graphs of different {what} ({named}) have no features in common; combine those of one.")
 
 
-def _origin(told: Provenance) -> Origin:
+def _origin(provenance: Provenance) -> Origin:
     """Returns what tells one graph from another."""
-    run = told.known
-    return Origin(prompt=run.prompt, seed=run.seed, step=run.step, pruning=told.pruning, file=told.file)
+    run = provenance.known
+    return Origin(prompt=run.prompt, seed=run.seed, step=run.step, pruning=provenance.pruning, file=provenance.file)
 
 
 def _common(graphs: Sequence[Graph]) -> Provenance:
     """Returns what all graphs say alike, down to the fields of their runs."""
-    told = [graph.provenance for graph in graphs]
-    same = {name: value for name, value in _alike(told).items() if name not in _OF_ONE}
-    extra = _alike_entries([one.extra for one in told])
+    provenances = [graph.provenance for graph in graphs]
+    same = {name: value for name, value in _alike(provenances).items() if name not in _OF_ONE}
+    extra = _alike_entries([one.extra for one in provenances])
     same |= {"extra": {key: value for key, value in extra.items() if key not in FILE_KEYS}}
-    return Provenance(**same, shared=KnownRun(**_alike([one.known for one in told])))
+    return Provenance(**same, shared=KnownRun(**_alike([one.known for one in provenances])))
 
 
-def _alike(told: Sequence[Any]) -> dict[str, Any]:
+def _alike(records: Sequence[Any]) -> dict[str, Any]:
     """Returns the fields in which dataclasses of one kind are equal."""
-    return _alike_entries([{one.name: getattr(each, one.name) for one in fields(each)} for each in told])
+    return _alike_entries([{one.name: getattr(each, one.name) for one in fields(each)} for each in records])
 
 
-def _alike_entries(told: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _alike_entries(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns the entries that dictionaries have in common."""
-    first, *others = told
+    first, *others = mappings
     return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
 
 

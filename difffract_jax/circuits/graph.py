@@ -108,12 +108,12 @@ class Graph(GraphArrays):
             path: the file.
 
         Raises:
-            UserError: if it is no such file, is damaged, or is of another format version.
+            UserError: if it is not such a file, is damaged, or is of another format version.
         """
         arrays = _read_arrays(Path(path))
         missing = [name for name in (*DTYPES, "supernodes", "metadata") if name not in {*arrays, *_LATER}]
         if missing:
-            raise UserError(f"{path} is no graph of difffract: it lacks {', '.join(missing)}; trace it again.")
+            raise UserError(f"{path} is not a graph of difffract: it lacks {', '.join(missing)}; trace it again.")
         try:
             supernodes, metadata = (json.loads(arrays[name].tobytes()) for name in ("supernodes", "metadata"))
         except ValueError as error:
@@ -139,9 +139,9 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             loaded = np.load(stream, allow_pickle=False)
             arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else None
         except (zipfile.BadZipFile, EOFError, ValueError, KeyError):
-            raise UserError(f"{path} is no readable .npz file; give a file that `difffract trace` wrote.") from None
+            raise UserError(f"{path} is not a readable .npz file; give a file that `difffract trace` wrote.") from None
     if arrays is None:
-        raise UserError(f"{path} is a single array, no graph; give a file that `difffract trace` wrote.")
+        raise UserError(f"{path} is a single array, not a graph; give a file that `difffract trace` wrote.")
     return arrays
 
 

@@ -74,7 +74,7 @@ def parse_score(text: str) -> Score:
     match = _SCORE.fullmatch(text.strip())
     if match is None:
         raise UserError(
-            f"{text!r} is no attention score; write BLOCK/hHEAD@QUERY,KEY with the token that attends and the one "
+            f"{text!r} is not an attention score; write BLOCK/hHEAD@QUERY,KEY with the token that attends and the one "
             "attended to, as in double/1/h1@img12,txt4 or single/0/h1@img3,img4."
         )
     query, key = (match["q"], int(match["i"])), (match["k"], int(match["j"]))

@@ -64,35 +64,35 @@ def typed(kind: Any, value: Any, key: str) -> Any:
         raise ValueError(f"{place} is {shown}, but {wanted}") from None
 
 
-def beyond(record: Any, told: Any) -> Any:
+def beyond(record: Any, known: Any) -> Any:
     """Returns what a record holds beyond what was understood; an empty dictionary if that is all.
 
     Args:
         record: JSON values.
-        told: those of them that were understood.
+        known: those of them that were understood.
 
     Example:
         >>> beyond({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2}})
         {'b': {'d': 3}}
     """
-    if isinstance(record, dict) and isinstance(told, dict):
-        rest = {key: beyond(value, told[key]) if key in told else value for key, value in record.items()}
-        return {key: value for key, value in rest.items() if key not in told or value != {}}
-    if isinstance(record, list) and isinstance(told, list) and len(record) == len(told):
-        rest = [beyond(*pair) for pair in zip(record, told, strict=True)]
+    if isinstance(record, dict) and isinstance(known, dict):
+        rest = {key: beyond(value, known[key]) if key in known else value for key, value in record.items()}
+        return {key: value for key, value in rest.items() if key not in known or value != {}}
+    if isinstance(record, list) and isinstance(known, list) and len(record) == len(known):
+        rest = [beyond(*pair) for pair in zip(record, known, strict=True)]
         return rest if any(one != {} for one in rest) else {}
     return {}
 
 
-def joined(told: Any, more: Any) -> Any:
-    """Returns JSON values with what `beyond` found put back; where both say something, what is told stands.
+def joined(known: Any, more: Any) -> Any:
+    """Returns JSON values with what `beyond` found put back; where both say something, what was understood stands.
 
     Args:
-        told: what was understood.
+        known: what was understood.
         more: from `beyond`.
     """
-    if isinstance(told, dict) and isinstance(more, dict):
-        return told | {key: joined(told[key], value) if key in told else value for key, value in more.items()}
-    if isinstance(told, list) and isinstance(more, list) and len(told) == len(more):
-        return [joined(*pair) for pair in zip(told, more, strict=True)]
-    return told
+    if isinstance(known, dict) and isinstance(more, dict):
+        return known | {key: joined(known[key], value) if key in known else value for key, value in more.items()}
+    if isinstance(known, list) and isinstance(more, list) and len(known) == len(more):
+        return [joined(*pair) for pair in zip(known, more, strict=True)]
+    return known

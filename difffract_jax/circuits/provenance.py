@@ -343,12 +343,12 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON values that a file holds."""
-        told = {_KEYS.get(name, name): value for name, value in plain(self).items() if name != "extra"}
+        facts = {_KEYS.get(name, name): value for name, value in plain(self).items() if name != "extra"}
         depths = self.known.layout and self.known.layout.flux_depths
         if depths is not None:
-            trace = {key: value for key, value in told["trace"].items() if key != "layout"}
-            told["trace"] = trace | {"depths": list(depths)}
-        return joined(told, dict(self.extra))
+            trace = {key: value for key, value in facts["trace"].items() if key != "layout"}
+            facts["trace"] = trace | {"depths": list(depths)}
+        return joined(facts, dict(self.extra))
 
     @staticmethod
     def from_json(record: Mapping[str, Any], source: str = "The graph") -> "Provenance":
@@ -379,8 +379,8 @@ class Provenance:
                     f"{source} is damaged: in its metadata, {error}; give the file as it was written, or trace it "
                     "again."
                 ) from None
-        found = Provenance(**facts)
-        return replace(found, extra=beyond(dict(record), found.to_json()))
+        provenance = Provenance(**facts)
+        return replace(provenance, extra=beyond(dict(record), provenance.to_json()))
 
 
 def _with_layout(trace: Any) -> Any:

@@ -170,7 +170,7 @@ def read_reference_json(path: str | Path) -> Graph:
         The graph, summed over positions. Totals are those of the target alone, and of the edges in the file.
 
     Raises:
-        UserError: if it is no such file.
+        UserError: if it is not such a file.
     """
     try:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -180,10 +180,10 @@ def read_reference_json(path: str | Path) -> Graph:
         return from_document(document)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no version 2 graph of the reference: {error} is missing or not understood."
+            f"{path} is not a version 2 graph of the reference: {error} is missing or not understood."
         ) from None
     except ValueError as error:
-        raise UserError(f"{path} is no version 2 graph of the reference: {error}") from None
+        raise UserError(f"{path} is not a version 2 graph of the reference: {error}") from None
 
 
 def from_document(document: Mapping[str, Any]) -> Graph:

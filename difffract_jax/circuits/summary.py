@@ -93,15 +93,15 @@ class GraphSummary:
 
     def _origin(self) -> dict[str, str | None]:
         """Returns the lines on where the graph comes from."""
-        told, run = self.provenance, self.provenance.known
-        combined = told.combined and f"{told.combined.operation} of {len(told.combined.graphs)} graphs"
+        origin, run = self.provenance, self.provenance.known
+        combined = origin.combined and f"{origin.combined.operation} of {len(origin.combined.graphs)} graphs"
         prompt = None if run.prompt is None else f'"{run.prompt}", seed {run.seed}'
         return {
             "combined": combined,
             "prompt": prompt,
             "model": run.model and hash_text(run.model),
-            "transcoders": told.transcoders and hash_text(told.transcoders),
-            "products": told.precision and told.precision.products,
+            "transcoders": origin.transcoders and hash_text(origin.transcoders),
+            "products": origin.precision and origin.precision.products,
         }
 
     def _pruned(self) -> str:
@@ -118,20 +118,20 @@ def summarise(graph: GraphArrays) -> GraphSummary:
     """Returns a graph's summary."""
     counts = np.bincount(graph.node_kind, minlength=len(KINDS))
     arrays = sum(getattr(graph, name).nbytes for name in DTYPES)
-    told = graph.provenance
+    origin = graph.provenance
     return GraphSummary(
         targets=tuple(_targets(graph)),
         nodes={kind: int(count) for kind, count in zip(KINDS, counts, strict=True) if count},
         edges=int(graph.edge_source.size),
         expanded=int(graph.target_node.size),
         conservation_error=graph.largest_conservation_error,
-        steps=told.steps or tuple(np.unique(graph.node_step).tolist()),
+        steps=origin.steps or tuple(np.unique(graph.node_step).tolist()),
         by_position=graph.by_position,
         supernodes=len(graph.supernodes),
         bytes=arrays,
-        pruning=told.pruning,
-        scores=told.scores,
-        provenance=told,
+        pruning=origin.pruning,
+        scores=origin.scores,
+        provenance=origin,
     )
 
 
@@ -253,7 +253,7 @@ def _columns(graph: GraphArrays) -> Iterator[dict[str, Any]]:
     groups = {node: name for name, members in graph.supernodes.items() for node in members}
     weights = graph.root_weights.tolist()
     for node in range(graph.node_kind.size):
-        told: dict[str, Any] = {
+        attributes: dict[str, Any] = {
             "node": node,
             "kind": KINDS[graph.node_kind[node]],
             "step": int(graph.node_step[node]),
@@ -265,10 +265,10 @@ def _columns(graph: GraphArrays) -> Iterator[dict[str, Any]]:
             "target_weight": weights[node],
         }
         if graph.node_kind[node] != FEATURE:
-            del told["feature"]
+            del attributes["feature"]
         for name, column in (("influence", graph.node_influence), ("cumulative", graph.node_cumulative)):
             if not np.isnan(column[node]):
-                told[name] = float(column[node])
+                attributes[name] = float(column[node])
         if node in groups:
-            told["supernode"] = groups[node]
-        yield told
+            attributes["supernode"] = groups[node]
+        yield attributes

@@ -69,7 +69,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable as JSON ({error}); export the graph again.") from None
     problem = problem_of(document)
     if problem:
-        raise UserError(f"{path} is no graph of circuit-tracer or Neuronpedia: {problem}.")
+        raise UserError(f"{path} is not a graph of circuit-tracer or Neuronpedia: {problem}.")
     view = dict(document["qParams"])
     if isinstance(view.get("pinnedIds"), str):
         view["pinnedIds"] = [name for name in view["pinnedIds"].split(",") if name]

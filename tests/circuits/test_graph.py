@@ -153,18 +153,18 @@ def test_an_index_that_points_nowhere_is_refused(tmp_path, arrays):
 def test_what_is_no_graph_file_is_refused(tmp_path):
     for name, content in (("text.npz", b"hello"), ("empty.npz", b""), ("cut.npz", b"PK\x03\x04 and no more")):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} is no readable .npz file"):
+        with pytest.raises(UserError, match=f"{name} is not a readable .npz file"):
             Graph.load(tmp_path / name)
     single = io.BytesIO()
     np.save(single, np.zeros(3))
     (tmp_path / "single.npz").write_bytes(single.getvalue())
-    with pytest.raises(UserError, match="is a single array, no graph"):
+    with pytest.raises(UserError, match="is a single array, not a graph"):
         Graph.load(tmp_path / "single.npz")
 
 
 def test_a_pickle_is_not_opened(tmp_path, arrays):
     path = rewritten(tmp_path, arrays | {"node_value": np.array([{}], dtype=object)})
-    with pytest.raises(UserError, match=r"is no readable \.npz file"):
+    with pytest.raises(UserError, match=r"is not a readable \.npz file"):
         Graph.load(path)
 
 

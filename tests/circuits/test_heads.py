@@ -103,7 +103,7 @@ def test_a_score_is_read_as_it_is_written():
     assert heads.parse_score("single/1/h0@txt3,img12").model_block((3, 2)) == 4
     assert heads.parse_score("double/2/h0@txt3,img12").model_block((3, 2)) == 2
     for text in ("double/1/1@img0,img1", "1/h1@img0,img1", "img/1/h1@img0,img1", "double/1/h1@img0", "double/1/h1@0,1"):
-        with pytest.raises(UserError, match=f"{text!r} is no attention score; write BLOCK/hHEAD@QUERY,KEY"):
+        with pytest.raises(UserError, match=f"{text!r} is not an attention score; write BLOCK/hHEAD@QUERY,KEY"):
             heads.parse_score(text)
     with pytest.raises(UserError, match="no block double/3; the model has double/0 to double/2 and single/0 to single"):
         heads.parse_score("double/3/h0@txt3,img12").model_block((3, 2))

@@ -52,8 +52,8 @@ def test_an_earlier_file_loads_and_is_written_as_it_was(name, tmp_path):
 
 
 def test_the_facts_of_an_earlier_file_are_typed():
-    told = Graph.load(FORMATS / "graph-v1.npz").provenance
-    assert told.run == TraceInfo(
+    provenance = Graph.load(FORMATS / "graph-v1.npz").provenance
+    assert provenance.run == TraceInfo(
         prompt="a red circle above a blue square",
         cut="",
         seed=0,
@@ -69,14 +69,18 @@ def test_the_facts_of_an_earlier_file_are_typed():
         latents_given=False,
         model=MODEL,
     )
-    assert told.attribution == AttributionSettings(
+    assert provenance.attribution == AttributionSettings(
         target="img/1/f159@9", max_nodes=4, expansion_batch=50, min_attribution=0.2
     )
-    assert told.attribution.targets == ("img/1/f159@9",) and told.steps == (1,) and told.target_weights == (1.0,)
-    assert told.pooled_path == (PooledPath(value=916.2352227209403, without=130.98710954491, share=0.8570376838865481),)
-    assert told.command == "trace" and told.settings["noise"] == "jax" and told.sources["model"] == MODEL
-    assert (told.pruning, told.precision, told.combined, told.shared) == (None, None, None, None) and not told.extra
-    assert told.layout == flux_layout(2, 2) and told.traced_run is told.run and told.known.grid == (6, 6)
+    assert provenance.attribution.targets == ("img/1/f159@9",)
+    assert provenance.steps == (1,) and provenance.target_weights == (1.0,)
+    path = PooledPath(value=916.2352227209403, without=130.98710954491, share=0.8570376838865481)
+    assert provenance.pooled_path == (path,) and provenance.command == "trace"
+    assert provenance.settings["noise"] == "jax" and provenance.sources["model"] == MODEL
+    unsaid = provenance.pruning, provenance.precision, provenance.combined, provenance.shared
+    assert unsaid == (None, None, None, None) and not provenance.extra
+    assert provenance.known.grid == (6, 6)
+    assert provenance.layout == flux_layout(2, 2) and provenance.traced_run is provenance.run
 
 
 def test_pruned_grouped_rounded_and_combined_graphs_say_so():
@@ -140,9 +144,9 @@ def test_what_a_later_release_adds_is_kept_wherever_it_stands(tmp_path):
     ],
 )
 def test_a_fact_of_the_wrong_type_is_refused_by_name(change, sentence):
-    with pytest.raises(UserError, match=f"^g.npz is damaged: in its metadata, {sentence}.*; give the file as") as told:
+    with pytest.raises(UserError, match=f"^g.npz is damaged: in its metadata, {sentence}.*; give the file as") as error:
         Provenance.from_json(change, "g.npz")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_metadata_that_are_not_named_values_are_refused(tmp_path):
@@ -170,8 +174,8 @@ def test_facts_are_replaced_one_by_one():
 
 def test_what_is_told_stands_over_what_was_left_over():
     record = {"a": 1, "b": {"c": 2, "d": [{"e": 3}, {}]}, "f": []}
-    told = {"b": {"c": 2, "d": [{}, {}]}}
-    rest = beyond(record, told)
-    assert rest == {"a": 1, "b": {"d": [{"e": 3}, {}]}, "f": []} and joined(told, rest) == record
+    understood = {"b": {"c": 2, "d": [{}, {}]}}
+    rest = beyond(record, understood)
+    assert rest == {"a": 1, "b": {"d": [{"e": 3}, {}]}, "f": []} and joined(understood, rest) == record
     assert joined({"a": 2, "b": {"d": [1]}}, rest) == {"a": 2, "b": {"d": [1]}, "f": []}
-    assert beyond(told, told) == {}
+    assert beyond(understood, understood) == {}

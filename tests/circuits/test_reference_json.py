@@ -74,7 +74,7 @@ def test_errors_and_unexpanded_features_get_one_name():
 def test_another_document_is_refused(tmp_path, change, sentence):
     path = tmp_path / "g.json"
     path.write_text(json.dumps(document_of(4, "pruned") | change))
-    with pytest.raises(UserError, match=f"no version 2 graph of the reference: .*{sentence}"):
+    with pytest.raises(UserError, match=f"not a version 2 graph of the reference: .*{sentence}"):
         read_reference_json(path)
 
 

@@ -23,26 +23,30 @@ HOSTILE = '<script>alert("1")</script>\n' * 20
 
 def test_a_summary_counts_what_is_there():
     graph = random_output_graph(1)
-    told = graph.summary()
-    assert sum(told.nodes.values()) == graph.node_kind.size and told.nodes["feature"] == np.sum(graph.node_kind == 0)
-    assert told.edges == graph.edge_source.size and told.expanded == graph.target_node.size
-    assert [one.name for one in told.targets] == node_names(graph)[:3]
-    assert [one.weight for one in told.targets] == pytest.approx([2 / 3.5, 1 / 3.5, 0.5 / 3.5])
-    assert [one.value for one in told.targets] == graph.target_preactivation[:3].tolist()
-    assert told.conservation_error == graph.conservation_error.max()
-    assert told.steps == (0, 1) and told.by_position and not told.supernodes and told.pruning is None
+    overview = graph.summary()
+    assert sum(overview.nodes.values()) == graph.node_kind.size and overview.nodes["feature"] == np.sum(
+        graph.node_kind == 0
+    )
+    assert overview.edges == graph.edge_source.size and overview.expanded == graph.target_node.size
+    assert [one.name for one in overview.targets] == node_names(graph)[:3]
+    assert [one.weight for one in overview.targets] == pytest.approx([2 / 3.5, 1 / 3.5, 0.5 / 3.5])
+    assert [one.value for one in overview.targets] == graph.target_preactivation[:3].tolist()
+    assert overview.conservation_error == graph.conservation_error.max()
+    assert overview.steps == (0, 1) and overview.by_position and not overview.supernodes and overview.pruning is None
 
 
 def test_a_summary_says_how_a_graph_was_pruned():
-    told = prune(random_graph(2), node_threshold=0.7).summary()
-    assert told.pruning.node_threshold == 0.7 and told.scores.pruned.completeness <= 1
-    assert "standard, nodes 0.7, edges 0.98; replacement 0." in str(told) and "summed over positions" in str(told)
+    overview = prune(random_graph(2), node_threshold=0.7).summary()
+    assert overview.pruning.node_threshold == 0.7 and overview.scores.pruned.completeness <= 1
+    assert "standard, nodes 0.7, edges 0.98; replacement 0." in str(overview) and "summed over positions" in str(
+        overview
+    )
 
 
 def test_documents_of_other_tools_have_no_value_to_tell():
-    told = Graph.load(FORMATS / "graph-v1-viewer.npz").summary()
-    assert told.targets[0].value is None and told.targets[0].conservation_error is None
-    assert told.conservation_error is None and "conservation" not in str(told)
+    overview = Graph.load(FORMATS / "graph-v1-viewer.npz").summary()
+    assert overview.targets[0].value is None and overview.targets[0].conservation_error is None
+    assert overview.conservation_error is None and "conservation" not in str(overview)
 
 
 def test_a_graph_shows_itself_in_a_few_lines():
@@ -96,11 +100,11 @@ def test_the_graph_for_networkx_has_its_nodes_edges_and_names():
     for source, target, value in zip(graph.edge_source, graph.edge_target, graph.edge_attribution, strict=True):
         assert made.edges[names[source], names[target]]["attribution"] == value
     for node, name in enumerate(names):
-        told = made.nodes[name]
-        assert told["node"] == node and told["kind"] == KINDS[graph.node_kind[node]]
-        assert ("feature" in told) == (graph.node_kind[node] == FEATURE) and "influence" not in told
-        assert told["target_weight"] == graph.root_weights[node]
-        assert told.get("supernode") == ("both" if node in (3, 4) else None)
+        attributes = made.nodes[name]
+        assert attributes["node"] == node and attributes["kind"] == KINDS[graph.node_kind[node]]
+        assert ("feature" in attributes) == (graph.node_kind[node] == FEATURE) and "influence" not in attributes
+        assert attributes["target_weight"] == graph.root_weights[node]
+        assert attributes.get("supernode") == ("both" if node in (3, 4) else None)
     assert made.graph["supernodes"] == {"both": names[3:5]}
     assert made.graph["provenance"] == {"target_weights": [2.0, 1.0, 0.5]}
     assert "influence" in prune(graph).to_networkx().nodes[node_names(prune(graph))[0]]

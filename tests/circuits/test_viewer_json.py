@@ -358,7 +358,7 @@ def test_trap_12_all_that_was_kept_is_seen_at_first():
 def test_other_documents_are_refused(tmp_path, change, sentence):
     path = tmp_path / "g.json"
     path.write_text(json.dumps(json.loads(SAMPLE.read_text()) | change))
-    with pytest.raises(UserError, match=f"g.json is no graph of circuit-tracer or Neuronpedia: {sentence}"):
+    with pytest.raises(UserError, match=f"g.json is not a graph of circuit-tracer or Neuronpedia: {sentence}"):
         read_document(path)
     path.write_text("{")
     with pytest.raises(UserError, match="not readable as JSON"):
