@@ -170,7 +170,8 @@ def test_every_site_is_ablated_by_mean_and_by_zero(organism, monkeypatch):
     seen = []
 
     def watching(pipe, asked, *, velocity, params, progress):
-        on = {stream: np.asarray(values).tolist() for stream, values in params[1].replaced._asdict().items()}
+        names = pipe.config.transformer.layout.names
+        on = {name: np.asarray(values).tolist() for name, values in zip(names, params[1].replaced, strict=True)}
         zero = not any(np.any(values) for values in params[1].value)
         seen.append((on, zero))
         right = asked.images()
