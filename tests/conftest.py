@@ -5,12 +5,13 @@
 3. Matrix products at full float32 precision, which is what the tolerances assume.
 4. Compiled programs are dropped before they use up the memory maps that the kernel grants a process.
 5. What one process has compiled others read, in this run and the next: `compiled.py`.
-6. The compiler optimises its machine code less, since compiling is two thirds of the time; a module that mostly
-   compiles takes a quarter less. Results differ by rounding alone, which no tolerance may hang on. As users run it:
-   `XLA_FLAGS= pytest`.
+6. The compiler does not optimise its machine code, since compiling is two thirds of the time; a module that mostly
+   compiles takes a third of the time. Results differ by rounding alone, which no tolerance may hang on. As users run
+   it: `XLA_FLAGS= pytest`.
 7. Hypothesis draws the same examples every time, so that a run's outcome hangs on the code alone; to search further:
    `HYPOTHESIS_PROFILE=search pytest`.
-8. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
+8. The files that take longest come first, so that the two processes end together.
+9. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
 """
 
 import gc
@@ -40,6 +41,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 MAPS = Path("/proc/self/maps")
 MOST_MAPS = 25_000
 """Of the 65,530 that Linux grants; every compiled program holds some, and without one the compiler crashes."""
+
+
+LONGEST = (
+    "test_notebooks",
+    "test_cli_explain",
+    "test_journey",
+)
+"""Files in the order in which they start, all others after them as they are found; the last ones are to be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first; pytest-xdist hands files out in this order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,6 +25,7 @@ def attribution(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_the_size_of_flux_runs_on_a_small_shape(attribution, capsys):
     config = dataclasses.replace(TINY, depth_double=18, depth_single=1)
     trace, tcs, target = attribution.flux(config, features=64, side=6, text=8)
