@@ -54,6 +54,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "random_transcoders": tcs,
         "capture": trace,
         "capture_steps": span,
+        "prepare": dfx.prepare(trace, tcs),
         "replacement": dfx.replacement(trace, tcs),
         "attribute": graph,
         "strongest_feature": feature,
