@@ -2,7 +2,7 @@
 
 The packages, each importing only from those above it:
 
-    config axes ops checkpoint sharding     settings, axis names, pure maths, files, meshes; display: how objects show
+    config address ops checkpoint sharding  settings, places, pure maths, files, meshes; display: how objects show
     models                                  MM-DiT, T5, CLIP, autoencoder, sampler, pipeline: prompt -> image
     transcoders                             sparse stand-ins for the model's MLPs
     converters                              PyTorch checkpoints -> ours, by rule tables (a package beside this one)

@@ -20,7 +20,7 @@ import difffract_jax
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("difffract_jax", "converters")
 ORDER = (
-    ("difffract_jax", "difffract_jax.config", "difffract_jax.axes"),
+    ("difffract_jax", "difffract_jax.config"),
     (
         *("difffract_jax.address", "difffract_jax.ops", "difffract_jax.files", "difffract_jax.sums"),
         "difffract_jax.display",
@@ -43,7 +43,7 @@ ORDER = (
     ("difffract_jax.cli",),
 )
 NUMPY_ONLY = (
-    *("graph", "influence", "scores", "pruning", "feature", "expansion", "compare", "reference_json"),
+    *("graph", "influence", "scores", "pruning", "feature", "aggregate", "expansion", "compare", "reference_json"),
     *("edits", "labels", "names", "supernodes", "combine", "viewer_json", "viewer_document", "feature_files", "tables"),
     *("predictions", "provenance", "json_values", "arrays", "summary"),
 )

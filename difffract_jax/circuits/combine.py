@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
 
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.provenance import FILE_KEYS, Combined, KnownRun, Origin, Provenance

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from difffract_jax.address import STREAMS
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import ERROR, INPUT, KINDS, REST, Graph
 from difffract_jax.circuits.reference_json import read_reference_json
 from difffract_jax.circuits.viewer_document import graph_of, read_document

@@ -32,9 +32,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64, Int
 
 from difffract_jax.address import STREAMS
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.encoding import ReplacedSites, site
 from difffract_jax.circuits.engine import Engine
-from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.influence import levels
 from difffract_jax.circuits.pruning import node_influence

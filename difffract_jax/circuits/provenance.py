@@ -386,8 +386,8 @@ class Provenance:
 def _with_layout(trace: Any) -> Any:
     """Returns a run's values with its model's layout; of FLUX's, files hold the two depths alone."""
     match trace:
-        case {"depths": [int(double), int(single)], **rest}:
-            return {**rest, "layout": plain(flux_layout(double, single))}
+        case {"depths": [int(first), int(second)], **rest}:
+            return {**rest, "layout": plain(flux_layout(first, second))}
     return trace
 
 

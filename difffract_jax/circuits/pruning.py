@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from numpy.typing import NDArray
 
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import FEATURE, INPUT, Graph, keep
 from difffract_jax.circuits.influence import column_shares, graph_reach, node_influence
 from difffract_jax.circuits.provenance import PruningScores, PruningSettings

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from difffract_jax.address import LATENT, STREAMS
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, REST, Graph
 from difffract_jax.circuits.provenance import Provenance
 from difffract_jax.config import UserError

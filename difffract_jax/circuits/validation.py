@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from jaxtyping import Float64
 
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.completeness import Ablation, curve
 from difffract_jax.circuits.engine import Engine, read
-from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.faithfulness import perturb
 from difffract_jax.circuits.graph import FEATURE, OUTPUT, REST, Graph
 from difffract_jax.circuits.names import node_names

@@ -28,7 +28,7 @@ from jaxtyping import Int64
 
 from difffract_jax import __version__
 from difffract_jax.address import IMG, LATENT, STREAMS, TXT
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
 from difffract_jax.circuits.json_values import plain
 from difffract_jax.circuits.names import node_names

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.combine import average, difference
 from difffract_jax.circuits.compare import compare
-from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, OUTPUT, REST, Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.provenance import KnownRun, Origin, Provenance

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.compare import compare, read_graph
-from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import keep
 from difffract_jax.circuits.reference_json import write_reference_json
 from difffract_jax.config import UserError

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.circuits.expansion import aggregate, compact
+from difffract_jax.circuits.aggregate import aggregate
+from difffract_jax.circuits.expansion import compact
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, REST
 from random_graphs import expand, random_edges, random_graph, random_table
 from tolerances import TOL

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, REST
 from difffract_jax.circuits.provenance import PruningSettings
 from difffract_jax.circuits.pruning import cumulative_shares, largest, node_influence, prune, top_share

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, REST, keep
 from difffract_jax.circuits.pruning import prune
 from difffract_jax.circuits.scores import scores

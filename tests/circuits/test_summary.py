@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from difffract_jax.circuits import summary
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import FEATURE, KINDS, Graph
 from difffract_jax.circuits.names import node_names
 from difffract_jax.circuits.provenance import Combined, KnownRun

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import FEATURE, Graph
 from difffract_jax.circuits.names import find_nodes, node_names
 from difffract_jax.circuits.provenance import GroupingSettings

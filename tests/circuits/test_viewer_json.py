@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.circuits import viewer_json
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.compare import compare, read_graph
-from difffract_jax.circuits.expansion import aggregate
 from difffract_jax.circuits.graph import ERROR, FEATURE, OUTPUT, REST, keep
 from difffract_jax.circuits.provenance import KnownRun
 from difffract_jax.circuits.pruning import cumulative_shares, node_influence, prune

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from difffract_jax.address import IMG, TXT, flux_layout
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.feature import Feature
 from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.provenance import KnownRun

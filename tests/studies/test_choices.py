@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.circuits.expansion import aggregate
+from difffract_jax.circuits.aggregate import aggregate
 from difffract_jax.circuits.graph import FEATURE
 from difffract_jax.circuits.readings import effects, predict
 from difffract_jax.circuits.trace import capture
