@@ -95,6 +95,7 @@ class Exact(NamedTuple):
     replacement: Replacement
 
 
+@cache
 def make_exact(
     seed=0,
     prompt="a red circle",
@@ -104,7 +105,7 @@ def make_exact(
     dtype=jnp.float64,
     **transcoders,
 ) -> Exact:
-    """Captures step 1 of a random pipeline; float64 is to be made under the `x64` fixture."""
+    """Captures step 1 of a random pipeline, once for all tests; float64 is to be made under the `x64` fixture."""
     pipe = random_pipeline(seed=seed, dtype=dtype)
     tcs = make_transcoders(pipe.config.transformer, seed=seed, dtype=dtype, **transcoders)
     trace = capture(
@@ -155,7 +156,6 @@ MORE_VARIANTS = {
 """One way at a time, with the slow tests: where a law fails, these tell which way breaks it."""
 
 
-@cache
 def variant(name: str) -> Exact:
-    """Makes one of the variants, once for all tests; to be called under the `x64` fixture."""
+    """Makes one of the variants, as `make_exact` does."""
     return make_exact(seed=len(name), **(VARIANTS | MORE_VARIANTS)[name])
