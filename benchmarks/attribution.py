@@ -69,12 +69,12 @@ import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from difffract_jax.address import GROUPS  # noqa: E402
-from difffract_jax.circuits import engine, expansion  # noqa: E402
-from difffract_jax.circuits.attribution import attribute  # noqa: E402
-from difffract_jax.circuits.feature import Feature  # noqa: E402
-from difffract_jax.circuits.replacement import Replacement, prepare_step  # noqa: E402
-from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
-from difffract_jax.circuits.trace import Trace, capture  # noqa: E402
+from difffract_jax.circuits.attribution import engine, expansion  # noqa: E402
+from difffract_jax.circuits.attribution.attribute import attribute  # noqa: E402
+from difffract_jax.circuits.attribution.selection import strongest_feature  # noqa: E402
+from difffract_jax.circuits.frozen.replacement import Replacement, prepare_step  # noqa: E402
+from difffract_jax.circuits.notation.feature import Feature  # noqa: E402
+from difffract_jax.circuits.trace.capture import Trace, capture  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
 from difffract_jax.models.mmdit import FluxConfig  # noqa: E402
 from difffract_jax.models.pipeline import Pipeline  # noqa: E402

@@ -25,25 +25,25 @@ import jax  # noqa: E402  (the tests' golden data, traces and tolerances, after 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from difffract_jax.circuits import pullback  # noqa: E402
-from difffract_jax.circuits.attribution import attribute  # noqa: E402
-from difffract_jax.circuits.compare import compare  # noqa: E402
-from difffract_jax.circuits.feature import Feature  # noqa: E402
-from difffract_jax.circuits.graph import FEATURE, Graph, conservation_scale  # noqa: E402
-from difffract_jax.circuits.interventions import Edit, Site, steer  # noqa: E402
-from difffract_jax.circuits.pruning import prune  # noqa: E402
-from difffract_jax.circuits.pullback import pull_back  # noqa: E402
-from difffract_jax.circuits.readout import Targets, preactivations  # noqa: E402
-from difffract_jax.circuits.reference_json import from_document  # noqa: E402
-from difffract_jax.circuits.replacement import run as run_replacement  # noqa: E402
-from difffract_jax.circuits.selection import strongest_feature  # noqa: E402
-from difffract_jax.circuits.sources import source_table  # noqa: E402
+from difffract_jax.circuits.attribution import pullback  # noqa: E402
+from difffract_jax.circuits.attribution.attribute import attribute  # noqa: E402
+from difffract_jax.circuits.attribution.pullback import pull_back  # noqa: E402
+from difffract_jax.circuits.attribution.selection import strongest_feature  # noqa: E402
+from difffract_jax.circuits.attribution.sources import source_table  # noqa: E402
+from difffract_jax.circuits.editing.interventions import Edit, Site, steer  # noqa: E402
+from difffract_jax.circuits.frozen.replacement import run as run_replacement  # noqa: E402
+from difffract_jax.circuits.frozen.targets import Targets, preactivations  # noqa: E402
+from difffract_jax.circuits.notation.feature import Feature  # noqa: E402
+from difffract_jax.cli.output import emit  # noqa: E402
+from difffract_jax.graphs.compare import compare  # noqa: E402
+from difffract_jax.graphs.files.reference_json import from_document  # noqa: E402
+from difffract_jax.graphs.graph import FEATURE, Graph, conservation_scale  # noqa: E402
+from difffract_jax.graphs.pruning import prune  # noqa: E402
 from difffract_jax.loading import load_pipeline, load_transcoders  # noqa: E402
 from difffract_jax.models import pipeline  # noqa: E402
 from difffract_jax.models.blocks import Cond, Streams  # noqa: E402
 from difffract_jax.models.mmdit import Inputs, MMDiT  # noqa: E402
 from difffract_jax.models.stacks import sequences, slice_layer, streams  # noqa: E402
-from difffract_jax.report import emit  # noqa: E402
 from tolerances import REFERENCE, TOL, relative_error  # noqa: E402
 from traces import PROMPTS, SIZE, VARIANTS, Golden, golden_trace, make_exact  # noqa: E402
 

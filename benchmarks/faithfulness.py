@@ -25,18 +25,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from difffract_jax.address import STREAMS  # noqa: E402
-from difffract_jax.checkpoint import atomic_file
-from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.engine import make_engine
-from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.recapture import capture_again
-from difffract_jax.circuits.selection import named
-from difffract_jax.circuits.trace import capture
-from difffract_jax.circuits.validation import at_size, validate
-from difffract_jax.circuits.validation_report import COLOURS, markdown_table
+from difffract_jax.circuits.attribution.attribute import attribute
+from difffract_jax.circuits.attribution.engine import make_engine
+from difffract_jax.circuits.attribution.selection import named
+from difffract_jax.circuits.checks.report import COLOURS, markdown_table
+from difffract_jax.circuits.checks.rerun import capture_again
+from difffract_jax.circuits.checks.validation import at_size, validate
+from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.config import UserError
+from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.organism.world import scenes
+from difffract_jax.storage.checkpoint import atomic_file
 
 WORLD = 70_000
 """World of the prompts; another than those of training and scores."""

@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.engine import Output, make_engine, read
-from difffract_jax.circuits.graph import FEATURE, Graph
-from difffract_jax.circuits.outputs import parse_target, resolve
-from difffract_jax.circuits.pruning import prune
-from difffract_jax.circuits.readings import factors_for, predict, scaled
-from difffract_jax.circuits.selection import strongest_feature
-from difffract_jax.circuits.supernodes import find_supernodes
-from difffract_jax.circuits.trace import capture, capture_steps
+from difffract_jax.circuits.attribution.attribute import attribute
+from difffract_jax.circuits.attribution.engine import Output, make_engine, read
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.selection import strongest_feature
+from difffract_jax.circuits.effects.readings import factors_for, predict, scaled
+from difffract_jax.circuits.trace.capture import capture, capture_steps
+from difffract_jax.graphs.graph import FEATURE, Graph
+from difffract_jax.graphs.pruning import prune
+from difffract_jax.graphs.supernodes import find_supernodes
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.organism.vocabulary import COLOUR_NAMES
 from difffract_jax.organism.world import scenes

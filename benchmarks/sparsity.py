@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from difffract_jax.checkpoint import atomic_file
 from difffract_jax.loading import load_pipeline, load_transcoders, save_transcoders
 from difffract_jax.organism.world import scenes
+from difffract_jax.storage.checkpoint import atomic_file
 from difffract_jax.transcoders.evaluate import Sums, measures, row_sums
 from difffract_jax.transcoders.settings import HarvestConfig, TrainConfig
 from difffract_jax.transcoders.sources import open_sampler

@@ -16,13 +16,13 @@ from converters.autoencoder import AUTOENCODER_DIFFUSERS
 from converters.flux import FLUX_DIFFUSERS, flux_config_to_diffusers
 from converters.mapping import Rule, save_tree, source_shapes
 from converters.text_encoders import CLIP_TRANSFORMERS, t5_tables
-from difffract_jax.checkpoint import atomic_directory, leaf_paths
-from difffract_jax.files import write_sharded
 from difffract_jax.models.autoencoder import AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config
+from difffract_jax.storage.checkpoint import atomic_directory, leaf_paths
+from difffract_jax.storage.files import write_sharded
 
 INDEX = {
     "_class_name": "FluxPipeline",

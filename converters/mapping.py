@@ -35,8 +35,8 @@ from converters.transforms import (
     swap_scale_shift,
     transpose,
 )
-from difffract_jax.checkpoint import cap, leaf_paths, placement
 from difffract_jax.config import UserError
+from difffract_jax.storage.checkpoint import cap, leaf_paths, placement
 
 __all__ = [
     "ArraySource",

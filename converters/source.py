@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from difffract_jax.config import UserError
-from difffract_jax.files import DTYPES, TensorFile
+from difffract_jax.storage.files import DTYPES, TensorFile
 
 STEMS = ("diffusion_pytorch_model", "model")
 FLOATS = ("F64", "F32", "F16", "BF16")

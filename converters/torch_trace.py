@@ -24,10 +24,10 @@ import numpy as np
 from converters.pipelines import is_diffusers_directory, pipeline_config
 from converters.torch_files import load_module
 from difffract_jax.config import UserError
-from difffract_jax.files import read_array
 from difffract_jax.models.activations import Activations, array_shapes, write_activations
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.models.sampler import PATCH
+from difffract_jax.storage.files import read_array
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 

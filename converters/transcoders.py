@@ -20,8 +20,8 @@ from flax import nnx
 
 from converters.mapping import ArraySource, ConversionError, Rule, load_tree, same, save_tree, transpose
 from converters.torch_files import read_state, write_state
-from difffract_jax.checkpoint import atomic_directory, tree_hash
 from difffract_jax.config import UserError
+from difffract_jax.storage.checkpoint import atomic_directory, tree_hash
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 

@@ -31,18 +31,8 @@ from converters.transcoders import (
     stacked_transcoders,
     transcoders_from_torch,
 )
-from difffract_jax.checkpoint import (
-    VERIFY_BELOW_BYTES,
-    atomic_directory,
-    leaf_paths,
-    load_tree,
-    read_config,
-    save_trees,
-    tree_hash,
-)
-from difffract_jax.circuits.labels import Labels, read_labels
+from difffract_jax.circuits.notation.labels import Labels, read_labels
 from difffract_jax.config import UserError
-from difffract_jax.files import sample_hash
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -51,7 +41,17 @@ from difffract_jax.models.presets import PRESETS
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.sums import check_sums
+from difffract_jax.storage.checkpoint import (
+    VERIFY_BELOW_BYTES,
+    atomic_directory,
+    leaf_paths,
+    load_tree,
+    read_config,
+    save_trees,
+    tree_hash,
+)
+from difffract_jax.storage.files import sample_hash
+from difffract_jax.storage.sums import check_sums
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 

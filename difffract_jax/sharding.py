@@ -19,8 +19,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.config import UserError, nearest
+from difffract_jax.storage.checkpoint import leaf_paths
 
 MESH_AXES = ("data", "site", "feature")
 

@@ -4,7 +4,7 @@ import json
 import sys
 from typing import NamedTuple
 
-from difffract_jax import cli
+from difffract_jax.cli import main as cli
 
 
 class Run(NamedTuple):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import jax
 
-from difffract_jax.cli import main
+from difffract_jax.cli.main import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["processes", "difffract_jax.transcoders.train", "difffract_jax.loading", "difffract_jax.report"]
+PRELOADED = ["processes", "difffract_jax.transcoders.train", "difffract_jax.loading", "difffract_jax.cli.output"]
 NEVER = 10**9
 
 

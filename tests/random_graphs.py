@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from difffract_jax.circuits import expansion
-from difffract_jax.circuits.expansion import SourceTable
-from difffract_jax.circuits.graph import ERROR, FEATURE, INPUT, OUTPUT, REST, Graph
-from difffract_jax.circuits.provenance import Provenance
+from difffract_jax.circuits.attribution import expansion
+from difffract_jax.circuits.attribution.expansion import SourceTable
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, REST, Graph
+from difffract_jax.graphs.provenance import Provenance
 
 
 def random_table(rng, *, layers=3, rows=4, active=3, features=6, step=1):

@@ -21,8 +21,8 @@ from difffract_jax.address import (
     Tokens,
     flux_layout,
 )
-from difffract_jax.circuits.provenance import KnownRun, Provenance
 from difffract_jax.config import UserError
+from difffract_jax.graphs.provenance import KnownRun, Provenance
 from difffract_jax.transcoders.sites import parse_sites, sites_of
 
 FLUX = flux_layout(3, 2)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.replacement import prepare_step
+from difffract_jax.circuits.frozen.replacement import prepare_step
 from difffract_jax.models.tiny import TINY
 
 

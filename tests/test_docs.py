@@ -58,7 +58,7 @@ def test_citations_are_read_as_they_are_written() -> None:
 def test_the_api_has_every_public_name() -> None:
     shown = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
     homes = {f"{difffract_jax._HOME[name]}.{name}" for name in difffract_jax.__all__ if name != "__version__"}
-    homes = {name.replace("circuits.interventions.Edit", "circuits.edits.Edit") for name in homes}
+    homes = {name.replace("circuits.editing.interventions.Edit", "circuits.notation.edits.Edit") for name in homes}
     assert homes <= shown, "add these to docs/api.md"
     absent = [
         name for name in shown if not (ROOT / name.rpartition(".")[0].replace(".", "/")).with_suffix(".py").is_file()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.graph import Graph
+from difffract_jax.graphs.graph import Graph
 from tolerances import TOL
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from difffract_jax.circuits.graph import Graph
+from difffract_jax.graphs.graph import Graph
 from tolerances import REFERENCE, TOL
 
 PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"

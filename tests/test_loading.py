@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import ConversionError, save_tree
 from difffract_jax.config import UserError
-from difffract_jax.files import sample_hash
 from difffract_jax.loading import (
     convert_flux,
     convert_transcoders,
@@ -25,6 +24,7 @@ from difffract_jax.loading import (
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.sharding import make_mesh, pipeline_shardings
+from difffract_jax.storage.files import sample_hash
 from difffract_jax.transcoders.sites import sites_of
 from tolerances import REFERENCE
 

@@ -22,7 +22,7 @@ KNOWING = {
 }
 HOMONYMS = {
     "converters/pipelines.py": "FLUX_SINGLE_FILE and the like: checkpoints in one file",
-    "difffract_jax/circuits/tables.py": "GraphML's name of a number's type",
+    "difffract_jax/graphs/files/tables.py": "GraphML's name of a number's type",
 }
 WORDS = {"double", "single", "joint"}
 BEGINNING = re.compile(r"(double|single|joint)(?![-\w ])")

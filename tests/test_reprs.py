@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import difffract_jax as dfx
-from difffract_jax.circuits.labels import Detected, Label, Labels
-from difffract_jax.circuits.provenance import AttributionSettings
-from difffract_jax.circuits.ranking import Ranked
-from difffract_jax.circuits.sweeps import Sweep
-from difffract_jax.circuits.trace import Span
+from difffract_jax.circuits.editing.ranking import Ranked
+from difffract_jax.circuits.editing.sweeps import Sweep
+from difffract_jax.circuits.notation.labels import Detected, Label, Labels
+from difffract_jax.circuits.trace.capture import Span
+from difffract_jax.graphs.provenance import AttributionSettings
 from difffract_jax.models.pipeline import GeneratedImage
 from random_graphs import random_graph
 

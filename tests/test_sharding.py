@@ -8,12 +8,12 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 from difffract_jax import sharding
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.sharding import AxisRule, make_mesh, match, parse_mesh, partition_specs, shardings, table
+from difffract_jax.storage.checkpoint import leaf_paths
 
 RULES = (AxisRule("blocks.{up,down}.kernel", ("layer", "d_model", "feat")), AxisRule("**.bias", None))
 TREE = {"blocks": {"up": {"kernel": jnp.arange(2 * 3 * 8.0).reshape(2, 3, 8), "bias": jnp.ones(5)}}}

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from converters.torch_files import torch_noise
-from difffract_jax.circuits.replacement import Replacement, prepare_step
-from difffract_jax.circuits.trace import Trace, capture
+from difffract_jax.circuits.frozen.replacement import Replacement, prepare_step
+from difffract_jax.circuits.trace.capture import Trace, capture
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import pack
 from difffract_jax.models.tiny import random_pipeline, random_weights

@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Float64
 
 from difffract_jax.address import IMG, TXT
-from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE, Graph
-from difffract_jax.circuits.labels import Labels
+from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.config import UserError
+from difffract_jax.graphs.graph import FEATURE, Graph
 
 Known = TypeVar("Known")
 

@@ -14,7 +14,7 @@ import jinja2
 
 from difffract_jax.dashboards.pictures import enlarged, heat_over, png_address
 from difffract_jax.dashboards.records import Card
-from difffract_jax.files import atomic_file
+from difffract_jax.storage.files import atomic_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 LANES = 215

@@ -2,7 +2,7 @@
 
 1. `ARRAYS` declares every array and its axes; `array_shapes` gives their lengths for a model and a run.
 2. `write_activations` and `read_activations` hold both sides to that declaration: the recorder in
-   `converters/torch_trace.py`, and `circuits/imported.py`, which makes a trace of the file.
+   `converters/torch_trace.py`, and `circuits/trace/imported.py`, which makes a trace of the file.
 
 3. `records_of` sorts the arrays by stack and group.
 
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from difffract_jax.config import UserError
-from difffract_jax.files import atomic_file
 from difffract_jax.models.blocks import FluxConfig, Streams
 from difffract_jax.models.double import Frozen
 from difffract_jax.models.single import SingleFrozen
+from difffract_jax.storage.files import atomic_file
 
 FORMAT_VERSION = 1
 ARRAYS: dict[str, str] = {

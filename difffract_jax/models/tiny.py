@@ -17,7 +17,6 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from difffract_jax.checkpoint import leaf_paths, tree_hash
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -25,6 +24,7 @@ from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, Pipeline
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers
+from difffract_jax.storage.checkpoint import leaf_paths, tree_hash
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
 SPREAD = 0.1

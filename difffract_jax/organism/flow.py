@@ -21,9 +21,9 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Key
 
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
 from difffract_jax.organism.recipe import FlowRecipe
+from difffract_jax.storage.checkpoint import leaf_paths
 
 GRID = (6, 6)
 """Rows and columns of image tokens."""

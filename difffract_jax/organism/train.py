@@ -25,7 +25,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Key
 
-from difffract_jax.checkpoint import atomic_directory, atomic_file, load_tree, save_trees
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
@@ -36,6 +35,7 @@ from difffract_jax.organism.pool import build_pool, measure_latents
 from difffract_jax.organism.recipe import OrganismRecipe
 from difffract_jax.organism.render import SIDE
 from difffract_jax.organism.vocabulary import TEXT_TOKENS, make_tokenizers
+from difffract_jax.storage.checkpoint import atomic_directory, atomic_file, load_tree, save_trees
 
 Progress = Callable[[str, int, int, float], None]
 """Called with stage, steps done, steps in all, and the latest loss."""

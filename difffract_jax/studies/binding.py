@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from matplotlib.figure import Figure
 
-from difffract_jax.circuits.total_effects import TotalEffects
+from difffract_jax.circuits.effects.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import held_out

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
-from difffract_jax.circuits.region import tokens_in
+from difffract_jax.circuits.notation.region import tokens_in
 from difffract_jax.models.batch import generate_batch
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, object_phrase, parse

@@ -19,14 +19,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int
 
 from difffract_jax.address import GROUPS, IMG, STREAMS
-from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.edits import Edit
-from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE, Graph
-from difffract_jax.circuits.outputs import parse_target, resolve
-from difffract_jax.circuits.ranking import summarise
-from difffract_jax.circuits.readings import effects
-from difffract_jax.circuits.trace import capture_steps
+from difffract_jax.circuits.attribution.attribute import attribute
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.editing.ranking import summarise
+from difffract_jax.circuits.effects.readings import effects
+from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.circuits.trace.capture import capture_steps
+from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.models.pipeline import Pipeline, encode, start
 from difffract_jax.studies.cases import Material
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps

@@ -17,10 +17,10 @@ from jaxtyping import Float64
 from matplotlib.figure import Figure
 
 from difffract_jax.address import TXT, Layout
-from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.graph import Graph
-from difffract_jax.circuits.pruning import edge_scores
+from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.config import UserError
+from difffract_jax.graphs.graph import Graph
+from difffract_jax.graphs.pruning import edge_scores
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
 from difffract_jax.studies.outcomes import mean_with_interval

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from scipy import stats
 
-from difffract_jax.circuits.edits import Edit
-from difffract_jax.circuits.sweeps import AT_ONCE, steer_batch
+from difffract_jax.circuits.editing.sweeps import AT_ONCE, steer_batch
+from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.scorer import interval
 from difffract_jax.studies.cases import Material

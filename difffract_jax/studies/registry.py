@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from difffract_jax.circuits.labels import Labels
+from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies.binding import binding
 from difffract_jax.studies.colour_prior import colour_prior

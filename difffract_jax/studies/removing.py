@@ -1,7 +1,7 @@
 """Taking features away, and what becomes of the object they act on; shared by steps, concept-context and suppressor.
 
 1. `plain` draws cases in which nothing shall change: a right image of two shapes, one object of it meant.
-2. `colour_effects` gives the total effect (`circuits.total_effects`) of every place on a colour of the object's box.
+2. `colour_effects` gives the total effect (`effects.total_effects`) of every place on a colour of the object's box.
 3. A `Way` names, case by case, places, the tokens where they are edited, and a strength: codes are times 1 - strength.
 4. `run_ways` edits every case in every way, in one compiled call, and `look`s: the object is found again as the nearest
    one within `SAME_PLACE` pixels. `matched` gives ways the norms of others, by one run that measures theirs.
@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, UInt8
 
-from difffract_jax.circuits.edits import Edit
-from difffract_jax.circuits.effect_tables import rows_of, summed
-from difffract_jax.circuits.engine import Output
-from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.outputs import GREY, PixelTarget, parse_target, resolve
-from difffract_jax.circuits.region import box_mask
-from difffract_jax.circuits.sweeps import AT_ONCE, steer_batch
-from difffract_jax.circuits.total_effects import TotalEffects, total_effects
-from difffract_jax.circuits.trace import Span, capture_steps
+from difffract_jax.circuits.attribution.engine import Output
+from difffract_jax.circuits.attribution.outputs import GREY, PixelTarget, parse_target, resolve
+from difffract_jax.circuits.editing.sweeps import AT_ONCE, steer_batch
+from difffract_jax.circuits.effects.effect_tables import rows_of, summed
+from difffract_jax.circuits.effects.total_effects import TotalEffects, total_effects
+from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.circuits.notation.region import box_mask
+from difffract_jax.circuits.trace.capture import Span, capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse

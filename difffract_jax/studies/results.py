@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from PIL import Image
 
-from difffract_jax.checkpoint import atomic_file
 from difffract_jax.organism.evaluate import summary
+from difffract_jax.storage.checkpoint import atomic_file
 
 Advance = Callable[[str], Callable[[int, int], None]]
 """Stage of a study -> what to call with (done, in all) as it goes on."""

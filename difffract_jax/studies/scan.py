@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from scipy.stats import rankdata
 
 from difffract_jax.address import Group
-from difffract_jax.circuits.labels import EXAMPLES, FORMAT_VERSION
+from difffract_jax.circuits.notation.labels import EXAMPLES, FORMAT_VERSION
 from difffract_jax.config import UserError
 from difffract_jax.models import sampler
 from difffract_jax.models.batch import pixels
@@ -80,7 +80,7 @@ def scan(
         progress: called with (captions done, captions in all).
 
     Returns:
-        What `circuits.labels` describes, without the record of how it was made.
+        What `circuits.notation.labels` describes, without the record of how it was made.
 
     Raises:
         UserError: if the transcoders do not fit, or there are too few captions.
@@ -198,7 +198,7 @@ def _of_site(kept: Kept, place: int) -> Kept:
 def _site(
     parts: list[Kept], truth: dict[str, np.ndarray], right: Bool[np.ndarray, "caption"], rows: float | int
 ) -> dict[str, list[Any]]:
-    """Returns the columns of one site, see `circuits.labels`."""
+    """Returns the columns of one site, see `circuits.notation.labels`."""
     largest = np.concatenate([part.largest for part in parts], axis=1)
     position = np.concatenate([part.position for part in parts], axis=1)
     active = np.concatenate([part.active for part in parts], axis=1)

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.figure import Figure
 
-from difffract_jax.circuits.effect_tables import rows_of
-from difffract_jax.circuits.total_effects import TotalEffects
+from difffract_jax.circuits.effects.effect_tables import rows_of
+from difffract_jax.circuits.effects.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float64, Int
 from matplotlib.figure import Figure
 
-from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.labels import Labels
+from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import contradicting

@@ -26,8 +26,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.config import UserError
+from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.transcoders.processes import everywhere, together
 
 CHECKPOINTS = "checkpoints"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from difffract_jax.checkpoint import atomic_directory
+from difffract_jax.storage.checkpoint import atomic_directory
 from difffract_jax.transcoders.evaluate import DENSITY_EDGES, Evaluation
 
 MEASURES = (

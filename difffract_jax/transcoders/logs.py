@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from difffract_jax.checkpoint import atomic_file
 from difffract_jax.config import UserError
+from difffract_jax.storage.checkpoint import atomic_file
 
 PROFILED = (5, 8)
 """Steps, counted from the run's first, between which the profiler is on."""

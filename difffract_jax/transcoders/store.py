@@ -19,9 +19,9 @@ import grain
 import jax.numpy as jnp
 import numpy as np
 
-from difffract_jax.checkpoint import FORMAT_VERSION, atomic_directory, atomic_file, read_config
 from difffract_jax.config import UserError
-from difffract_jax.files import TensorFile, write_tensors
+from difffract_jax.storage.checkpoint import FORMAT_VERSION, atomic_directory, atomic_file, read_config
+from difffract_jax.storage.files import TensorFile, write_tensors
 from difffract_jax.transcoders.harvest import Chunk, RowSource
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.prompts import Split

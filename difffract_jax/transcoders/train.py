@@ -22,8 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from difffract_jax.checkpoint import atomic_file, tree_hash
 from difffract_jax.config import UserError
+from difffract_jax.storage.checkpoint import atomic_file, tree_hash
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.buffer import Position
 from difffract_jax.transcoders.checkpoints import (

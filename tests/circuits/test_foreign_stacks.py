@@ -14,18 +14,18 @@ import pytest
 from flax import nnx
 
 from difffract_jax.address import IMG, Group, Layout, Stack
-from difffract_jax.circuits.attention import head_loadings
-from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.engine import affine_constants, make_engine, pull_rows
-from difffract_jax.circuits.faithfulness import live_reading
-from difffract_jax.circuits.graph import ERROR, FEATURE, Graph
-from difffract_jax.circuits.pullback import pull_back
-from difffract_jax.circuits.readings import edited
-from difffract_jax.circuits.readout import Targets, preactivations
-from difffract_jax.circuits.replacement import prepare_step, run
-from difffract_jax.circuits.selection import strongest_feature
-from difffract_jax.circuits.sources import source_table
-from difffract_jax.circuits.trace import capture, capture_steps
+from difffract_jax.circuits.attribution.attribute import attribute
+from difffract_jax.circuits.attribution.engine import affine_constants, make_engine, pull_rows
+from difffract_jax.circuits.attribution.pullback import pull_back
+from difffract_jax.circuits.attribution.selection import strongest_feature
+from difffract_jax.circuits.attribution.sources import source_table
+from difffract_jax.circuits.checks.faithfulness import live_reading
+from difffract_jax.circuits.effects.attention import head_loadings
+from difffract_jax.circuits.effects.readings import edited
+from difffract_jax.circuits.frozen.replacement import prepare_step, run
+from difffract_jax.circuits.frozen.targets import Targets, preactivations
+from difffract_jax.circuits.trace.capture import capture, capture_steps
+from difffract_jax.graphs.graph import ERROR, FEATURE, Graph
 from difffract_jax.models.blocks import BlockActs, FluxConfig
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.pipeline import generate

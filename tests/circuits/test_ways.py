@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.attribution import attribute
-from difffract_jax.circuits.engine import make_engine, pull_rows
-from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.outputs import parse_target, resolve
-from difffract_jax.circuits.pullback import Way
-from difffract_jax.circuits.rounding import rounded
-from difffract_jax.circuits.selection import strongest_feature
-from difffract_jax.circuits.trace import capture, capture_steps
+from difffract_jax.circuits.attribution.attribute import attribute
+from difffract_jax.circuits.attribution.engine import make_engine, pull_rows
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.pullback import Way
+from difffract_jax.circuits.attribution.rounding import rounded
+from difffract_jax.circuits.attribution.selection import strongest_feature
+from difffract_jax.circuits.trace.capture import capture, capture_steps
+from difffract_jax.cli.output import graph_summary
 from difffract_jax.config import UserError
+from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.tiny import random_pipeline
-from difffract_jax.report import graph_summary
 from difffract_jax.sharding import make_mesh
 from tolerances import TOL, relative_error
 from traces import make_exact, make_transcoders

@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from converters.export import export_pipeline
 from converters.pipelines import convert_pipeline
-from difffract_jax import files
+from difffract_jax.storage import files
 from tolerances import REFERENCE
 
 PIPELINE = REFERENCE / "pipeline"

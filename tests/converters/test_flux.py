@@ -22,10 +22,10 @@ from converters.flux import (
 )
 from converters.mapping import ConversionError, Source, check_coverage, load_tree, save_tree, source_shapes
 from converters.pipelines import abstract_module, convert_transformer
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.presets import PRESETS
+from difffract_jax.storage.checkpoint import leaf_paths
 
 TINY = {
     "num_layers": 2,

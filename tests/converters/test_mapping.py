@@ -24,8 +24,8 @@ from converters.mapping import (
     source_shapes,
     transpose,
 )
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.sharding import make_mesh
+from difffract_jax.storage.checkpoint import leaf_paths
 
 LAYERS, WIDTH = 3, 4
 RULES = (

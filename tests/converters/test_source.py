@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from converters.source import ArraySource, Source
 from difffract_jax.config import UserError
-from difffract_jax.files import TensorFile
+from difffract_jax.storage.files import TensorFile
 
 TENSORS = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(4, ml_dtypes.bfloat16)}
 

@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from difffract_jax.address import IMG, TXT, flux_layout
-from difffract_jax.circuits.aggregate import aggregate
-from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.provenance import KnownRun
-from difffract_jax.circuits.pruning import node_influence
+from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.dashboards.pictures import HEAT, STRONGEST, enlarged, figure_address, heat_over, png_address
 from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
 from difffract_jax.dashboards.render import Picture, Section, drawing, render, shown, write_report
+from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.graph import FEATURE
+from difffract_jax.graphs.provenance import KnownRun
+from difffract_jax.graphs.pruning import node_influence
 from random_graphs import random_graph
 
 HOSTILE = '<script>alert("1")</script> & `<b>`'

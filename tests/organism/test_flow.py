@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.models.batch import sample_batch
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.organism import flow
 from difffract_jax.organism.recipe import FlowRecipe
+from difffract_jax.storage.checkpoint import leaf_paths
 from tolerances import TOL, relative_error
 
 SHAPES = flow.Rows((36, 32), (20, 96), (64,))

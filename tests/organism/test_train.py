@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.checkpoint import leaf_paths, load_tree, read_config
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import generate
 from difffract_jax.organism.train import (
@@ -29,6 +28,7 @@ from difffract_jax.organism.train import (
     minutes_taken,
     train,
 )
+from difffract_jax.storage.checkpoint import leaf_paths, load_tree, read_config
 
 STEPS = 9
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.circuits.aggregate import aggregate
-from difffract_jax.circuits.graph import FEATURE
-from difffract_jax.circuits.readings import effects, predict
-from difffract_jax.circuits.trace import capture
+from difffract_jax.circuits.effects.readings import effects, predict
+from difffract_jax.circuits.trace.capture import capture
+from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.organism.captions import parse
 from difffract_jax.studies import choices

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from difffract_jax.address import TXT, flux_layout
-from difffract_jax.circuits.outputs import GREY, colour_of, parse_target
-from difffract_jax.circuits.provenance import KnownRun
-from difffract_jax.circuits.pruning import edge_scores
-from difffract_jax.circuits.region import box_mask
+from difffract_jax.circuits.attribution.outputs import GREY, colour_of, parse_target
+from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.config import UserError
+from difffract_jax.graphs.provenance import KnownRun
+from difffract_jax.graphs.pruning import edge_scores
 from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
 from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import contradicting

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-from difffract_jax.circuits.feature import Feature
-from difffract_jax.circuits.labels import CLEAR, Detected, read_labels
-from difffract_jax.circuits.ranking import rank_features
+from difffract_jax.circuits.editing.ranking import rank_features
+from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.circuits.notation.labels import CLEAR, Detected, read_labels
 from difffract_jax.config import UserError
 from difffract_jax.loading import SHIPPED, load_labels, load_pipeline, load_transcoders
 from difffract_jax.organism.scorer import read

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.checkpoint import leaf_paths
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_transcoders, save_transcoders
 from difffract_jax.models.stacks import slice_layer
 from difffract_jax.models.tiny import TINY
 from difffract_jax.sharding import TRANSCODER, match
+from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.transcoders.transcoder import TranscoderConfig, batch_cutoff, check_fit
 from traces import make_transcoders, with_joint
 

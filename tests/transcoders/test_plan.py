@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from difffract_jax import cli
+from difffract_jax.cli import main as cli
 from difffract_jax.config import UserError
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import plan as planning

@@ -1,0 +1,316 @@
+"""Targets pulled back through one step, or through all steps of a span (METHOD sections 4 and 6).
+
+Within a step `pullback` does the work. Between steps, packed latents obey
+
+    z_i = z_0 + sum over j < i of (sigma_{j+1} - sigma_j) v_j
+
+so that a cotangent G of z_i is one of every earlier velocity, times its step of sigma, and of z_0. Walking the steps
+backwards, G gathers what reaches each step's latents:
+
+1. At step j, targets of later steps are directions (sigma_{j+1} - sigma_j) G of v_j; features and outputs of step j
+   enter as they are. All go through the blocks together.
+2. The cotangent of the image stream, pulled through its projection, is added to G; that of the text stream is gathered
+   in the same way, for all steps read one text embedding.
+
+Below the first step G and its counterpart meet the latents and the text embedding: the inputs' edges.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float64, Int64
+
+from difffract_jax.circuits.attribution.expansion import SourceTable
+from difffract_jax.circuits.attribution.pullback import Way, input_edges, pull, velocity_cotangent
+from difffract_jax.circuits.attribution.sources import source_table
+from difffract_jax.circuits.frozen.encoding import ReplacedSites
+from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sources, prepare, run
+from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
+from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
+from difffract_jax.circuits.trace.record import Reading, Weights
+from difffract_jax.graphs.graph import FEATURE, OUTPUT
+from difffract_jax.models.blocks import Streams
+from difffract_jax.transcoders.transcoder import TranscoderSet
+
+
+class Output(NamedTuple):
+    """A target that is no feature: <velocity, v> + <latents, z> + constant at one step.
+
+    Attributes:
+        name: as it was asked for.
+        step: denoising step.
+        velocity: weights of the step's velocity v.
+        latents: weights of the packed latents z entering the step.
+        constant: what does not depend on either.
+    """
+
+    name: str
+    step: int
+    velocity: Float[Array, "img outputs"]
+    latents: Float[Array, "img channels"]
+    constant: float
+
+
+class Engine(NamedTuple):
+    """All that pulling targets back needs.
+
+    Attributes:
+        infos: of the steps' traces.
+        steps: their replacements.
+        constants: what the affine map gives at zero sources, by step.
+        outputs: targets that are no features; their rows end the table.
+        across: whether images are carried back to the latents entering the first step.
+        table: what the places of a row of edges stand for.
+        way: devices and precision.
+    """
+
+    infos: tuple[TraceInfo, ...]
+    steps: tuple[Replacement, ...]
+    constants: tuple[Reading, ...]
+    outputs: tuple[Output, ...]
+    across: bool
+    table: SourceTable
+    way: Way = Way()
+
+    @property
+    def sources(self) -> int:
+        """Places in a row of edges."""
+        return self.table.kind.size - len(self.outputs)
+
+
+def make_engine(
+    trace: Trace | Span | Prepared,
+    tcs: TranscoderSet,
+    outputs: tuple[Output, ...] = (),
+    way: Way = Way(),  # noqa: B008  (immutable)
+) -> Engine:
+    """Prepares the steps of a trace or span.
+
+    Args:
+        trace: from `capture`, `capture_steps` or `prepare`.
+        tcs: the transcoders it was captured for.
+        outputs: targets that are no features.
+        way: devices and precision. Of several devices each gets all weights, transcoders and records.
+    """
+    prepared = prepare(trace, tcs)
+    across = isinstance(prepared.trace, Span)
+    traces = prepared.trace.traces if isinstance(prepared.trace, Span) else (prepared.trace,)
+    infos, steps = tuple(one.info for one in traces), prepared.steps
+    table = source_table(steps, infos, across=across, outputs=[output.step for output in outputs])
+    constants = affine_constants(steps, infos, across)
+    if way.mesh is not None:
+        everywhere = NamedSharding(way.mesh, PartitionSpec())
+        steps, constants = jax.device_put((steps, constants), everywhere)
+        outputs = tuple(
+            one._replace(**jax.device_put({"velocity": one.velocity, "latents": one.latents}, everywhere))
+            for one in outputs
+        )
+    return Engine(infos, steps, constants, outputs, across, table, way)
+
+
+def affine_constants(steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...], across: bool) -> tuple[Reading, ...]:
+    """Returns what the affine map of every step gives at zero sources: what biases alone make of it."""
+    found = []
+    with jax.default_matmul_precision("highest"):
+        z = jnp.zeros_like(steps[0].record.latents)
+        for prepared, info in zip(steps, infos, strict=True):
+            zeros, sites = no_sources(prepared)
+            if across:
+                zeros = zeros._replace(
+                    boundary=_enter(prepared.record.weights, z, jnp.zeros_like(prepared.record.text))
+                )
+            found.append(run_affine(prepared.record, sites, zeros)._replace(latents=z))
+            if across:
+                z = z + _delta(info) * found[-1].velocity
+    return tuple(found)
+
+
+run_affine = jax.jit(run)
+"""`replacement.run` as a program of its own."""
+
+
+def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...]]:
+    """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
+    zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
+    zeros = zeros._replace(values=tuple(v[:, :, :0] for v in zeros.values))
+    cut = (s._replace(layers=s.layers._replace(index=s.layers.index[:, :, :0])) for s in prepared.sites)
+    return zeros, tuple(cut)
+
+
+def _delta(info: TraceInfo) -> float:
+    """Returns by how much a step changes sigma."""
+    return info.sigmas[info.step + 1] - info.sigmas[info.step]
+
+
+def _enter(weights: Weights, latents: Array, text: Array) -> Streams:
+    """Returns the residual streams entering the first block."""
+    return Streams(weights.img_in(latents), weights.txt_in(text))
+
+
+@jax.jit
+def _pull_enter(weights: Weights, boundary: Streams) -> tuple[Array, Array]:
+    """Pulls cotangents of the residual streams back to (latents, text embedding)."""
+    with jax.default_matmul_precision("highest"):
+        kernels = (weights.img_in.kernel[...], weights.txt_in.kernel[...])
+        latents, text = (jnp.einsum("tsm,cm->tsc", c, k) for c, k in zip(boundary, kernels, strict=True))
+        return latents, text
+
+
+class Rows(NamedTuple):
+    """Edges of some targets, on the host.
+
+    Attributes:
+        parts: edges from every source, [target source], by step and then from the inputs; views of the device's memory.
+        preactivation: u; an output's value.
+        bias: value of the affine map at zero sources.
+        spares: the steps' edges on the device, whose memory a later call may use again.
+    """
+
+    parts: tuple[np.ndarray, ...]
+    preactivation: Float64[np.ndarray, "target"]
+    bias: Float64[np.ndarray, "target"]
+    spares: tuple[Array, ...]
+
+    @property
+    def edges(self) -> Float[np.ndarray, "target source"]:
+        """The edges from every source, copied."""
+        return np.concatenate(self.parts, axis=1)
+
+
+def pull_rows(
+    engine: Engine, rows: Int64[np.ndarray, "target"], batch: int, spares: tuple[Array, ...] | None = None
+) -> Rows:
+    """Returns the edges into rows of the table, and what they must add up to.
+
+    Args:
+        engine: from `make_engine`.
+        rows: features or outputs; at most `batch`.
+        batch: number of targets the programs are compiled for; a multiple of the devices.
+        spares: of an earlier call whose edges nobody needs any more.
+    """
+    filled = np.concatenate([rows, np.full(batch - rows.size, -1)]).astype(np.int64)
+    # Rows come deepest first. Dealt out like cards, every device gets some of each depth, and all end at about once.
+    dealt = np.arange(batch).reshape(-1, engine.way.shards).T.ravel()
+    reach = _Reach(engine, filled[dealt])
+    numbers = reversed(range(len(engine.steps)))
+    found = tuple(reach.through(number, None if spares is None else spares[number]) for number in numbers)[::-1]
+    parts = tuple(np.asarray(part) for part in (*found, reach.inputs()))
+    back = np.argsort(dealt)[: rows.size]
+    parts = tuple(part[: rows.size] if engine.way.shards == 1 else part[back] for part in parts)
+    u = read(engine, rows, tuple(step.record.reading for step in engine.steps))
+    return Rows(parts, u, read(engine, rows, engine.constants), found)
+
+
+class _Reach:
+    """How far back a batch of targets has been pulled; `through` is called from the last step to the first."""
+
+    def __init__(self, engine: Engine, rows: np.ndarray) -> None:
+        self.engine = engine
+        self.step = np.where(rows >= 0, engine.table.step[rows], -1)
+        self.rows = rows
+        record = engine.steps[0].record
+        self.latents = jnp.zeros((rows.size, *record.latents.shape), record.boundary.img.dtype)
+        self.text = jnp.zeros((rows.size, *record.text.shape), record.boundary.txt.dtype)
+        self.boundary: Streams | None = None
+        self.directed = engine.across or bool(engine.outputs)
+
+    def through(self, number: int, spare: Array | None) -> Array:
+        """Pulls everything back through one step; returns the edges of its features and errors."""
+        prepared, info = self.engine.steps[number], self.engine.infos[number]
+        targets = targets_of(self.engine, self.rows, number)
+        cotangent = None
+        if self.directed:
+            later = jnp.asarray(self.step > info.step)[:, None, None]
+            direction = jnp.where(later, _delta(info) * self.latents, 0)
+            for i, row in enumerate(self.rows.tolist()):
+                if self._is_output(row, info.step):
+                    output = self.engine.outputs[row - self.engine.sources]
+                    direction = direction.at[i].set(output.velocity)
+                    self.latents = self.latents.at[i].set(output.latents)
+            cotangent = velocity_cotangent(prepared, direction)
+        pulled = pull(prepared, targets, cotangent, spare, self.engine.way)
+        if self.engine.across:
+            latents, text = _pull_enter(prepared.record.weights, pulled.boundary)
+            self.latents, self.text = self.latents + latents, self.text + text
+        self.boundary = pulled.boundary
+        return pulled.edges
+
+    def inputs(self) -> Array:
+        """Returns the edges of the inputs."""
+        record = self.engine.steps[0].record
+        latents = jnp.einsum("tsc,sc->ts", self.latents, record.latents, precision="highest")
+        if self.engine.across:
+            text = jnp.einsum("tsc,sc->ts", self.text, record.text, precision="highest")
+            return jnp.concatenate([text, latents], axis=1)
+        assert self.boundary is not None
+        residual = input_edges(self.boundary, record.boundary)
+        return residual if record.velocity is None else jnp.concatenate([residual, latents], axis=1)
+
+    def _is_output(self, row: int, step: int) -> bool:
+        table = self.engine.table
+        return row >= 0 and bool(table.kind[row] == OUTPUT) and bool(table.step[row] == step)
+
+
+def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
+    """Returns rows of the table as targets of one step: later ones are directions there, earlier ones nothing.
+
+    Args:
+        engine: from `make_engine`.
+        rows: of the table; -1 for places that only fill up.
+        number: of the step within the span.
+    """
+    info, table = engine.infos[number], engine.table
+    kind, step = (np.where(rows >= 0, column[rows].astype(int), -1) for column in (table.kind, table.step))
+    feature = (kind == FEATURE) & (step == info.step)
+    direction = ((kind == OUTPUT) & (step == info.step)) | (step > info.step if engine.across else False)
+    block, stream = (column[rows].astype(np.int64) for column in (table.block, table.stream))
+    group = info.layout.groups_at(block, stream)
+    position = info.layout.rows_at(group, stream, table.position[rows], info.tokens_of)
+    recorded = (block >= info.recorded[0]) & (block <= info.recorded[-1])
+    layer = np.where(feature & recorded, block - info.recorded[0], -1)
+    layer = np.where(direction, len(info.recorded), layer)
+    columns = (
+        np.where(direction, DIRECTION, group),
+        layer,
+        np.where(feature, position, 0),
+        np.where(feature, table.feature[rows], 0),
+    )
+    return Targets(*(jnp.asarray(column, jnp.int32) for column in columns))
+
+
+def read(
+    engine: Engine, rows: Int64[np.ndarray, "target"], readings: tuple[Reading, ...]
+) -> Float64[np.ndarray, "target"]:
+    """Returns the targets' values in a run, summed in float64.
+
+    Args:
+        engine: from `make_engine`.
+        rows: features or outputs of the table.
+        readings: of the run, by step.
+    """
+    values = np.zeros(rows.size)
+    for number, (prepared, info, reading) in enumerate(zip(engine.steps, engine.infos, readings, strict=True)):
+        here = np.flatnonzero((engine.table.kind[rows] == FEATURE) & (engine.table.step[rows] == info.step))
+        if here.size:
+            targets = targets_of(engine, rows[here], number)
+            values[here] = exact_preactivations(prepared, targets, reading.mlp_in)
+        for i in np.flatnonzero((engine.table.kind[rows] == OUTPUT) & (engine.table.step[rows] == info.step)):
+            output = engine.outputs[int(rows[i]) - engine.sources]
+            assert reading.velocity is not None
+            values[i] = output_value(output, reading.velocity, reading.latents)
+    return values
+
+
+def output_value(output: Output, velocity: Float[Array, "img outputs"], latents: Float[Array, "img channels"]) -> float:
+    """Returns an output's value, summed in float64.
+
+    Args:
+        output: the output.
+        velocity: of its step.
+        latents: entering that step.
+    """
+    pairs = ((output.velocity, velocity), (output.latents, latents))
+    return output.constant + sum(float(np.vdot(*(np.asarray(a, np.float64) for a in pair))) for pair in pairs)

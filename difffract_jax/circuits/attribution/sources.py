@@ -1,0 +1,88 @@
+"""The table of sources: what every place in a row of edges stands for, over one step or several.
+
+    per step     features and errors, in the order of `pullback.RowLayout`
+    then         one step: the residual streams entering the first block, image and text; the latents too, if the
+                 velocity is recorded, since an objective on the image depends on them directly
+                 several: the text embedding, then the latents entering the first step
+    last         outputs, which are targets and no sources
+
+Places that fill a position's features up to K have value 0, and hence no edges. Errors and inputs have value 1: their
+vectors are taken whole. Features of single-stream blocks count to the stream of their position.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from difffract_jax.address import IMG, LATENT, TXT
+from difffract_jax.circuits.attribution.expansion import SourceTable
+from difffract_jax.circuits.frozen.replacement import Replacement
+from difffract_jax.circuits.trace.capture import TraceInfo
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
+
+_DTYPES = (np.uint8, np.uint8, np.int16, np.int32, np.int32, np.float32, np.int16)
+Columns = tuple[np.ndarray, ...]
+
+
+def source_table(
+    prepared: Sequence[Replacement], infos: Sequence[TraceInfo], *, across: bool = False, outputs: Sequence[int] = ()
+) -> SourceTable:
+    """Returns the table of one step, or of several.
+
+    Args:
+        prepared: replacements of the steps, ascending.
+        infos: of their traces.
+        across: whether images are carried back to the latents entering the first step.
+        outputs: steps of the outputs that are targets.
+    """
+    parts = [row for one, info in zip(prepared, infos, strict=True) for row in _step_rows(one, info)]
+    first, boundary = infos[0].step, prepared[0].record.boundary
+    rows, text = boundary.img.shape[0], boundary.txt.shape[0]
+    if across:
+        parts += [_vectors(INPUT, TXT, -1, np.arange(text), first), _vectors(INPUT, LATENT, -1, np.arange(rows), first)]
+    else:
+        parts += [_vectors(INPUT, IMG, -1, np.arange(rows), first), _vectors(INPUT, TXT, -1, np.arange(text), first)]
+        if prepared[0].record.velocity is not None:
+            parts.append(_vectors(INPUT, LATENT, -1, np.arange(rows), first))
+    parts += [_vectors(OUTPUT, IMG, infos[0].layout.depth, np.array([-1]), step) for step in outputs]
+    columns = zip(zip(*parts, strict=True), _DTYPES, strict=True)
+    return SourceTable(*(np.concatenate(column, dtype=dtype, casting="unsafe") for column, dtype in columns))
+
+
+def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
+    """Returns the features and errors of one step, in the order of a row of edges."""
+    parts, layout = [], info.layout
+    places = [layout.sequence(group, info.tokens_of) for group in range(len(layout.groups))]
+    for number in range(len(layout.stacks)):
+        groups = layout.groups_of_stack(number)
+        recorded = [block for block in info.recorded if block in layout.blocks_of_stack(number)]
+        for layer, block in enumerate(recorded):
+            parts += [_features(prepared, group, layer, block, *places[group], info.step) for group in groups]
+            for stream, position in (places[group] for group in groups):
+                parts.append(_vectors(ERROR, stream, block, position, info.step))
+    return parts
+
+
+def _features(
+    prepared: Replacement, group: int, layer: int, block: int, stream: np.ndarray, position: np.ndarray, step: int
+) -> Columns:
+    """Returns the columns of one block's features of one group."""
+    index = np.asarray(prepared.sites[group].layers.index[layer])
+    value = np.asarray(prepared.sources.values[group][layer])
+    stream, position = (np.broadcast_to(column[:, None], index.shape).ravel() for column in (stream, position))
+    kind, blocks, steps = (np.broadcast_to(code, index.size) for code in (FEATURE, block, step))
+    return kind, stream, blocks, position, index.ravel(), value.ravel(), steps
+
+
+def _vectors(kind: int, stream: int | np.ndarray, block: int, position: np.ndarray, step: int) -> Columns:
+    """Returns the columns of sources that are taken whole."""
+    rows = position.size
+    return (
+        np.full(rows, kind),
+        np.broadcast_to(stream, rows),
+        np.full(rows, block),
+        position,
+        np.full(rows, -1),
+        np.ones(rows),
+        np.full(rows, step),
+    )

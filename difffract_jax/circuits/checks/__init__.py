@@ -1,0 +1,9 @@
+"""A graph held against its model.
+
+rerun           the run behind a saved graph, captured anew
+variants        many variants of a run side by side; edges by push-forward
+faithfulness    features taken off in the real model
+predictions     what a graph says of that, and how well it agrees (NumPy)
+completeness    what a circuit's features recover alone, and what is lost without them
+validation      all of it; report: its report and figures
+"""

@@ -1,0 +1,160 @@
+"""Whether a graph says what the model does: features taken off in the real model, one at a time (METHOD section 7).
+
+1. Take a feature off: its decoder vector, times its value, is subtracted from the MLP output at its position.
+2. Run the recorded blocks live, attention, norms and MLPs included, from the recorded residual streams.
+3. Read features' pre-activations. How far they moved is what a graph's influence is compared with.
+
+`ablate` does so in one step; `perturb` over all steps of a span, and reads outputs too. What a graph says of it is in
+`predictions`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int64
+
+from difffract_jax.circuits.attribution.engine import Engine
+from difffract_jax.circuits.checks.variants import (
+    AT_ONCE,
+    Places,
+    entering,
+    fill,
+    places_at,
+    read_variants,
+    recorded_latents,
+)
+from difffract_jax.circuits.frozen.encoding import ReplacedSites
+from difffract_jax.circuits.frozen.replacement import Replacement
+from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
+from difffract_jax.circuits.trace.record import Reading
+from difffract_jax.graphs.graph import FEATURE
+from difffract_jax.models.stacks import per_group, run_stacks
+
+
+def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float64[np.ndarray, "ablated target"]:
+    """Returns pre-activations with each feature taken off, alone, in the real model.
+
+    Args:
+        replacement: from `prepare_step`.
+        features: what to take off; one run each.
+        readouts: whose pre-activations to read.
+    """
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_ablate(replacement, features, readouts), np.float64)
+
+
+@jax.jit
+def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float[Array, "ablated target"]:
+    record, sites, _ = replacement
+    values = _values(replacement, features)
+
+    def run(one: tuple[Targets, Array]) -> Float[Array, "target"]:
+        return preactivations_at(
+            record, sites, readouts, live_reading(replacement, _taken_off(replacement, *one)).mlp_in
+        )
+
+    return jax.lax.map(run, (features, values), batch_size=AT_ONCE)
+
+
+def _taken_off(replacement: Replacement, feature: Targets, value: Array) -> tuple[Float[Array, "_ _ d_model"], ...]:
+    """Returns what the MLPs' outputs lose with a feature of this value, per group."""
+    record = replacement.record
+    return tuple(
+        -value * _vector_at(site, feature, group, record.first_layers[group], like)
+        for group, (site, like) in enumerate(zip(replacement.sites, record.mlp_out, strict=True))
+    )
+
+
+def perturb(
+    engine: Engine, features: Int64[np.ndarray, "ablated"], readouts: Int64[np.ndarray, "target"]
+) -> Float64[np.ndarray, "ablated target"]:
+    """Returns by how much each feature, taken off alone, moves the readouts in the real model, over all steps.
+
+    Args:
+        engine: of the run, one step or several.
+        features: rows of its table, feature sources at their positions and steps.
+        readouts: rows of its table, features (their pre-activation u) or outputs.
+    """
+    # The model unperturbed runs in the same program, so that what both round alike cancels.
+    rows = fill(np.append(features, -1), AT_ONCE)
+
+    def run_step(number: int, targets: Targets, latents: Array) -> tuple[Array, Array | None]:
+        with jax.default_matmul_precision("highest"):
+            places = places_at(engine, rows, number)
+            return _perturb(engine.steps[number], places, targets, latents, across=engine.across)
+
+    found = read_variants(engine, readouts, recorded_latents(engine, rows.size), run_step)
+    return found[: features.size] - found[features.size]
+
+
+@partial(jax.jit, static_argnames="across")
+def _perturb(
+    replacement: Replacement, places: Places, readouts: Targets, latents: Array, *, across: bool
+) -> tuple[Array, Array | None]:
+    record, sites, _ = replacement
+    features = Targets(places.group, places.layer, places.position, places.feature)
+    values = jnp.where(places.kind == FEATURE, _values(replacement, features), 0)
+
+    def run(one: tuple[Targets, Array, Array]) -> tuple[Array, Array | None]:
+        feature, value, z = one
+        there = entering(replacement, z, across=across)
+        found = live_reading(there, _taken_off(replacement, feature, value))
+        return preactivations_at(record, sites, readouts, found.mlp_in), found.velocity
+
+    return jax.lax.map(run, (features, values, latents), batch_size=AT_ONCE)
+
+
+def _values(replacement: Replacement, features: Targets) -> Float[Array, "ablated"]:
+    """Returns the features' recorded values, 0 where they are inactive, whatever the activation."""
+    record, sites, sources = replacement
+    total = jnp.zeros(features.layer.shape, sources.boundary.img.dtype)
+    for group, (site, values) in enumerate(zip(sites, sources.values, strict=True)):
+        if not values.size:
+            continue
+        at = features.layer - record.first_layers[group], features.position
+        matches = site.layers.index.at[at].get(mode="clip") == features.feature[:, None]
+        value = jnp.sum(jnp.where(matches, values.at[at].get(mode="clip"), 0), axis=1)
+        total = jnp.where(features.group == group, value, total)
+    return total
+
+
+def _vector_at(
+    sites: ReplacedSites, feature: Targets, group: int, first: int, like: Float[Array, "layer rows d_model"]
+) -> Float[Array, "layer rows d_model"]:
+    """Returns zeros but for the feature's decoder vector at its place, if it is of this group."""
+    if sites.stack is None or not like.size:
+        return jnp.zeros_like(like)
+    layer = feature.layer - first
+    vector = sites.stack.dec.kernel[sites.layers.slot.at[layer].get(mode="clip"), feature.feature]
+    own = jnp.where(feature.group == group, vector, 0)
+    return jnp.zeros_like(like).at[layer, feature.position].set(own, mode="drop")
+
+
+def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_model"]]) -> Reading:
+    """Runs the recorded blocks live with something added to the MLPs' outputs.
+
+    Args:
+        replacement: from `prepare_step`; its transcoders are not used.
+        change: what to add, [layer rows d_model] per group.
+
+    Returns:
+        The MLP sublayers' inputs x, and the velocity if it is recorded.
+    """
+
+    def write(_: None, added: Array, x: Array, true: Callable[[], Array]) -> tuple[Array, None]:
+        del x
+        return true() + added, None
+
+    record, final = replacement.record, replacement.record.weights.final
+    h, kept = run_stacks(
+        record.weights.stacks,
+        record.boundary,
+        record.cond,
+        write=write,
+        layers=change,
+        tap=lambda visit: tuple(visit.acts.mlp_in),
+    )
+    return Reading(per_group(kept), None if final is None else final(h.img, record.cond), record.latents)

@@ -1,0 +1,185 @@
+"""The report of a validation: a page of Markdown, two figures, and every number as JSON.
+
+report.md  validation.json  perturbation.png  completeness.png
+
+The figures are functions of the numbers alone (NumPy and matplotlib), for other reports to show.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from difffract_jax.circuits.checks.validation import at_size, failures
+from difffract_jax.storage.files import atomic_file
+
+WORDS = {
+    "exactness": "What is exact in the frozen model. An error is relative to the model's own array for the "
+    "replacement, and for the rest to the size of all that adds up to the target: its absolute edges and its bias.",
+    "perturbation": "Each of the {ablated} most influential features was taken off alone in the real model, with "
+    "attention, norms and MLPs live, and the change read at every feature of the graph in a later block, and at "
+    "outputs. `influence` is the reference's prediction, from column shares of absolute edges, compared with the size "
+    "of the change; `change` follows signed edges, and is compared with the change itself.",
+    "completeness": "A circuit is some features at all positions. Recovered: only they keep their values, all other "
+    "features get {ablation}; 0 is the value with none kept, 1 with all. Lost: only they get it. Errors, inputs and "
+    "MLPs without a transcoder stay. Readings: `propagated` is the frozen model, `live` lets features switch on and "
+    "off, `full` is the real model. Pruning keeps {pruned} features.",
+}
+ABLATIONS = {"mean": "their mean over the run's positions of the same stream and step", "zero": "0"}
+COLOURS = {"influence": "#0072b2", "largest value": "#d55e00", "random": "#7a7a7a"}
+NAMES = {"influence": "the graph's, by influence", "largest value": "by largest value", "random": "at random"}
+
+
+def write_validation(found: Mapping[str, Any], out: Path, record: Mapping[str, Any]) -> dict[str, str]:
+    """Writes the report.
+
+    Args:
+        found: from `validation.validate`.
+        out: directory to write into; it is made if it does not exist.
+        record: how it was made.
+
+    Returns:
+        Paths by name.
+    """
+    out.mkdir(exist_ok=True)
+    files = {name: out / name for name in ("report.md", "validation.json", "perturbation.png", "completeness.png")}
+    for name, figure in (("perturbation.png", perturbation_figure(found)), ("completeness.png", curves_figure(found))):
+        with atomic_file(files[name]) as partial:
+            figure.savefig(partial, dpi=120, format="png")
+    with atomic_file(files["validation.json"]) as partial:
+        partial.write_text(json.dumps({"provenance": record, **found}, indent=1) + "\n")
+    with atomic_file(files["report.md"]) as partial:
+        partial.write_text(page(found, record))
+    return {name: str(path) for name, path in files.items()}
+
+
+def page(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """Returns the report as Markdown.
+
+    Args:
+        found: from `validation.validate`.
+        record: how it was made.
+    """
+    tests, perturbed, complete = found["exactness"], found["perturbation"], found["completeness"]
+    medians = [{"prediction": name} | told for name, told in perturbed["median"].items()]
+    parts = [
+        "# A graph held against its model",
+        failures(dict(found)) or "Every bar is held.",
+        "## Exactness",
+        words("exactness", found),
+        markdown_table(
+            [{key: row[key] for key in ("check", "worst", "median", "checked", "of", "bar")} for row in tests]
+        ),
+        "## Perturbation",
+        words("perturbation", found),
+        markdown_table(perturbed["rows"]),
+        "Medians of the correlations of single nodes downstream, over the features taken off:",
+        markdown_table(medians),
+        "![Changes against predictions](perturbation.png)",
+        "## Completeness and minimality",
+        words("completeness", found),
+        markdown_table(at_size(dict(found), complete["pruned"])),
+        "![What circuits of growing size recover and lose](completeness.png)",
+        "## How it was made",
+        f"```json\n{json.dumps(record, indent=2)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def words(name: str, found: Mapping[str, Any]) -> str:
+    """Returns a part of the report in words: `exactness`, `perturbation` or `completeness`."""
+    complete = found["completeness"]
+    return WORDS[name].format(
+        ablated=found["perturbation"]["ablated"],
+        ablation=ABLATIONS[complete["ablation"]],
+        pruned=complete["pruned"],
+    )
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns rows of JSON values as a table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def perturbation_figure(found: Mapping[str, Any]) -> Figure:
+    """Returns a figure of changes in the real model against both predictions, a point per pair.
+
+    Args:
+        found: from `validation.validate`.
+    """
+    figure, pairs = Figure(figsize=(9, 4), layout="constrained"), found["perturbation"]["pairs"]
+    left, right = figure.subplots(1, 2)
+    measured = np.array(pairs["measured"])
+    influence, change = np.array(pairs["influence"]), np.array(pairs["change"])
+    shown = (influence > 0) & (measured != 0)
+    left.loglog(influence[shown], np.abs(measured[shown]), ".", ms=3, alpha=0.4, color=COLOURS["influence"])
+    left.set(xlabel="influence", ylabel="|change| in the real model", title=_title(found, "influence"))
+    right.plot(change, measured, ".", ms=3, alpha=0.4, color=COLOURS["influence"])
+    largest = float(np.max(np.abs(np.concatenate([change, measured])), initial=1e-12))
+    right.plot([-largest, largest], [-largest, largest], lw=0.8, color="#7a7a7a", label="equal")
+    right.set_xscale("symlog", linthresh=largest / 100)
+    right.set_yscale("symlog", linthresh=largest / 100)
+    right.set_xticks(_ticks(largest))
+    right.set_yticks(_ticks(largest))
+    right.set(xlabel="change that the graph predicts", ylabel="change in the real model", title=_title(found, "change"))
+    right.legend(fontsize=8)
+    return figure
+
+
+def _ticks(largest: float) -> list[float]:
+    """Returns powers of ten on both sides of 0, few enough to read."""
+    top = 10.0 ** np.floor(np.log10(largest))
+    return [-top, -top / 10, 0.0, top / 10, top]
+
+
+def _title(found: Mapping[str, Any], prediction: str) -> str:
+    row = next(row for row in found["perturbation"]["rows"] if row["prediction"] == prediction)
+    return f"Spearman {_cell(row['spearman'])}, Pearson {_cell(row['pearson'])}, {row['pairs']} pairs"
+
+
+def curves_figure(found: Mapping[str, Any]) -> Figure:
+    """Returns a figure of what circuits of growing size recover and lose, a column per reading.
+
+    Args:
+        found: from `validation.validate`.
+    """
+    complete = found["completeness"]
+    curves = complete["curves"]
+    figure = Figure(figsize=(3.2 * len(curves) + 0.6, 5.4), layout="constrained")
+    grid = figure.subplots(2, len(curves), sharex=True, sharey=True, squeeze=False)
+    for column, one in enumerate(curves):
+        for axes, measure in zip(grid[:, column], ("recovered", "lost"), strict=True):
+            for ranking in COLOURS:
+                _curve(axes, one["rows"], ranking, measure)
+            axes.axvline(complete["pruned"], lw=0.8, ls=":", color="black", label="size of the pruned circuit")
+            axes.axhline(1, lw=0.6, color="#bbbbbb")
+            axes.set(xscale="log", ylim=(-0.3, 1.5))
+        grid[0, column].set_title(one["reading"])
+        grid[1, column].set_xlabel("features in the circuit")
+    grid[0, 0].set_ylabel("recovered by the circuit alone")
+    grid[1, 0].set_ylabel("lost without the circuit")
+    grid[0, 0].legend(fontsize=7, loc="upper left")
+    return figure
+
+
+def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], ranking: str, measure: str) -> None:
+    """Draws one ranking's mean over draws, and the range that they span."""
+    mine = [row for row in rows if row["ranking"] == ranking and row[measure] is not None]
+    sizes = sorted({row["size"] for row in mine})
+    values = [[row[measure] for row in mine if row["size"] == size] for size in sizes]
+    if not sizes:
+        return
+    axes.plot(sizes, [np.mean(v) for v in values], marker="o", ms=3, color=COLOURS[ranking], label=NAMES[ranking])
+    if any(len(v) > 1 for v in values):
+        low, high = [min(v) for v in values], [max(v) for v in values]
+        axes.fill_between(sizes, low, high, alpha=0.2, lw=0, color=COLOURS[ranking])

@@ -1,0 +1,218 @@
+"""Many variants of a traced run side by side, and what the graph's targets read in each.
+
+A variant changes what the MLPs add, or what the run starts from, in one or several of the traced steps. Per step:
+
+1. `run_step(number, targets, latents)` runs all variants, and returns the targets' readings and the velocities.
+2. Outputs are <velocity, v> + <latents, z>, with the weights of the `Output`.
+3. Over several steps the variants' latents follow their own velocities: z + (sigma_{i+1} - sigma_i) v.
+
+Variants run `AT_ONCE` at a time inside one compiled program per step. Numbers of variants and targets are rounded up,
+so that circuits of similar size share programs. `push_edges` uses this for the frozen map's
+push-forward, `faithfulness.perturb` and `completeness` for the model itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int, Int64
+
+from difffract_jax.address import IMG, LATENT, TXT
+from difffract_jax.circuits.attribution.engine import Engine, Output, targets_of
+from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run
+from difffract_jax.circuits.frozen.targets import Targets, preactivation_changes
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
+from difffract_jax.models.blocks import Streams
+
+AT_ONCE = 8
+"""Variants computed together; also the fewest that programs are compiled for."""
+TARGETS = 128
+"""The fewest targets that programs are compiled for."""
+RunStep = Callable[[int, Targets, Array], tuple[Array, Array | None]]
+
+
+def read_variants(
+    engine: Engine,
+    rows: Int64[np.ndarray, "target"],
+    latents: Float[Array, "variant img channels"],
+    run_step: RunStep,
+    *,
+    changes: bool = False,
+) -> Float64[np.ndarray, "variant target"]:
+    """Returns the targets' values in every variant.
+
+    Args:
+        engine: from `make_engine`.
+        rows: features or outputs of its table.
+        latents: entering the first step, of every variant; or what is added to them.
+        run_step: returns features' pre-activations, [variant target], and velocities, [variant img outputs], of the
+            step of this number; the latents it gets are those entering the step.
+        changes: whether these are changes rather than values, so that outputs have no constant.
+    """
+    table, values = engine.table, np.zeros((latents.shape[0], rows.size))
+    filled = fill(rows, TARGETS)
+    for number, info in enumerate(engine.infos):
+        u, velocity = run_step(number, targets_of(engine, filled, number), latents)
+        here = (table.step[rows] == info.step) & (table.kind[rows] == FEATURE)
+        values[:, here] = np.asarray(u, np.float64)[:, : rows.size][:, here]
+        for i in np.flatnonzero((table.kind[rows] == OUTPUT) & (table.step[rows] == info.step)):
+            output = engine.outputs[int(rows[i]) - engine.sources]
+            values[:, i] = _of_output(output, velocity, latents) + (0.0 if changes else output.constant)
+        if engine.across and number + 1 < len(engine.steps):
+            assert velocity is not None
+            sigma, following = (jnp.asarray(info.sigmas[step], latents.dtype) for step in (info.step, info.step + 1))
+            latents = latents + (following - sigma) * velocity
+    return values
+
+
+def _of_output(output: Output, velocity: Array | None, latents: Array) -> Float64[np.ndarray, "variant"]:
+    pairs = ((velocity, output.velocity), (latents, output.latents))
+    terms = [np.einsum("vsc,sc->v", *(np.asarray(a, np.float64) for a in pair)) for pair in pairs]
+    return terms[0] + terms[1]
+
+
+def fill(rows: Int64[np.ndarray, "row"], least: int) -> Int64[np.ndarray, "filled"]:
+    """Returns rows of the table and as many -1, which stand for nothing, as `round_up` asks for."""
+    return np.concatenate([rows, np.full(round_up(rows.size, least) - rows.size, -1)]).astype(np.int64)
+
+
+def round_up(count: int, least: int) -> int:
+    """Returns a number doubled until it is at least a count: few sizes, and few programs."""
+    while least < count:
+        least *= 2
+    return least
+
+
+def recorded_latents(engine: Engine, variants: int) -> Float[Array, "variant img channels"]:
+    """Returns the latents entering the first step, once per variant."""
+    latents = engine.steps[0].record.latents
+    return jnp.broadcast_to(latents, (variants, *latents.shape))
+
+
+def entering(prepared: Replacement, latents: Array, *, across: bool) -> Replacement:
+    """Returns a step's replacement with a run that starts from other latents, for use inside other programs.
+
+    Args:
+        prepared: from `prepare_step`.
+        latents: entering the step, [img channels].
+        across: whether the residual streams follow them, as over several steps; else they stay as recorded.
+    """
+    record, weights = prepared.record, prepared.record.weights
+    boundary = Streams(weights.img_in(latents), record.boundary.txt) if across else record.boundary
+    record = record._replace(boundary=boundary, latents=latents)
+    return prepared._replace(record=record, sources=prepared.sources._replace(boundary=boundary))
+
+
+class Places(NamedTuple):
+    """Where some sources of one step stand; arrays have one entry per source.
+
+    Attributes:
+        kind: `FEATURE`, `ERROR`, `INPUT` of this step; anything else for one that is not.
+        group: number of the group; for inputs the stream's code.
+        layer: recorded layer, counted through all stacks.
+        position: within the group's sequence, or the stream.
+        feature: of a feature.
+    """
+
+    kind: Int[Array, "source"]
+    group: Int[Array, "source"]
+    layer: Int[Array, "source"]
+    position: Int[Array, "source"]
+    feature: Int[Array, "source"]
+
+
+NOT_HERE = 255
+"""`Places.kind` of a source of another step."""
+
+
+def places_at(engine: Engine, rows: Int64[np.ndarray, "source"], number: int) -> Places:
+    """Returns where rows of the table stand in one step.
+
+    Args:
+        engine: from `make_engine`.
+        rows: features, errors or inputs; -1 for nothing.
+        number: of the step within the span.
+    """
+    table, info = engine.table, engine.infos[number]
+    kind, stream, block = (column[rows].astype(np.int64) for column in (table.kind, table.stream, table.block))
+    kind[(table.step[rows] != info.step) | (rows < 0)] = NOT_HERE
+    group = info.layout.groups_at(block, stream)
+    position = info.layout.rows_at(group, stream, table.position[rows], info.tokens_of)
+    layer = np.clip(block - info.recorded[0], 0, len(info.recorded) - 1)
+    columns = (kind, np.where(group < 0, stream, group), layer, position, np.maximum(table.feature[rows], 0))
+    return Places(*(jnp.asarray(column, jnp.int32) for column in columns))
+
+
+def push_edges(
+    engine: Engine, sources: Int64[np.ndarray, "source"], targets: Int64[np.ndarray, "target"]
+) -> Float64[np.ndarray, "source target"]:
+    """Returns by how much each source, taken away alone, lowers each target in the frozen map, all else held.
+
+    This is the push-forward of the source's whole value, through the blocks themselves; attribution pulls targets back
+    through hand-written rules. Both give the same edges.
+
+    Args:
+        engine: from `make_engine`.
+        sources: rows of its table: features, errors, inputs.
+        targets: rows of its table: features, outputs.
+    """
+    rows, table = fill(sources, AT_ONCE), engine.table
+    first = np.asarray(engine.steps[0].record.latents)
+    latents = np.zeros((rows.size, *first.shape))
+    inputs = (rows >= 0) & (table.kind[rows] == INPUT)
+    for i in np.flatnonzero(inputs & (table.stream[rows] == LATENT)):
+        latents[i, table.position[rows[i]]] = first[table.position[rows[i]]]
+    # All steps of a span read one text embedding, which counts to the first.
+    text = jnp.asarray(inputs & (table.stream[rows] == TXT) & engine.across)
+
+    def run_step(number: int, readouts: Targets, entering: Array) -> tuple[Array, Array | None]:
+        with jax.default_matmul_precision("highest"):
+            places = places_at(engine, rows, number)
+            places = places._replace(kind=jnp.where(text, INPUT, places.kind))
+            return _push(engine.steps[number], places, readouts, entering, across=engine.across)
+
+    start = jnp.asarray(latents, engine.steps[0].record.latents.dtype)
+    return read_variants(engine, targets, start, run_step, changes=True)[: sources.size]
+
+
+@partial(jax.jit, static_argnames="across")
+def _push(
+    prepared: Replacement, places: Places, readouts: Targets, latents: Array, *, across: bool
+) -> tuple[Array, Array | None]:
+    record, sites, sources = prepared
+    _, push = jax.linearize(partial(run, record, sites), sources)
+
+    def one(variant: tuple[Places, Array]) -> tuple[Array, Array | None]:
+        place, entering = variant
+        moved = push(_change(prepared, place, entering, across=across))
+        return preactivation_changes(record, sites, readouts, moved.mlp_in), moved.velocity
+
+    return jax.lax.map(one, (places, latents), batch_size=AT_ONCE)
+
+
+def _change(prepared: Replacement, place: Places, latents: Array, *, across: bool) -> Sources:
+    """Returns the change of the sources that one of them stands for, and that the latents bring."""
+    record, sites, sources = prepared
+    weights, values, errors = record.weights, [], []
+    for group, (one, value, error) in enumerate(zip(sites, sources.values, sources.errors, strict=True)):
+        layers, rows = (jnp.arange(size)[:, None] for size in error.shape[:2])
+        layers = layers + record.first_layers[group]
+        here = (layers == place.layer) & (place.position == rows.T) & (place.group == group)
+        chosen = here[:, :, None] & (one.layers.index == place.feature) & (place.kind == FEATURE)
+        values.append(jnp.where(chosen, value, 0))
+        errors.append(jnp.where(here[:, :, None] & (place.kind == ERROR), error, 0))
+    own, text = (
+        (place.kind == INPUT) & (jnp.arange(h.shape[0]) == place.position) & (place.group == stream)
+        for stream, h in ((IMG, sources.boundary.img), (TXT, sources.boundary.txt))
+    )
+    img = jnp.where(own[:, None], sources.boundary.img, 0)
+    if across:
+        # What the projections' biases add is no source's.
+        img = latents @ weights.img_in.kernel[...]
+        txt = jnp.where(text[:, None], record.text, 0) @ weights.txt_in.kernel[...]
+    else:
+        txt = jnp.where(text[:, None], sources.boundary.txt, 0)
+    return Sources(Streams(img, txt), tuple(values), tuple(errors))

@@ -1,0 +1,284 @@
+"""The local replacement model: an affine map from sources to every MLP sublayer's input (METHOD section 3).
+
+1. At every site and position that is replaced, y = W_dec z + b_dec (+ W_skip x) + err, where z is the transcoder's code
+   of the recorded x and err whatever is missing to the recorded y. Everywhere else y itself is the constant err.
+2. Attention patterns, norm scales and modulations are those of the trace: the blocks run with `frozen`.
+3. What remains is affine in the sources: the residual streams h0 entering the first block, the values of the active
+   features, and the errors. `replacement` returns that map and its sources, for anyone's `jax.linearize` or `jax.vjp`.
+
+Codes are kept as the active features alone, see `encoding`. "Per group" is a tuple over the model's groups of sites
+(`address`); layers count through the recorded blocks of the group's stack.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from difffract_jax.circuits.frozen.encoding import GroupRecord, ReplacedSites, SiteLayers, encode_group, site
+from difffract_jax.circuits.trace.capture import Span, Trace
+from difffract_jax.circuits.trace.record import Reading, Record
+from difffract_jax.config import UserError
+from difffract_jax.display import hash_text
+from difffract_jax.graphs.provenance import TraceInfo
+from difffract_jax.models.blocks import Streams
+from difffract_jax.models.stacks import Visit, per_group, run_stacks
+from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
+from difffract_jax.trees import brief
+
+
+class Sources(NamedTuple):
+    """What the affine map starts from.
+
+    Attributes:
+        boundary: residual streams entering the first block.
+        values: values of the active features, [layer rows active] per group.
+        errors: what is added at every site besides, [layer rows d_model] per group.
+    """
+
+    boundary: Streams
+    values: tuple[Float[Array, "_ _ _"], ...]
+    errors: tuple[Float[Array, "_ _ d_model"], ...]
+
+    __repr__ = brief
+
+
+class Replacement(NamedTuple):
+    """The replacement of one trace, ready to run.
+
+    Attributes:
+        record: the trace's arrays.
+        sites: the MLP sublayers, per group.
+        sources: sources at the traced point.
+    """
+
+    record: Record
+    sites: tuple[ReplacedSites, ...]
+    sources: Sources
+
+    __repr__ = brief
+
+
+class Prepared(NamedTuple):
+    """A trace or span with every replaced site encoded; accepted wherever a trace is, so that nothing is encoded twice.
+
+    Attributes:
+        trace: what was prepared.
+        steps: the replacement of each step.
+        source: content hash of the transcoders.
+    """
+
+    trace: Trace | Span
+    steps: tuple[Replacement, ...]
+    source: str
+
+    @property
+    def info(self) -> TraceInfo:
+        """Where the last step comes from."""
+        return self.trace.info
+
+    def __repr__(self) -> str:
+        return f"Prepared with the transcoders {hash_text(self.source)}\n{self.trace!r}"
+
+    def _repr_html_(self) -> str:
+        return self.trace._repr_html_()
+
+
+def prepare(trace: Trace | Span | Prepared, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Prepared:
+    """Encodes every replaced site of a trace or span, and splits its output into features and error.
+
+    Args:
+        trace: from `capture` or `capture_steps`; what is prepared already is returned as it is.
+        tcs: the transcoders it was captured for.
+        active: places for features per position, per group, at least as many as are active; counted if left out. Given
+            the same, traces of one size share every compiled program.
+
+    Raises:
+        UserError: if the transcoders have sites outside the trace, or are not those that it was prepared with.
+
+    Example:
+        >>> from difffract_jax import attribute, capture, random_pipeline, random_transcoders, strongest_feature
+        >>> pipe = random_pipeline()
+        >>> tcs = random_transcoders(pipe.config.transformer)
+        >>> prepared = prepare(capture(pipe, tcs, "a red circle"), tcs)
+        >>> target = strongest_feature(prepared, tcs, "img", 2)
+        >>> attribute(prepared, tcs, target=target, max_nodes=2).targets.size
+        1
+    """
+    if isinstance(trace, Prepared):
+        if trace.source != tcs.source:
+            raise UserError(
+                f"The trace was prepared with the transcoders {trace.source[:12]}, but these are {tcs.source[:12]}; "
+                "prepare it again."
+            )
+        return trace
+    steps = trace.traces if isinstance(trace, Span) else (trace,)
+    return Prepared(trace, prepare_steps(steps, tcs, active=active), tcs.source)
+
+
+def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[Sources], Reading], Sources]:
+    """Returns the affine map of a trace, and the sources at which it reproduces the trace.
+
+    Args:
+        trace: from `capture`, or from `prepare`.
+        tcs: the transcoders it was captured for.
+
+    Returns:
+        f, a pure function of sources that returns the MLP sublayers' inputs x of every recorded block, and the
+        velocity if it is recorded; and the sources. f is a pytree (`jax.tree_util.Partial`): given to a jitted function
+        as an argument, its weights are no constants of the program, and one program serves all traces of a shape.
+
+    Raises:
+        UserError: if the trace is a span of several steps.
+
+    Example:
+        >>> from difffract_jax import capture, random_pipeline, random_transcoders
+        >>> pipe = random_pipeline()
+        >>> tcs = random_transcoders(pipe.config.transformer)
+        >>> f, sources = replacement(capture(pipe, tcs, "a red circle"), tcs)
+        >>> reading, push = jax.jit(jax.linearize)(f, sources)
+        >>> reading.mlp_in[0].shape
+        (3, 36, 32)
+    """
+    steps = prepare(trace, tcs).steps
+    if len(steps) > 1:
+        raise UserError(f"The affine map is that of one step, but the trace spans {len(steps)}; give one of them.")
+    (prepared,) = steps
+    return jax.tree_util.Partial(run, prepared.record, prepared.sites), prepared.sources
+
+
+def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Replacement:
+    """Encodes every replaced site of one step's trace, and splits its output into features and error.
+
+    Args:
+        trace: from `capture`.
+        tcs: the transcoders it was captured for.
+        active: places for features per position, per group, at least as many as are active; counted if left out.
+
+    Raises:
+        UserError: if the transcoders have sites outside the trace.
+    """
+    record, info = trace.record, trace.info
+    slots = tcs.sites.slots(info.layout)
+    outside = sorted({block for placed in slots for block in placed} - set(info.recorded))
+    if outside:
+        raise UserError(
+            f"The trace recorded the blocks {info.recorded[0]} to {info.recorded[-1]}, but the transcoders have block "
+            f"{outside[0]}; capture again with these transcoders."
+        )
+    with jax.default_matmul_precision("highest"):
+        parts = [
+            encode_group(
+                stack,
+                [slots[i].get(block) for block in info.recorded if block in info.layout.blocks_of(i)],
+                GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
+                None if active is None else active[i],
+            )
+            for i, stack in enumerate(tcs.per_group(info.layout))
+        ]
+    sites, values, errors = zip(*parts, strict=True)
+    return Replacement(record, tuple(sites), Sources(record.boundary, tuple(values), tuple(errors)))
+
+
+def prepare_steps(
+    traces: tuple[Trace, ...], tcs: TranscoderSet, *, active: Sequence[int] | None = None
+) -> tuple[Replacement, ...]:
+    """Prepares several steps with the same places for features, so that one program does for all.
+
+    Args:
+        traces: of a span.
+        tcs: the transcoders it was captured for.
+        active: see `prepare`.
+    """
+    prepared = [prepare_step(trace, tcs, active=active) for trace in traces]
+    places = [[values.shape[2] for values in one.sources.values] for one in prepared]
+    most = [max(column) for column in zip(*places, strict=True)]
+    if all(one == most for one in places):
+        return tuple(prepared)
+    return tuple(prepare_step(trace, tcs, active=most) for trace in traces)
+
+
+def run(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> Reading:
+    """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
+
+    Args:
+        record: the trace's arrays.
+        sites: the MLP sublayers, per group.
+        sources: where to evaluate it; zeros give its constant.
+    """
+    h, x = _blocks(record, sites, sources, lambda visit: tuple(visit.acts.mlp_in))
+    final = record.weights.final
+    velocity = None if final is None else final(h.img, record.cond, record.inv_std)
+    return Reading(x, velocity, record.latents)
+
+
+@jax.jit
+def residuals(
+    record: Record, sites: Sequence[ReplacedSites], sources: Sources
+) -> tuple[Float[Array, "_ _ d_model"], ...]:
+    """Returns the residual streams entering every block, [layer rows d_model] per group.
+
+    Args:
+        record: the trace's arrays.
+        sites: the MLP sublayers, per group.
+        sources: where to evaluate the affine map.
+    """
+    with jax.default_matmul_precision("highest"):
+        return _blocks(record, sites, sources, lambda visit: visit.entering)[1]
+
+
+def _blocks(
+    record: Record, sites: Sequence[ReplacedSites], sources: Sources, tap: Callable[[Visit], tuple[Array, ...]]
+) -> tuple[Streams, tuple[Array, ...]]:
+    """Runs all recorded blocks; returns the last residual streams, and what `tap` keeps per group."""
+    h, kept = run_stacks(
+        record.weights.stacks,
+        sources.boundary,
+        record.cond,
+        frozen=record.frozen,
+        write=_write_site,
+        fixed=[one.stack for one in sites],
+        layers=list(zip([one.layers for one in sites], sources.values, sources.errors, strict=True)),
+        tap=tap,
+        unroll=False,
+    )
+    return h, per_group(kept)
+
+
+def _write_site(
+    stack: Transcoder | None, layer: tuple[SiteLayers, Array, Array], x: Array, true: Callable[[], Array]
+) -> tuple[Array, None]:
+    del true
+    return write(stack, *layer, x), None
+
+
+def write(
+    stack: Transcoder | None,
+    layer: SiteLayers,
+    values: Float[Array, "rows active"],
+    error: Float[Array, "rows d_model"],
+    x: Float[Array, "rows d_model"],
+) -> Float[Array, "rows d_model"]:
+    """Returns what the replacement adds for one MLP sublayer: W_dec z + b_dec (+ W_skip x) where live, plus the error.
+
+    Args:
+        stack: the group's transcoders; None if it has none.
+        layer: one block's slice.
+        values: of the features in `layer.index`.
+        error: the sublayer's error.
+        x: the sublayer's input, read by a skip alone.
+    """
+    if stack is None:
+        return error
+    transcoder = site(stack, layer.slot)
+    if not values.shape[1]:
+        # No features, as in the map's constant: the decoder gives its bias, and need not be read.
+        assert transcoder.dec.bias is not None
+        y = transcoder.dec.bias[None].astype(x.dtype)
+        y = y + transcoder.skip(x) if stack.config.skip else y
+        return error + jnp.where(layer.live[:, None], y, 0)
+    rows = jnp.arange(x.shape[0])[:, None]
+    z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.index].add(values)
+    return error + jnp.where(layer.live[:, None], transcoder.decode(z, x), 0)

@@ -1,0 +1,149 @@
+"""Targets, and what they read: pre-activations as functions of the MLP sublayers' inputs (METHOD section 4).
+
+    u = g . x + c      g = (1 + alpha) * w_f,   c = b_f + w_f . beta
+
+x is the input of the feature's MLP sublayer at its position, from whatever run: the model's, or the affine map's at any
+sources.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
+
+from difffract_jax.circuits.frozen.encoding import ReplacedSites, site
+from difffract_jax.circuits.frozen.replacement import Replacement
+from difffract_jax.circuits.trace.record import Record
+from difffract_jax.ops import widen
+from difffract_jax.transcoders.transcoder import Transcoder
+
+DIRECTION = -2
+"""Stands for the group of a target that is a direction instead of a feature."""
+
+
+class Targets(NamedTuple):
+    """What incoming edges are wanted of.
+
+    Attributes:
+        group: number of the feature's group; `DIRECTION` for a direction that enters below its layer.
+        layer: recorded layer, counted through all stacks. A direction of the velocity has the number of all layers, one
+            of the residual stream entering a layer has that layer. -1 for a place that only fills up: it costs next to
+            nothing, and has no edges.
+        position: within the group's sequence.
+        feature: of the site's transcoder.
+    """
+
+    group: Int[Array, "target"]
+    layer: Int[Array, "target"]
+    position: Int[Array, "target"]
+    feature: Int[Array, "target"]
+
+    @property
+    def enters(self) -> Int[Array, "target"]:
+        """Twice the layer, and one more for features, which enter within theirs; negative where nothing enters."""
+        return jnp.where(self.layer < 0, -1, 2 * self.layer + jnp.where(self.group == DIRECTION, 0, 1))
+
+
+def target_gradients(
+    record: Record, sites: Sequence[ReplacedSites], targets: Targets
+) -> Float[Array, "target d_model"]:
+    """Returns g = (1 + alpha) * w_f of every target; zeros for directions and places that fill up."""
+    rows = [_encoder_rows(s, record, targets, group)[0] for group, s in enumerate(sites)]
+    return _by_group(targets, rows)
+
+
+def _by_group(targets: Targets, found: list[Array]) -> Array:
+    """Picks each target's row from those of its group; zeros where it has none."""
+    chosen = jnp.zeros_like(found[0])
+    for group, rows in enumerate(found):
+        mine = targets.group == group
+        chosen = jnp.where(mine[:, None] if rows.ndim == 2 else mine, rows, chosen)
+    return chosen
+
+
+def preactivations(replacement: Replacement, targets: Targets, x: Sequence[Array]) -> Float[Array, "target"]:
+    """Returns u of every target.
+
+    Args:
+        replacement: from `prepare_step`.
+        targets: which features.
+        x: inputs of the MLP sublayers: the record's, or the affine map's at any sources.
+    """
+    with jax.default_matmul_precision("highest"):
+        return preactivations_at(replacement.record, replacement.sites, targets, x)
+
+
+@jax.jit
+def preactivations_at(record: Record, sites: Sequence[ReplacedSites], targets: Targets, x: Sequence[Array]) -> Array:
+    """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
+    gradients, here, constant = _encoder_terms(record, sites, targets, x)
+    return jnp.sum(gradients * here, axis=1) + constant
+
+
+def preactivation_changes(
+    record: Record, sites: Sequence[ReplacedSites], targets: Targets, change: Sequence[Array]
+) -> Float[Array, "target"]:
+    """Returns by how much u of every target moves when x moves, without the constant; for use inside other programs.
+
+    Args:
+        record: the trace's arrays.
+        sites: from the replacement.
+        targets: which features; directions and places that fill up give 0.
+        change: of the MLP sublayers' inputs x, [layer rows d_model] per group.
+    """
+    gradients, here, _ = _encoder_terms(record, sites, targets, change)
+    return jnp.sum(gradients * here, axis=1)
+
+
+def exact_preactivations(
+    replacement: Replacement, targets: Targets, x: Sequence[Array]
+) -> Float64[np.ndarray, "target"]:
+    """Returns what `preactivations` does, summed in float64: u may be far larger than what edges explain."""
+    terms = _terms(replacement.record, replacement.sites, targets, x)
+    gradients, here, constant = (np.asarray(term, np.float64) for term in terms)
+    return np.sum(gradients * here, axis=1) + constant
+
+
+def _encoder_terms(
+    record: Record, sites: Sequence[ReplacedSites], targets: Targets, x: Sequence[Array]
+) -> tuple[Array, Array, Array]:
+    """Returns (1 + alpha) * w_f, x, and b_f + w_f . beta of every target: u = the first times the second + the last."""
+    found = []
+    for group, (one, rows) in enumerate(zip(sites, x, strict=True)):
+        gradients, constant = _encoder_rows(one, record, targets, group)
+        if rows.shape[0]:
+            here = rows.at[_group_layer(record, targets, group), targets.position].get(mode="clip")
+        else:
+            here = jnp.zeros_like(gradients)
+        found.append((gradients, here, constant))
+    gradients, here, constant = (_by_group(targets, list(column)) for column in zip(*found, strict=True))
+    return gradients, here, constant
+
+
+_terms = jax.jit(_encoder_terms)
+
+
+def _group_layer(record: Record, targets: Targets, group: int) -> Int[Array, "target"]:
+    """Returns targets' layers as their group counts them; for targets of other groups, some layer that exists."""
+    return jnp.clip(targets.layer - record.first_layers[group], 0, record.mlp_in[group].shape[0] - 1)
+
+
+def _encoder_rows(
+    sites: ReplacedSites, record: Record, targets: Targets, group: int
+) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
+    """Returns (1 + alpha) * w_f, and b_f + w_f . beta, of every target as if it were of this group."""
+    if sites.stack is None:
+        none = jnp.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), record.boundary.img.dtype)
+        return none, none[:, 0]
+    stack: Transcoder = sites.stack
+    alpha, beta = jax.vmap(lambda slot: site(stack, slot).scale_shift(record.t))(sites.layers.slot)
+    layer = _group_layer(record, targets, group)
+    slot = sites.layers.slot[layer]
+    assert stack.enc.bias is not None
+    # Widened where `film` and the encoder widen them, so that bfloat16 transcoders read as they encode.
+    vectors, factor = widen(stack.enc.kernel[slot, :, targets.feature]), widen(1 + alpha[layer])
+    constant = widen(stack.enc.bias[slot, targets.feature]) + jnp.sum(vectors * widen(beta[layer]), axis=1)
+    return vectors * factor, constant

@@ -1,0 +1,7 @@
+"""How features, edits and places are written, and what features stand for.
+
+feature         img/3/f401@12#1
+edits           FEATURE=zero and the like, and where they act
+region          boxes and masks, and the image tokens in them
+labels          what features stand for
+"""

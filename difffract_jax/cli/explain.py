@@ -1,0 +1,244 @@
+"""The commands that say why without a new graph: `heads`, of a graph's attention, and `effects`, of an output.
+
+They follow the rules of `cli.py`: settings in, artefacts and a short table out; progress on stderr; imports when a
+command runs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from difffract_jax.cli import options as opt
+from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
+from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
+from difffract_jax.cli.validate import rerun
+from difffract_jax.config import UserError, provenance
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command()(heads)
+    app.command()(effects)
+
+
+def heads(
+    model: opt.Model = None,
+    transcoders: Annotated[str | None, opt.argument(HeadsConfig, "transcoders")] = None,
+    graph: Annotated[Path | None, opt.argument(HeadsConfig, "graph")] = None,
+    target: Annotated[str | None, opt.option(HeadsConfig, "target")] = None,
+    score: Annotated[str | None, opt.option(HeadsConfig, "score")] = None,
+    top: Annotated[int | None, opt.option(HeadsConfig, "top")] = None,
+    latents: Annotated[Path | None, opt.option(HeadsConfig, "latents")] = None,
+    noise: Annotated[Literal["jax", "torch"] | None, opt.option(HeadsConfig, "noise")] = None,
+    activations: Annotated[Path | None, opt.option(HeadsConfig, "activations")] = None,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Say which attention heads carry the edges into a target, and what makes an attention score.
+
+    The graph's run is captured anew, of one step. Every path from a source to the target takes a last attention hop,
+    or none: by its head, edges are split exactly, those from features that the graph did not expand included.
+
+    A score (--score), before the softmax, is split into pairs of what makes the query and what makes the key: features,
+    errors, inputs, and the constants of either side. Share is of the absolute values.
+
+    Example: `difffract heads organism organism graph.npz --score double/1/h1@img12,txt4`
+    """
+    settings = opt.settings_of(HeadsConfig, locals())
+    from difffract_jax.circuits.effects import heads as by_head
+    from difffract_jax.circuits.effects.attention import score_parts
+    from difffract_jax.cli.output import emit
+    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.names import node_names
+    from difffract_jax.loading import load_pipeline, load_transcoders
+
+    asked = None if settings.score is None else by_head.parse_score(settings.score)
+    read = read_graph(settings.graph)
+    node = by_head.target_node(read, settings.target)
+    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    again = rerun(pipe, tcs, read, settings)
+    labels, engine = labels_of(settings.transcoders, tcs.source), again.engine
+    # The score first: what it names may not be there, and heads take longer.
+    scores = {}
+    if asked is not None:
+        parts = score_parts(engine, asked.model_block(engine.infos[0].layout), asked.head, asked.query, asked.key)
+        scores = _score(settings, engine, parts, labels)
+    found = by_head.carried(engine, int(again.rows[node]))
+    error, held = by_head.edge_error(found, read, again.rows, node)
+    shown = {"target": node_names(read)[node], "sum of its edges": float(found.edges.sum())}
+    shown |= {"edges of the graph that heads add up to": held, "worst error, over the largest": error}
+    shown |= {"heads": _carriers(found, engine, settings.top)} | scores
+    record = provenance("heads", settings, model=pipe.source, transcoders=tcs.source)
+    emit((record if json else {}) | shown, as_json=json)
+
+
+def _carriers(found: Any, engine: Any, top: int) -> list[dict[str, Any]]:
+    """Returns the table of heads, whose sums add up: the strongest, all others, and what took no hop."""
+    whole = sum(one.absolute for one in (*found.heads, found.direct)) or 1.0
+    rows = [
+        {"head": one.name, "sum": one.total, "absolute": one.absolute, "share": one.absolute / whole}
+        | _named(engine, one.strongest, None, "strongest source")
+        | {"its loading": one.loading}
+        for one in (*found.heads[:top], found.direct)
+    ]
+    rest = found.heads[top:]
+    if rest:
+        total, absolute = sum(one.total for one in rest), sum(one.absolute for one in rest)
+        row = {"head": f"{len(rest)} others", "sum": total, "absolute": absolute, "share": absolute / whole}
+        rows.insert(-1, row | {name: None for name in rows[0] if name not in row})
+    return rows
+
+
+def _score(settings: HeadsConfig, engine: Any, parts: Any, labels: Any) -> dict[str, Any]:
+    """Returns the tables of an attention score."""
+    import numpy as np
+
+    from difffract_jax.circuits.effects import heads as by_head
+    from difffract_jax.graphs.graph import FEATURE
+
+    table = engine.table
+    kinds = by_head.by_kind(parts, table)
+    features = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
+    pairs = [
+        _named(engine, a, labels, "query") | _named(engine, b, labels, "key") | {"product": value}
+        for a, b, value in by_head.strongest_pairs(parts, features, settings.top)
+    ]
+    terms = [
+        {"side": side} | _named(engine, row, labels, "feature") | {"term": value}
+        for side, row, value in by_head.strongest_terms(parts, features, settings.top)
+    ]
+    split = [
+        {"query": side} | dict(zip(by_head.SIDES, map(float, row), strict=True))
+        for side, row in zip(by_head.SIDES, kinds, strict=True)
+    ]
+    return {
+        "attention score": settings.score,
+        "score": parts.score,
+        "constant": parts.constant,
+        "linear terms of the query": float(parts.query_terms.sum()),
+        "linear terms of the key": float(parts.key_terms.sum()),
+        "pairs": float(kinds[:3, :3].sum()),
+        "error of their sum": abs(float(kinds.sum()) - parts.score),
+        "score by what makes the query, and the key": split,
+        "strongest pairs of features": pairs,
+        "strongest features with the other side's constant": terms,
+    }
+
+
+def _named(engine: Any, row: int, labels: Any, column: str) -> dict[str, Any]:
+    """Returns a source's name under a column, and what it detects beside it if there are labels."""
+    import numpy as np
+
+    from difffract_jax.circuits.attribution.expansion import source_names
+    from difffract_jax.circuits.attribution.selection import named
+    from difffract_jax.graphs.graph import FEATURE
+
+    shown = {column: source_names(engine.table, np.array([row]), engine.infos[0].layout)[0]}
+    if labels is None:
+        return shown
+    is_feature = engine.table.kind[row] == FEATURE
+    return shown | {f"{column} detects": str(labels.of(named(engine, row))) if is_feature else ""}
+
+
+def effects(
+    model: opt.Model = None,
+    transcoders: Annotated[str | None, opt.argument(EffectsConfig, "transcoders")] = None,
+    prompt: opt.Prompt = None,
+    target: Annotated[str | None, opt.option(EffectsConfig, "target")] = None,
+    step: Annotated[int | None, opt.option(EffectsConfig, "step")] = None,
+    box: Annotated[str | None, opt.option(EffectsConfig, "box")] = None,
+    mask: Annotated[Path | None, opt.option(EffectsConfig, "mask")] = None,
+    top: Annotated[int | None, opt.option(EffectsConfig, "top")] = None,
+    steps: opt.Steps = None,
+    seed: opt.Seed = None,
+    height: opt.Height = None,
+    width: opt.Width = None,
+    text_tokens: opt.TextTokens = None,
+    include_padding: opt.IncludePadding = None,
+    latents: opt.Latents = None,
+    noise: opt.Noise = None,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Say what every feature of a run adds to a colour or to the velocity, along all paths of all steps.
+
+    No graph is needed: one backward pass, with attention and norms as they were. Features are printed ready to paste
+    into --edit of `steer`; without one, the output moves by minus its effect. Effects along one path overlap, so that
+    their sum is not the output's value.
+
+    Example: `difffract effects organism organism "a red circle left of a blue square" --target pixels:color=red`
+    """
+    settings = opt.settings_of(EffectsConfig, locals())
+    from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+    from difffract_jax.circuits.effects.total_effects import total_effects
+    from difffract_jax.circuits.notation.feature import Feature
+    from difffract_jax.cli.output import emit
+    from difffract_jax.loading import load_pipeline, load_transcoders
+
+    asked = parse_target(settings.target)
+    if isinstance(asked, Feature):
+        raise UserError(
+            f"{asked} is a feature, but total effects are those on an output, pixels:... or velocity:...; "
+            "`difffract trace` explains features."
+        )
+    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    span, inside = _recorded(pipe, tcs, settings)
+    output = resolve(pipe, span, asked)
+    shown = _effects(settings, span, tcs, output, total_effects(span, tcs, output), inside)
+    warn_cut(span.info.cut)
+    record = provenance("effects", settings, model=pipe.source, transcoders=tcs.source)
+    emit((record if json else {}) | shown, as_json=json)
+
+
+def _recorded(pipe: Any, tcs: Any, settings: EffectsConfig) -> tuple[Any, Any]:
+    """Records the run up to the target's step, and marks the image tokens that count."""
+    import numpy as np
+
+    from difffract_jax.circuits.notation.region import tokens_in
+    from difffract_jax.circuits.trace.capture import capture_steps
+
+    run = run_of(pipe, settings)
+    region = region_of(pipe, run, settings)
+    inside = np.ones(run.grid[0] * run.grid[1], bool)
+    if region is not None:
+        inside = np.isin(np.arange(inside.size), tokens_in(region, run.grid))
+    span = capture_steps(
+        pipe,
+        tcs,
+        settings.prompt,
+        last=run.steps - 1 if settings.step is None else settings.step,
+        seed=settings.seed,
+        run=run,
+        latents=starting_noise(pipe, settings),
+        include_padding=settings.include_padding,
+    )
+    return span, inside
+
+
+def _effects(settings: EffectsConfig, span: Any, tcs: Any, output: Any, found: Any, inside: Any) -> dict[str, Any]:
+    """Returns the tables of effects."""
+    import numpy as np
+
+    from difffract_jax.circuits.attribution.engine import output_value
+    from difffract_jax.circuits.effects.effect_tables import side_sums, strongest
+
+    record, labels = span.traces[-1].record, labels_of(settings.transcoders, tcs.source)
+    own = np.asarray(record.replaceable.txt)
+    features = [
+        {"feature": str(one.feature), "side": one.side, "effect": one.effect}
+        | ({} if labels is None else {"detects": str(labels.of(one.feature))})
+        for one in strongest(found, tcs, inside, own, settings.top)
+    ]
+    return {
+        "target": settings.target,
+        "step": output.step,
+        "its value": output_value(output, record.velocity, record.latents),
+        "image tokens counted": f"{inside.sum()} of {inside.size}",
+        "text embedding": float(np.asarray(found.text, np.float64).sum()),
+        "noise": float(np.asarray(found.noise, np.float64)[inside].sum()),
+        "features": features,
+        "sums": [row._asdict() for row in side_sums(found, inside)],
+    }

@@ -1,0 +1,234 @@
+"""The commands that work on saved graphs: `prune`, `supernodes`, `combine`, `compare`, `export`, for `cli.py`.
+
+They need neither weights nor an accelerator. They follow the rules of `cli.py`: settings in, artefacts and a short
+table out; imports when a command runs; what can be refused is refused before anything is written.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from difffract_jax.cli import options as opt
+from difffract_jax.config import ExportConfig, PruneConfig, SupernodesConfig, UserError, read_yaml
+
+SUFFIXES = {
+    "difffract-v2": ".json",
+    "circuit-tracer": ".json",
+    "neuronpedia": ".json",
+    "graphml": ".graphml",
+    "csv": "",
+}
+combine = typer.Typer(
+    help="Average circuits over prompts and seeds, or subtract one from another.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Format = Literal["difffract-v2", "circuit-tracer", "neuronpedia", "graphml", "csv"]
+Out = Annotated[Path, typer.Option("--out", help="Graph file to write, `.npz`.")]
+Graphs = Annotated[list[Path], typer.Argument(help="Graph files, of one model and its transcoders.")]
+Edits = Annotated[
+    Path | None,
+    typer.Option(
+        "--edits",
+        help='JSON or YAML file of changes: `{"remove": [NAME], "rename": {OLD: NEW}, "set": {NAME: [NODE]}}`.',
+    ),
+]
+SetSupernode = Annotated[
+    list[str] | None,
+    typer.Option("--set-supernode", metavar="NAME=NODE,NODE", help="Group these nodes by hand; as often as wanted."),
+]
+Labels = Annotated[
+    Path | None, typer.Option("--labels", help="JSON or YAML file of names for features, as `img/3/f401: red`.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command()(prune)
+    app.command()(supernodes)
+    app.add_typer(combine, name="combine")
+    app.command()(compare)
+    app.command()(export)
+
+
+def prune(
+    graph: Annotated[Path | None, opt.argument(PruneConfig, "graph")] = None,
+    mode: Annotated[Literal["standard", "difffract"] | None, opt.option(PruneConfig, "mode")] = None,
+    node_threshold: Annotated[float | None, opt.option(PruneConfig, "node_threshold")] = None,
+    edge_threshold: Annotated[float | None, opt.option(PruneConfig, "edge_threshold")] = None,
+    by_position: Annotated[bool | None, typer.Option("--by-position", **opt.field(PruneConfig, "by_position"))] = None,
+    out: Annotated[Path | None, opt.option(PruneConfig, "out")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Keep a graph's most influential nodes and edges, and say how much of it its features explain.
+
+    Replacement is the share of influence that reaches the inputs rather than ending in errors; completeness, the share
+    of what enters the nodes that matter that comes from no error. They are told of the graph as it was, of the kept
+    features with all others counted as error (pinned), and of what is left.
+
+    Example: `difffract prune graph.npz --node-threshold .8 --edge-threshold .98 --out pruned.npz`
+    """
+    settings = opt.settings_of(PruneConfig, locals())
+    opt.check_out(settings.out, ".npz")
+    from difffract_jax.cli.output import emit, graph_summary
+    from difffract_jax.graphs import pruning
+    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.json_values import plain
+
+    whole = read_graph(settings.graph)
+    pruned = pruning.prune(whole, **settings.model_dump(exclude={"graph", "out"}))
+    pruned.save(settings.out)
+    rows = [{"of": name} | found for name, found in plain(pruned.provenance.scores).items()]
+    emit({"graph": str(settings.out)} | graph_summary(pruned) | {"scores": rows}, as_json=json)
+
+
+def supernodes(
+    graph: Annotated[Path | None, opt.argument(SupernodesConfig, "graph")] = None,
+    threshold: Annotated[float | None, opt.option(SupernodesConfig, "threshold")] = None,
+    map_weight: Annotated[float | None, opt.option(SupernodesConfig, "map_weight")] = None,
+    keep: Annotated[bool | None, typer.Option("--keep", **opt.field(SupernodesConfig, "keep"))] = None,
+    edits: Edits = None,
+    set_supernode: SetSupernode = None,
+    out: Annotated[Path | None, opt.option(SupernodesConfig, "out")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Group features that do the same, by their edges in and out and by where they are active.
+
+    Groups are named by their strongest member and kept in the graph file; exports show them. Change them with a file of
+    edits, or one by one; nodes are written as the tables of other commands show them.
+
+    Example: `difffract supernodes pruned.npz --threshold .6 --set-supernode "red=img/2/f401,img/3/f17"`
+    """
+    settings = opt.settings_of(SupernodesConfig, locals())
+    opt.check_out(settings.out, ".npz")
+    from difffract_jax.cli.output import emit
+    from difffract_jax.config import resolve
+    from difffract_jax.graphs import supernodes as grouping
+    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.names import node_names
+
+    by_hand = dict(map(grouping.parse_assignment, set_supernode or ()))
+    changes = [resolve(grouping.Edits, file=edits), grouping.Edits(set=by_hand)]
+    grouped = read_graph(settings.graph)
+    if not settings.keep:
+        grouped = grouping.find_supernodes(grouped, threshold=settings.threshold, map_weight=settings.map_weight)
+    for change in changes:
+        grouped = grouping.edit_supernodes(grouped, change)
+    grouped.save(settings.out)
+    names = node_names(grouped)
+    rows = [
+        {"supernode": name, "members": ", ".join(names[n] for n in group)} for name, group in grouped.supernodes.items()
+    ]
+    emit({"graph": str(settings.out), "groups": len(rows), "supernodes": rows}, as_json=json)
+
+
+@combine.command("average")
+def combine_average(graphs: Graphs, out: Out = Path("average.npz"), json: opt.Json = False) -> None:
+    """Average the circuits of several prompts or seeds, feature by feature.
+
+    They are summed over positions first. What a graph lacks counts as 0; in how many each node occurs stands in the
+    result's provenance.
+
+    Example: `difffract combine average seed0.npz seed1.npz seed2.npz --out average.npz`
+    """
+    from difffract_jax.graphs.combine import average
+
+    _combined(average(_read(graphs, out)), out, json)
+
+
+@combine.command("difference")
+def combine_difference(
+    a: opt.GraphFile, b: opt.GraphFile, out: Out = Path("difference.npz"), json: opt.Json = False
+) -> None:
+    """Subtract the second circuit from the first: positive edges are stronger in the first.
+
+    Example: `difffract combine difference red.npz blue.npz --out difference.npz`
+    """
+    from difffract_jax.graphs.combine import difference
+
+    _combined(difference(*_read([a, b], out)), out, json)
+
+
+def _read(paths: list[Path], out: Path) -> list[Any]:
+    """Reads graphs, each with its file's name; refuses an output that cannot be written first."""
+    opt.check_out(out, ".npz")
+    from difffract_jax.graphs.compare import read_graph
+
+    return [read_graph(path).with_provenance(file=path.name) for path in paths]
+
+
+def _combined(graph: Any, out: Path, json: bool) -> None:
+    """Saves and shows a combined graph."""
+    from difffract_jax.cli.output import emit, graph_summary
+
+    graph.save(out)
+    told = graph.provenance.combined
+    shares = list(told.occurs_in.values())
+    shown = {"graph": str(out), "operation": told.operation, "graphs": len(told.graphs)}
+    shown |= {"nodes in all of them": f"{sum(share == 1 for share in shares)} of {len(shares)}"}
+    emit(shown | graph_summary(graph), as_json=json)
+
+
+def compare(a: opt.GraphFile, b: opt.GraphFile, json: opt.Json = False) -> None:
+    """Compare two graphs, of any format: which nodes and edges both have, and how far their edges differ.
+
+    Example: `difffract compare graph.npz reference_graph.json --json`
+    """
+    from difffract_jax.cli.output import emit
+    from difffract_jax.graphs import compare as comparing
+
+    emit(comparing.compare(comparing.read_graph(a), comparing.read_graph(b))._asdict(), as_json=json)
+
+
+def export(
+    graph: Annotated[Path | None, opt.argument(ExportConfig, "graph")] = None,
+    format: Annotated[Format | None, opt.option(ExportConfig, "format")] = None,
+    out: Annotated[Path | None, opt.option(ExportConfig, "out")] = None,
+    slug: Annotated[str | None, opt.option(ExportConfig, "slug")] = None,
+    scan: Annotated[str | None, opt.option(ExportConfig, "scan")] = None,
+    by_position: Annotated[bool | None, typer.Option("--by-position", **opt.field(ExportConfig, "by_position"))] = None,
+    feature_url: Annotated[str | None, opt.option(ExportConfig, "feature_url")] = None,
+    dashboard: Annotated[str | None, opt.option(ExportConfig, "dashboard")] = None,
+    labels: Labels = None,
+    max_nodes: Annotated[int | None, opt.option(ExportConfig, "max_nodes")] = None,
+    max_links: Annotated[int | None, opt.option(ExportConfig, "max_links")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", **opt.field(ExportConfig, "overwrite"))] = None,
+    json: opt.Json = False,
+) -> None:
+    """Write a graph for another tool: the reference, circuit-tracer's viewer, Neuronpedia, networkx, a spreadsheet.
+
+    Put a circuit-tracer file into the viewer's folder as SLUG.json and open the address that is printed: supernodes are
+    shown only when the address names them. Neuronpedia must know the model that `--scan` names.
+
+    Example: `difffract export pruned.npz --format circuit-tracer --slug red-circle --out red-circle.json`
+    """
+    named = {str(name): str(label) for name, label in read_yaml(labels).items()} if labels else None
+    settings = opt.settings_of(ExportConfig, locals() | {"labels": named})
+    opt.check_out(settings.out, SUFFIXES[settings.format])
+    from difffract_jax.cli.output import emit
+    from difffract_jax.graphs.compare import read_graph
+
+    shown = _write(read_graph(settings.graph), settings)
+    emit({"exported": str(settings.out), "format": settings.format} | shown, as_json=json)
+
+
+def _write(graph: Any, settings: ExportConfig) -> dict[str, Any]:
+    """Writes the export, and returns what else to show."""
+    from difffract_jax.graphs.files import tables, viewer_json
+    from difffract_jax.graphs.files.reference_json import write_reference_json
+
+    if settings.format == "csv":
+        if settings.out.is_file():
+            raise UserError(f"{settings.out} is a file, but csv is written as a directory; name another output.")
+        tables.write_csv(graph, settings.out, overwrite=settings.overwrite)
+    elif settings.format == "graphml":
+        tables.write_graphml(graph, settings.out)
+    elif settings.format == "difffract-v2":
+        write_reference_json(graph, settings.out)
+    else:
+        document = viewer_json.write_viewer_json(graph, settings.out, settings.format, settings)
+        counts = {"nodes": len(document["nodes"]), "links": len(document["links"])}
+        return counts | ({"open": viewer_json.viewer_url(document)} if settings.format == "circuit-tracer" else {})
+    return {"nodes": int(graph.node_kind.size), "edges": int(graph.edge_source.size)}

@@ -1,0 +1,359 @@
+"""The `difffract` command: settings in, artefacts and a short table out.
+
+1. `main` runs one command and turns its end into an exit status: 0 done, 1 failed with one sentence, 2 wrong usage,
+   130 interrupted. `--debug`, anywhere on the line, shows the traceback instead of the sentence.
+2. A command merges its options into settings: defaults, then `--config FILE`, then options, then `--set`.
+3. What can be refused cheaply is refused before weights are read; the work itself is the package's own functions.
+4. Progress goes to stderr, results to stdout: a table for people, one JSON object with `--json` for machines.
+
+Functions import what they use when they run, and only here, so that `difffract --help` answers without loading JAX.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from difffract_jax import __version__
+from difffract_jax.cli import explain as cli_explain
+from difffract_jax.cli import graphs as cli_graphs
+from difffract_jax.cli import options as opt
+from difffract_jax.cli import steer as cli_steer
+from difffract_jax.cli import study as cli_study
+from difffract_jax.cli import transcoders as cli_transcoders
+from difffract_jax.cli import validate as cli_validate
+from difffract_jax.cli.organism import organism
+from difffract_jax.config import (
+    ConvertConfig,
+    DemoConfig,
+    GenerateConfig,
+    TraceConfig,
+    UserError,
+    provenance,
+    sentence_of,
+)
+
+STYLE: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    "rich_markup_mode": "markdown",
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
+convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
+app.add_typer(convert, name="convert")
+app.add_typer(organism, name="organism")
+cli_graphs.register(app)
+cli_transcoders.register(app)
+cli_steer.register(app)
+cli_study.register(app)
+cli_explain.register(app)
+cli_validate.register(app)
+
+
+def main() -> None:
+    """Runs the command line; the entry point `difffract`."""
+    debug = "--debug" in sys.argv[1:]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        app(arguments, prog_name="difffract")
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        _fail(sentence_of(error))
+
+
+def _fail(sentence: str) -> NoReturn:
+    sys.stderr.write(f"Error: {sentence}\n")
+    sys.exit(1)
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        typer.echo(f"difffract_jax {__version__}")
+        raise typer.Exit()
+    return wanted
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a failure's traceback; anywhere on the line.")]
+
+
+@app.callback()
+def _root(version: Version = False, debug: Debug = False) -> None:
+    """Trace circuits in FLUX diffusion transformers, in JAX.
+
+    Start with `difffract demo`. Exit status: 0 done, 1 failed with one sentence on stderr, 2 wrong usage.
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, opt.option(DemoConfig, "out")] = None,
+    seed: Annotated[int | None, opt.option(DemoConfig, "seed")] = None,
+    json: opt.Json = False,
+) -> None:
+    """Generate an image and trace a circuit, end to end, on the embedded model. Needs no files.
+
+    Example: `difffract demo --out demo`
+    """
+    settings = opt.settings_of(DemoConfig, locals())
+    from difffract_jax.cli.demo import run
+    from difffract_jax.cli.output import emit, progress
+
+    with progress("Tracing") as advance:
+        result = run(settings, advance)
+    emit(result, as_json=json)
+
+
+@convert.command("flux")
+def convert_flux(
+    source: opt.Source = None,
+    out: opt.Target = None,
+    base: Annotated[Path | None, opt.option(ConvertConfig, "base")] = None,
+    dtype: opt.Dtype = None,
+    mesh: Annotated[str | None, opt.option(ConvertConfig, "mesh")] = None,
+    overwrite: opt.Overwrite = None,
+    json: opt.Json = False,
+) -> None:
+    """Convert a FLUX pipeline: a diffusers directory, or an original single-file safetensors.
+
+    Example: `difffract convert flux FLUX.1-schnell flux-schnell --dtype bf16`
+    """
+    settings = opt.settings_of(ConvertConfig, locals())
+    from difffract_jax import loading
+    from difffract_jax.cli.output import emit, parameter_counts
+    from difffract_jax.sharding import make_mesh, parse_mesh, pipeline_shardings
+
+    placed = pipeline_shardings(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
+    made = loading.convert_flux(
+        settings.source,
+        settings.out,
+        base=settings.base,
+        dtype=_dtype(settings.dtype),
+        sharding=placed,
+        overwrite=settings.overwrite,
+    )
+    emit({"converted": str(settings.out)} | parameter_counts(made), as_json=json)
+
+
+@convert.command("transcoders")
+def convert_transcoders(
+    source: opt.Source = None,
+    out: opt.Target = None,
+    to_torch: opt.ToTorch = False,
+    overwrite: opt.Overwrite = None,
+    json: opt.Json = False,
+) -> None:
+    """Convert a directory of the reference's `.pt` transcoders or SAEs (needs the extra `torch`), or back.
+
+    Example: `difffract convert transcoders checkpoints/transcoders transcoders`
+    """
+    settings = opt.settings_of(ConvertConfig, locals())
+    from difffract_jax import loading
+    from difffract_jax.cli.output import emit
+
+    tcs = loading.convert_transcoders(
+        settings.source, settings.out, to_torch=to_torch, dtype=_dtype(settings.dtype), overwrite=settings.overwrite
+    )
+    sites = {f"{name} layers": numbers for name, numbers in tcs.sites.to_json().items()}
+    emit({"converted": str(settings.out)} | sites | {"features": tcs.config.features}, as_json=json)
+
+
+@convert.command("check")
+def convert_check(
+    source: Annotated[Path, typer.Argument(help="The PyTorch pipeline, a diffusers directory.")],
+    converted: Annotated[
+        Path | None, typer.Argument(help="Our directory of it; SOURCE converted in memory if left out.")
+    ] = None,
+    tolerance: opt.Tolerance = 1e-5,
+    json: opt.Json = False,
+) -> None:
+    """Compare a converted pipeline with the PyTorch one, block by block (needs the extra `torch`).
+
+    Example: `difffract convert check FLUX.1-schnell flux-schnell`
+    """
+    from converters.check import check
+    from difffract_jax.cli.output import emit
+    from difffract_jax.loading import load_pipeline
+
+    rows = check(source, load_pipeline(converted or source), tolerance=tolerance)
+    emit({"blocks": [row._asdict() for row in rows]}, as_json=json)
+    wrong = [row.part for row in rows if not row.equal]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} of {len(rows)} parts differ from PyTorch's: {', '.join(wrong)}; convert the source again, "
+            "or allow for --dtype bf16 with --tolerance 2e-2."
+        )
+
+
+@app.command()
+def generate(
+    model: opt.Model = None,
+    prompt: opt.Prompt = None,
+    out: Annotated[Path | None, opt.option(GenerateConfig, "out")] = None,
+    seed: opt.Seed = None,
+    steps: opt.Steps = None,
+    height: opt.Height = None,
+    width: opt.Width = None,
+    text_tokens: opt.TextTokens = None,
+    guidance: Annotated[float | None, opt.option(GenerateConfig, "guidance")] = None,
+    latents: opt.Latents = None,
+    noise: opt.Noise = None,
+    dtype: opt.Dtype = None,
+    dry_run: opt.DryRun = False,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Generate an image from a prompt.
+
+    Example: `difffract generate flux-schnell "a red fox at dawn" --seed 0 --steps 4 --out image.png`
+    """
+    settings = opt.settings_of(GenerateConfig, locals())
+    opt.check_out(settings.out, ".png")
+    from difffract_jax.cli.output import emit, progress, save_image
+
+    record = provenance("generate", settings)
+    if dry_run:
+        return emit(record, as_json=json)
+    from difffract_jax.loading import load_pipeline
+    from difffract_jax.models import pipeline
+
+    pipe = load_pipeline(settings.model, dtype=_dtype(settings.dtype))
+    with progress("Denoising") as advance:
+        result = pipeline.generate(
+            pipe,
+            settings.prompt,
+            seed=settings.seed,
+            run=cli_steer.run_of(pipe, settings),
+            latents=cli_steer.starting_noise(pipe, settings),
+            progress=advance,
+        )
+    cli_steer.warn_cut(result.cut)
+    save_image(result.image, settings.out, record)
+    emit({"image": str(settings.out), "size": f"{result.image.shape[1]}x{result.image.shape[0]}"}, as_json=json)
+
+
+@app.command()
+def trace(
+    model: opt.Model = None,
+    transcoders: Annotated[str | None, opt.argument(TraceConfig, "transcoders")] = None,
+    prompt: opt.Prompt = None,
+    target: Annotated[list[str] | None, opt.option(TraceConfig, "target")] = None,
+    weight: Annotated[list[float] | None, opt.option(TraceConfig, "weight")] = None,
+    step: Annotated[str | None, opt.option(TraceConfig, "step")] = None,
+    steps: opt.Steps = None,
+    seed: opt.Seed = None,
+    height: opt.Height = None,
+    width: opt.Width = None,
+    text_tokens: opt.TextTokens = None,
+    max_nodes: Annotated[int | None, opt.option(TraceConfig, "max_nodes")] = None,
+    expansion_batch: Annotated[int | None, opt.option(TraceConfig, "expansion_batch")] = None,
+    min_attribution: Annotated[float | None, opt.option(TraceConfig, "min_attribution")] = None,
+    include_padding: opt.IncludePadding = None,
+    latents: opt.Latents = None,
+    noise: opt.Noise = None,
+    model_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "model_dtype")] = None,
+    transcoder_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "transcoder_dtype")] = None,
+    precision: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "precision")] = None,
+    mesh: Annotated[str | None, opt.option(TraceConfig, "mesh")] = None,
+    activations: Annotated[Path | None, opt.option(TraceConfig, "activations")] = None,
+    out: Annotated[Path | None, opt.option(TraceConfig, "out")] = None,
+    export_json: Annotated[Path | None, opt.option(TraceConfig, "export_json")] = None,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Trace the circuit behind a feature, a direction of the velocity or a colour of the image, and save it as a graph.
+
+    Example: `difffract trace organism organism "a red circle above a blue square" --target img/1/f12 --step 1`;
+    all steps, from the pixels: `... --target pixels:color=red,box=0,0,32,16 --step 0-3`
+    """
+    settings = opt.settings_of(TraceConfig, locals())
+    opt.check_out(settings.out, ".npz")
+    if settings.export_json:
+        opt.check_out(settings.export_json, ".json")
+    from difffract_jax.circuits.attribution.attribute import attribute
+    from difffract_jax.circuits.attribution.outputs import parse_target
+    from difffract_jax.cli.output import emit, graph_summary, progress
+    from difffract_jax.cli.requests import read_steps, read_weights, resolve_all
+    from difffract_jax.graphs.files.reference_json import write_reference_json
+    from difffract_jax.loading import load_pipeline, load_transcoders
+
+    asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
+    weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
+    types = _dtype(settings.model_dtype), _dtype(settings.transcoder_dtype)
+    pipe, tcs = load_pipeline(settings.model, dtype=types[0]), load_transcoders(settings.transcoders, dtype=types[1])
+    captured = _recorded(pipe, tcs, settings, asked, traced)
+    if settings.activations is not None:
+        settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
+    expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution", "precision"})
+    targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
+    record = provenance("trace", settings, model=pipe.source, transcoders=tcs.source)
+    del pipe  # what the trace does not hold of it is memory for the pull-back
+    with progress("Expanding nodes") as advance:
+        graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
+    _warn(captured.info.cut, graph)
+    graph = graph.with_provenance(**record)
+    graph.save(settings.out)
+    if settings.export_json:
+        write_reference_json(graph, settings.export_json)
+    emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
+
+
+def _devices(settings: TraceConfig) -> Any:
+    """Returns the mesh that the settings ask for; None for one device."""
+    from difffract_jax.circuits.attribution.attribute import usable
+    from difffract_jax.sharding import make_mesh, parse_mesh
+
+    return usable(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
+
+
+def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], steps: tuple[int, int]) -> Any:
+    """Records the run that the settings describe, or takes it from the file they name."""
+    from difffract_jax.cli.requests import import_run, record_run
+
+    if settings.activations is not None:
+        names = {"seed", "steps", "height", "width", "text_tokens", "prompt", "step", "latents", "noise"}
+        given = settings.model_dump(include=names, exclude_unset=True)
+        padding = settings.include_padding
+        return import_run(settings.activations, pipe, tcs, given, include_padding=padding)
+    return record_run(
+        pipe,
+        tcs,
+        settings.prompt,
+        asked,
+        steps,
+        seed=settings.seed,
+        run=cli_steer.run_of(pipe, settings),
+        latents=cli_steer.starting_noise(pipe, settings),
+        include_padding=settings.include_padding,
+    )
+
+
+def _listed(value: str | tuple[str, ...]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _dtype(name: Literal["f32", "bf16"]) -> Any:
+    import jax.numpy as jnp
+
+    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
+
+
+def _warn(cut: str, graph: Any) -> None:
+    """Tells if the prompt was cut, and if a graph of several steps knows nothing of the features of some."""
+    from difffract_jax.cli.output import expanded_by_step
+
+    cli_steer.warn_cut(cut)
+    expanded = expanded_by_step(graph)
+    missed = [str(step) for step, count in expanded.items() if not count]
+    if missed and len(expanded) > 1:
+        sys.stderr.write(
+            f"Warning: no feature of step {', '.join(missed)} was expanded, since most influence lies in the last; "
+            "raise --max-nodes, or lower --expansion-batch so that influence is computed more often.\n"
+        )

@@ -1,0 +1,90 @@
+"""`difffract study`: the paper's questions as experiments on the organism, each ending in a table and a figure."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from difffract_jax.cli import options as opt
+from difffract_jax.config import UserError, nearest, provenance
+from difffract_jax.studies.settings import QUESTIONS, StudyConfig
+
+_LIST = "\n\n".join(f"`{name}` {question}" for name, question in QUESTIONS.items())
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command(help=f"{study.__doc__}\n\n{_LIST}")(study)
+
+
+def study(
+    name: Annotated[str | None, opt.argument(StudyConfig, "name")] = None,
+    size: Annotated[int | None, opt.option(StudyConfig, "size")] = None,
+    round: Annotated[int | None, opt.option(StudyConfig, "round")] = None,
+    model: Annotated[str | None, opt.option(StudyConfig, "model")] = None,
+    prompts: Annotated[Path | None, opt.option(StudyConfig, "prompts")] = None,
+    transcoders: Annotated[str | None, opt.option(StudyConfig, "transcoders")] = None,
+    saes: Annotated[str | None, opt.option(StudyConfig, "saes")] = None,
+    out: Annotated[Path | None, opt.option(StudyConfig, "out")] = None,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Ask one of the paper's questions of the organism: features chosen by rule, images read by its scorer.
+
+    Cases, ways and measures are registered in docs/studies.md. A study takes minutes; --size 10 tries it out.
+
+    Example: `difffract study colour-prior --size 10`
+    """
+    settings = opt.settings_of(StudyConfig, locals())
+    _check(settings)
+    from difffract_jax.cli.output import emit, stages
+    from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
+    from difffract_jax.studies.registry import STUDIES, Given
+    from difffract_jax.studies.results import write_result
+
+    lines = None if settings.prompts is None else _lines(settings.prompts)
+    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    compared = load_transcoders(settings.saes) if settings.name == "precision" else None
+    labels = load_labels("organism") if settings.transcoders == "organism" else None
+    with stages() as show:
+        given = Given(pipe, tcs, compared, labels, settings.size, settings.round, lines)
+        result = STUDIES[settings.name](given, lambda stage: partial(show, stage))
+    sources = {"model": pipe.source, "transcoders": tcs.source} | (
+        {} if compared is None else {"saes": compared.source}
+    )
+    files = write_result(result, settings.out, provenance("study", settings, **sources))
+    if not json:
+        sys.stdout.write(f"{result.verdict}\n")
+    told = (
+        {"verdict": result.verdict, "tables": result.tables} if json else {"result": next(iter(result.tables.values()))}
+    )
+    emit(files | told, as_json=json)
+
+
+def _check(settings: StudyConfig) -> None:
+    """Refuses what can be refused before anything is read."""
+    if settings.name not in QUESTIONS:
+        raise UserError(f"There is no study `{settings.name}`{nearest(settings.name, list(QUESTIONS))}")
+    if settings.round is not None and settings.name != "precision":
+        raise UserError(f"Only `precision` was run in rounds; leave out --round for `{settings.name}`.")
+    if settings.prompts is not None and settings.name != "flow":
+        raise UserError(f"`{settings.name}` draws its own scenes; only `flow` takes --prompts.")
+    if settings.model != "organism" and settings.prompts is None:
+        raise UserError(
+            f"`{settings.name}` reads what images show with the organism's scorer, and {settings.model} has none; only "
+            "`flow` runs on other pipelines, with --prompts."
+        )
+    if settings.out.exists() and not settings.out.is_dir():
+        raise UserError(f"{settings.out} is a file, but the results go to a directory; give another --out.")
+    if not settings.out.parent.is_dir():
+        raise UserError(f"The folder {settings.out.parent} of the output directory does not exist; create it first.")
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    """Returns the prompts of a text file."""
+    from difffract_jax.transcoders.prompts import read_prompts
+
+    return tuple(read_prompts(str(path)))

@@ -1,0 +1,136 @@
+"""The command that holds a saved graph against its model: `validate`, for `cli.py`.
+
+It follows the rules of `cli.py`: settings in, artefacts and a short table out; progress on stderr; imports when it
+runs.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from difffract_jax.cli import options as opt
+from difffract_jax.cli.settings import RerunSettings, ValidateConfig
+from difffract_jax.cli.steer import check_directory, torch_latents
+from difffract_jax.config import UserError, provenance
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command()(validate)
+
+
+def validate(
+    model: opt.Model = None,
+    transcoders: Annotated[str | None, opt.argument(ValidateConfig, "transcoders")] = None,
+    graph: Annotated[Path | None, opt.argument(ValidateConfig, "graph")] = None,
+    edges: Annotated[int | None, opt.option(ValidateConfig, "edges")] = None,
+    ablations: Annotated[int | None, opt.option(ValidateConfig, "ablations")] = None,
+    ablation: Annotated[Literal["mean", "zero"] | None, opt.option(ValidateConfig, "ablation")] = None,
+    draws: Annotated[int | None, opt.option(ValidateConfig, "draws")] = None,
+    seed: Annotated[int | None, opt.option(ValidateConfig, "seed")] = None,
+    latents: Annotated[Path | None, opt.option(ValidateConfig, "latents")] = None,
+    noise: Annotated[Literal["jax", "torch"] | None, opt.option(ValidateConfig, "noise")] = None,
+    activations: Annotated[Path | None, opt.option(ValidateConfig, "activations")] = None,
+    out: Annotated[Path | None, opt.option(ValidateConfig, "out")] = None,
+    config: opt.Config = None,
+    sets: opt.Sets = None,
+    json: opt.Json = False,
+) -> None:
+    """Hold a graph against the model it explains: what is exact to rounding, and what the real model makes of the rest.
+
+    The graph's run is captured anew. Exact, and held to bars: the replacement gives the model's activations at the
+    trace, edges and bias add up to every pre-activation, an edge is what taking its source away does in the frozen
+    model. A bar that is missed ends the command with status 1, after the report is written.
+
+    Measured, without a bar: the most influential features are taken off one at a time in the real model, and the
+    changes downstream correlated with the graph's predictions; circuits of growing size are kept alone (`recovered`) or
+    removed (`lost`), beside as many features of the largest values, and at random.
+
+    Example: `difffract validate organism organism graph.npz --out validation`
+    """
+    settings = opt.settings_of(ValidateConfig, locals())
+    if settings.out is not None:
+        check_directory(settings.out)
+    from difffract_jax.circuits.checks.report import write_validation
+    from difffract_jax.circuits.checks.validation import at_size, failures
+    from difffract_jax.circuits.checks.validation import validate as hold
+    from difffract_jax.cli.output import emit, progress
+    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.loading import load_pipeline, load_transcoders
+
+    read = read_graph(settings.graph)
+    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    again = rerun(pipe, tcs, read, settings)
+    asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})
+    with progress("Validating") as advance:
+        found = hold(again, read, **asked, progress=advance)
+    record = provenance("validate", settings, model=pipe.source, transcoders=tcs.source)
+    files = {} if settings.out is None else write_validation(found, settings.out, record)
+    size = found["completeness"]["pruned"]
+    if json:
+        shown = {key: value for key, value in found["perturbation"].items() if key != "pairs"}
+        emit(files | record | found | {"perturbation": shown}, as_json=True)
+    else:
+        emit(_brief(found, at_size(found, size)) | ({"report": files["report.md"]} if files else {}))
+    missed = failures(found)
+    if missed:
+        raise UserError(missed)
+
+
+def rerun(pipe: Any, tcs: Any, graph: Any, settings: RerunSettings) -> Any:
+    """Returns a graph's run, captured anew or taken from the file of activations that it was made of.
+
+    Args:
+        pipe: the pipeline it was traced in.
+        tcs: the transcoders it was traced with.
+        graph: the graph.
+        settings: which say where its starting noise comes from.
+    """
+    from difffract_jax.circuits.checks.rerun import capture_again, check_same
+
+    check_same(pipe, tcs, graph)
+    run = graph.provenance.traced_run
+    traced = graph.provenance.settings or {}
+    if settings.activations is not None:
+        if settings.latents is not None or settings.noise is not None:
+            raise UserError(f"{settings.activations} brings the latents of its step; leave out latents and noise.")
+        from difffract_jax.circuits.trace.imported import load_trace
+
+        padding = run.include_padding
+        return capture_again(
+            pipe, tcs, graph, trace=load_trace(settings.activations, pipe, tcs, include_padding=padding)
+        )
+    if traced.get("activations"):
+        raise UserError(
+            f"The graph was traced from the activations in {traced['activations']}; give that file with --activations."
+        )
+    given = None
+    if settings.latents is not None:
+        from difffract_jax.storage.files import read_array
+
+        given = read_array(settings.latents)
+    elif run.latents_given and (settings.noise or traced.get("noise")) == "torch" and not traced.get("latents"):
+        given = torch_latents(pipe, run.grid, [run.seed])[0]
+    return capture_again(pipe, tcs, graph, latents=given)
+
+
+def _brief(found: dict[str, Any], circuits: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what fits a terminal; the files hold all."""
+    tests = [
+        {"exact": row["check"], "worst": row["worst"], "median": row["median"]}
+        | {"checked": f"{row['checked']} of {row['of']}", "bar": row["bar"], "holds": "yes" if row["holds"] else "NO"}
+        for row in found["exactness"]
+    ]
+    changes = [
+        {key: "-" if value is None else value for key, value in row.items()} for row in found["perturbation"]["rows"]
+    ]
+    kept = [{key: "-" if value is None else value for key, value in row.items()} for row in circuits]
+    ablated = {"mean": "means over positions", "zero": "zeros"}[found["completeness"]["ablation"]]
+    return {
+        "features taken off": found["perturbation"]["ablated"],
+        "features outside a circuit become": ablated,
+        "exact in the frozen model": tests,
+        "correlations with the real model": changes,
+        "the pruned circuit, kept alone and removed": kept,
+    }

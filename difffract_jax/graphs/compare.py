@@ -1,0 +1,155 @@
+"""Two graphs side by side: which nodes and edges both have, and how far their edges differ.
+
+1. If either graph is summed over positions, so is the other.
+2. If either came from the reference's JSON, which has one name for errors and unexpanded features, they are taken
+   together in both.
+3. Nodes are the same if kind, step, stream, block, position and feature are; edges, if both ends are.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from difffract_jax.address import STREAMS
+from difffract_jax.config import UserError
+from difffract_jax.display import number_text, text_of
+from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.files.reference_json import read_reference_json
+from difffract_jax.graphs.files.viewer_document import graph_of, read_document
+from difffract_jax.graphs.graph import ERROR, INPUT, KINDS, REST, Graph
+
+Node = tuple[int, int, int, int, int, int]
+
+
+class Comparison(NamedTuple):
+    """What `compare` finds; JSON values.
+
+    Attributes:
+        nodes_in_both: nodes that both graphs have.
+        nodes_only_in_a: names of those that only the first has.
+        nodes_only_in_b: names of those that only the second has.
+        edges_in_both: edges that both have.
+        edges_only_in_a: how many only the first has.
+        edges_only_in_b: how many only the second has.
+        largest_edge: largest absolute attribution in either.
+        largest_error: largest difference of an edge, absent edges counting as 0, over `largest_edge`.
+        pearson: correlation of the attributions of common edges; None for fewer than 2, or where all are alike.
+        spearman: their rank correlation.
+        summed_over_positions: whether sums over positions were compared.
+    """
+
+    nodes_in_both: int
+    nodes_only_in_a: list[str]
+    nodes_only_in_b: list[str]
+    edges_in_both: int
+    edges_only_in_a: int
+    edges_only_in_b: int
+    largest_edge: float
+    largest_error: float
+    pearson: float | None
+    spearman: float | None
+    summed_over_positions: bool
+
+    def __repr__(self) -> str:
+        only = {name: f"{count:,}" for name, count in self._counts().items()}
+        return text_of("Comparison of graph a with graph b", only | self._errors())
+
+    def _counts(self) -> dict[str, int]:
+        return {
+            "nodes in both": self.nodes_in_both,
+            "nodes only in a": len(self.nodes_only_in_a),
+            "nodes only in b": len(self.nodes_only_in_b),
+            "edges in both": self.edges_in_both,
+            "edges only in a": self.edges_only_in_a,
+            "edges only in b": self.edges_only_in_b,
+        }
+
+    def _errors(self) -> dict[str, str]:
+        return {
+            "largest error": f"{self.largest_error:.3g} of the largest edge, {self.largest_edge:.4g}",
+            "correlation": f"Pearson {number_text(self.pearson)}, Spearman {number_text(self.spearman)}",
+            "compared": "sums over positions" if self.summed_over_positions else "position by position",
+        }
+
+
+def read_graph(path: str | Path) -> Graph:
+    """Reads a graph of any format that is understood.
+
+    Args:
+        path: a `.npz` file of ours, the reference's JSON, or that of circuit-tracer and Neuronpedia; told apart by
+            content.
+
+    Raises:
+        UserError: if it is none of them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a graph file, .npz or JSON.")
+    content = path.read_bytes()
+    if content[:64].lstrip()[:1] not in (b"{", b"["):
+        return Graph.load(path)
+    return graph_of(read_document(path)) if b'"qParams"' in content else read_reference_json(path)
+
+
+def compare(a: Graph, b: Graph) -> Comparison:
+    """Compares two graphs.
+
+    Args:
+        a: the first.
+        b: the second.
+    """
+    summed = not (a.by_position and b.by_position)
+    if summed:
+        a, b = aggregate(a), aggregate(b)
+    merged = any(graph.provenance.reference_config is not None for graph in (a, b))
+    nodes_a, nodes_b = _nodes(a, merged), _nodes(b, merged)
+    edges_a, edges_b = _edges(a, nodes_a), _edges(b, nodes_b)
+    common = sorted(edges_a.keys() & edges_b.keys())
+    x, y = (np.array([edges[pair] for pair in common]) for edges in (edges_a, edges_b))
+    largest = max(map(abs, (*edges_a.values(), *edges_b.values())), default=0.0)
+    error = max((abs(edges_a.get(p, 0.0) - edges_b.get(p, 0.0)) for p in edges_a.keys() | edges_b.keys()), default=0.0)
+    return Comparison(
+        nodes_in_both=len({*nodes_a} & {*nodes_b}),
+        nodes_only_in_a=sorted(map(_name, {*nodes_a} - {*nodes_b})),
+        nodes_only_in_b=sorted(map(_name, {*nodes_b} - {*nodes_a})),
+        edges_in_both=len(common),
+        edges_only_in_a=len(edges_a) - len(common),
+        edges_only_in_b=len(edges_b) - len(common),
+        largest_edge=largest,
+        largest_error=error / largest if largest else 0.0,
+        pearson=_correlation(stats.pearsonr, x, y),
+        spearman=_correlation(stats.spearmanr, x, y),
+        summed_over_positions=summed,
+    )
+
+
+def _nodes(graph: Graph, merged: bool) -> list[Node]:
+    kind = np.where(merged & (graph.node_kind == REST), ERROR, graph.node_kind)
+    # Files disagree on the block of inputs; there is one input per stream and position.
+    block = np.where(kind == INPUT, -1, graph.node_block)
+    columns = (kind, graph.node_step, graph.node_stream, block, graph.node_position, graph.node_feature)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [(kind, step, stream, block, position, feature) for kind, step, stream, block, position, feature in rows]
+
+
+def _edges(graph: Graph, nodes: list[Node]) -> dict[tuple[Node, Node], float]:
+    edges: dict[tuple[Node, Node], float] = {}
+    for source, target, value in zip(graph.edge_source, graph.edge_target, graph.edge_attribution, strict=True):
+        pair = nodes[source], nodes[target]
+        edges[pair] = edges.get(pair, 0.0) + float(value)
+    return edges
+
+
+def _name(node: Node) -> str:
+    kind, step, stream, block, position, feature = node
+    place = STREAMS[stream] + ("" if kind == INPUT else f"/{block}") + (f"/f{feature}" if feature >= 0 else "")
+    return f"{KINDS[kind]} {place}{f'@{position}' if position >= 0 else ''}#{step}"
+
+
+def _correlation(function: Any, x: NDArray[np.floating], y: NDArray[np.floating]) -> float | None:
+    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(function(x, y).statistic)

@@ -1,0 +1,89 @@
+"""Names of nodes, one each, that people and files can use: img/2/f401@12, error img/2, input txt, pixels:color=red.
+
+A feature is written as in `feature`, so that it can be a target: single/0/f7@img3 in a single-stream block, where the
+stream stays once positions are summed over; the step only where the graph has several. A document that does not tell
+which blocks its model has gets all of them numbered through the model. A target that shares its name with
+another node, once positions are summed over, is marked.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from difffract_jax.address import STREAMS, Layout
+from difffract_jax.config import UserError
+from difffract_jax.graphs.arrays import FEATURE, INPUT, KINDS, OUTPUT, GraphArrays
+
+
+def node_names(graph: GraphArrays) -> list[str]:
+    """Returns the name of every node; no two are alike."""
+    steps = np.unique(graph.node_step).size > 1
+    names = [_name(graph, node, steps) for node in range(graph.node_kind.size)]
+    targets, often = graph.targets.size, Counter(names)
+    names = [f"{name} (target)" if node < targets and often[name] > 1 else name for node, name in enumerate(names)]
+    seen: Counter[str] = Counter()
+    for node, name in enumerate(names):
+        seen[name] += 1
+        names[node] = name if seen[name] == 1 else f"{name} ({seen[name]})"
+    return names
+
+
+def node_name(graph: GraphArrays, node: int) -> str:
+    """Returns the name of one node, without the mark that tells it from another of the same name."""
+    return _name(graph, node, np.unique(graph.node_step).size > 1)
+
+
+def _name(graph: GraphArrays, node: int, steps: bool) -> str:
+    kind = int(graph.node_kind[node])
+    step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
+    if kind == OUTPUT:
+        settings = graph.provenance.attribution
+        asked = f"output {node}" if settings is None else settings.target
+        return f"{asked if isinstance(asked, str) else asked[node]}{step}"
+    columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
+    kind, stream, block, position, feature = (int(column[node]) for column in columns)
+    return place_name(kind, stream, block, position, feature, graph.provenance.known.layout) + step
+
+
+def place_name(kind: int, stream: int, block: int, position: int, feature: int, layout: Layout | None) -> str:
+    """Returns how a source is called by where it lies, without its step.
+
+    Args:
+        kind: of the node; no output.
+        stream: of the node.
+        block: of the model; -1 for inputs.
+        position: within the stream; -1 where positions are summed over.
+        feature: -1 for other kinds.
+        layout: of the model; None where it is not known, so that blocks are numbered through the model.
+    """
+    site, side = STREAMS[stream], ""
+    if kind != INPUT:
+        site = f"{site}/{block}" if layout is None else layout.site_name(block, stream)
+        side = (layout and layout.side(block, stream)) or ""
+    name = f"{site}/f{feature}" if kind == FEATURE else f"{KINDS[kind]} {site}"
+    number = f"{position}" if position >= 0 else ""
+    return f"{name}{f'@{side}{number}' if side or number else ''}"
+
+
+def find_nodes(graph: GraphArrays, names: Sequence[str]) -> Int64[np.ndarray, "name"]:
+    """Returns the nodes of some names.
+
+    Args:
+        graph: the graph.
+        names: from `node_names`.
+
+    Raises:
+        UserError: naming the first that no node has, and the nearest that one has.
+    """
+    number = {name: node for node, name in enumerate(node_names(graph))}
+    for name in names:
+        if name not in number:
+            close = difflib.get_close_matches(name, list(number), n=1)
+            hint = (
+                f"did you mean `{close[0]}`?" if close else "write it as in `img/2/f401`, as `export` to csv lists it."
+            )
+            raise UserError(f"The graph has no node `{name}`; {hint}")
+    return np.array([number[name] for name in names], np.int64)

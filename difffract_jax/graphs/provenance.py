@@ -1,0 +1,397 @@
+"""Where a graph comes from: the run it explains, and everything that was done to it since (pure Python).
+
+1. `Provenance` is what a graph says of itself, one typed field per fact. Graphs that several runs went into, or that
+   other tools wrote, lack some of the facts: these are None, or empty.
+2. `to_json` returns the JSON values that files hold; a fact that is not known has no key.
+3. `from_json` reads them back, and refuses what is not of its type. Keys that no field has are kept in `extra`, at
+   whatever depth they stand, so that loading and saving a file of a later release loses nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+from difffract_jax.address import Layout, Tokens, flux_layout
+from difffract_jax.config import UserError
+from difffract_jax.display import hash_text, record_text, text_of
+from difffract_jax.graphs.json_values import beyond, joined, plain, typed
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TraceInfo:
+    """Where a trace comes from.
+
+    Attributes:
+        prompt: of the run.
+        cut: the end of the prompt that did not fit; "" if all did.
+        seed: of the starting noise; not what it started from if latents were given.
+        step: the step, from 0.
+        sigmas: noise level entering every step, and the final 0.
+        grid: rows and columns of image tokens.
+        text_tokens: length of the text sequence.
+        tokens: the text sequence's tokens, padding included.
+        guidance: guidance scale; None for models that take none, or where it is not known.
+        recorded: the model's block of every recorded layer, ascending without a gap.
+        layout: the order of the model's stacks, blocks and sites.
+        include_padding: whether padded text positions are replaced like any other.
+        latents_given: whether the run started from given latents.
+        model: content hash of the pipeline.
+    """
+
+    prompt: str
+    cut: str
+    seed: int
+    step: int
+    sigmas: tuple[float, ...]
+    grid: tuple[int, int]
+    text_tokens: int
+    tokens: tuple[str, ...]
+    guidance: float | None
+    recorded: tuple[int, ...]
+    layout: Layout
+    include_padding: bool
+    latents_given: bool
+    model: str
+
+    __repr__ = record_text
+
+    @property
+    def tokens_of(self) -> Tokens:
+        """How many tokens each stream has."""
+        return Tokens(self.grid[0] * self.grid[1], self.text_tokens)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class KnownRun:
+    """As much of a run as is known, or what several runs have in common; the fields are those of `TraceInfo`.
+
+    Attributes:
+        prompt: this and the other fields are None where they are not known, or differ from run to run.
+        cut: the end of the prompt that did not fit.
+        seed: of the starting noise.
+        step: from 0.
+        sigmas: noise levels.
+        grid: rows and columns of image tokens.
+        text_tokens: length of the text sequence.
+        tokens: of the text sequence.
+        guidance: guidance scale.
+        recorded: the model's block of every recorded layer.
+        layout: the order of the model's stacks, blocks and sites.
+        include_padding: whether padded text positions are replaced.
+        latents_given: whether the run started from given latents.
+        model: content hash of the pipeline.
+    """
+
+    prompt: str | None = None
+    cut: str | None = None
+    seed: int | None = None
+    step: int | None = None
+    sigmas: tuple[float, ...] | None = None
+    grid: tuple[int, int] | None = None
+    text_tokens: int | None = None
+    tokens: tuple[str, ...] | None = None
+    guidance: float | None = None
+    recorded: tuple[int, ...] | None = None
+    layout: Layout | None = None
+    include_padding: bool | None = None
+    latents_given: bool | None = None
+    model: str | None = None
+
+    __repr__ = record_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttributionSettings:
+    """How a graph was traced.
+
+    Attributes:
+        target: what it explains, as written on the command line; several in their order.
+        max_nodes: features and outputs that were to be expanded.
+        expansion_batch: features expanded between two computations of influence.
+        min_attribution: smallest absolute edge kept.
+    """
+
+    target: str | tuple[str, ...]
+    max_nodes: int
+    expansion_batch: int
+    min_attribution: float
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What the graph explains, one or several."""
+        return (self.target,) if isinstance(self.target, str) else self.target
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledPath:
+    """How much of a target goes through the pooled embedding, which the replacement holds constant.
+
+    Attributes:
+        value: of the target in the real model.
+        without: its value with the pooled embedding of the empty prompt.
+        share: the absolute difference over the absolute value.
+    """
+
+    value: float
+    without: float
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What products in low precision cost, measured on the graph's first target.
+
+    Attributes:
+        products: type of the factors, as in "bf16".
+        edge_error: largest difference of an edge from float32's, over the largest edge.
+        conservation_error: of the target, as `graph.conservation_error` defines it.
+    """
+
+    products: str
+    edge_error: float
+    conservation_error: float
+
+
+class Scores(NamedTuple):
+    """How much of a graph is explained by features; `scores` has the definitions.
+
+    Attributes:
+        replacement: share in [0, 1]; None if neither inputs nor errors have influence.
+        completeness: share in [0, 1].
+    """
+
+    replacement: float | None
+    completeness: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningScores:
+    """What pruning left of a graph's scores.
+
+    Attributes:
+        unpruned: of the graph before pruning.
+        pinned: of the same graph with every feature that was dropped counted as error.
+        pruned: of the result.
+    """
+
+    unpruned: Scores
+    pinned: Scores
+    pruned: Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningSettings:
+    """How a graph was pruned.
+
+    Attributes:
+        mode: whose rule, one of `pruning.MODES`.
+        node_threshold: share of influence that the kept nodes hold.
+        edge_threshold: share of the edge scores that the kept edges hold.
+    """
+
+    mode: str
+    node_threshold: float
+    edge_threshold: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupingSettings:
+    """How supernodes were found.
+
+    Attributes:
+        threshold: least similarity of any two features in a group.
+        map_weight: share of the activation maps in the similarity.
+    """
+
+    threshold: float
+    map_weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """One of the graphs that were combined; what it did not say is None.
+
+    Attributes:
+        prompt: of its run.
+        seed: of its run.
+        step: of its run.
+        pruning: how it was pruned.
+        file: name of its file.
+    """
+
+    prompt: str | None = None
+    seed: int | None = None
+    step: int | None = None
+    pruning: PruningSettings | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Combined:
+    """What a graph of several runs was made of.
+
+    Attributes:
+        operation: "average" or "difference".
+        graphs: those that went in.
+        occurs_in: share of them that each node, by name, occurs in.
+    """
+
+    operation: str
+    graphs: tuple[Origin, ...]
+    occurs_in: Mapping[str, float]
+
+    __repr__ = record_text
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Provenance:
+    """Where a graph comes from; None or empty where it does not say.
+
+    Attributes:
+        run: the run that was traced, of several steps the last; under `trace` in files.
+        shared: instead of `run`, what is known of a run that is not told completely, or common to the runs of combined
+            graphs; likewise under `trace`.
+        attribution: how it was traced.
+        transcoders: content hash of the transcoders.
+        steps: denoising steps that it spans.
+        pooled_path: how much of each target goes through the pooled embedding.
+        precision: what low precision cost; None for float32.
+        target_weights: weights of the targets, positive, one each.
+        pruning: how it was pruned; None if it was not.
+        scores: before and after pruning.
+        grouping: how supernodes were found; under `supernodes` in files.
+        combined: the graphs that were combined into it; None for the graph of one run.
+        file: name of the file that it was read from, for combining.
+        reference_config: the settings in a document of the reference, as they stand there.
+        viewer: the metadata in a document of circuit-tracer's viewer, as they stand there.
+        command: command that made it.
+        settings: the command's resolved settings, JSON values.
+        versions: of Python and packages, by name.
+        sources: content hashes of model and transcoders, by role.
+        extra: JSON values that a file holds beyond these fields, by key; written back when it is saved.
+    """
+
+    run: TraceInfo | None = None
+    shared: KnownRun | None = None
+    attribution: AttributionSettings | None = None
+    transcoders: str | None = None
+    steps: tuple[int, ...] = ()
+    pooled_path: tuple[PooledPath, ...] = ()
+    precision: Rounding | None = None
+    target_weights: tuple[float, ...] = (1.0,)
+    pruning: PruningSettings | None = None
+    scores: PruningScores | None = None
+    grouping: GroupingSettings | None = None
+    combined: Combined | None = None
+    file: str | None = None
+    reference_config: Mapping[str, Any] | None = None
+    viewer: Mapping[str, Any] | None = None
+    command: str | None = None
+    settings: Mapping[str, Any] | None = None
+    versions: Mapping[str, str] | None = None
+    sources: Mapping[str, str] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.run is not None and self.shared is not None:
+            raise ValueError("A graph has one run, or what several runs share; give `run` or `shared`, not both.")
+
+    def __repr__(self) -> str:
+        run = self.known
+        facts = {
+            "prompt": run.prompt and f'"{run.prompt}", seed {run.seed}, step {run.step}',
+            "model": run.model and hash_text(run.model),
+            "transcoders": self.transcoders and hash_text(self.transcoders),
+            "steps": ", ".join(map(str, self.steps)),
+            "attribution": self.attribution,
+            "precision": self.precision,
+            "pruning": self.pruning,
+            "grouping": self.grouping,
+            "combined": self.combined and f"{self.combined.operation} of {len(self.combined.graphs)} graphs",
+            "file": self.file,
+            "made by": self.command,
+            "extra": ", ".join(self.extra),
+        }
+        return text_of("Provenance", facts)
+
+    @property
+    def known(self) -> KnownRun:
+        """Whatever is known of the run or runs."""
+        if self.run is not None:
+            return KnownRun(**{one.name: getattr(self.run, one.name) for one in fields(KnownRun)})
+        return self.shared or KnownRun()
+
+    @property
+    def traced_run(self) -> TraceInfo:
+        """The run; raises `UserError` if the graph does not say, or explains several."""
+        if self.run is None:
+            raise UserError(
+                "The graph does not tell the run that it explains; give an .npz that `difffract trace` wrote."
+            )
+        return self.run
+
+    @property
+    def layout(self) -> Layout:
+        """The order of the model's blocks; raises `UserError` if the graph does not say."""
+        layout = self.known.layout
+        if layout is None:
+            raise UserError(
+                "The graph does not say which blocks its model has; give one that `difffract trace` wrote, or that was "
+                "made of such graphs."
+            )
+        return layout
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the JSON values that a file holds."""
+        facts = {_KEYS.get(name, name): value for name, value in plain(self).items() if name != "extra"}
+        depths = self.known.layout and self.known.layout.flux_depths
+        if depths is not None:
+            trace = {key: value for key, value in facts["trace"].items() if key != "layout"}
+            facts["trace"] = trace | {"depths": list(depths)}
+        return joined(facts, dict(self.extra))
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any], source: str = "The graph") -> "Provenance":
+        """Reads JSON values.
+
+        Args:
+            record: from `to_json`, of this release or another.
+            source: what the values were read from, to be named if they are wrong.
+
+        Raises:
+            UserError: naming the first value that is not of its field's type; those of a document of the reference
+                are kept in `extra` instead.
+        """
+        trace = _with_layout(record.get("trace"))
+        whole = isinstance(trace, Mapping) and {one.name for one in fields(TraceInfo)} <= {*trace}
+        names = FILE_KEYS | {"trace": "run" if whole and "combined" not in record else "shared"}
+        kinds, facts = Provenance.__annotations__, {}
+        for key, name in names.items():
+            value = trace if key == "trace" else record.get(key)
+            if value is None:
+                continue
+            try:
+                facts[name] = typed(kinds[name], value, key)
+            except ValueError as error:
+                if "reference_config" in record:
+                    continue  # the reference has words of its own, such as `pruning`, that mean something else
+                raise UserError(
+                    f"{source} is damaged: in its metadata, {error}; give the file as it was written, or trace it "
+                    "again."
+                ) from None
+        provenance = Provenance(**facts)
+        return replace(provenance, extra=beyond(dict(record), provenance.to_json()))
+
+
+def _with_layout(trace: Any) -> Any:
+    """Returns a run's values with its model's layout; of FLUX's, files hold the two depths alone."""
+    match trace:
+        case {"depths": [int(first), int(second)], **rest}:
+            return {**rest, "layout": plain(flux_layout(first, second))}
+    return trace
+
+
+_KEYS = {"run": "trace", "shared": "trace", "grouping": "supernodes"}
+"""Keys in files of the fields that are called otherwise here."""
+FILE_KEYS = {_KEYS.get(one.name, one.name): one.name for one in fields(Provenance) if one.name != "extra"}
+"""Every key in files that has a field, and the field."""

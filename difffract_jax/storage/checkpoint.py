@@ -1,0 +1,220 @@
+"""Trees of weights on disk: safetensors, a `config.json`, a content hash, and writes that happen whole or not at all.
+
+1. `leaf_paths` names every array of a tree: `double.img.attn.qkv.kernel`.
+2. `save_trees` writes one `NAME.safetensors` per tree, tensor by tensor, so that no second copy of the weights is ever
+   in memory; past `SHARD_BYTES` a tree is split into numbered shards with the usual `NAME.safetensors.index.json`.
+3. `config.json` comes last: format_version, the content hash of each tree and of all together, then the caller's facts.
+   A directory without it is therefore never taken for a finished one.
+4. `load_tree` memory-maps the shards, compares names, shapes and types with the abstract tree, verifies the hash, and
+   puts leaf after leaf onto its sharding.
+
+Callers wrap a save in `atomic_directory` of `files.py`, offered here too. The content hash is the SHA-256 of every
+tensor's name, type, shape and bytes, in the order of the names: the same weights have the same hash however they are
+sharded.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from difffract_jax.config import UserError
+from difffract_jax.storage.files import (
+    DTYPES,
+    TensorFile,
+    atomic_directory,
+    atomic_file,
+    open_shards,
+    raw_bytes,
+    write_sharded,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "VERIFY_BELOW_BYTES",
+    "atomic_directory",
+    "atomic_file",
+    "cap",
+    "content_hash",
+    "leaf_paths",
+    "load_tree",
+    "placement",
+    "read_config",
+    "save_tree",
+    "save_trees",
+    "tree_hash",
+]
+
+FORMAT_VERSION = 1
+VERIFY_BELOW_BYTES = 200 * 10**6
+"""Weights smaller than this are hashed on every load; larger ones only when asked, as hashing 24 GB takes a minute."""
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their path, in the tree's order.
+
+    Names are joined by dots, list indices are numbers, and the `.value` of a Flax parameter is left out.
+
+    Example:
+        >>> leaf_paths({"up": {"kernel": 1}, "layers": [2, 3]})
+        {'layers.0': 2, 'layers.1': 3, 'up.kernel': 1}
+    """
+    return {_path_text(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _path_text(path: tuple[Any, ...]) -> str:
+    parts = [_key_text(key) for key in path]
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "value" else parts)
+
+
+def _key_text(key: Any) -> str:
+    match key:
+        case jax.tree_util.GetAttrKey():
+            return key.name
+        case jax.tree_util.SequenceKey():
+            return str(key.idx)
+        case _:
+            return str(key.key)
+
+
+def placement(sharding: Any) -> Callable[[str], Any]:
+    """Returns the function path -> sharding for whatever stands for one.
+
+    Args:
+        sharding: None (the default device), one sharding for every leaf, a function of the path, or a tree of
+            shardings with the structure of the weights.
+
+    Returns:
+        The function; what it returns is a `Sharding` or None.
+    """
+    if sharding is None or isinstance(sharding, jax.sharding.Sharding):
+        return lambda path: sharding
+    if callable(sharding) and jax.tree_util.all_leaves([sharding]):  # a module of shardings may be callable as well
+        return sharding
+    return leaf_paths(sharding).__getitem__
+
+
+def save_tree(tree: Any, directory: Path, config: Mapping[str, Any], *, name: str = "model") -> str:
+    """Writes one tree and its `config.json`; returns the content hash. See `save_trees`."""
+    return save_trees({name: tree}, directory, config)
+
+
+def save_trees(trees: Mapping[str, Any], directory: Path, config: Mapping[str, Any]) -> str:
+    """Writes several trees into one directory, then its `config.json`.
+
+    Args:
+        trees: name of the file -> tree of arrays.
+        directory: where to; made when missing. Use `atomic_directory` around this to leave nothing half-written.
+        config: facts to store; keys `format_version`, `content_hash` and `content_hashes` are added.
+
+    Returns:
+        The content hash over all trees.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    hashes = {name: _write_shards(leaf_paths(tree), directory, name) for name, tree in trees.items()}
+    total = _combine(hashes)
+    record = {"format_version": FORMAT_VERSION, "content_hash": total, "content_hashes": hashes, **config}
+    with atomic_file(directory / "config.json") as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n")
+    return total
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Reads a directory's `config.json`; refuses formats of another version with a sentence that says what to do."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{directory} holds no config.json, so difffract did not write it; give a converted or diffusers directory."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); copy the directory again.") from None
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version is None:
+        raise UserError(f"{path} names no format_version, so difffract did not write it; give the converted directory.")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {version}, but this release reads {FORMAT_VERSION}; convert the source again."
+        )
+    return config
+
+
+def load_tree(
+    directory: Path, abstract: Any, *, name: str = "model", sharding: Any = None, verify: bool | None = None
+) -> Any:
+    """Loads one tree that `save_tree` or `save_trees` wrote.
+
+    Args:
+        directory: the directory.
+        abstract: a tree of the wanted structure with shapes and types, from `jax.eval_shape` of the constructor.
+            A leaf is cast when its type differs from the file's.
+        name: name of the tree's file.
+        sharding: where the leaves go, see `placement`.
+        verify: compare the content hash; left out, it is compared for weights under `VERIFY_BELOW_BYTES`.
+    """
+    recorded = read_config(directory).get("content_hashes", {}).get(name)
+    files = open_shards(directory, name)
+    tensors = {key: file for file in files for key in file.tensors}
+    leaves = leaf_paths(abstract)
+    problems = _compare(tensors, leaves)
+    if problems:
+        raise UserError(f"{directory / name}.safetensors does not fit its config: {'; '.join(cap(problems))}.")
+    if verify is None:
+        verify = sum(file.path.stat().st_size for file in files) < VERIFY_BELOW_BYTES
+    if verify and recorded != content_hash({key: file[key] for key, file in tensors.items()}):
+        raise UserError(
+            f"The weights in {directory / name}.safetensors differ from their recorded hash; copy them again."
+        )
+    target = placement(sharding)
+    # `np.array` copies out of the map: a zero-copy `device_put` would keep the weights tied to the file.
+    arrays = [jax.device_put(np.array(tensors[p][p], dtype=leaf.dtype), target(p)) for p, leaf in leaves.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+def cap(problems: list[str], most: int = 12) -> list[str]:
+    """Shortens a list of problems to what fits a terminal, saying how many more there are."""
+    return problems if len(problems) <= most else [*problems[:most], f"(+{len(problems) - most} more)"]
+
+
+def _write_shards(leaves: Mapping[str, Any], directory: Path, name: str) -> str:
+    write_sharded(
+        directory, name, {path: (np.dtype(leaf.dtype), leaf.shape) for path, leaf in leaves.items()}, leaves.__getitem__
+    )
+    return content_hash(leaves)
+
+
+def content_hash(tensors: Mapping[str, Any]) -> str:
+    """Returns the hash of named arrays described in the module docstring."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {np.dtype(value.dtype).name} {tuple(value.shape)}\n".encode())
+        digest.update(raw_bytes(value))
+    return digest.hexdigest()
+
+
+def tree_hash(trees: Mapping[str, Any]) -> str:
+    """Returns the content hash that `save_trees` would record for these trees: their identity, saved or not."""
+    return _combine({name: content_hash(leaf_paths(tree)) for name, tree in trees.items()})
+
+
+def _combine(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()
+
+
+def _compare(tensors: Mapping[str, TensorFile], leaves: Mapping[str, Any]) -> list[str]:
+    """Names every difference between the tensors of the files and the leaves wanted."""
+    problems = [f"{path} is missing" for path in leaves if path not in tensors]
+    problems += [f"{path} is unknown" for path in tensors if path not in leaves]
+    for path in tensors.keys() & leaves.keys():
+        info = tensors[path].tensors[path]
+        if info.shape != tuple(leaves[path].shape):
+            problems.append(f"{path} has shape {info.shape}, expected {tuple(leaves[path].shape)}")
+        elif info.dtype not in DTYPES:
+            problems.append(f"{path} has type {info.dtype}, which is not understood")
+    return sorted(problems)

@@ -1,0 +1,145 @@
+"""The command line: help that teaches, exit statuses, one sentence per failure, and a circuit from end to end."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from commands import Run, run_command
+
+from difffract_jax.cli import main as cli
+from random_graphs import random_output_graph
+
+COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
+COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "combine difference", "compare", "export")
+COMMANDS += ("harvest", "plan", "train", "evaluate", "steer", "features", "heads", "effects", "validate")
+
+
+@pytest.fixture
+def difffract(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs `difffract ARGUMENTS` in this process."""
+
+    return partial(run_command, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_with_an_example(command: str, difffract: Callable[..., Run]) -> None:
+    run = difffract(*command.split(), "--help")
+    assert run.status == 0
+    assert f"Example: difffract {command}" in " ".join(run.out.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_named_in_the_help_of_its_group(command: str, difffract: Callable[..., Run]) -> None:
+    *group, name = command.split()
+    assert re.search(rf"^│ {name} ", difffract(*group, "--help").out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("code", ["import difffract_jax", "from difffract_jax.cli.main import main; main()"])
+def test_importing_and_asking_for_help_take_less_than_a_second_and_a_half(code: str) -> None:
+    # Processor time, which is what the clock shows on a quiet machine, and the same on a busy one.
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code, "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert 0 < min(times) < 1.5
+
+
+def test_the_version_is_told(difffract: Callable[..., Run]) -> None:
+    assert difffract("--version").out.startswith("difffract_jax 0.")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nothing",),
+        ("trace", "model"),
+        ("generate",),
+        ("generate", "model", "prompt", "--steps", "many"),
+        ("generate", "model", "prompt", "--noise", "numpy"),
+        ("prune", "graph.npz", "--mode", "other"),
+        ("export", "graph.npz"),
+        ("export", "graph.npz", "--format", "pdf", "--out", "a.pdf"),
+        ("combine", "average"),
+        ("combine", "difference", "a.npz"),
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callable[..., Run]) -> None:
+    run = difffract(*arguments)
+    assert run.status == 2
+    assert run.out == "" or arguments == ("generate",)
+    assert "Traceback" not in run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate", "m", "p", "--out", "image.bmp"), "The output file must end in .png, but got image.bmp."),
+        (("generate", "m", "p", "--out", "no/image.png"), "The folder no of the output file image.png does not exist"),
+        (("generate", "m", "p", "--steps", "0"), "`steps` was 0, but input should be greater than or equal to 1"),
+        (("generate", "m", "p", "--set", "step=1"), "`step` is no setting; did you mean `steps`?"),
+        (("generate", "m", "p", "--config", "no.yaml"), "no.yaml: No such file or directory."),
+        (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
+        (("prune", "no.npz"), "no.npz"),
+        (("compare", "no.npz", "no.npz"), "no.npz"),
+        (("supernodes", "no.npz"), "no.npz does not exist; give a graph file"),
+        (("supernodes", "no.npz", "--set-supernode", "a"), "'a' is not of the form NAME=node,node"),
+        (("combine", "average", "no.npz", "--out", "a.json"), "must end in .npz, but got a.json"),
+        (("export", "no.npz", "--format", "graphml", "--out", "g.json"), "must end in .graphml, but got g.json"),
+        (
+            ("export", "no.npz", "--format", "csv", "--out", "no/csv"),
+            "The folder no of the output file csv does not exist",
+        ),
+        (("prune", "g.npz", "--node-threshold", "1.5"), "`node_threshold` was 1.5, but input should be less than or"),
+    ],
+)
+def test_a_failure_is_one_sentence(
+    arguments: tuple[str, ...],
+    told: str,
+    difffract: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = difffract(*arguments)
+    assert (run.status, run.out) == (1, "")
+    assert run.err.startswith("Error: ") and run.err.count("\n") == 1
+    assert told in run.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(difffract: Callable[..., Run]) -> None:
+    with pytest.raises(ValueError, match="must end in .png"):
+        difffract("generate", "m", "p", "--out", "image.bmp", "--debug")
+
+
+def test_an_interruption_exits_with_130(difffract: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "provenance", interrupted)
+    run = difffract("generate", "m", "p")
+    assert run.status == 130
+    assert "Traceback" not in run.err
+
+
+def test_a_dry_run_prints_the_resolved_settings(difffract: Callable[..., Run]) -> None:
+    run = difffract("generate", "m", "a fox", "--set", "steps=2", "--dry-run", "--json")
+    assert run.status == 0
+    assert json.loads(run.out)["settings"]["steps"] == 2
+
+
+def test_a_graph_that_knows_no_feature_of_a_step_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    graph = random_output_graph(3)
+    cli._warn("", graph)
+    assert capsys.readouterr().err == ""
+    cli._warn("", graph.with_provenance(steps=(0, 1, 2)))
+    told = capsys.readouterr().err
+    assert told.startswith("Warning: no feature of step 2 was expanded") and "lower --expansion-batch" in told

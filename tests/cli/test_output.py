@@ -1,0 +1,88 @@
+"""What is printed: tables for people, JSON for machines, progress apart from both; images that know their origin."""
+
+import json
+import re
+
+import numpy as np
+from PIL import Image
+
+from difffract_jax.cli.output import (
+    emit,
+    expanded_by_step,
+    graph_summary,
+    parameter_counts,
+    progress,
+    save_image,
+)
+from difffract_jax.graphs.graph import FEATURE
+from difffract_jax.graphs.names import node_names
+from difffract_jax.models.tiny import random_pipeline
+from random_graphs import random_graph, random_output_graph
+
+RESULT = {
+    "name": "x",
+    "share": 0.123456789,
+    "rows": [{"from": "img/0/f1", "attribution": 1.5}, {"from": "b", "attribution": 2}],
+}
+
+
+def test_machines_get_one_json_object(capsys):
+    emit(RESULT, as_json=True)
+    assert json.loads(capsys.readouterr().out) == RESULT
+
+
+def test_people_get_every_value_in_a_table(capsys):
+    emit(RESULT)
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("name", "0.1235", "rows", "from", "img/0/f1", "1.5"))
+
+
+def test_a_long_value_is_wrapped_and_not_cut(capsys):
+    address = "http://localhost/" + "x" * 300
+    emit({"open": address})
+    assert address in "".join(capsys.readouterr().out.split())
+
+
+def test_progress_goes_to_the_error_stream(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a bar is drawn on terminals alone
+    with progress("Working") as advance:
+        advance(1, 2)
+    out, err = capsys.readouterr()
+    assert out == "" and "Working" in err
+
+
+def test_an_image_carries_how_it_was_made(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 4, 3)).astype(np.uint8)
+    save_image(pixels, tmp_path / "a.png", {"seed": 3, "prompt": "ein Füchs"})
+    with Image.open(tmp_path / "a.png") as image:
+        assert np.array_equal(np.asarray(image), pixels)
+        assert json.loads(image.text["difffract_jax"]) == {"seed": 3, "prompt": "ein Füchs"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_summary_counts_nodes_and_names_the_strongest_sources():
+    graph = random_graph(3)
+    told = graph_summary(graph, most=3)
+    assert sum(told["nodes"].values()) == graph.node_kind.size and told["edges"] == graph.edge_source.size
+    assert told["nodes"]["feature"] == np.sum(graph.node_kind == FEATURE)
+    incoming = np.abs(graph.edge_attribution[graph.edge_target == graph.target])
+    assert [abs(row["attribution"]) for row in told["strongest sources"]] == sorted(map(float, incoming))[::-1][:3]
+
+
+def test_a_summary_tells_which_steps_features_were_expanded_in():
+    graph = random_output_graph(3)
+    names = [name for node, name in enumerate(node_names(graph)) if node in set(graph.target_node.tolist())]
+    features = [name for name in names if re.search(r"/f\d", name)]
+    early, late = (sum(name.endswith(f"#{step}") for name in features) for step in (0, 1))
+    assert early + late == len(features) and late > 0
+    assert expanded_by_step(graph) == {0: early, 1: late}
+    told = graph_summary(graph.with_provenance(steps=(0, 1, 2)))
+    assert told["features expanded"] == f"step 0: {early}, step 1: {late}, step 2: 0"
+    assert "features expanded" not in graph_summary(random_graph(3))
+
+
+def test_parameters_are_counted_per_part():
+    pipe = random_pipeline()
+    counts = parameter_counts(pipe)
+    assert list(counts) == [f"{name} parameters" for name in ("transformer", "t5", "clip", "vae")]
+    assert parameter_counts(pipe.transformer) == {"transformer parameters": counts["transformer parameters"]}

@@ -1,0 +1,147 @@
+"""Files: whole or not at all, and a safetensors format that the safetensors library agrees with."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as official
+
+from difffract_jax.config import UserError
+from difffract_jax.storage import files
+from difffract_jax.storage.files import (
+    TensorFile,
+    atomic_directory,
+    atomic_file,
+    open_shards,
+    read_array,
+    sample_hash,
+    write_sharded,
+)
+
+TENSORS = {
+    "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
+    "half": np.linspace(-2, 2, 5).astype(ml_dtypes.bfloat16),
+    "scalar": np.array(3, np.int64),
+    "flags": np.array([True, False, True]),
+    "empty": np.zeros((0, 7), np.float32),
+}
+
+
+def write(directory, tensors=TENSORS, stem="model"):
+    kinds = {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    write_sharded(directory, stem, kinds, tensors.__getitem__)
+
+
+def equal(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def test_the_safetensors_library_reads_what_is_written(tmp_path):
+    write(tmp_path)
+    read = official.load_file(tmp_path / "model.safetensors")
+    assert read.keys() == TENSORS.keys()
+    assert all(equal(read[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_what_the_safetensors_library_writes_is_read(tmp_path):
+    official.save_file(TENSORS, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    file = TensorFile(tmp_path / "a.safetensors")
+    assert file.missing_bytes == 0
+    assert all(equal(file[name], TENSORS[name]) for name in TENSORS)
+
+
+def test_large_sets_are_split_into_shards_with_an_index(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SHARD_BYTES", 50)
+    write(tmp_path)
+    shards = open_shards(tmp_path, "model")
+    assert [shard.path.name for shard in shards] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert {name for shard in shards for name in shard.tensors} == TENSORS.keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 40, (2).to_bytes(8, "little") + b"[]", bytes(8)])
+def test_a_file_without_a_header_is_refused(tmp_path, content):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="broken.safetensors"):
+        TensorFile(path)
+
+
+def test_a_header_that_contradicts_its_shapes_is_refused(tmp_path):
+    header = b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(UserError, match="no valid safetensors header"):
+        TensorFile(tmp_path / "a.safetensors")
+
+
+def test_missing_and_truncated_shards_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SHARD_BYTES", 50)
+    write(tmp_path)
+    second = tmp_path / "model-00002-of-00002.safetensors"
+    second.write_bytes(second.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors \(by 2 bytes\)"):
+        open_shards(tmp_path, "model")
+    second.unlink()
+    with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
+        open_shards(tmp_path, "model")
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failed_directory_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), atomic_directory(tmp_path / "sub" / "out") as partial:
+        (partial / "half.txt").write_text("half")
+        raise error
+    assert list((tmp_path / "sub").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_failed_file_leaves_the_old_one(tmp_path, error):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(error), atomic_file(tmp_path / "a.txt") as partial:
+        partial.write_text("new")
+        raise error
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_finished_directory_replaces_the_old_one_only_when_asked(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with atomic_directory(out) as partial:  # an empty directory may be filled
+        (partial / "a.txt").write_text("first")
+    with pytest.raises(UserError, match="exists already"), atomic_directory(out):
+        pass
+    with atomic_directory(out, overwrite=True) as partial:
+        (partial / "b.txt").write_text("second")
+        assert (out / "a.txt").exists()
+    assert [path.name for path in out.iterdir()] == ["b.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_sampled_hash_knows_names_sizes_beginnings_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 16)
+    (tmp_path / "part").mkdir()
+    write(tmp_path / "part")
+    path, seen = tmp_path / "part" / "model.safetensors", {sample_hash(tmp_path)}
+    whole = path.read_bytes()
+    for changed in (whole[:-1] + b"?", b"?" + whole[1:], whole + b"?"):
+        path.write_bytes(changed)
+        seen.add(sample_hash(tmp_path))
+    path.write_bytes(whole)
+    path.rename(tmp_path / "part" / "other.safetensors")
+    assert len(seen | {sample_hash(tmp_path)}) == 5
+    path.with_name("other.safetensors").rename(path)
+    assert sample_hash(tmp_path) in seen
+
+
+def test_one_array_is_read_and_nothing_else(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(3))
+    assert read_array(tmp_path / "a.npy").tolist() == [0, 1, 2]
+    np.savez(tmp_path / "b.npz", a=np.ones(1), b=np.ones(1))
+    with pytest.raises(UserError, match="holds several arrays, but one is wanted"):
+        read_array(tmp_path / "b.npz")
+    (tmp_path / "c.npy").write_bytes(b"neither")
+    (tmp_path / "d.npy").write_bytes(b"")
+    for name in ("c.npy", "d.npy"):
+        with pytest.raises(UserError, match=f"{name} is no readable .npy file"):
+            read_array(tmp_path / name)
