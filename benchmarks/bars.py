@@ -35,7 +35,7 @@ from difffract_jax.circuits.frozen.replacement import run as run_replacement  # 
 from difffract_jax.circuits.frozen.targets import Targets, preactivations  # noqa: E402
 from difffract_jax.circuits.notation.feature import Feature  # noqa: E402
 from difffract_jax.cli.output import emit  # noqa: E402
-from difffract_jax.graphs.compare import compare  # noqa: E402
+from difffract_jax.graphs.comparison import compare  # noqa: E402
 from difffract_jax.graphs.files.reference_json import from_document  # noqa: E402
 from difffract_jax.graphs.graph import FEATURE, Graph, conservation_scale  # noqa: E402
 from difffract_jax.graphs.pruning import prune  # noqa: E402

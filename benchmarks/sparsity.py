@@ -28,11 +28,11 @@ from matplotlib.figure import Figure
 from difffract_jax.loading import load_pipeline, load_transcoders, save_transcoders
 from difffract_jax.organism.world import scenes
 from difffract_jax.storage.checkpoint import atomic_file
-from difffract_jax.transcoders.evaluate import Sums, measures, row_sums
+from difffract_jax.transcoders.evaluation import Sums, measures, row_sums
 from difffract_jax.transcoders.settings import HarvestConfig, TrainConfig
 from difffract_jax.transcoders.sources import open_sampler
 from difffract_jax.transcoders.store import open_store, write_store
-from difffract_jax.transcoders.train import Watch, train
+from difffract_jax.transcoders.training import Watch, train
 
 WORLD = 50_000
 """World of the captions; another than those of training and scores."""

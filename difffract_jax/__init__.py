@@ -1,28 +1,32 @@
 """Circuit tracing for FLUX diffusion transformers in JAX.
 
-The packages, each importing only from those above it:
+Packages and modules, each importing only from those above it:
 
-    config address ops checkpoint sharding  settings, places, pure maths, files, meshes; display: how objects show
-    models                                  MM-DiT, T5, CLIP, autoencoder, sampler, pipeline: prompt -> image
-    transcoders                             sparse stand-ins for the model's MLPs
-    converters                              PyTorch checkpoints -> ours, by rule tables (a package beside this one)
-    circuits                                capture -> replacement -> attribution -> graph -> pruning, interventions
-    studies                                 what edits do to images, measured; what features stand for
-    dashboards                              reports that people look at, one HTML file each
-    loading cli                             models and transcoders by name or directory; the `difffract` command
+    config address ops display    settings; the order of streams, blocks, sites and rows; pure maths; how objects show
+    storage                       files written whole or not at all, trees of arrays in them
+    graphs                        what a circuit is once it is traced: pruned, grouped, compared, exported (NumPy only)
+    sharding                      meshes and sharding rules
+    models                        MM-DiT as a tuple of stacks, T5, CLIP, autoencoder, sampler: prompt -> image
+    organism                      the embedded model: its world, scorer, training, weights
+    transcoders                   sparse stand-ins for the model's MLPs, harvested, trained, evaluated
+    converters                    PyTorch checkpoints -> ours, by rule tables (a package beside this one)
+    circuits                      a run recorded, frozen, attributed; features edited; graphs checked
+    studies dashboards loading    the paper's questions; reports; models and transcoders by name or directory
+    cli                           the `difffract` command
 
-In a few lines:
+In a few lines, on the embedded model:
 
     import difffract_jax as dfx
-    pipe, tcs = dfx.load_pipeline("flux"), dfx.load_transcoders("transcoders")
-    trace = dfx.capture(pipe, tcs, "a red circle left of a blue square", seed=0, step=1)
-    graph = dfx.attribute(trace, tcs, target=dfx.Feature.parse("img/2/f401@12"))
+    pipe, tcs = dfx.load_pipeline("organism"), dfx.load_transcoders("organism")
+    trace = dfx.prepare(dfx.capture(pipe, tcs, "a red circle left of a blue square", seed=0, step=1), tcs)
+    graph = dfx.attribute(trace, tcs, target=dfx.strongest_feature(trace, tcs, "img", 1), max_nodes=50)
     dfx.prune(graph).save("circuit.npz")
 
+What is used less often lies in the namespaces `dfx.graphs`, `dfx.circuits`, `dfx.transcoders` and `dfx.models`.
 The names below are loaded on first use, so that importing this package costs nothing.
 """
 
-from importlib import import_module
+from difffract_jax.namespaces import lazy
 
 __version__ = "0.1.0"
 
@@ -45,25 +49,21 @@ _HOME = {
     "Feature": "difffract_jax.circuits.notation.feature",
     "Graph": "difffract_jax.graphs.graph",
     "prune": "difffract_jax.graphs.pruning",
-    "compare": "difffract_jax.graphs.compare",
-    "read_graph": "difffract_jax.graphs.compare",
+    "compare": "difffract_jax.graphs.comparison",
+    "read_graph": "difffract_jax.graphs.comparison",
     "Edit": "difffract_jax.circuits.editing.interventions",
     "steer": "difffract_jax.circuits.editing.interventions",
     "sweep": "difffract_jax.circuits.editing.sweeps",
     "rank_features": "difffract_jax.circuits.editing.ranking",
     "load_labels": "difffract_jax.loading",
+    "models": "difffract_jax.models",
+    "transcoders": "difffract_jax.transcoders",
+    "circuits": "difffract_jax.circuits",
+    "graphs": "difffract_jax.graphs",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> object:
-    """Imports the module of a public name when the name is first used (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'difffract_jax' has no attribute '{name}'")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+__getattr__, _names = lazy(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -21,7 +21,7 @@ SIZES: dict[str, Any] = {"height": 32, "width": 32, "text_tokens": 16, "steps": 
 MOST, WIDE = 15, 600
 WITH_HTML = ("load_pipeline", "random_pipeline", "load_transcoders", "random_transcoders", "capture", "capture_steps")
 WITH_HTML += ("attribute", "Graph", "prune", "read_graph")
-WITHOUT_VALUE = {"__version__", "UserError"}
+WITHOUT_VALUE = {"__version__", "UserError", "models", "transcoders", "circuits", "graphs"}
 
 
 @pytest.fixture(scope="module")

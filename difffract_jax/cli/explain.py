@@ -50,7 +50,7 @@ def heads(
     from difffract_jax.circuits.effects import heads as by_head
     from difffract_jax.circuits.effects.attention import score_parts
     from difffract_jax.cli.output import emit
-    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.comparison import read_graph
     from difffract_jax.graphs.names import node_names
     from difffract_jax.loading import load_pipeline, load_transcoders
 

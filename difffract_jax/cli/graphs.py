@@ -74,7 +74,7 @@ def prune(
     opt.check_out(settings.out, ".npz")
     from difffract_jax.cli.output import emit, graph_summary
     from difffract_jax.graphs import pruning
-    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.comparison import read_graph
     from difffract_jax.graphs.json_values import plain
 
     whole = read_graph(settings.graph)
@@ -106,7 +106,7 @@ def supernodes(
     from difffract_jax.cli.output import emit
     from difffract_jax.config import resolve
     from difffract_jax.graphs import supernodes as grouping
-    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.comparison import read_graph
     from difffract_jax.graphs.names import node_names
 
     by_hand = dict(map(grouping.parse_assignment, set_supernode or ()))
@@ -154,7 +154,7 @@ def combine_difference(
 def _read(paths: list[Path], out: Path) -> list[Any]:
     """Reads graphs, each with its file's name; refuses an output that cannot be written first."""
     opt.check_out(out, ".npz")
-    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.comparison import read_graph
 
     return [read_graph(path).with_provenance(file=path.name) for path in paths]
 
@@ -177,7 +177,7 @@ def compare(a: opt.GraphFile, b: opt.GraphFile, json: opt.Json = False) -> None:
     Example: `difffract compare graph.npz reference_graph.json --json`
     """
     from difffract_jax.cli.output import emit
-    from difffract_jax.graphs import compare as comparing
+    from difffract_jax.graphs import comparison as comparing
 
     emit(comparing.compare(comparing.read_graph(a), comparing.read_graph(b))._asdict(), as_json=json)
 
@@ -208,7 +208,7 @@ def export(
     settings = opt.settings_of(ExportConfig, locals() | {"labels": named})
     opt.check_out(settings.out, SUFFIXES[settings.format])
     from difffract_jax.cli.output import emit
-    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.comparison import read_graph
 
     shown = _write(read_graph(settings.graph), settings)
     emit({"exported": str(settings.out), "format": settings.format} | shown, as_json=json)

@@ -173,8 +173,8 @@ def _train(settings: TrainConfig, resume: bool) -> Any:
     from difffract_jax.transcoders.processes import is_first, together
     from difffract_jax.transcoders.setup import open_mesh
     from difffract_jax.transcoders.store import open_store
-    from difffract_jax.transcoders.train import Watch
-    from difffract_jax.transcoders.train import train as run
+    from difffract_jax.transcoders.training import Watch
+    from difffract_jax.transcoders.training import train as run
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax's threads log what the command then tells
     mesh, sae = open_mesh(settings), settings.role == "sae"
@@ -220,8 +220,8 @@ def evaluate(
     settings = opt.settings_of(EvaluateConfig, given)
     from difffract_jax.cli.output import emit, progress
     from difffract_jax.loading import load_transcoders
-    from difffract_jax.transcoders.evaluate import evaluate as measure
-    from difffract_jax.transcoders.evaluate import read_run
+    from difffract_jax.transcoders.evaluation import evaluate as measure
+    from difffract_jax.transcoders.evaluation import read_run
     from difffract_jax.transcoders.evaluation_report import points, write_report
 
     runs = {path: read_run(path) for path in (settings.run, *settings.pareto)}

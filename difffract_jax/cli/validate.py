@@ -56,7 +56,7 @@ def validate(
     from difffract_jax.circuits.checks.validation import at_size, failures
     from difffract_jax.circuits.checks.validation import validate as hold
     from difffract_jax.cli.output import emit, progress
-    from difffract_jax.graphs.compare import read_graph
+    from difffract_jax.graphs.comparison import read_graph
     from difffract_jax.loading import load_pipeline, load_transcoders
 
     read = read_graph(settings.graph)

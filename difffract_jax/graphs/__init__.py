@@ -5,12 +5,41 @@ graph           the graph and its file
 provenance      where a graph comes from; json_values: frozen types as JSON
 summary         what a graph says of itself
 names           what nodes are called
-aggregate       sums over positions
+aggregation     sums over positions
 influence       how much each node bears on another, on a graph without cycles
-scores          how much of a graph its features explain, rather than errors
+scoring         how much of a graph its features explain, rather than errors
 pruning         which nodes and edges to keep
 supernodes      features that do the same, grouped
 combine         averages and differences of circuits over prompts and seeds
-compare         two graphs side by side; any readable file as a graph
+comparison      two graphs side by side; any readable file as a graph
 files           formats of other tools, read and written
+
+The names below are public: `from difffract_jax import graphs`, then `graphs.prune`. Loaded on first use.
 """
+
+from difffract_jax.namespaces import lazy
+
+_HOME = {
+    "Graph": "difffract_jax.graphs.graph",
+    "Provenance": "difffract_jax.graphs.provenance",
+    "read_graph": "difffract_jax.graphs.comparison",
+    "compare": "difffract_jax.graphs.comparison",
+    "prune": "difffract_jax.graphs.pruning",
+    "aggregate": "difffract_jax.graphs.aggregation",
+    "scores": "difffract_jax.graphs.scoring",
+    "node_influence": "difffract_jax.graphs.influence",
+    "find_supernodes": "difffract_jax.graphs.supernodes",
+    "edit_supernodes": "difffract_jax.graphs.supernodes",
+    "average": "difffract_jax.graphs.combine",
+    "difference": "difffract_jax.graphs.combine",
+    "node_names": "difffract_jax.graphs.names",
+    "find_nodes": "difffract_jax.graphs.names",
+    "write_reference_json": "difffract_jax.graphs.files.reference_json",
+    "write_viewer_json": "difffract_jax.graphs.files.viewer_json",
+    "write_csv": "difffract_jax.graphs.files.tables",
+    "write_graphml": "difffract_jax.graphs.files.tables",
+    "write_feature_files": "difffract_jax.graphs.files.feature_files",
+}
+
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = lazy(__name__, _HOME)

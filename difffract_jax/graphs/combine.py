@@ -21,7 +21,7 @@ from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, OUTPUT, REST, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import FILE_KEYS, Combined, KnownRun, Origin, Provenance

@@ -25,11 +25,11 @@ from jaxtyping import Bool, Float64
 from numpy.typing import NDArray
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, INPUT, Graph, keep
 from difffract_jax.graphs.influence import column_shares, graph_reach, node_influence
 from difffract_jax.graphs.provenance import PruningScores, PruningSettings
-from difffract_jax.graphs.scores import scores
+from difffract_jax.graphs.scoring import scores
 
 MODES = ("standard", "difffract")
 

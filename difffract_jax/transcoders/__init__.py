@@ -1,4 +1,37 @@
 """Sparse stand-ins for the model's MLP sublayers.
 
 transcoder      the module: time-conditioned sparse code of an MLP's input, decoded into its output
+sites           which MLP sublayers have one
+settings        of the commands; setup, recipe: from settings to what is run
+prompts         an order of prompts; sources, harvest, store, buffer: rows to train on
+objective       losses; active: codes of few features; state, step: one update
+training        a run, its checkpoints and logs; processes: of several hosts; sweep: of several recipes
+codes           what features do over many prompts
+replaced        the model with MLPs replaced; evaluation: how faithful that is; scored: by the organism's scorer
+plan            will a run fit a topology?
+
+The names below are public: `from difffract_jax import transcoders`, then `transcoders.train`; loaded on first use.
 """
+
+from difffract_jax.namespaces import lazy
+
+_HOME = {
+    "Transcoder": "difffract_jax.transcoders.transcoder",
+    "TranscoderConfig": "difffract_jax.transcoders.transcoder",
+    "TranscoderSet": "difffract_jax.transcoders.transcoder",
+    "random_transcoders": "difffract_jax.transcoders.transcoder",
+    "Sites": "difffract_jax.transcoders.sites",
+    "parse_sites": "difffract_jax.transcoders.sites",
+    "sites_of": "difffract_jax.transcoders.sites",
+    "TrainConfig": "difffract_jax.transcoders.settings",
+    "EvaluateConfig": "difffract_jax.transcoders.settings",
+    "train": "difffract_jax.transcoders.training",
+    "evaluate": "difffract_jax.transcoders.evaluation",
+    "Sampler": "difffract_jax.transcoders.harvest",
+    "reduced_codes": "difffract_jax.transcoders.codes",
+    "estimate": "difffract_jax.transcoders.plan",
+    "open_topology": "difffract_jax.transcoders.plan",
+}
+
+__all__ = [*_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+__getattr__, __dir__ = lazy(__name__, _HOME)

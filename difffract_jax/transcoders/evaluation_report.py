@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from difffract_jax.storage.checkpoint import atomic_directory
-from difffract_jax.transcoders.evaluate import DENSITY_EDGES, Evaluation
+from difffract_jax.transcoders.evaluation import DENSITY_EDGES, Evaluation
 
 MEASURES = (
     "FVU: squared error over the variance of y about its mean per step. L0: active features per row. "

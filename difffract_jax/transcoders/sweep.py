@@ -11,7 +11,7 @@ from typing import Literal
 
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.train import SETTINGS, check_directory
+from difffract_jax.transcoders.training import SETTINGS, check_directory
 
 ROLES: tuple[Literal["transcoder", "sae"], ...] = ("transcoder", "sae")
 

@@ -15,7 +15,7 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.dashboards.pictures import HEAT, STRONGEST, enlarged, figure_address, heat_over, png_address
 from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
 from difffract_jax.dashboards.render import Picture, Section, drawing, render, shown, write_report
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.provenance import KnownRun
 from difffract_jax.graphs.pruning import node_influence

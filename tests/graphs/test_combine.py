@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.combine import average, difference
-from difffract_jax.graphs.compare import compare
+from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.graph import ERROR, OUTPUT, REST, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import KnownRun, Origin, Provenance

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, REST
 from difffract_jax.graphs.provenance import PruningSettings
 from difffract_jax.graphs.pruning import cumulative_shares, largest, node_influence, prune, top_share

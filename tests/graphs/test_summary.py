@@ -9,7 +9,7 @@ import pytest
 
 from difffract_jax.config import UserError
 from difffract_jax.graphs import summary
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.reference_json import from_document, to_document
 from difffract_jax.graphs.graph import FEATURE, KINDS, Graph
 from difffract_jax.graphs.names import node_names

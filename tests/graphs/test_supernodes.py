@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.config import UserError, resolve
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.names import find_nodes, node_names
 from difffract_jax.graphs.provenance import GroupingSettings

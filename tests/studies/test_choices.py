@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from difffract_jax.circuits.effects.readings import effects, predict
 from difffract_jax.circuits.trace.capture import capture
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.organism.captions import parse

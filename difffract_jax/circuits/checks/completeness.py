@@ -39,7 +39,7 @@ from difffract_jax.circuits.effects.readings import Mode, edited
 from difffract_jax.circuits.frozen.encoding import ReplacedSites, site
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.influence import levels
 from difffract_jax.graphs.pruning import node_influence

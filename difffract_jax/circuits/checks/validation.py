@@ -30,7 +30,7 @@ from difffract_jax.circuits.checks.variants import push_edges
 from difffract_jax.circuits.effects.readings import Mode
 from difffract_jax.circuits.frozen.replacement import run
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, OUTPUT, REST, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import node_influence, prune

@@ -17,7 +17,7 @@ import numpy as np
 
 from difffract_jax.address import LATENT, STREAMS
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, Graph
 from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.storage.files import atomic_file

@@ -29,12 +29,12 @@ from jaxtyping import Int64
 from difffract_jax import __version__
 from difffract_jax.address import IMG, LATENT, STREAMS, TXT
 from difffract_jax.config import UserError, ViewerOptions
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
 from difffract_jax.graphs.json_values import plain
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence
-from difffract_jax.graphs.scores import scores
+from difffract_jax.graphs.scoring import scores
 from difffract_jax.storage.files import atomic_file
 
 Flavour = Literal["circuit-tracer", "neuronpedia"]

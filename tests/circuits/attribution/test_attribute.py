@@ -12,7 +12,7 @@ from difffract_jax.circuits.attribution.selection import site_preactivations
 from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
-from difffract_jax.graphs.compare import compare
+from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.files.reference_json import from_document
 from difffract_jax.graphs.graph import FEATURE, INPUT, REST
 from difffract_jax.graphs.pruning import prune

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.circuits.attribution.expansion import compact
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST
 from random_graphs import expand, random_edges, random_graph, random_table
 from tolerances import TOL

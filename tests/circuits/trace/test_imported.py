@@ -13,7 +13,7 @@ from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.trace.imported import load_trace
 from difffract_jax.cli import main as cli
 from difffract_jax.config import UserError
-from difffract_jax.graphs.compare import compare
+from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.models.activations import ARRAYS, read_activations, write_activations
 from tolerances import REFERENCE, TOL, relative_error

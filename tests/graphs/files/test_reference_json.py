@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.compare import compare
+from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.files.reference_json import (
     from_document,
     read_reference_json,

@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
-from difffract_jax.graphs.compare import compare, read_graph
+from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.comparison import compare, read_graph
 from difffract_jax.graphs.files import viewer_json
 from difffract_jax.graphs.files.viewer_document import graph_of, read_document, unpair, write_document
 from difffract_jax.graphs.files.viewer_json import ViewerOptions, cantor, to_document, viewer_url, write_viewer_json
 from difffract_jax.graphs.graph import ERROR, FEATURE, OUTPUT, REST, keep
 from difffract_jax.graphs.provenance import KnownRun
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence, prune
-from difffract_jax.graphs.scores import scores
+from difffract_jax.graphs.scoring import scores
 from difffract_jax.graphs.supernodes import find_supernodes
 from random_graphs import random_graph, random_output_graph
 

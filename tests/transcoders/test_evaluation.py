@@ -10,7 +10,7 @@ import pytest
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import model_velocity
 from difffract_jax.models.tiny import TINY, random_pipeline
-from difffract_jax.transcoders.evaluate import evaluate, psnr, row_sums, ssim
+from difffract_jax.transcoders.evaluation import evaluate, psnr, row_sums, ssim
 from difffract_jax.transcoders.evaluation_report import write_report
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of

@@ -19,7 +19,7 @@ from difffract_jax.transcoders.harvest import Chunk
 from difffract_jax.transcoders.objective import Rows
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import sites_of
-from difffract_jax.transcoders.train import Watch, train
+from difffract_jax.transcoders.training import Watch, train
 from tolerances import TOL, relative_error
 
 WIDTH = 8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.aggregate import aggregate
-from difffract_jax.graphs.compare import compare, read_graph
+from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.comparison import compare, read_graph
 from difffract_jax.graphs.files.reference_json import write_reference_json
 from difffract_jax.graphs.graph import keep
 from random_graphs import random_graph

@@ -39,7 +39,7 @@ from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced,
 from difffract_jax.transcoders.scored import accuracies
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from difffract_jax.transcoders.sources import Caption, open_sampler
-from difffract_jax.transcoders.train import SETTINGS
+from difffract_jax.transcoders.training import SETTINGS
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, keep
 from difffract_jax.graphs.pruning import prune
-from difffract_jax.graphs.scores import scores
+from difffract_jax.graphs.scoring import scores
 from random_graphs import random_graph, random_output_graph
 from tolerances import TOL
 

@@ -16,7 +16,7 @@ from scipy import stats
 from difffract_jax.address import STREAMS
 from difffract_jax.config import UserError
 from difffract_jax.display import number_text, text_of
-from difffract_jax.graphs.aggregate import aggregate
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.reference_json import read_reference_json
 from difffract_jax.graphs.files.viewer_document import graph_of, read_document
 from difffract_jax.graphs.graph import ERROR, INPUT, KINDS, REST, Graph
