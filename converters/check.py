@@ -70,11 +70,11 @@ def check(source: str | Path, pipe: Pipeline, *, tolerance: float = TOLERANCE) -
         One row per text encoder, block, and whole.
 
     Raises:
-        UserError: if `source` is no diffusers directory, or of other shapes than the pipeline.
+        UserError: if `source` is not a diffusers directory, or of other shapes than the pipeline.
     """
     directory = Path(source)
     if not is_diffusers_directory(directory):
-        raise UserError(f"{directory} is no diffusers directory; give the one that the pipeline was converted from.")
+        raise UserError(f"{directory} is not a diffusers directory; give the one that the pipeline was converted from.")
     theirs = pipeline_config(directory)
     other = [
         name for name in ("transformer", "t5", "clip", "vae") if getattr(theirs, name) != getattr(pipe.config, name)

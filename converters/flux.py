@@ -212,7 +212,7 @@ def flux_config_from_shapes(
     ]
     if missing:
         raise UserError(
-            f"The file is no FLUX.1 transformer in the original layout: it lacks {', '.join(missing)}; "
+            f"The file is not a FLUX.1 transformer in the original layout: it lacks {', '.join(missing)}; "
             "give the original release or a diffusers directory."
         )
     sizes: list[Any] = [shapes[key] for key in tell.values()]

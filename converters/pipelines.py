@@ -114,7 +114,7 @@ def convert_pipeline(
         sharding: where the leaves go, see `Sharding`.
 
     Raises:
-        UserError: when it is no FLUX.1 pipeline or a configuration is not understood.
+        UserError: when it is not a FLUX.1 pipeline or a configuration is not understood.
         ConversionError: naming every problem of the weights of all parts.
     """
     source = Path(source)
@@ -159,7 +159,7 @@ def abstract_module(module: Callable[..., Any], config: Any, dtype: Any = jnp.fl
 
 
 def check_architecture(home: Path) -> None:
-    """Refuses what is no FLUX.1 pipeline of diffusers."""
+    """Refuses what is not a FLUX.1 pipeline of diffusers."""
     index = read_json(home / "model_index.json", "a diffusers pipeline directory")
     name = index.get("_class_name")
     if name != "FluxPipeline":
@@ -170,7 +170,7 @@ def check_architecture(home: Path) -> None:
         if found not in classes:
             wrong.append(f"{part} is {found} instead of {' or '.join(classes)}")
     if wrong:
-        raise UserError(f"{home} is no plain FLUX.1 pipeline: {'; '.join(wrong)}.")
+        raise UserError(f"{home} is not a plain FLUX.1 pipeline: {'; '.join(wrong)}.")
 
 
 def pipeline_config(home: Path) -> PipelineConfig:

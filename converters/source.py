@@ -164,4 +164,4 @@ def _read_index(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{index} is no valid index of shards; download it again.") from None
+        raise UserError(f"{index} is not a valid index of shards; download it again.") from None

@@ -62,11 +62,11 @@ def record_activations(
         latents: packed starting noise, [img channels], instead of the seed's.
 
     Raises:
-        UserError: if the directory is no diffusers pipeline, the step or a size is out of range, or a value not finite.
+        UserError: if the directory is not a diffusers pipeline, a step or size is out of range, or a value not finite.
     """
     directory = Path(directory)
     if not is_diffusers_directory(directory):
-        raise UserError(f"{directory} is no diffusers directory; give one of a FluxPipeline.")
+        raise UserError(f"{directory} is not a diffusers directory; give one of a FluxPipeline.")
     config = pipeline_config(directory)
     run = plan_run(config, steps=steps, height=height, width=width, text_tokens=text_tokens, guidance=guidance)
     count = len(run.sigmas) - 1

@@ -332,7 +332,7 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"] if isinstance(part, str))
         if item["type"] == "extra_forbidden":
-            problems.append(f"`{key}` is no setting{nearest(key, _keys(cls))}")
+            problems.append(f"`{key}` is not a setting{nearest(key, _keys(cls))}")
         elif item["type"] == "missing":
             problems.append(f"`{key}` is missing")
         else:

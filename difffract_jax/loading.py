@@ -305,7 +305,7 @@ def _model_path(model: str | Path) -> Path:
     if path.suffix == ".safetensors" and path.is_file():
         raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")
     if not path.is_dir():
-        raise UserError(f"{path} is no directory; give one that difffract or diffusers wrote.")
+        raise UserError(f"{path} is not a directory; give one that difffract or diffusers wrote.")
     return path
 
 

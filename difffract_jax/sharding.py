@@ -123,7 +123,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     """
     for name, size in shape.items():
         if name not in MESH_AXES:
-            raise UserError(f"`{name}` is no mesh axis{nearest(name, MESH_AXES)}")
+            raise UserError(f"`{name}` is not a mesh axis{nearest(name, MESH_AXES)}")
         if size < 1:
             raise UserError(f"Mesh axis `{name}` must have a size of at least 1, but got {size}.")
     sizes = tuple(shape.get(name, 1) for name in MESH_AXES)
@@ -146,7 +146,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     for item in text.split(","):
         name, separator, size = item.strip().partition("=")
         if not separator or not size.isdecimal() or name in shape:
-            raise UserError(f"`{text}` is no mesh; write each axis once with its size, as in data=2,feature=4.")
+            raise UserError(f"`{text}` is not a mesh; write each axis once with its size, as in data=2,feature=4.")
         shape[name] = int(size)
     return shape
 

@@ -59,8 +59,8 @@ def test_settings_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("options", "sets", "told"),
     [
-        ({"max_node": 3}, (), "`max_node` is no setting; did you mean `max_nodes`?"),
-        ({"zzzz": 3}, (), "`zzzz` is no setting; known are `model`, `transcoders`,"),
+        ({"max_node": 3}, (), "`max_node` is not a setting; did you mean `max_nodes`?"),
+        ({"zzzz": 3}, (), "`zzzz` is not a setting; known are `model`, `transcoders`,"),
         ({"step": -1}, (), "`step` was '-1', but string should match pattern"),
         ({"seed": -1}, (), "`seed` was -1, but input should be greater than or equal to 0"),
         ({"noise": "numpy"}, (), "`noise` was 'numpy', but input should be 'jax' or 'torch'"),

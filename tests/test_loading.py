@@ -130,7 +130,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, error):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere/at/all", "is no directory"),
+        ("nowhere/at/all", "is not a directory"),
         (TRANSCODERS, "holds no config.json"),
         (PIPELINE / "transformer", "names no format_version"),
     ],

@@ -28,7 +28,7 @@ def test_a_mesh_has_auto_axes_and_the_sizes_asked_for() -> None:
 @pytest.mark.parametrize(
     ("shape", "told"),
     [
-        ({"features": 2}, "`features` is no mesh axis; did you mean `feature`?"),
+        ({"features": 2}, "`features` is not a mesh axis; did you mean `feature`?"),
         ({"data": 0}, "Mesh axis `data` must have a size of at least 1, but got 0."),
         ({"data": 3, "feature": 4}, "The mesh data 3 x feature 4 needs 12 devices, but only 8 are here."),
     ],

@@ -62,11 +62,11 @@ class SteerConfig(RunSettings):
     """An edit, FEATURE=zero|invert|scale:2|set:1.5|add:.5, as in img/2/f401@12#0,1=zero; A+B=zero or NAME:A+B=zero
     edits several features, img/2=zero a whole MLP, img=zero a whole stream. Give it as often as wanted."""
     sweep: str | None = None
-    """Strengths, as in 0,-1,-2, one column each. zero, scale and invert all become scale:STRENGTH (1 is no edit, 0 off,
+    """Strengths, as in 0,-1,-2, one column each. zero, scale and invert all become scale:STRENGTH (1: no edit, 0: off,
     -1 inverted); set and add take STRENGTH times their amount. Left out: the edits as they are."""
     form: Literal["delta", "replace"] = "delta"
     """`delta` adds what the edit changes to the MLP's true output; `replace` puts the edited reconstruction there."""
-    at_steps: str | None = None
+    step: str | None = None
     """Denoising steps to edit in, as in 0,1, for edits that name none; all when left out."""
     threshold: float | None = Field(None, ge=0)
     """Edit only positions where the feature exceeds this share of its maximum."""
@@ -90,7 +90,7 @@ class SteerConfig(RunSettings):
             raise ValueError("strengths are numbers, as in 0,-1,-2")
         return sweep
 
-    @field_validator("at_steps")
+    @field_validator("step")
     @classmethod
     def _are_steps(cls, steps: str | None) -> str | None:
         if steps is not None and not _STEPS.fullmatch(steps):
@@ -105,7 +105,7 @@ class SteerConfig(RunSettings):
     @property
     def edited_steps(self) -> tuple[int, ...] | None:
         """Steps of the edits that name none; None for all."""
-        return tuple(map(int, self.at_steps.split(","))) if self.at_steps else None
+        return tuple(map(int, self.step.split(","))) if self.step else None
 
 
 class FeaturesConfig(RunSettings):

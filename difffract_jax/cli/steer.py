@@ -35,7 +35,7 @@ def steer(
     seeds: Annotated[str | None, opt.option(SteerConfig, "seeds")] = None,
     sweep: Annotated[str | None, opt.option(SteerConfig, "sweep")] = None,
     form: Annotated[Literal["delta", "replace"] | None, opt.option(SteerConfig, "form")] = None,
-    at_steps: Annotated[str | None, opt.option(SteerConfig, "at_steps")] = None,
+    step: Annotated[str | None, opt.option(SteerConfig, "step")] = None,
     threshold: Annotated[float | None, opt.option(SteerConfig, "threshold")] = None,
     box: Annotated[str | None, opt.option(SteerConfig, "box")] = None,
     mask: Annotated[Path | None, opt.option(SteerConfig, "mask")] = None,

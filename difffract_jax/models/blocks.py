@@ -1,4 +1,4 @@
-"""What the blocks of an MM-DiT have in common, and what each class of blocks offers (METHOD section 1).
+"""What the blocks of an MM-DiT have in common, and what each class of blocks offers (docs/method.md, section 1).
 
 A class of blocks is an NNX module of one block's weights; `double` and `single` hold FLUX's. Its weights with a leading
 layer axis are a stack, and `stacks` runs those. Nothing outside `models` looks inside a block: `Block` lists what a

@@ -1,4 +1,6 @@
-"""The double-stream block of FLUX (METHOD section 1): image and text have weights of their own and attend jointly.
+"""The double-stream block of FLUX: image and text have weights of their own, and attend jointly.
+
+See docs/method.md, section 1.
 
 Text tokens come first in attention. Each stream goes through an MLP of its own. Modulations come as rows: shift1,
 scale1, gate1, shift2, scale2, gate2.

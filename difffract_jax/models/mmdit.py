@@ -1,4 +1,4 @@
-"""The MM-DiT of FLUX.1 (METHOD section 1), from packed latents to a velocity.
+"""The MM-DiT of FLUX.1 (docs/method.md, section 1), from packed latents to a velocity.
 
 1. `embed`: packed latents and text embeddings become two residual streams; time, pooled prompt and, in FLUX.1-dev,
    guidance become one vector `vec`, the same for all tokens.

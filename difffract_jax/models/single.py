@@ -1,4 +1,4 @@
-"""The single-stream block of FLUX (METHOD section 1): the joint sequence, text first.
+"""The single-stream block of FLUX (docs/method.md, section 1): the joint sequence, text first.
 
 Attention and MLP read the same norm, and their outputs are added. The fused output's bias lies outside the MLP's
 output y. A target enters at a row of x, which is read off the stream that enters the block: no attention lies between.

@@ -25,7 +25,7 @@ FOREGROUND = 0.22
 SMALLEST, LARGEST_SPECK = 14, 5
 """Pixels of the smallest object; of the largest speck that is overlooked. Between them lies an unreadable object."""
 LARGEST = 1.2 * RADII[1][1]
-"""Radius in pixels above which a component is no object: more than it would fit the window of the comparison."""
+"""Radius in pixels above which a component is not an object: more than it would fit the window of the comparison."""
 CORE = 0.65
 """Distance from the background above which a pixel votes, as a share of the component's 90th percentile."""
 MAJORITY, NEAR = 0.6, 0.30

@@ -157,7 +157,7 @@ def from_caption(text: str, copies: int = 1) -> Scenes:
         copies: how many scenes.
 
     Raises:
-        UserError: if it is no caption, see `captions.parse`.
+        UserError: if it is not a caption, see `captions.parse`.
     """
     parsed = parse(text)
     rng = np.random.default_rng(0)

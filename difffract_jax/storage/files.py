@@ -72,7 +72,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        """Reads the header; raises `UserError` when even that is cut off or is no safetensors header."""
+        """Reads the header; raises `UserError` when even that is cut off or is not a safetensors header."""
         self.path = path
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -232,7 +232,7 @@ def read_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"{path} is no readable .npy file; write it with numpy.save.") from None
+        raise UserError(f"{path} is not a readable .npy file; write it with numpy.save.") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} holds several arrays, but one is wanted; write it with numpy.save.")
     return array

@@ -127,7 +127,7 @@ def intent(prompt: str, wanted: str | None = None) -> Intent:
         wanted: the caption that the edited images shall show; the prompt itself if left out: then nothing.
 
     Raises:
-        UserError: if one of them is no caption of the organism.
+        UserError: if one of them is not a caption of the organism.
     """
     wanted = prompt if wanted is None else wanted
     before, after = parse(prompt), parse(wanted)
@@ -167,7 +167,7 @@ def score(
         edited: edited images.
 
     Raises:
-        UserError: if a prompt is no caption of the organism, or the numbers differ.
+        UserError: if a prompt is not a caption of the organism, or the numbers differ.
     """
     if not len(prompts) == len(intents) == len(original) == len(edited):
         raise UserError(f"Every image needs a prompt and an intent, but there are {len(prompts)} and {len(intents)}.")

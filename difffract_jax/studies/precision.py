@@ -256,7 +256,7 @@ def _figure(
 ) -> Figure:
     """Draws one measure over another, each a column of `summary_row` and its name; a curve of strengths per way.
 
-    A precision that is None, where nothing changed, is no point of a curve.
+    A precision that is None, where nothing changed, is not a point of a curve.
     """
     figure = Figure(figsize=(1 + 3.3 * len(rules.counts), 3.8), layout="constrained")
     for axes, count in zip(figure.subplots(1, len(rules.counts), sharex=True, sharey=True), rules.counts, strict=True):

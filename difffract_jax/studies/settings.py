@@ -25,7 +25,7 @@ class StudyConfig(Settings):
     name: str
     """Which study, see below."""
     size: int | None = Field(None, ge=2)
-    """Cases of the test instead of the registered number, to try a study out; results of fewer are no result."""
+    """Cases of the test instead of the registered number, to try a study out; results of fewer are not a result."""
     round: int | None = Field(None, ge=1, le=2)
     """Which registered round of `precision`; the last when left out."""
     model: str = "organism"

@@ -55,7 +55,7 @@ class Pairs(NamedTuple):
     Attributes:
         row: of each pair.
         feature: of each pair.
-        real: whether it is no padding.
+        real: whether it is not padding.
         by_row: the pairs sorted by row.
         by_feature: the pairs sorted by feature.
     """
@@ -142,7 +142,7 @@ def arrange(
     Args:
         row: of each pair.
         feature: of each pair.
-        real: whether it is no padding.
+        real: whether it is not padding.
         rows: number of rows.
         features: number of features.
     """

@@ -137,7 +137,7 @@ def open_topology(name: str) -> Topology:
     """
     chip, _, shape = name.partition(":")
     if chip not in HBM:
-        raise UserError(f"`{name}` names no topology: `{chip}` is no chip{nearest(chip, tuple(HBM))}")
+        raise UserError(f"`{name}` names no topology: `{chip}` is not a chip{nearest(chip, tuple(HBM))}")
     if not re.fullmatch(r"\d+(x\d+)+", shape):
         raise UserError(f"`{name}` names no topology; write chip and shape, as in {SHAPES[chip]}.")
     if find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:

@@ -117,13 +117,13 @@ def read_prompts(source: str) -> list[str]:
         source: path of a `.txt`, `.jsonl` or `.parquet` file, or `hf:OWNER/NAME[:SPLIT[:COLUMN]]`.
 
     Raises:
-        UserError: if there is nothing to read, or it is no text.
+        UserError: if there is nothing to read, or it is not text.
     """
     if source.startswith("hf:"):
         return _checked(source, _read_dataset(source))
     path = Path(source)
     if not path.is_file():
-        raise UserError(f"{source} is no file of prompts; give a .txt, .jsonl or .parquet file, or hf:OWNER/NAME.")
+        raise UserError(f"{source} is not a file of prompts; give a .txt, .jsonl or .parquet file, or hf:OWNER/NAME.")
     if path.suffix == ".parquet":
         return _checked(source, _read_parquet(path))
     try:

@@ -1,7 +1,7 @@
 """The model with MLPs replaced: by their transcoders, or by their mean output. What faithfulness is measured with.
 
     y^ = decode(encode(x))     kind TRANSCODER; an SAE reads y itself
-    y^ = mean y                kind MEAN, of the site at that denoising step: a mean ablation (METHOD section 9)
+    y^ = mean y                kind MEAN, of the site at that denoising step: a mean ablation
 
 Padded text positions keep the true MLP, as in tracing. Which sites are replaced, and how, is an array: one compilation
 serves every choice.
@@ -45,7 +45,7 @@ class Replaced(NamedTuple):
         model: the transformer.
         stacks: transcoders per group.
         swaps: what is replaced, per group; where it is None, the group is left as it is.
-        text_mask: text positions that are no padding.
+        text_mask: text positions that are not padding.
     """
 
     model: MMDiT

@@ -138,7 +138,7 @@ def open_store(directory: Path, split: Split, seed: int, *, sae: bool = False) -
         sae: report y for x.
 
     Raises:
-        UserError: if it is no store, or lacks shards.
+        UserError: if it is not a store, or lacks shards.
     """
     record = read_config(directory)
     if record.get("kind") != KIND:

@@ -84,7 +84,7 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callabl
         (("generate", "m", "p", "--out", "image.bmp"), "The output file must end in .png, but got image.bmp."),
         (("generate", "m", "p", "--out", "no/image.png"), "The folder no of the output file image.png does not exist"),
         (("generate", "m", "p", "--steps", "0"), "`steps` was 0, but input should be greater than or equal to 1"),
-        (("generate", "m", "p", "--set", "step=1"), "`step` is no setting; did you mean `steps`?"),
+        (("generate", "m", "p", "--set", "step=1"), "`step` is not a setting; did you mean `steps`?"),
         (("generate", "m", "p", "--config", "no.yaml"), "no.yaml: No such file or directory."),
         (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
         (("prune", "no.npz"), "no.npz"),

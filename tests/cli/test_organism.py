@@ -104,7 +104,7 @@ def test_a_dry_run_prints_the_recipe_and_trains_nothing(organism: Callable[..., 
         (("sample", "--out", "no/sheet.png"), "a folder that exists, but got no/sheet.png."),
         (("sample", "--prompt", "a red cirle"), "The organism knows no word `cirle`; did you mean `circle`?"),
         (("info", "no-such-model"), "no-such-model"),
-        (("train", "--out", "run", "--set", "flow.step=3"), "`flow.step` is no setting; did you mean `flow.steps`?"),
+        (("train", "--out", "run", "--set", "flow.step=3"), "`flow.step` is not a setting; did you mean `flow.steps`?"),
         (("train", "--out", "run", "--set", "flow.steps=3"), "`flow.steps` was 3, but input should be greater than"),
     ],
 )

@@ -66,11 +66,11 @@ def test_features_are_printed_ready_to_paste(difffract: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((*STEER, "--edit", "img/1/f3"), "'img/1/f3' is no edit; write FEATURE=zero"),
+        ((*STEER, "--edit", "img/1/f3"), "'img/1/f3' is not an edit; write FEATURE=zero"),
         ((*STEER, "--edit", "img/1/f512=zero"), "names feature 512, but there are 0 to 511."),
         ((*STEER, "--edit", "img/7/f3=zero"), "There is no transcoder at img/7; blocks with one: 0, 1."),
         ((*STEER, "--edit", "img/1/f3#4=zero"), "names step 4, but there are 0 to 3."),
-        ((*STEER, "--edit", "img/1/f3=zero", "--at-steps", "9"), "names step 9, but there are 0 to 3."),
+        ((*STEER, "--edit", "img/1/f3=zero", "--step", "9"), "names step 9, but there are 0 to 3."),
         ((*STEER, "--edit", "img/1/f3=zero", "--edit", "img/1/f3=set:2"), "Edits contradict each other"),
         ((*STEER, "--edit", "img/1/f3=zero", "--box", "0,0,1,1"), "The region holds no image token"),
         ((*STEER, "--edit", "img/1/f3=zero", "--box", "1,2", "--mask", "m.png"), "give one of them"),
@@ -107,7 +107,7 @@ def test_settings_are_read_as_they_are_written() -> None:
     from difffract_jax.config import resolve
 
     given = {"model": "m", "transcoders": "t", "prompt": "p", "edit": ["img=zero"]}
-    made = resolve(SteerConfig, given | {"seeds": "3,0..2", "sweep": "0,-1.5,2e-1", "at_steps": "0,2"})
+    made = resolve(SteerConfig, given | {"seeds": "3,0..2", "sweep": "0,-1.5,2e-1", "step": "0,2"})
     assert made.seed_list == (3, 0, 1, 2)
     assert made.amounts == (0, -1.5, 0.2)
     assert made.edited_steps == (0, 2)

@@ -42,7 +42,7 @@ def test_the_one_wrong_block_is_named(pipe):
 
 
 def test_what_cannot_be_compared_is_refused(pipe, tmp_path):
-    with pytest.raises(UserError, match="is no diffusers directory; give the one that the pipeline was converted from"):
+    with pytest.raises(UserError, match="is not a diffusers directory; give the one that the pipeline was"):
         check(tmp_path, pipe)
     with pytest.raises(UserError, match="have different shapes in: transformer, t5, clip, vae"):
         check(PIPELINE, random_pipeline())

@@ -1,4 +1,4 @@
-"""Captions are understood as they were meant, and what is no caption is refused in one sentence."""
+"""Captions are understood as they were meant, and what is not a caption is refused in one sentence."""
 
 import itertools
 

@@ -143,5 +143,5 @@ def test_one_array_is_read_and_nothing_else(tmp_path):
     (tmp_path / "c.npy").write_bytes(b"neither")
     (tmp_path / "d.npy").write_bytes(b"")
     for name in ("c.npy", "d.npy"):
-        with pytest.raises(UserError, match=f"{name} is no readable .npy file"):
+        with pytest.raises(UserError, match=f"{name} is not a readable .npy file"):
             read_array(tmp_path / name)

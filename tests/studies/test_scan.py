@@ -108,7 +108,7 @@ def test_a_label_says_what_it_knows(tmp_path):
     with pytest.raises(UserError, match="There is no label of img/1/f512"):
         load_labels("organism").of(Feature.parse("img/1/f512"))
     (tmp_path / "labels.json").write_text("{}")
-    with pytest.raises(UserError, match="is no file of labels"):
+    with pytest.raises(UserError, match="is not a file of labels"):
         read_labels(tmp_path / "labels.json")
     with pytest.raises(UserError, match="There are no labels of organism-saes"):
         load_labels("organism-saes")

@@ -53,16 +53,16 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
     [
         ("train", ("activation=gelu",), "`activation` was 'gelu', but input should be 'relu', 'topk'"),
         ("train", ("sites=[img/9]",), "The site img/9 does not exist: the model has img/0 to img/2 and txt/0 to txt/2"),
-        ("train", ("prompts=no.txt",), "no.txt is no file of prompts"),
+        ("train", ("prompts=no.txt",), "no.txt is not a file of prompts"),
         ("train", ("prompts=world",), "prompts: world needs a model with a world of its own"),
         ("train", ("mesh=data=3",), "data=3, but batch, 32, is not divisible by it"),
         ("train", ("activation=jumprelu", "target_l0=65"), "target_l0 must be at most 64"),
         ("train", ("batch=256",), "buffer_rows must be at least batch, 256"),
         ("train", ("rows=nothing",), "holds no config.json"),
-        ("train", ("prompts=pyproject.parquet",), "pyproject.parquet is no file of prompts"),
+        ("train", ("prompts=pyproject.parquet",), "pyproject.parquet is not a file of prompts"),
         ("train", ("out=gs://bucket/run",), "gs:/bucket/run is a remote path"),
         ("train", ("out=/sys/run",), "/sys/run: "),
-        ("train", ("step=3",), "`step` is no setting; did you mean `steps`?"),
+        ("train", ("step=3",), "`step` is not a setting; did you mean `steps`?"),
         ("train", ("out=pyproject.toml/run",), "Not a directory"),
         ("harvest", ("out=pyproject.toml/rows",), "pyproject.toml: File exists."),
     ],
@@ -83,7 +83,7 @@ def test_what_cannot_be_done_is_one_sentence_and_leaves_nothing(difffract, tmp_p
         (("--k", "2,x"), "`--k 2,x` names no numbers of active features"),
         (("--k", "0"), "`--k 0` names no numbers of active features"),
         (("--k", "2", "--set", "activation=relu"), "relu's sparsity follows from l1"),
-        (("--k", "2", "--set", "kk=1"), "`kk` is no setting; did you mean `k`?"),
+        (("--k", "2", "--set", "kk=1"), "`kk` is not a setting; did you mean `k`?"),
     ],
 )
 def test_sweeps_that_make_no_sense_are_refused(difffract, tmp_path, arguments, told):

@@ -235,7 +235,7 @@ def test_files_without_prompts_are_refused(tmp_path, name, content, told):
 
 
 def test_missing_files_and_extras_are_told(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no.txt is no file of prompts"):
+    with pytest.raises(UserError, match="no.txt is not a file of prompts"):
         read_prompts(str(tmp_path / "no.txt"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     for module, source in (("pyarrow.parquet", tmp_path / "a.parquet"), ("datasets", "hf:someone/captions")):

@@ -98,7 +98,7 @@ def test_the_smallest_that_fits_has_the_fewest_chips(eight):
         ({"batch": 36}, {"data": 8}, "data=8, but batch, 36, is not divisible"),
         ({}, {"site": 8}, "site=8, but the number of sites, 4, is not divisible"),
         ({"expansion": 3.75}, {"feature": 8}, "feature=8, but the number of features, 60, is not divisible"),
-        ({}, {"sight": 8}, "`sight` is no mesh axis; did you mean `site`?"),
+        ({}, {"sight": 8}, "`sight` is not a mesh axis; did you mean `site`?"),
         ({"parallel": "pmap"}, {"data": 8}, "Only parallel: jit can be planned"),
     ],
 )
@@ -133,8 +133,8 @@ def test_communication_is_counted_by_kind_with_the_bytes_of_the_results():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("v5q:2x2", "`v5q` is no chip; did you mean `v5p`?"),
-        ("h100:8", "`h100` is no chip; known are `v5e`, `v5p`, `v6e`."),
+        ("v5q:2x2", "`v5q` is not a chip; did you mean `v5p`?"),
+        ("h100:8", "`h100` is not a chip; known are `v5e`, `v5p`, `v6e`."),
         ("v5p", "write chip and shape, as in v5p:4x4x4"),
         ("v5e:8", "write chip and shape, as in v5e:8x8"),
     ],

@@ -1,4 +1,4 @@
-"""Targets pulled back through one step, or through all steps of a span (METHOD sections 4 and 6).
+"""Targets pulled back through one step, or through all steps of a span (docs/method.md, sections 4 and 6).
 
 Within a step `pullback` does the work. Between steps, packed latents obey
 
@@ -37,7 +37,7 @@ from difffract_jax.transcoders.transcoder import TranscoderSet
 
 
 class Output(NamedTuple):
-    """A target that is no feature: <velocity, v> + <latents, z> + constant at one step.
+    """A target that is not a feature: <velocity, v> + <latents, z> + constant at one step.
 
     Attributes:
         name: as it was asked for.
@@ -61,7 +61,7 @@ class Engine(NamedTuple):
         infos: of the steps' traces.
         steps: their replacements.
         constants: what the affine map gives at zero sources, by step.
-        outputs: targets that are no features; their rows end the table.
+        outputs: targets that are not features; their rows end the table.
         across: whether images are carried back to the latents entering the first step.
         table: what the places of a row of edges stand for.
         way: devices and precision.
@@ -92,7 +92,7 @@ def make_engine(
     Args:
         trace: from `capture`, `capture_steps` or `prepare`.
         tcs: the transcoders it was captured for.
-        outputs: targets that are no features.
+        outputs: targets that are not features.
         way: devices and precision. Of several devices each gets all weights, transcoders and records.
     """
     prepared = prepare(trace, tcs)

@@ -107,7 +107,7 @@ def parse_target(text: str) -> Feature | VelocityTarget | PixelTarget:
         return Feature.parse(text)
     keys = {"velocity": {"contrast", "box", "mask"}, "pixels": {"color", "minus", "box", "mask"}}
     if kind not in keys:
-        raise UserError(f"{text!r} is no target; write a FEATURE, as in img/3/f401@12, or {FORMS}.")
+        raise UserError(f"{text!r} is not a target; write a FEATURE, as in img/3/f401@12, or {FORMS}.")
     given = _options(text, rest)
     unknown = sorted(set(given) - keys[kind])
     if unknown:
@@ -133,7 +133,7 @@ def _options(text: str, rest: str) -> dict[str, str]:
     while at < len(rest):
         match = _OPTION.match(rest, at)
         if match is None:
-            raise UserError(f"{text!r} is no target: {rest[at:]!r} is not of the form key=value; write {FORMS}.")
+            raise UserError(f"{text!r} is not a target: {rest[at:]!r} is not of the form key=value; write {FORMS}.")
         if match["key"] in found:
             raise UserError(f"{text!r} gives {match['key']} twice, which contradicts itself; keep one.")
         found[match["key"]] = match["quoted"] if match["quoted"] is not None else match["plain"]
@@ -145,7 +145,9 @@ def _colour(text: str, value: str) -> tuple[float, float, float]:
     try:
         red, green, blue = ImageColor.getrgb(value)[:3]
     except ValueError:
-        raise UserError(f"{value!r} in {text!r} is no colour; give a CSS name, as red or orange, or #RRGGBB.") from None
+        raise UserError(
+            f"{value!r} in {text!r} is not a colour; give a CSS name, as red or orange, or #RRGGBB."
+        ) from None
     return red / 255, green / 255, blue / 255
 
 

@@ -1,4 +1,4 @@
-"""Edges by pull-back: the incoming edges of many targets at once, exactly (METHOD section 4).
+"""Edges by pull-back: the incoming edges of many targets at once, exactly (docs/method.md, section 4).
 
 A feature's pre-activation is u = g . x + c at its site and position, with g = (1 + alpha) * w_f. From the highest
 target's block downwards:

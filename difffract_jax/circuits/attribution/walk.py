@@ -1,4 +1,4 @@
-"""The walk of cotangents down through a stack of blocks, and the edges met on the way (METHOD section 4).
+"""The walk of cotangents down through a stack of blocks, and the edges met on the way (docs/method.md, section 4).
 
 Targets come sorted by where they enter, highest first: at every block the first so many have begun, and only they take
 part. They go through in pieces that fit a processor's cache, of sizes chosen by how many there are:

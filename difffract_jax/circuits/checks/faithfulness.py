@@ -1,4 +1,6 @@
-"""Whether a graph says what the model does: features taken off in the real model, one at a time (METHOD section 7).
+"""Whether a graph says what the model does: features taken off in the real model, one at a time.
+
+This is docs/method.md, section 7:
 
 1. Take a feature off: its decoder vector, times its value, is subtracted from the MLP output at its position.
 2. Run the recorded blocks live, attention, norms and MLPs included, from the recorded residual streams.

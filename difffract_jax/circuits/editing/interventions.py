@@ -1,4 +1,4 @@
-"""Edits of features in the running model (METHOD section 7, reading `full`): what a user sees.
+"""Edits of features in the running model (docs/method.md, section 7, reading `full`): what a user sees.
 
 1. An `Edit` names features, or a whole site, what happens to their code z, and where: see `edits`.
 2. In every denoising step each edited MLP sublayer, whatever its block, runs its transcoder on its own live input, and

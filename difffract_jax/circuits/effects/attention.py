@@ -1,4 +1,4 @@
-"""What attention does in a circuit: edges split by head, and a score split by pairs of sources (METHOD section 6).
+"""What attention does in a circuit: edges split by head, a score by pairs of sources (docs/method.md, section 6).
 
 *Head loadings.* Every path from a source to a target takes some attention hops or none. An edge is the sum over the
 heads of its paths whose last hop, the one nearest to the target, is through that head, plus the paths without a hop:

@@ -1,4 +1,4 @@
-"""What scaling features does, in four readings from exact to real (METHOD section 7).
+"""What scaling features does, in four readings from exact to real (docs/method.md, section 7).
 
     direct       the frozen map, every other source held
     propagated   the frozen map; features that are on in the trace stay on, with live values

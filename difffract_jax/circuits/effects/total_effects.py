@@ -1,4 +1,6 @@
-"""What every source adds to an output along all paths, of all steps, at once (METHOD section 7, reading `propagated`).
+"""What every source adds to an output along all paths, of all steps, at once.
+
+This is the reading `propagated` of docs/method.md, section 7.
 
 `readings.effects` sums paths through the features that a graph expanded. Here nothing is expanded and nothing left out:
 

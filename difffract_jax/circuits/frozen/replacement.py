@@ -1,4 +1,4 @@
-"""The local replacement model: an affine map from sources to every MLP sublayer's input (METHOD section 3).
+"""The local replacement model: an affine map from sources to every MLP sublayer's input (docs/method.md, section 3).
 
 1. At every site and position that is replaced, y = W_dec z + b_dec (+ W_skip x) + err, where z is the transcoder's code
    of the recorded x and err whatever is missing to the recorded y. Everywhere else y itself is the constant err.

@@ -1,4 +1,4 @@
-"""Targets, and what they read: pre-activations as functions of the MLP sublayers' inputs (METHOD section 4).
+"""Targets, and what they read: pre-activations as functions of the MLP sublayers' inputs (docs/method.md, section 4).
 
     u = g . x + c      g = (1 + alpha) * w_f,   c = b_f + w_f . beta
 

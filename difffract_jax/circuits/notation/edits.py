@@ -139,7 +139,7 @@ class Edit:
         what, equals, how = text.strip().rpartition("=")
         mode, colon, amount = how.partition(":")
         if not equals:
-            raise UserError(f"{text!r} is no edit; write {FORM}.")
+            raise UserError(f"{text!r} is not an edit; write {FORM}.")
         if mode not in MODES or bool(colon) != (mode in WITH_AMOUNT):
             raise UserError(
                 f"{text!r} does {how!r} to a feature, but edits are {FORM.partition('=')[2]}; write {FORM}."
@@ -185,7 +185,7 @@ class Edit:
         """Returns this edit at another strength, for a sweep.
 
         Args:
-            amount: a. `zero`, `scale` and `invert` all become `scale:a`: 1 is no edit, 0 switches off, -1 inverts.
+            amount: a. `zero`, `scale` and `invert` all become `scale:a`: 1 is not an edit, 0 switches off, -1 inverts.
                 `set` and `add` take `a` times their own amount.
         """
         if self.mode in ("set", "add"):

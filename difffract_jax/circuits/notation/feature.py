@@ -67,7 +67,8 @@ class Feature:
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             raise UserError(
-                f"{text!r} is no feature; write STREAM/BLOCK/fN[@POSITIONS][#STEPS] with a stream {', '.join(LABELS)}, "
+                f"{text!r} is not a feature; write STREAM/BLOCK/fN[@POSITIONS][#STEPS] with a stream "
+                f"{', '.join(LABELS)}, "
                 "as in img/2/f401@12 or txt/0/f7@0-3#1."
             )
         part = match.groupdict()

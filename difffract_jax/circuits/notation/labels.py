@@ -122,13 +122,13 @@ def read_labels(path: Path) -> Labels:
         path: the file.
 
     Raises:
-        UserError: if it is no labels file of this version.
+        UserError: if it is not a labels file of this version.
     """
     try:
         stored = json.loads(path.read_text())
         version = stored["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        raise UserError(f"{path} is no file of labels; write one with `difffract features ... --scan`.") from None
+        raise UserError(f"{path} is not a file of labels; write one with `difffract features ... --scan`.") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, but this package reads {FORMAT_VERSION}.")
     images = stored["images"]

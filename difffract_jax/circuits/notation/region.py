@@ -50,7 +50,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
         size: height and width that it must have.
 
     Raises:
-        UserError: if it is no picture, has another size, or is all dark.
+        UserError: if it is not a picture, has another size, or is all dark.
     """
     if not path.is_file():
         raise UserError(f"The mask {path} does not exist; give an image file of {size[1]} x {size[0]} pixels.")
@@ -58,7 +58,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
         with Image.open(path) as picture:
             grey = np.asarray(picture.convert("L"))
     except UnidentifiedImageError:
-        raise UserError(f"The mask {path} is no picture that can be read; give a PNG.") from None
+        raise UserError(f"The mask {path} is not a picture that can be read; give a PNG.") from None
     if grey.shape != size:
         raise UserError(
             f"The mask {path} is {grey.shape[1]} x {grey.shape[0]} pixels, but the image is {size[1]} x {size[0]}."

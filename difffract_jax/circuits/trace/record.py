@@ -1,4 +1,4 @@
-"""The arrays of a trace, and the runs of the model that give them (METHOD section 3).
+"""The arrays of a trace, and the runs of the model that give them (docs/method.md, section 3).
 
 `record_step` runs the blocks up to the last that is needed and keeps of the recorded ones what the replacement holds
 fixed; `read_live` keeps only what targets read. `Blocks` says which are recorded, `Weights` are theirs.

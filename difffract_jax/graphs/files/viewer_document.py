@@ -106,7 +106,7 @@ def graph_of(document: Mapping[str, Any]) -> Graph:
     """Returns the graph of a document.
 
     Args:
-        document: from `read_document`; links with an end that is no node are left out, as the viewers do.
+        document: from `read_document`; links with an end that is not a node are left out, as the viewers do.
 
     Raises:
         UserError: if it has nodes of a kind that a graph cannot hold, as biases.

@@ -223,9 +223,9 @@ def test_the_pooled_path_is_what_swapping_the_embedding_moves():
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("pixel:color=red", "is no target; write a FEATURE"),
+        ("pixel:color=red", "is not a target; write a FEATURE"),
         ("pixels:box=0,0,4,4", "names no colour"),
-        ("pixels:color=reddish", "'reddish' in 'pixels:color=reddish' is no colour"),
+        ("pixels:color=reddish", "'reddish' in 'pixels:color=reddish' is not a colour"),
         ("pixels:color=gray", "asks for grey"),
         ("pixels:color=red,minus=#ff0000", "asks for the colour it is set against"),
         ("pixels:color=red,color=blue", "gives color twice, which contradicts itself"),
@@ -258,7 +258,7 @@ def test_outputs_that_do_not_fit_the_trace_are_refused(text, sentence):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sentence"), [("empty", "is dark everywhere"), ("size", "is 8 x 8 pixels"), ("text", "is no picture")]
+    ("kind", "sentence"), [("empty", "is dark everywhere"), ("size", "is 8 x 8 pixels"), ("text", "is not a picture")]
 )
 def test_masks_that_do_not_fit_are_refused(tmp_path, kind, sentence):
     from PIL import Image

@@ -55,15 +55,15 @@ def test_an_edit_is_of_a_feature_a_supernode_a_site_or_a_stream():
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("img/2/f4", "'img/2/f4' is no edit; write FEATURE=zero|invert|scale:2|set:1.5|add:.5."),
+        ("img/2/f4", "'img/2/f4' is not an edit; write FEATURE=zero|invert|scale:2|set:1.5|add:.5."),
         ("img/2/f4=double", "does 'double' to a feature, but edits are zero|invert|scale:2"),
         ("img/2/f4=scale", "does 'scale' to a feature, but edits are"),
         ("img/2/f4=zero:1", "does 'zero:1' to a feature, but edits are"),
         ("img/2/f4=set:much", "The amount in 'img/2/f4=set:much' must be a number, but is 'much'"),
         ("img/2/f4=set:inf", "amount must be a finite number, but got inf"),
-        ("image/2/f4=zero", "'image/2/f4' is no feature; write STREAM/BLOCK/fN"),
+        ("image/2/f4=zero", "'image/2/f4' is not a feature; write STREAM/BLOCK/fN"),
         ("single/1@3=zero", "Positions in single-stream blocks need their stream"),
-        ("red:=zero", "'red:' is no feature"),
+        ("red:=zero", "'red:' is not a feature"),
     ],
 )
 def test_a_text_that_is_no_edit_is_refused(text, told):
@@ -196,7 +196,7 @@ def test_a_region_that_is_none_is_refused(tmp_path):
         (lambda: tokens_in(box_mask("0,0,1,1", (24, 24)), (3, 3)), "The region holds no image token"),
         (lambda: read_mask(tmp_path / "dark.png", (8, 8)), "is dark everywhere"),
         (lambda: read_mask(tmp_path / "dark.png", (9, 8)), "is 8 x 8 pixels, but the image is 8 x 9"),
-        (lambda: read_mask(tmp_path / "text.png", (8, 8)), "is no picture that can be read"),
+        (lambda: read_mask(tmp_path / "text.png", (8, 8)), "is not a picture that can be read"),
     ):
         with pytest.raises(UserError) as caught:
             make()

@@ -1,4 +1,4 @@
-"""Features read and write alike, and what is no feature is refused in one sentence."""
+"""Features read and write alike, and what is not a feature is refused in one sentence."""
 
 import pytest
 from hypothesis import given
@@ -40,7 +40,7 @@ def test_the_documented_forms_are_read(text, feature):
     "text", ["", "img", "img/3", "img/3/401", "image/3/f4", "img/-1/f4", "img/3/f4@", "img/3/f4@1-", "img/3/f4#a"]
 )
 def test_anything_else_is_refused(text):
-    with pytest.raises(UserError, match=r"is no feature; write STREAM/BLOCK/fN\[@POSITIONS\]\[#STEPS\]"):
+    with pytest.raises(UserError, match=r"is not a feature; write STREAM/BLOCK/fN\[@POSITIONS\]\[#STEPS\]"):
         Feature.parse(text)
 
 

@@ -201,7 +201,7 @@ def test_an_absent_file_is_refused(golden, tmp_path):
         ({"step": 4}, r"step must lie in \[0, 4\)"),
         ({"height": 50}, "multiples of"),
         ({"latents": np.zeros((2, 2))}, "must be packed, of shape"),
-        ({"directory": "nowhere"}, "nowhere is no diffusers directory"),
+        ({"directory": "nowhere"}, "nowhere is not a diffusers directory"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(change, sentence):
