@@ -7,11 +7,11 @@ Packages and modules, each importing only from those above it:
     graphs                        what a circuit is once it is traced: pruned, grouped, compared, exported (NumPy only)
     sharding                      meshes and sharding rules
     models                        MM-DiT as a tuple of stacks, T5, CLIP, autoencoder, sampler: prompt -> image
-    organism                      the embedded model: its world, scorer, training, weights
     transcoders                   sparse stand-ins for the model's MLPs, harvested, trained, evaluated
     converters                    PyTorch checkpoints -> ours, by rule tables (a package beside this one)
     circuits                      a run recorded, frozen, attributed; features edited; graphs checked
-    studies dashboards loading    the paper's questions; reports; models and transcoders by name or directory
+    organism dashboards loading   the embedded model and its world; reports; models and transcoders by name or directory
+    studies                       the paper's questions as experiments on the organism
     cli                           the `difffract` command
 
 In a few lines, on the embedded model:

@@ -27,7 +27,6 @@ ORDER = (
     ("difffract_jax.trees", "difffract_jax.graphs"),
     ("difffract_jax.sharding",),
     ("difffract_jax.models",),
-    ("difffract_jax.organism",),
     ("difffract_jax.transcoders",),
     ("difffract_jax.circuits", "difffract_jax.circuits.notation", "converters"),
     ("difffract_jax.circuits.trace",),
@@ -35,7 +34,8 @@ ORDER = (
     ("difffract_jax.circuits.attribution",),
     ("difffract_jax.circuits.effects", "difffract_jax.circuits.editing"),
     ("difffract_jax.circuits.checks",),
-    ("difffract_jax.studies", "difffract_jax.dashboards", "difffract_jax.loading"),
+    ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.loading"),
+    ("difffract_jax.studies",),
     ("difffract_jax.cli",),
 )
 LIGHT = (

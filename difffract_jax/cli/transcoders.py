@@ -220,6 +220,7 @@ def evaluate(
     settings = opt.settings_of(EvaluateConfig, given)
     from difffract_jax.cli.output import emit, progress
     from difffract_jax.loading import load_transcoders
+    from difffract_jax.organism.scored import accuracies
     from difffract_jax.transcoders.evaluation import evaluate as measure
     from difffract_jax.transcoders.evaluation import read_run
     from difffract_jax.transcoders.evaluation_report import points, write_report
@@ -227,11 +228,12 @@ def evaluate(
     runs = {path: read_run(path) for path in (settings.run, *settings.pareto)}
     first = runs[settings.run]
     pipe, caption = _pipeline(first)
+    judge = accuracies if first.model == "organism" else None
     results = {}
     for path, trained in runs.items():
         with progress(f"Measuring {path}") as advance:
             tcs = load_transcoders(path / "transcoders")
-            results[str(path)] = measure(settings, trained, pipe, tcs, caption=caption, progress=advance)
+            results[str(path)] = measure(settings, trained, pipe, tcs, caption=caption, judge=judge, progress=advance)
     record = provenance("evaluate", settings, model=pipe.source)
     report = write_report(results, settings.out or settings.run / "report", record)
     more = {"points": points(results)} if k is not None else results[str(settings.run)].summary()

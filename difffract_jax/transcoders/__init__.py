@@ -7,7 +7,7 @@ prompts         an order of prompts; sources, harvest, store, buffer: rows to tr
 objective       losses; active: codes of few features; state, step: one update
 training        a run, its checkpoints and logs; processes: of several hosts; sweep: of several recipes
 codes           what features do over many prompts
-replaced        the model with MLPs replaced; evaluation: how faithful that is; scored: by the organism's scorer
+replaced        the model with MLPs replaced; evaluation: how faithful that is
 plan            will a run fit a topology?
 
 The names below are public: `from difffract_jax import transcoders`, then `transcoders.train`; loaded on first use.

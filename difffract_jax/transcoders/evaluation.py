@@ -36,7 +36,6 @@ from difffract_jax.transcoders.harvest import Sampler
 from difffract_jax.transcoders.objective import Objective, Rows, encoder_input, preactivations
 from difffract_jax.transcoders.objective import decode as decode_rows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
-from difffract_jax.transcoders.scored import accuracies
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from difffract_jax.transcoders.sources import Caption, open_sampler
 from difffract_jax.transcoders.training import SETTINGS
@@ -121,6 +120,10 @@ def read_run(directory: Path) -> TrainConfig:
     return resolve(TrainConfig, json.loads(path.read_text())["settings"])
 
 
+Judge = Callable[[Pipeline, TranscoderSet, int, Callable[[int], None]], list[dict[str, Any]]]
+"""`judge(pipe, tcs, images, progress)`: rows `what`, `right`, `share` of images that show what their captions say."""
+
+
 def evaluate(
     settings: EvaluateConfig,
     trained: TrainConfig,
@@ -128,6 +131,7 @@ def evaluate(
     tcs: TranscoderSet,
     *,
     caption: Caption | None = None,
+    judge: Judge | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Measures a set of transcoders on validation prompts.
@@ -138,6 +142,7 @@ def evaluate(
         pipe: the model.
         tcs: the transcoders.
         caption: captions of the model's world, if the run was trained on them.
+        judge: says how many of `settings.scored` images show what was asked, for a model whose images can be judged.
         progress: called with (parts done, parts in all).
     """
     check_fit(tcs, pipe.config.transformer)
@@ -145,8 +150,8 @@ def evaluate(
     source = open_sampler(trained, pipe, "validation", caption=caption, sae=tcs.config.role == "sae")
     source = replace_sites(source, sites)
     count = -(-settings.prompts_count // source.prompts_at_once)
-    asked = settings.scored if trained.model == "organism" else 0
-    total = count + settings.velocity_count + settings.images + asked
+    images_judged = 0 if judge is None else settings.scored
+    total = count + settings.velocity_count + settings.images + images_judged
     sums: dict[str, Sums] = {}
     for number in range(count):
         chunk = source.chunk(number)
@@ -158,7 +163,9 @@ def evaluate(
     build = _Builder(source, tcs, means)
     velocity, alone = _velocities(build, settings.velocity_count, lambda done: progress(count + done, total))
     images = [_image(build, n) for n in range(settings.images)]
-    judged = accuracies(pipe, tcs, asked, lambda done: progress(total - asked + done, total)) if asked else []
+    judged = []
+    if judge is not None and images_judged:
+        judged = judge(pipe, tcs, images_judged, lambda done: progress(total - images_judged + done, total))
     progress(total, total)
     names = sites.names
     by_step = [row for name in sites.groups for row in _step_rows(sites, name, sums[name], source.run.sigmas)]

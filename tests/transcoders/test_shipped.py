@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from difffract_jax.loading import SHIPPED, load_pipeline, load_transcoders
+from difffract_jax.organism.scored import accuracies
 from difffract_jax.organism.world import scenes
 from difffract_jax.transcoders.evaluation import evaluate
-from difffract_jax.transcoders.scored import accuracies
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from difffract_jax.transcoders.transcoder import check_fit
 

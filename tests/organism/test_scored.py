@@ -7,9 +7,9 @@ import pytest
 
 from difffract_jax.loading import load_pipeline
 from difffract_jax.models.pipeline import encode, model_velocity
+from difffract_jax.organism import scored
+from difffract_jax.organism.scored import AT_ONCE, accuracies, captions
 from difffract_jax.organism.world import from_caption
-from difffract_jax.transcoders import scored
-from difffract_jax.transcoders.scored import AT_ONCE, accuracies, captions
 from difffract_jax.transcoders.transcoder import random_transcoders
 from traces import with_joint
 
