@@ -10,6 +10,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -153,8 +154,9 @@ def convert_transformer(
     return _load_part("transformer", source, part, sharding), config
 
 
+@cache
 def abstract_module(module: Callable[..., Any], config: Any, dtype: Any = jnp.float32) -> Any:
-    """Returns a module's shapes without making its weights."""
+    """Returns a module's shapes without making its weights; traced once, so nothing may write into them."""
     return jax.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 

@@ -130,7 +130,9 @@ def sharded(state, recipe, shape):
     return place(state, state_shardings(state, mesh)), jit_step(recipe, mesh, state)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["topk", "jumprelu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("relu", "batchtopk"))]
+)
 def test_eight_devices_and_pmap_give_what_one_device_gives(kind):
     state, recipe, batches = make(kind)
     batches = batches[:6]

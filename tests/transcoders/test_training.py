@@ -98,7 +98,7 @@ def test_products_at_active_features_alone_train_alike_and_can_be_profiled(whole
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
 
 
-@pytest.mark.parametrize("stop_at", [2, 6, 10])
+@pytest.mark.parametrize("stop_at", [6, *(pytest.param(step, marks=pytest.mark.slow) for step in (2, 10))])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, stop_at):
     config = settings(tmp_path / "run", checkpoint_every=2)
     with pytest.raises(Stopped):
