@@ -206,7 +206,7 @@ class Layers(NamedTuple):
 def layers_of(prepared: Replacement) -> Layers:
     """Counts what the recorded blocks hold."""
     width = prepared.record.boundary.img.shape[1]
-    weight = jax.tree.leaves(prepared.record.weights.double)[0].dtype.itemsize
+    weight = jax.tree.leaves(prepared.record.weights.stacks[0])[0].dtype.itemsize
     counts = []
     for values, (stack, layers) in zip(prepared.sources.values, prepared.sites, strict=True):
         active = np.asarray(values) > 0

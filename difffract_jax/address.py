@@ -287,3 +287,7 @@ def flux_layout(double: int, single: int) -> Layout:
         single: single-stream blocks.
     """
     return Layout((Stack("double", double, (IMAGE, TEXT)), Stack("single", single, (JOINT,))))
+
+
+STACKS = tuple(stack.name for stack in flux_layout(0, 0).stacks)
+"""Names of stacks that addresses of blocks may have where no model is at hand to ask."""

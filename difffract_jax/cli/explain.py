@@ -226,7 +226,7 @@ def _effects(settings: EffectsConfig, span: Any, tcs: Any, output: Any, found: A
     from difffract_jax.circuits.effects.effect_tables import side_sums, strongest
 
     record, labels = span.traces[-1].record, labels_of(settings.transcoders, tcs.source)
-    own = np.asarray(record.replaceable.txt)
+    own = np.asarray(record.replaceable_text)
     features = [
         {"feature": str(one.feature), "side": one.side, "effect": one.effect}
         | ({} if labels is None else {"detects": str(labels.of(one.feature))})

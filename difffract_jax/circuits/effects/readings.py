@@ -31,7 +31,7 @@ from difffract_jax.models.stacks import per_group, run_stacks
 Mode = Literal["direct", "propagated", "live", "full"]
 
 
-def scaled(prepared: Replacement, factors: Sequence[Array], mode: Mode) -> Reading:
+def scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> Reading:
     """Runs the recorded blocks with features scaled.
 
     Args:
@@ -47,7 +47,7 @@ def scaled(prepared: Replacement, factors: Sequence[Array], mode: Mode) -> Readi
 
 
 @partial(jax.jit, static_argnames="mode")
-def _scaled(prepared: Replacement, factors: Sequence[Array], mode: Mode) -> Reading:
+def _scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> Reading:
     one_side = jax.tree.map(lambda factor: factor[:, None], factors)
     return edited(prepared, one_side, jax.tree.map(jnp.zeros_like, one_side), mode)
 

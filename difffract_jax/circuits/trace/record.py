@@ -97,6 +97,16 @@ class Record(NamedTuple):
         return tuple(tuple(getattr(self.boundary, stream).shape[0] for stream in group.streams) for group in groups)
 
     @property
+    def replaceable_text(self) -> Bool[Array, "txt"]:
+        """Text positions whose MLPs may be replaced: the prompt's own, or all with padding."""
+        groups = (group for stack in self.weights.stacks for group in stack.groups)
+        for group, rows, lengths in zip(groups, self.replaceable, self.side_lengths, strict=True):
+            if "txt" in group.streams:
+                first = sum(lengths[: group.streams.index("txt")])
+                return rows[first : first + self.boundary.txt.shape[0]]
+        return jnp.zeros(self.boundary.txt.shape[0], bool)
+
+    @property
     def first_layers(self) -> tuple[int, ...]:
         """Where each group's layers begin, counted through all recorded layers."""
         firsts, layers = [], 0

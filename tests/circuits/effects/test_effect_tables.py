@@ -11,7 +11,7 @@ from difffract_jax.circuits.effects.effect_tables import side_sums, strongest, s
 from difffract_jax.circuits.effects.total_effects import total_effects
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.models.tiny import random_pipeline
-from traces import make_transcoders
+from traces import IMAGE, make_transcoders
 
 TEXT = 4
 
@@ -24,7 +24,7 @@ def made(x64):
         pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(height=16, width=16, text_tokens=TEXT)
     )
     found = total_effects(span, tcs, resolve(pipe, span, parse_target("pixels:color=red,box=0,0,8,8")))
-    return tcs, found, np.asarray(span.traces[0].record.replaceable.txt)
+    return tcs, found, np.asarray(span.traces[0].record.replaceable_text)
 
 
 def by_hand(found, inside):
@@ -75,5 +75,5 @@ def test_sums_by_stream_and_by_place_lose_nothing(made):
             both = getattr(b, name) + getattr(c, name)
             twice = 2 if a.side == "txt" else 1  # text tokens count in both
             assert both == pytest.approx(twice * getattr(a, name), rel=1e-9)
-    img = summed(found, "img", tcs.img_layers, inside | True, 16)
+    img = summed(found, IMAGE, tcs.sites.groups["img"], inside | True, 16)
     assert img.shape == (2, 2, 16) and img[1].sum() == pytest.approx(whole[4].features, rel=1e-9)

@@ -100,12 +100,12 @@ def test_sources_are_named_as_nodes_are(engine):
 
 def test_a_score_is_read_as_it_is_written():
     assert heads.parse_score(" single/1/h0@txt3,img12 ") == ("single", 1, 0, ("txt", 3), ("img", 12))
-    assert heads.parse_score("single/1/h0@txt3,img12").model_block((3, 2)) == 4
-    assert heads.parse_score("double/2/h0@txt3,img12").model_block((3, 2)) == 2
+    assert heads.parse_score("single/1/h0@txt3,img12").model_block(flux_layout(3, 2)) == 4
+    assert heads.parse_score("double/2/h0@txt3,img12").model_block(flux_layout(3, 2)) == 2
     for text in ("double/1/1@img0,img1", "1/h1@img0,img1", "img/1/h1@img0,img1", "double/1/h1@img0", "double/1/h1@0,1"):
         with pytest.raises(UserError, match=f"{text!r} is not an attention score; write BLOCK/hHEAD@QUERY,KEY"):
             heads.parse_score(text)
     with pytest.raises(UserError, match="no block double/3; the model has double/0 to double/2 and single/0 to single"):
-        heads.parse_score("double/3/h0@txt3,img12").model_block((3, 2))
+        heads.parse_score("double/3/h0@txt3,img12").model_block(flux_layout(3, 2))
     with pytest.raises(UserError, match="no block single/0; the model has double/0 to double/2"):
-        heads.parse_score("single/0/h0@txt3,img12").model_block((3, 0))
+        heads.parse_score("single/0/h0@txt3,img12").model_block(flux_layout(3, 0))
