@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from difffract_jax.address import Layout
+from difffract_jax.address import STACKS, Layout
 from difffract_jax.circuits.attribution.engine import Engine
 from difffract_jax.circuits.attribution.expansion import SourceTable
 from difffract_jax.circuits.effects.attention import ScoreParts, loadings_by_layer
@@ -26,7 +26,9 @@ SIDES = ("features", "errors", "inputs", "constant")
 """What a query or a key is made of, in the order of `by_kind`."""
 AT_ONCE = 1024
 """Sources of either side that are multiplied at once."""
-_SCORE = re.compile(r"(?P<kind>[a-z]+)/(?P<block>\d+)/h(?P<head>\d+)@(?P<q>img|txt)(?P<i>\d+),(?P<k>img|txt)(?P<j>\d+)")
+_SCORE = re.compile(
+    rf"(?P<kind>{'|'.join(STACKS)})/(?P<block>\d+)/h(?P<head>\d+)@(?P<q>img|txt)(?P<i>\d+),(?P<k>img|txt)(?P<j>\d+)"
+)
 
 
 class Score(NamedTuple):

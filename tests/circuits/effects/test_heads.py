@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from difffract_jax.address import flux_layout
 from difffract_jax.circuits.attribution.engine import make_engine, pull_rows
 from difffract_jax.circuits.attribution.expansion import source_names
 from difffract_jax.circuits.attribution.outputs import parse_target, resolve
