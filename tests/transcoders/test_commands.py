@@ -28,7 +28,6 @@ def difffract(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.slow
 def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
     rows, run = tmp_path / "rows", tmp_path / "run"
     more = (f"out={rows}", "train_prompts=16", "validation_prompts=2")

@@ -136,7 +136,6 @@ def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(p
     assert not place.checkpoints(name)[1], "what the kills left half-written is gone"
 
 
-@pytest.mark.slow
 def test_two_processes_train_as_one(place, eight):
     with socket.socket() as free:
         free.bind(("localhost", 0))

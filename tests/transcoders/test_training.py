@@ -200,7 +200,6 @@ KEEPS_NOTHING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(10**9)}
 """A process that is killed could leave half a compiled program in the cache."""
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_0_and_sigkill_loses_nothing_before_the_last_checkpoint(tmp_path):
     sets = ["steps=100000", "checkpoint_every=5", "log_every=1", "buffer_rows=512", "batch=64", "sites=[img/0]"]
     sets += [f"out={tmp_path / 'run'}", "k=4", "refresh=1.0"]

@@ -17,8 +17,10 @@ from difffract_jax.graphs.files.reference_json import from_document
 from difffract_jax.graphs.graph import FEATURE, INPUT, REST
 from difffract_jax.graphs.pruning import prune
 from tolerances import REFERENCE, TOL
-from traces import golden_trace, make_exact
+from traces import MORE_VARIANTS, VARIANTS, golden_trace, make_exact, variant
 
+ALL, SOME = [*VARIANTS, *MORE_VARIANTS], ("padding replaced", "through to the velocity")
+"""That edges add up in each variant, `test_pullback.py` tests; here that a graph keeps what adds up."""
 SETTINGS = {"max_nodes": 80, "expansion_batch": 10, "min_attribution": 1e-4}
 
 
@@ -106,7 +108,11 @@ def strongest(exact):
     return Feature(*site, int(table.feature[row]))
 
 
-def test_a_graph_in_float64_adds_up(exact):
+@pytest.mark.parametrize(
+    "name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL if name not in SOME)]
+)
+def test_a_graph_in_float64_adds_up(x64, name):
+    exact = variant(name)
     graph = attribute(exact.trace, exact.tcs, target=strongest(exact), max_nodes=30, expansion_batch=8)
     assert graph.largest_conservation_error <= TOL.conservation_x64
 

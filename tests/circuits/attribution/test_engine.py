@@ -27,6 +27,11 @@ OUTPUTS = ("velocity:", 'velocity:contrast="a blue square",box=0,0,16,24', "pixe
 KINDS = ("img", "txt", "single", *OUTPUTS)
 
 
+def some_kinds(*named):
+    """Every kind of target, those that are not named with the slow tests."""
+    return [kind if kind in named else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
 @cache
 def made(dtype):
     """A pipeline, its transcoders of all groups, and a span of three steps; the first is step 1."""
@@ -85,7 +90,7 @@ def doubled(engine, row):
     return steps, text, latents
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_kinds("img", "single", OUTPUTS[2]))
 def test_over_several_steps_every_target_adds_up_and_edges_are_interventions(x64, kind):
     pipe, tcs, span = made(jnp.float64)
     target = target_of(kind, pipe, tcs, span)
@@ -140,7 +145,7 @@ def _row(engine, feature):
     return next(int(r) for r in rows if str(named(engine, int(r))) == str(feature))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", some_kinds("txt", OUTPUTS[0], OUTPUTS[1]))
 def test_float32_adds_up(kind):
     pipe, tcs, span = made(jnp.float32)
     target = target_of(kind, pipe, tcs, span)

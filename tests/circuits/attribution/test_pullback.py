@@ -220,7 +220,9 @@ def test_how_decoder_vectors_are_gathered_changes_nothing(x64, monkeypatch):
         assert relative_error(pull_back(exact.replacement, targets), usual) <= TOL.x64
 
 
-@pytest.mark.parametrize("sizes", [(7, 1), (64, 1), (5, 30)])
+@pytest.mark.parametrize(
+    "sizes", [(5, 30), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((7, 1), (64, 1)))]
+)
 def test_in_how_many_pieces_targets_go_changes_nothing(x64, monkeypatch, sizes):
     exact = make_exact()
     targets = some_targets(exact, 40)
@@ -257,7 +259,7 @@ def test_attention_in_blocks_changes_no_edge(x64, monkeypatch):
             assert relative_error(ours, expected) <= 1e-12
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_float32_adds_up_too(golden, seed):
     trace = golden.trace(seed % 2, seed + 1)
     replacement = prepare_step(trace, golden.tcs)

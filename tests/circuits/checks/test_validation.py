@@ -44,7 +44,7 @@ def made():
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.parametrize("steps", (1, 2))
+@pytest.mark.parametrize("steps", (pytest.param(1, marks=pytest.mark.slow), 2))
 def test_the_push_forward_of_every_kind_of_source_is_its_edge(made, steps):
     again, graph = made[steps]
     table, rng = again.engine.table, np.random.default_rng(0)

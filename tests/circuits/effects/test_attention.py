@@ -27,7 +27,10 @@ def top_feature(engine, *, single):
     return int(rows[np.argmax(table.value[rows])])
 
 
-@pytest.mark.parametrize("kind", ["double", "single", "velocity:", "pixels:color=red"])
+@pytest.mark.parametrize(
+    "kind",
+    ["single", "pixels:color=red", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("double", "velocity:"))],
+)
 def test_head_loadings_add_up_to_every_edge(exact, kind):
     outputs = () if ":" not in kind else (resolve(exact.pipe, exact.trace, parse_target(kind)),)
     engine = make_engine(exact.trace, exact.tcs, outputs)

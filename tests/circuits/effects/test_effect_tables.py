@@ -1,6 +1,7 @@
 """Sums of total effects over tokens: nothing is lost, and the strongest are the largest of all."""
 
 from collections import defaultdict
+from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +17,8 @@ from traces import IMAGE, make_transcoders
 TEXT = 4
 
 
-@pytest.fixture
-def made(x64):
+@cache
+def run():
     pipe = random_pipeline(seed=4, dtype=jnp.float64)
     tcs = make_transcoders(pipe.config.transformer, seed=4, img=(0, 2), txt=(1,), joint=(0, 1), skip=True, features=16)
     span = capture_steps(
@@ -25,6 +26,11 @@ def made(x64):
     )
     found = total_effects(span, tcs, resolve(pipe, span, parse_target("pixels:color=red,box=0,0,8,8")))
     return tcs, found, np.asarray(span.traces[0].record.replaceable_text)
+
+
+@pytest.fixture
+def made(x64):
+    return run()
 
 
 def by_hand(found, inside):
