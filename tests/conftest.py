@@ -44,17 +44,18 @@ MOST_MAPS = 25_000
 
 
 LONGEST = (
-    "test_notebooks",
-    "test_cli_explain",
-    "test_journey",
+    "test_notebooks.py",
+    "cli/test_explain.py",
+    "test_journey.py",
 )
 """Files in the order in which they start, all others after them as they are found; the last ones are to be short."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files that take longest first; pytest-xdist hands files out in this order."""
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+    here = Path(__file__).parent
+    places = {here / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 
 @pytest.fixture(scope="module", autouse=True)
