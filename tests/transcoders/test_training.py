@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from difffract_jax.transcoders.training import Watch, train
 from tolerances import TOL, relative_error
 
 WIDTH = 8
+FORMATS = Path(__file__).parents[1] / "data" / "formats"
 
 
 class Synthetic:
@@ -106,6 +108,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, sto
     assert same(run(config, resume=True), whole[1])
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_run_that_the_first_release_began_goes_on(whole, tmp_path):
+    """`training-v1` was written by 0.1.0 with these settings and stopped after step 4; bits may differ by the compiler."""
+    shutil.copytree(FORMATS / "training-v1", tmp_path / "run")
+    done = run(settings(tmp_path / "run", checkpoint_every=4, keep=1), resume=True)
+    assert relative_error(*(np.concatenate([a.ravel() for a in leaves(d)]) for d in (done, whole[1]))) <= TOL.f32_run
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_told(whole, tmp_path):
