@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, sto
 
 
 def test_a_run_that_the_first_release_began_goes_on(whole, tmp_path):
-    """`training-v1` was written by 0.1.0 with these settings and stopped after step 4; bits may differ by the compiler."""
+    """0.1.0 wrote `training-v1` with these settings and stopped after step 4; bits may differ by the compiler."""
     shutil.copytree(FORMATS / "training-v1", tmp_path / "run")
     done = run(settings(tmp_path / "run", checkpoint_every=4, keep=1), resume=True)
     assert relative_error(*(np.concatenate([a.ravel() for a in leaves(d)]) for d in (done, whole[1]))) <= TOL.f32_run
