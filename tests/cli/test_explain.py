@@ -111,7 +111,7 @@ def test_another_target_is_found_by_its_name(difffract: Any, result: Any, graphs
 def test_parts_of_a_score_sum_to_the_model_s(result: Any, graphs: Path, organism: tuple[Any, Any]) -> None:
     told = result(*HEADS, graphs / "output.npz", "--score", "double/1/h1@img12,txt4", "--top", 3)
     trace = capture(*organism, PROMPT, seed=0, step=1, output=True)
-    frozen, text = trace.record.frozen, trace.info.text_tokens
+    frozen, text = trace.record.frozen[0], trace.info.text_tokens
     q, k = (np.asarray(a, np.float64) for a in (frozen.q[1, text + 12, 1], frozen.k[1, 4, 1]))
     score = q @ k / np.sqrt(q.size)
     parts = [told[name] for name in ("constant", "linear terms of the query", "linear terms of the key", "pairs")]
