@@ -10,7 +10,7 @@
    it: `XLA_FLAGS= pytest`.
 7. Hypothesis draws the same examples every time, so that a run's outcome hangs on the code alone; to search further:
    `HYPOTHESIS_PROFILE=search pytest`.
-8. The files that take longest come first, so that the two processes end together.
+8. The files that take longest come first, so that the two processes end together; garbage is collected less often.
 9. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
 """
 
@@ -44,9 +44,9 @@ MOST_MAPS = 25_000
 
 
 LONGEST = (
-    "test_notebooks",
-    "test_cli_explain",
-    "test_journey",
+    *("test_notebooks", "test_processes", "test_cli_explain", "test_pullback", "test_journey", "test_engine"),
+    *("test_train", "test_step", "test_attribution", "test_attention", "test_commands", "test_validation"),
+    *("test_active", "test_ways", "test_cli_validate", "test_imported", "test_mmdit"),
 )
 """Files in the order in which they start, all others after them as they are found; the last ones are to be short."""
 
@@ -55,6 +55,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files that take longest first; pytest-xdist hands files out in this order."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what was imported, which stays, and lets it look less often: tracing makes much."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture(scope="module", autouse=True)
