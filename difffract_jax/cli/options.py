@@ -12,11 +12,11 @@ import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from difffract_jax.config import ConvertConfig, Settings, TraceConfig, UserError, resolve
+from difffract_jax.config import Settings, UserError, resolve
 
 S = TypeVar("S", bound=Settings)
 Command = Callable[..., None]
@@ -156,24 +156,6 @@ def option(cls: type[Settings], name: str) -> Any:
 def argument(cls: type[Settings], name: str) -> Any:
     """Returns the positional argument NAME of a setting."""
     return typer.Argument(metavar=name.upper(), **field(cls, name))
-
-
-Model = Annotated[str | None, argument(TraceConfig, "model")]
-Prompt = Annotated[str | None, argument(TraceConfig, "prompt")]
-Seed = Annotated[int | None, option(TraceConfig, "seed")]
-Steps = Annotated[int | None, option(TraceConfig, "steps")]
-Height = Annotated[int | None, option(TraceConfig, "height")]
-Width = Annotated[int | None, option(TraceConfig, "width")]
-TextTokens = Annotated[int | None, option(TraceConfig, "text_tokens")]
-Latents = Annotated[Path | None, option(TraceConfig, "latents")]
-Noise = Annotated[Literal["jax", "torch"] | None, option(TraceConfig, "noise")]
-Source = Annotated[Path | None, argument(ConvertConfig, "source")]
-Target = Annotated[Path | None, argument(ConvertConfig, "out")]
-Dtype = Annotated[Literal["f32", "bf16"] | None, option(ConvertConfig, "dtype")]
-Overwrite = Annotated[bool | None, typer.Option("--overwrite", **field(ConvertConfig, "overwrite"))]
-IncludePadding = Annotated[bool | None, typer.Option("--include-padding", **field(TraceConfig, "include_padding"))]
-ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
-Tolerance = Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")]
 
 
 def check_out(path: Path, suffix: str) -> None:
