@@ -73,16 +73,16 @@ def command(
         ['graph', 'mode', 'node_threshold', 'edge_threshold', 'by_position', 'out', 'json']
     """
     fields = [name for name in _own_first(cls) if name not in without]
-    told_by = {name: other for other, names in (help_from or {}).items() for name in names}
+    documented_by = {name: other for other, names in (help_from or {}).items() for name in names}
     options: dict[str, tuple[Any, Any]] = {
-        name: ((instead or {}).get(name) or _declared(cls, name, name in arguments, told_by.get(name, cls)), None)
+        name: ((instead or {}).get(name) or _declared(cls, name, name in arguments, documented_by.get(name, cls)), None)
         for name in fields
     }
 
     def decorate(function: Command) -> Command:
         wanted = dict(list(inspect.signature(function).parameters.items())[1:])
         special = {name: (one.annotation, one.default) for name, one in wanted.items() if name not in SHARED}
-        shared = {name: told for name, told in SHARED.items() if name in wanted or name in layers}
+        shared = {name: declaration for name, declaration in SHARED.items() if name in wanted or name in layers}
         placed = _placed([name for name in (*fields, *special) if name not in arguments], before or {})
         declared = options | special | shared
 
@@ -108,7 +108,7 @@ def _is_settings(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
-def _declared(cls: type[Settings], name: str, positional: bool, told_by: type[Settings]) -> Any:
+def _declared(cls: type[Settings], name: str, positional: bool, documented_by: type[Settings]) -> Any:
     """Returns the type of a field, which may be left out, with its argument or option for Typer."""
     annotation = cls.model_fields[name].annotation
     alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
@@ -116,7 +116,7 @@ def _declared(cls: type[Settings], name: str, positional: bool, told_by: type[Se
     kinds = [list[repeated[0]]] if repeated else [one for one in alternatives if one is not type(None)]
     assert len(kinds) == 1, f"{cls.__name__}.{name} has no one type that an option could hold"
     made = argument if positional else option
-    return Annotated[kinds[0] | None, made(told_by, name)]
+    return Annotated[kinds[0] | None, made(documented_by, name)]
 
 
 def _placed(names: Sequence[str], before: Mapping[str, Sequence[str]]) -> list[str]:
