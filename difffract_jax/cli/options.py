@@ -5,10 +5,13 @@
 2. An option's help is the docstring of its field. Options left out are None, so that they do not hide the value of a
    `--config` file; defaults live in the class.
 3. When the command runs, `settings_of` merges what was given, and the function is called with the result.
+4. A library function's error names arguments of Python, which are settings by their names; `in_options` names the
+   options that a user can change.
 """
 
 import functools
 import inspect
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -89,7 +92,14 @@ def command(
         @functools.wraps(function)
         def run(**given: Any) -> None:
             further = {name: given[name] for name in wanted}
-            function(settings_of(cls, given if prepare is None else prepare(given)), **further)
+            settings = settings_of(cls, given if prepare is None else prepare(given))
+            try:
+                function(settings, **further)
+            except UserError as error:
+                sentence = in_options(str(error), fields, arguments)
+                if sentence == str(error):
+                    raise
+                raise UserError(sentence) from error
 
         _sign(run, {name: declared[name] for name in (*arguments, *placed, *shared)})
         return run
@@ -169,6 +179,34 @@ def check_out(path: Path, suffix: str) -> None:
         raise UserError(f"The output file must end in {suffix}, but got {path}.")
     if not path.parent.is_dir():
         raise UserError(f"The folder {path.parent} of the output file {path.name} does not exist; create it first.")
+
+
+def in_options(sentence: str, fields: Sequence[str], arguments: Sequence[str] = ()) -> str:
+    """Names options instead of settings in an error of the library, where a word can be nothing else.
+
+    That is a name with an underscore that is no part of a path, a value or a quotation, or any name at the beginning of
+    a sentence on its range. Other names are English words too, and are left.
+
+    Args:
+        sentence: of the error.
+        fields: settings of the command.
+        arguments: those of them that are positional.
+
+    Example:
+        >>> in_options("max_nodes is 1, too few for 2 targets.", ["steps", "max_nodes"])
+        '--max-nodes is 1, too few for 2 targets.'
+        >>> in_options("steps must be at least 1, in steps.", ["steps", "max_nodes"])
+        '--steps must be at least 1, in steps.'
+    """
+
+    def option_of(name: re.Match[str]) -> str:
+        return name[0].upper() if name[0] in arguments else f"--{name[0].replace('_', '-')}"
+
+    for name in fields:
+        sentence = re.sub(rf"^{name}(?= must (?:lie in|be at least) )", option_of, sentence)
+        if "_" in name:
+            sentence = re.sub(rf"(?<![\w./`'\"=-]){name}(?![\w/`'\"=-]|\.\w)", option_of, sentence)
+    return sentence
 
 
 def settings_of(cls: type[S], given: Mapping[str, Any]) -> S:

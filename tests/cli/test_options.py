@@ -12,7 +12,7 @@ from pydantic import Field
 
 from difffract_jax.cli import main as cli
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.options import field, settings_of
+from difffract_jax.cli.options import field, in_options, settings_of
 from difffract_jax.config import ConvertConfig, Settings, TraceConfig, UserError
 
 GIVEN = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
@@ -175,3 +175,31 @@ def test_what_is_missing_is_named():
         settings_of(TraceConfig, {"model": "m", "prompt": "p"})
     with pytest.raises(UserError, match="`target` is missing"):
         settings_of(TraceConfig, {"model": "m", "transcoders": "t", "prompt": "p", "sets": ["step=1"]})
+
+
+@pytest.mark.parametrize(
+    ("sentence", "named"),
+    [
+        ("max_nodes is 1, too few for 2 targets.", "--max-nodes is 1, too few for 2 targets."),
+        ("Name one of them, or trace with include_padding.", "Name one of them, or trace with --include-padding."),
+        ("step must lie in [0, 4), but got 4.", "--step must lie in [0, 4), but got 4."),
+        ("The steps of a trace must ascend.", "The steps of a trace must ascend."),
+        ("out is a file; give another --out.", "out is a file; give another --out."),
+        ("runs/max_nodes/a.npz does not exist.", "runs/max_nodes/a.npz does not exist."),
+        ("max_nodes.npz and 'max_nodes' and max_nodes=3", "max_nodes.npz and 'max_nodes' and max_nodes=3"),
+        ("prompt must be at least 1 word.", "PROMPT must be at least 1 word."),
+    ],
+)
+def test_errors_of_the_library_name_options_where_that_is_certain(sentence, named):
+    assert in_options(sentence, list(TraceConfig.model_fields), ("prompt",)) == named
+
+
+def test_a_command_s_error_names_options_and_keeps_its_cause():
+    @opt.command(Toy, layers=())
+    def run(settings: Toy) -> None:
+        """Fail."""
+        raise UserError("one_or_more is of no use, and seed must be at least 1.")
+
+    with pytest.raises(UserError, match="^--one-or-more is of no use, and seed must be at least 1.$") as caught:
+        run(place="p")
+    assert isinstance(caught.value.__cause__, UserError)
