@@ -4,8 +4,7 @@ They follow the rules of `cli.py`: settings in, artefacts and a short table out;
 command runs.
 """
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import typer
 
@@ -13,7 +12,7 @@ from difffract_jax.cli import options as opt
 from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
 from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli.validate import rerun
-from difffract_jax.config import UserError, provenance
+from difffract_jax.config import TraceConfig, UserError, provenance
 
 
 def register(app: typer.Typer) -> None:
@@ -22,20 +21,12 @@ def register(app: typer.Typer) -> None:
     app.command()(effects)
 
 
-def heads(
-    model: opt.Model = None,
-    transcoders: Annotated[str | None, opt.argument(HeadsConfig, "transcoders")] = None,
-    graph: Annotated[Path | None, opt.argument(HeadsConfig, "graph")] = None,
-    target: Annotated[str | None, opt.option(HeadsConfig, "target")] = None,
-    score: Annotated[str | None, opt.option(HeadsConfig, "score")] = None,
-    top: Annotated[int | None, opt.option(HeadsConfig, "top")] = None,
-    latents: Annotated[Path | None, opt.option(HeadsConfig, "latents")] = None,
-    noise: Annotated[Literal["jax", "torch"] | None, opt.option(HeadsConfig, "noise")] = None,
-    activations: Annotated[Path | None, opt.option(HeadsConfig, "activations")] = None,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(
+    HeadsConfig,
+    arguments=("model", "transcoders", "graph"),
+    help_from={TraceConfig: ("model",)},
+)
+def heads(settings: HeadsConfig, *, json: bool) -> None:
     """Say which attention heads carry the edges into a target, and what makes an attention score.
 
     The graph's run is captured anew, of one step. Every path from a source to the target takes a last attention hop,
@@ -46,7 +37,6 @@ def heads(
 
     Example: `difffract heads organism organism graph.npz --score double/1/h1@img12,txt4`
     """
-    settings = opt.settings_of(HeadsConfig, locals())
     from difffract_jax.circuits.effects import heads as by_head
     from difffract_jax.circuits.effects.attention import score_parts
     from difffract_jax.cli.output import emit
@@ -142,27 +132,12 @@ def _named(engine: Any, row: int, labels: Any, column: str) -> dict[str, Any]:
     return shown | {f"{column} detects": str(labels.of(named(engine, row))) if is_feature else ""}
 
 
-def effects(
-    model: opt.Model = None,
-    transcoders: Annotated[str | None, opt.argument(EffectsConfig, "transcoders")] = None,
-    prompt: opt.Prompt = None,
-    target: Annotated[str | None, opt.option(EffectsConfig, "target")] = None,
-    step: Annotated[int | None, opt.option(EffectsConfig, "step")] = None,
-    box: Annotated[str | None, opt.option(EffectsConfig, "box")] = None,
-    mask: Annotated[Path | None, opt.option(EffectsConfig, "mask")] = None,
-    top: Annotated[int | None, opt.option(EffectsConfig, "top")] = None,
-    steps: opt.Steps = None,
-    seed: opt.Seed = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    text_tokens: opt.TextTokens = None,
-    include_padding: opt.IncludePadding = None,
-    latents: opt.Latents = None,
-    noise: opt.Noise = None,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(
+    EffectsConfig,
+    arguments=("model", "transcoders", "prompt"),
+    help_from={TraceConfig: ("model", "prompt", "include_padding")},
+)
+def effects(settings: EffectsConfig, *, json: bool) -> None:
     """Say what every feature of a run adds to a colour or to the velocity, along all paths of all steps.
 
     No graph is needed: one backward pass, with attention and norms as they were. Features are printed ready to paste
@@ -171,7 +146,6 @@ def effects(
 
     Example: `difffract effects organism organism "a red circle left of a blue square" --target pixels:color=red`
     """
-    settings = opt.settings_of(EffectsConfig, locals())
     from difffract_jax.circuits.attribution.outputs import parse_target, resolve
     from difffract_jax.circuits.effects.total_effects import total_effects
     from difffract_jax.circuits.notation.feature import Feature

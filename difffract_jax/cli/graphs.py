@@ -5,12 +5,12 @@ table out; imports when a command runs; what can be refused is refused before an
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.config import ExportConfig, PruneConfig, SupernodesConfig, UserError, read_yaml
+from difffract_jax.config import ExportConfig, PruneConfig, SupernodesConfig, UserError, ViewerOptions, read_yaml
 
 SUFFIXES = {
     "difffract-v2": ".json",
@@ -25,7 +25,6 @@ combine = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Format = Literal["difffract-v2", "circuit-tracer", "neuronpedia", "graphml", "csv"]
 Out = Annotated[Path, typer.Option("--out", help="Graph file to write, `.npz`.")]
 Graphs = Annotated[list[Path], typer.Argument(help="Graph files, of one model and its transcoders.")]
 Edits = Annotated[
@@ -53,15 +52,8 @@ def register(app: typer.Typer) -> None:
     app.command()(export)
 
 
-def prune(
-    graph: Annotated[Path | None, opt.argument(PruneConfig, "graph")] = None,
-    mode: Annotated[Literal["standard", "difffract"] | None, opt.option(PruneConfig, "mode")] = None,
-    node_threshold: Annotated[float | None, opt.option(PruneConfig, "node_threshold")] = None,
-    edge_threshold: Annotated[float | None, opt.option(PruneConfig, "edge_threshold")] = None,
-    by_position: Annotated[bool | None, typer.Option("--by-position", **opt.field(PruneConfig, "by_position"))] = None,
-    out: Annotated[Path | None, opt.option(PruneConfig, "out")] = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(PruneConfig, arguments=("graph",), layers=())
+def prune(settings: PruneConfig, *, json: bool) -> None:
     """Keep a graph's most influential nodes and edges, and say how much of it its features explain.
 
     Replacement is the share of influence that reaches the inputs rather than ending in errors; completeness, the share
@@ -70,7 +62,6 @@ def prune(
 
     Example: `difffract prune graph.npz --node-threshold .8 --edge-threshold .98 --out pruned.npz`
     """
-    settings = opt.settings_of(PruneConfig, locals())
     opt.check_out(settings.out, ".npz")
     from difffract_jax.cli.output import emit, graph_summary
     from difffract_jax.graphs import pruning
@@ -84,15 +75,9 @@ def prune(
     emit({"graph": str(settings.out)} | graph_summary(pruned) | {"scores": rows}, as_json=json)
 
 
+@opt.command(SupernodesConfig, arguments=("graph",), layers=(), before={"out": ("edits", "set_supernode")})
 def supernodes(
-    graph: Annotated[Path | None, opt.argument(SupernodesConfig, "graph")] = None,
-    threshold: Annotated[float | None, opt.option(SupernodesConfig, "threshold")] = None,
-    map_weight: Annotated[float | None, opt.option(SupernodesConfig, "map_weight")] = None,
-    keep: Annotated[bool | None, typer.Option("--keep", **opt.field(SupernodesConfig, "keep"))] = None,
-    edits: Edits = None,
-    set_supernode: SetSupernode = None,
-    out: Annotated[Path | None, opt.option(SupernodesConfig, "out")] = None,
-    json: opt.Json = False,
+    settings: SupernodesConfig, *, edits: Edits = None, set_supernode: SetSupernode = None, json: bool
 ) -> None:
     """Group features that do the same, by their edges in and out and by where they are active.
 
@@ -101,7 +86,6 @@ def supernodes(
 
     Example: `difffract supernodes pruned.npz --threshold .6 --set-supernode "red=img/2/f401,img/3/f17"`
     """
-    settings = opt.settings_of(SupernodesConfig, locals())
     opt.check_out(settings.out, ".npz")
     from difffract_jax.cli.output import emit
     from difffract_jax.config import resolve
@@ -182,21 +166,22 @@ def compare(a: opt.GraphFile, b: opt.GraphFile, json: opt.Json = False) -> None:
     emit(comparing.compare(comparing.read_graph(a), comparing.read_graph(b))._asdict(), as_json=json)
 
 
-def export(
-    graph: Annotated[Path | None, opt.argument(ExportConfig, "graph")] = None,
-    format: Annotated[Format | None, opt.option(ExportConfig, "format")] = None,
-    out: Annotated[Path | None, opt.option(ExportConfig, "out")] = None,
-    slug: Annotated[str | None, opt.option(ExportConfig, "slug")] = None,
-    scan: Annotated[str | None, opt.option(ExportConfig, "scan")] = None,
-    by_position: Annotated[bool | None, typer.Option("--by-position", **opt.field(ExportConfig, "by_position"))] = None,
-    feature_url: Annotated[str | None, opt.option(ExportConfig, "feature_url")] = None,
-    dashboard: Annotated[str | None, opt.option(ExportConfig, "dashboard")] = None,
-    labels: Labels = None,
-    max_nodes: Annotated[int | None, opt.option(ExportConfig, "max_nodes")] = None,
-    max_links: Annotated[int | None, opt.option(ExportConfig, "max_links")] = None,
-    overwrite: Annotated[bool | None, typer.Option("--overwrite", **opt.field(ExportConfig, "overwrite"))] = None,
-    json: opt.Json = False,
-) -> None:
+def _with_labels(given: dict[str, Any]) -> dict[str, Any]:
+    """Puts the names that the file of --labels holds in its place."""
+    file = given["labels"]
+    return given | {"labels": {str(name): str(label) for name, label in read_yaml(file).items()} if file else None}
+
+
+@opt.command(
+    ExportConfig,
+    arguments=("graph",),
+    layers=(),
+    without=("tokens",),
+    before={"overwrite": tuple(ViewerOptions.model_fields)},
+    instead={"labels": Labels},
+    prepare=_with_labels,
+)
+def export(settings: ExportConfig, *, json: bool) -> None:
     """Write a graph for another tool: the reference, circuit-tracer's viewer, Neuronpedia, networkx, a spreadsheet.
 
     Put a circuit-tracer file into the viewer's folder as SLUG.json and open the address that is printed: supernodes are
@@ -204,8 +189,6 @@ def export(
 
     Example: `difffract export pruned.npz --format circuit-tracer --slug red-circle --out red-circle.json`
     """
-    named = {str(name): str(label) for name, label in read_yaml(labels).items()} if labels else None
-    settings = opt.settings_of(ExportConfig, locals() | {"labels": named})
     opt.check_out(settings.out, SUFFIXES[settings.format])
     from difffract_jax.cli.output import emit
     from difffract_jax.graphs.comparison import read_graph

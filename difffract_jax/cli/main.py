@@ -79,6 +79,7 @@ def _print_version(wanted: bool) -> bool:
 Version = Annotated[
     bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
 ]
+ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a failure's traceback; anywhere on the line.")]
 
 
@@ -91,16 +92,12 @@ def _root(version: Version = False, debug: Debug = False) -> None:
 
 
 @app.command()
-def demo(
-    out: Annotated[Path | None, opt.option(DemoConfig, "out")] = None,
-    seed: Annotated[int | None, opt.option(DemoConfig, "seed")] = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(DemoConfig, layers=())
+def demo(settings: DemoConfig, *, json: bool) -> None:
     """Generate an image and trace a circuit, end to end, on the embedded model. Needs no files.
 
     Example: `difffract demo --out demo`
     """
-    settings = opt.settings_of(DemoConfig, locals())
     from difffract_jax.cli.demo import run
     from difffract_jax.cli.output import emit, progress
 
@@ -110,20 +107,12 @@ def demo(
 
 
 @convert.command("flux")
-def convert_flux(
-    source: opt.Source = None,
-    out: opt.Target = None,
-    base: Annotated[Path | None, opt.option(ConvertConfig, "base")] = None,
-    dtype: opt.Dtype = None,
-    mesh: Annotated[str | None, opt.option(ConvertConfig, "mesh")] = None,
-    overwrite: opt.Overwrite = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(ConvertConfig, arguments=("source", "out"), layers=())
+def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
     """Convert a FLUX pipeline: a diffusers directory, or an original single-file safetensors.
 
     Example: `difffract convert flux FLUX.1-schnell flux-schnell --dtype bf16`
     """
-    settings = opt.settings_of(ConvertConfig, locals())
     from difffract_jax import loading
     from difffract_jax.cli.output import emit, parameter_counts
     from difffract_jax.sharding import make_mesh, parse_mesh, pipeline_shardings
@@ -141,18 +130,18 @@ def convert_flux(
 
 
 @convert.command("transcoders")
-def convert_transcoders(
-    source: opt.Source = None,
-    out: opt.Target = None,
-    to_torch: opt.ToTorch = False,
-    overwrite: opt.Overwrite = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(
+    ConvertConfig,
+    arguments=("source", "out"),
+    layers=(),
+    without=("base", "dtype", "mesh"),
+    before={"overwrite": ("to_torch",)},
+)
+def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, json: bool) -> None:
     """Convert a directory of the reference's `.pt` transcoders or SAEs (needs the extra `torch`), or back.
 
     Example: `difffract convert transcoders checkpoints/transcoders transcoders`
     """
-    settings = opt.settings_of(ConvertConfig, locals())
     from difffract_jax import loading
     from difffract_jax.cli.output import emit
 
@@ -169,7 +158,7 @@ def convert_check(
     converted: Annotated[
         Path | None, typer.Argument(help="Our directory of it; SOURCE converted in memory if left out.")
     ] = None,
-    tolerance: opt.Tolerance = 1e-5,
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")] = 1e-5,
     json: opt.Json = False,
 ) -> None:
     """Compare a converted pipeline with the PyTorch one, block by block (needs the extra `torch`).
@@ -191,29 +180,16 @@ def convert_check(
 
 
 @app.command()
-def generate(
-    model: opt.Model = None,
-    prompt: opt.Prompt = None,
-    out: Annotated[Path | None, opt.option(GenerateConfig, "out")] = None,
-    seed: opt.Seed = None,
-    steps: opt.Steps = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    text_tokens: opt.TextTokens = None,
-    guidance: Annotated[float | None, opt.option(GenerateConfig, "guidance")] = None,
-    latents: opt.Latents = None,
-    noise: opt.Noise = None,
-    dtype: opt.Dtype = None,
-    dry_run: opt.DryRun = False,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(
+    GenerateConfig,
+    arguments=("model", "prompt"),
+    help_from={TraceConfig: ("model", "prompt", "steps"), ConvertConfig: ("dtype",)},
+)
+def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     """Generate an image from a prompt.
 
     Example: `difffract generate flux-schnell "a red fox at dawn" --seed 0 --steps 4 --out image.png`
     """
-    settings = opt.settings_of(GenerateConfig, locals())
     opt.check_out(settings.out, ".png")
     from difffract_jax.cli.output import emit, progress, save_image
 
@@ -239,41 +215,13 @@ def generate(
 
 
 @app.command()
-def trace(
-    model: opt.Model = None,
-    transcoders: Annotated[str | None, opt.argument(TraceConfig, "transcoders")] = None,
-    prompt: opt.Prompt = None,
-    target: Annotated[list[str] | None, opt.option(TraceConfig, "target")] = None,
-    weight: Annotated[list[float] | None, opt.option(TraceConfig, "weight")] = None,
-    step: Annotated[str | None, opt.option(TraceConfig, "step")] = None,
-    steps: opt.Steps = None,
-    seed: opt.Seed = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    text_tokens: opt.TextTokens = None,
-    max_nodes: Annotated[int | None, opt.option(TraceConfig, "max_nodes")] = None,
-    expansion_batch: Annotated[int | None, opt.option(TraceConfig, "expansion_batch")] = None,
-    min_attribution: Annotated[float | None, opt.option(TraceConfig, "min_attribution")] = None,
-    include_padding: opt.IncludePadding = None,
-    latents: opt.Latents = None,
-    noise: opt.Noise = None,
-    model_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "model_dtype")] = None,
-    transcoder_dtype: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "transcoder_dtype")] = None,
-    precision: Annotated[Literal["f32", "bf16"] | None, opt.option(TraceConfig, "precision")] = None,
-    mesh: Annotated[str | None, opt.option(TraceConfig, "mesh")] = None,
-    activations: Annotated[Path | None, opt.option(TraceConfig, "activations")] = None,
-    out: Annotated[Path | None, opt.option(TraceConfig, "out")] = None,
-    export_json: Annotated[Path | None, opt.option(TraceConfig, "export_json")] = None,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(TraceConfig, arguments=("model", "transcoders", "prompt"))
+def trace(settings: TraceConfig, *, json: bool) -> None:
     """Trace the circuit behind a feature, a direction of the velocity or a colour of the image, and save it as a graph.
 
     Example: `difffract trace organism organism "a red circle above a blue square" --target img/1/f12 --step 1`;
     all steps, from the pixels: `... --target pixels:color=red,box=0,0,32,16 --step 0-3`
     """
-    settings = opt.settings_of(TraceConfig, locals())
     opt.check_out(settings.out, ".npz")
     if settings.export_json:
         opt.check_out(settings.export_json, ".json")

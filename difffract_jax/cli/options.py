@@ -1,19 +1,153 @@
-"""The vocabulary of the command line: every option that commands share, documented by the settings themselves.
+"""Commands on settings: their options are the fields of a class, which says name, type, default and help of each once.
 
-1. An option's help is the docstring of the setting of that name, so that the two cannot drift.
-2. Options left out are None, so that they do not hide the value of a `--config` file; defaults live in the settings.
-3. `settings_of` merges what was given into the settings of a command.
+1. `command` gives a function a signature that Typer reads: arguments and options from the fields of the class, then the
+   function's own options, then those that commands share.
+2. An option's help is the docstring of its field. Options left out are None, so that they do not hide the value of a
+   `--config` file; defaults live in the class.
+3. When the command runs, `settings_of` merges what was given, and the function is called with the result.
+4. A library function's error names arguments of Python, which are settings by their names; `in_options` names the
+   options that a user can change.
 """
 
-from collections.abc import Mapping
+import functools
+import inspect
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from difffract_jax.config import ConvertConfig, Settings, TraceConfig, UserError, resolve
+from difffract_jax.config import Settings, UserError, resolve
 
 S = TypeVar("S", bound=Settings)
+Command = Callable[..., None]
+GraphFile = Annotated[
+    Path, typer.Argument(help="Graph file: `.npz`, the reference's JSON, or circuit-tracer's and Neuronpedia's.")
+]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any setting; wins over all.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
+SHARED: dict[str, tuple[Any, Any]] = {
+    "dry_run": (DryRun, False),
+    "config": (Config, None),
+    "sets": (Sets, None),
+    "json": (Json, False),
+}
+"""Options that commands share, in the order of their help: type and default."""
+
+
+def command(
+    cls: type[S],
+    *,
+    arguments: Sequence[str] = (),
+    layers: Sequence[str] = ("config", "sets"),
+    without: Sequence[str] = (),
+    before: Mapping[str, Sequence[str]] | None = None,
+    instead: Mapping[str, Any] | None = None,
+    help_from: Mapping[type[Settings], Sequence[str]] | None = None,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Callable[[Command], Command]:
+    """Makes a command for Typer of a function of settings.
+
+    The function takes the resolved settings first, and what else it needs of the command line as keyword arguments:
+    options of SHARED, and options of its own, annotated for Typer.
+
+    Args:
+        cls: settings of the command. Every field is an option, but for one that holds further settings.
+        arguments: fields that are positional arguments, in their order.
+        layers: which of `config` and `sets` the command takes.
+        without: fields that the command line does not offer.
+        before: field -> what help shows before it: inherited fields, or the function's own options. Inherited fields
+            follow those of the class otherwise, and the function's own options follow all fields.
+        instead: field -> annotation for Typer, where the option holds something else than the field.
+        help_from: class -> fields whose help is that of the field of this name in it.
+        prepare: changes what was given, by name, before it is merged.
+
+    Example:
+        >>> from difffract_jax.config import PruneConfig
+        >>> @command(PruneConfig, arguments=("graph",), layers=())
+        ... def prune(settings: PruneConfig, *, json: bool) -> None: ...
+        >>> list(inspect.signature(prune).parameters)
+        ['graph', 'mode', 'node_threshold', 'edge_threshold', 'by_position', 'out', 'json']
+    """
+    fields = [name for name in _own_first(cls) if name not in without]
+    documented_by = {name: other for other, names in (help_from or {}).items() for name in names}
+    options: dict[str, tuple[Any, Any]] = {
+        name: ((instead or {}).get(name) or _declared(cls, name, name in arguments, documented_by.get(name, cls)), None)
+        for name in fields
+    }
+
+    def decorate(function: Command) -> Command:
+        wanted = dict(list(inspect.signature(function).parameters.items())[1:])
+        special = {name: (one.annotation, one.default) for name, one in wanted.items() if name not in SHARED}
+        shared = {name: declaration for name, declaration in SHARED.items() if name in wanted or name in layers}
+        placed = _placed([name for name in (*fields, *special) if name not in arguments], before or {})
+        declared = options | special | shared
+
+        @functools.wraps(function)
+        def run(**given: Any) -> None:
+            further = {name: given[name] for name in wanted}
+            settings = settings_of(cls, given if prepare is None else prepare(given))
+            try:
+                function(settings, **further)
+            except UserError as error:
+                sentence = in_options(str(error), fields, arguments)
+                if sentence == str(error):
+                    raise
+                raise UserError(sentence) from error
+
+        _sign(run, {name: declared[name] for name in (*arguments, *placed, *shared)})
+        return run
+
+    return decorate
+
+
+def _own_first(cls: type[Settings]) -> list[str]:
+    """Returns the fields of a class that an option can hold: its own, then those that it inherits."""
+    inherited = {name for base in cls.__mro__[1:] if issubclass(base, Settings) for name in base.model_fields}
+    names = [name for name, info in cls.model_fields.items() if not _is_settings(info.annotation)]
+    return sorted(names, key=lambda name: name in inherited)
+
+
+def _is_settings(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Settings)
+
+
+def _declared(cls: type[Settings], name: str, positional: bool, documented_by: type[Settings]) -> Any:
+    """Returns the type of a field, which may be left out, with its argument or option for Typer."""
+    annotation = cls.model_fields[name].annotation
+    alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    repeated = [get_args(one)[0] for one in alternatives if get_origin(one) is tuple]
+    kinds = [list[repeated[0]]] if repeated else [one for one in alternatives if one is not type(None)]
+    assert len(kinds) == 1, f"{cls.__name__}.{name} has no one type that an option could hold"
+    made = argument if positional else option
+    return Annotated[kinds[0] | None, made(documented_by, name)]
+
+
+def _placed(names: Sequence[str], before: Mapping[str, Sequence[str]]) -> list[str]:
+    """Returns names in the order of help: those of `before` stand before their key."""
+    moved = {name for group in before.values() for name in group}
+    placed: list[str] = []
+    for name in names:
+        if name not in moved:
+            placed += [*(one for one in before.get(name, ()) if one in names), name]
+    assert sorted(placed) == sorted(names), f"options {set(names) ^ set(placed)} have no place"
+    return placed
+
+
+def _sign(function: Command, declared: Mapping[str, tuple[Any, Any]]) -> None:
+    """Gives a function parameters that Typer reads, each with its annotation and default."""
+    parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in declared.items()
+    ]
+    function.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
+    vars(function)["__signature__"] = inspect.Signature(parameters)
 
 
 def field(cls: type[Settings], name: str) -> dict[str, Any]:
@@ -34,33 +168,6 @@ def argument(cls: type[Settings], name: str) -> Any:
     return typer.Argument(metavar=name.upper(), **field(cls, name))
 
 
-Model = Annotated[str | None, argument(TraceConfig, "model")]
-Prompt = Annotated[str | None, argument(TraceConfig, "prompt")]
-Seed = Annotated[int | None, option(TraceConfig, "seed")]
-Steps = Annotated[int | None, option(TraceConfig, "steps")]
-Height = Annotated[int | None, option(TraceConfig, "height")]
-Width = Annotated[int | None, option(TraceConfig, "width")]
-TextTokens = Annotated[int | None, option(TraceConfig, "text_tokens")]
-Latents = Annotated[Path | None, option(TraceConfig, "latents")]
-Noise = Annotated[Literal["jax", "torch"] | None, option(TraceConfig, "noise")]
-Source = Annotated[Path | None, argument(ConvertConfig, "source")]
-Target = Annotated[Path | None, argument(ConvertConfig, "out")]
-Dtype = Annotated[Literal["f32", "bf16"] | None, option(ConvertConfig, "dtype")]
-Overwrite = Annotated[bool | None, typer.Option("--overwrite", **field(ConvertConfig, "overwrite"))]
-GraphFile = Annotated[
-    Path, typer.Argument(help="Graph file: `.npz`, the reference's JSON, or circuit-tracer's and Neuronpedia's.")
-]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any setting; wins over all.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-IncludePadding = Annotated[bool | None, typer.Option("--include-padding", **field(TraceConfig, "include_padding"))]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved settings and leave.")]
-ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
-Tolerance = Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")]
-
-
 def check_out(path: Path, suffix: str) -> None:
     """Refuses an output that could not be written, before any work is done for it.
 
@@ -74,14 +181,42 @@ def check_out(path: Path, suffix: str) -> None:
         raise UserError(f"The folder {path.parent} of the output file {path.name} does not exist; create it first.")
 
 
+def in_options(sentence: str, fields: Sequence[str], arguments: Sequence[str] = ()) -> str:
+    """Names options instead of settings in an error of the library, where a word can be nothing else.
+
+    That is a name with an underscore that is no part of a path, a value or a quotation, or any name at the beginning of
+    a sentence on its range. Other names are English words too, and are left.
+
+    Args:
+        sentence: of the error.
+        fields: settings of the command.
+        arguments: those of them that are positional.
+
+    Example:
+        >>> in_options("max_nodes is 1, too few for 2 targets.", ["steps", "max_nodes"])
+        '--max-nodes is 1, too few for 2 targets.'
+        >>> in_options("steps must be at least 1, in steps.", ["steps", "max_nodes"])
+        '--steps must be at least 1, in steps.'
+    """
+
+    def option_of(name: re.Match[str]) -> str:
+        return name[0].upper() if name[0] in arguments else f"--{name[0].replace('_', '-')}"
+
+    for name in fields:
+        sentence = re.sub(rf"^{name}(?= must (?:lie in|be at least) )", option_of, sentence)
+        if "_" in name:
+            sentence = re.sub(rf"(?<![\w./`'\"=-]){name}(?![\w/`'\"=-]|\.\w)", option_of, sentence)
+    return sentence
+
+
 def settings_of(cls: type[S], given: Mapping[str, Any]) -> S:
     """Resolves a command's settings from its arguments; a missing one is a usage error unless a file may hold it.
 
     Args:
         cls: settings of the command.
-        given: the command's parameters by name, its `locals()`; None counts as not given.
+        given: what the command line holds, by name of field or option; None, and an option given no time, are left out.
     """
-    options = {name: value for name, value in given.items() if name in cls.model_fields}
+    options = {name: value for name, value in given.items() if name in cls.model_fields and value != []}
     file, sets = given.get("config"), given.get("sets") or ()
     if not file and not sets:
         missing = [name for name, info in cls.model_fields.items() if info.is_required() and options.get(name) is None]

@@ -7,7 +7,7 @@ import json as json_text
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -27,40 +27,24 @@ def register(app: typer.Typer) -> None:
     app.command()(features)
 
 
-def steer(
-    model: opt.Model = None,
-    transcoders: Annotated[str | None, opt.argument(SteerConfig, "transcoders")] = None,
-    prompt: opt.Prompt = None,
-    edit: Annotated[list[str] | None, opt.option(SteerConfig, "edit")] = None,
-    seeds: Annotated[str | None, opt.option(SteerConfig, "seeds")] = None,
-    sweep: Annotated[str | None, opt.option(SteerConfig, "sweep")] = None,
-    form: Annotated[Literal["delta", "replace"] | None, opt.option(SteerConfig, "form")] = None,
-    step: Annotated[str | None, opt.option(SteerConfig, "step")] = None,
-    threshold: Annotated[float | None, opt.option(SteerConfig, "threshold")] = None,
-    box: Annotated[str | None, opt.option(SteerConfig, "box")] = None,
-    mask: Annotated[Path | None, opt.option(SteerConfig, "mask")] = None,
-    expect: Annotated[str | None, opt.option(SteerConfig, "expect")] = None,
-    include_padding: opt.IncludePadding = None,
-    steps: opt.Steps = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    text_tokens: opt.TextTokens = None,
-    guidance: Annotated[float | None, opt.option(SteerConfig, "guidance")] = None,
-    latents: Annotated[Path | None, opt.option(SteerConfig, "latents")] = None,
-    noise: opt.Noise = None,
-    batch: Annotated[int | None, opt.option(SteerConfig, "batch")] = None,
-    out: Annotated[Path | None, opt.option(SteerConfig, "out")] = None,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(
+    SteerConfig,
+    arguments=("model", "transcoders", "prompt"),
+    before={
+        "sweep": ("seeds",),
+        "expect": ("box", "mask"),
+        "guidance": ("steps", "height", "width", "text_tokens"),
+        "out": ("batch",),
+    },
+    help_from={TraceConfig: ("model", "prompt", "include_padding", "steps", "noise")},
+)
+def steer(settings: SteerConfig, *, json: bool) -> None:
     """Edit features while images are made, over seeds and strengths, and measure what changed.
 
     A region (--box, --mask) confines edits that name no positions, and parts what was meant to change from the rest.
 
     Example: `difffract steer organism organism "a red ring" --edit img/1/f299=zero --seeds 0..9 --sweep 0,-1,-2`
     """
-    settings = opt.settings_of(SteerConfig, locals() | {"edit": edit or None})
     edits = [Edit.parse(text) for text in settings.edit]
     check_directory(settings.out)
     from difffract_jax.cli.output import emit
@@ -103,30 +87,13 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
     return made
 
 
-def features(
-    model: opt.Model = None,
-    transcoders: Annotated[str | None, opt.argument(FeaturesConfig, "transcoders")] = None,
-    prompt: Annotated[str | None, opt.argument(FeaturesConfig, "prompt")] = None,
-    contrast: Annotated[str | None, opt.option(FeaturesConfig, "contrast")] = None,
-    box: Annotated[str | None, opt.option(FeaturesConfig, "box")] = None,
-    mask: Annotated[Path | None, opt.option(FeaturesConfig, "mask")] = None,
-    by: Annotated[Literal["contrast", "region", "trend", "activation"] | None, opt.option(FeaturesConfig, "by")] = None,
-    step: Annotated[int | None, opt.option(FeaturesConfig, "step")] = None,
-    seeds: Annotated[str | None, opt.option(FeaturesConfig, "seeds")] = None,
-    top: Annotated[int | None, opt.option(FeaturesConfig, "top")] = None,
-    sites: Annotated[str | None, opt.option(FeaturesConfig, "sites")] = None,
-    scan: Scan = False,
-    captions: Annotated[int | None, opt.option(FeaturesConfig, "captions")] = None,
-    out: Annotated[Path | None, opt.option(FeaturesConfig, "out")] = None,
-    steps: opt.Steps = None,
-    height: opt.Height = None,
-    width: opt.Width = None,
-    text_tokens: opt.TextTokens = None,
-    batch: Annotated[int | None, opt.option(FeaturesConfig, "batch")] = None,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(
+    FeaturesConfig,
+    arguments=("model", "transcoders", "prompt"),
+    before={"by": ("box", "mask"), "top": ("seeds",), "captions": ("scan",)},
+    help_from={TraceConfig: ("model", "steps")},
+)
+def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> None:
     """Find features: by contrast with another prompt, in a region, by rise or fall over steps, or by activation.
 
     Prints them with position and step, ready to be a target of `trace` or an edit of `steer`. With --scan, labels every
@@ -134,7 +101,6 @@ def features(
 
     Example: `difffract features organism organism "a red ring" --contrast "a blue ring" --seeds 0..4`
     """
-    settings = opt.settings_of(FeaturesConfig, locals())
     if scan:
         return _scan(settings, json)
     if settings.prompt is None:

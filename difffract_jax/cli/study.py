@@ -3,7 +3,6 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -19,26 +18,14 @@ def register(app: typer.Typer) -> None:
     app.command(help=f"{study.__doc__}\n\n{_LIST}")(study)
 
 
-def study(
-    name: Annotated[str | None, opt.argument(StudyConfig, "name")] = None,
-    size: Annotated[int | None, opt.option(StudyConfig, "size")] = None,
-    round: Annotated[int | None, opt.option(StudyConfig, "round")] = None,
-    model: Annotated[str | None, opt.option(StudyConfig, "model")] = None,
-    prompts: Annotated[Path | None, opt.option(StudyConfig, "prompts")] = None,
-    transcoders: Annotated[str | None, opt.option(StudyConfig, "transcoders")] = None,
-    saes: Annotated[str | None, opt.option(StudyConfig, "saes")] = None,
-    out: Annotated[Path | None, opt.option(StudyConfig, "out")] = None,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(StudyConfig, arguments=("name",))
+def study(settings: StudyConfig, *, json: bool) -> None:
     """Ask one of the paper's questions of the organism: features chosen by rule, images read by its scorer.
 
     Cases, ways and measures are registered in docs/studies.md. A study takes minutes; --size 10 tries it out.
 
     Example: `difffract study colour-prior --size 10`
     """
-    settings = opt.settings_of(StudyConfig, locals())
     _check(settings)
     from difffract_jax.cli.output import emit, stages
     from difffract_jax.loading import load_labels, load_pipeline, load_transcoders

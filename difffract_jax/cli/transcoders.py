@@ -197,27 +197,20 @@ def _train(settings: TrainConfig, resume: bool) -> Any:
     return done
 
 
-def evaluate(
-    run: Annotated[Path | None, opt.argument(EvaluateConfig, "run")] = None,
-    out: Annotated[Path | None, opt.option(EvaluateConfig, "out")] = None,
-    prompts_count: Annotated[int | None, opt.option(EvaluateConfig, "prompts_count")] = None,
-    velocity_count: Annotated[int | None, opt.option(EvaluateConfig, "velocity_count")] = None,
-    images: Annotated[int | None, opt.option(EvaluateConfig, "images")] = None,
-    scored: Annotated[int | None, opt.option(EvaluateConfig, "scored")] = None,
-    pareto: Annotated[list[Path] | None, opt.option(EvaluateConfig, "pareto")] = None,
-    k: Ks = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+def _swept(given: dict[str, Any]) -> dict[str, Any]:
+    """Trains the sweep that --k asks for, and puts its runs in place of the file of settings."""
+    if given["k"] is None:
+        return given
+    first, *others = _sweep(given["k"], given["pareto"] or [], given["out"], given["sets"])
+    return given | {"run": first, "pareto": others, "out": Path(given["out"]) / "report", "sets": None}
+
+
+@opt.command(EvaluateConfig, arguments=("run",), layers=("sets",), prepare=_swept)
+def evaluate(settings: EvaluateConfig, *, k: Ks = None, json: bool) -> None:
     """Measure how faithful trained transcoders are, on prompts that training never saw, and write a report.
 
     Example: `difffract evaluate run --images 8`; `difffract evaluate --pareto smoke.yaml --k 2,4,8 --out sweep`
     """
-    given = locals()
-    if k is not None:
-        swept = _sweep(k, pareto or [], out, sets)
-        given |= {"run": swept[0], "pareto": swept[1:], "out": Path(str(out)) / "report", "sets": None}
-    settings = opt.settings_of(EvaluateConfig, given)
     from difffract_jax.cli.output import emit, progress
     from difffract_jax.loading import load_transcoders
     from difffract_jax.organism.scored import accuracies

@@ -4,15 +4,14 @@ It follows the rules of `cli.py`: settings in, artefacts and a short table out; 
 runs.
 """
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import typer
 
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.settings import RerunSettings, ValidateConfig
 from difffract_jax.cli.steer import check_directory, torch_latents
-from difffract_jax.config import UserError, provenance
+from difffract_jax.config import TraceConfig, UserError, provenance
 
 
 def register(app: typer.Typer) -> None:
@@ -20,23 +19,13 @@ def register(app: typer.Typer) -> None:
     app.command()(validate)
 
 
-def validate(
-    model: opt.Model = None,
-    transcoders: Annotated[str | None, opt.argument(ValidateConfig, "transcoders")] = None,
-    graph: Annotated[Path | None, opt.argument(ValidateConfig, "graph")] = None,
-    edges: Annotated[int | None, opt.option(ValidateConfig, "edges")] = None,
-    ablations: Annotated[int | None, opt.option(ValidateConfig, "ablations")] = None,
-    ablation: Annotated[Literal["mean", "zero"] | None, opt.option(ValidateConfig, "ablation")] = None,
-    draws: Annotated[int | None, opt.option(ValidateConfig, "draws")] = None,
-    seed: Annotated[int | None, opt.option(ValidateConfig, "seed")] = None,
-    latents: Annotated[Path | None, opt.option(ValidateConfig, "latents")] = None,
-    noise: Annotated[Literal["jax", "torch"] | None, opt.option(ValidateConfig, "noise")] = None,
-    activations: Annotated[Path | None, opt.option(ValidateConfig, "activations")] = None,
-    out: Annotated[Path | None, opt.option(ValidateConfig, "out")] = None,
-    config: opt.Config = None,
-    sets: opt.Sets = None,
-    json: opt.Json = False,
-) -> None:
+@opt.command(
+    ValidateConfig,
+    arguments=("model", "transcoders", "graph"),
+    before={"out": ("latents", "noise", "activations")},
+    help_from={TraceConfig: ("model",)},
+)
+def validate(settings: ValidateConfig, *, json: bool) -> None:
     """Hold a graph against the model it explains: what is exact to rounding, and what the real model makes of the rest.
 
     The graph's run is captured anew. Exact, and held to bars: the replacement gives the model's activations at the
@@ -49,7 +38,6 @@ def validate(
 
     Example: `difffract validate organism organism graph.npz --out validation`
     """
-    settings = opt.settings_of(ValidateConfig, locals())
     if settings.out is not None:
         check_directory(settings.out)
     from difffract_jax.circuits.checks.report import write_validation
