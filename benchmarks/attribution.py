@@ -216,7 +216,7 @@ def layers_of(prepared: Replacement) -> Layers:
         projections = [2 * width**2 * weight] * values.shape[0]
         places = [values.shape[1] * values.shape[2]] * values.shape[0]
         counts.append(np.array([decoders, projections, active.sum(axis=(1, 2)), places], np.int64))
-    slices = group_slices(trace.record.weights.stacks)
+    slices = group_slices(prepared.record.weights.stacks)
     return Layers(*np.concatenate([sum(counts[part]) for part in slices], axis=1))
 
 

@@ -80,7 +80,7 @@ def test_a_mistake_is_named(options: dict[str, object], sets: tuple[str, ...], t
 
 
 def test_all_mistakes_are_told_together() -> None:
-    with pytest.raises(UserError, match="max_node.*no setting.*seed.*greater|seed.*greater.*max_node.*no setting"):
+    with pytest.raises(UserError, match="max_node.*not a.*seed.*greater|seed.*greater.*max_node.*not a"):
         resolve(TraceConfig, TRACE | {"max_node": 1, "seed": -1})
 
 

@@ -116,5 +116,5 @@ def test_modules_and_records_are_still_trees(values: dict[str, Any]) -> None:
 
 
 def test_a_tree_of_shapes_shows_itself(values: dict[str, Any]) -> None:
-    shapes = jax.eval_shape(lambda: values["load_transcoders"].img)
+    shapes = jax.eval_shape(lambda: values["load_transcoders"].stacks["img"])
     assert 1 <= len(repr(shapes).splitlines()) <= MOST

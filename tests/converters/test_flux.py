@@ -220,7 +220,7 @@ def test_a_file_that_is_no_transformer_is_refused(tmp_path):
     save_file(
         {"a.weight": np.ones((2, 2), np.float32), "img_in.weight": np.ones(3, np.float32)}, tmp_path / "a.safetensors"
     )
-    with pytest.raises(UserError, match=r"no FLUX.1 transformer in the original layout: it lacks img_in.weight"):
+    with pytest.raises(UserError, match=r"is not a FLUX.1 transformer in the original layout: it lacks img_in.weight"):
         convert_transformer(tmp_path / "a.safetensors")
 
 

@@ -98,7 +98,7 @@ def test_a_type_that_is_not_understood_is_a_problem(tmp_path):
     [
         ({}, r"holds no diffusion_pytorch_model.safetensors or model.safetensors \(found nothing\)"),
         ({"pytorch_model.bin": "x"}, r"found pytorch_model.bin\); other formats must be saved as safetensors first"),
-        ({"model.safetensors.index.json": "{}"}, "no valid index"),
+        ({"model.safetensors.index.json": "{}"}, "not a valid index"),
         ({"model.safetensors": "x"}, "truncated or no safetensors file"),
     ],
 )

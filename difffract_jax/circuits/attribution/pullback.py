@@ -153,7 +153,7 @@ def pull_target(replacement: Replacement, target: Targets) -> Float[Array, "sour
         >>> from difffract_jax import capture, prepare, random_pipeline, random_transcoders
         >>> from difffract_jax.circuits.attribution.pullback import pull_target
         >>> from difffract_jax.circuits.attribution.contraction import gather_bytes
-    from difffract_jax.circuits.frozen.targets import Targets
+        >>> from difffract_jax.circuits.frozen.targets import Targets
         >>> pipe = random_pipeline()
         >>> tcs = random_transcoders(pipe.config.transformer)
         >>> (step,) = prepare(capture(pipe, tcs, "a red circle"), tcs).steps

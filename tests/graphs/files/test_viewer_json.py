@@ -30,7 +30,7 @@ from difffract_jax.graphs.scoring import scores
 from difffract_jax.graphs.supernodes import find_supernodes
 from random_graphs import random_graph, random_output_graph
 
-SAMPLE = Path(__file__).parents[1] / "data" / "sample_graph.json"
+SAMPLE = Path(__file__).parents[2] / "data" / "sample_graph.json"
 STRING, INTEGER, NUMBER, BOOLEAN, NULL = "string", "integer", "number", "boolean", "null"
 SCHEMA = {
     "metadata": {
