@@ -30,7 +30,7 @@ from difffract_jax.circuits.attribution.attribute import attribute  # noqa: E402
 from difffract_jax.circuits.attribution.pullback import pull_back  # noqa: E402
 from difffract_jax.circuits.attribution.selection import strongest_feature  # noqa: E402
 from difffract_jax.circuits.attribution.sources import source_table  # noqa: E402
-from difffract_jax.circuits.editing.interventions import Edit, Site, steer  # noqa: E402
+from difffract_jax.circuits.editing.interventions import Edit, WholeSite, steer  # noqa: E402
 from difffract_jax.circuits.frozen.replacement import run as run_replacement  # noqa: E402
 from difffract_jax.circuits.frozen.targets import Targets, preactivations  # noqa: E402
 from difffract_jax.circuits.notation.feature import Feature  # noqa: E402
@@ -276,7 +276,7 @@ def interventions(golden: Golden) -> Iterator[Bar]:
     data, errors = dict(np.load(REFERENCE / "golden_replacement.npz")), []
     for name, folder in (("transcoder", "transcoders"), ("sae", "saes")):
         tcs = load_transcoders(REFERENCE / folder)
-        sites = [Site(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]
+        sites = [WholeSite(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]
         for number, prompt in enumerate(PROMPTS):
             noise = golden.forward[f"p{number}_initial_latents"]
             made = steer(
@@ -297,7 +297,7 @@ def edits(case: dict[str, Any]) -> Iterator[Edit]:
             threshold=edit["token_threshold"] if edit["token_mode"] == "threshold" else None,
         )
     for site in case["streams"]:
-        yield from (Edit(Site(site["stream"], b), "zero", steps=frozenset(site["steps"])) for b in site["layers"])
+        yield from (Edit(WholeSite(site["stream"], b), "zero", steps=frozenset(site["steps"])) for b in site["layers"])
 
 
 def compilations(golden: Golden) -> Iterator[Bar]:

@@ -31,6 +31,7 @@ from difffract_jax.circuits.attribution.selection import named
 from difffract_jax.circuits.checks.report import COLOURS, markdown_table
 from difffract_jax.circuits.checks.rerun import capture_again
 from difffract_jax.circuits.checks.validation import at_size, validate
+from difffract_jax.circuits.frozen import encoding
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE

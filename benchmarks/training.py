@@ -50,7 +50,7 @@ import jax  # noqa: E402  (after the settings above)
 import jax.numpy as jnp  # noqa: E402
 
 from difffract_jax.sharding import make_mesh  # noqa: E402
-from difffract_jax.transcoders.objective import Objective, Rows  # noqa: E402
+from difffract_jax.transcoders.objective import ActivationRows, Objective  # noqa: E402
 from difffract_jax.transcoders.state import init_params, init_state, measure  # noqa: E402
 from difffract_jax.transcoders.step import Recipe, jit_step, optimizer  # noqa: E402
 from difffract_jax.transcoders.transcoder import TranscoderConfig  # noqa: E402
@@ -61,15 +61,15 @@ BARS = {"relu": 0.8, "topk sparse": 2.5, "batchtopk sparse": 2.5}
 """Least rows per second, as a multiple of the PyTorch loop's; one thread, k = 32 of 8,192."""
 
 
-def batch() -> Rows:
+def batch() -> ActivationRows:
     """Returns rows of one site whose y depends on x, at four times."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (1, BATCH, WIDTH))
     y = jnp.tanh(x @ jax.random.normal(keys[1], (WIDTH, WIDTH)) / WIDTH**0.5)
-    return Rows(x, y, jax.random.choice(keys[2], jnp.array([1, 0.75, 0.5, 0.25]), (1, BATCH)))
+    return ActivationRows(x, y, jax.random.choice(keys[2], jnp.array([1, 0.75, 0.5, 0.25]), (1, BATCH)))
 
 
-def ours(activation: str, sparse: bool, rows: Rows) -> Callable[[], Any]:
+def ours(activation: str, sparse: bool, rows: ActivationRows) -> Callable[[], Any]:
     """Returns a function that takes one of our steps and waits for it."""
     paper = activation == "relu"
     config = TranscoderConfig(
@@ -98,7 +98,7 @@ def ours(activation: str, sparse: bool, rows: Rows) -> Callable[[], Any]:
     return take
 
 
-def torch_loop(rows: Rows) -> Callable[[], Any]:
+def torch_loop(rows: ActivationRows) -> Callable[[], Any]:
     """Returns a function that takes one step of the recipe in PyTorch."""
     import numpy as np
     import torch
@@ -133,7 +133,7 @@ def torch_loop(rows: Rows) -> Callable[[], Any]:
     return take
 
 
-def sparsify_loop(rows: Rows) -> Callable[[], Any]:
+def sparsify_loop(rows: ActivationRows) -> Callable[[], Any]:
     """Returns a function that takes one step of a TopK transcoder as sparsify's trainer does, with Adam."""
     import numpy as np
     import torch

@@ -38,7 +38,7 @@ from difffract_jax.graphs.supernodes import find_supernodes
 from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
 from difffract_jax.models.pipeline import generate
 from difffract_jax.organism.evaluate import see
-from difffract_jax.organism.scorer import Reading, describe, judge
+from difffract_jax.organism.scorer import SeenScenes, describe, judge
 from difffract_jax.organism.vocabulary import COLOUR_NAMES
 from difffract_jax.organism.world import from_caption
 
@@ -131,7 +131,7 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
 COLOUR = COLOUR_NAMES[int(from_caption(PROMPT).colour[0, 0])]
 
 
-def box_of(reading: Reading, size: int) -> str:
+def box_of(reading: SeenScenes, size: int) -> str:
     """Returns the box around the first object that an image shows, X0,Y0,X1,Y1; the left half if it shows none."""
     if not reading.count[0]:
         return f"0,0,{size // 2},{size}"

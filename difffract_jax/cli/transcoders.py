@@ -107,14 +107,14 @@ def plan(
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is used, even where there is one
     from difffract_jax.cli.output import emit, planned
     from difffract_jax.sharding import parse_mesh
-    from difffract_jax.transcoders.plan import open_topology, smallest
+    from difffract_jax.transcoders.plan import open_topology, smallest_plan
     from difffract_jax.transcoders.plan import plan as compile_for
 
     asked = mesh or (settings.mesh if "mesh" in settings.model_fields_set else "auto")
     shape = None if asked == "auto" else parse_mesh(asked)
     places, work = [open_topology(name) for name in topology], _work(settings)
     plans = [compile_for(work, place, shape, lambda sentence: typer.echo(sentence, err=True)) for place in places]
-    best = smallest(plans)
+    best = smallest_plan(plans)
     if json:
         emit({"plans": [found._asdict() for found in plans], "smallest": best and best.topology}, as_json=True)
     else:
@@ -258,26 +258,26 @@ def _shared(config: Path | None, cls: type[RowSettings]) -> dict[str, Any]:
 def _work(settings: TrainConfig) -> Any:
     """Returns what shall be planned: sites, width, and the model that is read, as shapes alone."""
     from difffract_jax.loading import PARTS, abstract_pipeline
-    from difffract_jax.transcoders.plan import Work
+    from difffract_jax.transcoders.plan import TrainingWorkload
     from difffract_jax.transcoders.sites import parse_sites
     from difffract_jax.transcoders.store import open_store
 
     if settings.rows is not None:
         rows = open_store(settings.rows, "train", settings.seed)
-        return Work(settings, rows.sites, rows.width, {})
+        return TrainingWorkload(settings, rows.sites, rows.width, {})
     if settings.model == "tiny":
         pipe, _ = _pipeline(settings)
         config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
     else:
         config, parts = abstract_pipeline(settings.model, _dtype(settings))
-    return Work(settings, parse_sites(settings.sites, config.layout), config.d_model, parts)
+    return TrainingWorkload(settings, parse_sites(settings.sites, config.layout), config.d_model, parts)
 
 
 def _asked_trace(settings: TraceConfig) -> Any:
     """Returns what shall be traced, as shapes alone."""
     from converters.transcoders import stacked_transcoders
     from difffract_jax.circuits.attribution.outputs import parse_target
-    from difffract_jax.circuits.attribution.plan import Asked
+    from difffract_jax.circuits.attribution.plan import TraceWorkload
     from difffract_jax.circuits.notation.feature import Feature
     from difffract_jax.circuits.trace.capture import blocks_for
     from difffract_jax.cli.requests import read_steps
@@ -306,7 +306,7 @@ def _asked_trace(settings: TraceConfig) -> Any:
     grid = height // unit, width // unit
     shards = parse_mesh(settings.mesh).get("data", 1) if settings.mesh else 1
     size = (grid, text_tokens, min(taken.active, features), settings.expansion_batch, shards)
-    return Asked(config, parts, tcs, blocks_for(config, tcs, output), *size, settings.precision)
+    return TraceWorkload(config, parts, tcs, blocks_for(config, tcs, output), *size, settings.precision)
 
 
 def _pipeline(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:

@@ -63,7 +63,7 @@ T5_XXL = T5Config(vocab=32128, d_model=4096, d_kv=64, d_ff=10240, layers=24, hea
 """The encoder of FLUX.1, T5 v1.1 XXL."""
 
 
-class RMSNorm(nnx.Module):
+class T5RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale, without the mean being taken off."""
 
     def __init__(self, width: int, eps: float, *, dtype: DTypeLike = jnp.float32) -> None:
@@ -120,9 +120,9 @@ class T5Block(nnx.Module):
     """One layer: attention, then feed-forward, each on the normalised residual stream."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        self.attn_norm = RMSNorm(config.d_model, config.eps, dtype=dtype)
+        self.attn_norm = T5RMSNorm(config.d_model, config.eps, dtype=dtype)
         self.attn = T5Attention(config, rngs=rngs, dtype=dtype)
-        self.ff_norm = RMSNorm(config.d_model, config.eps, dtype=dtype)
+        self.ff_norm = T5RMSNorm(config.d_model, config.eps, dtype=dtype)
         self.ff = T5FeedForward(config, rngs=rngs, dtype=dtype)
 
     def __call__(
@@ -148,7 +148,7 @@ class T5Encoder(nnx.Module):
         self.relative_bias = nnx.Embed(config.buckets, config.heads, param_dtype=dtype, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.layers)
         self.blocks = jax.vmap(lambda key: T5Block(config, rngs=nnx.Rngs(key), dtype=dtype))(keys)
-        self.final_norm = RMSNorm(config.d_model, config.eps, dtype=dtype)
+        self.final_norm = T5RMSNorm(config.d_model, config.eps, dtype=dtype)
 
     def __call__(self, ids: Int[Array | np.ndarray, "txt"]) -> Float[Array, "txt t5_width"]:
         """Encodes one prompt.

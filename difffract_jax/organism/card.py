@@ -34,7 +34,7 @@ from difffract_jax.organism.evaluate import (
 )
 from difffract_jax.organism.probe import probe_binding, replace_text
 from difffract_jax.organism.recipe import OrganismRecipe
-from difffract_jax.organism.scorer import Reading, describe, judge
+from difffract_jax.organism.scorer import SeenScenes, describe, judge
 from difffract_jax.organism.world import CONTRADICTING, HELD_OUT_PLACED, HELD_OUT_SHARE, Scenes, concatenate
 
 TABLES = ("binding", "binding in 16 steps", "contradictions", "uncoloured", "ablations", "probe", "text", "speed")
@@ -90,7 +90,7 @@ def _speed(pipe: Pipeline) -> dict[str, Any]:
 
 
 def sample_sheet(
-    asked: Scenes, images: UInt8[np.ndarray, "image H W rgb"], reading: Reading, right: np.ndarray, columns: int = 6
+    asked: Scenes, images: UInt8[np.ndarray, "image H W rgb"], reading: SeenScenes, right: np.ndarray, columns: int = 6
 ) -> Figure:
     """Draws images with captions; what is wrong has a red title that says what was read."""
     rows = -(-len(images) // columns)
@@ -145,7 +145,7 @@ def write_card(
     good, bad = np.flatnonzero(right), np.flatnonzero(~right)
     wrong = bad[:12]
     shown = np.concatenate([good[np.linspace(0, len(good) - 1, min(24, len(good))).astype(int)], wrong])
-    picked = Reading(*(column[shown] for column in reading))
+    picked = SeenScenes(*(column[shown] for column in reading))
     figure = sample_sheet(asked.take(shown), images[shown], picked, right[shown])
     figure.savefig(directory / "samples.png", dpi=80)
     plt.close(figure)

@@ -23,7 +23,7 @@ from difffract_jax.models.batch import generate_batch
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.ablation import ablated_velocity, ablation, mean_outputs, sites
 from difffract_jax.organism.captions import RELATIONS
-from difffract_jax.organism.scorer import Reading, interval, judge, read
+from difffract_jax.organism.scorer import SeenScenes, interval, judge, read_scenes
 from difffract_jax.organism.text import encode_all, tokenise
 from difffract_jax.organism.world import IS_CONCEPT, PRIOR, Scenes, concatenate, scenes
 
@@ -69,9 +69,9 @@ def draw_images(pipe: Pipeline, asked: Scenes, **options: Any) -> UInt8[np.ndarr
     return generate_batch(pipe, asked.captions, seeds, **options)
 
 
-def see(images: UInt8[np.ndarray, "image H W rgb"]) -> Reading:
+def see(images: UInt8[np.ndarray, "image H W rgb"]) -> SeenScenes:
     """Reads generated images."""
-    return read(images.astype(np.float32) / 255)
+    return read_scenes(images.astype(np.float32) / 255)
 
 
 def share(name: str, right: int, total: int) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def contradicting(size: int, seed: int = WORLD_SEED + 1) -> Scenes:
     return concatenate(found).take(np.arange(size))
 
 
-def _colour_verdict(asked: Scenes, seen: Reading, row: int) -> str:
+def _colour_verdict(asked: Scenes, seen: SeenScenes, row: int) -> str:
     """Says in which colour the first object of a caption came out."""
     at = np.flatnonzero(seen.kind[row, : seen.count[row]] == asked.kind[row, 0])
     if len(at) != 1 or seen.colour[row, at[0]] < 0:

@@ -46,8 +46,8 @@ class FlowState(NamedTuple):
     step: Array
 
 
-class Rows(NamedTuple):
-    """Training data: packed latents, text embeddings, pooled embeddings."""
+class EncodedScenes(NamedTuple):
+    """Training data, a row per scene: packed latents, text embeddings, pooled embeddings."""
 
     latents: Float32[np.ndarray, "row img channels"]
     text: Float32[np.ndarray, "row txt text_width"]
@@ -117,14 +117,14 @@ def init(recipe: FlowRecipe, seed: int) -> FlowState:
     return FlowState(model, average, _optimizer(recipe).init(leaf_paths(model)), jnp.zeros((), jnp.int32))
 
 
-def batch(recipe: FlowRecipe, seed: int, step: int, pool: Rows) -> Rows:
+def batch(recipe: FlowRecipe, seed: int, step: int, pool: EncodedScenes) -> EncodedScenes:
     """Returns the rows of one step."""
     rows = np.random.default_rng([seed, step, 2]).integers(0, len(pool.latents), recipe.batch)
-    return Rows(*(part[rows] for part in pool))
+    return EncodedScenes(*(part[rows] for part in pool))
 
 
 def train_step(
-    recipe: FlowRecipe, state: FlowState, rows: Rows, key: Key[Array, ""]
+    recipe: FlowRecipe, state: FlowState, rows: EncodedScenes, key: Key[Array, ""]
 ) -> tuple[FlowState, dict[str, Array]]:
     """Takes one step; returns the new state and the loss."""
     keys = jax.random.split(key, 4)

@@ -19,7 +19,7 @@ from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.sampler import pack
 from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers
-from difffract_jax.organism.flow import Rows
+from difffract_jax.organism.flow import EncodedScenes
 from difffract_jax.organism.text import encode_all, tokenise
 from difffract_jax.organism.world import scenes
 
@@ -48,7 +48,7 @@ def build_pool(
     seed: int,
     size: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Rows:
+) -> EncodedScenes:
     """Draws and encodes scenes.
 
     Args:
@@ -64,10 +64,12 @@ def build_pool(
     for number in range(-(-size // AT_ONCE)):
         drawn = scenes(seed, number, AT_ONCE)
         latents = _scaled(vae, encode_images(vae, drawn.images()))
-        parts.append(Rows(latents, *map(np.asarray, encode_all(t5, clip, tokenise(tokenizers, drawn.captions)))))
+        parts.append(
+            EncodedScenes(latents, *map(np.asarray, encode_all(t5, clip, tokenise(tokenizers, drawn.captions))))
+        )
         if progress is not None:
             progress((number + 1) * AT_ONCE, size)
-    return Rows(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return EncodedScenes(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
 
 def _scaled(vae: Autoencoder, latents: Float[Array, "scene h w latent"]) -> Float32[np.ndarray, "scene img channels"]:

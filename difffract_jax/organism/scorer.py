@@ -42,8 +42,8 @@ _PAINTS = np.concatenate([PALETTE, np.array([ACCENT], np.float32)])
 _GREEN = tuple(COLOURS).index("green")
 
 
-class Reading(NamedTuple):
-    """What one sees in images. Slots beyond an image's `count` are padding.
+class SeenScenes(NamedTuple):
+    """Objects that the scorer finds in images. Slots beyond an image's `count` are padding.
 
     Attributes:
         count: objects, unreadable ones included.
@@ -78,7 +78,7 @@ class Verdict(NamedTuple):
     right: Bool[np.ndarray, "image"]
 
 
-def read(images: Float32[np.ndarray, "image row column rgb"]) -> Reading:
+def read_scenes(images: Float32[np.ndarray, "image row column rgb"]) -> SeenScenes:
     """Reads images.
 
     Args:
@@ -185,11 +185,11 @@ _UNIT = _unit_moments()
 
 def _by_image(
     images: int, home: np.ndarray, kind: np.ndarray, colour: np.ndarray, size: np.ndarray, centre: np.ndarray
-) -> Reading:
+) -> SeenScenes:
     """Sorts components into the slots of their images."""
     count = np.bincount(home, minlength=images)
     most = max(int(count.max(initial=0)), 1)
-    reading = Reading(
+    reading = SeenScenes(
         count,
         np.full((images, most), UNREADABLE),
         np.full((images, most), UNREADABLE),
@@ -202,7 +202,7 @@ def _by_image(
     return reading
 
 
-def describe(reading: Reading, row: int) -> str:
+def describe(reading: SeenScenes, row: int) -> str:
     """Says what the scorer read in one image."""
     names = []
     for kind, colour in zip(reading.kind[row], reading.colour[row], strict=True):
@@ -213,7 +213,7 @@ def describe(reading: Reading, row: int) -> str:
     return ", ".join(names) or "nothing"
 
 
-def judge(asked: Scenes, seen: Reading) -> Verdict:
+def judge(asked: Scenes, seen: SeenScenes) -> Verdict:
     """Compares images with their captions.
 
     Args:

@@ -91,7 +91,7 @@ def train(
     vae = _scaled(fit(_image_stage(recipe), directory, recipe.save_every, report).vae, _seed(recipe, 1, SCALE_SEED))
 
     @cache
-    def pool() -> flow.Rows:
+    def pool() -> flow.EncodedScenes:
         seed, told = _seed(recipe, 2, POOL_SEED), partial(_pool_progress, report)
         return build_pool(vae, encoders.t5, encoders.clip, tokenizers, seed, recipe.flow.pool, told)
 
@@ -234,7 +234,7 @@ def _image_stage(recipe: OrganismRecipe) -> Stage:
     )
 
 
-def _flow_stage(recipe: OrganismRecipe, pool: Callable[[], flow.Rows]) -> Stage:
+def _flow_stage(recipe: OrganismRecipe, pool: Callable[[], flow.EncodedScenes]) -> Stage:
     """The pool is made when the first step asks for it: a finished stage needs none."""
     return Stage(
         "flow",

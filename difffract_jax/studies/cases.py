@@ -20,7 +20,7 @@ from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, object_phrase, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.render import SIDE
-from difffract_jax.organism.scorer import Reading, judge
+from difffract_jax.organism.scorer import SeenScenes, judge
 from difffract_jax.organism.world import RADII, from_caption
 from difffract_jax.studies.truth import phrases
 
@@ -136,7 +136,7 @@ def locate(
     images: UInt8[np.ndarray, "case H W rgb"],
     slots: Sequence[int],
     *,
-    seen: Reading,
+    seen: SeenScenes,
     drawn: int,
 ) -> Material:
     """Says where the edits of cases may act.
@@ -169,16 +169,16 @@ def joined(parts: Sequence[Material]) -> Material:
     return Material(tuple(case for one in parts for case in one.cases), parts[-1].drawn, *arrays)
 
 
-def _row(seen: Reading, row: int) -> Reading:
+def _row(seen: SeenScenes, row: int) -> SeenScenes:
     return take(seen, [row])
 
 
-def take(seen: Reading, rows: Sequence[int] | np.ndarray) -> Reading:
+def take(seen: SeenScenes, rows: Sequence[int] | np.ndarray) -> SeenScenes:
     """Returns the readings of some images."""
-    return Reading(*(column[list(rows)] for column in seen))
+    return SeenScenes(*(column[list(rows)] for column in seen))
 
 
-def slot_of(seen: Reading, row: int, case: Case) -> int:
+def slot_of(seen: SeenScenes, row: int, case: Case) -> int:
     """Returns which of the objects read in a right image is the one that a case means.
 
     Args:

@@ -1,7 +1,7 @@
 """Which features to edit, chosen by rule, and the edits that move them.
 
 1. A place is a feature at one step, on one side of its sequence: image tokens of the object, or text tokens of its
-   phrase. `Places` lists all of a set of transcoders; a column of any table here is one place.
+   phrase. `FeaturePlaces` lists all of a set of transcoders; a column of any table here is one place.
 2. `mean_codes` measures every place in a run: the mean code over those tokens.
 3. `circuit_effects` traces the circuit of an output over all steps and sums what every place adds to it.
 4. A rule scores places; the first n are edited. `by_circuit` takes what moving a feature from its value in one run to
@@ -41,7 +41,7 @@ NODES = 100
 Progress = Callable[[int, int], None]
 
 
-class Places(NamedTuple):
+class FeaturePlaces(NamedTuple):
     """Every place of a set of transcoders, one entry each.
 
     Attributes:
@@ -87,7 +87,7 @@ class Places(NamedTuple):
         )
 
 
-def all_places(tcs: TranscoderSet, steps: int) -> Places:
+def all_places(tcs: TranscoderSet, steps: int) -> FeaturePlaces:
     """Lists the places of a set of transcoders.
 
     Args:
@@ -103,7 +103,7 @@ def all_places(tcs: TranscoderSet, steps: int) -> Places:
         columns.append(
             np.stack([np.full(step.size, number), step, site, layers[site] if layers.size else site, feature])
         )
-    return Places(*np.concatenate(columns, axis=1))
+    return FeaturePlaces(*np.concatenate(columns, axis=1))
 
 
 def mean_codes(
@@ -155,7 +155,7 @@ def circuit_of(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targe
 
 
 def circuit_effects(
-    graph: Graph, places: Places, inside: Bool[np.ndarray, "img"], phrase: Bool[np.ndarray, "txt"]
+    graph: Graph, places: FeaturePlaces, inside: Bool[np.ndarray, "img"], phrase: Bool[np.ndarray, "txt"]
 ) -> Float64[np.ndarray, "place"]:
     """Sums what the features of a circuit add to its target, place by place (`readings.effects`).
 
@@ -185,7 +185,7 @@ def circuit_effects(
     return total
 
 
-def _keys(places: Places) -> tuple[np.ndarray, ...]:
+def _keys(places: FeaturePlaces) -> tuple[np.ndarray, ...]:
     return places.group, places.step, places.block, places.feature
 
 
@@ -245,7 +245,7 @@ def first(scores: Float64[np.ndarray, "place"], count: int) -> Int[np.ndarray, "
 
 
 def moves(
-    places: Places,
+    places: FeaturePlaces,
     chosen: Int[np.ndarray, "chosen"],
     before: Float[np.ndarray, "place"],
     after: Float[np.ndarray, "place"],
@@ -276,7 +276,7 @@ def moves(
 
 
 def removals(
-    places: Places,
+    places: FeaturePlaces,
     chosen: Int[np.ndarray, "chosen"],
     strength: float,
     inside: Bool[np.ndarray, "img"],

@@ -51,20 +51,20 @@ def concept_context(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = No
             effects[name].append(removing.place_effects(found, tcs, where.inside[row], where.phrase[row]))
         progress(row + 1, len(prompts))
     places = all_places(tcs, pipe.plan().steps)
-    ways: dict[tuple[Any, ...], removing.Way] = {}
-    random: dict[tuple[Any, ...], removing.Way] = {}
+    ways: dict[tuple[Any, ...], removing.Removal] = {}
+    random: dict[tuple[Any, ...], removing.Removal] = {}
     for name, where in zip(WHERE, (material, around), strict=True):
         codes = mean_codes(pipe, tcs, where, prompts, advance(f"{name}: codes"))
         for count in COUNTS:
-            way = removing.Way(
+            way = removing.Removal(
                 tuple(first(row, count) for row in effects[name]), np.ones(len(prompts)), where.inside, where.phrase
             )
             ways |= {(name, count, strength): way.at(strength) for strength in STRENGTHS}
             random[name, count] = way._replace(chosen=removing.random_places(codes, way.chosen, count))
-    looks = removing.run_ways(pipe, tcs, material, places, ways, advance("removals"))
+    looks = removing.run_removals(pipe, tcs, material, places, ways, advance("removals"))
     norms = {name: one.norm for name, one in looks.items()}
     scaled = removing.matched(pipe, tcs, material, places, random, norms, advance("random: norms"))
-    others = removing.run_ways(pipe, tcs, material, places, scaled, advance("random"))
+    others = removing.run_removals(pipe, tcs, material, places, scaled, advance("random"))
     stacked = {name: np.stack(rows) for name, rows in effects.items()}
     return report(material, stacked, looks, others)
 

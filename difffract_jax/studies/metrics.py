@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, UInt8
 from difffract_jax.config import UserError
 from difffract_jax.organism.captions import CONCEPTS, Parsed, parse
 from difffract_jax.organism.evaluate import see
-from difffract_jax.organism.scorer import Reading, describe, interval, is_placed, judge
+from difffract_jax.organism.scorer import SeenScenes, describe, interval, is_placed, judge
 from difffract_jax.organism.world import Scenes, concatenate, from_caption
 
 MOST_PSNR = 99.0
@@ -192,8 +192,8 @@ def score(
 class _Pair(NamedTuple):
     """One image before and after its edit; `old` and `new` are where each object of the prompt is, None if gone."""
 
-    before: Reading
-    after: Reading
+    before: SeenScenes
+    after: SeenScenes
     row: int
     old: list[int]
     new: list[int | None]
@@ -222,7 +222,7 @@ def _compare(
     return others, (flipped, asked, reached, changed)
 
 
-def _placed(wanted: Scenes, seen: Reading, row: int, at: Sequence[int | None]) -> bool:
+def _placed(wanted: Scenes, seen: SeenScenes, row: int, at: Sequence[int | None]) -> bool:
     """Says whether objects lie as wanted; not if one is gone."""
     there = [place for place in at if place is not None]
     return len(there) == len(at) and is_placed(int(wanted.arrangement[row]), [seen.centre[row, i] for i in there])
@@ -248,7 +248,7 @@ def precision_recall(
     }
 
 
-def _slots(asked: Scenes, seen: Reading, row: int) -> list[int] | None:
+def _slots(asked: Scenes, seen: SeenScenes, row: int) -> list[int] | None:
     """Returns where the original shows each object of its caption; None if it does not show all.
 
     What a caption names in a colour not its own may be shown in either.
@@ -265,7 +265,7 @@ def _slots(asked: Scenes, seen: Reading, row: int) -> list[int] | None:
 
 
 def _found_again(
-    before: Reading, after: Reading, wanted: Scenes, row: int, slots: list[int], meant: Intent
+    before: SeenScenes, after: SeenScenes, wanted: Scenes, row: int, slots: list[int], meant: Intent
 ) -> list[int | None]:
     """Returns where each object of the original is in the edited image; None if it is gone."""
     centres = after.centre[row, : after.count[row]]

@@ -149,7 +149,7 @@ def _choose(
 
 
 def _effects(
-    pipe: Pipeline, tcs: TranscoderSet, material: Material, places: choices.Places, total: bool, advance: Any
+    pipe: Pipeline, tcs: TranscoderSet, material: Material, places: choices.FeaturePlaces, total: bool, advance: Any
 ) -> tuple[Any, Any]:
     """Returns what every place adds to (wanted colour - present colour) in the object's box, in both runs."""
     found: tuple[list[Any], list[Any]] = ([], [])

@@ -2,9 +2,10 @@
 
 1. `plain` draws cases in which nothing shall change: a right image of two shapes, one object of it meant.
 2. `colour_effects` gives the total effect (`effects.total_effects`) of every place on a colour of the object's box.
-3. A `Way` names, case by case, places, the tokens where they are edited, and a strength: codes are times 1 - strength.
-4. `run_ways` edits every case in every way, in one compiled call, and `look`s: the object is found again as the nearest
-   one within `SAME_PLACE` pixels. `matched` gives ways the norms of others, by one run that measures theirs.
+3. A `Removal` holds, for each case, the places, the tokens where they are edited, and a strength: codes are
+   multiplied by 1 - strength.
+4. `run_removals` applies all of them in one compiled call, and `look`s: the object is found again as the nearest one
+   within `SAME_PLACE` pixels. `matched` scales removals to the norms of others, by one run that measures their own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,10 @@ from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
 from difffract_jax.organism.evaluate import held_out, see
-from difffract_jax.organism.scorer import Reading
+from difffract_jax.organism.scorer import SeenScenes
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies.cases import Case, Material, draw
-from difffract_jax.studies.choices import Places, first, removals
+from difffract_jax.studies.choices import FeaturePlaces, first, removals
 from difffract_jax.studies.metrics import SAME_PLACE, distances
 from difffract_jax.studies.outcomes import mean_with_interval
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -140,12 +141,12 @@ def place_effects(
     return np.concatenate(columns)
 
 
-class Way(NamedTuple):
-    """What is taken away, one entry per case.
+class Removal(NamedTuple):
+    """Features to take away, one entry per case.
 
     Attributes:
-        chosen: places.
-        strength: codes are times 1 - strength.
+        chosen: places to edit.
+        strength: codes are multiplied by 1 - strength.
         inside: image tokens edited.
         phrase: text tokens edited.
     """
@@ -155,11 +156,11 @@ class Way(NamedTuple):
     inside: Bool[np.ndarray, "case img"]
     phrase: Bool[np.ndarray, "case txt"]
 
-    def at(self, strength: float) -> "Way":
-        """Returns the way at another strength."""
+    def at(self, strength: float) -> "Removal":
+        """Returns the removal at another strength."""
         return self._replace(strength=np.full(len(self.chosen), strength))
 
-    def edits(self, places: Places) -> list[list[Edit]]:
+    def edits(self, places: FeaturePlaces) -> list[list[Edit]]:
         """Returns the edits of every case."""
         columns = zip(self.chosen, self.strength, self.inside, self.phrase, strict=True)
         return [removals(places, chosen, float(strength), image, text) for chosen, strength, image, text in columns]
@@ -189,69 +190,69 @@ class Looks(NamedTuple):
         return self.colour == [COLOUR_NAMES.index(name) for name in colours]
 
 
-Ways = Mapping[tuple[Any, ...], Way]
+Removals = Mapping[tuple[Any, ...], Removal]
 
 
-def run_ways(
+def run_removals(
     pipe: Pipeline,
     tcs: TranscoderSet,
     material: Material,
-    places: Places,
-    ways: Ways,
+    places: FeaturePlaces,
+    removals: Removals,
     progress: Progress | None = None,
 ) -> dict[tuple[Any, ...], Looks]:
-    """Edits every case in every way, and looks.
+    """Applies every removal to every case, and reads the images.
 
     Args:
         pipe: the organism.
         tcs: its transcoders.
         material: the cases.
         places: of the transcoders.
-        ways: by name.
+        removals: by name.
         progress: called with (images done, images in all).
     """
-    many, cases = len(ways), material.cases
-    edits = [one for way in ways.values() for one in way.edits(places)]
+    many, cases = len(removals), material.cases
+    edits = [edits for removal in removals.values() for edits in removal.edits(places)]
     prompts, seeds = [case.prompt for case in cases] * many, [case.seed for case in cases] * many
     made = steer_batch(pipe, tcs, prompts, edits, seeds, batch=AT_ONCE, progress=progress)
     shape = many, len(cases)
     images, norms = made.images.reshape(*shape, *made.images.shape[1:]), made.norms.reshape(shape)
-    return {name: look(material, images[row], norms[row]) for row, name in enumerate(ways)}
+    return {name: look(material, images[row], norms[row]) for row, name in enumerate(removals)}
 
 
 def matched(
     pipe: Pipeline,
     tcs: TranscoderSet,
     material: Material,
-    places: Places,
-    ways: Ways,
+    places: FeaturePlaces,
+    removals: Removals,
     norms: Mapping[tuple[Any, ...], Float[np.ndarray, "case"]],
     progress: Progress | None = None,
-) -> dict[tuple[Any, ...], Way]:
-    """Gives ways the norms of others, case by case: a run at strength 1 measures theirs, and strengths are scaled.
+) -> dict[tuple[Any, ...], Removal]:
+    """Scales removals to given norms, case by case, after a run at strength 1 that measures their own.
 
-    Norms grow with the strength, exactly so where edits do not act on one another. A way without places keeps 1.
+    Norms grow with the strength, exactly so where edits do not act on one another. A removal without places keeps 1.
 
     Args:
         pipe: the organism.
         tcs: its transcoders.
         material: the cases.
         places: of the transcoders.
-        ways: by name; they are measured at strength 1.
-        norms: name of a way, and anything behind it -> the norms that it shall have.
+        removals: by name; they are measured at strength 1.
+        norms: name of a removal, and anything after it -> the norms wanted.
         progress: called with (images done, images in all).
 
     Returns:
-        The names of `norms` -> ways.
+        The names of `norms` -> scaled removals.
     """
-    ones = {name: way.at(1.0) for name, way in ways.items()}
-    own = {name: one.norm for name, one in run_ways(pipe, tcs, material, places, ones, progress).items()}
-    found = {}
+    ones = {name: removal.at(1.0) for name, removal in removals.items()}
+    own = {name: looks.norm for name, looks in run_removals(pipe, tcs, material, places, ones, progress).items()}
+    scaled = {}
     for name, wanted in norms.items():
-        (short,) = (key for key in ways if name[: len(key)] == key)
+        (short,) = (key for key in removals if name[: len(key)] == key)
         scale = np.divide(wanted, own[short], out=np.ones(len(wanted)), where=own[short] > 0)
-        found[name] = ways[short]._replace(strength=scale)
-    return found
+        scaled[name] = removals[short]._replace(strength=scale)
+    return scaled
 
 
 def look(material: Material, images: UInt8[np.ndarray, "case H W rgb"], norms: Float[np.ndarray, "case"]) -> Looks:
@@ -281,7 +282,7 @@ def look(material: Material, images: UInt8[np.ndarray, "case H W rgb"], norms: F
     return Looks(colour, noun, others, np.array(outside), norms, images)
 
 
-def _nearest(seen: Reading, row: int, centre: np.ndarray) -> int | None:
+def _nearest(seen: SeenScenes, row: int, centre: np.ndarray) -> int | None:
     """Returns which object that was read lies nearest, if it is near enough to be the same."""
     away = np.linalg.norm(seen.centre[row, : seen.count[row]] - centre, axis=1)
     return int(away.argmin()) if away.size and away.min() <= SAME_PLACE else None
@@ -329,7 +330,7 @@ def random_places(
 
 
 def counted(one: Looks, colours: Sequence[str], fall: Float64[np.ndarray, "case"]) -> dict[str, Any]:
-    """Returns what a table says of one way.
+    """Returns what a table says of one removal.
 
     Args:
         one: what its images show.

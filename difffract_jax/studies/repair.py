@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies.cases import Material
-from difffract_jax.studies.choices import Places, at_random, first, removals
+from difffract_jax.studies.choices import FeaturePlaces, at_random, first, removals
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
 from difffract_jax.studies.results import Advance, Result
 from difffract_jax.studies.sheets import sheet
@@ -57,7 +57,7 @@ def attempts(
     pipe: Pipeline,
     tcs: TranscoderSet,
     material: Material,
-    places: Places,
+    places: FeaturePlaces,
     ways: Mapping[tuple[str, str], Blame],
     codes: Float[np.ndarray, "case place"],
     matched: str,
@@ -91,7 +91,9 @@ def attempts(
     return found
 
 
-def _random(blamed: Blame, places: Places, codes: Float[np.ndarray, "case place"]) -> Callable[[int, int], np.ndarray]:
+def _random(
+    blamed: Blame, places: FeaturePlaces, codes: Float[np.ndarray, "case place"]
+) -> Callable[[int, int], np.ndarray]:
     """Returns a choice of as many random active places of each side as are blamed."""
 
     def taken(row: int, count: int) -> np.ndarray:
@@ -112,7 +114,7 @@ def _matched(
     pipe: Pipeline,
     tcs: TranscoderSet,
     material: Material,
-    places: Places,
+    places: FeaturePlaces,
     drawn: Callable[[int, int], np.ndarray],
     beside: Scores,
     advance: Advance,

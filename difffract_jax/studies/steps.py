@@ -19,7 +19,7 @@ from difffract_jax.circuits.effects.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material
-from difffract_jax.studies.choices import Places, all_places, first, mean_codes
+from difffract_jax.studies.choices import FeaturePlaces, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
 from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -66,11 +66,11 @@ def steps(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advanc
     places = all_places(tcs, pipe.plan().steps)
     codes = mean_codes(pipe, tcs, material, [case.prompt for case in material.cases], advance("codes"))
     ways = chosen_ways(places, material, np.stack(effects))
-    looks = removing.run_ways(pipe, tcs, material, places, ways, advance("removals"))
+    looks = removing.run_removals(pipe, tcs, material, places, ways, advance("removals"))
     random = random_ways(places, material, codes, ways)
     norms = {name: one.norm for name, one in looks.items()}
     ways = removing.matched(pipe, tcs, material, places, random, norms, advance("random: norms"))
-    others = removing.run_ways(pipe, tcs, material, places, ways, advance("random"))
+    others = removing.run_removals(pipe, tcs, material, places, ways, advance("random"))
     return report(material, divided, looks, others)
 
 
@@ -98,8 +98,8 @@ def shares(found: TotalEffects) -> Shares:
 
 
 def chosen_ways(
-    places: Places, material: Material, effects: Float64[np.ndarray, "case place"]
-) -> dict[tuple[Any, ...], removing.Way]:
+    places: FeaturePlaces, material: Material, effects: Float64[np.ndarray, "case place"]
+) -> dict[tuple[Any, ...], removing.Removal]:
     """Returns the removals by (step, count, strength); step "all" chooses among those of all steps.
 
     Args:
@@ -112,14 +112,14 @@ def chosen_ways(
         here = np.ones_like(places.step, bool) if step == "all" else places.step == step
         for count in COUNTS:
             chosen = tuple(first(np.where(here, row, 0.0), count) for row in effects)
-            way = removing.Way(chosen, np.ones(len(effects)), material.inside, material.phrase)
+            way = removing.Removal(chosen, np.ones(len(effects)), material.inside, material.phrase)
             found |= {(step, count, strength): way.at(strength) for strength in STRENGTHS}
     return found
 
 
 def random_ways(
-    places: Places, material: Material, codes: np.ndarray, ways: Mapping[tuple[Any, ...], removing.Way]
-) -> dict[tuple[Any, ...], removing.Way]:
+    places: FeaturePlaces, material: Material, codes: np.ndarray, ways: Mapping[tuple[Any, ...], removing.Removal]
+) -> dict[tuple[Any, ...], removing.Removal]:
     """Returns for every step and count as many active places at random of that step.
 
     Args:
@@ -132,7 +132,7 @@ def random_ways(
     for number, (step, count) in enumerate(dict.fromkeys(name[:2] for name in ways)):
         here = np.ones_like(places.step, bool) if step == "all" else places.step == step
         chosen = removing.random_places(codes, ways[step, count, STRENGTHS[0]].chosen, number, here)
-        found[step, count] = removing.Way(chosen, np.ones(len(chosen)), material.inside, material.phrase)
+        found[step, count] = removing.Removal(chosen, np.ones(len(chosen)), material.inside, material.phrase)
     return found
 
 

@@ -25,7 +25,7 @@ from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import contradicting
 from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Case, Material
-from difffract_jax.studies.choices import SIDES, Places, all_places, first, mean_codes
+from difffract_jax.studies.choices import SIDES, FeaturePlaces, all_places, first, mean_codes
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
 from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -114,25 +114,25 @@ def _measure(pipe: Pipeline, tcs: TranscoderSet, material: Material, name: str, 
         progress(row + 1, len(material.cases))
     places = all_places(tcs, pipe.plan().steps)
     codes = mean_codes(pipe, tcs, material, [case.prompt for case in material.cases], advance(f"{name}: codes"))
-    ways: dict[tuple[Any, ...], removing.Way] = {}
-    random: dict[tuple[Any, ...], removing.Way] = {}
+    ways: dict[tuple[Any, ...], removing.Removal] = {}
+    random: dict[tuple[Any, ...], removing.Removal] = {}
     for count in COUNTS:
         pairs = [choose(own, competing, count) for own, competing in effects]
         sets = dict(zip(WAYS, zip(*pairs, strict=True), strict=False))
         sets["both"] = tuple(np.concatenate(pair) for pair in pairs)
         for way, chosen in sets.items():
-            made = removing.Way(chosen, np.ones(len(chosen)), material.inside, material.phrase)
+            made = removing.Removal(chosen, np.ones(len(chosen)), material.inside, material.phrase)
             ways |= {(way, count, strength): made.at(strength) for strength in STRENGTHS}
         like = ways["suppressors", count, STRENGTHS[0]]
         random["random", count] = like._replace(chosen=removing.random_places(codes, like.chosen, count))
-    looks = removing.run_ways(pipe, tcs, material, places, ways, advance(f"{name}: removals"))
+    looks = removing.run_removals(pipe, tcs, material, places, ways, advance(f"{name}: removals"))
     norms = {("random", *key[1:]): one.norm for key, one in looks.items() if key[0] == "suppressors"}
     scaled = removing.matched(pipe, tcs, material, places, random, norms, advance(f"{name}: random, norms"))
-    looks |= removing.run_ways(pipe, tcs, material, places, scaled, advance(f"{name}: random"))
+    looks |= removing.run_removals(pipe, tcs, material, places, scaled, advance(f"{name}: random"))
     return material, looks, [choose(own, competing, COUNTS[-1])[0] for own, competing in effects]
 
 
-def report(places: Places, parts: Mapping[str, Part], labels: Labels | None) -> Result:
+def report(places: FeaturePlaces, parts: Mapping[str, Part], labels: Labels | None) -> Result:
     """Puts tables, figure and verdict together.
 
     Args:
@@ -197,7 +197,9 @@ def _rises(rise: Float64[np.ndarray, "case"], one: removing.Looks, rival: Sequen
     return {"rise": mean, "rise from": low, "rise to": high, "reads in it": float(one.has(rival).mean())}
 
 
-def frequent(places: Places, chosen: Sequence[Int[np.ndarray, "_"]], labels: Labels | None) -> list[dict[str, Any]]:
+def frequent(
+    places: FeaturePlaces, chosen: Sequence[Int[np.ndarray, "_"]], labels: Labels | None
+) -> list[dict[str, Any]]:
     """Lists the features that are chosen in most cases, at whatever step.
 
     Args:
@@ -217,7 +219,7 @@ def frequent(places: Places, chosen: Sequence[Int[np.ndarray, "_"]], labels: Lab
     return rows
 
 
-def where(places: Places, chosen: Sequence[Int[np.ndarray, "_"]]) -> list[dict[str, Any]]:
+def where(places: FeaturePlaces, chosen: Sequence[Int[np.ndarray, "_"]]) -> list[dict[str, Any]]:
     """Counts chosen places by side and step, as shares of all.
 
     Args:

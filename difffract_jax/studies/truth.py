@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from difffract_jax.organism.captions import COLOUR_NAMES, PLACES, RELATIONS, SIZE_NAMES
 from difffract_jax.organism.render import NOUNS, SIDE, coverage
-from difffract_jax.organism.scorer import MARGIN, Reading
+from difffract_jax.organism.scorer import MARGIN, SeenScenes
 from difffract_jax.organism.vocabulary import TEXT_TOKENS, WORDS
 from difffract_jax.organism.world import RADII, Scenes
 
@@ -47,7 +47,7 @@ _NUMBER = {side: {kind: number for number, kind in enumerate(kinds)} for side, k
 
 
 def image_truth(
-    asked: Scenes, seen: Reading, grid: tuple[int, int], tokens: Int[np.ndarray, "step caption token"]
+    asked: Scenes, seen: SeenScenes, grid: tuple[int, int], tokens: Int[np.ndarray, "step caption token"]
 ) -> Bool[np.ndarray, "step caption token kind"]:
     """Returns the kinds of image tokens.
 
@@ -77,7 +77,7 @@ def image_truth(
     return np.take_along_axis(truth[None], tokens[..., None], axis=2)
 
 
-def _covered(seen: Reading, grid: tuple[int, int]) -> Float[np.ndarray, "image slot token"]:
+def _covered(seen: SeenScenes, grid: tuple[int, int]) -> Float[np.ndarray, "image slot token"]:
     """Returns the share of every token that each object covers; unreadable objects cover nothing."""
     images, slots = seen.kind.shape
     share = np.zeros((images, slots, grid[0] * grid[1]))

@@ -20,7 +20,7 @@ _HOME = {
     "TranscoderConfig": "difffract_jax.transcoders.transcoder",
     "TranscoderSet": "difffract_jax.transcoders.transcoder",
     "random_transcoders": "difffract_jax.transcoders.transcoder",
-    "Sites": "difffract_jax.transcoders.sites",
+    "SiteSet": "difffract_jax.transcoders.sites",
     "parse_sites": "difffract_jax.transcoders.sites",
     "sites_of": "difffract_jax.transcoders.sites",
     "TrainConfig": "difffract_jax.transcoders.settings",

@@ -24,10 +24,10 @@ from jaxtyping import Array, Int
 from difffract_jax.address import GROUPS
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.harvest import RowSource
-from difffract_jax.transcoders.objective import Rows
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.objective import ActivationRows
+from difffract_jax.transcoders.sites import SiteSet
 
-Store = dict[str, Rows]
+Store = dict[str, ActivationRows]
 """By group of sites: x and y [site capacity d_model], t [capacity]."""
 
 
@@ -52,7 +52,7 @@ class Position(NamedTuple):
     counts: tuple[int, ...]
 
 
-class Plan(NamedTuple):
+class BufferSizes(NamedTuple):
     """Sizes of the buffer.
 
     Attributes:
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     seed: int
 
 
-def plan_buffer(capacity: int, batch: int, refresh: float, seed: int) -> Plan:
+def plan_buffer(capacity: int, batch: int, refresh: float, seed: int) -> BufferSizes:
     """Returns sizes of a buffer that is refreshed by a share of its rows.
 
     Raises:
@@ -76,10 +76,10 @@ def plan_buffer(capacity: int, batch: int, refresh: float, seed: int) -> Plan:
     """
     if capacity < batch:
         raise UserError(f"buffer_rows must be at least batch, {batch}, but is {capacity}; enlarge the buffer.")
-    return Plan(capacity, batch, max(1, round(capacity * refresh / batch)), seed)
+    return BufferSizes(capacity, batch, max(1, round(capacity * refresh / batch)), seed)
 
 
-def abstract_store(sites: Sites, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
+def abstract_store(sites: SiteSet, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
     """Returns shape, type and place of a buffer's arrays: capacity over `data`, sites over `site`, where even."""
 
     def describe(shape: tuple[int, ...], kind: Any, axes: tuple[str, ...]) -> Any:
@@ -89,17 +89,17 @@ def abstract_store(sites: Sites, width: int, capacity: int, dtype: Any, mesh: Me
     store = {}
     for name, layers in sites.groups.items():
         x, y = (describe((len(layers), capacity, width), dtype, ("site", "data")) for _ in range(2))
-        store[name] = Rows(x, y, describe((capacity,), jnp.float32, ("data",)))
+        store[name] = ActivationRows(x, y, describe((capacity,), jnp.float32, ("data",)))
     return store
 
 
-def empty_store(sites: Sites, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
+def empty_store(sites: SiteSet, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
     """Makes a buffer without rows."""
     abstract = abstract_store(sites, width, capacity, dtype, mesh)
     return jax.tree.map(lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), abstract)
 
 
-def fill(store: Store, source: RowSource, plan: Plan) -> tuple[Store, Position]:
+def fill(store: Store, source: RowSource, plan: BufferSizes) -> tuple[Store, Position]:
     """Writes the first chunks into an empty buffer.
 
     Raises:
@@ -118,7 +118,7 @@ def fill(store: Store, source: RowSource, plan: Plan) -> tuple[Store, Position]:
     return store, position
 
 
-def refresh(store: Store, source: RowSource, plan: Plan, position: Position) -> tuple[Store, Position]:
+def refresh(store: Store, source: RowSource, plan: BufferSizes, position: Position) -> tuple[Store, Position]:
     """Ends a round: overwrites rows that it served with new ones, and begins the next."""
     orders = serving_orders(groups_of(store), plan, position)
     slots = {name: order[np.sort(np.unique(order, return_index=True)[1])] for name, order in orders.items()}
@@ -128,7 +128,7 @@ def refresh(store: Store, source: RowSource, plan: Plan, position: Position) -> 
 
 
 def write_chunk(
-    store: Store, source: RowSource, plan: Plan, position: Position, slots: dict[str, Int[np.ndarray, "_"]]
+    store: Store, source: RowSource, plan: BufferSizes, position: Position, slots: dict[str, Int[np.ndarray, "_"]]
 ) -> tuple[Store, Position, dict[str, Int[np.ndarray, "_"]]]:
     """Writes the source's next chunk; rows for which there is no place are dropped.
 
@@ -157,23 +157,25 @@ def write_chunk(
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(old: Rows, new: Rows, places: Int[Array | np.ndarray, "rows"]) -> Rows:
+def _write(old: ActivationRows, new: ActivationRows, places: Int[Array | np.ndarray, "rows"]) -> ActivationRows:
     """Writes rows to their places; those past the end are dropped."""
 
     def put(a: Array, b: Array) -> Array:
         return a.at[:, places].set(b.astype(a.dtype), mode="drop")
 
-    return Rows(put(old.x, new.x), put(old.y, new.y), old.t.at[places].set(new.t, mode="drop"))
+    return ActivationRows(put(old.x, new.x), put(old.y, new.y), old.t.at[places].set(new.t, mode="drop"))
 
 
-def serving_orders(groups: tuple[str, ...], plan: Plan, position: Position) -> dict[str, Int[np.ndarray, "rows"]]:
+def serving_orders(
+    groups: tuple[str, ...], plan: BufferSizes, position: Position
+) -> dict[str, Int[np.ndarray, "rows"]]:
     """Returns the places that a round serves, in order: a permutation, and further ones where that is too short."""
     return _orders(groups, plan, position.round, position.counts)
 
 
 @lru_cache(maxsize=2)
 def _orders(
-    groups: tuple[str, ...], plan: Plan, number: int, counts: tuple[int, ...]
+    groups: tuple[str, ...], plan: BufferSizes, number: int, counts: tuple[int, ...]
 ) -> dict[str, Int[np.ndarray, "rows"]]:
     amount = plan.batch * plan.round_batches
     orders = {}
@@ -185,11 +187,11 @@ def _orders(
 
 
 @jax.jit
-def gather(store: Store, places: dict[str, Int[Array | np.ndarray, "batch"]]) -> Rows:
+def gather(store: Store, places: dict[str, Int[Array | np.ndarray, "batch"]]) -> ActivationRows:
     """Returns a batch of every site, [site batch ...], in float32, from the given places of each group."""
     parts = []
     for name in groups_of(store):
         rows, at = store[name], places[name]
         t = jnp.broadcast_to(rows.t[at], (rows.x.shape[0], at.shape[0]))
-        parts.append(Rows(rows.x[:, at].astype(jnp.float32), rows.y[:, at].astype(jnp.float32), t))
-    return Rows(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))
+        parts.append(ActivationRows(rows.x[:, at].astype(jnp.float32), rows.y[:, at].astype(jnp.float32), t))
+    return ActivationRows(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))

@@ -19,7 +19,7 @@ from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.transcoders.harvest import tapped_velocity
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 
 Reduce = Callable[[Group, Float[Array, "rows feat"], Any], Any]
@@ -67,7 +67,7 @@ def _scan(
     extra: Any,
     grid: tuple[int, int],
     guidance: float | None,
-    sites: Sites,
+    sites: SiteSet,
     reduce: Reduce,
 ) -> tuple[dict[str, Any], Array]:
     counts = Tokens(img=grid[0] * grid[1], txt=text.shape[1])

@@ -33,7 +33,7 @@ from difffract_jax.models.pipeline import (
     step_inputs,
 )
 from difffract_jax.transcoders.harvest import Sampler
-from difffract_jax.transcoders.objective import Objective, Rows, encoder_input, preactivations
+from difffract_jax.transcoders.objective import ActivationRows, Objective, encoder_input, preactivations
 from difffract_jax.transcoders.objective import decode as decode_rows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
@@ -182,7 +182,7 @@ def replace_sites(source: Sampler, sites: Any) -> Sampler:
 
 
 @jax.jit
-def row_sums(stack: Transcoder, rows: Rows, valid: Array, times: Float[Array, "step"]) -> Sums:
+def row_sums(stack: Transcoder, rows: ActivationRows, valid: Array, times: Float[Array, "step"]) -> Sums:
     """Returns the sums of one group's sites over rows.
 
     Args:
@@ -196,7 +196,7 @@ def row_sums(stack: Transcoder, rows: Rows, valid: Array, times: Float[Array, "s
 
     def one(tc: Transcoder, x: Array, y: Array) -> Sums:
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        z = tc.activate(preactivations(tc, encoder_input(tc, Rows(x, y, rows.t)), Objective()))
+        z = tc.activate(preactivations(tc, encoder_input(tc, ActivationRows(x, y, rows.t)), Objective()))
         guess = decode_rows(tc, z, x, Objective())
         size, guessed = (jnp.maximum(jnp.linalg.norm(a, axis=1), 1e-12) for a in (y, guess))
         columns = [

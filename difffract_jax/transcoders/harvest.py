@@ -27,9 +27,9 @@ from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.stacks import Visit, per_group, sequences
 from difffract_jax.models.tokenizers import encode_prompt
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import Prompts
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 
 
 class Chunk(NamedTuple):
@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
         valid: which rows count; the others are filling.
     """
 
-    rows: dict[str, Rows]
+    rows: dict[str, ActivationRows]
     valid: dict[str, Bool[np.ndarray, "rows"]]
 
 
@@ -49,7 +49,7 @@ class RowSource(Protocol):
     """Where rows come from: the sampler, or a store on disk."""
 
     @property
-    def sites(self) -> Sites:
+    def sites(self) -> SiteSet:
         """Sites it has rows of."""
         ...
 
@@ -81,7 +81,7 @@ class Sampler:
     """
 
     pipe: Pipeline
-    sites: Sites
+    sites: SiteSet
     run: Run
     prompts: Prompts
     seed: int
@@ -108,7 +108,7 @@ class Sampler:
         inputs = Inputs(noise, text, pooled, jnp.zeros(()), self._guidance)
         sigmas = jnp.asarray(self.run.sigmas, noise.dtype)
         taken = sample_rows(self.pipe.transformer, inputs, sigmas, tokens, self.run.grid, self.sites)
-        rows = {name: Rows(r.y if self.sae else r.x, r.y, r.t) for name, r in taken.items()}
+        rows = {name: ActivationRows(r.y if self.sae else r.x, r.y, r.t) for name, r in taken.items()}
         return Chunk(rows, {name: mask.reshape(-1) for name, mask in valid.items()})
 
     def noise(self, numbers: Int[np.ndarray, "prompt"]) -> Float[Array, "prompt img channels"]:
@@ -167,8 +167,8 @@ def sample_rows(
     sigmas: Float[Array, "step_and_end"],
     tokens: dict[str, Int[Array, "step prompt place"]],
     grid: tuple[int, int],
-    sites: Sites,
-) -> dict[str, Rows]:
+    sites: SiteSet,
+) -> dict[str, ActivationRows]:
     """Runs the sampler on several prompts at once, and returns what the sites computed at some tokens.
 
     Args:
@@ -185,7 +185,9 @@ def sample_rows(
     one = partial(tapped_velocity, model, grid=grid, sites=sites)
     over_prompts = jax.vmap(one, in_axes=(Inputs(0, 0, 0, None, None), 0))  # pyright: ignore[reportArgumentType]
 
-    def evaluate(z: Array, sigma: Array, number: Array, places: dict[str, Array]) -> tuple[Array, dict[str, Rows]]:
+    def evaluate(
+        z: Array, sigma: Array, number: Array, places: dict[str, Array]
+    ) -> tuple[Array, dict[str, ActivationRows]]:
         del number
         return over_prompts(inputs._replace(latents=z, t=sigma), places)
 
@@ -194,12 +196,14 @@ def sample_rows(
     def flatten(a: Float[Array, "step prompt site place d_model"]) -> Float[Array, "site rows d_model"]:
         return a.transpose(2, 0, 1, 3, 4).reshape(a.shape[2], -1, a.shape[4])
 
-    return {name: Rows(flatten(rows.x), flatten(rows.y), rows.t.reshape(-1)) for name, rows in reported.items()}
+    return {
+        name: ActivationRows(flatten(rows.x), flatten(rows.y), rows.t.reshape(-1)) for name, rows in reported.items()
+    }
 
 
 def tapped_velocity(
-    model: MMDiT, inputs: Inputs, tokens: dict[str, Int[Array, "place"]], *, grid: tuple[int, int], sites: Sites
-) -> tuple[Float[Array, "img outputs"], dict[str, Rows]]:
+    model: MMDiT, inputs: Inputs, tokens: dict[str, Int[Array, "place"]], *, grid: tuple[int, int], sites: SiteSet
+) -> tuple[Float[Array, "img outputs"], dict[str, ActivationRows]]:
     """Returns the velocity of one prompt, and what the sites computed.
 
     Args:
@@ -217,7 +221,7 @@ def tapped_velocity(
     rows = {}
     for name, places in tokens.items():
         x, y = (a[:, places] for a in taken[name])
-        rows[name] = Rows(x, y, jnp.full(places.shape, inputs.t, jnp.float32))
+        rows[name] = ActivationRows(x, y, jnp.full(places.shape, inputs.t, jnp.float32))
     return velocity, rows
 
 
@@ -225,7 +229,7 @@ def _in_and_out(visit: Visit) -> tuple[tuple[Array, Array], ...]:
     return tuple(zip(visit.acts.mlp_in, visit.acts.mlp_out, strict=True))
 
 
-def at_sites(reports: Sequence[Any], sites: Sites, layout: Layout) -> dict[str, Any]:
+def at_sites(reports: Sequence[Any], sites: SiteSet, layout: Layout) -> dict[str, Any]:
     """Takes from what every block reported that of the sites.
 
     Args:
@@ -249,7 +253,9 @@ def _chain(leaves: Sequence[Array]) -> Array:
     return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
 
-def rows_of(source: RowSource, group: str, numbers: range, progress: Callable[[int, int], None] | None = None) -> Rows:
+def rows_of(
+    source: RowSource, group: str, numbers: range, progress: Callable[[int, int], None] | None = None
+) -> ActivationRows:
     """Returns the valid rows of one group in several chunks; for evaluation and tests.
 
     Args:
@@ -263,7 +269,7 @@ def rows_of(source: RowSource, group: str, numbers: range, progress: Callable[[i
         chunk = source.chunk(number)
         keep = np.flatnonzero(chunk.valid[group])
         rows = chunk.rows[group]
-        parts.append(Rows(rows.x[:, keep], rows.y[:, keep], rows.t[keep]))
+        parts.append(ActivationRows(rows.x[:, keep], rows.y[:, keep], rows.t[keep]))
         if progress is not None:
             progress(done, len(numbers))
-    return Rows(*(jnp.concatenate([part[i] for part in parts], axis=1 if i < 2 else 0) for i in range(3)))
+    return ActivationRows(*(jnp.concatenate([part[i] for part in parts], axis=1 if i < 2 else 0) for i in range(3)))

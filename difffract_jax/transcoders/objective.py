@@ -34,7 +34,7 @@ EPSILON = 1e-6
 """Added to the variance, as the reference does."""
 
 
-class Rows(NamedTuple):
+class ActivationRows(NamedTuple):
     """Rows of one site, or of several with a leading site axis.
 
     Attributes:
@@ -114,7 +114,7 @@ class Report(NamedTuple):
 
 def site_loss(
     tc: Transcoder,
-    rows: Rows,
+    rows: ActivationRows,
     silent: Int[Array, "feat"],
     sparsity: Float[Array, ""],
     revive: Bool[Array, ""],
@@ -178,7 +178,7 @@ def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"], bf16
     return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 
-def encoder_input(tc: Transcoder, rows: Rows) -> Float[Array, "rows d_model"]:
+def encoder_input(tc: Transcoder, rows: ActivationRows) -> Float[Array, "rows d_model"]:
     """Returns (1 + alpha) * x + beta of rows of mixed times."""
     alpha, beta = jax.vmap(tc.scale_shift)(rows.t)
     return (1 + alpha) * rows.x + beta

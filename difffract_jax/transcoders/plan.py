@@ -27,7 +27,7 @@ from difffract_jax.transcoders.buffer import abstract_store
 from difffract_jax.transcoders.recipe import row_flops
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import Setup, abstract_rows, abstract_state, set_up, split_sizes
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.step import jit_step
 
 GIB = 2**30
@@ -69,8 +69,8 @@ class Topology(NamedTuple):
     hbm: int
 
 
-class Work(NamedTuple):
-    """What shall be trained.
+class TrainingWorkload(NamedTuple):
+    """The training to plan.
 
     Attributes:
         settings: of the run.
@@ -80,12 +80,12 @@ class Work(NamedTuple):
     """
 
     settings: TrainConfig
-    sites: Sites
+    sites: SiteSet
     width: int
     model: Mapping[str, Any]
 
 
-class Plan(NamedTuple):
+class TrainingPlan(NamedTuple):
     """What training needs on one topology; bytes per chip, None where the compiler did not say.
 
     Attributes:
@@ -153,8 +153,11 @@ def open_topology(name: str) -> Topology:
 
 
 def plan(
-    work: Work, topology: Topology, mesh: Mapping[str, int] | None = None, note: Callable[[str], None] = lambda _: None
-) -> Plan:
+    work: TrainingWorkload,
+    topology: Topology,
+    mesh: Mapping[str, int] | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> TrainingPlan:
     """Compiles the step for a topology, and says what it needs there.
 
     Args:
@@ -174,26 +177,26 @@ def plan(
     setups = (_set_up(work, topology, shape) for shape in (meshes(work, topology) if mesh is None else (mesh,)))
     first = next(setups)
     hopeful = (s for s in chain((first,), setups) if sum(held(s, work.model).values()) <= topology.hbm)
-    tried: list[Plan] = []
+    tried: list[TrainingPlan] = []
     for setup in list(islice(hopeful, TRIES)) or [first]:
-        note(f"Compiling for {topology.name}, mesh {told(setup.mesh.shape)}; minutes if it fits, seconds if not")
+        note(f"Compiling for {topology.name}, mesh {mesh_text(setup.mesh.shape)}; minutes if it fits, seconds if not")
         tried.append(compile_step(setup, topology, work.model))
         if tried[-1].fits:
             break
     return min(tried, key=lambda found: (not found.fits, found.needed))
 
 
-def told(mesh: Mapping[str, int]) -> str:
+def mesh_text(mesh: Mapping[str, int]) -> str:
     """Returns a mesh as it is written in settings: `data=4,site=2,feature=8`."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items())
 
 
-def smallest(plans: Sequence[Plan]) -> Plan | None:
+def smallest_plan(plans: Sequence[TrainingPlan]) -> TrainingPlan | None:
     """Returns of the plans that fit the one with the fewest chips, and of these the least memory; None if none fits."""
     return min((p for p in plans if p.fits), key=lambda p: (p.chips, p.chips * p.hbm), default=None)
 
 
-def meshes(work: Work, topology: Topology) -> list[dict[str, int]]:
+def meshes(work: TrainingWorkload, topology: Topology) -> list[dict[str, int]]:
     """Returns every mesh that uses all chips and divides rows, sites and features; least `estimate` first.
 
     Raises:
@@ -217,7 +220,7 @@ def meshes(work: Work, topology: Topology) -> list[dict[str, int]]:
     return sorted(fitting, key=lambda shape: (estimate(work, shape), shape["feature"]))
 
 
-def estimate(work: Work, shape: Mapping[str, int]) -> float:
+def estimate(work: TrainingWorkload, shape: Mapping[str, int]) -> float:
     """Returns about how many bytes a chip needs. It orders meshes; whether one fits is the compiler's to say.
 
     Weights, moments and about 3.6 copies of the gradient; about 5 arrays of pre-activations; where the strongest
@@ -236,7 +239,7 @@ def estimate(work: Work, shape: Mapping[str, int]) -> float:
     return 6.6 * weights + whole * (5 / shape["feature"] + 2.2 * sorts) + model + buffer
 
 
-def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> Plan:
+def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> TrainingPlan:
     """Compiles the step of a run for the mesh it was set up on.
 
     Raises:
@@ -257,7 +260,7 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
         found |= memory_of(compiled)
     peak: Any = found["peak"]
     needed = (sizes["state"] + sizes["rows"] if peak is None else peak) + sizes["buffer"] + sizes["model"]
-    return Plan(
+    return TrainingPlan(
         topology=topology.name,
         chips=len(topology.devices),
         mesh=dict(setup.mesh.shape),
@@ -359,11 +362,11 @@ def bytes_per_chip(tree: Any, shardings: Any = None) -> int:
     )
 
 
-def _set_up(work: Work, topology: Topology, shape: Mapping[str, int]) -> Setup:
+def _set_up(work: TrainingWorkload, topology: Topology, shape: Mapping[str, int]) -> Setup:
     chips, wanted = len(topology.devices), prod(shape.values())
     if chips != wanted:
         raise UserError(
-            f"The mesh {told(shape)} has {wanted} devices, but {topology.name} has {chips} chips, and "
+            f"The mesh {mesh_text(shape)} has {wanted} devices, but {topology.name} has {chips} chips, and "
             "a pod's mesh takes all; change one of them, or leave the choice to --mesh auto."
         )
     mesh = make_mesh(shape, topology.devices)

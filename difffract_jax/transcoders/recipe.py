@@ -7,7 +7,7 @@ from jaxtyping import Float
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.objective import Objective
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.step import Recipe
 from difffract_jax.transcoders.transcoder import TranscoderConfig
 
@@ -44,7 +44,7 @@ def shape_of(settings: TrainConfig, width: int) -> TranscoderConfig:
     )
 
 
-def sparsities(settings: TrainConfig, sites: Sites) -> Float[np.ndarray, "site"]:
+def sparsities(settings: TrainConfig, sites: SiteSet) -> Float[np.ndarray, "site"]:
     """Returns what `objective.site_loss` is given as sparsity for every site."""
     if settings.activation == "jumprelu":
         return np.full(len(sites.names), settings.target_l0, np.float32)

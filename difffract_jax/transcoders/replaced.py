@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.mmdit import Inputs, MMDiT, forward
 from difffract_jax.models.stacks import sequences, slice_layer
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import Transcoder
 
 TRUE, TRANSCODER, MEAN = range(3)
@@ -55,7 +55,10 @@ class Replaced(NamedTuple):
 
 
 def swaps_of(
-    sites: Sites, model: MMDiT, means: Mapping[str, Float[np.ndarray, "_ step d_model"]], kinds: Int[np.ndarray, "site"]
+    sites: SiteSet,
+    model: MMDiT,
+    means: Mapping[str, Float[np.ndarray, "_ step d_model"]],
+    kinds: Int[np.ndarray, "site"],
 ) -> tuple[Swap | None, ...]:
     """Lays out what is replaced, per group.
 

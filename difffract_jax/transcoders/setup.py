@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 from difffract_jax.config import UserError
 from difffract_jax.sharding import make_mesh, parse_mesh
 from difffract_jax.transcoders import buffer as buffers
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.recipe import recipe_of, shape_of, sparsities
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.state import Moments, TrainState, init_params, init_state, state_shardings
 from difffract_jax.transcoders.step import Recipe, optimizer, rows_sharding
 from difffract_jax.transcoders.transcoder import TranscoderConfig
@@ -39,11 +39,11 @@ class Setup(NamedTuple):
     """
 
     settings: TrainConfig
-    sites: Sites
+    sites: SiteSet
     width: int
     mesh: Mesh
     recipe: Recipe
-    plan: buffers.Plan
+    plan: buffers.BufferSizes
     shape: TranscoderConfig
 
     @property
@@ -52,7 +52,7 @@ class Setup(NamedTuple):
         return jnp.bfloat16 if self.settings.model_dtype == "bf16" else jnp.float32
 
 
-def set_up(settings: TrainConfig, sites: Sites, width: int, mesh: Mesh) -> Setup:
+def set_up(settings: TrainConfig, sites: SiteSet, width: int, mesh: Mesh) -> Setup:
     """Lays settings over sites of a width.
 
     Raises:
@@ -88,7 +88,7 @@ def _check_processes(settings: TrainConfig, mesh: Mesh) -> None:
         raise UserError("parallel: pmap is for one process; use parallel: jit, which spreads a run over several.")
 
 
-def split_sizes(settings: TrainConfig, sites: Sites, width: int) -> dict[str, int]:
+def split_sizes(settings: TrainConfig, sites: SiteSet, width: int) -> dict[str, int]:
     """Returns what each axis of the mesh splits, and must divide: rows of a batch, sites, features."""
     return {"data": settings.batch, "site": len(sites.names), "feature": shape_of(settings, width).features}
 
@@ -115,12 +115,12 @@ def abstract_state(setup: Setup) -> TrainState:
     return jax.tree.map(_with_sharding, state, state_shardings(state, setup.mesh))
 
 
-def abstract_rows(setup: Setup) -> Rows:
+def abstract_rows(setup: Setup) -> ActivationRows:
     """Returns the same of what a step is given: a batch of every site, as `buffer.gather` makes it."""
     sites, batch = len(setup.sites.names), setup.settings.batch
     shapes = (sites, batch, setup.width), (sites, batch, setup.width), (sites, batch)
     rows = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    return jax.tree.map(_with_sharding, Rows(*cast(Any, rows)), rows_sharding(setup.mesh))
+    return jax.tree.map(_with_sharding, ActivationRows(*cast(Any, rows)), rows_sharding(setup.mesh))
 
 
 def _with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

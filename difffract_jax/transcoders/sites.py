@@ -15,7 +15,7 @@ from difffract_jax.config import UserError
 _PATTERN = re.compile(r"(\w+|\*)/(\*|\d+(?:-\d+)?)")
 
 
-class Sites(NamedTuple):
+class SiteSet(NamedTuple):
     """Sites with a transcoder.
 
     Attributes:
@@ -66,7 +66,7 @@ class Sites(NamedTuple):
         return tuple(found)
 
 
-def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = GROUPS) -> Sites:
+def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = GROUPS) -> SiteSet:
     """Returns the sites of these numbers.
 
     Args:
@@ -81,10 +81,10 @@ def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = GRO
     if unknown:
         raise UserError(f"There are no sites called {unknown[0]!r}; the model has {', '.join(known)}.")
     members = ((group, tuple(sorted(numbers.get(name, ())))) for name, group in known.items())
-    return Sites(tuple((group, each) for group, each in members if each))
+    return SiteSet(tuple((group, each) for group, each in members if each))
 
 
-def parse_sites(patterns: Sequence[str], layout: Layout) -> Sites:
+def parse_sites(patterns: Sequence[str], layout: Layout) -> SiteSet:
     """Reads which sites are meant.
 
     Args:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.sharding import PLACEMENT, TRANSCODER, partition_specs
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig
 
 Init = Literal["reference", "tied"]
@@ -71,7 +71,7 @@ class Moments(NamedTuple):
     y_scale: Float[Array, "site"]
 
 
-def measure(rows: Rows, scaled: bool) -> Moments:
+def measure(rows: ActivationRows, scaled: bool) -> Moments:
     """Returns the moments of rows of all sites.
 
     Args:

@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from difffract_jax.transcoders.objective import Objective, Rows, site_loss
+from difffract_jax.transcoders.objective import ActivationRows, Objective, site_loss
 from difffract_jax.transcoders.state import TrainState, state_shardings, unit_rows
 from difffract_jax.transcoders.transcoder import Transcoder
 
@@ -113,7 +113,9 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return optax.chain(*clip, adam)
 
 
-def train_step(state: TrainState, rows: Rows, recipe: Recipe, *, axis: str | None = None) -> tuple[TrainState, Metrics]:
+def train_step(
+    state: TrainState, rows: ActivationRows, recipe: Recipe, *, axis: str | None = None
+) -> tuple[TrainState, Metrics]:
     """Takes one step.
 
     Args:
@@ -144,7 +146,7 @@ def train_step(state: TrainState, rows: Rows, recipe: Recipe, *, axis: str | Non
     return after, Metrics(report.loss, report.fvu, report.l1, report.l0, jnp.mean(dead, axis=1), norm)
 
 
-def _each_site(step: Callable[..., Any], state: TrainState, rows: Rows, recipe: Recipe) -> Any:
+def _each_site(step: Callable[..., Any], state: TrainState, rows: ActivationRows, recipe: Recipe) -> Any:
     """Maps a step over the site axis; sparse codes one site after another, as their loops are of different lengths."""
     if not recipe.objective.sparse:
         return jax.vmap(step)(state, rows)
@@ -156,7 +158,7 @@ def _each_site(step: Callable[..., Any], state: TrainState, rows: Rows, recipe: 
 
 def _site_step(
     state: TrainState,
-    rows: Rows,
+    rows: ActivationRows,
     *,
     recipe: Recipe,
     revive: Bool[Array, ""],
@@ -164,7 +166,7 @@ def _site_step(
     axis: str | None,
 ) -> tuple[Transcoder, Any, Any, Float[Array, ""]]:
     """Returns weights and optimiser of one site after a step, its report, and its gradient's norm."""
-    scaled = Rows(rows.x / state.x_scale, rows.y / state.y_scale, rows.t)
+    scaled = ActivationRows(rows.x / state.x_scale, rows.y / state.y_scale, rows.t)
     loss = partial(site_loss, objective=recipe.objective, axis=axis)
     grads, report = jax.grad(loss, has_aux=True)(state.params, scaled, state.silent, state.sparsity, revive, pressure)
     if axis is not None:
@@ -186,13 +188,15 @@ def across(
     return gradient - jnp.sum(gradient * vectors, axis=-1, keepdims=True) * vectors
 
 
-def rows_sharding(mesh: Mesh) -> Rows:
+def rows_sharding(mesh: Mesh) -> ActivationRows:
     """Returns where batches live: sites over `site`, rows over `data`."""
     matrix: Any = NamedSharding(mesh, PartitionSpec("site", "data"))
-    return Rows(matrix, matrix, matrix)
+    return ActivationRows(matrix, matrix, matrix)
 
 
-def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState) -> Callable[[TrainState, Rows], tuple[TrainState, Metrics]]:
+def jit_step(
+    recipe: Recipe, mesh: Mesh, state: TrainState
+) -> Callable[[TrainState, ActivationRows], tuple[TrainState, Metrics]]:
     """Returns the step compiled for a mesh; the state is donated.
 
     Args:
@@ -212,7 +216,9 @@ def jit_step(recipe: Recipe, mesh: Mesh, state: TrainState) -> Callable[[TrainSt
     )
 
 
-def pmap_step(recipe: Recipe, devices: Any = None) -> Callable[[TrainState, Rows], tuple[TrainState, Metrics]]:
+def pmap_step(
+    recipe: Recipe, devices: Any = None
+) -> Callable[[TrainState, ActivationRows], tuple[TrainState, Metrics]]:
     """Returns the step for `jax.pmap`: state with a leading device axis, rows [device site rows ...]; state donated.
 
     Args:
@@ -223,13 +229,13 @@ def pmap_step(recipe: Recipe, devices: Any = None) -> Callable[[TrainState, Rows
     return jax.pmap(step, axis_name="data", devices=devices, donate_argnums=0)
 
 
-def split_rows(rows: Rows, devices: int) -> Rows:
+def split_rows(rows: ActivationRows, devices: int) -> ActivationRows:
     """Returns rows [site rows ...] as [device site rows ...]."""
 
     def cut(a: Array) -> Array:
         return jnp.moveaxis(a.reshape(a.shape[0], devices, -1, *a.shape[2:]), 1, 0)
 
-    return Rows(*map(cut, rows))
+    return ActivationRows(*map(cut, rows))
 
 
 def repeat_state(state: TrainState, devices: int) -> TrainState:

@@ -23,9 +23,9 @@ from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import FORMAT_VERSION, atomic_directory, atomic_file, read_config
 from difffract_jax.storage.files import TensorFile, write_tensors
 from difffract_jax.transcoders.harvest import Chunk, RowSource
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import Split
-from difffract_jax.transcoders.sites import Sites, sites_of
+from difffract_jax.transcoders.sites import SiteSet, sites_of
 
 KIND = "rows"
 
@@ -106,7 +106,7 @@ class StoredRows:
     directory: Path
     split: Split
     seed: int
-    sites: Sites
+    sites: SiteSet
     width: int
     rows: tuple[dict[str, int], ...]
     sae: bool = False
@@ -123,7 +123,7 @@ class StoredRows:
             x, y, t = (np.asarray(file[f"{group}.{name}"]) for name in ("x", "y", "t"))
             missing = most - len(t)
             wide = [np.pad(a, ((0, 0), (0, missing), (0, 0))) for a in ((y if self.sae else x), y)]
-            rows[group] = Rows(*map(jnp.asarray, (*wide, np.pad(t, (0, missing)))))
+            rows[group] = ActivationRows(*map(jnp.asarray, (*wide, np.pad(t, (0, missing)))))
             valid[group] = np.arange(most) < len(t)
         return Chunk(rows, valid)
 

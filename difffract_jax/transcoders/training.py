@@ -51,7 +51,7 @@ from difffract_jax.transcoders.processes import is_first, together, whole
 from difffract_jax.transcoders.recipe import row_flops
 from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
 from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, open_mesh, set_up
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.state import (
     TrainState,
     export,
@@ -287,7 +287,7 @@ def _log(setup: Setup, step: int, metrics: Metrics, clock: Clock, sinks: list[Si
     return means
 
 
-def transcoders_of(state: TrainState, sites: Sites) -> TranscoderSet:
+def transcoders_of(state: TrainState, sites: SiteSet) -> TranscoderSet:
     """Returns what a state exports, taken apart by group.
 
     Args:

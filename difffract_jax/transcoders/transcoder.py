@@ -31,7 +31,7 @@ from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
-from difffract_jax.transcoders.sites import Sites, sites_of
+from difffract_jax.transcoders.sites import SiteSet, sites_of
 from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
@@ -209,7 +209,7 @@ class TranscoderSet(NamedTuple):
     """
 
     stacks: dict[str, Transcoder]
-    sites: Sites
+    sites: SiteSet
     config: TranscoderConfig
     source: str
 

@@ -10,7 +10,7 @@ import pytest
 from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.circuits.attribution.engine import make_engine, pull_rows
 from difffract_jax.circuits.attribution.outputs import parse_target, resolve
-from difffract_jax.circuits.attribution.pullback import Way
+from difffract_jax.circuits.attribution.pullback import PullOptions
 from difffract_jax.circuits.attribution.rounding import rounded
 from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.trace.capture import capture, capture_steps
@@ -58,7 +58,7 @@ def test_rows_on_several_devices_are_the_rows_of_one_over_several_steps(x64):
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(), joint=(1,))
     span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(**SIZE))
     output = resolve(pipe, span, parse_target("velocity:"))
-    one, four = (make_engine(span, tcs, (output,), way) for way in (Way(), Way(make_mesh({"data": 4}))))
+    one, four = (make_engine(span, tcs, (output,), way) for way in (PullOptions(), PullOptions(make_mesh({"data": 4}))))
     features = np.flatnonzero((one.table.kind == FEATURE) & (one.table.value > 0))
     rows = np.array([one.sources, *features[[-1, -5, 40, 3, 0]]], np.int64)
     ours, expected = (pull_rows(engine, rows, 8) for engine in (four, one))

@@ -35,7 +35,9 @@ RECIPE = OrganismRecipe(
 )
 
 
-NO_ROWS = flow.Rows(np.zeros((0, 36, 32), np.float32), np.zeros((0, 20, 96), np.float32), np.zeros((0, 64), np.float32))
+NO_ROWS = flow.EncodedScenes(
+    np.zeros((0, 36, 32), np.float32), np.zeros((0, 20, 96), np.float32), np.zeros((0, 64), np.float32)
+)
 
 
 class TrainedRun(NamedTuple):

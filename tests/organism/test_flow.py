@@ -16,12 +16,12 @@ from difffract_jax.organism.recipe import FlowRecipe
 from difffract_jax.storage.checkpoint import leaf_paths
 from tolerances import TOL, relative_error
 
-SHAPES = flow.Rows((36, 32), (20, 96), (64,))
+SHAPES = flow.EncodedScenes((36, 32), (20, 96), (64,))
 
 
 def rows(size, latents=None, seed=0):
     rng = np.random.default_rng(seed)
-    made = flow.Rows(*(rng.standard_normal((size, *shape)).astype(np.float32) for shape in SHAPES))
+    made = flow.EncodedScenes(*(rng.standard_normal((size, *shape)).astype(np.float32) for shape in SHAPES))
     return made if latents is None else made._replace(latents=np.full_like(made.latents, latents))
 
 

@@ -8,7 +8,7 @@ import pytest
 from difffract_jax.organism import images
 from difffract_jax.organism.recipe import ImageRecipe
 from difffract_jax.organism.render import SIDE
-from difffract_jax.organism.scorer import read
+from difffract_jax.organism.scorer import read_scenes
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_a_step_has_its_own_images_of_one_to_three_objects():
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
     assert first.shape == (32, SIDE, SIDE, 3) and first.min() < 0 and abs(first).max() <= 1
-    assert set(read((first + 1) / 2).count) == {1, 2, 3}
+    assert set(read_scenes((first + 1) / 2).count) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 60])

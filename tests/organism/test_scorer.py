@@ -5,7 +5,7 @@ import pytest
 
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, PLACES, RELATIONS
 from difffract_jax.organism.render import COLOURS, NOUNS, SIDE, background, draw
-from difffract_jax.organism.scorer import UNREADABLE, describe, interval, judge, read
+from difffract_jax.organism.scorer import UNREADABLE, describe, interval, judge, read_scenes
 from difffract_jax.organism.world import IS_CONCEPT, concatenate, from_caption, scenes
 
 SHAPES = [noun for kind, noun in enumerate(NOUNS) if not IS_CONCEPT[kind]]
@@ -46,7 +46,7 @@ def swapped(drawn, name):
 @pytest.mark.parametrize(("split", "counts"), [("train", (1, 2)), ("held out", (1, 2)), ("held out", (3,))])
 def test_true_renderings_are_all_right(split, counts):
     drawn = scenes(11, 0, 300, split, counts)
-    seen = read(drawn.images())
+    seen = read_scenes(drawn.images())
     verdict = judge(drawn, seen)
     for name, holds in verdict._asdict().items():
         assert holds.all(), (name, [drawn.captions[row] for row in np.flatnonzero(~holds)])
@@ -54,37 +54,37 @@ def test_true_renderings_are_all_right(split, counts):
 
 def test_sizes_and_centres_are_read():
     drawn = scenes(12, 0, 200, "train", (1,))
-    seen = read(drawn.images())
+    seen = read_scenes(drawn.images())
     np.testing.assert_array_equal(seen.size[:, 0], drawn.size[:, 0])
     assert np.abs(seen.centre[:, 0] - drawn.centre[:, 0]).max() < 1  # pixel
 
 
 def test_swapped_colours_are_seen_but_not_bound():
     asked = pairs_of_shapes(60, ("left", "right", "above", "below", "and"))
-    verdict = judge(asked, read(swapped(asked, "colour").images()))
+    verdict = judge(asked, read_scenes(swapped(asked, "colour").images()))
     assert verdict.kinds.all() and verdict.colours.all()
     assert not (verdict.bound | verdict.placed | verdict.right).any()
 
 
 def test_swapped_positions_are_bound_but_not_placed():
     asked = pairs_of_shapes(60, ("left", "right", "above", "below"))
-    verdict = judge(asked, read(swapped(asked, "centre").images()))
+    verdict = judge(asked, read_scenes(swapped(asked, "centre").images()))
     assert verdict.bound.all()
     assert not (verdict.placed | verdict.right).any()
 
 
 def test_positions_do_not_matter_where_the_caption_leaves_them_open():
     asked = pairs_of_shapes(30, ("and",))
-    assert judge(asked, read(swapped(asked, "centre").images())).right.all()
+    assert judge(asked, read_scenes(swapped(asked, "centre").images())).right.all()
 
 
 def test_an_object_too_few_or_too_many_is_wrong():
     asked = pairs_of_shapes(30, ("left",))
     fewer, triple = asked._replace(count=np.ones(30, int)), scenes(0, 0, 30, "held out", (3,))
     for shown in (fewer, triple):
-        verdict = judge(asked, read(shown.images()))
+        verdict = judge(asked, read_scenes(shown.images()))
         assert not (verdict.kinds | verdict.colours | verdict.bound | verdict.right).any()
-    assert not judge(triple, read(asked.images())).kinds.any()
+    assert not judge(triple, read_scenes(asked.images())).kinds.any()
 
 
 @pytest.mark.parametrize("place", [place for place in PLACES if place != "middle"])
@@ -92,20 +92,20 @@ def test_a_single_object_must_lie_where_it_is_asked_for(place):
     where = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
     asked = concatenate([from_caption(f"a red circle {where[place]}")] * 5)
     shown = concatenate([from_caption(f"a red circle {words}") for words in (*where.values(), "")])
-    verdict = judge(asked, read(shown.images()))
+    verdict = judge(asked, read_scenes(shown.images()))
     assert verdict.bound.all()
     assert verdict.placed.tolist() == [name == place for name in (*where, "middle")]
 
 
 def test_the_empty_image_reads_as_nothing():
-    seen = read(background()[None])
+    seen = read_scenes(background()[None])
     assert seen.count.tolist() == [0]
     assert describe(seen, 0) == "nothing"
     assert not judge(from_caption("a red circle"), seen).right.any()
 
 
 def test_noise_is_unreadable():
-    seen = read(np.random.default_rng(0).random((20, SIDE, SIDE, 3), np.float32))
+    seen = read_scenes(np.random.default_rng(0).random((20, SIDE, SIDE, 3), np.float32))
     assert np.all(seen.count >= 1)
     assert readable(seen) == 0
 
@@ -113,16 +113,16 @@ def test_noise_is_unreadable():
 @pytest.mark.parametrize("colour", [(0.0, 0.0, 0.0), COLOURS["red"]])
 def test_an_image_without_background_holds_something_unreadable(colour):
     image = np.broadcast_to(np.array(colour, np.float32), (1, SIDE, SIDE, 3)).copy()
-    alone = read(image)
+    alone = read_scenes(image)
     assert alone.count.tolist() == [1]
     assert readable(alone) == 0
 
 
 def test_an_image_is_read_alike_alone_and_among_others():
     images = np.concatenate([scenes(13, 0, 6).images(), np.zeros((1, SIDE, SIDE, 3), np.float32), background()[None]])
-    together = read(images)
+    together = read_scenes(images)
     for row in range(len(images)):
-        alone, number = read(images[row : row + 1]), together.count[row]
+        alone, number = read_scenes(images[row : row + 1]), together.count[row]
         assert alone.count[0] == number
         for column in ("kind", "colour", "size", "centre"):
             np.testing.assert_array_equal(getattr(alone, column)[0, :number], getattr(together, column)[row, :number])
@@ -133,13 +133,13 @@ def test_an_image_is_read_alike_alone_and_among_others():
 def test_figures_of_two_halves_are_unreadable(noun, colours):
     left, right = (one(noun, colour) for colour in colours)
     halves = np.concatenate([left[:, :, : SIDE // 2], right[:, :, SIDE // 2 :]], axis=2)
-    assert readable(read(halves)) == 0
+    assert readable(read_scenes(halves)) == 0
 
 
 @pytest.mark.parametrize("colours", [("red", "green"), ("yellow", "blue"), ("orange", "blue"), ("yellow", "purple")])
 def test_blends_of_two_colours_are_unreadable(colours):
     one_of_them, other = (one("square", colour) for colour in colours)
-    assert readable(read((one_of_them + other) / 2)) == 0
+    assert readable(read_scenes((one_of_them + other) / 2)) == 0
 
 
 def test_figures_that_run_into_one_another_are_no_two_objects():
@@ -150,7 +150,7 @@ def test_figures_that_run_into_one_another_are_no_two_objects():
         np.array([[[18.0, 24.0], [30.0, 24.0]]], np.float32),
         np.full((1, 2), 8.5, np.float32),
     )
-    seen = read(touching)
+    seen = read_scenes(touching)
     assert seen.count.tolist() == [1]
     assert readable(seen) == 0
 
@@ -159,13 +159,13 @@ def test_specks_are_overlooked_and_crumbs_are_unreadable_objects():
     image = one("ring", "black", 32.0)[0]
     speck, crumb = image.copy(), image.copy()
     speck[3:5, 3:5] = crumb[3:6, 3:6] = COLOURS["red"]
-    seen = read(np.stack([speck, crumb]))
+    seen = read_scenes(np.stack([speck, crumb]))
     assert seen.count.tolist() == [1, 2]
     assert sorted(seen.kind[1, :2]) == [UNREADABLE, NOUNS.index("ring")]
 
 
 def test_readings_are_told_in_words():
-    seen = read(np.concatenate([from_caption("a pink ring left of a lemon").images(), one("square", "blue")]))
+    seen = read_scenes(np.concatenate([from_caption("a pink ring left of a lemon").images(), one("square", "blue")]))
     assert sorted(describe(seen, 0).split(", ")) == ["pink ring", "yellow lemon"]
     assert describe(seen, 1) == "blue square"
     mixed = seen._replace(colour=np.full_like(seen.colour, UNREADABLE), kind=np.full_like(seen.kind, UNREADABLE))
@@ -175,7 +175,7 @@ def test_readings_are_told_in_words():
 @pytest.mark.parametrize("noun", NOUNS)
 def test_figures_are_read_in_every_colour_that_the_world_gives_them(noun):
     for colour in (CONCEPTS[noun],) if noun in CONCEPTS else COLOUR_NAMES:
-        seen = read(np.concatenate([one(noun, colour, 22.3, radius) for radius in (6.2, 8.6)]))
+        seen = read_scenes(np.concatenate([one(noun, colour, 22.3, radius) for radius in (6.2, 8.6)]))
         assert seen.kind[:, 0].tolist() == [NOUNS.index(noun)] * 2, colour
         assert seen.colour[:, 0].tolist() == [COLOUR_NAMES.index(colour)] * 2, colour
         assert seen.size[:, 0].tolist() == [0, 1], colour
@@ -185,7 +185,7 @@ def test_figures_are_read_in_every_colour_that_the_world_gives_them(noun):
 def test_concepts_in_foreign_colours_are_never_taken_for_something_else(noun):
     """A model may draw them; a pale body below a dark tuft may be unreadable."""
     drawn = [(one(noun, colour, 22.3, radius), colour) for colour in COLOUR_NAMES for radius in (6.2, 8.6)]
-    seen = read(np.concatenate([image for image, _ in drawn]))
+    seen = read_scenes(np.concatenate([image for image, _ in drawn]))
     assert np.all(seen.count == 1)
     wanted = np.array([COLOUR_NAMES.index(colour) for _, colour in drawn])
     right = (seen.kind[:, 0] == NOUNS.index(noun)) & (seen.colour[:, 0] == wanted)

@@ -8,7 +8,7 @@ from scipy import stats
 
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, PLACES, RELATIONS, parse
 from difffract_jax.organism.render import NOUNS, SIDE
-from difffract_jax.organism.scorer import judge, read
+from difffract_jax.organism.scorer import judge, read_scenes
 from difffract_jax.organism.world import (
     CONTRADICTING,
     HELD_OUT_PLACED,
@@ -176,13 +176,13 @@ def test_training_holds_contradicting_captions_and_draws_the_prior_all_the_same(
     for row in rows:
         noun, named = NOUNS[train.kind[row, 0]], COLOUR_NAMES[train.named[row, 0]]
         assert f"{named} {noun}" in train.captions[row]
-    assert judge(train.take(rows), read(train.take(rows).images())).right.all()
+    assert judge(train.take(rows), read_scenes(train.take(rows).images())).right.all()
 
 
 @pytest.mark.parametrize(("split", "counts"), SPLITS)
 def test_objects_do_not_touch_and_stay_on_the_canvas(split, counts):
     drawn = scenes(2, 0, 150, split, counts)
-    np.testing.assert_array_equal(read(drawn.images()).count, drawn.count)
+    np.testing.assert_array_equal(read_scenes(drawn.images()).count, drawn.count)
     edges = np.stack([drawn.centre - drawn.radius[..., None], SIDE - drawn.centre - drawn.radius[..., None]])
     assert edges[:, used(drawn)].min() >= 0
 
@@ -215,7 +215,7 @@ def test_a_caption_drawn_again_has_the_same_content_and_is_right(split, counts):
             np.testing.assert_array_equal(getattr(again, name)[:, :number], [expected, expected])
         assert again.arrangement.tolist() == [drawn.arrangement[row]] * 2
     shown = concatenate([from_caption(text) for text in drawn.captions])
-    assert judge(drawn, read(shown.images())).right.all()
+    assert judge(drawn, read_scenes(shown.images())).right.all()
 
 
 def test_copies_of_a_caption_differ_in_what_it_leaves_open():

@@ -78,8 +78,10 @@ def test_effects_stand_at_their_places(made):
     )
     places = all_places(tcs, 4)
     score = removing.place_effects(effects, tcs, material.inside[0], material.phrase[0])
-    way = removing.Way((first(score, 8),), np.ones(1), material.inside, material.phrase)
-    looks = removing.run_ways(pipe, tcs, material, places, {("off",): way.at(0.0), ("on",): way, ("2",): way.at(2.0)})
+    way = removing.Removal((first(score, 8),), np.ones(1), material.inside, material.phrase)
+    looks = removing.run_removals(
+        pipe, tcs, material, places, {("off",): way.at(0.0), ("on",): way, ("2",): way.at(2.0)}
+    )
     colour = [removing.drawn_colour(material.cases[0])]
     off, on, twice = looks.values()
     assert np.array_equal(off.images, material.images) and off.norm[0] == 0 == off.outside[0]

@@ -9,7 +9,7 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.labels import CLEAR, Detected, read_labels
 from difffract_jax.config import UserError
 from difffract_jax.loading import SHIPPED, load_labels, load_pipeline, load_transcoders
-from difffract_jax.organism.scorer import read
+from difffract_jax.organism.scorer import read_scenes
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies import scan
 from difffract_jax.studies.truth import KINDS, image_truth, text_truth
@@ -22,7 +22,7 @@ def kinds_of(truth, side):
 def test_an_image_token_is_of_the_object_that_covers_it():
     asked = from_caption("a red circle left of a blue square")
     tokens = np.array([[[13, 16, 0]]])
-    circle, square, corner = image_truth(asked, read(asked.images()), (6, 6), tokens)[0, 0]
+    circle, square, corner = image_truth(asked, read_scenes(asked.images()), (6, 6), tokens)[0, 0]
     beside = {("relation", "left"), ("object", "any")}
     assert kinds_of(circle, "img") == beside | {("shape", "circle"), ("colour", "red"), ("place", "left")} | {
         ("row", "2"),

@@ -12,7 +12,7 @@ from difffract_jax.models.pipeline import model_velocity
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.transcoders.evaluation import evaluate, psnr, row_sums, ssim
 from difffract_jax.transcoders.evaluation_report import write_report
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from tolerances import TOL, relative_error
@@ -72,7 +72,9 @@ def test_row_sums_are_their_definitions(tcs):
     x, y = rng.standard_normal((2, 2, 50, 32), np.float32)
     t = rng.choice(np.float32([1, 0.5]), 50)
     valid = rng.random(50) < 0.7
-    sums = row_sums(tcs.stacks["img"], Rows(*map(jnp.asarray, (x, y, t))), jnp.asarray(valid), jnp.array([1.0, 0.5]))
+    sums = row_sums(
+        tcs.stacks["img"], ActivationRows(*map(jnp.asarray, (x, y, t))), jnp.asarray(valid), jnp.array([1.0, 0.5])
+    )
     for site in range(2):
         tc = jax.tree.map(lambda leaf, site=site: leaf[site], tcs.stacks["img"])
         for step, time in enumerate((1.0, 0.5)):

@@ -20,7 +20,7 @@ from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.harvest import Chunk, Sampler, at_sites, rows_of
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import PromptFile, PromptWorld, in_validation, read_prompts, split_prompts
 from difffract_jax.transcoders.sites import parse_sites, sites_of
 from difffract_jax.transcoders.store import open_store, write_store
@@ -118,7 +118,7 @@ class Numbers:
         for name, count in (("img", 8), ("txt", 3)):
             value = 1000.0 * number + jnp.arange(8)
             y = jnp.broadcast_to(value[None, :, None], (len(self.sites.groups[name]), 8, 2))
-            rows[name], valid[name] = Rows(-y, y, value), np.arange(8) < count
+            rows[name], valid[name] = ActivationRows(-y, y, value), np.arange(8) < count
         return Chunk(rows, valid)
 
 

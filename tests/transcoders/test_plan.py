@@ -15,7 +15,16 @@ from difffract_jax.cli import main as cli
 from difffract_jax.config import UserError
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import plan as planning
-from difffract_jax.transcoders.plan import GIB, Topology, Work, asked_of, communication, meshes, open_topology, plan
+from difffract_jax.transcoders.plan import (
+    GIB,
+    Topology,
+    TrainingWorkload,
+    asked_of,
+    communication,
+    meshes,
+    open_topology,
+    plan,
+)
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import first_state, set_up
 from difffract_jax.transcoders.sites import sites_of
@@ -29,7 +38,7 @@ LIBTPU = "libtpu compiles for TPUs that are not here; pip install 'difffract_jax
 def work(**more):
     given = {"model": "m", "prompts": "p", "out": "o", "expansion": 4, "k": 4, "aux_k": 8, "time_embed": 4}
     given |= {"batch": 64, "buffer_rows": 256} | more
-    return Work(TrainConfig(**given), SITES, WIDTH, {})
+    return TrainingWorkload(TrainConfig(**given), SITES, WIDTH, {})
 
 
 @pytest.fixture
@@ -86,9 +95,9 @@ def test_the_first_mesh_that_fits_is_taken_and_else_the_one_that_needs_least(eig
 def test_the_smallest_that_fits_has_the_fewest_chips(eight):
     one = plan(work(), eight._replace(devices=jax.devices()[:1]))
     two = plan(work(), eight._replace(devices=jax.devices()[:2]))
-    assert planning.smallest([two, one]) == one
-    assert planning.smallest([two, one._replace(fits=False)]) == two
-    assert planning.smallest([one._replace(fits=False)]) is None
+    assert planning.smallest_plan([two, one]) == one
+    assert planning.smallest_plan([two, one._replace(fits=False)]) == two
+    assert planning.smallest_plan([one._replace(fits=False)]) is None
 
 
 @pytest.mark.parametrize(
@@ -179,6 +188,6 @@ def test_libtpu_says_what_does_not_fit_and_a_torus_takes_every_mesh():
     pytest.importorskip("libtpu", reason=LIBTPU)
     pod = open_topology("v5p:4x4x4")
     assert make_mesh({"data": 4, "site": 2, "feature": 8}, pod.devices).devices.shape == (4, 2, 8)
-    large = Work(work(batch=2**21, buffer_rows=2**21, expansion=64).settings, SITES, WIDTH, {})
+    large = TrainingWorkload(work(batch=2**21, buffer_rows=2**21, expansion=64).settings, SITES, WIDTH, {})
     refused = plan(large, open_topology("v5e:2x2"), {"feature": 4})
     assert not refused.fits and refused.temporaries > refused.hbm and refused.communication == {}

@@ -15,7 +15,7 @@ from processes import finish, start
 
 from difffract_jax.loading import load_transcoders
 from difffract_jax.transcoders.harvest import Chunk
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.store import write_store
 from tolerances import TOL, relative_error
@@ -37,7 +37,7 @@ class Synthetic:
         for name in self.sites.groups:
             x = rng.standard_normal((1, 64, WIDTH), np.float32)
             y = np.tanh(x[:, :, ::-1]) + np.float32(0.1)
-            rows[name] = Rows(*map(jnp.asarray, (x, y, rng.choice(np.float32([1, 0.5]), 64))))
+            rows[name] = ActivationRows(*map(jnp.asarray, (x, y, rng.choice(np.float32([1, 0.5]), 64))))
             valid[name] = np.ones(64, bool)
         return Chunk(rows, valid)
 

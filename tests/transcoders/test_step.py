@@ -12,7 +12,7 @@ import pytest
 from converters.mapping import ArraySource, load_tree, save_tree
 from converters.transcoders import TRANSCODER_TORCH, stacked_transcoders
 from difffract_jax.sharding import make_mesh
-from difffract_jax.transcoders.objective import Objective, Rows, site_loss
+from difffract_jax.transcoders.objective import ActivationRows, Objective, site_loss
 from difffract_jax.transcoders.state import (
     Moments,
     TrainState,
@@ -73,7 +73,7 @@ def test_forty_steps_are_the_reference_s(role):
     y = data["y"]
     x = data["x"] if role == "transcoder" else y
     for number in range(40):
-        rows = Rows(*(jnp.asarray(a[number][None]) for a in (x, y, data["t"])))
+        rows = ActivationRows(*(jnp.asarray(a[number][None]) for a in (x, y, data["t"])))
         state, metrics = step(state, rows)
         ours = [metrics.loss[0], metrics.fvu[0], metrics.l1[0], metrics.l0[0]]
         assert relative_error(ours, data["metrics"][number]) <= TOL.f32_block
@@ -109,7 +109,7 @@ def make(kind, seed=0, **more):
     x = rng.standard_normal((12, SITES, ROWS, WIDTH), np.float32)
     y = np.tanh(x @ rng.standard_normal((SITES, WIDTH, WIDTH), np.float32)) * np.float32(3)
     t = rng.choice(np.float32([1, 0.75, 0.5, 0.25]), (12, SITES, ROWS))
-    batches = [Rows(*map(jnp.asarray, rows)) for rows in zip(x, y, t, strict=True)]
+    batches = [ActivationRows(*map(jnp.asarray, rows)) for rows in zip(x, y, t, strict=True)]
     moments = measure(batches[0], scaled=True)
     params = init_params(jax.random.key(seed), config, "tied", moments)
     sparsity = jnp.linspace(1, 4, SITES) * (0.01 if kind == "relu" else 1)

@@ -17,7 +17,7 @@ import pytest
 from difffract_jax.config import UserError, provenance
 from difffract_jax.transcoders.checkpoints import CHECKPOINTS, locked
 from difffract_jax.transcoders.harvest import Chunk
-from difffract_jax.transcoders.objective import Rows
+from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.training import Watch, train
@@ -43,7 +43,7 @@ class Synthetic:
             y = np.tanh(x[:, :, ::-1]) + np.float32(0.1)
             if number >= self.broken_from:
                 y = y * np.float32("nan")
-            rows[name] = Rows(*map(jax.numpy.asarray, (x, y, rng.choice(np.float32([1, 0.5]), 64))))
+            rows[name] = ActivationRows(*map(jax.numpy.asarray, (x, y, rng.choice(np.float32([1, 0.5]), 64))))
             valid[name] = np.ones(64, bool) if name == "img" else rng.random(64) < 0.5
         return Chunk(rows, valid)
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Int64
 from difffract_jax.circuits.attribution import expansion as expanding
 from difffract_jax.circuits.attribution.engine import Engine, Output, make_engine, pull_rows, read
 from difffract_jax.circuits.attribution.expansion import Expansion
-from difffract_jax.circuits.attribution.pullback import Way
+from difffract_jax.circuits.attribution.pullback import PullOptions
 from difffract_jax.circuits.attribution.selection import target_row
 from difffract_jax.circuits.frozen.replacement import Prepared
 from difffract_jax.circuits.notation.feature import Feature
@@ -85,8 +85,8 @@ def attribute(
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
-    way = Way(usable(mesh), precision)
-    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), way)
+    options = PullOptions(usable(mesh), precision)
+    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options)
     roots, weights = _roots(engine, wanted)
     state = expanding.start(engine.table, roots, weights, min_attribution)
     batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)
@@ -195,7 +195,7 @@ def batch_size(engine: Engine, targets: int, *, limited: bool = True) -> int:
         limited: whether `LARGEST_BATCH` and `LARGEST_ROWS` limit what a device gets.
     """
     row = engine.sources * engine.steps[0].record.boundary.img.dtype.itemsize
-    return divided(targets, row if limited else 0, engine.way.shards)
+    return divided(targets, row if limited else 0, engine.options.shards)
 
 
 def divided(targets: int, row_bytes: int, shards: int = 1) -> int:
@@ -226,14 +226,14 @@ def rounding_error(engine: Engine, rows: Int64[np.ndarray, "target"], batch: int
     Returns:
         The largest difference of an edge, and the largest conservation error of the targets.
     """
-    exact = engine._replace(way=engine.way._replace(precision="f32"))
+    exact = engine._replace(options=engine.options._replace(precision="f32"))
     ours, theirs = (pull_rows(one, rows, batch) for one in (engine, exact))
     edges = ours.edges.astype(np.float64)
     missed = np.abs(edges.sum(axis=1) + ours.bias - ours.preactivation)
     missed /= conservation_scale(np.abs(edges).sum(axis=1), np.asarray(ours.bias, np.float64))
     largest = np.max(np.abs(theirs.edges))
     return Rounding(
-        products=engine.way.precision,
+        products=engine.options.precision,
         edge_error=float(np.max(np.abs(edges - theirs.edges)) / largest),
         conservation_error=float(missed.max()),
     )

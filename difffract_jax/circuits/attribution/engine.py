@@ -24,13 +24,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Int64
 
 from difffract_jax.circuits.attribution.expansion import SourceTable
-from difffract_jax.circuits.attribution.pullback import Way, input_edges, pull, velocity_cotangent
+from difffract_jax.circuits.attribution.pullback import PullOptions, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sources, prepare, run
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
-from difffract_jax.circuits.trace.record import Reading, Weights
+from difffract_jax.circuits.trace.record import RunOutputs, Weights
 from difffract_jax.graphs.graph import FEATURE, OUTPUT
 from difffract_jax.models.blocks import Streams
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -64,16 +64,16 @@ class Engine(NamedTuple):
         outputs: targets that are not features; their rows end the table.
         across: whether images are carried back to the latents entering the first step.
         table: what the places of a row of edges stand for.
-        way: devices and precision.
+        options: devices and precision.
     """
 
     infos: tuple[TraceInfo, ...]
     steps: tuple[Replacement, ...]
-    constants: tuple[Reading, ...]
+    constants: tuple[RunOutputs, ...]
     outputs: tuple[Output, ...]
     across: bool
     table: SourceTable
-    way: Way = Way()
+    options: PullOptions = PullOptions()
 
     @property
     def sources(self) -> int:
@@ -85,7 +85,7 @@ def make_engine(
     trace: Trace | Span | Prepared,
     tcs: TranscoderSet,
     outputs: tuple[Output, ...] = (),
-    way: Way = Way(),  # noqa: B008  (immutable)
+    options: PullOptions = PullOptions(),  # noqa: B008  (immutable)
 ) -> Engine:
     """Prepares the steps of a trace or span.
 
@@ -93,7 +93,7 @@ def make_engine(
         trace: from `capture`, `capture_steps` or `prepare`.
         tcs: the transcoders it was captured for.
         outputs: targets that are not features.
-        way: devices and precision. Of several devices each gets all weights, transcoders and records.
+        options: devices and precision. Of several devices each gets all weights, transcoders and records.
     """
     prepared = prepare(trace, tcs)
     across = isinstance(prepared.trace, Span)
@@ -101,17 +101,19 @@ def make_engine(
     infos, steps = tuple(one.info for one in traces), prepared.steps
     table = source_table(steps, infos, across=across, outputs=[output.step for output in outputs])
     constants = affine_constants(steps, infos, across)
-    if way.mesh is not None:
-        everywhere = NamedSharding(way.mesh, PartitionSpec())
+    if options.mesh is not None:
+        everywhere = NamedSharding(options.mesh, PartitionSpec())
         steps, constants = jax.device_put((steps, constants), everywhere)
         outputs = tuple(
             one._replace(**jax.device_put({"velocity": one.velocity, "latents": one.latents}, everywhere))
             for one in outputs
         )
-    return Engine(infos, steps, constants, outputs, across, table, way)
+    return Engine(infos, steps, constants, outputs, across, table, options)
 
 
-def affine_constants(steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...], across: bool) -> tuple[Reading, ...]:
+def affine_constants(
+    steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...], across: bool
+) -> tuple[RunOutputs, ...]:
     """Returns what the affine map of every step gives at zero sources: what biases alone make of it."""
     found = []
     with jax.default_matmul_precision("highest"):
@@ -159,8 +161,8 @@ def _pull_enter(weights: Weights, boundary: Streams) -> tuple[Array, Array]:
         return latents, text
 
 
-class Rows(NamedTuple):
-    """Edges of some targets, on the host.
+class TargetEdges(NamedTuple):
+    """Incoming edges of some targets, on the host.
 
     Attributes:
         parts: edges from every source, [target source], by step and then from the inputs; views of the device's memory.
@@ -182,7 +184,7 @@ class Rows(NamedTuple):
 
 def pull_rows(
     engine: Engine, rows: Int64[np.ndarray, "target"], batch: int, spares: tuple[Array, ...] | None = None
-) -> Rows:
+) -> TargetEdges:
     """Returns the edges into rows of the table, and what they must add up to.
 
     Args:
@@ -193,15 +195,15 @@ def pull_rows(
     """
     filled = np.concatenate([rows, np.full(batch - rows.size, -1)]).astype(np.int64)
     # Rows come deepest first. Dealt out like cards, every device gets some of each depth, and all end at about once.
-    dealt = np.arange(batch).reshape(-1, engine.way.shards).T.ravel()
+    dealt = np.arange(batch).reshape(-1, engine.options.shards).T.ravel()
     reach = _Reach(engine, filled[dealt])
     numbers = reversed(range(len(engine.steps)))
     found = tuple(reach.through(number, None if spares is None else spares[number]) for number in numbers)[::-1]
     parts = tuple(np.asarray(part) for part in (*found, reach.inputs()))
     back = np.argsort(dealt)[: rows.size]
-    parts = tuple(part[: rows.size] if engine.way.shards == 1 else part[back] for part in parts)
+    parts = tuple(part[: rows.size] if engine.options.shards == 1 else part[back] for part in parts)
     u = read(engine, rows, tuple(step.record.reading for step in engine.steps))
-    return Rows(parts, u, read(engine, rows, engine.constants), found)
+    return TargetEdges(parts, u, read(engine, rows, engine.constants), found)
 
 
 class _Reach:
@@ -231,7 +233,7 @@ class _Reach:
                     direction = direction.at[i].set(output.velocity)
                     self.latents = self.latents.at[i].set(output.latents)
             cotangent = velocity_cotangent(prepared, direction)
-        pulled = pull(prepared, targets, cotangent, spare, self.engine.way)
+        pulled = pull(prepared, targets, cotangent, spare, self.engine.options)
         if self.engine.across:
             latents, text = _pull_enter(prepared.record.weights, pulled.boundary)
             self.latents, self.text = self.latents + latents, self.text + text
@@ -282,7 +284,7 @@ def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
 
 
 def read(
-    engine: Engine, rows: Int64[np.ndarray, "target"], readings: tuple[Reading, ...]
+    engine: Engine, rows: Int64[np.ndarray, "target"], readings: tuple[RunOutputs, ...]
 ) -> Float64[np.ndarray, "target"]:
     """Returns the targets' values in a run, summed in float64.
 

@@ -1,7 +1,7 @@
 """Will a trace fit a TPU, and what does it cost? The programs of attribution, compiled for chips that are not here.
 
-1. `Asked` says what shall be traced: the model's shape and its parts, the sites that have transcoders, tokens, places
-   for features per position, targets pulled back together. Everything is a shape; no weight is made.
+1. `TraceWorkload` describes the trace to plan: the model's shape and its parts, the sites that have transcoders,
+   tokens, places for features per position, targets pulled back together. Everything is a shape; no weight is made.
 2. `programs` lowers what `difffract trace` runs, one after the other: the recording of a step, the encoding of each
    group of sites, the affine map's constant, the pull-back of a batch of targets.
 3. Each is compiled for one chip of a topology; chips hold the same, and share out the targets (`attribution`).
@@ -42,8 +42,8 @@ PASSES = {"f32": 6, "bf16": 1}
 """Passes of bfloat16 products that a product takes, by precision; a float32 one is `highest`."""
 
 
-class Asked(NamedTuple):
-    """What shall be traced.
+class TraceWorkload(NamedTuple):
+    """The trace to plan.
 
     Attributes:
         config: shape of the transformer.
@@ -140,7 +140,7 @@ class _Lowered(NamedTuple):
     precision: str
 
 
-def plan_trace(asked: Asked, topology: Topology, note: Callable[[str], None] = lambda _: None) -> TracePlan:
+def plan_trace(asked: TraceWorkload, topology: Topology, note: Callable[[str], None] = lambda _: None) -> TracePlan:
     """Compiles every program of a trace for one chip of a topology.
 
     Args:
@@ -176,7 +176,7 @@ def plan_trace(asked: Asked, topology: Topology, note: Callable[[str], None] = l
     )
 
 
-def _inputs(asked: Asked) -> tuple[Inputs, Any]:
+def _inputs(asked: TraceWorkload) -> tuple[Inputs, Any]:
     """Returns the shapes of what a step is given: the transformer's inputs and the mask of replaceable text."""
     rows, config = asked.grid[0] * asked.grid[1], asked.config
     wide = partial(_shape, jnp.float32)
@@ -190,7 +190,7 @@ def _shape(dtype: Any, *axes: int) -> Any:
     return jax.ShapeDtypeStruct(axes, dtype)
 
 
-def _replacement(asked: Asked) -> Replacement:
+def _replacement(asked: TraceWorkload) -> Replacement:
     """Returns the shapes of the replacement of a recorded step."""
     inputs, mask = _inputs(asked)
     model, blocks = asked.parts["transformer"], asked.blocks
@@ -211,7 +211,7 @@ def _replacement(asked: Asked) -> Replacement:
 
 
 def _programs(
-    asked: Asked, model: Any, tcs: tuple[Any, ...], inputs: tuple[Inputs, Any], replacement: Replacement
+    asked: TraceWorkload, model: Any, tcs: tuple[Any, ...], inputs: tuple[Inputs, Any], replacement: Replacement
 ) -> Iterator[_Lowered]:
     """Yields the programs in the order in which a trace runs them."""
     record, sites, sources = replacement
@@ -247,7 +247,7 @@ def _placed_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding), tree)
 
 
-def _shared(asked: Asked, replacement: Replacement) -> int:
+def _shared(asked: TraceWorkload, replacement: Replacement) -> int:
     """Returns the bytes of recorded weights that are the model's own arrays: whole stacks and the parts beside them."""
     weights, model = replacement.record.weights, asked.parts["transformer"]
     pairs = zip(weights.stacks, model.stacks, strict=True)
@@ -291,7 +291,7 @@ def _compile(one: _Lowered, topology: Topology, seconds_per_flop: float) -> Prog
 class _Counts:
     """Operations of the large products, from the shapes."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, asked: TraceWorkload) -> None:
         self.asked, self.layout = asked, asked.config.layout
         self.layers = asked.blocks.end - asked.blocks.first
         self.before = asked.blocks.first

@@ -36,7 +36,7 @@ from difffract_jax.circuits.attribution.walk import Sizes, Stretch, block_at, do
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run
 from difffract_jax.circuits.frozen.targets import Targets, target_gradients
-from difffract_jax.circuits.trace.record import Reading, Record
+from difffract_jax.circuits.trace.record import Record, RunOutputs
 from difffract_jax.models.blocks import Streams, both
 from difffract_jax.models.stacks import group_slices, sequences, streams
 from difffract_jax.ops import query_blocks
@@ -107,8 +107,8 @@ class Pulled(NamedTuple):
     boundary: Streams
 
 
-class Way(NamedTuple):
-    """How targets are pulled back; it changes no more than the rounding of their edges.
+class PullOptions(NamedTuple):
+    """Devices and precision of a pull-back; they change no more than the rounding of the edges.
 
     Attributes:
         mesh: devices among which they are shared out, along the axis `data`; None for one device. What is replaced must
@@ -152,7 +152,6 @@ def pull_target(replacement: Replacement, target: Targets) -> Float[Array, "sour
         >>> import jax, jax.numpy as jnp
         >>> from difffract_jax import capture, prepare, random_pipeline, random_transcoders
         >>> from difffract_jax.circuits.attribution.pullback import pull_target
-        >>> from difffract_jax.circuits.attribution.contraction import gather_bytes
         >>> from difffract_jax.circuits.frozen.targets import Targets
         >>> pipe = random_pipeline()
         >>> tcs = random_transcoders(pipe.config.transformer)
@@ -174,7 +173,7 @@ def pull(
     targets: Targets,
     direction: Streams | None = None,
     spare: Float[Array, "batch source"] | None = None,
-    way: Way = Way(),  # noqa: B008  (immutable)
+    options: PullOptions = PullOptions(),  # noqa: B008  (immutable)
 ) -> Pulled:
     """Pulls targets back through the recorded blocks.
 
@@ -185,27 +184,27 @@ def pull(
             zeros for features. All directions enter at one layer, and no feature lies above.
         spare: edges that an earlier call with as many targets returned, and nobody needs any more: their memory is used
             again.
-        way: devices and precision.
+        options: devices and precision.
     """
     count, boundary = targets.layer.shape[0], replacement.record.boundary
-    sizes = _sizes(replacement, _ceil(count, way.shards), jax.default_backend())
-    whole = sizes.batch * way.shards
+    sizes = _sizes(replacement, _ceil(count, options.shards), jax.default_backend())
+    whole = sizes.batch * options.shards
     more = whole - count
     # On the host, where small operations cost little.
     columns = [np.pad(np.asarray(column), (0, more), constant_values=-1) for column in targets]
     enters = np.pad(np.asarray(targets.enters), (0, more), constant_values=-1)
     # Highest first on every device: then those that have begun at any block are the first so many.
-    order = np.argsort(-enters.reshape(way.shards, -1), axis=1, stable=True)
-    order = (order + sizes.batch * np.arange(way.shards)[:, None]).ravel()
+    order = np.argsort(-enters.reshape(options.shards, -1), axis=1, stable=True)
+    order = (order + sizes.batch * np.arange(options.shards)[:, None]).ravel()
     filled = Targets(*(jnp.asarray(column[order]) for column in columns))
     if direction is not None:
         direction = jax.tree.map(lambda d: jnp.pad(d, ((0, more), (0, 0), (0, 0)))[order], direction)
     shape, dtype = (whole, layout_of(replacement).inputs), boundary.img.dtype
     if spare is None or spare.shape != shape or spare.dtype != dtype:
-        split = None if way.mesh is None else NamedSharding(way.mesh, PartitionSpec("data"))
+        split = None if options.mesh is None else NamedSharding(options.mesh, PartitionSpec("data"))
         spare = jnp.zeros(shape, dtype, device=split)
-    with jax.default_matmul_precision(PRECISIONS[way.precision]):
-        pulled = _pull_back(*replacement, filled, direction, spare, sizes, way)
+    with jax.default_matmul_precision(PRECISIONS[options.precision]):
+        pulled = _pull_back(*replacement, filled, direction, spare, sizes, options)
     if not more and np.array_equal(order, np.arange(whole)):
         return pulled
     back = np.argsort(order)[:count]
@@ -231,7 +230,7 @@ def lower_pull(replacement: Replacement, count: int, platform: str, directed: bo
     direction = Streams(*(like(sizes.batch, *h.shape) for h in boundary)) if directed else None
     spare = spare_rows(replacement, count, platform)
     with jax.default_matmul_precision(PRECISIONS[precision]):
-        return _pull_back.lower(*replacement, targets, direction, spare, sizes, Way(precision=precision))
+        return _pull_back.lower(*replacement, targets, direction, spare, sizes, PullOptions(precision=precision))
 
 
 def spare_rows(replacement: Replacement, count: int, platform: str) -> jax.ShapeDtypeStruct:
@@ -291,7 +290,7 @@ def _velocity_cotangent(record: Record, direction: Array) -> Streams:
     return Streams(img, jnp.zeros((img.shape[0], *boundary.txt.shape), img.dtype))
 
 
-@partial(jax.jit, static_argnames=("sizes", "way"), donate_argnames="spare")
+@partial(jax.jit, static_argnames=("sizes", "options"), donate_argnames="spare")
 def _pull_back(
     record: Record,
     sites: tuple[ReplacedSites, ...],
@@ -300,17 +299,21 @@ def _pull_back(
     direction: Streams | None,
     spare: Float[Array, "batch source"],
     sizes: Sizes,
-    way: Way = Way(),  # noqa: B008  (immutable)
+    options: PullOptions = PullOptions(),  # noqa: B008  (immutable)
 ) -> Pulled:
     """Pulls sorted targets back, on each device its own; devices say nothing to one another."""
     pull_one = partial(_pull_on_one_device, sizes)
-    if way.precision == "bf16":
+    if options.precision == "bf16":
         pull_one = rounded(pull_one)
-    if way.mesh is not None:
+    if options.mesh is not None:
         same, split = PartitionSpec(), PartitionSpec("data")
         # Each device's loops run as often as its targets need, which the check of replicated values cannot follow.
         pull_one = jax.shard_map(
-            pull_one, mesh=way.mesh, in_specs=(same, same, same, split, split, split), out_specs=split, check_vma=False
+            pull_one,
+            mesh=options.mesh,
+            in_specs=(same, same, same, split, split, split),
+            out_specs=split,
+            check_vma=False,
         )
     return pull_one(record, sites, sources, targets, direction, spare)
 
@@ -345,7 +348,7 @@ def _pull_on_one_device(
     return Pulled(edges, cotangent)
 
 
-def push_forward(replacement: Replacement, change: Sources) -> Reading:
+def push_forward(replacement: Replacement, change: Sources) -> RunOutputs:
     """Returns how all that the affine map gives moves with the sources: J change, `jax.linearize`'s map.
 
     Args:

@@ -21,17 +21,17 @@ from jaxtyping import Array, Float, Float64, Int64
 from difffract_jax.circuits.attribution.engine import Engine
 from difffract_jax.circuits.checks.variants import (
     AT_ONCE,
-    Places,
+    SourceLocations,
     entering,
     fill,
-    places_at,
+    locations_at,
     read_variants,
     recorded_latents,
 )
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
-from difffract_jax.circuits.trace.record import Reading
+from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.stacks import per_group, run_stacks
 
@@ -85,7 +85,7 @@ def perturb(
 
     def run_step(number: int, targets: Targets, latents: Array) -> tuple[Array, Array | None]:
         with jax.default_matmul_precision("highest"):
-            places = places_at(engine, rows, number)
+            places = locations_at(engine, rows, number)
             return _perturb(engine.steps[number], places, targets, latents, across=engine.across)
 
     found = read_variants(engine, readouts, recorded_latents(engine, rows.size), run_step)
@@ -94,7 +94,7 @@ def perturb(
 
 @partial(jax.jit, static_argnames="across")
 def _perturb(
-    replacement: Replacement, places: Places, readouts: Targets, latents: Array, *, across: bool
+    replacement: Replacement, places: SourceLocations, readouts: Targets, latents: Array, *, across: bool
 ) -> tuple[Array, Array | None]:
     record, sites, _ = replacement
     features = Targets(places.group, places.layer, places.position, places.feature)
@@ -135,7 +135,7 @@ def _vector_at(
     return jnp.zeros_like(like).at[layer, feature.position].set(own, mode="drop")
 
 
-def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_model"]]) -> Reading:
+def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_model"]]) -> RunOutputs:
     """Runs the recorded blocks live with something added to the MLPs' outputs.
 
     Args:
@@ -159,4 +159,4 @@ def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_
         layers=change,
         tap=lambda visit: tuple(visit.acts.mlp_in),
     )
-    return Reading(per_group(kept), None if final is None else final(h.img, record.cond), record.latents)
+    return RunOutputs(per_group(kept), None if final is None else final(h.img, record.cond), record.latents)

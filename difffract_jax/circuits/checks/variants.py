@@ -106,7 +106,7 @@ def entering(prepared: Replacement, latents: Array, *, across: bool) -> Replacem
     return prepared._replace(record=record, sources=prepared.sources._replace(boundary=boundary))
 
 
-class Places(NamedTuple):
+class SourceLocations(NamedTuple):
     """Where some sources of one step stand; arrays have one entry per source.
 
     Attributes:
@@ -125,10 +125,10 @@ class Places(NamedTuple):
 
 
 NOT_HERE = 255
-"""`Places.kind` of a source of another step."""
+"""`SourceLocations.kind` of a source of another step."""
 
 
-def places_at(engine: Engine, rows: Int64[np.ndarray, "source"], number: int) -> Places:
+def locations_at(engine: Engine, rows: Int64[np.ndarray, "source"], number: int) -> SourceLocations:
     """Returns where rows of the table stand in one step.
 
     Args:
@@ -143,7 +143,7 @@ def places_at(engine: Engine, rows: Int64[np.ndarray, "source"], number: int) ->
     position = info.layout.rows_at(group, stream, table.position[rows], info.tokens_of)
     layer = np.clip(block - info.recorded[0], 0, len(info.recorded) - 1)
     columns = (kind, np.where(group < 0, stream, group), layer, position, np.maximum(table.feature[rows], 0))
-    return Places(*(jnp.asarray(column, jnp.int32) for column in columns))
+    return SourceLocations(*(jnp.asarray(column, jnp.int32) for column in columns))
 
 
 def push_edges(
@@ -170,7 +170,7 @@ def push_edges(
 
     def run_step(number: int, readouts: Targets, entering: Array) -> tuple[Array, Array | None]:
         with jax.default_matmul_precision("highest"):
-            places = places_at(engine, rows, number)
+            places = locations_at(engine, rows, number)
             places = places._replace(kind=jnp.where(text, INPUT, places.kind))
             return _push(engine.steps[number], places, readouts, entering, across=engine.across)
 
@@ -180,12 +180,12 @@ def push_edges(
 
 @partial(jax.jit, static_argnames="across")
 def _push(
-    prepared: Replacement, places: Places, readouts: Targets, latents: Array, *, across: bool
+    prepared: Replacement, places: SourceLocations, readouts: Targets, latents: Array, *, across: bool
 ) -> tuple[Array, Array | None]:
     record, sites, sources = prepared
     _, push = jax.linearize(partial(run, record, sites), sources)
 
-    def one(variant: tuple[Places, Array]) -> tuple[Array, Array | None]:
+    def one(variant: tuple[SourceLocations, Array]) -> tuple[Array, Array | None]:
         place, entering = variant
         moved = push(_change(prepared, place, entering, across=across))
         return preactivation_changes(record, sites, readouts, moved.mlp_in), moved.velocity
@@ -193,7 +193,7 @@ def _push(
     return jax.lax.map(one, (places, latents), batch_size=AT_ONCE)
 
 
-def _change(prepared: Replacement, place: Places, latents: Array, *, across: bool) -> Sources:
+def _change(prepared: Replacement, place: SourceLocations, latents: Array, *, across: bool) -> Sources:
     """Returns the change of the sources that one of them stands for, and that the latents bring."""
     record, sites, sources = prepared
     weights, values, errors = record.weights, [], []

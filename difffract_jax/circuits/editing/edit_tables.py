@@ -14,12 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.address import Group, Layout
-from difffract_jax.circuits.notation.edits import Edit, Part, Site, check_stream, refuse_contradictions
+from difffract_jax.circuits.notation.edits import Edit, Part, WholeSite, check_stream, refuse_contradictions
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.pipeline import Run
 from difffract_jax.models.stacks import sequences
-from difffract_jax.transcoders.sites import Sites
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 LEAST_MAXIMUM = 1e-6
@@ -68,7 +68,7 @@ def lay_out(
     tcs: TranscoderSet,
     run: Run,
     text_mask: Bool[np.ndarray, "txt"],
-    replaced: Sequence[Site] = (),
+    replaced: Sequence[WholeSite] = (),
     width: int | None = None,
     dtype: DTypeLike = np.float32,
 ) -> tuple[EditLayers, ...]:
@@ -112,7 +112,7 @@ def lay_out(
     return tuple(tables)
 
 
-def edits_per_block(edits: Sequence[Edit], sites: Sites) -> int:
+def edits_per_block(edits: Sequence[Edit], sites: SiteSet) -> int:
     """Returns how many edits the fullest block has, rounded up to a power of two so that compilations are shared.
 
     Args:
@@ -128,7 +128,7 @@ def _fullest(parts: Sequence[tuple[Edit, Part]]) -> int:
     return 1 << (most - 1).bit_length() if most else 0
 
 
-def _split(part: Part, sites: Sites, name: str) -> list[Part]:
+def _split(part: Part, sites: SiteSet, name: str) -> list[Part]:
     """Returns the part once for every site that it means."""
     check_stream(part.stream)
     numbers = sites.labels.get(part.stream, ())

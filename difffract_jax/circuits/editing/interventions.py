@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from difffract_jax.circuits.editing.edit_tables import EditLayers, EditTable, apply_edits, lay_out
-from difffract_jax.circuits.notation.edits import Edit, Site, Supernode
+from difffract_jax.circuits.notation.edits import Edit, Supernode, WholeSite
 from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import Inputs, MMDiT, forward
 from difffract_jax.models.pipeline import (
@@ -47,7 +47,7 @@ __all__ = [
     "EditLayers",
     "EditTable",
     "EditedModel",
-    "Site",
+    "WholeSite",
     "Supernode",
     "apply_edits",
     "delta_velocity",
@@ -79,7 +79,7 @@ def steer(
     edits: Sequence[Edit],
     *,
     form: str = "delta",
-    replaced: Sequence[Site] = (),
+    replaced: Sequence[WholeSite] = (),
     include_padding: bool = False,
     seed: int = 0,
     run: Run | None = None,
@@ -130,7 +130,7 @@ def edit_model(
     tcs: TranscoderSet,
     edits: Sequence[Edit],
     run: Run,
-    replaced: Sequence[Site] = (),
+    replaced: Sequence[WholeSite] = (),
     text_mask: Bool[np.ndarray, "txt"] | None = None,
 ) -> EditedModel:
     """Lays out edits for the sizes of a run.

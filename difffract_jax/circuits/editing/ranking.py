@@ -30,7 +30,7 @@ from difffract_jax.models.blocks import Streams
 from difffract_jax.models.pipeline import Pipeline, Run, encode, start
 from difffract_jax.models.stacks import streams
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
-from difffract_jax.transcoders.sites import Sites, parse_sites
+from difffract_jax.transcoders.sites import SiteSet, parse_sites
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
 ORDERS = ("contrast", "region", "trend", "activation")
@@ -130,7 +130,7 @@ def rank_features(
     return ranked
 
 
-def sides_of(sites: Sites) -> tuple[tuple[Group, str], ...]:
+def sides_of(sites: SiteSet) -> tuple[tuple[Group, str], ...]:
     """Returns the groups that have sites, and whose tokens are summarised in each, in the order of the result."""
     return tuple((group, stream) for group, _ in sites.members for stream in group.streams)
 

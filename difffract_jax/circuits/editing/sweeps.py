@@ -25,7 +25,7 @@ from difffract_jax.circuits.editing.interventions import (
     edited_velocity,
     table_dtype,
 )
-from difffract_jax.circuits.notation.edits import Edit, Site
+from difffract_jax.circuits.notation.edits import Edit, WholeSite
 from difffract_jax.config import UserError
 from difffract_jax.models.batch import pixels
 from difffract_jax.models.mmdit import Inputs
@@ -86,7 +86,7 @@ def steer_batch(
     seeds: Sequence[int],
     *,
     form: str = "delta",
-    replaced: Sequence[Site] = (),
+    replaced: Sequence[WholeSite] = (),
     include_padding: bool = False,
     run: Run | None = None,
     latents: Any = None,
@@ -148,7 +148,7 @@ def _tables(
     edits: Sequence[Sequence[Edit]],
     masks: Sequence[np.ndarray],
     run: Run,
-    replaced: Sequence[Site],
+    replaced: Sequence[WholeSite],
 ) -> tuple[EditedModel, PerGroup, PerGroup]:
     """Returns the model with what all images share, and per group what each has its own of: live positions, tables."""
     model = pipe.transformer
@@ -239,7 +239,7 @@ def sweep(
         raise UserError("A sweep needs at least one seed, but got none; write for example --seeds 0..4.")
     strengths = [[edit.swept(amount) for edit in edits] for amount in amounts] or [list(edits)]
     names = tuple(f"x {amount:g}" for amount in amounts) or ("edited",)
-    sites = tuple(dict.fromkeys(Site(part.stream, part.block) for edit in edits for part in edit.parts))
+    sites = tuple(dict.fromkeys(WholeSite(part.stream, part.block) for edit in edits for part in edit.parts))
     columns: list[list[Edit]] = [[], *strengths]
     many = len(columns)
     made = steer_batch(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Float64
 
 from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers, site
 from difffract_jax.circuits.frozen.replacement import Replacement
-from difffract_jax.circuits.trace.record import Reading
+from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.influence import levels
 from difffract_jax.models.stacks import per_group, run_stacks
@@ -31,7 +31,7 @@ from difffract_jax.models.stacks import per_group, run_stacks
 Mode = Literal["direct", "propagated", "live", "full"]
 
 
-def scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> Reading:
+def scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> RunOutputs:
     """Runs the recorded blocks with features scaled.
 
     Args:
@@ -47,12 +47,12 @@ def scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: M
 
 
 @partial(jax.jit, static_argnames="mode")
-def _scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> Reading:
+def _scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> RunOutputs:
     one_side = jax.tree.map(lambda factor: factor[:, None], factors)
     return edited(prepared, one_side, jax.tree.map(jnp.zeros_like, one_side), mode)
 
 
-def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Array], mode: Mode) -> Reading:
+def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Array], mode: Mode) -> RunOutputs:
     """Runs the recorded blocks with every feature's value z made factor * z + offset; for use inside other programs.
 
     Args:
@@ -81,7 +81,7 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
     )
     final = record.weights.final
     velocity = None if final is None else final(h.img, record.cond, None if live else record.inv_std)
-    return Reading(per_group(kept), velocity, record.latents)
+    return RunOutputs(per_group(kept), velocity, record.latents)
 
 
 def _write(

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from difffract_jax.circuits.frozen.encoding import GroupRecord, ReplacedSites, SiteLayers, encode_group, site
 from difffract_jax.circuits.trace.capture import Span, Trace
-from difffract_jax.circuits.trace.record import Reading, Record
+from difffract_jax.circuits.trace.record import Record, RunOutputs
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.provenance import TraceInfo
@@ -118,7 +118,7 @@ def prepare(trace: Trace | Span | Prepared, tcs: TranscoderSet, *, active: Seque
     return Prepared(trace, prepare_steps(steps, tcs, active=active), tcs.source)
 
 
-def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[Sources], Reading], Sources]:
+def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[Sources], RunOutputs], Sources]:
     """Returns the affine map of a trace, and the sources at which it reproduces the trace.
 
     Args:
@@ -200,7 +200,7 @@ def prepare_steps(
     return tuple(prepare_step(trace, tcs, active=most) for trace in traces)
 
 
-def run(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> Reading:
+def run(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> RunOutputs:
     """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
 
     Args:
@@ -211,7 +211,7 @@ def run(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> Rea
     h, x = _blocks(record, sites, sources, lambda visit: tuple(visit.acts.mlp_in))
     final = record.weights.final
     velocity = None if final is None else final(h.img, record.cond, record.inv_std)
-    return Reading(x, velocity, record.latents)
+    return RunOutputs(x, velocity, record.latents)
 
 
 @jax.jit

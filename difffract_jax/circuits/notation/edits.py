@@ -32,7 +32,7 @@ _SITE = re.compile(rf"(?P<stream>{'|'.join(LABELS)})(?:/(?P<block>\d+))?(?P<rest
 _NAMED = re.compile(r"(?P<name>[A-Za-z][\w -]*):(?P<features>.+)")
 
 
-class Site(NamedTuple):
+class WholeSite(NamedTuple):
     """An MLP sublayer as a whole, every feature of its transcoder; or a whole stream.
 
     Attributes:
@@ -86,7 +86,7 @@ class Edit:
     """One edit.
 
     Attributes:
-        feature: what to edit: a `Feature`, a `Supernode`, a `Site`, or the text of one, as in the module.
+        feature: what to edit: a `Feature`, a `Supernode`, a `WholeSite`, or the text of one, as in the module.
             Its positions and steps say where and when; everywhere and always if it names none.
         mode: `zero`; `scale` and `set`, to `amount` times or to `amount`; `invert`, the sign; `add`, `amount`.
         amount: see `mode`; in units of the code.
@@ -101,7 +101,7 @@ class Edit:
         'scale'
     """
 
-    feature: Feature | Site | Supernode | str
+    feature: Feature | WholeSite | Supernode | str
     mode: str
     amount: float | int = 1.0
     steps: Iterable[int] | None = None
@@ -117,7 +117,7 @@ class Edit:
             object.__setattr__(self, "feature", parse_what(self.feature))
         if self.steps is not None:
             object.__setattr__(self, "steps", frozenset(self.steps))
-        if self.threshold is not None and isinstance(self.feature, Site):
+        if self.threshold is not None and isinstance(self.feature, WholeSite):
             raise UserError(
                 "A threshold is a share of one feature's maximum; leave it out where a whole site is edited."
             )
@@ -170,7 +170,7 @@ class Edit:
         """The features or sites that it edits, each with its own places."""
         assert not isinstance(self.feature, str)  # parsed when the edit was made
         steps = None if self.steps is None else tuple(sorted(self.steps))
-        if isinstance(self.feature, Site):
+        if isinstance(self.feature, WholeSite):
             site = self.feature
             return (
                 Part(site.stream, site.block, -1, site.positions, site.steps if steps is None else steps, site.side),
@@ -207,7 +207,7 @@ class Edit:
         return self if named or steps is None else dataclasses.replace(self, steps=steps)
 
 
-def parse_what(text: str) -> Feature | Site | Supernode:
+def parse_what(text: str) -> Feature | WholeSite | Supernode:
     """Reads what an edit is of: a feature, a supernode, a site or a stream; see the module.
 
     Args:
@@ -227,7 +227,7 @@ def parse_what(text: str) -> Feature | Site | Supernode:
     block = None if whole["block"] is None else int(whole["block"])
     # The places of a site are written as those of a feature.
     places = Feature.parse(f"{whole['stream']}/0/f0{whole['rest'] or ''}")
-    return Site(whole["stream"], block, places.positions, places.steps, places.side)
+    return WholeSite(whole["stream"], block, places.positions, places.steps, places.side)
 
 
 def refuse_contradictions(edits: Iterable[Edit]) -> None:

@@ -24,7 +24,7 @@ CLEAR = 0.6
 """AUROC from which on a label says what its feature detects; below lie features that are rarely active, too."""
 
 
-class Example(NamedTuple):
+class LabelExample(NamedTuple):
     """Where a feature is strong.
 
     Attributes:
@@ -77,7 +77,7 @@ class Label(NamedTuple):
     best: Detected
     content: Detected
     density: float
-    examples: tuple[Example, ...]
+    examples: tuple[LabelExample, ...]
 
     def __str__(self) -> str:
         if self.best == self.content or str(self.content) == "unclear":
@@ -155,7 +155,7 @@ def _detected(columns: dict[str, Any], prefix: str, number: int, kinds: list[Any
     return Detected(factor, value, auroc, step, side)
 
 
-def _example(feature: Feature, flat: list[Any], text_tokens: int, images: list[Any]) -> Example:
+def _example(feature: Feature, flat: list[Any], text_tokens: int, images: list[Any]) -> LabelExample:
     image, step, position, value = flat
     side, group = None, LABELS[feature.stream]
     if len(group.streams) > 1:
@@ -163,4 +163,4 @@ def _example(feature: Feature, flat: list[Any], text_tokens: int, images: list[A
         position -= 0 if side == group.streams[0] else text_tokens
     prompt, seed = images[image]
     at = Feature(feature.stream, feature.block, feature.feature, (position,), (step,), side)
-    return Example(prompt, seed, at, value)
+    return LabelExample(prompt, seed, at, value)

@@ -38,8 +38,8 @@ class Weights(NamedTuple):
     __repr__ = brief
 
 
-class Reading(NamedTuple):
-    """What a run of the recorded blocks gives, live or replaced.
+class RunOutputs(NamedTuple):
+    """Results of a run of the recorded blocks, live or replaced.
 
     Attributes:
         mlp_in: inputs x of the MLP sublayers, [layer rows d_model] per group.
@@ -83,12 +83,12 @@ class Record(NamedTuple):
     latents: Float[Array, "img channels"]
     text: Float[Array, "txt text_width"]
     t: Float[Array, ""]
-    unpooled: Reading | None
+    unpooled: RunOutputs | None
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> RunOutputs:
         """What the model itself gave."""
-        return Reading(self.mlp_in, self.velocity, self.latents)
+        return RunOutputs(self.mlp_in, self.velocity, self.latents)
 
     @property
     def side_lengths(self) -> tuple[tuple[int, ...], ...]:
@@ -160,7 +160,7 @@ def _layers(stack: Any, first: int, end: int) -> Any:
 
 
 @partial(jax.jit, static_argnames=("grid", "blocks"))
-def read_live(model: Any, weights: Weights, inputs: Inputs, grid: tuple[int, int], blocks: Blocks) -> Reading:
+def read_live(model: Any, weights: Weights, inputs: Inputs, grid: tuple[int, int], blocks: Blocks) -> RunOutputs:
     """Runs the model, and reports what a target reads."""
     record = record_step(model, weights, inputs, jnp.zeros(inputs.text.shape[0], bool), grid, blocks)
     return record.reading

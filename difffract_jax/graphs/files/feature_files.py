@@ -22,7 +22,7 @@ from difffract_jax.graphs.files.viewer_json import cantor
 from difffract_jax.storage.files import atomic_directory
 
 
-class Example(NamedTuple):
+class FeatureExample(NamedTuple):
     """One example of a feature.
 
     Attributes:
@@ -49,7 +49,7 @@ class FeatureRecord(NamedTuple):
 
     dictionary: int
     feature: int
-    examples: Mapping[str, Sequence[Example]]
+    examples: Mapping[str, Sequence[FeatureExample]]
     frequency: float | None = None
     histogram: Sequence[float] = ()
 

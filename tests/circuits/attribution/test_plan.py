@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from difffract_jax.circuits.attribution.plan import Asked, plan_trace
+from difffract_jax.circuits.attribution.plan import TraceWorkload, plan_trace
 from difffract_jax.circuits.frozen.replacement import prepare_step
 from difffract_jax.circuits.trace.capture import blocks_for, capture
 from difffract_jax.cli import main as cli
@@ -40,7 +40,9 @@ def test_a_plan_counts_what_a_trace_holds():
     prepared = prepare_step(trace, tcs, active=(24, 24, 24))
     config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in ("transformer", "t5")}
     blocks = blocks_for(config, tcs, False)
-    asked = Asked(config, parts, tcs, blocks, trace.info.grid, 16, active=24, targets=6, shards=2, precision="bf16")
+    asked = TraceWorkload(
+        config, parts, tcs, blocks, trace.info.grid, 16, active=24, targets=6, shards=2, precision="bf16"
+    )
     one = Topology("v5p:one", jax.devices()[:1], GIB)
     plan = plan_trace(asked, one)
     held = nbytes((trace.record._replace(weights=None), prepared.sources.values, prepared.sources.errors))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.editing.interventions import Edit, Site, apply_edits, edit_model, steer
+from difffract_jax.circuits.editing.interventions import Edit, WholeSite, apply_edits, edit_model, steer
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_transcoders
 from difffract_jax.models.pipeline import generate, plan_run
@@ -30,7 +30,7 @@ def edits_of(case):
             threshold=edit["token_threshold"] if edit["token_mode"] == "threshold" else None,
         )
     for site in case["streams"]:
-        yield from (Edit(Site(site["stream"], b), "zero", steps=frozenset(site["steps"])) for b in site["layers"])
+        yield from (Edit(WholeSite(site["stream"], b), "zero", steps=frozenset(site["steps"])) for b in site["layers"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
@@ -56,7 +56,7 @@ def test_interventions_are_the_reference_s(golden, case):
 @pytest.mark.parametrize("role", ["transcoder", "sae"])
 def test_replacing_every_mlp_is_the_reference_s(golden, prompt, role):
     tcs = golden.tcs if role == "transcoder" else load_transcoders(REFERENCE / "saes")
-    sites = [Site(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]
+    sites = [WholeSite(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]
     noise = golden.forward[f"p{prompt}_initial_latents"]
     result = steer(
         golden.pipe,
@@ -150,4 +150,4 @@ def test_an_edit_that_makes_no_sense_is_refused():
     with pytest.raises(UserError, match="amount must be a finite number, but got nan"):
         Edit("img/1/f0", "scale", float("nan"))
     with pytest.raises(UserError, match="leave it out where a whole site is edited"):
-        Edit(Site("img", 0), "zero", threshold=0.2)
+        Edit(WholeSite("img", 0), "zero", threshold=0.2)

@@ -5,7 +5,7 @@ import pytest
 
 from difffract_jax.address import IMAGE, JOINT, TEXT, Layout, Stack, flux_layout
 from difffract_jax.circuits.editing.edit_tables import lay_out
-from difffract_jax.circuits.notation.edits import Edit, Site, Supernode
+from difffract_jax.circuits.notation.edits import Edit, Supernode, WholeSite
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import box_mask, read_mask, tokens_in
 from difffract_jax.cli.output import save_image
@@ -47,8 +47,8 @@ def test_an_edit_is_of_a_feature_a_supernode_a_site_or_a_stream():
     assert Edit.parse("img/2/f4@1=zero").feature == Feature("img", 2, 4, (1,))
     features = Feature("img", 1, 3), Feature("txt", 0, 9)
     assert Edit.parse("red circle:img/1/f3+txt/0/f9=zero").feature == Supernode("red circle", features)
-    assert Edit.parse("single/1@img2=zero").feature == Site("single", 1, (2,), side="img")
-    assert Edit.parse("txt#1=zero").feature == Site("txt", None, steps=(1,))
+    assert Edit.parse("single/1@img2=zero").feature == WholeSite("single", 1, (2,), side="img")
+    assert Edit.parse("txt#1=zero").feature == WholeSite("txt", None, steps=(1,))
     assert (Edit.parse("img/2/f4=add:.5").mode, Edit.parse("img/2/f4=add:.5").amount) == ("add", 0.5)
 
 
@@ -114,7 +114,7 @@ def test_sites_of_a_model_of_other_stacks_lie_where_their_names_count_on():
     layout = Layout((Stack("pairs", 2, (IMAGE, TEXT)), Stack("alone", 3, (IMAGE,)), Stack("single", 1, (JOINT,))))
     tcs = TCS._replace(sites=sites_of({"img": (1, 3, 4), "joint": (0,)}, layout.groups))
     edits = [Edit.parse("img/3/f7@2=set:5"), Edit.parse("single/0/f1@txt1=zero")]
-    pairs, text, alone, single = lay_out(edits, layout, tcs, PLACES[2], MASK, replaced=[Site("img", 1)])
+    pairs, text, alone, single = lay_out(edits, layout, tcs, PLACES[2], MASK, replaced=[WholeSite("img", 1)])
     assert [group.touched.tolist() for group in (pairs, text)] == [[False, True], [False, False]]
     assert alone.touched.tolist() == [False, True, False] and alone.edits.feature[1].tolist() == [7]
     assert (pairs.slot.tolist(), alone.slot.tolist(), single.touched.tolist()) == ([0, 0], [0, 1, 2], [True])
@@ -161,7 +161,7 @@ def test_edits_that_follow_one_another_are_not(pair):
     ("edit", "told"),
     [
         (Edit("img/2/f0", "zero"), "There is no transcoder at img/2; blocks with one: 0, 1."),
-        (Edit(Site("image", 0), "zero"), "A site's stream must be one of img, txt, single, but got 'image'."),
+        (Edit(WholeSite("image", 0), "zero"), "A site's stream must be one of img, txt, single, but got 'image'."),
         (Edit("single/0/f40", "zero"), "names feature 40, but there are 0 to 39."),
         (Edit("single/0/f4@txt5", "zero"), "names position 5, but there are 0 to 4."),
         (Edit("img/0/f4@9", "zero"), "names position 9, but there are 0 to 8."),

@@ -8,10 +8,10 @@ import zlib
 import pytest
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.files.feature_files import Example, FeatureRecord, write_feature_files
+from difffract_jax.graphs.files.feature_files import FeatureExample, FeatureRecord, write_feature_files
 from difffract_jax.graphs.files.viewer_json import cantor, dictionary_number
 
-TOP = Example(("a", "red", "cube"), (0.0, 2.5, 0.5), 1)
+TOP = FeatureExample(("a", "red", "cube"), (0.0, 2.5, 0.5), 1)
 RECORDS = [
     FeatureRecord(7, 2, {"Top activations": [TOP], "Subsample Interval 0": []}, 0.01, (3.0, 1.0)),
     FeatureRecord(7, 0, {"Top activations": [TOP]}),
@@ -64,8 +64,8 @@ def test_the_streams_of_a_block_have_dictionaries_of_their_own():
     [
         ([RECORDS[0], RECORDS[0]], {}, "comes twice"),
         (RECORDS, {"features": 3}, "lies past its dictionary"),
-        ([FeatureRecord(0, 0, {"x": [Example(("a",), (1.0, 2.0), 0)]})], {}, "1 words, 2 values"),
-        ([FeatureRecord(0, 0, {"x": [Example(("a",), (1.0,), 1)]})], {}, "centre at 1"),
+        ([FeatureRecord(0, 0, {"x": [FeatureExample(("a",), (1.0, 2.0), 0)]})], {}, "1 words, 2 values"),
+        ([FeatureRecord(0, 0, {"x": [FeatureExample(("a",), (1.0,), 1)]})], {}, "centre at 1"),
     ],
 )
 def test_records_that_do_not_fit_are_refused_and_nothing_is_written(tmp_path, records, more, sentence):
