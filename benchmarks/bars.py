@@ -31,7 +31,7 @@ from difffract_jax.circuits.attribution.pullback import pull_back  # noqa: E402
 from difffract_jax.circuits.attribution.selection import strongest_feature  # noqa: E402
 from difffract_jax.circuits.attribution.sources import source_table  # noqa: E402
 from difffract_jax.circuits.editing.interventions import Edit, WholeSite, steer  # noqa: E402
-from difffract_jax.circuits.frozen.replacement import run as run_replacement  # noqa: E402
+from difffract_jax.circuits.frozen.replacement import run_replacement  # noqa: E402
 from difffract_jax.circuits.frozen.targets import Targets, preactivations  # noqa: E402
 from difffract_jax.circuits.notation.feature import Feature  # noqa: E402
 from difffract_jax.cli.output import emit  # noqa: E402

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.engine import Output, make_engine, read
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.engine import Output, make_engine, read_targets
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.effects.readings import factors_for, predict, scaled
 from difffract_jax.circuits.trace.capture import capture, capture_steps
@@ -69,7 +69,7 @@ def conservation(dtype: str) -> list[dict[str, Any]]:
             stream, _, block = text.partition("/")
             feature = ":" not in text
             target: Any = strongest_feature(trace, tcs, stream, int(block)) if feature else None
-            target = target or resolve(pipe, trace, parse_target(text))
+            target = target or resolve_target(pipe, trace, parse_target(text))
             graph = attribute(trace, tcs, target=target, max_nodes=100, expansion_batch=50)
             row[name] = graph.largest_conservation_error
             row[f"{name}, nodes"] = int(graph.target_node.size)
@@ -97,7 +97,7 @@ def prediction(prompts: int, max_nodes: int) -> list[dict[str, Any]]:
     for number in range(prompts):
         target, box = objective(drawn, number, size)
         trace = capture(pipe, tcs, drawn.captions[number], step=3, output=True, seed=number)
-        output = resolve(pipe, trace, parse_target(f"pixels:color={target},box={box}"))
+        output = resolve_target(pipe, trace, parse_target(f"pixels:color={target},box={box}"))
         graph = attribute(trace, tcs, target=output, max_nodes=max_nodes, expansion_batch=100, min_attribution=1e-6)
         nodes = top_supernode(graph)
         asked = {"prompt": drawn.captions[number]}
@@ -119,11 +119,11 @@ def change_of(trace: Any, tcs: Any, output: Output, graph: Graph, nodes: np.ndar
     """Returns the objective's change as predicted and as read."""
     engine = make_engine(trace, tcs, (output,))
     row, prepared = np.array([engine.sources], np.int64), engine.steps[0]
-    before = read(engine, row, (prepared.record.reading,))[0]
+    before = read_targets(engine, row, (prepared.record.reading,))[0]
     factors = np.ones(graph.node_kind.size)
     factors[nodes] = 1 + change
     scale = factors_for(prepared, graph, nodes, 1 + change)
-    moved = {mode: float(read(engine, row, (scaled(prepared, scale, mode),))[0] - before) for mode in READINGS}
+    moved = {mode: float(read_targets(engine, row, (scaled(prepared, scale, mode),))[0] - before) for mode in READINGS}
     told = {"change": change, "nodes": len(nodes), "value": float(before)}
     return told | {"graph": float(predict(graph, factors)[0])} | moved
 

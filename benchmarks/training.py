@@ -51,7 +51,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from difffract_jax.sharding import make_mesh  # noqa: E402
 from difffract_jax.transcoders.objective import ActivationRows, Objective  # noqa: E402
-from difffract_jax.transcoders.state import init_params, init_state, measure  # noqa: E402
+from difffract_jax.transcoders.state import init_params, init_state, measure_moments  # noqa: E402
 from difffract_jax.transcoders.step import Recipe, jit_step, optimizer  # noqa: E402
 from difffract_jax.transcoders.transcoder import TranscoderConfig  # noqa: E402
 
@@ -82,7 +82,7 @@ def ours(activation: str, sparse: bool, rows: ActivationRows) -> Callable[[], An
     )
     objective = Objective(aux_weight=0 if paper else 1 / 32, aux_k=64, bf16=not ON_CPU, sparse=sparse)
     recipe = Recipe(objective=objective, lr=LR, clip=0 if paper else 1.0, project_decoder=not paper)
-    moments = measure(rows, scaled=not paper)
+    moments = measure_moments(rows, scaled=not paper)
     params = init_params(jax.random.key(1), config, "reference" if paper else "tied", moments)
     state = init_state(params, optimizer(recipe), moments, jnp.array([L1]))
     dead = jnp.arange(FEATURES) < ARGS.dead * FEATURES

@@ -4,7 +4,7 @@
    model's heads and MLP columns). `make_mesh` is the only place that builds one.
 2. Every parameter path has exactly one `AxisRule`, which names its axes in the words of `axes.py`: pattern -> axes.
 3. `PLACEMENT` says which logical axes lie across which mesh axis; every other axis is whole on each device.
-4. `shardings` puts 2 and 3 together for one tree of weights: path -> `NamedSharding`. `table` prints it.
+4. `shardings` puts 2 and 3 together for one tree of weights: path -> `NamedSharding`. `sharding_table` prints it.
 
 Symbols: in a pattern `*` stands for one part of a path, `**` for any number of parts, `{a,b}` for a or b; a path is
 `checkpoint.leaf_paths`' key, as in `double.img.attn.qkv.kernel`.
@@ -189,7 +189,7 @@ def match(path: str, rules: Sequence[AxisRule]) -> AxisRule:
     return found[0]
 
 
-def table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> str:
+def sharding_table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> str:
     """Returns one line per parameter: path, shape, logical axes, mesh axes."""
     specs = partition_specs(tree, mesh, rules, placement)
     lines = []

@@ -36,7 +36,7 @@ def random_edges(rng, table):
 
 def expand(table, edges, target, *, max_nodes, batch, smallest, bias=0.25):
     """Runs an expansion as `attribute` does, with made-up edges."""
-    state = expansion.start(table, np.array([target]), np.ones(1), smallest)
+    state = expansion.start_expansion(table, np.array([target]), np.ones(1), smallest)
     rows = np.array([target])
     while rows.size:
         sums = edges[rows].sum(axis=1, dtype=np.float64)

@@ -25,7 +25,15 @@ def test_every_public_name_of_a_namespace_resolves_and_explains_itself(package: 
 def test_what_the_commands_do_has_a_name() -> None:
     for name in ("prune", "find_supernodes", "write_viewer_json", "compare", "average", "difference", "write_csv"):
         assert callable(getattr(dfx.graphs, name))
-    for name in ("parse_target", "resolve", "validate", "head_loadings", "total_effects", "steer", "rank_features"):
+    for name in (
+        "parse_target",
+        "resolve_target",
+        "validate",
+        "head_loadings",
+        "total_effects",
+        "steer",
+        "rank_features",
+    ):
         assert callable(getattr(dfx.circuits, name))
     assert callable(dfx.transcoders.train) and callable(dfx.transcoders.evaluate)
 

@@ -12,7 +12,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.t5 import T5Config, T5Encoder
-from difffract_jax.sharding import AxisRule, make_mesh, match, parse_mesh, partition_specs, shardings, table
+from difffract_jax.sharding import AxisRule, make_mesh, match, parse_mesh, partition_specs, sharding_table, shardings
 from difffract_jax.storage.checkpoint import leaf_paths
 
 RULES = (AxisRule("blocks.{up,down}.kernel", ("layer", "d_model", "feat")), AxisRule("**.bias", None))
@@ -83,7 +83,7 @@ def test_placed_weights_equal_the_originals_and_are_spread() -> None:
 
 
 def test_the_table_has_a_line_per_parameter() -> None:
-    lines = table(TREE, make_mesh({"feature": 8}), RULES).splitlines()
+    lines = sharding_table(TREE, make_mesh({"feature": 8}), RULES).splitlines()
     assert [line.split()[0] for line in lines] == list(leaf_paths(TREE))
     assert "layer d_model feat" in lines[1] and "'feature'" in lines[1]
 

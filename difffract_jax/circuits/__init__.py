@@ -35,7 +35,7 @@ _HOME = {
     "push_forward": "difffract_jax.circuits.attribution.pullback",
     "strongest_feature": "difffract_jax.circuits.attribution.selection",
     "parse_target": "difffract_jax.circuits.attribution.outputs",
-    "resolve": "difffract_jax.circuits.attribution.outputs",
+    "resolve_target": "difffract_jax.circuits.attribution.outputs",
     "make_engine": "difffract_jax.circuits.attribution.engine",
     "attribute": "difffract_jax.circuits.attribution.attribute",
     "plan_trace": "difffract_jax.circuits.attribution.plan",

@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 
 from difffract_jax.address import IMG, TXT
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.checks.completeness import candidates
 from difffract_jax.circuits.checks.report import curves_figure, perturbation_figure, words
 from difffract_jax.circuits.checks.rerun import Rerun, capture_again
@@ -30,7 +30,7 @@ from difffract_jax.cli.output import Advance, graph_summary, save_image
 from difffract_jax.config import DemoConfig, provenance
 from difffract_jax.dashboards.pictures import enlarged, figure_address, png_address
 from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
-from difffract_jax.dashboards.render import Picture, Section, drawing, render, shown, write_report
+from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render, write_report
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import prune
@@ -101,7 +101,7 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     trace = capture(pipe, tcs, PROMPT, seed=settings.seed, step=STEP, output=True)
     asked = parse_target(f"pixels:color={COLOUR},box={box_of(reading, image.shape[0])}")
     assert not isinstance(asked, Feature)
-    target = resolve(pipe, trace, asked)
+    target = resolve_target(pipe, trace, asked)
     graph = attribute(trace, tcs, target=target, max_nodes=NODES, min_attribution=1e-6).with_provenance(**record)
     pruned = find_supernodes(prune(graph))
     graph.save(paths["graph.npz"])
@@ -233,8 +233,8 @@ def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], whole: Graph, pruned: 
         "it, dashed orange ones lower it. Hover for names and figures.",
     ]
     nodes = [*top_features(pruned, DRAWN), int(pruned.target)]
-    best = [shown(card(pruned, node, labels), image) for node in top_features(pruned, SHOWN[0], [IMG])]
-    best += [shown(card(whole, node, labels), image) for node in top_features(whole, SHOWN[1], [TXT])]
+    best = [feature_card(card(pruned, node, labels), image) for node in top_features(pruned, SHOWN[0], [IMG])]
+    best += [feature_card(card(whole, node, labels), image) for node in top_features(whole, SHOWN[1], [TXT])]
     cards = {node: card(pruned, node, labels) for node in nodes[:-1]}
     blocks = sorted({int(pruned.node_block[node]) for node in nodes})
     heads = [pruned.provenance.layout.block_name(block) for block in blocks[:-1]] + ["target"]

@@ -146,7 +146,7 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
 
     Example: `difffract effects organism organism "a red circle left of a blue square" --target pixels:color=red`
     """
-    from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+    from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
     from difffract_jax.circuits.effects.total_effects import total_effects
     from difffract_jax.circuits.notation.feature import Feature
     from difffract_jax.cli.output import emit
@@ -160,7 +160,7 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
         )
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
     span, inside = _recorded(pipe, tcs, settings)
-    output = resolve(pipe, span, asked)
+    output = resolve_target(pipe, span, asked)
     shown = _effects(settings, span, tcs, output, total_effects(span, tcs, output), inside)
     warn_cut(span.info.cut)
     record = provenance("effects", settings, model=pipe.source, transcoders=tcs.source)

@@ -66,12 +66,12 @@ def prune(settings: PruneConfig, *, json: bool) -> None:
     from difffract_jax.cli.output import emit, graph_summary
     from difffract_jax.graphs import pruning
     from difffract_jax.graphs.comparison import read_graph
-    from difffract_jax.graphs.json_values import plain
+    from difffract_jax.graphs.json_values import to_json_values
 
     whole = read_graph(settings.graph)
     pruned = pruning.prune(whole, **settings.model_dump(exclude={"graph", "out"}))
     pruned.save(settings.out)
-    rows = [{"of": name} | found for name, found in plain(pruned.provenance.scores).items()]
+    rows = [{"of": name} | found for name, found in to_json_values(pruned.provenance.scores).items()]
     emit({"graph": str(settings.out)} | graph_summary(pruned) | {"scores": rows}, as_json=json)
 
 

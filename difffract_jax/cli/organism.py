@@ -120,7 +120,7 @@ def score(
     """
     from difffract_jax.cli.output import emit
     from difffract_jax.loading import load_pipeline
-    from difffract_jax.organism.card import TABLES, measure
+    from difffract_jax.organism.card import TABLES, measure_organism
 
     wanted = tuple(name.strip() for name in tables.split(",") if name.strip()) or TABLES
     for name in wanted:
@@ -128,7 +128,7 @@ def score(
             raise UserError(f"There is no table `{name}`{nearest(name, TABLES)}")
     pipe = load_pipeline(model)
     with _stages() as advance:
-        found = measure(pipe, images, wanted, progress=advance)
+        found = measure_organism(pipe, images, wanted, progress=advance)
     emit(found, as_json=json)
 
 
@@ -162,7 +162,7 @@ def train(
     matplotlib.use("Agg")
     from converters.export import export_pipeline
     from difffract_jax.cli.output import emit
-    from difffract_jax.organism.card import measure, write_card
+    from difffract_jax.organism.card import measure_organism, write_card
     from difffract_jax.organism.train import minutes_taken
     from difffract_jax.organism.train import train as run
     from difffract_jax.storage.sums import write_sums
@@ -173,7 +173,7 @@ def train(
         minutes = minutes_taken(out)
         pipeline = out / "pipeline"
         export_pipeline(pipe, pipeline, overwrite=True)
-        tables = measure(pipe, images, progress=advance) if images else {}
+        tables = measure_organism(pipe, images, progress=advance) if images else {}
         if images:
             write_card(pipe, pipeline, recipe, tables, command, minutes)
     write_sums(pipeline)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from difffract_jax.circuits.attribution.attribute import Target
-from difffract_jax.circuits.attribution.outputs import PixelTarget, VelocityTarget, resolve
+from difffract_jax.circuits.attribution.outputs import PixelTarget, VelocityTarget, resolve_target
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import Span, Trace, capture, capture_steps
 from difffract_jax.circuits.trace.imported import load_trace
@@ -114,4 +114,4 @@ def import_run(
 
 def resolve_all(pipe: Pipeline, trace: Trace | Span, asked: Sequence[Asked]) -> list[Target]:
     """Turns targets as asked for into targets of a trace; outputs lie in its last step."""
-    return [one if isinstance(one, Feature) else resolve(pipe, trace, one) for one in asked]
+    return [one if isinstance(one, Feature) else resolve_target(pipe, trace, one) for one in asked]

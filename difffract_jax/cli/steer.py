@@ -49,14 +49,14 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     check_directory(settings.out)
     from difffract_jax.cli.output import emit
     from difffract_jax.loading import load_pipeline, load_transcoders
-    from difffract_jax.studies.metrics import table
+    from difffract_jax.studies.metrics import sweep_table
 
     meant = _intent(settings)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
     run = run_of(pipe, settings)
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
-    rows = table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
+    rows = sweep_table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
     record = provenance("steer", settings, model=pipe.source, transcoders=tcs.source)
     files = _write(made, rows, record, settings.out)
     shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}

@@ -151,7 +151,7 @@ def train(
     settings = resolve(TrainConfig, file=config, sets=sets or ())
     from difffract_jax.cli.output import emit
     from difffract_jax.transcoders.processes import is_first
-    from difffract_jax.transcoders.processes import join as join_others
+    from difffract_jax.transcoders.processes import join_processes as join_others
 
     if join is not None:
         join_others(join)
@@ -216,7 +216,7 @@ def evaluate(settings: EvaluateConfig, *, k: Ks = None, json: bool) -> None:
     from difffract_jax.organism.scored import accuracies
     from difffract_jax.transcoders.evaluation import evaluate as measure
     from difffract_jax.transcoders.evaluation import read_run
-    from difffract_jax.transcoders.evaluation_report import points, write_report
+    from difffract_jax.transcoders.evaluation_report import points, write_evaluation_report
 
     runs = {path: read_run(path) for path in (settings.run, *settings.pareto)}
     first = runs[settings.run]
@@ -228,7 +228,7 @@ def evaluate(settings: EvaluateConfig, *, k: Ks = None, json: bool) -> None:
             tcs = load_transcoders(path / "transcoders")
             results[str(path)] = measure(settings, trained, pipe, tcs, caption=caption, judge=judge, progress=advance)
     record = provenance("evaluate", settings, model=pipe.source)
-    report = write_report(results, settings.out or settings.run / "report", record)
+    report = write_evaluation_report(results, settings.out or settings.run / "report", record)
     more = {"points": points(results)} if k is not None else results[str(settings.run)].summary()
     emit({"report": str(report)} | more, as_json=json)
 
@@ -237,10 +237,10 @@ def _sweep(k: str, configs: list[Path], out: Path | None, sets: list[str] | None
     """Trains the runs of a sweep that are missing, and returns the directories of all."""
     if len(configs) != 1 or out is None:
         raise typer.BadParameter("--k needs one `--pareto CONFIG`, a YAML file of training settings, and `--out`.")
-    from difffract_jax.transcoders.sweep import is_begun, is_done, parse_ks, sweep
+    from difffract_jax.transcoders.sweep import is_begun, is_done, parse_ks, sweep_settings
 
     base = resolve(TrainConfig, file=configs[0], sets=[*(sets or ()), f"out={out}"])
-    runs = sweep(base, parse_ks(k))
+    runs = sweep_settings(base, parse_ks(k))
     for settings in [run for run in runs if not is_done(run)]:
         if _train(settings, is_begun(settings)).transcoders is None:
             raise UserError(f"The sweep was stopped during {settings.out}; give the command again to go on.")

@@ -41,7 +41,7 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     if settings.out is not None:
         check_directory(settings.out)
     from difffract_jax.circuits.checks.report import write_validation
-    from difffract_jax.circuits.checks.validation import at_size, failures
+    from difffract_jax.circuits.checks.validation import at_size, failed_checks
     from difffract_jax.circuits.checks.validation import validate as hold
     from difffract_jax.cli.output import emit, progress
     from difffract_jax.graphs.comparison import read_graph
@@ -61,7 +61,7 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
         emit(files | record | found | {"perturbation": shown}, as_json=True)
     else:
         emit(_brief(found, at_size(found, size)) | ({"report": files["report.md"]} if files else {}))
-    missed = failures(found)
+    missed = failed_checks(found)
     if missed:
         raise UserError(missed)
 

@@ -43,7 +43,7 @@ class Section(NamedTuple):
         words: paragraphs.
         pictures: shown in a row where they fit.
         tables: rows of JSON values, by title.
-        cards: features, see `shown`.
+        cards: features, see `feature_card`.
         drawing: the circuit, see `drawing`; None for none.
     """
 
@@ -79,7 +79,7 @@ def write_report(path: Path, page: str) -> None:
         partial.write_text(page, encoding="utf-8")
 
 
-def shown(card: Card, image: Any) -> dict[str, Any]:
+def feature_card(card: Card, image: Any) -> dict[str, Any]:
     """Returns a feature as the template takes it.
 
     Args:

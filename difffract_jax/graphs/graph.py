@@ -39,7 +39,7 @@ __all__ = [
     "OUTPUT",
     "REST",
     "conservation_scale",
-    "keep",
+    "subgraph",
 ]
 FORMAT_VERSION = 1
 _LATER = ("node_cumulative",)
@@ -145,7 +145,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def keep(graph: Graph, nodes: np.ndarray, edges: np.ndarray) -> Graph:
+def subgraph(graph: Graph, nodes: np.ndarray, edges: np.ndarray) -> Graph:
     """Returns the graph of some of its nodes and edges.
 
     Args:

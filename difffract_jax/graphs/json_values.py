@@ -1,8 +1,8 @@
 """Frozen dataclasses as JSON values and back, so that files of other releases lose nothing (pure Python).
 
-1. `plain` returns JSON values; fields at their default are left out, so that what is not known has no key.
+1. `to_json_values` returns JSON values; fields at their default are left out, so that what is not known has no key.
 2. `typed` reads one value as its type, converts nothing but lists into tuples, and says what is wrong with it.
-3. `beyond` finds what a record holds that was not understood, at whatever depth; `joined` puts it back.
+3. `beyond` finds what a record holds that was not understood, at whatever depth; `merge_json` puts it back.
 """
 
 import json
@@ -14,16 +14,16 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 
-def plain(value: Any) -> Any:
+def to_json_values(value: Any) -> Any:
     """Returns a value as JSON values: dataclasses and named tuples as dictionaries, tuples as lists."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {one.name: plain(getattr(value, one.name)) for one in fields(value) if not _unsaid(value, one)}
+        return {one.name: to_json_values(getattr(value, one.name)) for one in fields(value) if not _unsaid(value, one)}
     names = getattr(value, "_fields", None)
     if isinstance(value, tuple) and names is not None:
-        return {name: plain(inner) for name, inner in zip(names, value, strict=True)}
+        return {name: to_json_values(inner) for name, inner in zip(names, value, strict=True)}
     if isinstance(value, Mapping):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, tuple | list) else value
+        return {key: to_json_values(inner) for key, inner in value.items()}
+    return [to_json_values(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 
 def _unsaid(value: Any, one: Any) -> bool:
@@ -84,7 +84,7 @@ def beyond(record: Any, known: Any) -> Any:
     return {}
 
 
-def joined(known: Any, more: Any) -> Any:
+def merge_json(known: Any, more: Any) -> Any:
     """Returns JSON values with what `beyond` found put back; where both say something, what was understood stands.
 
     Args:
@@ -92,7 +92,7 @@ def joined(known: Any, more: Any) -> Any:
         more: from `beyond`.
     """
     if isinstance(known, dict) and isinstance(more, dict):
-        return known | {key: joined(known[key], value) if key in known else value for key, value in more.items()}
+        return known | {key: merge_json(known[key], value) if key in known else value for key, value in more.items()}
     if isinstance(known, list) and isinstance(more, list) and len(known) == len(more):
-        return [joined(*pair) for pair in zip(known, more, strict=True)]
+        return [merge_json(*pair) for pair in zip(known, more, strict=True)]
     return known

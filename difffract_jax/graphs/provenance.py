@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from difffract_jax.address import Layout, Tokens, flux_layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, record_text, text_of
-from difffract_jax.graphs.json_values import beyond, joined, plain, typed
+from difffract_jax.graphs.json_values import beyond, merge_json, to_json_values, typed
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -343,12 +343,12 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON values that a file holds."""
-        facts = {_KEYS.get(name, name): value for name, value in plain(self).items() if name != "extra"}
+        facts = {_KEYS.get(name, name): value for name, value in to_json_values(self).items() if name != "extra"}
         depths = self.known.layout and self.known.layout.flux_depths
         if depths is not None:
             trace = {key: value for key, value in facts["trace"].items() if key != "layout"}
             facts["trace"] = trace | {"depths": list(depths)}
-        return joined(facts, dict(self.extra))
+        return merge_json(facts, dict(self.extra))
 
     @staticmethod
     def from_json(record: Mapping[str, Any], source: str = "The graph") -> "Provenance":
@@ -387,7 +387,7 @@ def _with_layout(trace: Any) -> Any:
     """Returns a run's values with its model's layout; of FLUX's, files hold the two depths alone."""
     match trace:
         case {"depths": [int(first), int(second)], **rest}:
-            return {**rest, "layout": plain(flux_layout(first, second))}
+            return {**rest, "layout": to_json_values(flux_layout(first, second))}
     return trace
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import FEATURE, INPUT, Graph, keep
+from difffract_jax.graphs.graph import FEATURE, INPUT, Graph, subgraph
 from difffract_jax.graphs.influence import column_shares, graph_reach, node_influence
 from difffract_jax.graphs.provenance import PruningScores, PruningSettings
 from difffract_jax.graphs.scoring import scores
@@ -74,7 +74,7 @@ def prune(
     graph = replace(graph, node_influence=influence.astype(np.float32), node_cumulative=cumulative)
     rule = {"standard": _standard, "difffract": _difffract}[mode]
     nodes, edges = rule(graph, influence, node_threshold, edge_threshold)
-    pruned = keep(graph, nodes, edges)
+    pruned = subgraph(graph, nodes, edges)
     settings = PruningSettings(mode=mode, node_threshold=node_threshold, edge_threshold=edge_threshold)
     told = PruningScores(unpruned=scores(graph), pinned=scores(graph, pinned=nodes), pruned=scores(pruned))
     return pruned.with_provenance(pruning=settings, scores=told)

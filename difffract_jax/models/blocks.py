@@ -237,13 +237,13 @@ def merge_heads(x: Float[Array, "rows heads head_dim"]) -> Float[Array, "rows wi
     return x.reshape(x.shape[0], -1)
 
 
-def join(pair: Any) -> Float[Array, "seq *rest"]:
+def join_streams(pair: Any) -> Float[Array, "seq *rest"]:
     """Puts the streams into one sequence, text first."""
     return jnp.concatenate([pair.txt, pair.img])
 
 
 def split(joint: Float[Array, "seq *rest"], text_tokens: int) -> Streams:
-    """Undoes `join`."""
+    """Undoes `join_streams`."""
     return Streams(img=joint[text_tokens:], txt=joint[:text_tokens])
 
 

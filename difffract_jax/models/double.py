@@ -36,7 +36,7 @@ from difffract_jax.models.blocks import (
     Streams,
     both,
     head_of_row,
-    join,
+    join_streams,
     merge_heads,
     project,
     split,
@@ -124,7 +124,7 @@ class DoubleBlock(nnx.Module):
             q, k = frozen.q, frozen.k
         # A recorded pattern stays the recorded one, whatever precision the rest of the replacement is run in.
         scores = None if frozen is None else "highest"
-        mixed = attend(q, k, join(both(_values, self, m)), scale=q.shape[-1] ** -0.5, precision=scores)
+        mixed = attend(q, k, join_streams(both(_values, self, m)), scale=q.shape[-1] ** -0.5, precision=scores)
         if heads is not None:
             mixed = mixed * heads[None, :, None]
         attended = both(lambda s, o: s.attn.proj(merge_heads(o)), self, split(mixed, h.txt.shape[0]))
@@ -192,7 +192,7 @@ def _queries_keys(block: DoubleBlock, m: Streams, cond: Cond) -> tuple[Array, Ar
         return stream.attn.q_norm(split_heads(q, head_dim)), stream.attn.k_norm(split_heads(k, head_dim))
 
     pairs = both(one, block, m)
-    q, k = (join(both(lambda pair, i=i: pair[i], pairs)) for i in (0, 1))
+    q, k = (join_streams(both(lambda pair, i=i: pair[i], pairs)) for i in (0, 1))
     return rotate(q, cond.cos, cond.sin), rotate(k, cond.cos, cond.sin)
 
 

@@ -2,9 +2,9 @@
 
 1. `plan_run` fixes sizes and schedule, and refuses what does not divide.
 2. `encode` turns the prompt into a text embedding (T5) and a pooled embedding (CLIP).
-3. `start` gives packed noise; `sample` takes Euler steps along velocities. The velocity is an argument: the model's
-   own, or that of an edited or replaced model.
-4. `decode` turns packed latents into pixels (autoencoder).
+3. `initial_noise` gives packed noise; `sample` takes Euler steps along velocities. The velocity is an argument: the
+   model's own, or that of an edited or replaced model.
+4. `decode_latents` turns packed latents into pixels (autoencoder).
 
 `generate` does all four. Weights are arguments of the jitted functions; one step is compiled once per size.
 """
@@ -221,7 +221,7 @@ def _encode(t5: T5Encoder, clip: CLIPTextEncoder, t5_ids: Array, clip_ids: Array
     return t5(t5_ids), clip(clip_ids)[1]
 
 
-def start(pipe: Pipeline, run: Run, seed: int, latents: Any = None) -> Float[Array, "img channels"]:
+def initial_noise(pipe: Pipeline, run: Run, seed: int, latents: Any = None) -> Float[Array, "img channels"]:
     """Returns the packed noise a run starts from.
 
     Args:
@@ -313,7 +313,7 @@ def sample(
     return latents
 
 
-def decode(
+def decode_latents(
     pipe: Pipeline, latents: Float[Array, "img channels"], grid: tuple[int, int]
 ) -> UInt8[np.ndarray, "H W rgb"]:
     """Turns packed latents into pixels.
@@ -365,6 +365,6 @@ def generate(
     """
     run = run or pipe.plan()
     encoded = encode(pipe, prompt, run.text_tokens)
-    noise = start(pipe, run, seed, latents)
+    noise = initial_noise(pipe, run, seed, latents)
     final = sample(model_velocity, pipe.transformer, run, encoded, noise, progress=progress)
-    return GeneratedImage(decode(pipe, final, run.grid), final, encoded.cut)
+    return GeneratedImage(decode_latents(pipe, final, run.grid), final, encoded.cut)

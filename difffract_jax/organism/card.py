@@ -1,6 +1,6 @@
 """The organism's model card: what it is, how it was made, how good it is, what it gets wrong, and pictures of both.
 
-1. `measure` runs every measurement of `evaluate` and `probe`.
+1. `measure_organism` runs every measurement of `evaluate` and `probe`.
 2. `sample_sheet` draws images for held-out captions, half of them right and half of them wrong as far as there are any,
    each with its caption and what the scorer read.
 3. `write_card` puts them into `README.md` and `samples.png` of a pipeline directory.
@@ -24,7 +24,7 @@ from difffract_jax.organism.evaluate import (
     GROUPS,
     Progress,
     ablations,
-    binding,
+    binding_accuracy,
     contradictions,
     draw_images,
     held_out,
@@ -40,7 +40,7 @@ from difffract_jax.organism.world import CONTRADICTING, HELD_OUT_PLACED, HELD_OU
 TABLES = ("binding", "binding in 16 steps", "contradictions", "uncoloured", "ablations", "probe", "text", "speed")
 
 
-def measure(
+def measure_organism(
     pipe: Pipeline, images: int = 1000, tables: tuple[str, ...] = TABLES, progress: Progress | None = None
 ) -> dict[str, list[dict[str, Any]]]:
     """Measures the organism.
@@ -55,8 +55,8 @@ def measure(
         Rows of each table, by its title.
     """
     work = {
-        "binding": lambda: binding(pipe, images, progress=progress),
-        "binding in 16 steps": lambda: binding(pipe, images, steps=16, progress=progress),
+        "binding": lambda: binding_accuracy(pipe, images, progress=progress),
+        "binding in 16 steps": lambda: binding_accuracy(pipe, images, steps=16, progress=progress),
         "contradictions": lambda: contradictions(pipe, max(images // 2, 1), progress=progress),
         "uncoloured": lambda: [uncoloured(pipe, images, progress=progress)],
         "ablations": lambda: ablations(pipe, max(images // 4, 1), progress=progress),
@@ -134,7 +134,7 @@ def write_card(
         pipe: the organism.
         directory: of the pipeline.
         recipe: what it was trained with.
-        tables: from `measure`.
+        tables: from `measure_organism`.
         command: that made it.
         minutes: that it took.
     """

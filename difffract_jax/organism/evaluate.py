@@ -1,7 +1,7 @@
 """How well the organism's images follow their captions, counted by the scorer, with 95% intervals.
 
-1. `binding`: on contents held out of training, the share of images that show exactly the objects asked for, each in its
-   colour, placed as the caption says; by number of objects, and with and without concepts.
+1. `binding_accuracy`: on contents held out of training, the share of images that show exactly the objects asked for,
+   each in its colour, placed as the caption says; by number of objects, and with and without concepts.
 2. `contradictions`: concepts named in a colour that is not theirs. In which colour do they come out?
 3. `uncoloured`: concepts named without a colour. Do they come out in their prior's?
 4. `ablations`: two-object binding with one MLP at a time replaced by its mean per step, or by zero
@@ -80,7 +80,7 @@ def share(name: str, right: int, total: int) -> dict[str, Any]:
     return {"what": name, "images": total, "right": right, "share": right / total, "95% from": low, "to": high}
 
 
-def binding(
+def binding_accuracy(
     pipe: Pipeline, size: int, *, steps: int | None = None, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """Returns the shares of right images on held-out captions.
@@ -105,7 +105,7 @@ def contradictions(pipe: Pipeline, size: int, *, progress: Progress | None = Non
     Args:
         pipe: the organism.
         size: prompts; half name the concept alone, half beside another object.
-        progress: as in `binding`.
+        progress: as in `binding_accuracy`.
     """
     asked = contradicting(size)
     seen = see(draw_images(pipe, asked, progress=_named(progress, "contradictions")))
@@ -164,7 +164,7 @@ def ablations(pipe: Pipeline, size: int, *, progress: Progress | None = None) ->
     Args:
         pipe: the organism.
         size: images per ablation; the same captions and seeds for all.
-        progress: as in `binding`.
+        progress: as in `binding_accuracy`.
     """
     asked = held_out(size, "two shapes")
     config, run = pipe.config.transformer, pipe.plan()

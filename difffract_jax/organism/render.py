@@ -156,7 +156,7 @@ def coverage(
     return covered, top, rim
 
 
-def draw(
+def draw_scenes(
     count: Int[np.ndarray, "scene"],
     kind: Int[np.ndarray, "scene slot"],
     colour: Int[np.ndarray, "scene slot"],

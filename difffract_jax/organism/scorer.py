@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from scipy import ndimage, stats
 
 from difffract_jax.organism.captions import COLOUR_NAMES, PLACES, RELATIONS
-from difffract_jax.organism.render import ACCENT, COLOURS, NOUNS, PALETTE, SIDE, background, coverage, draw
+from difffract_jax.organism.render import ACCENT, COLOURS, NOUNS, PALETTE, SIDE, background, coverage, draw_scenes
 from difffract_jax.organism.world import RADII, Scenes
 
 FOREGROUND = 0.22
@@ -149,7 +149,7 @@ def _draw_window(
 ) -> Float32[np.ndarray, "object row column rgb"]:
     """Draws one figure into each window."""
     number = len(radius)
-    return draw(
+    return draw_scenes(
         np.ones(number, int),
         np.full((number, 1), kind),
         colour[:, None],

@@ -115,7 +115,7 @@ def _id(special: object) -> int:
     return special
 
 
-def codes(seed: int) -> tuple[Float32[np.ndarray, "token t5_width"], Float32[np.ndarray, "txt t5_width"]]:
+def token_codes(seed: int) -> tuple[Float32[np.ndarray, "token t5_width"], Float32[np.ndarray, "txt t5_width"]]:
     """Returns the codes of tokens and of positions: orthogonal, each of half the variance of a state."""
     config = t5_config()
     rng = np.random.default_rng([seed, 0])
@@ -154,7 +154,7 @@ def train_step(
     recipe: TextRecipe, code_seed: int, state: TextState, prompts: Prompts
 ) -> tuple[TextState, dict[str, Array]]:
     """Takes one step; returns the new state, and the losses of both encoders."""
-    tokens, positions = map(jnp.asarray, codes(code_seed))
+    tokens, positions = map(jnp.asarray, token_codes(code_seed))
 
     def loss(weights: Weights) -> tuple[Array, dict[str, Array]]:
         t5, clip, head = weights

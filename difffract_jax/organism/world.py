@@ -31,7 +31,7 @@ from difffract_jax.organism.captions import (
     object_phrase,
     parse,
 )
-from difffract_jax.organism.render import NOUNS, draw
+from difffract_jax.organism.render import NOUNS, draw_scenes
 
 RADII = ((5.8, 6.6), (8.2, 9.0))
 """Smallest and largest radius in pixels of a small and of a big object."""
@@ -101,7 +101,7 @@ class Scenes(NamedTuple):
 
     def images(self) -> Float32[np.ndarray, "scene row column rgb"]:
         """Draws the scenes; pixels in [0, 1]."""
-        return draw(self.count, self.kind, self.colour, self.centre, self.radius)
+        return draw_scenes(self.count, self.kind, self.colour, self.centre, self.radius)
 
     def take(self, rows: np.ndarray) -> "Scenes":
         """Returns the scenes at the given indices, or where a mask is True."""

@@ -19,7 +19,7 @@ from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import held_out
 from difffract_jax.studies import choices
-from difffract_jax.studies.cases import Case, Material, draw, recoloured
+from difffract_jax.studies.cases import Case, Material, draw_cases, recoloured
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
 from difffract_jax.studies.precision import colour_target
 from difffract_jax.studies.removing import effects_on, place_effects
@@ -43,7 +43,7 @@ def binding(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, adva
     """
     cases = exchanges(CASES if size is None else size)
     both = tuple(
-        draw(pipe, [case._replace(slot=slot) for case in cases], advance(f"images, object {slot + 1}"))
+        draw_cases(pipe, [case._replace(slot=slot) for case in cases], advance(f"images, object {slot + 1}"))
         for slot in (0, 1)
     )
     told = [_told(pipe, tcs, one, advance(f"effects, object {slot + 1}")) for slot, one in enumerate(both)]

@@ -2,7 +2,7 @@
 
 1. A `Case` is a prompt, a caption that the image shall show instead, a noise seed, and the object that is meant.
 2. `recolourings` draws cases by rule from the held-out world: one object of two shall take another colour.
-3. `draw` samples the images of both captions from the same noise and keeps the cases in which both show what they
+3. `draw_cases` samples the images of both captions from the same noise and keeps the cases in which both show what they
    say; what is not right before an edit cannot be judged after it.
 4. Of each kept case: the image tokens that the object covers, the pixels that are surely not the object's, and the text
    tokens of its phrase. Edits may act there and nowhere else, whoever chose them.
@@ -113,7 +113,7 @@ def recoloured(prompt: str, slot: int, colour: str) -> str:
     return " ".join(words)
 
 
-def draw(pipe: Pipeline, cases: Sequence[Case], progress: Progress | None = None) -> Material:
+def draw_cases(pipe: Pipeline, cases: Sequence[Case], progress: Progress | None = None) -> Material:
     """Samples both captions of every case, and keeps the cases in which both images show what they say.
 
     Args:
@@ -163,7 +163,7 @@ def locate(
     return Material(tuple(cases), drawn, images, inside, outside, phrase)
 
 
-def joined(parts: Sequence[Material]) -> Material:
+def concatenate(parts: Sequence[Material]) -> Material:
     """Puts cases behind one another; the last part says how many were drawn."""
     arrays = [np.concatenate([getattr(one, name) for one in parts]) for name in Material._fields[2:]]
     return Material(tuple(case for one in parts for case in one.cases), parts[-1].drawn, *arrays)

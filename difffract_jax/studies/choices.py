@@ -20,14 +20,14 @@ from jaxtyping import Bool, Float, Float64, Int
 
 from difffract_jax.address import GROUPS, IMG, STREAMS
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
-from difffract_jax.circuits.editing.ranking import summarise
-from difffract_jax.circuits.effects.readings import effects
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
+from difffract_jax.circuits.editing.ranking import summarise_site
+from difffract_jax.circuits.effects.readings import node_effects
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.graphs.graph import FEATURE, Graph
-from difffract_jax.models.pipeline import Pipeline, encode, start
+from difffract_jax.models.pipeline import Pipeline, encode, initial_noise
 from difffract_jax.studies.cases import Material
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -126,9 +126,9 @@ def mean_codes(
         text, pooled = (
             jnp.stack([getattr(encoded[prompts[row]], name) for row in map(int, at)]) for name in ("text", "pooled")
         )
-        noise = jnp.stack([start(pipe, run, material.cases[row].seed) for row in at])
+        noise = jnp.stack([initial_noise(pipe, run, material.cases[row].seed) for row in at])
         extra = repeat_steps((material.inside[at], material.phrase[at]), run.steps)
-        kept, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise, extra)
+        kept, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise_site, extra)
         sides = [np.asarray(kept[group.name][side].inside) for group, side in SIDES if group.name in kept]
         flat = [np.moveaxis(one, 1, 0).reshape(AT_ONCE, -1) for one in sides]
         found.append(np.concatenate(flat, axis=1)[: rows - first])
@@ -150,14 +150,14 @@ def circuit_of(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targe
     span = capture_steps(pipe, tcs, prompt, first=0, last=pipe.plan().steps - 1, seed=seed)
     asked = parse_target(target)
     assert not isinstance(asked, Feature)
-    output = resolve(pipe, span, asked)
+    output = resolve_target(pipe, span, asked)
     return attribute(span, tcs, target=output, max_nodes=NODES, expansion_batch=NODES, min_attribution=1e-5)
 
 
 def circuit_effects(
     graph: Graph, places: FeaturePlaces, inside: Bool[np.ndarray, "img"], phrase: Bool[np.ndarray, "txt"]
 ) -> Float64[np.ndarray, "place"]:
-    """Sums what the features of a circuit add to its target, place by place (`readings.effects`).
+    """Sums what the features of a circuit add to its target, place by place (`readings.node_effects`).
 
     Args:
         graph: position by position.
@@ -181,7 +181,7 @@ def circuit_effects(
     wanted = np.stack([np.asarray(key, np.int64)[here] for key in keys], axis=1)
     table = {key: place for place, key in enumerate(zip(*(a.tolist() for a in _keys(places)), strict=True))}
     total = np.zeros(places.feature.size)
-    np.add.at(total, [table[tuple(key)] for key in wanted.tolist()], effects(graph)[here])
+    np.add.at(total, [table[tuple(key)] for key in wanted.tolist()], node_effects(graph)[here])
     return total
 
 

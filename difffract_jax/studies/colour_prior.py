@@ -17,7 +17,7 @@ from difffract_jax.organism.render import NOUNS
 from difffract_jax.organism.scorer import judge
 from difffract_jax.organism.world import PRIOR
 from difffract_jax.studies import choices
-from difffract_jax.studies.cases import Case, Material, joined, locate, recoloured, slot_of, take
+from difffract_jax.studies.cases import Case, Material, concatenate, locate, recoloured, slot_of, take
 from difffract_jax.studies.outcomes import Outcomes
 from difffract_jax.studies.precision import colour_target
 from difffract_jax.studies.removing import effects_on, place_effects
@@ -41,7 +41,7 @@ def colour_prior(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None,
     """
     test = TEST if size is None else size
     calibration = CALIBRATION if size is None else max(2, size // 3)
-    whole = failures(pipe, calibration + test, advance)
+    whole = draw_failures(pipe, calibration + test, advance)
     rows = {"calibration": np.arange(calibration), "test": np.arange(calibration, calibration + test)}
     phases = {name: whole.take(mine) for name, mine in rows.items()}
     scores = {name: _attempts(pipe, tcs, one, advance) for name, one in phases.items()}
@@ -49,7 +49,7 @@ def colour_prior(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None,
     return report("colour-prior", phases, scores, pairs, "both", _colours)
 
 
-def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
+def draw_failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
     """Draws contradicting captions until enough of their images show the concept in its prior's colour.
 
     Args:
@@ -82,7 +82,7 @@ def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
         drawn, found = drawn + BATCH, found + len(kept)
         parts.append(locate(pipe, cases, images[kept], slots, seen=take(seen, kept), drawn=drawn))
         told(found, count)
-    return joined(parts)
+    return concatenate(parts)
 
 
 def _attempts(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: Advance) -> Scores:

@@ -1,7 +1,7 @@
 """`concept-context`: does an object hang on features at its own tokens, or on those around it? Registered in
 docs/studies.md.
 
-1. Cases (`removing.plain`); of each the total effects on the object's own colour in its box.
+1. Cases (`removing.draw_plain`); of each the total effects on the object's own colour in its box.
 2. Concept: places at the image tokens that the object covers and at its phrase. Context: places at all other image
    tokens, and at all other tokens of the prompt. The n of highest effect of either are taken away, and beside them as
    many at random of the same, with the same norm.
@@ -40,7 +40,7 @@ def concept_context(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = No
         size: scenes to draw instead of the registered number.
         advance: gives a progress callback for a named stage.
     """
-    material = removing.right_images(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+    material = removing.right_images(pipe, removing.draw_plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
     prompts, progress = [case.prompt for case in material.cases], advance("effects")
     around = context_of(pipe, material)
     effects: dict[str, list[np.ndarray]] = {name: [] for name in WHERE}

@@ -19,7 +19,7 @@ from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.render import NOUNS
 from difffract_jax.organism.scorer import judge
 from difffract_jax.studies import choices
-from difffract_jax.studies.cases import Case, Material, joined, locate, take
+from difffract_jax.studies.cases import Case, Material, concatenate, locate, take
 from difffract_jax.studies.removing import effects_on, place_effects
 from difffract_jax.studies.repair import Scores, attempts, blame, report
 from difffract_jax.studies.results import Advance, Result, quiet
@@ -45,7 +45,7 @@ def errors(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advan
     """
     test = TEST if size is None else size
     calibration = CALIBRATION if size is None else max(2, size // 3)
-    whole = failures(pipe, calibration + test, advance)
+    whole = draw_failures(pipe, calibration + test, advance)
     if len(whole.cases) <= calibration:
         raise UserError(f"Among {whole.drawn} captions only {len(whole.cases)} images show a wrong noun; give --size.")
     rows = {"calibration": np.arange(calibration), "test": np.arange(calibration, len(whole.cases))}
@@ -55,7 +55,7 @@ def errors(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advan
     return report("errors", phases, scores, pairs, "circuit")
 
 
-def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
+def draw_failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
     """Draws captions of one object until enough of their images show another noun, and nothing else wrong.
 
     Args:
@@ -80,17 +80,17 @@ def failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
                 text,
                 FIRST_SEED + drawn + int(row),
                 0,
-                shown(text, int(seen.kind[row, 0]), int(seen.colour[row, 0])),
+                caption_of_seen(text, int(seen.kind[row, 0]), int(seen.colour[row, 0])),
             )
             for row, text in ((row, mine.captions[row]) for row in kept)
         ]
         drawn, found = drawn + BATCH, found + len(kept)
         parts.append(locate(pipe, cases, images[kept], [0] * len(kept), seen=take(seen, kept), drawn=drawn))
         told(found, count)
-    return joined(parts)
+    return concatenate(parts)
 
 
-def shown(text: str, kind: int, colour: int) -> str:
+def caption_of_seen(text: str, kind: int, colour: int) -> str:
     """Returns a caption of one object with another noun, in the colour that is seen.
 
     Args:

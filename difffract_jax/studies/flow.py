@@ -69,7 +69,7 @@ def flow(
     if prompts is not None:
         runs = [(prompt, 0, "velocity:") for prompt in prompts]
     else:
-        material = removing.right_images(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+        material = removing.right_images(pipe, removing.draw_plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
         runs = [
             (case.prompt, case.seed, f"pixels:color={removing.drawn_colour(case)},box={material.box(row)}")
             for row, case in enumerate(material.cases)

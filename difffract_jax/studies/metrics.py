@@ -152,7 +152,7 @@ def _named(asked: Parsed, slot: int) -> frozenset[str]:
     return frozenset(name for name, yes in said.items() if yes)
 
 
-def score(
+def score_edits(
     prompts: Sequence[str],
     intents: Sequence[Intent],
     original: UInt8[np.ndarray, "image H W rgb"],
@@ -298,7 +298,7 @@ def _changed(pair: _Pair, slot: int) -> frozenset[str]:
     return frozenset(name for name, yes in (differs | {"place": bool(moved)}).items() if yes)
 
 
-def table(
+def sweep_table(
     columns: Sequence[str],
     images: UInt8[np.ndarray, "seed column H W rgb"],
     norms: Float[np.ndarray, "seed column"],
@@ -329,7 +329,7 @@ def table(
         row["effect per norm"] = float((far.inside[:, column] / np.where(sizes > 0, sizes, np.inf)).mean())
         if prompt is not None:
             many = [prompt] * len(images)
-            read = score(many, [meant or intent(prompt)] * len(images), images[:, 0], images[:, column])
+            read = score_edits(many, [meant or intent(prompt)] * len(images), images[:, 0], images[:, column])
             row |= _verdicts(read)
         rows.append(row)
     return rows

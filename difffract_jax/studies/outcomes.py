@@ -12,7 +12,7 @@ from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.scorer import interval
 from difffract_jax.studies.cases import Material
-from difffract_jax.studies.metrics import distances, intent, precision_recall, score
+from difffract_jax.studies.metrics import distances, intent, precision_recall, score_edits
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 RESAMPLES = 10_000
@@ -96,7 +96,7 @@ def judged(material: Material, images: UInt8[np.ndarray, "case H W rgb"], norms:
     """
     shown = [case.shows or case.prompt for case in material.cases]
     meant = [intent(before, case.wanted) for before, case in zip(shown, material.cases, strict=True)]
-    read = score(shown, meant, material.images, images)
+    read = score_edits(shown, meant, material.images, images)
     far = [
         distances(original[None], edited[None], ~outside)
         for original, edited, outside in zip(material.images, images, material.outside, strict=True)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import CONCEPTS, parse
 from difffract_jax.studies import choices
-from difffract_jax.studies.cases import Material, draw, recolourings
+from difffract_jax.studies.cases import Material, draw_cases, recolourings
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
 from difffract_jax.studies.removing import effects_on, place_effects
 from difffract_jax.studies.results import Advance, Result, quiet
@@ -79,10 +79,10 @@ def precision(
     for name, (world, count) in (("calibration", rules.calibration), ("test", rules.test)):
         count = count if size is None else max(2, size if name == "test" else size // 4)
         cases = recolourings(world, count, FIRST_SEED + world)
-        material = draw(pipe, cases, advance(f"{name}: images"))
+        material = draw_cases(pipe, cases, advance(f"{name}: images"))
         scores[name] = measure(pipe, tcs, saes, material, name, rules, advance)
         phases[name] = material
-    chosen = settle(scores["calibration"])
+    chosen = choose_settings(scores["calibration"])
     return report(phases, scores, chosen, rules)
 
 
@@ -179,7 +179,7 @@ def colour_target(prompt: str, wanted: str, slot: int, box: str) -> str:
     return f"pixels:color={new.colour},minus={old.colour or CONCEPTS[old.noun]},box={box}"
 
 
-def settle(scores: Scores) -> dict[str, tuple[int, float]]:
+def choose_settings(scores: Scores) -> dict[str, tuple[int, float]]:
     """Chooses count and strength of every way on the calibration cases, as registered.
 
     Args:

@@ -1,6 +1,6 @@
 """Taking features away, and what becomes of the object they act on; shared by steps, concept-context and suppressor.
 
-1. `plain` draws cases in which nothing shall change: a right image of two shapes, one object of it meant.
+1. `draw_plain` draws cases in which nothing shall change: a right image of two shapes, one object of it meant.
 2. `colour_effects` gives the total effect (`effects.total_effects`) of every place on a colour of the object's box.
 3. A `Removal` holds, for each case, the places, the tokens where they are edited, and a strength: codes are
    multiplied by 1 - strength.
@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, Int, UInt8
 
 from difffract_jax.circuits.attribution.engine import Output
-from difffract_jax.circuits.attribution.outputs import GREY, PixelTarget, parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import GREY, PixelTarget, parse_target, resolve_target
 from difffract_jax.circuits.editing.sweeps import AT_ONCE, steer_batch
-from difffract_jax.circuits.effects.effect_tables import rows_of, summed
+from difffract_jax.circuits.effects.effect_tables import counted_rows, summed
 from difffract_jax.circuits.effects.total_effects import TotalEffects, total_effects
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.notation.feature import Feature
@@ -29,7 +29,7 @@ from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import SeenScenes
 from difffract_jax.organism.world import from_caption
-from difffract_jax.studies.cases import Case, Material, draw
+from difffract_jax.studies.cases import Case, Material, draw_cases
 from difffract_jax.studies.choices import FeaturePlaces, first, removals
 from difffract_jax.studies.metrics import SAME_PLACE, distances
 from difffract_jax.studies.outcomes import mean_with_interval
@@ -40,7 +40,7 @@ NOTHING = -2
 Progress = Callable[[int, int], None]
 
 
-def plain(world: int, count: int, first_seed: int) -> list[Case]:
+def draw_plain(world: int, count: int, first_seed: int) -> list[Case]:
     """Draws held-out scenes of two shapes that shall show what they say; the object meant takes turns.
 
     Args:
@@ -63,7 +63,7 @@ def right_images(pipe: Pipeline, cases: Sequence[Case], progress: Progress | Non
     Raises:
         UserError: if none is.
     """
-    material = draw(pipe, cases, progress)
+    material = draw_cases(pipe, cases, progress)
     if not material.cases:
         raise UserError(
             f"None of {len(cases)} images shows what its caption says, so that there is nothing to study; draw more "
@@ -94,7 +94,7 @@ def explained(
     end = pipe.plan().steps - 1 if last is None else last
     span = capture_steps(pipe, tcs, prompt, last=end, seed=seed)
     parsed = [parse_target(target) for target in targets]
-    return span, [resolve(pipe, span, target) for target in parsed if not isinstance(target, Feature)]
+    return span, [resolve_target(pipe, span, target) for target in parsed if not isinstance(target, Feature)]
 
 
 def effects_on(
@@ -135,7 +135,7 @@ def place_effects(
     for group, side in found.layout.sides:
         layers = [block - found.layout.blocks_of(group).start for block in slots[group]]
         if layers:
-            counted = rows_of(found.layout, group, side, inside, phrase)
+            counted = counted_rows(found.layout, group, side, inside, phrase)
             total = summed(found, group, layers, counted, tcs.config.features)
             columns.append(np.pad(total, ((0, (steps or len(total)) - len(total)), (0, 0), (0, 0))).ravel())
     return np.concatenate(columns)

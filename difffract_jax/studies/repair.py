@@ -3,7 +3,7 @@
 1. A `Blame` ranks, for every case and for one or both sides of the sequence, the places that speak for the mistake.
 2. `attempts` takes the first n of each away at several strengths and reads what comes out; and, beside one of the
    ways, as many places of each side drawn at random, at the strength that gives their edit the same norm.
-3. `settle` chooses every way's setting on the calibration cases; `report` compares on the test cases.
+3. `choose_settings` chooses every way's setting on the calibration cases; `report` compares on the test cases.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -137,7 +137,7 @@ def _matched(
     return {(RANDOM, *key[1:]): one for key, one in zip(beside, made, strict=True)}
 
 
-def settle(scores: Scores, matched: str) -> dict[str, Key]:
+def choose_settings(scores: Scores, matched: str) -> dict[str, Key]:
     """Chooses every way's setting: of most repairs, among equals of least collateral; random takes its partner's.
 
     Args:
@@ -174,7 +174,7 @@ def report(
         matched: the way that the random edits stand beside.
         more: further columns of the table.
     """
-    chosen = settle(scores["calibration"], matched)
+    chosen = choose_settings(scores["calibration"], matched)
     test, material = scores["test"], phases["test"]
     main = []
     for way, key in chosen.items():

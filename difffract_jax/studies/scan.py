@@ -135,12 +135,12 @@ def _sample(
         "txt": rng.integers(0, words[None, :, None] + 1, (steps, len(words), TEXT_TOKENS)),
     }
     masks = np.broadcast_to(mask, (steps, *mask.shape))
-    kept, latents = reduced_codes(pipe, tcs, run, text, pooled, noise, keep, (picked["img"], picked["txt"], masks))
+    kept, latents = reduced_codes(pipe, tcs, run, text, pooled, noise, keep_code, (picked["img"], picked["txt"], masks))
     images = np.asarray(pixels(pipe.vae, latents, run.grid))
     return jax.tree.map(np.asarray, kept), picked, images
 
 
-def keep(group: Group, z: Float[Array, "rows feat"], extra: tuple[Array, Array, Array]) -> Kept:
+def keep_code(group: Group, z: Float[Array, "rows feat"], extra: tuple[Array, Array, Array]) -> Kept:
     """Reduces one site's code; a `transcoders.codes.Reduce`.
 
     Args:

@@ -1,6 +1,6 @@
 """`steps`: in which step, and on which side, is an object's colour decided? Registered in docs/studies.md.
 
-1. Cases (`removing.plain`); of each the total effects on the colour of the object's box in the last step.
+1. Cases (`removing.draw_plain`); of each the total effects on the colour of the object's box in the last step.
 2. `Shares`: how the absolute effects divide among steps and sides.
 3. The n places of highest effect of one step, each in turn, and of all steps, are taken away; beside them as many at
    random of the same step, with the same norm.
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float64
 from matplotlib.figure import Figure
 
-from difffract_jax.circuits.effects.effect_tables import rows_of
+from difffract_jax.circuits.effects.effect_tables import counted_rows
 from difffract_jax.circuits.effects.total_effects import TotalEffects
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
@@ -54,7 +54,7 @@ def steps(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, advanc
         size: scenes to draw instead of the registered number.
         advance: gives a progress callback for a named stage.
     """
-    material = removing.right_images(pipe, removing.plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
+    material = removing.right_images(pipe, removing.draw_plain(WORLD, size or SIZE, FIRST_SEED), advance("images"))
     colours, progress = [removing.drawn_colour(case) for case in material.cases], advance("effects")
     divided, effects = [], []
     for row, case in enumerate(material.cases):
@@ -86,7 +86,7 @@ def shares(found: TotalEffects) -> Shares:
         effects = [np.abs(np.asarray(group, np.float64)) for group in kind]
         # Image before text, as in `SIDES`.
         sides = sorted(found.layout.sides)
-        rows = [rows_of(found.layout, group, side, every["img"], every["txt"]) for group, side in sides]
+        rows = [counted_rows(found.layout, group, side, every["img"], every["txt"]) for group, side in sides]
         sums = [
             effects[g][:, :, mask].reshape(len(effects[g]), -1).sum(axis=1)
             for (g, _), mask in zip(sides, rows, strict=True)

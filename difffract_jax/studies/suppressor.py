@@ -60,7 +60,7 @@ def suppressor(
         advance: gives a progress callback for a named stage.
     """
     count, (world, seed) = size or SIZE, SCENES
-    scenes = removing.plain(world, count, seed)
+    scenes = removing.draw_plain(world, count, seed)
     captions = contradicting(count, CONTRADICTIONS[0]).captions
     drawn = {
         "scenes": [case for case in scenes if competing_colour(case) != removing.drawn_colour(case)],

@@ -1,7 +1,7 @@
 """The shuffle buffer: rows of many prompts and steps on the device, served in random order and replaced by parts.
 
-1. `fill` writes chunks until the group of sites with the most rows per prompt is full. Groups with fewer rows, such as
-   the text stream, hold what came until then, and go on filling.
+1. `fill_store` writes chunks until the group of sites with the most rows per prompt is full. Groups with fewer rows,
+   such as the text stream, hold what came until then, and go on filling.
 2. A round serves `round_rows` rows of every group in a random order, batch by batch, none of them twice before all have
    been served once.
 3. `refresh` then overwrites the rows that were served with those of new chunks, until a group has replaced all it
@@ -99,7 +99,7 @@ def empty_store(sites: SiteSet, width: int, capacity: int, dtype: Any, mesh: Mes
     return jax.tree.map(lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), abstract)
 
 
-def fill(store: Store, source: RowSource, plan: BufferSizes) -> tuple[Store, Position]:
+def fill_store(store: Store, source: RowSource, plan: BufferSizes) -> tuple[Store, Position]:
     """Writes the first chunks into an empty buffer.
 
     Raises:

@@ -25,7 +25,7 @@ from difffract_jax.config import UserError, resolve
 from difffract_jax.models.pipeline import (
     EncodedPrompt,
     Pipeline,
-    decode,
+    decode_latents,
     encode,
     euler_step,
     model_velocity,
@@ -33,8 +33,8 @@ from difffract_jax.models.pipeline import (
     step_inputs,
 )
 from difffract_jax.transcoders.harvest import Sampler
-from difffract_jax.transcoders.objective import ActivationRows, Objective, encoder_input, preactivations
-from difffract_jax.transcoders.objective import decode as decode_rows
+from difffract_jax.transcoders.objective import ActivationRows, Objective, encoder_input, encoder_preactivations
+from difffract_jax.transcoders.objective import decode_codes as decode_rows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from difffract_jax.transcoders.sources import Caption, open_sampler
@@ -196,7 +196,7 @@ def row_sums(stack: Transcoder, rows: ActivationRows, valid: Array, times: Float
 
     def one(tc: Transcoder, x: Array, y: Array) -> Sums:
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-        z = tc.activate(preactivations(tc, encoder_input(tc, ActivationRows(x, y, rows.t)), Objective()))
+        z = tc.activate(encoder_preactivations(tc, encoder_input(tc, ActivationRows(x, y, rows.t)), Objective()))
         guess = decode_rows(tc, z, x, Objective())
         size, guessed = (jnp.maximum(jnp.linalg.norm(a, axis=1), 1e-12) for a in (y, guess))
         columns = [
@@ -320,7 +320,7 @@ def _image(build: _Builder, number: int) -> dict[str, Any]:
             (replaced_velocity, build.model(kinds, encoded)),
         )
     ]
-    original, ours = (decode(source.pipe, end, source.run.grid) for end in ends)
+    original, ours = (decode_latents(source.pipe, end, source.run.grid) for end in ends)
     return {"prompt": source.prompts(number), "psnr": psnr(ours, original), "ssim": ssim(ours, original)}
 
 

@@ -22,7 +22,7 @@ MEASURES = (
 )
 
 
-def write_report(results: Mapping[str, Evaluation], out: Path, record: Mapping[str, Any]) -> Path:
+def write_evaluation_report(results: Mapping[str, Evaluation], out: Path, record: Mapping[str, Any]) -> Path:
     """Writes the report of one or several sets of transcoders; the first is described in full.
 
     Args:
@@ -39,14 +39,14 @@ def write_report(results: Mapping[str, Evaluation], out: Path, record: Mapping[s
         _density_figure(first).savefig(partial / "density.png", dpi=120)
         if len(results) > 1:
             _pareto_figure(results).savefig(partial / "pareto.png", dpi=120)
-        (partial / "report.md").write_text(page(name, results))
+        (partial / "report.md").write_text(report_page(name, results))
         numbers = {key: value._asdict() for key, value in results.items()}
         text = json.dumps({"provenance": record, "points": points(results), "results": numbers}, indent=2)
         (partial / "evaluation.json").write_text(text + "\n")
     return out / "report.md"
 
 
-def page(name: str, results: Mapping[str, Evaluation]) -> str:
+def report_page(name: str, results: Mapping[str, Evaluation]) -> str:
     """Returns the page as Markdown.
 
     Args:

@@ -253,7 +253,7 @@ def _chain(leaves: Sequence[Array]) -> Array:
     return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves)
 
 
-def rows_of(
+def collect_rows(
     source: RowSource, group: str, numbers: range, progress: Callable[[int, int], None] | None = None
 ) -> ActivationRows:
     """Returns the valid rows of one group in several chunks; for evaluation and tests.

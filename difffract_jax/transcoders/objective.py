@@ -141,7 +141,7 @@ def site_loss(
 
     sparse = objective.sparse and axis is None and "topk" in tc.config.activation
     x = encoder_input(tc, rows)
-    u = preactivations(tc, x, objective)
+    u = encoder_preactivations(tc, x, objective)
     code = _code_active(tc, rows.x, x, u, objective) if sparse else _code(tc, rows.x, u, objective, axis)
     residual = rows.y - code.y
     variance = jnp.sum(mean(jnp.square(rows.y - mean(rows.y)[None]))) + EPSILON
@@ -156,7 +156,7 @@ def site_loss(
         case _:
             if objective.lift_weight:
                 # Sparsely, u has no gradient: what needs one makes its own, and only where something is dead.
-                again = partial(preactivations, tc, x, objective) if sparse else lambda: u
+                again = partial(encoder_preactivations, tc, x, objective) if sparse else lambda: u
                 lift = partial(_lift, again, silent, code.cutoff, objective)
                 loss = loss + objective.lift_weight * jax.lax.cond(revive, lift, lambda: jnp.zeros((), u.dtype))
             if objective.aux_weight:
@@ -184,7 +184,9 @@ def encoder_input(tc: Transcoder, rows: ActivationRows) -> Float[Array, "rows d_
     return (1 + alpha) * rows.x + beta
 
 
-def preactivations(tc: Transcoder, x: Float[Array, "rows d_model"], objective: Objective) -> Float[Array, "rows feat"]:
+def encoder_preactivations(
+    tc: Transcoder, x: Float[Array, "rows d_model"], objective: Objective
+) -> Float[Array, "rows feat"]:
     """Returns u of encoder inputs."""
     assert tc.enc.bias is not None  # made with one
     return matmul(x, tc.enc.kernel[...], objective.bf16) + tc.enc.bias[None, :]
@@ -198,9 +200,9 @@ def _code(
     axis: str | None,
 ) -> Coded:
     """Returns codes and y^ by dense products."""
-    z, cutoff = codes(tc, u, objective, axis)
+    z, cutoff = sparse_codes(tc, u, objective, axis)
     l0 = jnp.mean(jnp.sum(z > 0, axis=1).astype(z.dtype))
-    return Coded(decode(tc, z, x, objective), jnp.mean(jnp.sum(z, axis=1)), l0, jnp.any(z > 0, axis=0), cutoff)
+    return Coded(decode_codes(tc, z, x, objective), jnp.mean(jnp.sum(z, axis=1)), l0, jnp.any(z > 0, axis=0), cutoff)
 
 
 def _code_active(
@@ -226,7 +228,7 @@ def _code_active(
     return Coded(y, jnp.sum(value) / rows, jnp.sum(value > 0).astype(u.dtype) / rows, fired, cutoff)
 
 
-def codes(
+def sparse_codes(
     tc: Transcoder, u: Float[Array, "rows feat"], objective: Objective, axis: str | None
 ) -> tuple[Float[Array, "rows feat"], Float[Array, ""]]:
     """Returns the codes, and the cut-off of `batchtopk`."""
@@ -241,7 +243,7 @@ def codes(
             return tc.activate(u), none
 
 
-def decode(
+def decode_codes(
     tc: Transcoder, z: Float[Array, "rows feat"], x: Float[Array, "rows d_model"], objective: Objective
 ) -> Float[Array, "rows d_model"]:
     """Returns y^ of codes; see `Transcoder.decode`."""

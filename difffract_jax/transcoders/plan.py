@@ -176,7 +176,7 @@ def plan(
         raise UserError("Only parallel: jit can be planned; pmap holds the whole state on every chip.")
     setups = (_set_up(work, topology, shape) for shape in (meshes(work, topology) if mesh is None else (mesh,)))
     first = next(setups)
-    hopeful = (s for s in chain((first,), setups) if sum(held(s, work.model).values()) <= topology.hbm)
+    hopeful = (s for s in chain((first,), setups) if sum(held_bytes(s, work.model).values()) <= topology.hbm)
     tried: list[TrainingPlan] = []
     for setup in list(islice(hopeful, TRIES)) or [first]:
         note(f"Compiling for {topology.name}, mesh {mesh_text(setup.mesh.shape)}; minutes if it fits, seconds if not")
@@ -245,7 +245,7 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
     Raises:
         UserError: if the compiler fails for another reason than memory.
     """
-    state, rows, sizes = abstract_state(setup), abstract_rows(setup), held(setup, model)
+    state, rows, sizes = abstract_state(setup), abstract_rows(setup), held_bytes(setup, model)
     start = time.perf_counter()
     compiled: Any = None
     found: dict[str, Any] = dict.fromkeys(("arguments", "outputs", "temporaries", "peak", "compiled_flops"))
@@ -255,7 +255,7 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
             raise UserError(f"The compiler cannot build the step for {topology.name}: {reason}.") from None
-        found |= asked_of(str(error), sizes["state"] + sizes["rows"])
+        found |= memory_asked(str(error), sizes["state"] + sizes["rows"])
     else:
         found |= memory_of(compiled)
     peak: Any = found["peak"]
@@ -275,7 +275,7 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
     )
 
 
-def held(setup: Setup, model: Mapping[str, Any]) -> dict[str, int]:
+def held_bytes(setup: Setup, model: Mapping[str, Any]) -> dict[str, int]:
     """Returns what a chip holds whatever the step needs besides: state, rows, buffer and model, in bytes."""
     spread = pipeline_shardings(setup.mesh)
     store = abstract_store(setup.sites, setup.width, setup.plan.capacity, setup.dtype, setup.mesh)
@@ -312,7 +312,7 @@ def memory_of(compiled: Any) -> dict[str, Any]:
     return names | {"compiled_flops": costs.get("flops")}
 
 
-def asked_of(message: str, arguments: int) -> dict[str, int]:
+def memory_asked(message: str, arguments: int) -> dict[str, int]:
     """Returns what a program would have needed that the compiler refused for want of memory, as far as it says so.
 
     Args:

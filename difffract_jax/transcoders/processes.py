@@ -1,7 +1,7 @@
 """Several processes as one run: what each of them does, what the first alone does, and how all learn of it.
 
-1. `join` makes this process one of several, each with devices of its own. From then on `jax.devices()` are those of
-   all, and every process runs the same program on the same host data; XLA moves what has to move.
+1. `join_processes` makes this process one of several, each with devices of its own. From then on `jax.devices()` are
+   those of all, and every process runs the same program on the same host data; XLA moves what has to move.
 2. The directory of the run is shared. Orbax writes each process's part of a checkpoint; everything else is written by
    the first process, under `together`, so that all go on or all stop with the same sentence.
 
@@ -22,7 +22,7 @@ LONGEST = 2000
 """Bytes of a sentence that all processes are told."""
 
 
-def join(text: str) -> None:
+def join_processes(text: str) -> None:
     """Joins this process to the others; to be called before anything else uses JAX.
 
     Args:

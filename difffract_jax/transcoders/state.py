@@ -5,7 +5,8 @@
    Kind `tied`: both from unit vectors, b_dec the mean of y, and b_enc such that the mean of x gives u = 0 (as
    EleutherAI's sparsify does). The FiLM head starts at 0, so that time does nothing yet.
 2. Rows are divided by one number per site for x and one for y, so that their root mean square is 1.
-3. `export` undoes 2 in the weights, exactly, and turns `batchtopk` into `jumprelu` with the cut-off as threshold.
+3. `export_transcoders` undoes 2 in the weights, exactly, and turns `batchtopk` into `jumprelu`: the cut-off is the
+   threshold.
 
 With x = s_x x' and y = s_y y':  u = W_enc ((1 + alpha) x / s_x + beta) + b_enc. All activations commute with a
 positive factor, so W_enc * s_y / s_x, beta * s_x, b_enc * s_y, thresholds and b_dec * s_y, W_skip * s_y / s_x act on
@@ -71,7 +72,7 @@ class Moments(NamedTuple):
     y_scale: Float[Array, "site"]
 
 
-def measure(rows: ActivationRows, scaled: bool) -> Moments:
+def measure_moments(rows: ActivationRows, scaled: bool) -> Moments:
     """Returns the moments of rows of all sites.
 
     Args:
@@ -168,7 +169,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     return placed._replace(silent=NamedSharding(mesh, specs["enc.bias"]))
 
 
-def export(state: TrainState, *, dtype: Any = jnp.float32) -> tuple[Transcoder, TranscoderConfig]:
+def export_transcoders(state: TrainState, *, dtype: Any = jnp.float32) -> tuple[Transcoder, TranscoderConfig]:
     """Returns the transcoders for unscaled rows, stacked over the sites, and their shape.
 
     Args:

@@ -24,7 +24,7 @@ def parse_ks(text: str) -> list[int]:
     return sorted({int(part) for part in parts})
 
 
-def sweep(base: TrainConfig, ks: list[int]) -> list[TrainConfig]:
+def sweep_settings(base: TrainConfig, ks: list[int]) -> list[TrainConfig]:
     """Returns the settings of every run of a sweep; their directories lie in that of `base`.
 
     Raises:

@@ -54,8 +54,8 @@ from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, 
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.state import (
     TrainState,
-    export,
-    measure,
+    export_transcoders,
+    measure_moments,
     place,
     state_shardings,
 )
@@ -159,10 +159,10 @@ def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
     """Fills the buffer, makes the first weights, and writes down the settings: from then on there is a run."""
     settings = setup.settings
     store = buffers.empty_store(setup.sites, setup.width, setup.plan.capacity, setup.dtype, setup.mesh)
-    store, position = buffers.fill(store, source, setup.plan)
+    store, position = buffers.fill_store(store, source, setup.plan)
     count = min((MEASURED_ROWS, *position.counts))
     rows = buffers.gather(store, {name: np.arange(count, dtype=np.int32) for name in store})
-    state = first_state(setup, measure(rows, settings.scale_rows))
+    state = first_state(setup, measure_moments(rows, settings.scale_rows))
     together(lambda: _write_settings(settings.out, record))
     return _Run(place(state, state_shardings(state, setup.mesh)), store, position)
 
@@ -294,7 +294,7 @@ def transcoders_of(state: TrainState, sites: SiteSet) -> TranscoderSet:
         state: of the training.
         sites: in the order of its stack.
     """
-    stack, config = export(state)
+    stack, config = export_transcoders(state)
     stack = whole(stack)
     stacks: dict[str, Any] = {
         name: jax.tree.map(lambda leaf, at=at: leaf[at], stack) for name, at in sites.slices.items()

@@ -22,7 +22,7 @@ from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.checks.faithfulness import live_reading
 from difffract_jax.circuits.effects.attention import head_loadings
 from difffract_jax.circuits.effects.readings import edited
-from difffract_jax.circuits.frozen.replacement import prepare_step, run
+from difffract_jax.circuits.frozen.replacement import prepare_step, run_replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations
 from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.graphs.graph import ERROR, FEATURE, Graph
@@ -140,7 +140,7 @@ def some_targets(trace, tcs):
 
 def test_the_replacement_is_the_model_and_edges_and_bias_add_up(made):
     _, tcs, trace, prepared = made
-    reading = jax.jit(run)(*prepared)
+    reading = jax.jit(run_replacement)(*prepared)
     assert relative_error(reading.velocity, trace.record.velocity) <= TOL.x64
     targets = some_targets(trace, tcs)
     edges = np.asarray(pull_back(prepared, targets))
@@ -154,7 +154,7 @@ def test_edges_of_every_stack_are_direct_interventions(made):
     _, tcs, trace, prepared = made
     targets, sources = some_targets(trace, tcs), prepared.sources
     edges, table = np.asarray(pull_back(prepared, targets)), source_table((prepared,), (trace.info,))
-    affine = jax.jit(run)
+    affine = jax.jit(run_replacement)
     before = preactivations(prepared, targets, affine(*prepared).mlp_in)
     rng, seen = np.random.default_rng(0), set()
     rows = np.flatnonzero(np.isin(table.kind, (FEATURE, ERROR)) & (table.value > 0))

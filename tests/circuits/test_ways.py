@@ -9,7 +9,7 @@ import pytest
 
 from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.circuits.attribution.engine import make_engine, pull_rows
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.attribution.pullback import PullOptions
 from difffract_jax.circuits.attribution.rounding import rounded
 from difffract_jax.circuits.attribution.selection import strongest_feature
@@ -39,7 +39,7 @@ def same_graph(ours, expected, tolerance):
 def small():
     """A trace through to the velocity in float32, and a target of each kind."""
     exact = make_exact(img=(0, 2), txt=(), joint=(1,), output=True, dtype=jnp.float32)
-    output = resolve(exact.pipe, exact.trace, parse_target("pixels:color=red,box=8,8,24,20"))
+    output = resolve_target(exact.pipe, exact.trace, parse_target("pixels:color=red,box=8,8,24,20"))
     return exact, [(output, 2.0), (strongest_feature(exact.trace, exact.tcs, "img", 2), 1.0)]
 
 
@@ -57,7 +57,7 @@ def test_rows_on_several_devices_are_the_rows_of_one_over_several_steps(x64):
     pipe = random_pipeline(seed=3, dtype=jnp.float64)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(), joint=(1,))
     span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(**SIZE))
-    output = resolve(pipe, span, parse_target("velocity:"))
+    output = resolve_target(pipe, span, parse_target("velocity:"))
     one, four = (make_engine(span, tcs, (output,), way) for way in (PullOptions(), PullOptions(make_mesh({"data": 4}))))
     features = np.flatnonzero((one.table.kind == FEATURE) & (one.table.value > 0))
     rows = np.array([one.sources, *features[[-1, -5, 40, 3, 0]]], np.int64)

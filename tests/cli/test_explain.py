@@ -12,7 +12,7 @@ import pytest
 from commands import done, run_command, run_json
 
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.outputs import GREY, colour_of, parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import GREY, colour_of, parse_target, resolve_target
 from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.editing.sweeps import steer_batch
 from difffract_jax.circuits.effects.total_effects import total_effects
@@ -62,7 +62,7 @@ def graphs(organism: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("graphs")
     pipe, tcs = organism
     trace = capture(pipe, tcs, PROMPT, seed=0, step=1, output=True)
-    graph = attribute(trace, tcs, target=resolve(pipe, trace, parse_target(RED)), max_nodes=30)
+    graph = attribute(trace, tcs, target=resolve_target(pipe, trace, parse_target(RED)), max_nodes=30)
     graph.save(folder / "output.npz")
     replace(graph, edge_attribution=graph.edge_attribution * np.float32(1.01)).save(folder / "wrong.npz")
     graph.with_provenance(steps=(0, 1)).save(folder / "steps.npz")
@@ -135,7 +135,7 @@ def test_effects_are_total_effects_in_names_to_paste(result: Any, organism: tupl
     pipe, tcs = organism
     told = result(*EFFECTS, "--target", RED, "--seed", 3, "--box", "0,0,24,48", "--top", 400)
     span = capture_steps(pipe, tcs, PROMPT, last=3, seed=3)
-    found = total_effects(span, tcs, resolve(pipe, span, parse_target(RED)))
+    found = total_effects(span, tcs, resolve_target(pipe, span, parse_target(RED)))
     inside = np.isin(np.arange(36), tokens_in(box_mask("0,0,24,48", (48, 48)), (6, 6)))
     labels = load_labels("organism")
     assert told["step"] == 3 and told["image tokens counted"] == "18 of 36"

@@ -11,7 +11,7 @@ from commands import done, run_json
 
 from difffract_jax.graphs.files.viewer_document import read_document
 from difffract_jax.graphs.graph import Graph
-from difffract_jax.graphs.json_values import plain
+from difffract_jax.graphs.json_values import to_json_values
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import KnownRun
 from random_graphs import random_graph, random_output_graph
@@ -41,7 +41,7 @@ def test_pruning_tells_the_scores_and_keeps_them(difffract, mode):
     told = done(difffract("prune", "0.npz", "--mode", mode))
     pruned = Graph.load("pruned.npz")
     assert [row.pop("of") for row in told["scores"]] == ["unpruned", "pinned", "pruned"]
-    assert told["scores"] == list(plain(pruned.provenance.scores).values())
+    assert told["scores"] == list(to_json_values(pruned.provenance.scores).values())
     assert pruned.provenance.pruning.mode == mode and told["edges"] == pruned.edge_source.size
     assert (
         done(difffract("prune", "0.npz"))["edges"] == done(difffract("prune", "0.npz", "--mode", "standard"))["edges"]

@@ -14,7 +14,7 @@ from difffract_jax.address import IMG, TXT, flux_layout
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.dashboards.pictures import HEAT, STRONGEST, enlarged, figure_address, heat_over, png_address
 from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
-from difffract_jax.dashboards.render import Picture, Section, drawing, render, shown, write_report
+from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render, write_report
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.provenance import KnownRun
@@ -100,7 +100,7 @@ def test_cards_hold_the_graph_s_maps(graph):
             places = graph.map_position[part]
             assert [found.words[p][1] for p in places] == pytest.approx(graph.map_value[part].tolist())
         seen.add(int(graph.node_stream[node]))
-        told = shown(found, np.zeros((16, 16, 3), np.uint8))
+        told = feature_card(found, np.zeros((16, 16, 3), np.uint8))
         assert max((share for _, share, _ in told["words"]), default=1.0) == 1.0
     assert seen == {IMG, TXT}
 

@@ -9,7 +9,7 @@ from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.comparison import compare, read_graph
 from difffract_jax.graphs.files.reference_json import write_reference_json
-from difffract_jax.graphs.graph import keep
+from difffract_jax.graphs.graph import subgraph
 from random_graphs import random_graph
 
 
@@ -24,7 +24,7 @@ def test_a_graph_equals_itself():
 def test_what_is_missing_is_named():
     graph = random_graph(0)
     nodes = np.arange(graph.node_kind.size) != 1
-    found = compare(graph, keep(graph, nodes, np.ones(graph.edge_source.size, bool)))
+    found = compare(graph, subgraph(graph, nodes, np.ones(graph.edge_source.size, bool)))
     assert len(found.nodes_only_in_a) == 1 and found.nodes_only_in_a[0].startswith("feature ")
     assert found.edges_only_in_a == np.sum((graph.edge_source == 1) | (graph.edge_target == 1))
     assert found.edges_only_in_b == 0 and not found.nodes_only_in_b
@@ -61,5 +61,5 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 def test_too_few_common_edges_have_no_correlation():
     graph = random_graph(0)
     edges = np.arange(graph.edge_source.size) == 0
-    one = keep(graph, np.ones(graph.node_kind.size, bool), edges)
+    one = subgraph(graph, np.ones(graph.node_kind.size, bool), edges)
     assert compare(one, graph).pearson is None

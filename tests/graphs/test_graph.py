@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.graph import Graph, keep
+from difffract_jax.graphs.graph import Graph, subgraph
 from difffract_jax.graphs.provenance import Provenance
 from random_graphs import random_graph, random_output_graph
 
@@ -38,13 +38,13 @@ def test_what_is_saved_is_loaded(tmp_path_factory, seed, extra):
 def test_keeping_everything_is_the_same_graph():
     graph = replace(random_graph(2), supernodes={"a": [0, 2]})
     ones = (np.ones(graph.node_kind.size, bool), np.ones(graph.edge_source.size, bool))
-    assert_same(keep(graph, *ones), graph)
+    assert_same(subgraph(graph, *ones), graph)
 
 
 def test_edges_go_with_their_nodes():
     graph = replace(random_graph(2), supernodes={"a": [0, 2], "b": [2]})
     nodes = np.arange(graph.node_kind.size) != 2
-    kept = keep(graph, nodes, np.ones(graph.edge_source.size, bool))
+    kept = subgraph(graph, nodes, np.ones(graph.edge_source.size, bool))
     gone = (graph.edge_source == 2) | (graph.edge_target == 2)
     assert kept.edge_source.size == np.sum(~gone) and kept.supernodes == {"a": [0]}
     assert np.array_equal(kept.node_feature, graph.node_feature[nodes])
@@ -60,7 +60,7 @@ def test_weights_are_shares_of_the_targets():
 
 def test_all_targets_are_kept():
     graph = random_output_graph(0)
-    kept = keep(graph, np.zeros(graph.node_kind.size, bool), np.ones(graph.edge_source.size, bool))
+    kept = subgraph(graph, np.zeros(graph.node_kind.size, bool), np.ones(graph.edge_source.size, bool))
     assert kept.node_kind.size == 3 and kept.target_node.tolist() == [0, 1, 2]
 
 

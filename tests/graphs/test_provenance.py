@@ -15,7 +15,7 @@ import pytest
 from difffract_jax.address import flux_layout
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import Graph
-from difffract_jax.graphs.json_values import beyond, joined
+from difffract_jax.graphs.json_values import beyond, merge_json
 from difffract_jax.graphs.provenance import (
     AttributionSettings,
     GroupingSettings,
@@ -176,6 +176,6 @@ def test_what_is_told_stands_over_what_was_left_over():
     record = {"a": 1, "b": {"c": 2, "d": [{"e": 3}, {}]}, "f": []}
     understood = {"b": {"c": 2, "d": [{}, {}]}}
     rest = beyond(record, understood)
-    assert rest == {"a": 1, "b": {"d": [{"e": 3}, {}]}, "f": []} and joined(understood, rest) == record
-    assert joined({"a": 2, "b": {"d": [1]}}, rest) == {"a": 2, "b": {"d": [1]}, "f": []}
+    assert rest == {"a": 1, "b": {"d": [{"e": 3}, {}]}, "f": []} and merge_json(understood, rest) == record
+    assert merge_json({"a": 2, "b": {"d": [1]}}, rest) == {"a": 2, "b": {"d": [1]}, "f": []}
     assert beyond(understood, understood) == {}

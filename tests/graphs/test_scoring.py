@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, keep
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, subgraph
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.scoring import scores
 from random_graphs import random_graph, random_output_graph
@@ -72,9 +72,9 @@ def test_pinning_everything_changes_nothing_and_nothing_leaves_no_feature():
 def test_without_errors_both_are_one_and_without_edges_there_is_no_replacement():
     graph = random_output_graph(1)
     edges = np.ones(graph.edge_source.size, bool)
-    clean = keep(graph, ~np.isin(graph.node_kind, (ERROR, REST)), edges)
+    clean = subgraph(graph, ~np.isin(graph.node_kind, (ERROR, REST)), edges)
     assert scores(clean) == (1.0, 1.0)
-    assert scores(keep(graph, np.ones(graph.node_kind.size, bool), ~edges)) == (None, 1.0)
+    assert scores(subgraph(graph, np.ones(graph.node_kind.size, bool), ~edges)) == (None, 1.0)
 
 
 def test_pruning_stores_the_scores_of_all_three_readings():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from difffract_jax.models.blocks import Cond, Streams, join, split
+from difffract_jax.models.blocks import Cond, Streams, join_streams, split
 from difffract_jax.models.double import DoubleBlock
 from difffract_jax.models.mmdit import position_ids
 from difffract_jax.models.single import SingleBlock
@@ -82,7 +82,7 @@ def test_standing_in_for_the_mlp_with_the_mlp_changes_nothing(case):
 
 def test_streams_are_joined_text_first_and_come_apart_again():
     pair = streams(0)
-    joint = join(pair)
+    joint = join_streams(pair)
     assert np.array_equal(joint[:TEXT], pair.txt) and np.array_equal(joint[TEXT:], pair.img)
     assert all(np.array_equal(a, b) for a, b in zip(split(joint, TEXT), pair, strict=True))
 

@@ -13,7 +13,16 @@ from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline
 from difffract_jax.models import pipeline
 from difffract_jax.models.mmdit import FluxConfig
-from difffract_jax.models.pipeline import decode, decode_raw, encode, generate, model_velocity, plan_run, sample, start
+from difffract_jax.models.pipeline import (
+    decode_latents,
+    decode_raw,
+    encode,
+    generate,
+    initial_noise,
+    model_velocity,
+    plan_run,
+    sample,
+)
 from difffract_jax.models.sampler import pack
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh, pipeline_shardings
@@ -49,7 +58,7 @@ def test_golden_latents_are_met_at_every_step(pipe, golden, prompt):
     run = plan_run(pipe.config, **SIZE)
     encoded = encode(pipe, PROMPTS[prompt], 16)
     for steps in range(5):
-        noise = start(pipe, run, 0, golden[f"p{prompt}_initial_latents"])
+        noise = initial_noise(pipe, run, 0, golden[f"p{prompt}_initial_latents"])
         latents = sample(model_velocity, pipe.transformer, run, encoded, noise, stop=steps)
         assert relative_error(latents, golden[f"p{prompt}_latents"][steps]) <= TOL.f32_run
 
@@ -170,4 +179,4 @@ def test_what_does_not_fit_is_refused(tiny, change, sentence):
 
 def test_pixels_are_clipped_and_rounded(tiny, monkeypatch):
     monkeypatch.setattr(pipeline, "decode_raw", lambda *_: jnp.asarray([[[-2.0, 0.0, 3.0]]]))
-    assert decode(tiny, jnp.zeros((1, 16)), (1, 1)).tolist() == [[[0, 128, 255]]]
+    assert decode_latents(tiny, jnp.zeros((1, 16)), (1, 1)).tolist() == [[[0, 128, 255]]]

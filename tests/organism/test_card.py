@@ -35,7 +35,7 @@ def counted(monkeypatch):
 
 
 def test_all_tables_come_in_order_each_of_its_share_of_the_images(organism, counted):
-    found = card.measure(organism, 100)
+    found = card.measure_organism(organism, 100)
     assert [(rows[0]["images"], rows[0]["steps"]) for rows in found.values()] == [
         (100, 4),
         (100, 16),
@@ -50,12 +50,14 @@ def test_all_tables_come_in_order_each_of_its_share_of_the_images(organism, coun
 
 
 def test_no_table_is_made_of_no_images(organism, counted):
-    assert all(rows[0]["images"] >= 1 for rows in card.measure(organism, 1).values())
+    assert all(rows[0]["images"] >= 1 for rows in card.measure_organism(organism, 1).values())
 
 
 @pytest.mark.parametrize("name", card.TABLES)
 def test_one_table_may_be_made_alone(organism, counted, name):
-    assert list(card.measure(organism, 8, (name,))) == [list(card.measure(organism, 8))[card.TABLES.index(name)]]
+    assert list(card.measure_organism(organism, 8, (name,))) == [
+        list(card.measure_organism(organism, 8))[card.TABLES.index(name)]
+    ]
 
 
 def test_speed_is_measured_cold_and_warm(organism, monkeypatch):

@@ -8,7 +8,7 @@ from difffract_jax.organism.captions import COLOUR_NAMES, RELATIONS
 from difffract_jax.organism.evaluate import (
     GROUPS,
     ablations,
-    binding,
+    binding_accuracy,
     contradictions,
     draw_images,
     held_out,
@@ -83,7 +83,7 @@ def test_a_group_is_the_same_every_time_and_grows_at_its_end():
 def test_a_true_painter_is_always_right(organism, paint):
     paint(painter)
     told = []
-    rows = binding(organism, 30, progress=lambda *what: told.append(what))
+    rows = binding_accuracy(organism, 30, progress=lambda *what: told.append(what))
     assert [(row["what"], row["images"], row["right"], row["share"]) for row in rows] == [
         (group, 30, 30, 1.0) for group in GROUPS
     ]
@@ -162,7 +162,7 @@ def test_seeing_is_reading_pixels_as_they_were_drawn():
 
 
 def test_a_random_model_gets_nothing_right(organism):
-    rows = binding(organism, 2)
+    rows = binding_accuracy(organism, 2)
     assert [(row["what"], row["images"], row["right"]) for row in rows] == [(group, 2, 0) for group in GROUPS]
 
 

@@ -7,7 +7,7 @@ from difffract_jax.organism import probe
 from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import held_out
 from difffract_jax.organism.render import NOUNS
-from difffract_jax.organism.text import codes, encode_all, tokenise
+from difffract_jax.organism.text import encode_all, token_codes, tokenise
 from difffract_jax.organism.world import scenes
 from tolerances import TOL, relative_error
 
@@ -26,14 +26,14 @@ def planted(size, seed, strength):
 
 def words_and_positions(t5, clip, prompts):
     """What a T5 that learned its task perfectly would give; CLIP's part is not looked at."""
-    tokens, positions = codes(0)
+    tokens, positions = token_codes(0)
     return tokens[prompts.t5_ids] + positions, None
 
 
 def neighbours_too(t5, clip, prompts):
     """A T5 whose states hold their left neighbour as well."""
     states = words_and_positions(t5, clip, prompts)[0]
-    return states + np.roll(codes(0)[0][prompts.t5_ids], 1, axis=1), None
+    return states + np.roll(token_codes(0)[0][prompts.t5_ids], 1, axis=1), None
 
 
 def test_the_ridge_recovers_what_was_planted():

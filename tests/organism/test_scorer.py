@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, PLACES, RELATIONS
-from difffract_jax.organism.render import COLOURS, NOUNS, SIDE, background, draw
+from difffract_jax.organism.render import COLOURS, NOUNS, SIDE, background, draw_scenes
 from difffract_jax.organism.scorer import UNREADABLE, describe, interval, judge, read_scenes
 from difffract_jax.organism.world import IS_CONCEPT, concatenate, from_caption, scenes
 
@@ -13,7 +13,7 @@ SHAPES = [noun for kind, noun in enumerate(NOUNS) if not IS_CONCEPT[kind]]
 
 def one(noun, colour, centre=24.0, radius=8.5):
     """The picture of one object."""
-    return draw(
+    return draw_scenes(
         np.ones(1, int),
         np.full((1, 1), NOUNS.index(noun)),
         np.full((1, 1), tuple(COLOURS).index(colour)),
@@ -143,7 +143,7 @@ def test_blends_of_two_colours_are_unreadable(colours):
 
 
 def test_figures_that_run_into_one_another_are_no_two_objects():
-    touching = draw(
+    touching = draw_scenes(
         np.full(1, 2),
         np.array([[NOUNS.index("circle"), NOUNS.index("square")]]),
         np.array([[0, 4]]),

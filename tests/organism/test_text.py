@@ -52,7 +52,7 @@ def test_tokenising_many_gives_the_ids_of_encoding_one(tokenizers):
 
 
 def test_codes_are_orthogonal_and_of_half_a_states_variance():
-    tokens, positions = text.codes(3)
+    tokens, positions = text.token_codes(3)
     codes = np.concatenate([tokens, positions]).astype(np.float64)
     width = text.t5_config().d_model
     assert tokens.shape == (text.t5_config().vocab, width) and positions.shape == (TEXT_TOKENS, width)
@@ -61,8 +61,8 @@ def test_codes_are_orthogonal_and_of_half_a_states_variance():
 
 
 def test_codes_depend_on_the_seed_alone():
-    np.testing.assert_array_equal(text.codes(1)[0], text.codes(1)[0])
-    assert not np.array_equal(text.codes(1)[0], text.codes(2)[0])
+    np.testing.assert_array_equal(text.token_codes(1)[0], text.token_codes(1)[0])
+    assert not np.array_equal(text.token_codes(1)[0], text.token_codes(2)[0])
 
 
 def test_a_step_has_its_own_prompts_half_captions_half_words(tokenizers):

@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.circuits.effects.readings import effects, predict
+from difffract_jax.circuits.effects.readings import node_effects, predict
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.organism.captions import parse
 from difffract_jax.studies import choices
-from difffract_jax.studies.cases import Case, draw, recoloured, recolourings
-from difffract_jax.studies.errors import shown
+from difffract_jax.studies.cases import Case, draw_cases, recoloured, recolourings
+from difffract_jax.studies.errors import caption_of_seen
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference
-from difffract_jax.studies.precision import colour_target, settle
+from difffract_jax.studies.precision import choose_settings, colour_target
 from difffract_jax.studies.repair import blame
 from difffract_jax.transcoders.transcoder import Transcoder
 from random_graphs import random_graph, random_output_graph
@@ -37,7 +37,7 @@ def material(organism):
     """Two cases that are kept, and between them one of three objects, which the organism has not learnt to draw."""
     three = " and a green ring and a yellow cross"
     hopeless = Case(f"a red circle{three}", f"an orange circle{three}", 1, 0)
-    return draw(organism[0], [Case(PROMPT, WANTED, 0, 0), hopeless, Case(PROMPT, WANTED, 2, 0)])
+    return draw_cases(organism[0], [Case(PROMPT, WANTED, 0, 0), hopeless, Case(PROMPT, WANTED, 2, 0)])
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def codes(organism, material):
 @settings(max_examples=25, deadline=None)
 def test_a_node_s_effect_is_what_is_lost_without_it(seed, several):
     graph = random_output_graph(seed) if several else random_graph(seed)
-    found, weights = effects(graph), graph.root_weights[graph.targets]
+    found, weights = node_effects(graph), graph.root_weights[graph.targets]
     free = np.setdiff1d(np.flatnonzero((graph.node_kind == FEATURE) & (graph.node_value > 0.1)), graph.targets)
     size = np.abs(graph.edge_attribution).sum()
     for node in free[:6]:
@@ -72,8 +72,8 @@ def test_recolourings_change_one_word_and_its_article_only():
 
 
 def test_a_caption_of_what_is_shown_names_the_noun_that_is_seen():
-    assert shown("there is a small black cross", 5, 5).split()[-1] != "cross"
-    assert parse(shown("a lemon at the top", 0, 1)).objects[0].colour  # shapes need a colour
+    assert caption_of_seen("there is a small black cross", 5, 5).split()[-1] != "cross"
+    assert parse(caption_of_seen("a lemon at the top", 0, 1)).objects[0].colour  # shapes need a colour
 
 
 def test_cases_that_are_wrong_unedited_are_dropped(material):
@@ -117,7 +117,7 @@ def test_what_places_add_is_what_their_features_add(organism, material):
     everywhere = np.ones(36, bool), np.ones(material.phrase.shape[1], bool)
     feature = graph.node_kind == FEATURE
     whole = choices.circuit_effects(graph, places, *everywhere)
-    assert whole.sum() == pytest.approx(effects(graph)[feature].sum(), rel=1e-9)
+    assert whole.sum() == pytest.approx(node_effects(graph)[feature].sum(), rel=1e-9)
     inner = choices.circuit_effects(graph, places, material.inside[0], material.phrase[0])
     outer = choices.circuit_effects(graph, places, ~material.inside[0], ~material.phrase[0])
     assert np.abs(inner + outer - whole).max() <= TOL.x64 * np.abs(whole).max()
@@ -131,7 +131,7 @@ def test_what_places_add_is_what_their_features_add(organism, material):
     )
     same = feature & (graph.node_stream == 0) & (graph.node_block == 1) & (graph.node_step == summed.node_step[one])
     same &= graph.node_feature == summed.node_feature[one]
-    assert whole[place[0]] == pytest.approx(effects(graph)[same].sum(), rel=1e-9)
+    assert whole[place[0]] == pytest.approx(node_effects(graph)[same].sum(), rel=1e-9)
 
 
 def test_by_circuit_is_exact_where_the_output_is_linear_in_the_codes():
@@ -182,7 +182,7 @@ def test_settings_are_matched_in_collateral():
     scores |= {
         ("circuit", 8, s): made_up([True] * n + [False] * (4 - n), 0.1 * s) for s, n in ((1.0, 2), (2.0, 3), (3.0, 4))
     }
-    chosen = settle(scores)
+    chosen = choose_settings(scores)
     assert chosen["SAE"] == (8, 2.0) and chosen["circuit"] == (8, 2)  # the third, better, has more collateral
     assert chosen["random"] == (8, 1.0)  # none is within: the least
 

@@ -29,7 +29,7 @@ FLOAT32 = 1e-5
 @pytest.fixture(scope="module")
 def made():
     pipe, tcs = load_pipeline("organism"), load_transcoders("organism")
-    material = removing.right_images(pipe, removing.plain(7, 4, 500))
+    material = removing.right_images(pipe, removing.draw_plain(7, 4, 500))
     case = material.cases[0]
     target = f"pixels:color={removing.drawn_colour(case)},box={material.box(0)}"
     (effects,) = removing.effects_on(pipe, tcs, case.prompt, case.seed, [target])
@@ -39,9 +39,9 @@ def made():
 def test_without_a_right_image_there_is_nothing_to_study(made, monkeypatch):
     pipe, _, material, _ = made
     nothing = material._replace(cases=())
-    monkeypatch.setattr(removing, "draw", lambda *_: nothing)
+    monkeypatch.setattr(removing, "draw_cases", lambda *_: nothing)
     with pytest.raises(UserError, match="None of 3 images shows what its caption says"):
-        removing.right_images(pipe, removing.plain(7, 3, 500))
+        removing.right_images(pipe, removing.draw_plain(7, 3, 500))
 
 
 def test_parts_of_an_output_s_effects_sum_to_one(made):

@@ -5,7 +5,7 @@ import pytest
 
 from difffract_jax.config import UserError
 from difffract_jax.organism.world import from_caption
-from difffract_jax.studies.metrics import MOST_PSNR, distances, intent, precision_recall, score, table
+from difffract_jax.studies.metrics import MOST_PSNR, distances, intent, precision_recall, score_edits, sweep_table
 from difffract_jax.studies.sheets import sheet
 
 RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
@@ -18,7 +18,7 @@ def drawn(*captions, **changes):
 
 def judged(edited, prompt=RED, wanted=GREEN, original=None):
     before = drawn(prompt) if original is None else original
-    found = score([prompt], [intent(prompt, wanted)], before, drawn(edited))
+    found = score_edits([prompt], [intent(prompt, wanted)], before, drawn(edited))
     return bool(found.success[0]), bool(found.others[0]), float(found.flipped[0])
 
 
@@ -51,7 +51,7 @@ BIG, SMALL, OPEN = (f"a {size}red circle left of a blue square" for size in ("bi
 
 def counted(edited, prompt=RED, wanted=GREEN, original=None):
     before = drawn(prompt) if original is None else drawn(original)
-    found = score([prompt], [intent(prompt, wanted)], before, drawn(edited))
+    found = score_edits([prompt], [intent(prompt, wanted)], before, drawn(edited))
     return precision_recall(found.meant, found.reached, found.changed)
 
 
@@ -98,29 +98,29 @@ def test_what_is_as_wanted_already_was_not_to_change():
 def test_a_concept_in_a_colour_not_its_own_is_compared():
     tomato = from_caption("a black tomato")
     image = np.round(tomato._replace(colour=tomato.named).images() * 255).astype(np.uint8)
-    found = score(["a black tomato"], [intent("a black tomato", "a black cross")], image, drawn("a black cross"))
+    found = score_edits(["a black tomato"], [intent("a black tomato", "a black cross")], image, drawn("a black cross"))
     assert found.compared[0] and (found.meant[0], found.reached[0]) == (1, 1)
 
 
 def test_precision_and_recall_pool_images_and_leave_out_what_cannot_be_compared():
     edited = ("a green circle left of a pink square", RED, "a lemon")
-    found = score([RED] * 3, [intent(RED, GREEN)] * 3, drawn(RED, RED, "a lemon"), drawn(*edited))
+    found = score_edits([RED] * 3, [intent(RED, GREEN)] * 3, drawn(RED, RED, "a lemon"), drawn(*edited))
     told = precision_recall(found.meant, found.reached, found.changed)
     assert told == pytest.approx({"precision": 1 / 2, "recall": 1 / 2})
-    moved = score([RED], [intent(RED, "a red ring right of a blue square")], drawn(RED), drawn(RED))
+    moved = score_edits([RED], [intent(RED, "a red ring right of a blue square")], drawn(RED), drawn(RED))
     assert moved.meant[0] == 2 and not moved.reached.any()
 
 
 def test_a_caption_is_taken_at_its_word():
     blue = from_caption("a blue lemon")
     image = np.round(blue._replace(colour=blue.named).images() * 255).astype(np.uint8)
-    found = score(["a lemon"], [intent("a lemon", "a blue lemon")], drawn("a lemon"), image)
+    found = score_edits(["a lemon"], [intent("a lemon", "a blue lemon")], drawn("a lemon"), image)
     assert found.success[0] and not found.others[0] and found.read == ("blue lemon",)
     assert not judged("a blue lemon", "a lemon", "a blue lemon")[0]  # the world draws it yellow
 
 
 def test_an_original_that_is_wrong_is_not_compared():
-    found = score([RED], [intent(RED)], drawn("a lemon"), drawn("a lemon"))
+    found = score_edits([RED], [intent(RED)], drawn("a lemon"), drawn("a lemon"))
     assert not found.compared[0] and not found.success[0]
 
 
@@ -141,7 +141,7 @@ def test_a_table_has_a_row_per_column_of_the_sweep():
     norms = np.array([[0.0, 1.0, 2.0]] * 2)
     mask = np.zeros((48, 48), bool)
     mask[:, :24] = True
-    rows = table(("original", "x 1", "x 2"), images, norms, mask, RED, intent(RED, GREEN))
+    rows = sweep_table(("original", "x 1", "x 2"), images, norms, mask, RED, intent(RED, GREEN))
     assert [row["success"] for row in rows] == [0, 2, 0]
     assert [row["others changed"] for row in rows] == [0, 0, 2]
     assert [(row["precision"], row["recall"]) for row in rows] == [(None, 0), (1, 1), (0.5, 1)]
@@ -149,7 +149,7 @@ def test_a_table_has_a_row_per_column_of_the_sweep():
     assert (
         rows[1]["effect per norm"] == pytest.approx(rows[1]["inside"]) == pytest.approx(2 * rows[2]["effect per norm"])
     )
-    plain = table(("original", "x 1", "x 2"), images, norms)
+    plain = sweep_table(("original", "x 1", "x 2"), images, norms)
     assert "success" not in plain[0] and plain[1]["difference"] > 0
 
 

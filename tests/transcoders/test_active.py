@@ -14,7 +14,7 @@ from difffract_jax.transcoders import active
 from difffract_jax.transcoders.objective import ActivationRows, Objective, site_loss
 from difffract_jax.transcoders.recipe import multiplies_sparsely, recipe_of, row_flops, shape_of
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.state import init_params, init_state, measure, place, state_shardings
+from difffract_jax.transcoders.state import init_params, init_state, measure_moments, place, state_shardings
 from difffract_jax.transcoders.step import Recipe, jit_step, optimizer, train_step
 from difffract_jax.transcoders.transcoder import TranscoderConfig, batch_cutoff
 from tolerances import TOL, relative_error
@@ -36,7 +36,7 @@ def make(kind):
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (SITES, ROWS, WIDTH)) + 1
     rows = ActivationRows(x, jnp.tanh(x[..., ::-1]) * 3, jax.random.choice(keys[1], jnp.array([1, 0.5]), (SITES, ROWS)))
-    moments = measure(rows, scaled=True)
+    moments = measure_moments(rows, scaled=True)
     params = init_params(keys[2], config, "tied", moments)
     params.film.kernel[...] = jax.random.normal(keys[3], params.film.kernel.shape) / 8
     params.enc.bias[...] = params.enc.bias[...] + jax.random.normal(keys[4], (SITES, FEATURES)) ** 3 / 8

@@ -9,7 +9,7 @@ from commands import run_command
 
 from difffract_jax.loading import load_transcoders
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.sweep import parse_ks, sweep
+from difffract_jax.transcoders.sweep import parse_ks, sweep_settings
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("steps=6", "batch=32", "buffer_rows=128", "tokens_per_step=8", "steps_per_image=2", "height=16", "width=24")
@@ -124,7 +124,7 @@ def test_a_sweep_trains_what_is_missing_and_draws_both_roles(difffract, tmp_path
 
 def test_a_sweep_has_both_roles_at_every_sparsity(tmp_path):
     base = TrainConfig(model="m", prompts="p", out=tmp_path, activation="jumprelu")
-    runs = sweep(base, parse_ks("8, 2,8"))
+    runs = sweep_settings(base, parse_ks("8, 2,8"))
     assert [(run.out.name, run.role, run.target_l0) for run in runs] == [
         ("transcoder-2", "transcoder", 2.0),
         ("sae-2", "sae", 2.0),

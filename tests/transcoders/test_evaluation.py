@@ -11,7 +11,7 @@ from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import model_velocity
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.transcoders.evaluation import evaluate, psnr, row_sums, ssim
-from difffract_jax.transcoders.evaluation_report import write_report
+from difffract_jax.transcoders.evaluation_report import write_evaluation_report
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
@@ -104,7 +104,7 @@ def test_the_report_has_every_measure(pipe, tcs, tmp_path):
         sum(counts) == round(40 * (1 - row["dead"]))
         for counts, row in zip(result.density.values(), result.sites, strict=True)
     )
-    report = write_report({"a": result, "b": result}, tmp_path / "report", {"command": "evaluate"})
+    report = write_evaluation_report({"a": result, "b": result}, tmp_path / "report", {"command": "evaluate"})
     text = report.read_text()
     assert all(word in text for word in ("img/2", "single/1", "recovered", "shrinkage", "pareto.png", "psnr"))
     assert sorted(path.suffix for path in report.parent.iterdir()) == [".json", ".md", ".png", ".png", ".png"]

@@ -19,7 +19,7 @@ from difffract_jax.models.stacks import run_stacks
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import buffer as buffers
-from difffract_jax.transcoders.harvest import Chunk, Sampler, at_sites, rows_of
+from difffract_jax.transcoders.harvest import Chunk, Sampler, at_sites, collect_rows
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import PromptFile, PromptWorld, in_validation, read_prompts, split_prompts
 from difffract_jax.transcoders.sites import parse_sites, sites_of
@@ -135,7 +135,7 @@ def test_the_buffer_serves_each_row_once_and_replaces_what_it_served():
     source = Numbers()
     plan = buffers.plan_buffer(32, 4, 0.5, seed=0)
     store = buffers.empty_store(source.sites, source.width, plan.capacity, jnp.float32, make_mesh({}))
-    store, position = buffers.fill(store, source, plan)
+    store, position = buffers.fill_store(store, source, plan)
     assert position == buffers.Position(chunk=4, round=0, served=0, counts=(32, 12))
     before = set(np.asarray(store["img"].t).tolist())
     served = serve(store, position, plan)
@@ -155,7 +155,7 @@ def test_a_buffer_that_could_not_fill_a_batch_is_refused():
     plan = buffers.plan_buffer(8, 4, 0.5, seed=0)
     store = buffers.empty_store(Numbers.sites, 2, plan.capacity, jnp.float32, make_mesh({}))
     with pytest.raises(UserError, match="The txt sites have 3 rows when the buffer is full, fewer than one batch of 4"):
-        buffers.fill(store, Numbers(), plan)
+        buffers.fill_store(store, Numbers(), plan)
     with pytest.raises(UserError, match="buffer_rows must be at least batch, 16, but is 8"):
         buffers.plan_buffer(8, 16, 0.5, seed=0)
 
@@ -167,13 +167,13 @@ def test_a_store_gives_back_the_rows_of_both_splits(pipe, tmp_path):
     stored = open_store(tmp_path / "s", "train", seed=0)
     assert (stored.sites, stored.width) == (source.sites, TINY.d_model)
     for group in ("img", "txt"):
-        ours, direct = (rows_of(s, group, range(3)) for s in (stored, source))
+        ours, direct = (collect_rows(s, group, range(3)) for s in (stored, source))
         assert relative_error(sorted_rows(ours.y), sorted_rows(direct.y)) <= TOL.f32_block
         assert sorted(np.asarray(ours.t)) == sorted(np.asarray(direct.t))
     shard = tmp_path / "s" / "train-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UserError, match="train-00001.safetensors is cut off by 100 bytes"):
-        rows_of(stored, "img", range(3))
+        collect_rows(stored, "img", range(3))
     shard.unlink()
     with pytest.raises(UserError, match="lacks shards of the train split"):
         open_store(tmp_path / "s", "train", seed=0)

@@ -19,8 +19,8 @@ from difffract_jax.transcoders.plan import (
     GIB,
     Topology,
     TrainingWorkload,
-    asked_of,
     communication,
+    memory_asked,
     meshes,
     open_topology,
     plan,
@@ -120,10 +120,10 @@ def test_what_the_compiler_says_when_memory_does_not_suffice_is_read():
     first = (
         "Ran out of memory on HBM, the total memory required for HLO temporaries (1.50G) exceeds available HBM (1G)."
     )
-    assert asked_of(first, GIB) == {"arguments": GIB, "temporaries": 3 * GIB // 2, "peak": 5 * GIB // 2}
+    assert memory_asked(first, GIB) == {"arguments": GIB, "temporaries": 3 * GIB // 2, "peak": 5 * GIB // 2}
     later = "Ran out of memory in memory space hbm. Used 2.00G of 1.00G hbm. Exceeded hbm capacity by 1.00G."
-    assert asked_of(later, GIB) == {"arguments": GIB, "temporaries": GIB, "peak": 2 * GIB}
-    assert asked_of("Ran out of memory.", GIB) == {}
+    assert memory_asked(later, GIB) == {"arguments": GIB, "temporaries": GIB, "peak": 2 * GIB}
+    assert memory_asked("Ran out of memory.", GIB) == {}
 
 
 def test_communication_is_counted_by_kind_with_the_bytes_of_the_results():

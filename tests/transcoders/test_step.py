@@ -16,10 +16,10 @@ from difffract_jax.transcoders.objective import ActivationRows, Objective, site_
 from difffract_jax.transcoders.state import (
     Moments,
     TrainState,
-    export,
+    export_transcoders,
     init_params,
     init_state,
-    measure,
+    measure_moments,
     place,
     state_shardings,
 )
@@ -110,7 +110,7 @@ def make(kind, seed=0, **more):
     y = np.tanh(x @ rng.standard_normal((SITES, WIDTH, WIDTH), np.float32)) * np.float32(3)
     t = rng.choice(np.float32([1, 0.75, 0.5, 0.25]), (12, SITES, ROWS))
     batches = [ActivationRows(*map(jnp.asarray, rows)) for rows in zip(x, y, t, strict=True)]
-    moments = measure(batches[0], scaled=True)
+    moments = measure_moments(batches[0], scaled=True)
     params = init_params(jax.random.key(seed), config, "tied", moments)
     sparsity = jnp.linspace(1, 4, SITES) * (0.01 if kind == "relu" else 1)
     return init_state(params, optimizer(recipe), moments, sparsity), recipe, batches
@@ -204,7 +204,7 @@ def test_exported_transcoders_act_on_unscaled_rows(kind):
     state, recipe, batches = make(kind)
     state, _ = run(state, jax.jit(partial(train_step, recipe=recipe)), batches)
     state.params.film.kernel[...] = jax.random.normal(jax.random.key(1), state.params.film.kernel.shape) / 8
-    stack, config = export(state)
+    stack, config = export_transcoders(state)
     assert config.activation == ("jumprelu" if kind == "batchtopk" else state.params.config.activation)
     t, rows = jnp.float32(0.5), batches[-1]
     scaled = jax.vmap(lambda tc, x: tc.preactivation(x, t))(state.params, rows.x / state.x_scale[:, None, None])

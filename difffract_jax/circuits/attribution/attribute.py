@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int64
 
 from difffract_jax.circuits.attribution import expansion as expanding
-from difffract_jax.circuits.attribution.engine import Engine, Output, make_engine, pull_rows, read
+from difffract_jax.circuits.attribution.engine import Engine, Output, make_engine, pull_rows, read_targets
 from difffract_jax.circuits.attribution.expansion import Expansion
 from difffract_jax.circuits.attribution.pullback import PullOptions
 from difffract_jax.circuits.attribution.selection import target_row
@@ -60,7 +60,7 @@ def attribute(
         trace: from `capture`, or from `capture_steps` for one graph over several steps; or either from `prepare`.
         tcs: the transcoders it was captured for.
         target: a feature, where it names several positions the one among them where it is strongest; or an output from
-            `outputs.resolve`; or several of them with positive weights, which share the influence.
+            `outputs.resolve_target`; or several of them with positive weights, which share the influence.
         max_nodes: features and outputs to expand, the targets included.
         expansion_batch: features expanded between two computations of influence.
         min_attribution: smallest absolute edge kept, in units of its target; features of a smaller value are no sources
@@ -88,7 +88,7 @@ def attribute(
     options = PullOptions(usable(mesh), precision)
     engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options)
     roots, weights = _roots(engine, wanted)
-    state = expanding.start(engine.table, roots, weights, min_attribution)
+    state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
     batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)
     rows, spares = state.targets, None
     while rows.size:
@@ -265,11 +265,11 @@ def _check_reached(state: Expansion, wanted: list[tuple[Target, float]]) -> None
 
 def _pooled_path(engine: Engine, roots: Int64[np.ndarray, "target"]) -> tuple[PooledPath, ...]:
     """Returns each target's value, and its value with the pooled embedding of the empty prompt, in the real model."""
-    values = read(engine, roots, tuple(step.record.reading for step in engine.steps))
+    values = read_targets(engine, roots, tuple(step.record.reading for step in engine.steps))
     unpooled = tuple(step.record.unpooled for step in engine.steps if step.record.unpooled is not None)
     if len(unpooled) < len(engine.steps):
         return ()
-    without = read(engine, roots, unpooled)
+    without = read_targets(engine, roots, unpooled)
     share = np.abs(values - without) / np.maximum(np.abs(values), np.finfo(np.float64).tiny)
     columns = zip(values.tolist(), without.tolist(), share.tolist(), strict=True)
     return tuple(PooledPath(value=a, without=b, share=c) for a, b, c in columns)

@@ -27,7 +27,7 @@ from difffract_jax.circuits.attribution.expansion import SourceTable
 from difffract_jax.circuits.attribution.pullback import PullOptions, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
-from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sources, prepare, run
+from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sources, prepare, run_replacement
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
 from difffract_jax.circuits.trace.record import RunOutputs, Weights
@@ -130,8 +130,8 @@ def affine_constants(
     return tuple(found)
 
 
-run_affine = jax.jit(run)
-"""`replacement.run` as a program of its own."""
+run_affine = jax.jit(run_replacement)
+"""`run_replacement` as a program of its own."""
 
 
 def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...]]:
@@ -202,8 +202,8 @@ def pull_rows(
     parts = tuple(np.asarray(part) for part in (*found, reach.inputs()))
     back = np.argsort(dealt)[: rows.size]
     parts = tuple(part[: rows.size] if engine.options.shards == 1 else part[back] for part in parts)
-    u = read(engine, rows, tuple(step.record.reading for step in engine.steps))
-    return TargetEdges(parts, u, read(engine, rows, engine.constants), found)
+    u = read_targets(engine, rows, tuple(step.record.reading for step in engine.steps))
+    return TargetEdges(parts, u, read_targets(engine, rows, engine.constants), found)
 
 
 class _Reach:
@@ -283,7 +283,7 @@ def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
     return Targets(*(jnp.asarray(column, jnp.int32) for column in columns))
 
 
-def read(
+def read_targets(
     engine: Engine, rows: Int64[np.ndarray, "target"], readings: tuple[RunOutputs, ...]
 ) -> Float64[np.ndarray, "target"]:
     """Returns the targets' values in a run, summed in float64.

@@ -93,7 +93,7 @@ class Expansion(NamedTuple):
     edges: Edges
 
 
-def start(
+def start_expansion(
     table: SourceTable,
     targets: Int64[np.ndarray, "target"],
     weights: Float64[np.ndarray, "target"],

@@ -5,7 +5,7 @@
     pixels:color=NAME|#RRGGBB[,minus=NAME|#RRGGBB][,box=X0,Y0,X1,Y1|mask=FILE.png]
 
 1. `parse_target` reads a FEATURE or one of these.
-2. `resolve` turns it into an `engine.Output`, a linear function of the step's velocity v and latents z:
+2. `resolve_target` turns it into an `engine.Output`, a linear function of the step's velocity v and latents z:
    - velocity: <d, v>, d the unit vector along v - v' on the region's tokens, v' the velocity with the other prompt at
      the same latents; without a contrast along v itself.
    - pixels: the mean over the region of rgb - grey along the colour minus grey (or minus another colour), rgb in [0, 1]
@@ -151,7 +151,7 @@ def _colour(text: str, value: str) -> tuple[float, float, float]:
     return red / 255, green / 255, blue / 255
 
 
-def resolve(
+def resolve_target(
     pipe: Pipeline, trace: Trace | Span, target: VelocityTarget | PixelTarget, *, step: int | None = None
 ) -> Output:
     """Turns an output into a linear function of one step's velocity and latents.

@@ -1,7 +1,7 @@
 """Will a trace fit a TPU, and what does it cost? The programs of attribution, compiled for chips that are not here.
 
-1. `TraceWorkload` describes the trace to plan: the model's shape and its parts, the sites that have transcoders,
-   tokens, places for features per position, targets pulled back together. Everything is a shape; no weight is made.
+1. `TraceWorkload` describes the trace: the model's shape and its parts, the sites that have transcoders, tokens,
+   places for features per position, targets pulled back together. Everything is a shape; no weight is made.
 2. `programs` lowers what `difffract trace` runs, one after the other: the recording of a step, the encoding of each
    group of sites, the affine map's constant, the pull-back of a batch of targets.
 3. Each is compiled for one chip of a topology; chips hold the same, and share out the targets (`attribution`).
@@ -33,7 +33,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.sharding import make_mesh
-from difffract_jax.transcoders.plan import Topology, asked_of, bytes_per_chip, compile_unkept, memory_of
+from difffract_jax.transcoders.plan import Topology, bytes_per_chip, compile_unkept, memory_asked, memory_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 BF16_PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
@@ -271,7 +271,7 @@ def _compile(one: _Lowered, topology: Topology, seconds_per_flop: float) -> Prog
         if "RESOURCE_EXHAUSTED" not in str(error):
             reason = str(error).splitlines()[0]
             raise UserError(f"The compiler cannot build `{one.name}` for {topology.name}: {reason}.") from None
-        found |= asked_of(str(error), one.held)
+        found |= memory_asked(str(error), one.held)
     else:
         found |= {name: value for name, value in memory_of(compiled).items() if name in found}
     # An argument that a program does not read is not given to it, but lies in memory all the same.

@@ -34,7 +34,7 @@ from difffract_jax.circuits.attribution.contraction import gather_bytes
 from difffract_jax.circuits.attribution.rounding import rounded
 from difffract_jax.circuits.attribution.walk import Sizes, Stretch, block_at, dot_rows, sizes_for, walk
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
-from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run
+from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run_replacement
 from difffract_jax.circuits.frozen.targets import Targets, target_gradients
 from difffract_jax.circuits.trace.record import Record, RunOutputs
 from difffract_jax.models.blocks import Streams, both
@@ -361,5 +361,5 @@ def push_forward(replacement: Replacement, change: Sources) -> RunOutputs:
 
 @jax.jit
 def _push_forward(record: Record, sites: tuple[ReplacedSites, ...], sources: Sources, change: Sources) -> Any:
-    _, push = jax.linearize(partial(run, record, sites), sources)
+    _, push = jax.linearize(partial(run_replacement, record, sites), sources)
     return push(change)

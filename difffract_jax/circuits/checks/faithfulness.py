@@ -23,8 +23,8 @@ from difffract_jax.circuits.checks.variants import (
     AT_ONCE,
     SourceLocations,
     entering,
-    fill,
     locations_at,
+    pad_rows,
     read_variants,
     recorded_latents,
 )
@@ -81,7 +81,7 @@ def perturb(
         readouts: rows of its table, features (their pre-activation u) or outputs.
     """
     # The model unperturbed runs in the same program, so that what both round alike cancels.
-    rows = fill(np.append(features, -1), AT_ONCE)
+    rows = pad_rows(np.append(features, -1), AT_ONCE)
 
     def run_step(number: int, targets: Targets, latents: Array) -> tuple[Array, Array | None]:
         with jax.default_matmul_precision("highest"):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from difffract_jax.circuits.checks.validation import at_size, failures
+from difffract_jax.circuits.checks.validation import at_size, failed_checks
 from difffract_jax.storage.files import atomic_file
 
 WORDS = {
@@ -67,7 +67,7 @@ def page(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     medians = [{"prediction": name} | told for name, told in perturbed["median"].items()]
     parts = [
         "# A graph held against its model",
-        failures(dict(found)) or "Every bar is held.",
+        failed_checks(dict(found)) or "Every bar is held.",
         "## Exactness",
         words("exactness", found),
         markdown_table(

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from difffract_jax.address import IMG, LATENT
 from difffract_jax.circuits.attribution.engine import Engine, Output, make_engine
 from difffract_jax.circuits.attribution.expansion import SourceTable
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import Span, Trace, capture, capture_steps
 from difffract_jax.config import UserError
@@ -130,7 +130,7 @@ def _outputs(pipe: Pipeline, trace: Trace | Span, graph: Graph) -> list[Output]:
         target = parse_target(texts[node])
         if isinstance(target, Feature):
             raise UserError(f"The graph calls its output {target}, which is a feature; trace it again.")
-        found.append(resolve(pipe, trace, target, step=int(graph.node_step[node])))
+        found.append(resolve_target(pipe, trace, target, step=int(graph.node_step[node])))
     return found
 
 

@@ -9,9 +9,9 @@
    perturbation    features taken off alone, against what the graph predicts of every node downstream
    completeness    how much of the target a circuit's features keep alone, and how much goes when they go
 
-`validate` does all; `failures` names the bars that are missed. Errors of readings, conservation and edges are relative
-to all that adds up to a target, its absolute edges and its bias: where the bias is many times the edges, as in the
-organism's first block, float32 rounds it to more than 1e-6 of the edges.
+`validate` does all; `failed_checks` names the bars that are missed. Errors of readings, conservation and edges are
+relative to all that adds up to a target, its absolute edges and its bias: where the bias is many times the edges, as in
+the organism's first block, float32 rounds it to more than 1e-6 of the edges.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ import jax
 import numpy as np
 from jaxtyping import Float64
 
-from difffract_jax.circuits.attribution.engine import Engine, read
+from difffract_jax.circuits.attribution.engine import Engine, read_targets
 from difffract_jax.circuits.checks.completeness import Ablation, curve
 from difffract_jax.circuits.checks.faithfulness import perturb
 from difffract_jax.circuits.checks.predictions import agreement, downstream, predicted_change, predicted_influence
 from difffract_jax.circuits.checks.rerun import Rerun
 from difffract_jax.circuits.checks.variants import push_edges
 from difffract_jax.circuits.effects.readings import Mode
-from difffract_jax.circuits.frozen.replacement import run
+from difffract_jax.circuits.frozen.replacement import run_replacement
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, OUTPUT, REST, Graph
@@ -109,7 +109,7 @@ def validate(
     return found
 
 
-def failures(found: dict[str, Any]) -> str | None:
+def failed_checks(found: dict[str, Any]) -> str | None:
     """Returns one sentence that names every bar missed; None if all are held."""
     missed = [row for row in found["exactness"] if not row["holds"]]
     if not missed:
@@ -152,15 +152,15 @@ def _replacement(engine: Engine) -> dict[str, Any]:
     return _row("replacement", "replacement = model, every MLP input and velocity", np.array(errors), len(errors))
 
 
-_run = jax.jit(run)
+_run = jax.jit(run_replacement)
 
 
 def _sums(again: Rerun, graph: Graph) -> list[dict[str, Any]]:
     """Holds each expanded target's sums against its pre-activation, and both against the run's."""
     engine, rows = again.engine, again.rows[graph.target_node]
     scale = graph.target_scale
-    fresh = read(engine, rows, tuple(step.record.reading for step in engine.steps))
-    bias = read(engine, rows, engine.constants)
+    fresh = read_targets(engine, rows, tuple(step.record.reading for step in engine.steps))
+    bias = read_targets(engine, rows, engine.constants)
     apart = np.maximum(np.abs(fresh - graph.target_preactivation), np.abs(bias - graph.target_bias)) / scale
     readings = _row("readings", "pre-activation and bias = those of the run", apart, rows.size)
     return [readings, _row("conservation", "edges + bias = pre-activation", graph.conservation_error, rows.size)]

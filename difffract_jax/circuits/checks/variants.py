@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Float64, Int, Int64
 
 from difffract_jax.address import IMG, LATENT, TXT
 from difffract_jax.circuits.attribution.engine import Engine, Output, targets_of
-from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run
+from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run_replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivation_changes
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
 from difffract_jax.models.blocks import Streams
@@ -53,7 +53,7 @@ def read_variants(
         changes: whether these are changes rather than values, so that outputs have no constant.
     """
     table, values = engine.table, np.zeros((latents.shape[0], rows.size))
-    filled = fill(rows, TARGETS)
+    filled = pad_rows(rows, TARGETS)
     for number, info in enumerate(engine.infos):
         u, velocity = run_step(number, targets_of(engine, filled, number), latents)
         here = (table.step[rows] == info.step) & (table.kind[rows] == FEATURE)
@@ -74,7 +74,7 @@ def _of_output(output: Output, velocity: Array | None, latents: Array) -> Float6
     return terms[0] + terms[1]
 
 
-def fill(rows: Int64[np.ndarray, "row"], least: int) -> Int64[np.ndarray, "filled"]:
+def pad_rows(rows: Int64[np.ndarray, "row"], least: int) -> Int64[np.ndarray, "filled"]:
     """Returns rows of the table and as many -1, which stand for nothing, as `round_up` asks for."""
     return np.concatenate([rows, np.full(round_up(rows.size, least) - rows.size, -1)]).astype(np.int64)
 
@@ -159,7 +159,7 @@ def push_edges(
         sources: rows of its table: features, errors, inputs.
         targets: rows of its table: features, outputs.
     """
-    rows, table = fill(sources, AT_ONCE), engine.table
+    rows, table = pad_rows(sources, AT_ONCE), engine.table
     first = np.asarray(engine.steps[0].record.latents)
     latents = np.zeros((rows.size, *first.shape))
     inputs = (rows >= 0) & (table.kind[rows] == INPUT)
@@ -183,7 +183,7 @@ def _push(
     prepared: Replacement, places: SourceLocations, readouts: Targets, latents: Array, *, across: bool
 ) -> tuple[Array, Array | None]:
     record, sites, sources = prepared
-    _, push = jax.linearize(partial(run, record, sites), sources)
+    _, push = jax.linearize(partial(run_replacement, record, sites), sources)
 
     def one(variant: tuple[SourceLocations, Array]) -> tuple[Array, Array | None]:
         place, entering = variant

@@ -30,11 +30,11 @@ from difffract_jax.models.pipeline import (
     GeneratedImage,
     Pipeline,
     Run,
-    decode,
+    decode_latents,
     encode,
+    initial_noise,
     model_velocity,
     sample,
-    start,
 )
 from difffract_jax.models.stacks import slice_layer
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
@@ -115,8 +115,8 @@ def steer(
     params: Any = edited
     if not any(stack is not None for stack in edited.stacks) or (form == "delta" and not edits):
         velocity, params = model_velocity, pipe.transformer
-    final = sample(velocity, params, run, encoded, start(pipe, run, seed, latents), progress=progress)
-    return GeneratedImage(decode(pipe, final, run.grid), final, encoded.cut)
+    final = sample(velocity, params, run, encoded, initial_noise(pipe, run, seed, latents), progress=progress)
+    return GeneratedImage(decode_latents(pipe, final, run.grid), final, encoded.cut)
 
 
 def check_form(form: str) -> None:

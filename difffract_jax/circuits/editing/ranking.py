@@ -27,7 +27,7 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import tokens_in
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Streams
-from difffract_jax.models.pipeline import Pipeline, Run, encode, start
+from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
 from difffract_jax.models.stacks import streams
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.sites import SiteSet, parse_sites
@@ -152,7 +152,7 @@ def _check(
         raise UserError("Features are averaged over seeds, but got none; write for example --seeds 0..4.")
 
 
-def summarise(group: Group, z: Float[Array, "rows feat"], extra: tuple[Array, Array]) -> dict[str, Summary]:
+def summarise_site(group: Group, z: Float[Array, "rows feat"], extra: tuple[Array, Array]) -> dict[str, Summary]:
     """Reduces one site's code to means and strongest positions; a `transcoders.codes.Reduce`.
 
     Args:
@@ -201,10 +201,10 @@ def _summaries(
         mine = pairs[first : first + batch]
         filled = [mine[i % len(mine)] for i in range(batch if first else len(mine))]
         text, pooled = (jnp.stack([getattr(one, name) for one, _ in filled]) for name in ("text", "pooled"))
-        noise = jnp.stack([start(pipe, run, seed) for _, seed in filled])
+        noise = jnp.stack([initial_noise(pipe, run, seed) for _, seed in filled])
         masks = np.stack([np.asarray(one.mask) for one, _ in filled])
         extra = repeat_steps((np.broadcast_to(inside, (len(filled), len(inside))), masks), run.steps)
-        found, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise, extra)
+        found, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise_site, extra)
         flat = {(group, side): summary for group, sides in found.items() for side, summary in sides.items()}
         parts.append({key: [np.asarray(a)[:, : len(mine)] for a in value] for key, value in flat.items()})
         if progress is not None:

@@ -29,7 +29,7 @@ from difffract_jax.circuits.notation.edits import Edit, WholeSite
 from difffract_jax.config import UserError
 from difffract_jax.models.batch import pixels
 from difffract_jax.models.mmdit import Inputs
-from difffract_jax.models.pipeline import Pipeline, Run, encode, start
+from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 from difffract_jax.trees import brief
@@ -125,7 +125,7 @@ def steer_batch(
     params, live, tables = _tables(pipe, tcs, edits, masks, run, replaced)
     text, pooled = (jnp.stack([getattr(encoded[p], name) for p in prompts]) for name in ("text", "pooled"))
     rows_of_noise = [None] * len(seeds) if latents is None else latents
-    noise = jnp.stack([start(pipe, run, s, z) for s, z in zip(seeds, rows_of_noise, strict=True)])
+    noise = jnp.stack([initial_noise(pipe, run, s, z) for s, z in zip(seeds, rows_of_noise, strict=True)])
     found = []
     for first in range(0, len(prompts), batch):
         rows = np.arange(first, min(first + batch, len(prompts)))

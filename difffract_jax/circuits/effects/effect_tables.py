@@ -77,7 +77,7 @@ def strongest(
             continue
         tokens = inside if side == "img" else own
         layers = [block - layout.blocks_of(group).start for block in blocks]
-        total = summed(found, group, layers, rows_of(layout, group, side, inside, own), tcs.config.features)
+        total = summed(found, group, layers, counted_rows(layout, group, side, inside, own), tcs.config.features)
         order = np.argsort(-np.abs(total), axis=None, kind="stable")[:most]
         # An edit without positions acts at all image tokens, and at the prompt's own.
         alone = len(layout.groups[group].streams) == 1
@@ -90,7 +90,7 @@ def strongest(
     return [one for one in ranked if one.effect]
 
 
-def rows_of(
+def counted_rows(
     layout: Layout, group: int, side: str, inside: Bool[np.ndarray, "img"], text: Bool[np.ndarray, "txt"]
 ) -> Bool[np.ndarray, "rows"]:
     """Marks the tokens that count of one side, in the order of a group's rows.
@@ -140,7 +140,7 @@ def side_sums(found: TotalEffects, inside: Bool[np.ndarray, "img"], first: int =
     rows = []
     for step in range(found.features[0].shape[0]):
         for group, side in found.layout.sides:
-            mask = rows_of(found.layout, group, side, inside, text)
+            mask = counted_rows(found.layout, group, side, inside, text)
             features, errors = (np.asarray(one[group][step], np.float64) for one in (found.features, found.errors))
             sums = float(features.sum(axis=-1)[:, mask].sum()), float(errors[:, mask].sum())
             rows.append(SideSums(first + step, found.layout.groups[group].label, side, *sums))

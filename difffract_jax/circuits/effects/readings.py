@@ -8,7 +8,7 @@
 1. `scaled` runs one step with features scaled by a factor, in one of the readings.
 2. `predict` says what a graph makes of it: changes travel along its edges, each step relative to the value of the node
    passed. On a graph of all active features and edges it is the propagated reading.
-3. `effects` says the same of every node by itself, in one walk down the graph.
+3. `node_effects` says the same of every node by itself, in one walk down the graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -179,7 +179,7 @@ def predict(graph: Graph, factors: Float64[np.ndarray, "node"]) -> Float64[np.nd
     return moved[graph.targets]
 
 
-def effects(graph: Graph) -> Float64[np.ndarray, "node"]:
+def node_effects(graph: Graph) -> Float64[np.ndarray, "node"]:
     """Returns what every node adds to the graph's weighted targets, along all paths and with their signs.
 
     Zeroing a feature moves the targets by minus its effect, as `predict` says for that feature alone: at every feature

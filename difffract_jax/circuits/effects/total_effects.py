@@ -2,7 +2,7 @@
 
 This is the reading `propagated` of docs/method.md, section 7.
 
-`readings.effects` sums paths through the features that a graph expanded. Here nothing is expanded and nothing left out:
+`readings.node_effects` sums paths through the features of a graph. Here all paths count, without a graph:
 
 1. The frozen map of all steps runs with every active feature live, code = u * (1 + a), and every error and input
    times 1 + a; a is 0 everywhere, so that the run is the recorded one. Latents pass from step to step as in `engine`.
@@ -62,7 +62,7 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     Args:
         span: from `capture_steps`.
         tcs: the transcoders it was captured for.
-        output: from `outputs.resolve`, in the span's last step.
+        output: from `outputs.resolve_target`, in the span's last step.
 
     Raises:
         ValueError: if the output lies in another step.

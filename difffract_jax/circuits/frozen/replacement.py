@@ -146,7 +146,7 @@ def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[
     if len(steps) > 1:
         raise UserError(f"The affine map is that of one step, but the trace spans {len(steps)}; give one of them.")
     (prepared,) = steps
-    return jax.tree_util.Partial(run, prepared.record, prepared.sites), prepared.sources
+    return jax.tree_util.Partial(run_replacement, prepared.record, prepared.sites), prepared.sources
 
 
 def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Replacement:
@@ -200,7 +200,7 @@ def prepare_steps(
     return tuple(prepare_step(trace, tcs, active=most) for trace in traces)
 
 
-def run(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> RunOutputs:
+def run_replacement(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> RunOutputs:
     """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
 
     Args:

@@ -32,9 +32,9 @@ from difffract_jax.models.pipeline import (
     Pipeline,
     Run,
     encode,
+    initial_noise,
     model_velocity,
     sample,
-    start,
     step_inputs,
 )
 from difffract_jax.models.tokenizers import encode_prompt
@@ -206,7 +206,7 @@ def _capture(
     encoded, empty = encode(pipe, prompt, run.text_tokens), encode(pipe, "", run.text_tokens)
     mask = np.ones_like(encoded.mask) if include_padding else encoded.mask
     with jax.default_matmul_precision("highest"):
-        z = sample(model_velocity, pipe.transformer, run, encoded, start(pipe, run, seed, latents), stop=first)
+        z = sample(model_velocity, pipe.transformer, run, encoded, initial_noise(pipe, run, seed, latents), stop=first)
         weights = take_weights(pipe.transformer, blocks)
         records = _record_steps(
             pipe, run, blocks, weights, encoded, empty, jnp.asarray(mask), z, range(first, last + 1)

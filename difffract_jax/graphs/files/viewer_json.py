@@ -31,7 +31,7 @@ from difffract_jax.address import IMG, LATENT, STREAMS, TXT
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
-from difffract_jax.graphs.json_values import plain
+from difffract_jax.graphs.json_values import to_json_values
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence
 from difffract_jax.graphs.scoring import scores
@@ -260,7 +260,7 @@ def _metadata(
     """Returns the document's metadata."""
     known, run = graph.provenance, graph.provenance.known
     told = known.scores.unpruned if known.scores is not None else scores(graph)
-    settings = {"seed": run.seed, "step": run.step} | (plain(known.attribution) or {})
+    settings = {"seed": run.seed, "step": run.step} | (to_json_values(known.attribution) or {})
     if known.attribution is not None:
         settings["max_feature_nodes"] = known.attribution.max_nodes
     source = {"feature_json_base_url": options.feature_url} if options.feature_url else {}
@@ -276,7 +276,7 @@ def _metadata(
         "feature_details": source,
         "info": {"generator": {"name": GENERATOR, "version": __version__}},
         "generation_settings": settings,
-        "pruning_settings": plain(known.pruning) or {},
+        "pruning_settings": to_json_values(known.pruning) or {},
         **{f"{name}_score": value for name, value in told._asdict().items() if value is not None},
         "scored_on": "the graph before pruning" if known.scores is not None else "this graph",
     }

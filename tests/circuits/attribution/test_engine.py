@@ -9,10 +9,10 @@ import pytest
 
 from difffract_jax.address import LATENT
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.engine import make_engine, pull_rows, read
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.engine import make_engine, pull_rows, read_targets
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.attribution.selection import named, strongest_feature
-from difffract_jax.circuits.frozen.replacement import run
+from difffract_jax.circuits.frozen.replacement import run_replacement
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.config import UserError
@@ -43,7 +43,7 @@ def made(dtype):
 def target_of(kind, pipe, tcs, trace):
     """The strongest feature of a stream's last site, or an output."""
     if kind in OUTPUTS:
-        return resolve(pipe, trace, parse_target(kind))
+        return resolve_target(pipe, trace, parse_target(kind))
     return strongest_feature(trace, tcs, kind, 1 if kind == "single" else 2)
 
 
@@ -54,7 +54,7 @@ def replay(engine, changed):
     for prepared, info, sources in zip(engine.steps, engine.infos, steps, strict=True):
         weights = prepared.record.weights
         boundary = sources.boundary._replace(img=weights.img_in(z), txt=weights.txt_in(text))
-        reading = run(prepared.record, prepared.sites, sources._replace(boundary=boundary))
+        reading = run_replacement(prepared.record, prepared.sites, sources._replace(boundary=boundary))
         readings.append(reading._replace(latents=z))
         z = z + (info.sigmas[info.step + 1] - info.sigmas[info.step]) * reading.velocity
     return tuple(readings)
@@ -103,21 +103,21 @@ def test_over_several_steps_every_target_adds_up_and_edges_are_interventions(x64
     replayed = jax.jit(lambda changed: replay(engine, changed))
     record = engine.steps[0].record
     still = replayed(([prepared.sources for prepared in engine.steps], record.text, record.latents))
-    before = read(engine, np.array([row], np.int64), still)[0]
+    before = read_targets(engine, np.array([row], np.int64), still)[0]
     assert abs(before - found.preactivation[0]) <= TOL.x64 * scale
     rng = np.random.default_rng(1)
     table = engine.table
     for step, code in [(1, FEATURE), (1, ERROR), (2, FEATURE), (3, FEATURE), (3, ERROR), (1, INPUT), (1, INPUT)]:
         rows = np.flatnonzero((table.kind == code) & (table.step == step) & (table.value > 0))
         for source in rng.choice(rows, 3):
-            moved = read(engine, np.array([row], np.int64), replayed(doubled(engine, source)))[0] - before
+            moved = read_targets(engine, np.array([row], np.int64), replayed(doubled(engine, source)))[0] - before
             assert abs(moved - found.edges[0, source]) <= TOL.intervention_x64 * scale
 
 
 def test_targets_of_different_steps_go_together(x64):
     pipe, tcs, span = made(jnp.float64)
     outputs = tuple(
-        resolve(pipe, span, parse_target(text), step=step) for text, step in ((OUTPUTS[2], 1), (OUTPUTS[0], 3))
+        resolve_target(pipe, span, parse_target(text), step=step) for text, step in ((OUTPUTS[2], 1), (OUTPUTS[0], 3))
     )
     engine = make_engine(span, tcs, outputs)
     feature = np.flatnonzero((engine.table.kind == FEATURE) & (engine.table.step == 2) & (engine.table.value > 0))[-1]
@@ -164,7 +164,7 @@ def test_a_span_of_one_step_explains_it_as_the_step_alone_does(x64):
     trace = capture(pipe, tcs, PROMPT, step=2, output=True, run=pipe.plan(**SIZE))
     rows = []
     for one in (span, trace):
-        output = resolve(pipe, one, parse_target(OUTPUTS[2]))
+        output = resolve_target(pipe, one, parse_target(OUTPUTS[2]))
         engine = make_engine(one, tcs, (output,))
         rows.append((engine, pull_rows(engine, np.array([engine.sources]), 1)))
     (a, ours), (b, theirs) = rows
@@ -183,16 +183,16 @@ def _own(engine):
 def test_a_pixel_objective_is_the_image_s(x64):
     pipe, tcs, span = made(jnp.float64)
     target = parse_target("pixels:color=#00ff00,box=0,0,8,4")
-    output = resolve(pipe, span, target)
+    output = resolve_target(pipe, span, target)
     record = span.traces[-1].record
     clean = record.latents - record.t * record.velocity
     image = np.asarray(_decode(pipe, clean, span.info.grid)) / 2 + 0.5
     along = np.array([-1, 1, -1]) / np.sqrt(3)
     expected = ((image[:4, :8] - 0.5) @ along).mean()
     engine = make_engine(span, tcs, (output,))
-    assert read(engine, np.array([engine.sources]), tuple(t.record.reading for t in span.traces))[0] == pytest.approx(
-        expected, rel=1e-10
-    )
+    assert read_targets(engine, np.array([engine.sources]), tuple(t.record.reading for t in span.traces))[
+        0
+    ] == pytest.approx(expected, rel=1e-10)
 
 
 def _decode(pipe, latents, grid):
@@ -258,7 +258,7 @@ def test_what_is_no_target_is_refused(text, sentence):
 def test_outputs_that_do_not_fit_the_trace_are_refused(text, sentence):
     pipe, _, span = made(jnp.float32)
     with pytest.raises(UserError) as caught:
-        resolve(pipe, span, parse_target(text))
+        resolve_target(pipe, span, parse_target(text))
     assert sentence in str(caught.value)
 
 
@@ -275,7 +275,7 @@ def test_masks_that_do_not_fit_are_refused(tmp_path, kind, sentence):
     else:
         Image.fromarray(np.zeros((8, 8) if kind == "size" else (24, 32), np.uint8)).save(path)
     with pytest.raises(UserError, match=sentence):
-        resolve(pipe, span, parse_target(f"pixels:color=red,mask={path}"))
+        resolve_target(pipe, span, parse_target(f"pixels:color=red,mask={path}"))
 
 
 def test_targets_and_budgets_that_make_no_graph_are_refused():
@@ -293,7 +293,7 @@ def test_targets_and_budgets_that_make_no_graph_are_refused():
             attribute(span, tcs, target=targets, **settings)
     trace = capture(pipe, tcs, PROMPT, step=1, run=pipe.plan(**SIZE))
     with pytest.raises(UserError, match="capture with output=True"):
-        resolve(pipe, trace, parse_target("velocity:"))
+        resolve_target(pipe, trace, parse_target("velocity:"))
 
 
 def test_activations_that_are_not_finite_are_refused():

@@ -13,7 +13,7 @@ from difffract_jax.circuits.attribution import contraction, pullback, walk
 from difffract_jax.circuits.attribution.engine import affine_constants
 from difffract_jax.circuits.attribution.pullback import pull_back, pull_target, push_forward
 from difffract_jax.circuits.attribution.sources import source_table
-from difffract_jax.circuits.frozen.replacement import prepare_step, run
+from difffract_jax.circuits.frozen.replacement import prepare_step, run_replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.models.blocks import Streams
@@ -40,7 +40,7 @@ def some_targets(exact, count=12, seed=0):
 
 def evaluate(exact, sources):
     """The affine map, up to the MLP sublayers' inputs."""
-    return jax.jit(run)(exact.replacement.record, exact.replacement.sites, sources).mlp_in
+    return jax.jit(run_replacement)(exact.replacement.record, exact.replacement.sites, sources).mlp_in
 
 
 def constant(exact):
@@ -123,7 +123,7 @@ def test_pulling_back_is_reverse_mode_on_the_affine_map(exact):
     sources = exact.replacement.sources
 
     def u(sources):
-        x = run(exact.replacement.record, exact.replacement.sites, sources).mlp_in
+        x = run_replacement(exact.replacement.record, exact.replacement.sites, sources).mlp_in
         return preactivations(exact.replacement, targets, x)
 
     gradients = jax.jit(jax.jacrev(u))(sources)

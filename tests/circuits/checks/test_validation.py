@@ -9,12 +9,12 @@ import pytest
 
 from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.circuits.attribution.engine import pull_rows, targets_of
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.checks import completeness
 from difffract_jax.circuits.checks.completeness import Sets, by_influence, candidates, curve, values_of
 from difffract_jax.circuits.checks.faithfulness import ablate, perturb
 from difffract_jax.circuits.checks.rerun import capture_again
-from difffract_jax.circuits.checks.validation import failures, validate
+from difffract_jax.circuits.checks.validation import failed_checks, validate
 from difffract_jax.circuits.checks.variants import push_edges
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
@@ -37,7 +37,7 @@ def made():
     )
     found = []
     for trace in (exact.trace, span):
-        target = resolve(exact.pipe, trace, parse_target(PIXELS))
+        target = resolve_target(exact.pipe, trace, parse_target(PIXELS))
         graph = attribute(trace, exact.tcs, target=target, max_nodes=60, expansion_batch=30, min_attribution=1e-6)
         found.append((capture_again(exact.pipe, exact.tcs, graph), graph))
     yield exact, *found
@@ -157,7 +157,7 @@ def test_a_sound_graph_holds_every_bar_and_a_wrong_edge_is_found(made):
     options = {"edges": 0, "ablations": 4, "draws": 1, "readings": ("propagated",)}
     done = []
     found = validate(again, graph, **options, progress=lambda *at: done.append(at))
-    assert failures(found) is None and done[-1] == (len(done), len(done))
+    assert failed_checks(found) is None and done[-1] == (len(done), len(done))
     checked = {row["kind"]: row for row in found["exactness"]}
     assert checked["edges"]["checked"] == np.sum(graph.node_kind[graph.edge_source] != REST)
     assert checked["conservation"]["worst"] <= TOL.conservation_x64
@@ -166,10 +166,10 @@ def test_a_sound_graph_holds_every_bar_and_a_wrong_edge_is_found(made):
     wrong, edge = graph.edge_attribution.copy(), int(single[np.argmin(np.abs(graph.edge_attribution[single]))])
     place = int(np.flatnonzero(graph.target_node == graph.edge_target[edge])[0])
     wrong[edge] += 1e-4 * (graph.target_abs_sum[place] + abs(graph.target_bias[place]))
-    told = failures(validate(again, replace(graph, edge_attribution=wrong), **options))
+    told = failed_checks(validate(again, replace(graph, edge_attribution=wrong), **options))
     assert told is not None and "edge = its direct intervention, 0.0001 where" in told and ";" not in told.split(")")[0]
     sums = replace(graph, target_sum=graph.target_sum + 1e-3 * (graph.target_abs_sum + np.abs(graph.target_bias)))
-    told = failures(validate(again, sums, **options))
+    told = failed_checks(validate(again, sums, **options))
     assert told is not None and "edges + bias = pre-activation, 0.001 where" in told
 
 
@@ -177,7 +177,7 @@ def test_a_pruned_graph_by_position_is_held_too_and_a_sum_over_positions_refused
     exact, (_, graph), _ = made
     pruned = prune(graph, by_position=True, node_threshold=0.98)
     found = validate(capture_again(exact.pipe, exact.tcs, pruned), pruned, ablations=3, draws=1, readings=("direct",))
-    assert failures(found) is None
+    assert failed_checks(found) is None
     with pytest.raises(UserError, match="summed over positions"):
         capture_again(exact.pipe, exact.tcs, prune(graph))
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from difffract_jax.address import IMAGE, JOINT, TEXT
-from difffract_jax.circuits.editing.ranking import rank_features, summarise
+from difffract_jax.circuits.editing.ranking import rank_features, summarise_site
 from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.models.mmdit import Inputs
-from difffract_jax.models.pipeline import encode, plan_run, start
+from difffract_jax.models.pipeline import encode, initial_noise, plan_run
 from difffract_jax.transcoders.harvest import sample_rows
 
 RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
@@ -34,7 +34,7 @@ def codes(organism):
     pairs = [(prompt, seed) for prompt in (RED, GREEN) for seed in SEEDS]
     encoded = {prompt: encode(pipe, prompt, run.text_tokens) for prompt in (RED, GREEN)}
     text, pooled = (jnp.stack([getattr(encoded[p], name) for p, _ in pairs]) for name in ("text", "pooled"))
-    noise = jnp.stack([start(pipe, run, seed) for _, seed in pairs])
+    noise = jnp.stack([initial_noise(pipe, run, seed) for _, seed in pairs])
     groups = {"img": jnp.broadcast_to(jnp.arange(36), (4, 4, 36))}
     inputs = Inputs(noise, text, pooled, jnp.zeros(()))
     rows = sample_rows(pipe.transformer, inputs, jnp.asarray(run.sigmas), groups, run.grid, tcs.sites)["img"]
@@ -91,12 +91,12 @@ def test_activations_come_per_stream_and_padding_does_not_count(organism):
 
 def test_only_what_counts_is_averaged():
     z = jnp.asarray([[1.0, 0.0], [3.0, 4.0], [9.0, 9.0], [5.0, 1.0], [7.0, 3.0]])
-    found = summarise(JOINT, z, (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
+    found = summarise_site(JOINT, z, (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
     assert (found["txt"].inside.tolist(), found["txt"].position.tolist()) == ([2, 2], [1, 1])
     assert (found["img"].inside.tolist(), found["img"].outside.tolist()) == ([5, 1], [7, 3])
-    alone = summarise(IMAGE, z[3:], (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
+    alone = summarise_site(IMAGE, z[3:], (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
     assert list(alone) == ["img"] and alone["img"].inside.tolist() == [5, 1]
-    alone = summarise(TEXT, z[:3], (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
+    alone = summarise_site(TEXT, z[:3], (jnp.asarray([True, False]), jnp.asarray([True, True, False])))
     assert list(alone) == ["txt"] and alone["txt"].inside.tolist() == [2, 2]
 
 

@@ -12,7 +12,7 @@ from difffract_jax.circuits.editing.interventions import edit_model, edited_velo
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline, load_transcoders
-from difffract_jax.models.pipeline import encode, generate, plan_run, start, step_inputs
+from difffract_jax.models.pipeline import encode, generate, initial_noise, plan_run, step_inputs
 from difffract_jax.models.stacks import run_stacks, sequences, slice_layer
 from tolerances import TOL, relative_error
 
@@ -68,7 +68,7 @@ def test_an_edit_of_a_single_stream_site_is_what_it_says(organism, name):
     """Recomputed: the code of block 1, set to 50 at an image position, and what that writes."""
     pipe, tcs = organism[0], load_transcoders(name)
     run, model = plan_run(pipe.config), pipe.transformer
-    inputs = step_inputs(run, encode(pipe, PROMPT, run.text_tokens), start(pipe, run, 0), 2)
+    inputs = step_inputs(run, encode(pipe, PROMPT, run.text_tokens), initial_noise(pipe, run, 0), 2)
     edited = edit_model(model, tcs, [Edit.parse("single/1/f40@img7=set:50")], run)
     velocity, size = jax.jit(edited_velocity, static_argnums=(3, 4))(edited, inputs, 2, run.grid, "delta")
     plain, expected, write = by_hand(model, tcs.stacks["joint"], inputs, run.grid, run.text_tokens + 7)

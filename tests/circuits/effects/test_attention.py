@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from difffract_jax.circuits.attribution.engine import make_engine, pull_rows
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.effects.attention import head_loadings, loadings_by_layer, score_parts
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
@@ -32,7 +32,7 @@ def top_feature(engine, *, single):
     ["single", "pixels:color=red", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("double", "velocity:"))],
 )
 def test_head_loadings_add_up_to_every_edge(exact, kind):
-    outputs = () if ":" not in kind else (resolve(exact.pipe, exact.trace, parse_target(kind)),)
+    outputs = () if ":" not in kind else (resolve_target(exact.pipe, exact.trace, parse_target(kind)),)
     engine = make_engine(exact.trace, exact.tcs, outputs)
     row = engine.sources if outputs else top_feature(engine, single=kind == "single")
     found = head_loadings(engine, row)

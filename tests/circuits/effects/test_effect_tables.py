@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.effects.effect_tables import side_sums, strongest, summed
 from difffract_jax.circuits.effects.total_effects import total_effects
 from difffract_jax.circuits.trace.capture import capture_steps
@@ -24,7 +24,7 @@ def run():
     span = capture_steps(
         pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(height=16, width=16, text_tokens=TEXT)
     )
-    found = total_effects(span, tcs, resolve(pipe, span, parse_target("pixels:color=red,box=0,0,8,8")))
+    found = total_effects(span, tcs, resolve_target(pipe, span, parse_target("pixels:color=red,box=0,0,8,8")))
     return tcs, found, np.asarray(span.traces[0].record.replaceable_text)
 
 

@@ -6,7 +6,7 @@ import pytest
 from difffract_jax.address import flux_layout
 from difffract_jax.circuits.attribution.engine import make_engine, pull_rows
 from difffract_jax.circuits.attribution.expansion import source_names
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.attribution.selection import named
 from difffract_jax.circuits.effects import heads
 from difffract_jax.circuits.effects.attention import head_loadings, score_parts
@@ -19,7 +19,7 @@ from traces import make_exact
 @pytest.fixture
 def engine(x64):
     made = make_exact(seed=5, img=(0, 2), txt=(0, 1, 2), joint=(0, 1), skip=True, output=True)
-    output = resolve(made.pipe, made.trace, parse_target("pixels:color=red"))
+    output = resolve_target(made.pipe, made.trace, parse_target("pixels:color=red"))
     return make_engine(made.trace, made.tcs, (output,))
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.engine import make_engine, read
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.engine import make_engine, read_targets
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.effects.readings import factors_for, predict, scaled
 from difffract_jax.graphs.graph import FEATURE
 from tolerances import TOL, relative_error
@@ -20,7 +20,7 @@ MODES = ("direct", "propagated", "live", "full")
 def made():
     jax.config.update("jax_enable_x64", True)
     exact = make_exact(seed=2, text_tokens=8, img=(0, 1, 2), txt=(1,), joint=(0, 1), skip=True, output=True)
-    output = resolve(exact.pipe, exact.trace, parse_target("pixels:color=red,box=0,0,16,16"))
+    output = resolve_target(exact.pipe, exact.trace, parse_target("pixels:color=red,box=0,0,16,16"))
     graph = attribute(exact.trace, exact.tcs, target=output, max_nodes=10_000, expansion_batch=200, min_attribution=0.0)
     yield exact, output, graph
     jax.config.update("jax_enable_x64", False)
@@ -28,7 +28,7 @@ def made():
 
 def value(exact, output, reading):
     engine = make_engine(exact.trace, exact.tcs, (output,))
-    return read(engine, np.array([engine.sources], np.int64), (reading,))[0]
+    return read_targets(engine, np.array([engine.sources], np.int64), (reading,))[0]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.effects.readings import scaled
 from difffract_jax.circuits.effects.total_effects import total_effects
 from difffract_jax.circuits.frozen.replacement import prepare_steps
@@ -20,7 +20,7 @@ def made(x64):
     pipe = random_pipeline(seed=4, dtype=jnp.float64)
     tcs = make_transcoders(pipe.config.transformer, seed=4, img=(0, 2), txt=(1,), joint=(1,), skip=True, features=16)
     span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(height=16, width=16, text_tokens=4))
-    return tcs, span, resolve(pipe, span, parse_target("pixels:color=red,box=0,0,8,8"))
+    return tcs, span, resolve_target(pipe, span, parse_target("pixels:color=red,box=0,0,8,8"))
 
 
 def put(per_group, group, new):

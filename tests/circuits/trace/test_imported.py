@@ -8,7 +8,7 @@ import pytest
 
 from converters.torch_trace import main, record_activations
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.trace.imported import load_trace
 from difffract_jax.cli import main as cli
@@ -55,7 +55,7 @@ def graphs(golden, ours, traces, feature):
     """Graphs of a feature and the velocity: ours, and those of the imported traces."""
     made = {}
     for name, trace in (traces | {"ours": ours}).items():
-        velocity = resolve(golden.pipe, trace, parse_target('velocity:contrast="a blue circle"'))
+        velocity = resolve_target(golden.pipe, trace, parse_target('velocity:contrast="a blue circle"'))
         made[name] = attribute(trace, golden.tcs, target=[(feature, 1.0), (velocity, 1.0)], **SETTINGS)
     return made
 

@@ -23,7 +23,7 @@ from difffract_jax.graphs.comparison import compare, read_graph
 from difffract_jax.graphs.files import viewer_json
 from difffract_jax.graphs.files.viewer_document import graph_of, read_document, unpair, write_document
 from difffract_jax.graphs.files.viewer_json import ViewerOptions, cantor, to_document, viewer_url, write_viewer_json
-from difffract_jax.graphs.graph import ERROR, FEATURE, OUTPUT, REST, keep
+from difffract_jax.graphs.graph import ERROR, FEATURE, OUTPUT, REST, subgraph
 from difffract_jax.graphs.provenance import KnownRun
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence, prune
 from difffract_jax.graphs.scoring import scores
@@ -225,12 +225,12 @@ def test_trap_2_every_logit_tells_its_share():
 
 def test_trap_3_the_highest_layer_below_the_logits_is_not_0():
     graph = aggregate(random_graph(0))
-    flat = keep(graph, graph.node_block <= 0, np.ones(graph.edge_source.size, bool))
+    flat = subgraph(graph, graph.node_block <= 0, np.ones(graph.edge_source.size, bool))
     for flavour in ("circuit-tracer", "neuronpedia"):
         nodes = document_of(flat, flavour)["nodes"]
         layers = {int(n["layer"]) for n in nodes if n["layer"] != "E" and n["feature_type"] != "logit"}
         assert max(layers) == 1 and {n["layer"] for n in nodes if n["feature_type"] == "logit"} == {"2"}
-    bare = keep(graph, graph.node_block < 0, np.ones(graph.edge_source.size, bool))
+    bare = subgraph(graph, graph.node_block < 0, np.ones(graph.edge_source.size, bool))
     with pytest.raises(UserError, match="no features or errors besides its targets"):
         document_of(bare)
 
@@ -261,7 +261,7 @@ def test_trap_4_empty_columns_are_added_where_a_feature_is_everywhere():
         node_position=rows.astype(np.int32),
     )
     features = np.flatnonzero(graph.node_kind == FEATURE)[1:5]
-    only = keep(everywhere, np.isin(np.arange(rows.size), features), np.zeros(graph.edge_source.size, bool))
+    only = subgraph(everywhere, np.isin(np.arange(rows.size), features), np.zeros(graph.edge_source.size, bool))
     tokens = document_of(only, by_position=True)["metadata"]["prompt_tokens"]
     assert tokens[-1] == " " and len(tokens) * 2 / 3 >= 4
 
@@ -314,7 +314,7 @@ def test_trap_8_a_view_saved_by_the_viewer_is_read(tmp_path):
 
 def test_trap_9_uploads_have_the_sizes_that_are_accepted(tmp_path, monkeypatch):
     graph = aggregate(random_graph(0))
-    small = keep(graph, graph.node_kind == ERROR, np.ones(graph.edge_source.size, bool))
+    small = subgraph(graph, graph.node_kind == ERROR, np.ones(graph.edge_source.size, bool))
     written = write_viewer_json(small, tmp_path / "g.json", "neuronpedia", options("neuronpedia"))
     text = (tmp_path / "g.json").read_bytes()
     assert len(gzip.compress(text)) >= 1024 and violations(json.loads(text)) == [] and json.loads(text) == written
