@@ -148,7 +148,10 @@ def profiled(directory: Path, wanted: bool, first: int) -> Iterator[Callable[[in
     def after(step: int, metrics: Any) -> None:
         nonlocal running
         if wanted and step - first == PROFILED[0]:
-            jax.profiler.start_trace(str(directory / "profile"))
+            # Without Python's own calls: the hook into every thread has crashed the interpreter, and a run with it.
+            recorded = jax.profiler.ProfileOptions()
+            recorded.python_tracer_level = 0
+            jax.profiler.start_trace(str(directory / "profile"), profiler_options=recorded)
             running = True
         if running and step - first == PROFILED[1]:
             jax.block_until_ready(metrics)
