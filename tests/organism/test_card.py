@@ -28,7 +28,7 @@ def half_empty(pipe, asked, **options):
 @pytest.fixture
 def counted(monkeypatch):
     """Replaces every measurement by one that tells how many images it was given."""
-    for name in ("binding", "ablations", "contradictions", "probe_binding", "replace_text"):
+    for name in ("binding_accuracy", "ablations", "contradictions", "probe_binding", "replace_text"):
         monkeypatch.setattr(card, name, lambda pipe, size, steps=4, progress=None: [{"images": size, "steps": steps}])
     monkeypatch.setattr(card, "uncoloured", lambda pipe, size, progress=None: {"images": size, "steps": 4})
     monkeypatch.setattr(card, "_speed", lambda pipe: {"images": 64, "steps": 4})
