@@ -190,9 +190,9 @@ def test_a_pixel_objective_is_the_image_s(x64):
     along = np.array([-1, 1, -1]) / np.sqrt(3)
     expected = ((image[:4, :8] - 0.5) @ along).mean()
     engine = make_engine(span, tcs, (output,))
-    assert read_targets(engine, np.array([engine.sources]), tuple(t.record.reading for t in span.traces))[
-        0
-    ] == pytest.approx(expected, rel=1e-10)
+    readings = tuple(one.record.reading for one in span.traces)
+    value = read_targets(engine, np.array([engine.sources]), readings)[0]
+    assert value == pytest.approx(expected, rel=1e-10)
 
 
 def _decode(pipe, latents, grid):
