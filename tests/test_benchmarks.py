@@ -59,3 +59,13 @@ def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
         assert attribution.floor_flops(trace, held, np.array([block])) == flops
         moved = 8 * held.places[:layers].sum() + held.decoders[:layers].sum() + held.projections[:hops].sum()
         assert attribution.floor_bytes(trace, held, np.array([block])) == moved
+
+
+@pytest.mark.slow
+def test_the_laws_among_the_bars_hold():
+    path = Path(__file__).parents[1] / "benchmarks" / "bars.py"
+    spec = importlib.util.spec_from_file_location("bars_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    rows = list(module.laws())
+    assert len(rows) == 3 and all(row.measured <= row.bar for row in rows)
