@@ -32,6 +32,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "UserError": "difffract_jax.config",
+    "enable_compile_cache": "difffract_jax.storage.compile_cache",
     "make_mesh": "difffract_jax.sharding",
     "load_pipeline": "difffract_jax.loading",
     "save_pipeline": "difffract_jax.loading",

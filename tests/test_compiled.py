@@ -65,7 +65,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path):
         path = tmp_path / folder / f"{number}-cache"
         path.write_bytes(bytes(10))
         os.utime(path, (used, 50))
-    compiled.bound(tmp_path, 40)
+    compiled.CACHE["bound"](tmp_path, 40)
     assert len(list(tmp_path.glob("*/*"))) == 4
-    compiled.bound(tmp_path, 25)
+    compiled.CACHE["bound"](tmp_path, 25)
     assert {path.name for path in tmp_path.glob("*/*")} == {"0-cache", "2-cache"}

@@ -12,6 +12,7 @@ import typer
 from difffract_jax.cli import options as opt
 from difffract_jax.config import ExportConfig, PruneConfig, SupernodesConfig, UserError, ViewerOptions, read_yaml
 
+WITHOUT_JAX = ("prune", "supernodes", "combine", "compare", "export")
 SUFFIXES = {
     "difffract-v2": ".json",
     "circuit-tracer": ".json",

@@ -1,7 +1,8 @@
 """The `difffract` command: settings in, artefacts and a short table out.
 
 1. `main` runs one command and turns its end into an exit status: 0 done, 1 failed with one sentence, 2 wrong usage,
-   130 interrupted. `--debug`, anywhere on the line, shows the traceback instead of the sentence.
+   130 interrupted. `--debug`, anywhere on the line, shows the traceback instead of the sentence;
+   `--no-compile-cache` compiles every program anew.
 2. A command merges its options into settings: defaults, then `--config FILE`, then options, then `--set`.
 3. What can be refused cheaply is refused before weights are read; the work itself is the package's own functions.
 4. Progress goes to stderr, results to stdout: a table for people, one JSON object with `--json` for machines.
@@ -10,6 +11,7 @@ Functions import what they use when they run, and only here, so that `difffract 
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -33,7 +35,9 @@ from difffract_jax.config import (
     provenance,
     sentence_of,
 )
+from difffract_jax.storage.compile_cache import enable_compile_cache
 
+ANYWHERE = ("--debug", "--no-compile-cache")
 STYLE: dict[str, Any] = {
     "no_args_is_help": True,
     "add_completion": False,
@@ -54,14 +58,23 @@ cli_validate.register(app)
 
 def main() -> None:
     """Runs the command line; the entry point `difffract`."""
-    debug = "--debug" in sys.argv[1:]
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    # Typer takes the options of `_root` before the command's name alone.
+    first = [argument for argument in sys.argv[1:] if argument in ANYWHERE]
+    others = [argument for argument in sys.argv[1:] if argument not in ANYWHERE]
+    if "--no-compile-cache" not in first and _compiles(others):
+        enable_compile_cache()
     try:
-        app(arguments, prog_name="difffract")
+        app(first + others, prog_name="difffract")
     except (ValueError, OSError) as error:
-        if debug:
+        if "--debug" in first:
             raise
         _fail(sentence_of(error))
+
+
+def _compiles(arguments: Sequence[str]) -> bool:
+    """Says whether a command line may compile programs: it names a command, not one of saved graphs, and no help."""
+    command = next(iter(arguments), "-")
+    return not (command.startswith("-") or command in cli_graphs.WITHOUT_JAX or {"-h", "--help"} & {*arguments})
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -81,10 +94,16 @@ Version = Annotated[
 ]
 ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a failure's traceback; anywhere on the line.")]
+NoCompileCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-compile-cache", help="Neither use nor keep compiled programs (~/.cache/difffract); anywhere on the line."
+    ),
+]
 
 
 @app.callback()
-def _root(version: Version = False, debug: Debug = False) -> None:
+def _root(version: Version = False, debug: Debug = False, no_compile_cache: NoCompileCache = False) -> None:
     """Trace circuits in FLUX diffusion transformers, in JAX.
 
     Start with `difffract demo`. Exit status: 0 done, 1 failed with one sentence on stderr, 2 wrong usage.

@@ -1,7 +1,8 @@
 """What the command line shows: results on stdout, progress on stderr, settings inside the files.
 
 1. `emit` prints a result, a dictionary of JSON values, as a table of its plain values and one table per list of rows.
-2. `progress` shows one bar on stderr while a command works; it hands out a callback `advance(done, total)`.
+2. `progress` shows one bar on stderr while a command works; it hands out a callback `advance(done, total)`. While XLA
+   compiles the bar says so.
 3. `graph_summary` boils a graph down to what one wants to know first: its target, its size, the target's strongest
    sources, and whether edges and bias add up to the pre-activations. It reads the graph's arrays only.
 4. `planned` lays plans of training beside one another.
@@ -26,7 +27,7 @@ from rich.table import Table
 
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.names import node_names
-from difffract_jax.storage.checkpoint import atomic_file, leaf_paths
+from difffract_jax.storage.files import atomic_file
 
 Advance = Callable[[int, int], None]
 
@@ -56,7 +57,28 @@ def progress(description: str) -> Iterator[Advance]:
     # Where there is no terminal, a bar would only leave an empty line beside what else is told.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        with _told_of_compiling(lambda text: bar.update(task, description=f"{description}{text}")):
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _told_of_compiling(show: Callable[[str], None]) -> Iterator[None]:
+    """Calls `show` with " (compiling)" when XLA begins to compile or to read a program, and with "" when it ends."""
+    import jax.monitoring
+
+    # JAX tells when a stage ends: when a program has been lowered, its compilation begins.
+    after = {"jaxpr_to_mlir_module_duration": " (compiling)", "backend_compile_duration": ""}
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        text = after.get(event.rsplit("/", 1)[-1])
+        if text is not None:
+            show(text)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @contextmanager
@@ -167,6 +189,8 @@ def save_image(image: UInt8[np.ndarray, "H W rgb"], path: Path, record: Mapping[
 
 def parameter_counts(made: Any) -> dict[str, int]:
     """Returns how many parameters each module of a pipeline has, or a transformer alone."""
+    from difffract_jax.storage.checkpoint import leaf_paths
+
     names = ("transformer", "t5", "clip", "vae")
     modules = {name: getattr(made, name) for name in names} if isinstance(made, tuple) else {"transformer": made}
     counts = {name: sum(leaf.size for leaf in leaf_paths(tree).values()) for name, tree in modules.items()}

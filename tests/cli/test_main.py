@@ -143,3 +143,21 @@ def test_a_graph_that_knows_no_feature_of_a_step_is_told_of(capsys: pytest.Captu
     cli._warn("", graph.with_provenance(steps=(0, 1, 2)))
     told = capsys.readouterr().err
     assert told.startswith("Warning: no feature of step 2 was expanded") and "lower --expansion-batch" in told
+
+
+@pytest.mark.parametrize(
+    ("line", "enabled"),
+    [
+        ("generate organism x --dry-run --out a.png", True),
+        ("generate organism x --dry-run --out a.png --no-compile-cache", False),
+        ("--no-compile-cache generate organism x --dry-run --out a.png", False),
+        ("generate --help", False),
+        ("prune no.npz", False),
+        ("--version", False),
+    ],
+)
+def test_compiled_programs_are_kept_by_commands_that_compile(difffract, monkeypatch, line, enabled):
+    called = []
+    monkeypatch.setattr(cli, "enable_compile_cache", lambda: called.append(True))
+    run = difffract(*line.split())
+    assert called == [True] * enabled and "no-compile-cache" not in run.err

@@ -3,8 +3,10 @@
 import json
 import re
 
+import jax
 import numpy as np
 from PIL import Image
+from rich.progress import Progress
 
 from difffract_jax.cli.output import (
     emit,
@@ -49,6 +51,17 @@ def test_progress_goes_to_the_error_stream(capsys, monkeypatch):
         advance(1, 2)
     out, err = capsys.readouterr()
     assert out == "" and "Working" in err
+
+
+def test_a_bar_says_when_a_program_is_compiled(monkeypatch):
+    shown = []
+    monkeypatch.setattr(Progress, "update", lambda self, task, **changes: shown.append(changes))
+    with progress("Tracing"):
+        jax.jit(lambda x: x * 3 + len(shown))(1.0).block_until_ready()
+    told = [changes["description"] for changes in shown]
+    assert told[:2] == ["Tracing (compiling)", "Tracing"] and told[-1] == "Tracing"
+    jax.jit(lambda x: x * 5 + len(shown))(1.0).block_until_ready()
+    assert len(shown) == len(told), "afterwards nobody listens"
 
 
 def test_an_image_carries_how_it_was_made(tmp_path):
