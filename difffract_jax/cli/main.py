@@ -69,6 +69,29 @@ def main() -> None:
         if "--debug" in first:
             raise
         _fail(sentence_of(error))
+    except (RuntimeError, AssertionError):
+        sentence = _missing_device()
+        if "--debug" in first or sentence is None:
+            raise
+        _fail(sentence)
+
+
+def _missing_device() -> str | None:
+    """Says what is wrong if JAX cannot start on the device that it was told to use; None if it can."""
+    jax: Any = sys.modules.get("jax")
+    if jax is None:
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        named = jax.config.jax_platforms
+        reasons = [f"JAX_PLATFORMS={named} names none that it can use"] if named else []
+        reasons += filter(None, [str(error).split("\n")[0].split(" (set JAX_PLATFORMS")[0]])
+        return (
+            f"JAX finds no device: {'; '.join(reasons)}. Unset JAX_PLATFORMS to use what there is, or install the "
+            "device's own JAX: pip install 'difffract_jax[cuda]' or 'difffract_jax[tpu]'."
+        )
+    return None
 
 
 def _compiles(arguments: Sequence[str]) -> bool:

@@ -177,6 +177,8 @@ def check_out(path: Path, suffix: str) -> None:
     """
     if suffix and path.suffix != suffix:
         raise UserError(f"The output file must end in {suffix}, but got {path}.")
+    if suffix and path.is_dir():
+        raise UserError(f"{path} is a directory, but the output is one file; name another output.")
     if not path.parent.is_dir():
         raise UserError(f"The folder {path.parent} of the output file {path.name} does not exist; create it first.")
 

@@ -11,6 +11,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ from difffract_jax.graphs.names import node_names
 from difffract_jax.storage.files import atomic_file
 
 Advance = Callable[[int, int], None]
+EXPLAINED = {
+    "rest": "features that were not expanded, as one node a site and position",
+    "pinned": "the kept features alone, all others counted as error",
+    "frozen pooled path": "what the prompt's one vector adds, held fixed, without nodes",
+}
+"""Words of tables that a newcomer asks for; the others are in docs/glossary.md."""
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
@@ -47,7 +54,19 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
             tables.append(_rows(name, value))
         else:
             plain.add_row(name, _text(value))
-    console.print(plain, *tables, sep="\n")
+    console.print(plain, *tables, *_explained(result), sep="\n")
+
+
+def _explained(result: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each word of `EXPLAINED` that a result shows as a name or in its rows."""
+    shown = [*result]
+    for value in result.values():
+        if isinstance(value, Mapping):
+            shown += value
+        elif isinstance(value, list):
+            shown += [str(next(iter(row.values()))) for row in value if isinstance(row, Mapping)]
+    text = "\n".join(shown)
+    return [f"{word}: {meaning}" for word, meaning in EXPLAINED.items() if re.search(rf"\b{word}\b", text)]
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The command line: help that teaches, exit statuses, one sentence per failure, and a circuit from end to end."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -161,3 +162,16 @@ def test_compiled_programs_are_kept_by_commands_that_compile(difffract, monkeypa
     monkeypatch.setattr(cli, "enable_compile_cache", lambda: called.append(True))
     run = difffract(*line.split())
     assert called == [True] * enabled and "no-compile-cache" not in run.err
+
+
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "from difffract_jax.cli.main import main; main()"]
+        + ["generate", "organism", "x", "--out", str(tmp_path / "image.png")],
+        env={**os.environ, "JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+    )
+    last = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 1 and last.startswith("Error: JAX finds no device: ") and "Traceback" not in run.stderr
+    assert "JAX_PLATFORMS=cuda names none" in last and not list(tmp_path.iterdir())

@@ -203,3 +203,9 @@ def test_a_command_s_error_names_options_and_keeps_its_cause():
     with pytest.raises(UserError, match="^--one-or-more is of no use, and seed must be at least 1.$") as caught:
         run(place="p")
     assert isinstance(caught.value.__cause__, UserError)
+
+
+def test_an_output_file_that_is_a_directory_is_refused_before_any_work(tmp_path):
+    (tmp_path / "graph.npz").mkdir()
+    with pytest.raises(UserError, match=r"graph\.npz is a directory, but the output is one file; name another output"):
+        opt.check_out(tmp_path / "graph.npz", ".npz")

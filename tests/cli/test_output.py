@@ -39,6 +39,14 @@ def test_people_get_every_value_in_a_table(capsys):
     assert all(text in out for text in ("name", "0.1235", "rows", "from", "img/0/f1", "1.5"))
 
 
+def test_words_that_a_newcomer_asks_for_are_explained_where_they_stand(capsys):
+    emit({"nodes": {"feature": 3, "rest": 2}, "scores": [{"of": "pinned"}], "strongest": "an interest"})
+    out = capsys.readouterr().out
+    assert "rest: features that were not expanded" in out and "pinned: the kept features" in out
+    emit({"nodes": {"feature": 3}, "strongest": "an interest, frozen pooled path", "rests": 1})
+    assert ": " not in capsys.readouterr().out.replace('{"feature": 3}', "")
+
+
 def test_a_long_value_is_wrapped_and_not_cut(capsys):
     address = "http://localhost/" + "x" * 300
     emit({"open": address})

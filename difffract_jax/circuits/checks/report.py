@@ -6,12 +6,13 @@ The figures are functions of the numbers alone (NumPy and matplotlib), for other
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from difffract_jax.circuits.checks.validation import at_size, failed_checks
 from difffract_jax.storage.files import atomic_file
@@ -124,6 +125,10 @@ def perturbation_figure(found: Mapping[str, Any]) -> Figure:
     shown = (influence > 0) & (measured != 0)
     left.loglog(influence[shown], np.abs(measured[shown]), ".", ms=3, alpha=0.4, color=COLOURS["influence"])
     left.set(xlabel="influence", ylabel="|change| in the real model", title=_title(found, "influence"))
+    for axis, limits in ((left.xaxis, left.get_xlim()), (left.yaxis, left.get_ylim())):
+        axis.set_minor_formatter(NullFormatter())  # a short axis would label all its ticks, one over another
+        if limits[1] < 100 * limits[0]:
+            axis.set_major_locator(LogLocator(subs=(1, 3)))
     right.plot(change, measured, ".", ms=3, alpha=0.4, color=COLOURS["influence"])
     largest = float(np.max(np.abs(np.concatenate([change, measured])), initial=1e-12))
     right.plot([-largest, largest], [-largest, largest], lw=0.8, color="#7a7a7a", label="equal")
@@ -132,7 +137,7 @@ def perturbation_figure(found: Mapping[str, Any]) -> Figure:
     right.set_xticks(_ticks(largest))
     right.set_yticks(_ticks(largest))
     right.set(xlabel="change that the graph predicts", ylabel="change in the real model", title=_title(found, "change"))
-    right.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower right")  # beside the points, not over them
     return figure
 
 
@@ -168,8 +173,15 @@ def curves_figure(found: Mapping[str, Any]) -> Figure:
         grid[1, column].set_xlabel("features in the circuit")
     grid[0, 0].set_ylabel("recovered by the circuit alone")
     grid[1, 0].set_ylabel("lost without the circuit")
-    grid[0, 0].legend(fontsize=7, loc="upper left")
+    names, handles = _legend(grid.flat)
+    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=len(names))  # beside the curves
     return figure
+
+
+def _legend(grid: Iterable[Any]) -> tuple[list[str], list[Any]]:
+    """Returns every name of several axes once, with what it stands for."""
+    shown = {name: handle for axes in grid for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    return list(shown), list(shown.values())
 
 
 def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], ranking: str, measure: str) -> None:
