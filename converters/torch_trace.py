@@ -27,6 +27,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.activations import Activations, array_shapes, write_activations
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.models.sampler import PATCH
+from difffract_jax.seeds import check_seed
 from difffract_jax.storage.files import read_array
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
@@ -86,7 +87,7 @@ def record_activations(
             num_inference_steps=count,
             max_sequence_length=run.text_tokens,
             guidance_scale=run.guidance or 0.0,
-            generator=torch.Generator("cpu").manual_seed(seed),
+            generator=torch.Generator("cpu").manual_seed(check_seed(seed)),
             latents=None if latents is None else torch.from_numpy(np.array(latents, np.float32)[None]),
             output_type="latent",
             callback_on_step_end=partial(_stop, step),

@@ -21,6 +21,10 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 
+SEEDS = 2**64
+"""Seeds are whole numbers from 0 to below this, as PyTorch's are."""
+
+
 class UserError(ValueError):
     """A mistake the user can mend. Its message is one clear sentence: what was passed, expected, and what to do."""
 
@@ -38,6 +42,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+"""A seed of random numbers, in [0, 2**64)."""
+
+
 class GenerateConfig(Settings):
     """Settings of `difffract generate`: prompt to image."""
 
@@ -47,7 +55,7 @@ class GenerateConfig(Settings):
     """What the image shall show."""
     out: Path = Path("image.png")
     """Image file to write; its metadata carry these settings."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the starting noise."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps; the model's own default when left out."""
@@ -100,7 +108,7 @@ class TraceConfig(Settings):
     the text embedding and the latents entering the first, and whose targets lie in the last unless they name a step."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps of the run; the model's own default when left out."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the starting noise."""
     height: int | None = Field(None, ge=1)
     """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
@@ -234,7 +242,7 @@ class DemoConfig(Settings):
 
     out: Path = Path("difffract-demo")
     """Directory for the image and the graphs."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the random weights, the noise and the choice of the target."""
 
 

@@ -22,7 +22,7 @@ PACKAGES = ("difffract_jax", "converters")
 ORDER = (
     ("difffract_jax.namespaces",),
     ("difffract_jax", "difffract_jax.config"),
-    ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display"),
+    ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display", "difffract_jax.seeds"),
     ("difffract_jax.storage",),
     ("difffract_jax.trees", "difffract_jax.graphs"),
     ("difffract_jax.sharding",),
@@ -131,6 +131,21 @@ def test_no_import_is_hidden_in_a_function(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in TORCH_FILES])
 def test_only_two_files_touch_pytorch(name: str) -> None:
     assert not {target.split(".")[0] for target, _ in imported(TREES[name])} & {"torch", "diffusers"}
+
+
+def test_every_seed_of_a_user_goes_through_one_file() -> None:
+    # Elsewhere its upper half would be lost, or taken for the number of a draw; seeds that are written out are short.
+    makers = ("random.key", "random.PRNGKey", "nnx.Rngs", "default_rng", "SeedSequence")
+    bare = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(makers) and node.args
+        for seed in (node.args[0].elts[0] if isinstance(node.args[0], ast.List | ast.Tuple) else node.args[0],)
+        if not isinstance(seed, ast.Constant) and not ast.unparse(seed).isupper()
+        if not ast.unparse(seed).startswith(("key", "random_key("))
+    ]
+    assert {place.split(":")[0] for place in bare} == {"difffract_jax/seeds.py", "difffract_jax/models/tiny.py"}, bare
 
 
 def test_diffusers_is_imported_on_first_use_only() -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.config import UserError, nearest
+from difffract_jax.config import SEEDS, UserError, nearest
 
 organism = typer.Typer(
     help="The embedded model: a FLUX small enough for a laptop, trained on scenes whose content is known.",
@@ -67,7 +67,7 @@ def sample(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Draw this caption with `count` seeds instead.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of captions and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS - 1, help="Seed of captions and noise.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; 4 when left out.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Picture to write.")] = Path("samples.png"),
     json: opt.Json = False,

@@ -35,6 +35,7 @@ from difffract_jax.organism.pool import build_pool, measure_latents
 from difffract_jax.organism.recipe import OrganismRecipe
 from difffract_jax.organism.render import SIDE
 from difffract_jax.organism.vocabulary import TEXT_TOKENS, make_tokenizers
+from difffract_jax.seeds import random_key, seed_words
 from difffract_jax.storage.checkpoint import atomic_directory, atomic_file, load_tree, save_trees
 
 Progress = Callable[[str, int, int, float], None]
@@ -204,11 +205,11 @@ def _open_run(recipe: OrganismRecipe, directory: Path, resume: bool) -> None:
 
 def _seed(recipe: OrganismRecipe, stage: int, purpose: int) -> int:
     """Returns the seed of one stream of randomness of one stage."""
-    return int(np.random.SeedSequence([recipe.seed, stage, purpose]).generate_state(1)[0])
+    return int(seed_words(recipe.seed, stage, purpose).generate_state(1)[0])
 
 
 def _key(recipe: OrganismRecipe, stage: int) -> Key[Array, ""]:
-    return jax.random.key(_seed(recipe, stage, KEY_SEED))
+    return random_key(_seed(recipe, stage, KEY_SEED))
 
 
 def _text_stage(recipe: OrganismRecipe, tokenizers: Tokenizers) -> Stage:

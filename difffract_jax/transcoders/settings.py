@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from difffract_jax.config import Settings, UserError
+from difffract_jax.config import Seed, Settings, UserError
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
@@ -47,7 +47,7 @@ class RowSettings(Settings):
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     model_dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the model while it is read, and of the rows that are kept."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of prompts' order, noise, choice of tokens, weights and batches."""
 
 
