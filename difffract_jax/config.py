@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-
 SEEDS = 2**64
 """Seeds are whole numbers from 0 to below this, as PyTorch's are."""
 

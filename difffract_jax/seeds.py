@@ -2,8 +2,8 @@
 
 1. `random_key` puts the upper and the lower half of a seed into the two words of a Threefry key. `jax.random.key` drops
    the upper half unless x64 is enabled, so that seeds that differ by 2**32 would draw the same numbers.
-2. `random_generator` gives NumPy the lower half, the numbers of a draw, and the upper half in a place of its own. As one
-   list, `[2**32 + 5, 0]` and `[5, 1]` are the same words to NumPy, and the same numbers.
+2. `random_generator` gives NumPy the lower half, the numbers of a draw, and the upper half in a place of its own. In a
+   list, `[2**32 + 5, 0]` and `[5, 1]` are the same words to NumPy, and draw the same numbers.
 
 Seeds below 2**32 draw what `jax.random.key(seed)` and `numpy.random.default_rng([seed, ...])` draw.
 """

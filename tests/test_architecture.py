@@ -231,7 +231,13 @@ def test_what_is_imported_is_declared() -> None:
     declared = {re.split(r"[<>=\[]", line)[0].lower() for line in project["dependencies"]}
     extras = (line for lines in project["optional-dependencies"].values() for line in lines)
     declared |= {re.split(r"[<>=\[]", line)[0].lower() for line in extras}
-    declared |= {"yaml": "pyyaml", "PIL": "pillow", "orbax": "orbax-checkpoint", "tensorboardX": "tensorboardx"}.keys()
+    declared |= {
+        "yaml": "pyyaml",
+        "PIL": "pillow",
+        "orbax": "orbax-checkpoint",
+        "tensorboardX": "tensorboardx",
+        "google": "protobuf",
+    }.keys()
     declared |= {*PACKAGES}
     used = {target.split(".")[0] for tree in TREES.values() for target, _ in imported(tree)}
     assert used - set(sys.stdlib_module_names) <= declared

@@ -110,7 +110,8 @@ def rank_features(
         Label of sites -> features, highest score first; labels without a transcoder are left out.
 
     Raises:
-        UserError: if what an order needs is missing, a seed occurs twice, a step or site does not exist, or the region holds no token.
+        UserError: if what an order needs is missing, a seed occurs twice, a step or site does not exist, or the region
+            holds no token.
     """
     check_fit(tcs, pipe.config.transformer)
     run = run or pipe.plan()
