@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from difffract_jax.text_files import decoded, unicode_problem
 
 SEEDS = 2**64
 """Seeds are whole numbers from 0 to below this, as PyTorch's are."""
@@ -39,6 +41,16 @@ class Settings(BaseModel):
     """What all settings share: frozen, no unknown keys, a docstring under every field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+    @field_validator("prompt", "contrast", "expect", "target", check_fields=False)
+    @classmethod
+    def _is_unicode(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        """Refuses what no tokenizer takes before a model is loaded; paths may hold bytes that the locale lacks."""
+        for text in (value,) if isinstance(value, str) else value or ():
+            problem = unicode_problem(text)
+            if problem:
+                raise ValueError(f"it {problem}")
+        return value
 
 
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
@@ -278,7 +290,9 @@ def resolve(
 def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML file of settings; an empty file has none."""
     try:
-        content: object = yaml.safe_load(file.read_text())
+        content: object = yaml.safe_load(decoded(file.read_bytes()))
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not text in UTF-8; save it in that encoding.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
     if content is None:

@@ -20,7 +20,7 @@ import difffract_jax
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("difffract_jax", "converters")
 ORDER = (
-    ("difffract_jax.namespaces",),
+    ("difffract_jax.namespaces", "difffract_jax.text_files"),
     ("difffract_jax", "difffract_jax.config"),
     ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display", "difffract_jax.seeds"),
     ("difffract_jax.storage",),
@@ -206,6 +206,53 @@ def test_files_and_functions_stay_short(name: str) -> None:
         docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
         length = (node.end_lineno or 0) - node.lineno + 1 - docstring
         assert length <= MAX_FUNCTION, f"{name}:{node.lineno} {node.name} has {length} lines"
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Says whether a call reads or writes text, so that the locale would choose the encoding if nobody does."""
+    function = ast.unparse(call.func)
+    name = function.rpartition(".")[2]
+    if name in ("read_text", "write_text", "TextIOWrapper"):
+        return True
+    if name not in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile") or function in ("Image.open", "self.open"):
+        return False
+    place = 1 if function in ("open", "os.fdopen", "gzip.open") else 0
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    mode = given.get("mode", call.args[place] if len(call.args) > place else None)
+    # Temporary files and gzip's are binary unless told otherwise, all others text.
+    binary_by_default = name.endswith("TemporaryFile") or function == "gzip.open"
+    return not binary_by_default if mode is None else not (isinstance(mode, ast.Constant) and "b" in mode.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("path.open()", True),
+        ("path.open('rb')", False),
+        ("open(name, mode='w')", True),
+        ("open(name, 'ab')", False),
+        ("NamedTemporaryFile()", False),
+        ("tempfile.NamedTemporaryFile('w')", True),
+        ("gzip.open(path)", False),
+        ("gzip.open(path, 'rt')", True),
+        ("path.write_text(page)", True),
+    ],
+)
+def test_calls_that_open_text_are_recognised(code: str, text: bool) -> None:
+    (call,) = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    assert opens_text(call) == text
+
+
+def test_every_text_file_names_its_encoding() -> None:
+    benchmarks = sorted((ROOT / "benchmarks").rglob("*.py"))
+    trees = TREES | {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in benchmarks}
+    unnamed = [
+        f"{name}:{node.lineno} {ast.unparse(node)[:60]}"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and opens_text(node) and "encoding" not in {word.arg for word in node.keywords}
+    ]
+    assert not unnamed
 
 
 def test_no_file_holds_a_shortcut() -> None:

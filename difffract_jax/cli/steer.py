@@ -337,7 +337,9 @@ def _write(made: Any, rows: list[dict[str, Any]], record: dict[str, Any], out: P
     title = f"{settings['prompt']}: {', '.join(settings['edit'])}"
     lines = [summary({title: rows}), "```json", json_text.dumps(record, indent=2), "```", ""]
     with atomic_file(files["metrics.md"]) as partial:
-        partial.write_text("\n".join(lines))
+        partial.write_text("\n".join(lines), encoding="utf-8")
     with atomic_file(files["metrics.json"]) as partial:
-        partial.write_text(json_text.dumps(record | {"metrics": rows, "norms": made.norms.tolist()}, indent=2) + "\n")
+        partial.write_text(
+            json_text.dumps(record | {"metrics": rows, "norms": made.norms.tolist()}, indent=2) + "\n", encoding="utf-8"
+        )
     return {name: str(path) for name, path in files.items()}

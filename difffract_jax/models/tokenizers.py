@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer, T5Tokenizer
 
 from difffract_jax.config import UserError, nearest
 from difffract_jax.models.tokenizer_files import load_clip, load_t5
+from difffract_jax.text_files import unicode_problem
 
 SPACE = "\u2581"
 """What a T5 piece begins with that begins a word."""
@@ -93,10 +94,14 @@ def encode_prompt(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> Toke
         The ids, which of the T5 ids are the prompt's, and what had to be cut off.
 
     Raises:
-        UserError: if `text_tokens` leaves no room for a token, or a closed vocabulary lacks a word.
+        UserError: if `text_tokens` leaves no room for a token, the prompt holds lone surrogates, or a closed vocabulary
+            lacks a word.
     """
     if text_tokens < 1:
         raise UserError(f"text_tokens must be at least 1, but got {text_tokens}; FLUX.1 was trained with 256 or 512.")
+    problem = unicode_problem(prompt)
+    if problem:
+        raise UserError(f"The prompt is not valid Unicode: it {problem}.")
     if tokenizers.t5.init_kwargs.get("closed_vocabulary"):
         prompt = _known_words(tokenizers.t5, prompt)
     # verbose=False: a prompt longer than the tokenizer's own length is reported below, not in transformers' log.

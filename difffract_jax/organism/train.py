@@ -110,7 +110,7 @@ def train(
 
 def minutes_taken(directory: Path) -> float:
     """Returns how long the steps of a run have taken, interruptions left out, by the times in its `metrics.jsonl`."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     total = 0.0
     for before, after in zip(lines, lines[1:], strict=False):
         gap = after["time"] - before["time"]
@@ -127,7 +127,7 @@ def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any
     first = int(state.step)
     if first >= stage.steps:
         return state
-    with ThreadPoolExecutor(1) as ahead, (directory / "metrics.jsonl").open("a") as log:
+    with ThreadPoolExecutor(1) as ahead, (directory / "metrics.jsonl").open("a", encoding="utf-8") as log:
         waiting = ahead.submit(stage.batch, first)
         try:
             for step in range(first, stage.steps):
@@ -184,11 +184,11 @@ def _open_run(recipe: OrganismRecipe, directory: Path, resume: bool) -> None:
             raise UserError(f"{directory} holds other files; give a new directory for the run.")
         directory.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial_file:
-            partial_file.write_text(json.dumps(wanted, indent=2) + "\n")
+            partial_file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
     if not resume:
         raise UserError(f"{directory} holds a run already; add --resume to go on with it, or give a new directory.")
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     changed = [
         f"{part}.{name}" if isinstance(value, dict) else part
         for part, value in wanted.items()

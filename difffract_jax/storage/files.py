@@ -153,7 +153,7 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     index = directory / f"{name}.safetensors.index.json"
     names = {f"{name}.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     absent = sorted(shard for shard in names if not (directory / shard).exists())
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
@@ -219,7 +219,7 @@ def write_sharded(
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def raw_bytes(value: Any) -> memoryview:

@@ -283,4 +283,4 @@ def write_labels(labels: dict[str, Any], record: dict[str, Any], path: Path) -> 
         record: how they were made.
         path: file to write.
     """
-    path.write_text(json.dumps(labels | {"record": record}, separators=(",", ":")) + "\n")
+    path.write_text(json.dumps(labels | {"record": record}, separators=(",", ":")) + "\n", encoding="utf-8")
