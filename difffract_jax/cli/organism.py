@@ -165,10 +165,11 @@ def train(
     from difffract_jax.organism.card import measure_organism, write_card
     from difffract_jax.organism.train import minutes_taken
     from difffract_jax.organism.train import train as run
+    from difffract_jax.storage.locks import sole_writer
     from difffract_jax.storage.sums import write_sums
 
     command = shlex.join(["difffract", "organism", "train", *_chosen(out, config, sets)])
-    with _stages() as advance:
+    with sole_writer(out), _stages() as advance:
         pipe = run(recipe, out, resume=resume, progress=advance)
         minutes = minutes_taken(out)
         pipeline = out / "pipeline"
@@ -176,7 +177,7 @@ def train(
         tables = measure_organism(pipe, images, progress=advance) if images else {}
         if images:
             write_card(pipe, pipeline, recipe, tables, command, minutes)
-    write_sums(pipeline)
+        write_sums(pipeline)
     emit({"pipeline": str(pipeline), "minutes": round(minutes, 1)} | tables, as_json=json)
 
 

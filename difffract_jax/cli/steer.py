@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
         "out": ("batch",),
     },
     help_from={TraceConfig: ("model", "prompt", "include_padding", "steps", "noise")},
+    fills="out",
 )
 def steer(settings: SteerConfig, *, json: bool) -> None:
     """Edit features while images are made, over seeds and strengths, and measure what changed.
