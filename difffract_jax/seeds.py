@@ -11,6 +11,7 @@ Seeds below 2**32 draw what `jax.random.key(seed)` and `numpy.random.default_rng
 import operator
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,18 +24,21 @@ LOW_HALF = 2**HALF_BITS - 1
 """Mask of a seed's lower half."""
 
 
-def check_seed(seed: int) -> int:
+def check_seed(seed: Any) -> int:
     """Returns a seed as a Python integer.
 
     Args:
-        seed: any whole number.
+        seed: a whole number, NumPy's too.
 
     Raises:
-        UserError: unless it lies in [0, 2**64).
+        UserError: unless it is one in [0, 2**64).
     """
-    number = operator.index(seed)
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = -1
     if not 0 <= number < SEEDS:
-        raise UserError(f"A seed must be a whole number from 0 to 2**64 - 1 = {SEEDS - 1}, but got {number}.")
+        raise UserError(f"A seed must be a whole number from 0 to 2**64 - 1 = {SEEDS - 1}, but got {seed}.")
     return number
 
 

@@ -214,7 +214,7 @@ def opens_text(call: ast.Call) -> bool:
     name = function.rpartition(".")[2]
     if name in ("read_text", "write_text", "TextIOWrapper"):
         return True
-    if name not in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile") or function in ("Image.open", "self.open"):
+    if name not in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile") or function in ("Image.open", "os.open"):
         return False
     place = 1 if function in ("open", "os.fdopen", "gzip.open") else 0
     given = {keyword.arg: keyword.value for keyword in call.keywords}
@@ -229,6 +229,7 @@ def opens_text(call: ast.Call) -> bool:
     [
         ("path.open()", True),
         ("path.open('rb')", False),
+        ("os.open(path, os.O_RDONLY)", False),
         ("open(name, mode='w')", True),
         ("open(name, 'ab')", False),
         ("NamedTemporaryFile()", False),

@@ -91,14 +91,16 @@ def test_a_seed_outside_64_bits_is_refused(seed, pipe):
     with pytest.raises(UserError, match=told):
         random_pipeline(seed=seed)
     assert check_seed(np.uint64(2**64 - 1)) == 2**64 - 1
+    with pytest.raises(UserError, match="must be a whole number .* but got 0.5"):
+        check_seed(0.5)
 
 
 @pytest.mark.parametrize(
     ("cls", "needed"),
     [
         (GenerateConfig, {"model": "m", "prompt": "p"}),
-        (TrainConfig, {"model": "m", "out": "o"}),
-        (HarvestConfig, {"model": "m", "out": "o"}),
+        (TrainConfig, {"model": "m", "out": "o", "prompts": "p"}),
+        (HarvestConfig, {"model": "m", "out": "o", "prompts": "p"}),
         (OrganismRecipe, {}),
     ],
 )
