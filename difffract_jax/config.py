@@ -357,7 +357,9 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
         elif item["type"] == "missing":
             problems.append(f"`{key}` is missing")
         else:
-            problems.append(f"`{key}` was {item['input']!r}, but {_lower(item['msg'])}")
+            # pydantic says this before the words of a validator of ours.
+            reason = item["msg"].removeprefix("Value error, ")
+            problems.append(f"`{key}` was {item['input']!r}, but {_lower(reason)}")
     told = "; ".join(problem.rstrip(".") for problem in problems)
     return f"The settings are not valid ({cls.__name__}): {told}{'' if told.endswith('?') else '.'}"
 

@@ -114,7 +114,7 @@ def test_settings_take_all_seeds_of_64_bits_and_no_others(cls, needed):
 @pytest.mark.parametrize(
     ("seeds", "told"),
     [
-        ("7,7", "every seed counts once, and 7 occurs more than once"),
+        ("7,7", "`seeds` was '7,7', but every seed counts once, and 7 occurs more than once"),
         ("0..5,3", "every seed counts once, and 3 occurs more than once"),
         ("0,18446744073709551616", "a seed lies in 0..18446744073709551615"),
         ("0..18446744073709551615", "at most 100000 seeds"),

@@ -41,7 +41,8 @@ def read_prompts(source: str) -> list[str]:
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _kept(source, _parquet_values(path, column))
-    lines = lines_of(_text(path))
+    # Files that were joined have a mark where the second began, which would be part of a prompt.
+    lines = [line.lstrip("\ufeff") for line in lines_of(_text(path))]
     if kind == ".jsonl":
         numbered = ((f"Line {number} of {path}", line) for number, line in enumerate(lines, 1) if line.strip())
         return _kept(source, [_field(where, line, column) for where, line in numbered])

@@ -53,6 +53,12 @@ def test_a_line_of_jsonl_that_is_no_prompt_is_named(tmp_path, content, told):
         read_prompts(str(tmp_path / "a.jsonl"))
 
 
+def test_marks_within_a_file_that_was_joined_are_left_out(tmp_path):
+    for name, one in (("a.txt", "a fox\n"), ("a.jsonl", '"a fox"\n')):
+        (tmp_path / name).write_bytes(2 * one.encode("utf-8-sig"))
+        assert read_prompts(str(tmp_path / name)) == ["a fox", "a fox"]
+
+
 def test_halves_of_characters_that_belong_together_are_one(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a \\ud83e\\udd8a"}\n')
     assert read_prompts(str(tmp_path / "a.jsonl")) == ["a \U0001f98a"]
