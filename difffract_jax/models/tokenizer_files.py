@@ -66,28 +66,28 @@ def load_t5(home: Path) -> T5Tokenizer:
             if (home / name).is_file():
                 shutil.copyfile(home / name, Path(folder) / name)
         _from_sentencepiece(home).save(str(Path(folder) / TOKENIZER))
-        return _applied(T5Tokenizer, Path(folder), told=home)
+        return _applied(T5Tokenizer, Path(folder), origin=home)
 
 
-def _applied(kind: type[T], home: Path, *, told: Path | None = None) -> T:
+def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
     """Returns a tokenizer of a class of transformers that does what `tokenizer.json` says.
 
     Args:
         kind: the class.
         home: holds `tokenizer.json` and what names its special tokens.
-        told: directory that errors name, where it is another one.
+        origin: directory that errors name, where it is another one.
     """
     file = home / TOKENIZER
     try:
         backend = Tokenizer.from_buffer(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file} is not a tokenizer ({_brief(error)}); copy it again from the pipeline.") from None
-    made = _named(kind, home, told or home)
+    made = _named(kind, home, origin or home)
     tokens = {name: str(token) for name, token in made.special_tokens_map.items() if isinstance(token, str)}
     absent = [f"{token} ({name})" for name, token in tokens.items() if backend.token_to_id(token) is None]
     if absent:
         raise UserError(
-            f"The tokenizer in {told or home} lacks tokens that its {CONFIG} names: {', '.join(absent)}; copy the "
+            f"The tokenizer in {origin or home} lacks tokens that its {CONFIG} names: {', '.join(absent)}; copy the "
             "files again from the pipeline."
         )
     # As transformers has it, special tokens are found in a prompt whether the file lists them or not.
@@ -100,13 +100,13 @@ def _applied(kind: type[T], home: Path, *, told: Path | None = None) -> T:
     return made
 
 
-def _named(kind: type[T], home: Path, told: Path) -> T:
+def _named(kind: type[T], home: Path, origin: Path) -> T:
     """Returns what transformers makes of a directory."""
     try:
         return kind.from_pretrained(home, local_files_only=True)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise UserError(
-            f"transformers cannot load {told} as a {kind.__name__} ({_brief(error)}); copy it again from the pipeline."
+            f"transformers cannot load {origin} as a {kind.__name__} ({_brief(error)}); copy it again."
         ) from None
 
 
@@ -115,15 +115,15 @@ def _from_sentencepiece(home: Path) -> Tokenizer:
     config = json.loads((home / CONFIG).read_text(encoding="utf-8")) if (home / CONFIG).is_file() else {}
     file = home / SPIECE
     # What the converter asks of a tokenizer; T5 closes a text with a token that its model has.
-    asked = SimpleNamespace(vocab_file=str(file), _extra_ids=config.get("extra_ids", EXTRA_IDS))
+    stand_in = SimpleNamespace(vocab_file=str(file), _extra_ids=config.get("extra_ids", EXTRA_IDS))
     try:
-        converter = T5Converter(asked)
+        converter = T5Converter(stand_in)
     except DecodeError:
         raise UserError(f"{file} is not a SentencePiece model; copy it again from the pipeline.") from None
     ids = {piece.piece: number for number, piece in enumerate(converter.proto.pieces)}
     if converter.proto.trainer_spec.model_type != UNIGRAM or CLOSING not in ids:
         raise UserError(f"{file} is not T5's: that is a Unigram model with the token {CLOSING}; copy it again.")
-    asked.convert_tokens_to_ids = ids.__getitem__
+    stand_in.convert_tokens_to_ids = ids.__getitem__
     return converter.converted()
 
 

@@ -36,17 +36,17 @@ def read_prompts(source: str) -> list[str]:
         UserError: if there is nothing to read, or it is not text.
     """
     if source.startswith("hf:"):
-        return _kept(source, _dataset_values(source))
+        return _without_empty(source, _dataset_values(source))
     path, column = _file_and_column(source)
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return _kept(source, _parquet_values(path, column))
+        return _without_empty(source, _parquet_values(path, column))
     # Files that were joined have a mark where the second began, which would be part of a prompt.
     lines = [line.lstrip("\ufeff") for line in lines_of(_text(path))]
     if kind == ".jsonl":
         numbered = ((f"Line {number} of {path}", line) for number, line in enumerate(lines, 1) if line.strip())
-        return _kept(source, [_field(where, line, column) for where, line in numbered])
-    return _kept(source, [line for line in lines if line.strip()])
+        return _without_empty(source, [_field(where, line, column) for where, line in numbered])
+    return _without_empty(source, [line for line in lines if line.strip()])
 
 
 def _file_and_column(source: str) -> tuple[Path, str | None]:
@@ -72,18 +72,20 @@ def _text(path: Path) -> str:
     return text
 
 
-def _kept(source: str, values: Sequence[str | None]) -> list[str]:
+def _without_empty(source: str, values: Sequence[str | None]) -> list[str]:
     """Returns the prompts that are there, and tells how many are not."""
     prompts = [value.strip() for value in values if value is not None and value.strip()]
     if not prompts:
         raise UserError(f"{source} holds no prompts; give one prompt a line, or a column {', '.join(COLUMNS)}.")
     if len(prompts) < len(values):
-        _tell(f"{source}: {len(values) - len(prompts)} of {len(values)} prompts are null or empty and are left out.")
+        _warn_once(
+            f"{source}: {len(values) - len(prompts)} of {len(values)} prompts are null or empty and are left out."
+        )
     return prompts
 
 
 @cache
-def _tell(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     """Logs a sentence once: both splits read the same file."""
     logging.getLogger(__name__).warning(sentence)
 
@@ -142,7 +144,7 @@ def _parquet_values(path: Path, column: str | None) -> list[str | None]:
     """Reads the column of prompts of a Parquet file, and no other."""
     parquet, arrow = (_extra(module, f"Reading {path}") for module in ("pyarrow.parquet", "pyarrow"))
     # An open file, since pyarrow takes some names with a colon for addresses.
-    with _broken_told(path, arrow), path.open("rb") as raw, parquet.ParquetFile(raw) as file:
+    with _pyarrow_errors_named(path, arrow), path.open("rb") as raw, parquet.ParquetFile(raw) as file:
         schema = file.schema_arrow
         name = _named(schema.names, column)
         if name is None:
@@ -161,7 +163,7 @@ def _parquet_values(path: Path, column: str | None) -> list[str | None]:
 
 
 @contextmanager
-def _broken_told(path: Path, arrow: Any) -> Iterator[None]:
+def _pyarrow_errors_named(path: Path, arrow: Any) -> Iterator[None]:
     """Turns pyarrow's errors on a file that is not Parquet, or cut off, into one sentence."""
     try:
         yield

@@ -173,6 +173,7 @@ WORDS = ["a fox", "a lemon", "caf\u00e9 \u72d0"]
         pyarrow.string_view(),
         pyarrow.binary(),
         pyarrow.large_binary(),
+        pyarrow.binary_view(),
         pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
         pyarrow.dictionary(pyarrow.int8(), pyarrow.large_binary()),
     ],
