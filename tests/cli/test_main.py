@@ -13,6 +13,7 @@ import pytest
 from commands import Run, run_command
 
 from difffract_jax.cli import main as cli
+from difffract_jax.storage.locks import sole_writer
 from random_graphs import random_output_graph
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
@@ -143,3 +144,23 @@ def test_a_graph_that_knows_no_feature_of_a_step_is_told_of(capsys: pytest.Captu
     cli._warn("", graph.with_provenance(steps=(0, 1, 2)))
     told = capsys.readouterr().err
     assert told.startswith("Warning: no feature of step 2 was expanded") and "lower --expansion-batch" in told
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo",),
+        ("steer", "organism", "organism", "a red ring", "--edit", "img/1/f299=zero"),
+        ("validate", "organism", "organism", "graph.npz"),
+        ("study", "colour-prior"),
+        ("organism", "train"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_directory_that_another_process_fills_is_refused_before_any_work(
+    difffract: Callable[..., Run], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    with sole_writer(tmp_path / "out"):
+        run = difffract(*arguments, "--out", tmp_path / "out")
+    assert run.status == 1 and "Another process is writing" in run.err and run.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
