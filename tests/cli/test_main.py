@@ -153,7 +153,6 @@ def test_a_graph_that_knows_no_feature_of_a_step_is_told_of(capsys: pytest.Captu
         ("steer", "organism", "organism", "a red ring", "--edit", "img/1/f299=zero"),
         ("validate", "organism", "organism", "graph.npz"),
         ("study", "colour-prior"),
-        ("organism", "train"),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
