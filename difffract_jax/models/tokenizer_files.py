@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, Unigram
 from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import T5Converter
 
@@ -33,6 +34,8 @@ EXTRA_IDS = 100
 """Sentinel tokens `<extra_id_N>` of a T5 whose configuration does not tell their number."""
 
 T = TypeVar("T", CLIPTokenizer, T5Tokenizer)
+MODELS: dict[type, type] = {CLIPTokenizer: BPE, T5Tokenizer: Unigram}
+"""Kind of model in `tokenizer.json` by class of transformers."""
 
 
 def load_clip(home: Path) -> CLIPTokenizer:
@@ -82,6 +85,11 @@ def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
         backend = Tokenizer.from_buffer(file.read_bytes())
     except ValueError as error:
         raise UserError(f"{file} is not a tokenizer ({_brief(error)}); copy it again from the pipeline.") from None
+    if not isinstance(backend.model, MODELS[kind]):
+        raise UserError(
+            f"{file} holds a {type(backend.model).__name__} model, but that of a {kind.__name__} is "
+            f"{MODELS[kind].__name__}; copy it again from the pipeline."
+        )
     made = _named(kind, home, origin or home)
     tokens = {name: str(token) for name, token in made.special_tokens_map.items() if isinstance(token, str)}
     absent = [f"{token} ({name})" for name, token in tokens.items() if backend.token_to_id(token) is None]

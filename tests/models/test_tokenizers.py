@@ -244,6 +244,12 @@ def test_files_that_are_not_of_a_tokenizer_are_named(pipeline, file, content, to
         load_tokenizers(pipeline)
 
 
+def test_clip_s_tokenizer_in_t5_s_place_is_named(pipeline):
+    shutil.copyfile(pipeline / "tokenizer" / "tokenizer.json", pipeline / "tokenizer_2" / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer_2.* holds a BPE model, but that of a T5Tokenizer is Unigram"):
+        load_tokenizers(pipeline)
+
+
 def test_pytorch_is_not_loaded():
     code = (
         "import sys; from difffract_jax.models.tokenizers import encode_prompt, load_tokenizers; "
