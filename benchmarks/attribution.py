@@ -109,7 +109,7 @@ ACTIVE_IN_FLUX = 0.002
 def golden() -> tuple[Trace, TranscoderSet, Feature]:
     """The trace of golden graph 0, but for its starting noise."""
     pipe, tcs = load_pipeline(REFERENCE / "pipeline"), load_transcoders(REFERENCE / "transcoders")
-    prompt = json.loads((REFERENCE / "golden_graph_0.json").read_text())["target"]["prompt"]
+    prompt = json.loads((REFERENCE / "golden_graph_0.json").read_text(encoding="utf-8"))["target"]["prompt"]
     noise = np.load(REFERENCE / "golden_forward.npz")["p0_initial_latents"]
     size = {"height": 96, "width": 96, "text_tokens": 16}
     trace = capture(pipe, tcs, prompt, step=1, latents=noise, include_padding=True, run=pipe.plan(**size))
@@ -413,7 +413,7 @@ def scaling() -> None:
         rows.append(row)
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
-    with ARGS.out.with_suffix(".csv").open("w", newline="") as file:
+    with ARGS.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -440,7 +440,7 @@ def main() -> None:
         "cpu": next(
             (
                 line.split(": ")[1]
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
                 if line.startswith("model name")
             ),
             "?",

@@ -162,7 +162,7 @@ def graphs(golden: Golden) -> Iterator[Bar]:
         trace, target = golden_trace(golden, number)
         feature = Feature(target["stream"], target["layer"], target["feat_idx"])
         graph = attribute(trace, golden.tcs, target=feature, **LIMITS)
-        document = json.loads((REFERENCE / f"golden_graph_{number}.json").read_text())
+        document = json.loads((REFERENCE / f"golden_graph_{number}.json").read_text(encoding="utf-8"))
         for ours, kind in ((graph, "aggregated"), (prune(graph, mode="difffract"), "pruned")):
             found = compare(ours, from_document(document[kind]))
             errors.append(found.largest_error)
@@ -261,7 +261,7 @@ def strongest_places(exact: Any, edges: np.ndarray) -> Iterator[tuple[tuple[int,
 def interventions(golden: Golden) -> Iterator[Bar]:
     """Measures edits and whole replacements in the running model against the reference's final latents."""
     data, errors = dict(np.load(REFERENCE / "golden_intervention.npz")), []
-    for case in json.loads((REFERENCE / "golden_intervention.json").read_text()):
+    for case in json.loads((REFERENCE / "golden_intervention.json").read_text(encoding="utf-8")):
         noise = golden.forward["p0_initial_latents"]
         made = steer(
             golden.pipe,

@@ -94,7 +94,7 @@ def measure_run(home: Path, rows: Path, settings: dict[str, Any], budget: dict[s
     """Trains a run, unless it is there, and returns its measures by site and step."""
     result = home / "measures.json"
     if result.exists():
-        return json.loads(result.read_text())
+        return json.loads(result.read_text(encoding="utf-8"))
     fixed: dict[str, Any] = {"model": "organism", "prompts": "world", "rows": rows, "out": home, "aux_k": 64}
     config = TrainConfig.model_validate(fixed | budget | settings)
     resume = (home / "train.json").exists()
@@ -121,7 +121,7 @@ def measure_run(home: Path, rows: Path, settings: dict[str, Any], budget: dict[s
             found.append({"site": site, "step": "all", "dead": dead} | measures(one, slice(None)))
             found += [{"site": site, "step": s} | measures(one, slice(s, s + 1)) for s in range(len(times))]
     with atomic_file(result) as partial:
-        partial.write_text(json.dumps(found, indent=1) + "\n")
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -204,8 +204,8 @@ def main() -> None:
     for step in range(4):
         parts += [f"## Step {step}", markdown(header, table(results, step, (width / 8,)))]
     with atomic_file(options.out / "sparsity.md") as partial:
-        partial.write_text("\n\n".join(parts) + "\n")
-    (options.out / "sparsity.json").write_text(json.dumps(results, indent=1) + "\n")
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (options.out / "sparsity.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     figure(results).savefig(options.out / "sparsity.png", dpi=120)
     print(json.dumps(results) if options.json else "\n\n".join(parts))
 

@@ -189,7 +189,9 @@ def row_flops(name: str) -> int:
 def machine() -> dict[str, Any]:
     """Returns where this runs."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(": ")[1] for line in info.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(": ")[1] for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+    ]
     return {
         "cpu": names[0] if names else platform.machine(),
         "devices": [device.device_kind for device in jax.devices()],

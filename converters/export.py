@@ -81,7 +81,7 @@ def _next(tensors: Iterator[tuple[str, np.ndarray]], key: str) -> np.ndarray:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _scheduler(config: SchedulerConfig) -> dict[str, Any]:

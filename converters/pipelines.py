@@ -223,7 +223,7 @@ def scheduler_config_from_diffusers(attributes: Mapping[str, object]) -> Schedul
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads a JSON object; says what it belongs to when it is missing or broken."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist, so {path.parent} is not {what}.") from None
     except ValueError as error:

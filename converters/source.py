@@ -162,6 +162,6 @@ def _locate(path: Path) -> tuple[Path, dict[str, str]]:
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        return dict(json.loads(index.read_text())["weight_map"])
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{index} is not a valid index of shards; download it again.") from None

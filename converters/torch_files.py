@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from difffract_jax.config import UserError
+from difffract_jax.seeds import LOW_HALF, check_seed
 
 
 class TextRecord(NamedTuple):
@@ -117,14 +118,19 @@ def torch_noise(seed: int, channels: int, height: int, width: int) -> Float32[np
     """Draws the standard normal latents that diffusers draws for a seed, with PyTorch's CPU generator.
 
     Args:
-        seed: seed of the generator.
+        seed: seed of the generator, in [0, 2**64), of which PyTorch reads the lower 32 bits, see `torch_seed`.
         channels: latent channels of the autoencoder, before packing.
         height: latent height, before packing: the image's over the autoencoder's factor.
         width: latent width, likewise.
     """
     torch = load_module("torch")
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(check_seed(seed))
     return torch.randn((1, channels, height, width), generator=generator, dtype=torch.float32).numpy()
+
+
+def torch_seed(seed: int) -> int:
+    """Returns the seed below 2**32 whose noise PyTorch's CPU generator draws for a seed: it drops the upper half."""
+    return check_seed(seed) & LOW_HALF
 
 
 def load_module(name: str) -> Any:

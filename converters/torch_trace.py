@@ -27,7 +27,9 @@ from difffract_jax.config import UserError
 from difffract_jax.models.activations import Activations, array_shapes, write_activations
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.models.sampler import PATCH
+from difffract_jax.seeds import check_seed
 from difffract_jax.storage.files import read_array
+from difffract_jax.text_files import unicode_problem
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16"}
 
@@ -62,9 +64,13 @@ def record_activations(
         latents: packed starting noise, [img channels], instead of the seed's.
 
     Raises:
-        UserError: if the directory is not a diffusers pipeline, a step or size is out of range, or a value not finite.
+        UserError: if the directory is not a diffusers pipeline, the prompt is not valid Unicode, a step or size is out
+            of range, or a value not finite.
     """
     directory = Path(directory)
+    problem = unicode_problem(prompt)
+    if problem:
+        raise UserError(f"The prompt is not valid Unicode: it {problem}.")
     if not is_diffusers_directory(directory):
         raise UserError(f"{directory} is not a diffusers directory; give one of a FluxPipeline.")
     config = pipeline_config(directory)
@@ -86,7 +92,7 @@ def record_activations(
             num_inference_steps=count,
             max_sequence_length=run.text_tokens,
             guidance_scale=run.guidance or 0.0,
-            generator=torch.Generator("cpu").manual_seed(seed),
+            generator=torch.Generator("cpu").manual_seed(check_seed(seed)),
             latents=None if latents is None else torch.from_numpy(np.array(latents, np.float32)[None]),
             output_type="latent",
             callback_on_step_end=partial(_stop, step),

@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+
+from difffract_jax.text_files import decoded, unicode_problem
+
+SEEDS = 2**64
+"""Seeds are whole numbers from 0 to below this, as PyTorch's are."""
 
 
 class UserError(ValueError):
@@ -37,6 +42,20 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
+    @field_validator("prompt", "contrast", "expect", "target", check_fields=False)
+    @classmethod
+    def _is_unicode(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        """Refuses what no tokenizer takes before a model is loaded; paths may hold bytes that the locale lacks."""
+        for text in (value,) if isinstance(value, str) else value or ():
+            problem = unicode_problem(text)
+            if problem:
+                raise ValueError(f"it {problem}")
+        return value
+
+
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+"""A seed of random numbers, in [0, 2**64)."""
+
 
 class GenerateConfig(Settings):
     """Settings of `difffract generate`: prompt to image."""
@@ -47,7 +66,7 @@ class GenerateConfig(Settings):
     """What the image shall show."""
     out: Path = Path("image.png")
     """Image file to write; its metadata carry these settings."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the starting noise."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps; the model's own default when left out."""
@@ -100,7 +119,7 @@ class TraceConfig(Settings):
     the text embedding and the latents entering the first, and whose targets lie in the last unless they name a step."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps of the run; the model's own default when left out."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the starting noise."""
     height: int | None = Field(None, ge=1)
     """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
@@ -234,7 +253,7 @@ class DemoConfig(Settings):
 
     out: Path = Path("difffract-demo")
     """Directory for the image and the graphs."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the random weights, the noise and the choice of the target."""
 
 
@@ -271,7 +290,9 @@ def resolve(
 def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML file of settings; an empty file has none."""
     try:
-        content: object = yaml.safe_load(file.read_text())
+        content: object = yaml.safe_load(decoded(file.read_bytes()))
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not text in UTF-8; save it in that encoding.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
     if content is None:
@@ -336,7 +357,9 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
         elif item["type"] == "missing":
             problems.append(f"`{key}` is missing")
         else:
-            problems.append(f"`{key}` was {item['input']!r}, but {_lower(item['msg'])}")
+            # pydantic says this before the words of a validator of ours.
+            reason = item["msg"].removeprefix("Value error, ")
+            problems.append(f"`{key}` was {item['input']!r}, but {_lower(reason)}")
     told = "; ".join(problem.rstrip(".") for problem in problems)
     return f"The settings are not valid ({cls.__name__}): {told}{'' if told.endswith('?') else '.'}"
 

@@ -20,9 +20,9 @@ import difffract_jax
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("difffract_jax", "converters")
 ORDER = (
-    ("difffract_jax.namespaces",),
+    ("difffract_jax.namespaces", "difffract_jax.text_files"),
     ("difffract_jax", "difffract_jax.config"),
-    ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display"),
+    ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display", "difffract_jax.seeds"),
     ("difffract_jax.storage",),
     ("difffract_jax.trees", "difffract_jax.graphs"),
     ("difffract_jax.sharding",),
@@ -135,6 +135,21 @@ def test_only_two_files_touch_pytorch(name: str) -> None:
     assert not {target.split(".")[0] for target, _ in imported(TREES[name])} & {"torch", "diffusers"}
 
 
+def test_every_seed_of_a_user_goes_through_one_file() -> None:
+    # Elsewhere its upper half would be lost, or taken for the number of a draw; seeds that are written out are short.
+    makers = ("random.key", "random.PRNGKey", "nnx.Rngs", "default_rng", "SeedSequence")
+    bare = [
+        f"{name}:{node.lineno}"
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(makers) and node.args
+        for seed in (node.args[0].elts[0] if isinstance(node.args[0], ast.List | ast.Tuple) else node.args[0],)
+        if not isinstance(seed, ast.Constant) and not ast.unparse(seed).isupper()
+        if not ast.unparse(seed).startswith(("key", "random_key("))
+    ]
+    assert {place.split(":")[0] for place in bare} == {"difffract_jax/seeds.py", "difffract_jax/models/tiny.py"}, bare
+
+
 def test_diffusers_is_imported_on_first_use_only() -> None:
     direct = [
         f"{name}:{node.lineno}"
@@ -195,6 +210,54 @@ def test_files_and_functions_stay_short(name: str) -> None:
         assert length <= MAX_FUNCTION, f"{name}:{node.lineno} {node.name} has {length} lines"
 
 
+def opens_text(call: ast.Call) -> bool:
+    """Says whether a call reads or writes text, so that the locale would choose the encoding if nobody does."""
+    function = ast.unparse(call.func)
+    name = function.rpartition(".")[2]
+    if name in ("read_text", "write_text", "TextIOWrapper"):
+        return True
+    if name not in ("open", "fdopen", "NamedTemporaryFile", "TemporaryFile") or function in ("Image.open", "os.open"):
+        return False
+    place = 1 if function in ("open", "os.fdopen", "gzip.open") else 0
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    mode = given.get("mode", call.args[place] if len(call.args) > place else None)
+    # Temporary files and gzip's are binary unless told otherwise, all others text.
+    binary_by_default = name.endswith("TemporaryFile") or function == "gzip.open"
+    return not binary_by_default if mode is None else not (isinstance(mode, ast.Constant) and "b" in mode.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("path.open()", True),
+        ("path.open('rb')", False),
+        ("os.open(path, os.O_RDONLY)", False),
+        ("open(name, mode='w')", True),
+        ("open(name, 'ab')", False),
+        ("NamedTemporaryFile()", False),
+        ("tempfile.NamedTemporaryFile('w')", True),
+        ("gzip.open(path)", False),
+        ("gzip.open(path, 'rt')", True),
+        ("path.write_text(page)", True),
+    ],
+)
+def test_calls_that_open_text_are_recognised(code: str, text: bool) -> None:
+    (call,) = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    assert opens_text(call) == text
+
+
+def test_every_text_file_names_its_encoding() -> None:
+    benchmarks = sorted((ROOT / "benchmarks").rglob("*.py"))
+    trees = TREES | {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in benchmarks}
+    unnamed = [
+        f"{name}:{node.lineno} {ast.unparse(node)[:60]}"
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and opens_text(node) and "encoding" not in {word.arg for word in node.keywords}
+    ]
+    assert not unnamed
+
+
 def test_no_file_holds_a_shortcut() -> None:
     files = [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
     found = [(path.name, match.group()) for path in files for match in FORBIDDEN.finditer(path.read_text())]
@@ -218,7 +281,13 @@ def test_what_is_imported_is_declared() -> None:
     declared = {re.split(r"[<>=\[]", line)[0].lower() for line in project["dependencies"]}
     extras = (line for lines in project["optional-dependencies"].values() for line in lines)
     declared |= {re.split(r"[<>=\[]", line)[0].lower() for line in extras}
-    declared |= {"yaml": "pyyaml", "PIL": "pillow", "orbax": "orbax-checkpoint", "tensorboardX": "tensorboardx"}.keys()
+    declared |= {
+        "yaml": "pyyaml",
+        "PIL": "pillow",
+        "orbax": "orbax-checkpoint",
+        "tensorboardX": "tensorboardx",
+        "google": "protobuf",
+    }.keys()
     declared |= {*PACKAGES}
     used = {target.split(".")[0] for tree in TREES.values() for target, _ in imported(tree)}
     assert used - set(sys.stdlib_module_names) <= declared

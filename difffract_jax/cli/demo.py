@@ -41,6 +41,7 @@ from difffract_jax.organism.evaluate import see
 from difffract_jax.organism.scorer import SeenScenes, describe, judge
 from difffract_jax.organism.vocabulary import COLOUR_NAMES
 from difffract_jax.organism.world import from_caption
+from difffract_jax.seeds import random_generator
 
 PROMPT = "a red circle left of a blue square"
 NOTICE = (
@@ -147,7 +148,7 @@ def _steer(pipe: Any, tcs: Any, again: Rerun, graph: Graph, pruned: Graph, seed:
     _, places = candidates(again, graph)
     layout = again.engine.infos[0].layout
     others = {Feature(*layout.site_number(block, stream), number) for _, stream, block, number in places}
-    drawn = np.random.default_rng(seed).permutation(sorted(map(str, others - {*features})))[: len(features)]
+    drawn = random_generator(seed).permutation(sorted(map(str, others - {*features})))[: len(features)]
     random = tuple(Feature.parse(text) for text in drawn.tolist())
     edits = [[], [Edit(Supernode("", features), "zero")], [Edit(Supernode("", random), "zero")]]
     made = steer_batch(pipe, tcs, [PROMPT] * 3, edits, [seed] * 3)

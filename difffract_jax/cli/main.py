@@ -134,7 +134,7 @@ def _root(version: Version = False, debug: Debug = False, no_compile_cache: NoCo
 
 
 @app.command()
-@opt.command(DemoConfig, layers=())
+@opt.command(DemoConfig, layers=(), fills="out")
 def demo(settings: DemoConfig, *, json: bool) -> None:
     """Generate an image and trace a circuit, end to end, on the embedded model. Needs no files.
 

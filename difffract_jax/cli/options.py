@@ -14,12 +14,14 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
 
 from difffract_jax.config import Settings, UserError, resolve
+from difffract_jax.storage.locks import sole_writer
 
 S = TypeVar("S", bound=Settings)
 Command = Callable[..., None]
@@ -51,6 +53,7 @@ def command(
     instead: Mapping[str, Any] | None = None,
     help_from: Mapping[type[Settings], Sequence[str]] | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    fills: str | None = None,
 ) -> Callable[[Command], Command]:
     """Makes a command for Typer of a function of settings.
 
@@ -67,6 +70,7 @@ def command(
         instead: field -> annotation for Typer, where the option holds something else than the field.
         help_from: class -> fields whose help is that of the field of this name in it.
         prepare: changes what was given, by name, before it is merged.
+        fills: field of the directory, if any, that the command writes several files into; it has one writer at a time.
 
     Example:
         >>> from difffract_jax.config import PruneConfig
@@ -93,8 +97,10 @@ def command(
         def run(**given: Any) -> None:
             further = {name: given[name] for name in wanted}
             settings = settings_of(cls, given if prepare is None else prepare(given))
+            filled = None if fills is None else getattr(settings, fills)
             try:
-                function(settings, **further)
+                with nullcontext() if filled is None else sole_writer(filled):
+                    function(settings, **further)
             except UserError as error:
                 sentence = in_options(str(error), fields, arguments)
                 if sentence == str(error):

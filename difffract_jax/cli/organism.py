@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.config import UserError, nearest
+from difffract_jax.config import SEEDS, UserError, nearest
 
 organism = typer.Typer(
     help="The embedded model: a FLUX small enough for a laptop, trained on scenes whose content is known.",
@@ -67,7 +67,7 @@ def sample(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Draw this caption with `count` seeds instead.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of captions and noise.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=SEEDS - 1, help="Seed of captions and noise.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; 4 when left out.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Picture to write.")] = Path("samples.png"),
     json: opt.Json = False,
@@ -165,10 +165,11 @@ def train(
     from difffract_jax.organism.card import measure_organism, write_card
     from difffract_jax.organism.train import minutes_taken
     from difffract_jax.organism.train import train as run
+    from difffract_jax.storage.locks import sole_writer
     from difffract_jax.storage.sums import write_sums
 
     command = shlex.join(["difffract", "organism", "train", *_chosen(out, config, sets)])
-    with _stages() as advance:
+    with sole_writer(out), _stages() as advance:
         pipe = run(recipe, out, resume=resume, progress=advance)
         minutes = minutes_taken(out)
         pipeline = out / "pipeline"
@@ -176,7 +177,7 @@ def train(
         tables = measure_organism(pipe, images, progress=advance) if images else {}
         if images:
             write_card(pipe, pipeline, recipe, tables, command, minutes)
-    write_sums(pipeline)
+        write_sums(pipeline)
     emit({"pipeline": str(pipeline), "minutes": round(minutes, 1)} | tables, as_json=json)
 
 

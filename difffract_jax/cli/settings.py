@@ -4,16 +4,20 @@ They are `steer`, `features`, `effects`, `heads` and `validate`.
 """
 
 import re
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from difffract_jax.config import Settings
+from difffract_jax.config import SEEDS, Seed, Settings
 
 _SEEDS = re.compile(r"\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*")
 _NUMBERS = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?(?:,-?\d*\.?\d+(?:e-?\d+)?)*", re.IGNORECASE)
 _STEPS = re.compile(r"\d+(?:,\d+)*")
+MOST_SEEDS = 100_000
+"""Seeds of one call; more are a slip of the keyboard, and would fill the memory before anything is drawn."""
 
 
 class RunSettings(Settings):
@@ -24,7 +28,7 @@ class RunSettings(Settings):
     transcoders: str
     """Transcoders or SAEs of its MLPs: `organism`, `organism-saes`, a converted directory, or one of `.pt` files."""
     seeds: str = "0"
-    """Seeds of the starting noise, as in 0..9 or 0,3,7; results are averaged over them."""
+    """Seeds of the starting noise, each given once, as in 0..9 or 0,3,7; results are averaged over them."""
     box: str | None = None
     """Region of the image, X0,Y0,X1,Y1 in pixels; X1 and Y1 lie outside."""
     mask: Path | None = None
@@ -43,14 +47,22 @@ class RunSettings(Settings):
     @field_validator("seeds")
     @classmethod
     def _are_seeds(cls, seeds: str) -> str:
-        if not _SEEDS.fullmatch(seeds) or not _range(seeds):
+        ranges = _ranges(seeds) if _SEEDS.fullmatch(seeds) else []
+        if not ranges or any(first > last for first, last in ranges):
             raise ValueError("seeds are numbers and ranges, as in 0..9 or 0,3,7")
+        if max(last for _, last in ranges) >= SEEDS:
+            raise ValueError(f"a seed lies in 0..{SEEDS - 1}")
+        if sum(last - first + 1 for first, last in ranges) > MOST_SEEDS:
+            raise ValueError(f"at most {MOST_SEEDS} seeds can be given")
+        twice = [seed for seed, times in Counter(_numbers(ranges)).items() if times > 1]
+        if twice:
+            raise ValueError(f"every seed counts once, and {', '.join(map(str, twice[:3]))} occurs more than once")
         return seeds
 
     @property
     def seed_list(self) -> tuple[int, ...]:
         """The seeds, in the order given."""
-        return _range(self.seeds)
+        return _numbers(_ranges(self.seeds))
 
 
 class SteerConfig(RunSettings):
@@ -152,7 +164,7 @@ class EffectsConfig(Settings):
     """Features to list."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps of the run; the model's own default when left out."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the starting noise."""
     height: int | None = Field(None, ge=1)
     """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
@@ -210,16 +222,17 @@ class ValidateConfig(RerunSettings):
     same run, which keeps what a site writes on average; or zero."""
     draws: int = Field(5, ge=1)
     """Random circuits of each size, to compare with."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of the edges and of the random circuits that are drawn; the run's own seed is the graph's."""
     out: Path | None = None
     """Directory for report.md, validation.json and figures; none are written when left out."""
 
 
-def _range(text: str) -> tuple[int, ...]:
-    """Reads `0..3,7`; a range that runs backwards is empty."""
-    found: list[int] = []
-    for item in text.split(","):
-        first, _, last = item.partition("..")
-        found += range(int(first), int(last or first) + 1)
-    return tuple(dict.fromkeys(found))
+def _ranges(text: str) -> list[tuple[int, int]]:
+    """Reads `0..3,7` as the first and the last number of every item."""
+    items = (item.partition("..") for item in text.split(","))
+    return [(int(first), int(last or first)) for first, _, last in items]
+
+
+def _numbers(ranges: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    return tuple(number for first, last in ranges for number in range(first, last + 1))

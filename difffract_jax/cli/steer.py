@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
         "out": ("batch",),
     },
     help_from={TraceConfig: ("model", "prompt", "include_padding", "steps", "noise")},
+    fills="out",
 )
 def steer(settings: SteerConfig, *, json: bool) -> None:
     """Edit features while images are made, over seeds and strengths, and measure what changed.
@@ -257,12 +258,26 @@ def torch_latents(pipe: Any, grid: Sequence[int], seeds: Sequence[int]) -> Any:
         pipe: the pipeline.
         grid: rows and columns of image tokens.
         seeds: of the noise.
+
+    Raises:
+        UserError: if two of them are one seed to PyTorch.
     """
     import numpy as np
 
-    from converters.torch_files import torch_noise
+    from converters.torch_files import torch_noise, torch_seed
     from difffract_jax.models.sampler import pack
 
+    if len({torch_seed(seed) for seed in seeds}) < len(seeds):
+        raise UserError(
+            "PyTorch's generator reads the lower 32 bits of a seed, so that seeds that differ by a multiple of 2**32 "
+            "give the same noise; give --seeds below 2**32, or leave --noise torch out."
+        )
+    for seed in seeds:
+        if torch_seed(seed) != seed:
+            sys.stderr.write(
+                f"Warning: PyTorch reads the lower 32 bits of a seed; its noise of {seed} is that of "
+                f"{torch_seed(seed)}.\n"
+            )
     size = pipe.config.vae.latent_channels, 2 * grid[0], 2 * grid[1]
     return np.stack([pack(torch_noise(seed, *size)[0].transpose(1, 2, 0)) for seed in seeds])
 
@@ -323,7 +338,9 @@ def _write(made: Any, rows: list[dict[str, Any]], record: dict[str, Any], out: P
     title = f"{settings['prompt']}: {', '.join(settings['edit'])}"
     lines = [summary({title: rows}), "```json", json_text.dumps(record, indent=2), "```", ""]
     with atomic_file(files["metrics.md"]) as partial:
-        partial.write_text("\n".join(lines))
+        partial.write_text("\n".join(lines), encoding="utf-8")
     with atomic_file(files["metrics.json"]) as partial:
-        partial.write_text(json_text.dumps(record | {"metrics": rows, "norms": made.norms.tolist()}, indent=2) + "\n")
+        partial.write_text(
+            json_text.dumps(record | {"metrics": rows, "norms": made.norms.tolist()}, indent=2) + "\n", encoding="utf-8"
+        )
     return {name: str(path) for name, path in files.items()}

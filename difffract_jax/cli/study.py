@@ -18,7 +18,7 @@ def register(app: typer.Typer) -> None:
     app.command(help=f"{study.__doc__}\n\n{_LIST}")(study)
 
 
-@opt.command(StudyConfig, arguments=("name",))
+@opt.command(StudyConfig, arguments=("name",), fills="out")
 def study(settings: StudyConfig, *, json: bool) -> None:
     """Ask one of the paper's questions of the organism: features chosen by rule, images read by its scorer.
 

@@ -24,6 +24,7 @@ def register(app: typer.Typer) -> None:
     arguments=("model", "transcoders", "graph"),
     before={"out": ("latents", "noise", "activations")},
     help_from={TraceConfig: ("model",)},
+    fills="out",
 )
 def validate(settings: ValidateConfig, *, json: bool) -> None:
     """Hold a graph against the model it explains: what is exact to rounding, and what the real model makes of the rest.

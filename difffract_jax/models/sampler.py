@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from difffract_jax.config import UserError
+from difffract_jax.seeds import random_key
 
 PATCH = 2
 """Side of the patch of latents that becomes one token."""
@@ -97,11 +98,11 @@ def draw_noise(seed: int, grid: tuple[int, int], channels: int) -> Float32[Array
     """Draws packed starting noise from a seed; the same on every device and mesh.
 
     Args:
-        seed: of JAX's generator; diffusers' noise of the same seed is another one.
+        seed: in [0, 2**64), of JAX's generator; diffusers' noise of the same seed is another one.
         grid: rows and columns of tokens.
         channels: channels of a token.
     """
-    return jax.random.normal(jax.random.key(seed), (grid[0] * grid[1], channels), jnp.float32)
+    return jax.random.normal(random_key(seed), (grid[0] * grid[1], channels), jnp.float32)
 
 
 def euler_scan(

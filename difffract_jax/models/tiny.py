@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Key
 from transformers import CLIPTokenizer, T5Tokenizer
 
+from difffract_jax.config import SEEDS
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -24,6 +26,7 @@ from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, Pipeline
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers
+from difffract_jax.seeds import check_seed, random_key
 from difffract_jax.storage.checkpoint import leaf_paths, tree_hash
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
@@ -87,7 +90,7 @@ def random_pipeline(
     parts = {}
     for number, (name, cls) in enumerate(classes.items()):
         abstract = jax.eval_shape(lambda c=cls, n=name: c(getattr(config, n), rngs=nnx.Rngs(0), dtype=dtype))
-        parts[name] = random_weights(abstract, len(classes) * seed + number, on_device=on_device)
+        parts[name] = random_weights(abstract, len(classes) * check_seed(seed) + number, on_device=on_device)
     source = f"random:{seed}" if on_device else tree_hash(parts)
     return Pipeline(**parts, tokenizers=tokenizers, config=config, source=source)
 
@@ -106,7 +109,7 @@ def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
     """
     rng = np.random.default_rng(seed)
     leaves = leaf_paths(abstract)
-    keys = dict(zip(leaves, jax.random.split(jax.random.key(seed), len(leaves)), strict=True)) if on_device else {}
+    keys = dict(zip(leaves, jax.random.split(_key(seed), len(leaves)), strict=True)) if on_device else {}
 
     def fill(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         kind = path.rpartition(".")[2]
@@ -126,6 +129,12 @@ def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
 def _draw(key: jax.Array, offset: ArrayLike, spread: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     # Drawn in bfloat16, normal numbers would have 128 values.
     return (offset + spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _key(seed: int) -> Key[Array, ""]:
+    """Returns the key of a seed of one part: a pipeline's own, times four, which may exceed 64 bits."""
+    above, within = divmod(seed, SEEDS)
+    return jax.random.fold_in(random_key(within), above) if above else random_key(within)
 
 
 def _tokenizers() -> Tokenizers:

@@ -1,7 +1,7 @@
 """Prompts to token ids, as FLUX has them: T5 ids for the text stream, CLIP ids for the pooled vector.
 
 1. Load both tokenizers from a pipeline directory: `tokenizer/` (CLIP: `tokenizer.json`, or `vocab.json` and
-   `merges.txt` as the FLUX.1 releases have it) and `tokenizer_2/` (T5: `tokenizer.json`).
+   `merges.txt` as the FLUX.1 releases have it) and `tokenizer_2/` (T5: `tokenizer.json`, or `spiece.model`).
 2. Tokenise the prompt with each, closing token included.
 3. Too long: keep the first `length - 1` tokens and the closing one; what T5 loses is reported in the prompt's own
    words. Too short: fill up with the tokenizer's padding token.
@@ -12,7 +12,6 @@
 Everything here is NumPy; PyTorch is not needed and not loaded.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,8 @@ from jaxtyping import Bool, Int32
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from difffract_jax.config import UserError, nearest
+from difffract_jax.models.tokenizer_files import load_clip, load_t5
+from difffract_jax.text_files import unicode_problem
 
 SPACE = "\u2581"
 """What a T5 piece begins with that begins a word."""
@@ -72,10 +73,7 @@ def load_tokenizers(directory: str | Path) -> Tokenizers:
         UserError: if files are missing or broken, or CLIP's tokenizer names no length.
     """
     clip_home, t5_home = Path(directory) / "tokenizer", Path(directory) / "tokenizer_2"
-    _require(clip_home, ("tokenizer.json",), ("vocab.json", "merges.txt"))
-    _require(t5_home, ("tokenizer.json",))
-    clip = CLIPTokenizer.from_pretrained(clip_home, local_files_only=True)
-    t5 = T5Tokenizer.from_pretrained(t5_home, local_files_only=True)
+    clip, t5 = load_clip(clip_home), load_t5(t5_home)
     if clip.model_max_length > LONGEST_CLIP:
         raise UserError(
             f"{clip_home} does not say how long CLIP's prompts are; "
@@ -96,10 +94,14 @@ def encode_prompt(tokenizers: Tokenizers, prompt: str, text_tokens: int) -> Toke
         The ids, which of the T5 ids are the prompt's, and what had to be cut off.
 
     Raises:
-        UserError: if `text_tokens` leaves no room for a token, or a closed vocabulary lacks a word.
+        UserError: if `text_tokens` leaves no room for a token, the prompt holds lone surrogates, or a closed vocabulary
+            lacks a word.
     """
     if text_tokens < 1:
         raise UserError(f"text_tokens must be at least 1, but got {text_tokens}; FLUX.1 was trained with 256 or 512.")
+    problem = unicode_problem(prompt)
+    if problem:
+        raise UserError(f"The prompt is not valid Unicode: it {problem}.")
     if tokenizers.t5.init_kwargs.get("closed_vocabulary"):
         prompt = _known_words(tokenizers.t5, prompt)
     # verbose=False: a prompt longer than the tokenizer's own length is reported below, not in transformers' log.
@@ -128,19 +130,3 @@ def _known_words(t5: T5Tokenizer, prompt: str) -> str:
         problems = "; ".join(f"`{word}`{nearest(word, known)}".rstrip(".") for word in unknown)
         raise UserError(f"The model's vocabulary of {len(known)} words lacks {problems}.")
     return " ".join(words)
-
-
-def _require(home: Path, *choices: tuple[str, ...]) -> None:
-    """Refuses a tokenizer directory that holds none of the `choices` of files, or broken JSON.
-
-    transformers would make up a tokenizer of four words instead.
-    """
-    complete = [files for files in choices if all((home / name).is_file() for name in files)]
-    if not complete:
-        wanted = ", or ".join(" and ".join(files) for files in choices)
-        raise UserError(f"{home} lacks the files of a tokenizer: it must hold {wanted}; copy them from the pipeline.")
-    for path in (home / name for name in complete[0] if name.endswith(".json")):
-        try:
-            json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not readable as JSON ({error}); copy it again from the pipeline.") from error

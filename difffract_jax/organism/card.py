@@ -149,8 +149,8 @@ def write_card(
     figure = sample_sheet(asked.take(shown), images[shown], picked, right[shown])
     figure.savefig(directory / "samples.png", dpi=80)
     plt.close(figure)
-    (directory / "scores.json").write_text(json.dumps(tables, indent=1) + "\n")
-    (directory / "README.md").write_text(_text(pipe, recipe, tables, command, minutes))
+    (directory / "scores.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+    (directory / "README.md").write_text(_text(pipe, recipe, tables, command, minutes), encoding="utf-8")
 
 
 def _text(pipe: Pipeline, recipe: OrganismRecipe, tables: dict[str, Any], command: str, minutes: float) -> str:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float32, Key
 
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
 from difffract_jax.organism.recipe import FlowRecipe
+from difffract_jax.seeds import random_generator, random_key
 from difffract_jax.storage.checkpoint import leaf_paths
 
 GRID = (6, 6)
@@ -104,7 +105,7 @@ def _in_block(name: str) -> bool:
 
 def init(recipe: FlowRecipe, seed: int) -> FlowState:
     """Returns the state before the first step."""
-    model = MMDiT(transformer_config(recipe), rngs=nnx.Rngs(seed))
+    model = MMDiT(transformer_config(recipe), rngs=nnx.Rngs(random_key(seed)))
     width = model.config.d_model
     for stream in (model.double.img, model.double.txt, model.single):
         bias = np.zeros(stream.mod.bias.shape, np.float32).reshape(len(stream.mod.bias), -1, width)
@@ -119,7 +120,7 @@ def init(recipe: FlowRecipe, seed: int) -> FlowState:
 
 def batch(recipe: FlowRecipe, seed: int, step: int, pool: EncodedScenes) -> EncodedScenes:
     """Returns the rows of one step."""
-    rows = np.random.default_rng([seed, step, 2]).integers(0, len(pool.latents), recipe.batch)
+    rows = random_generator(seed, step, 2).integers(0, len(pool.latents), recipe.batch)
     return EncodedScenes(*(part[rows] for part in pool))
 
 

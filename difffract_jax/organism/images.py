@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Key
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.organism.recipe import ImageRecipe
 from difffract_jax.organism.world import scenes
+from difffract_jax.seeds import random_key
 
 
 class ImageState(NamedTuple):
@@ -55,7 +56,7 @@ def _optimizer(recipe: ImageRecipe) -> optax.GradientTransformation:
 
 def init(recipe: ImageRecipe, seed: int) -> ImageState:
     """Returns the state before the first step."""
-    vae = Autoencoder(autoencoder_config(), rngs=nnx.Rngs(seed))
+    vae = Autoencoder(autoencoder_config(), rngs=nnx.Rngs(random_key(seed)))
     # optax's types do not know that modules are trees, here and below.
     return ImageState(vae, _optimizer(recipe).init(cast(Any, vae)), jnp.zeros((), jnp.int32))
 

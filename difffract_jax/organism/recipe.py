@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from difffract_jax.config import Settings
+from difffract_jax.config import Seed, Settings
 
 
 class ImageRecipe(Settings):
@@ -63,7 +63,7 @@ class FlowRecipe(Settings):
 class OrganismRecipe(Settings):
     """Everything that `difffract organism train` needs."""
 
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of weights, scenes and noise."""
     # Type checkers take `Field(2400, ...)` for a field without default, hence no plain `TextRecipe()`.
     text: TextRecipe = TextRecipe.model_validate({})

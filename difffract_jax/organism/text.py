@@ -22,12 +22,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from difffract_jax.config import SEEDS
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import SPACE, Tokenizers
 from difffract_jax.organism.recipe import TextRecipe
 from difffract_jax.organism.vocabulary import CLIP_TOKENS, TEXT_TOKENS, WORDS
 from difffract_jax.organism.world import scenes
+from difffract_jax.seeds import random_generator, random_key
 
 T5_SPECIAL = 4
 """Ids before the first word: padding, closing token, unknown, space."""
@@ -118,7 +120,7 @@ def _id(special: object) -> int:
 def token_codes(seed: int) -> tuple[Float32[np.ndarray, "token t5_width"], Float32[np.ndarray, "txt t5_width"]]:
     """Returns the codes of tokens and of positions: orthogonal, each of half the variance of a state."""
     config = t5_config()
-    rng = np.random.default_rng([seed, 0])
+    rng = random_generator(seed, 0)
     basis = np.linalg.qr(rng.standard_normal((config.d_model, config.d_model)))[0]
     scaled = (np.sqrt(config.d_model / 2) * basis).astype(np.float32)
     return scaled[: config.vocab], scaled[config.vocab : config.vocab + TEXT_TOKENS]
@@ -126,7 +128,7 @@ def token_codes(seed: int) -> tuple[Float32[np.ndarray, "token t5_width"], Float
 
 def batch(recipe: TextRecipe, tokenizers: Tokenizers, seed: int, step: int) -> Prompts:
     """Returns the prompts of one step."""
-    rng = np.random.default_rng([seed, step, 1])
+    rng = random_generator(seed, step, 1)
     half = recipe.batch // 2
     lengths = rng.integers(0, TEXT_TOKENS, recipe.batch - half)
     shuffled = tuple(" ".join(rng.choice(WORDS, length)) for length in lengths)
@@ -141,10 +143,11 @@ def _optimizer(recipe: TextRecipe) -> optax.GradientTransformation:
 
 def init(recipe: TextRecipe, tokenizers: Tokenizers, seed: int) -> TextState:
     """Returns the state before the first step."""
-    t5 = T5Encoder(t5_config(), rngs=nnx.Rngs(seed))
-    clip = CLIPTextEncoder(clip_config(tokenizers), rngs=nnx.Rngs(seed + 1))
+    keys = [random_key((seed + part) % SEEDS) for part in range(3)]
+    t5 = T5Encoder(t5_config(), rngs=nnx.Rngs(keys[0]))
+    clip = CLIPTextEncoder(clip_config(tokenizers), rngs=nnx.Rngs(keys[1]))
     clip.positions.embedding[...] = jnp.zeros_like(clip.positions.embedding[...])
-    head = nnx.Linear(clip.config.d_model, len(WORDS), rngs=nnx.Rngs(seed + 2))
+    head = nnx.Linear(clip.config.d_model, len(WORDS), rngs=nnx.Rngs(keys[2]))
     # optax's types do not know that modules are trees, here and below.
     optimizer = _optimizer(recipe).init(cast(Any, (t5, clip, head)))
     return TextState(t5, clip, head, optimizer, jnp.zeros((), jnp.int32))

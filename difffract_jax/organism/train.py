@@ -35,6 +35,7 @@ from difffract_jax.organism.pool import build_pool, measure_latents
 from difffract_jax.organism.recipe import OrganismRecipe
 from difffract_jax.organism.render import SIDE
 from difffract_jax.organism.vocabulary import TEXT_TOKENS, make_tokenizers
+from difffract_jax.seeds import random_key, seed_words
 from difffract_jax.storage.checkpoint import atomic_directory, atomic_file, load_tree, save_trees
 
 Progress = Callable[[str, int, int, float], None]
@@ -109,7 +110,7 @@ def train(
 
 def minutes_taken(directory: Path) -> float:
     """Returns how long the steps of a run have taken, interruptions left out, by the times in its `metrics.jsonl`."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     total = 0.0
     for before, after in zip(lines, lines[1:], strict=False):
         gap = after["time"] - before["time"]
@@ -126,7 +127,7 @@ def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any
     first = int(state.step)
     if first >= stage.steps:
         return state
-    with ThreadPoolExecutor(1) as ahead, (directory / "metrics.jsonl").open("a") as log:
+    with ThreadPoolExecutor(1) as ahead, (directory / "metrics.jsonl").open("a", encoding="utf-8") as log:
         waiting = ahead.submit(stage.batch, first)
         try:
             for step in range(first, stage.steps):
@@ -183,11 +184,11 @@ def _open_run(recipe: OrganismRecipe, directory: Path, resume: bool) -> None:
             raise UserError(f"{directory} holds other files; give a new directory for the run.")
         directory.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial_file:
-            partial_file.write_text(json.dumps(wanted, indent=2) + "\n")
+            partial_file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
     if not resume:
         raise UserError(f"{directory} holds a run already; add --resume to go on with it, or give a new directory.")
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text(encoding="utf-8"))
     changed = [
         f"{part}.{name}" if isinstance(value, dict) else part
         for part, value in wanted.items()
@@ -204,11 +205,11 @@ def _open_run(recipe: OrganismRecipe, directory: Path, resume: bool) -> None:
 
 def _seed(recipe: OrganismRecipe, stage: int, purpose: int) -> int:
     """Returns the seed of one stream of randomness of one stage."""
-    return int(np.random.SeedSequence([recipe.seed, stage, purpose]).generate_state(1)[0])
+    return int(seed_words(recipe.seed, stage, purpose).generate_state(1)[0])
 
 
 def _key(recipe: OrganismRecipe, stage: int) -> Key[Array, ""]:
-    return jax.random.key(_seed(recipe, stage, KEY_SEED))
+    return random_key(_seed(recipe, stage, KEY_SEED))
 
 
 def _text_stage(recipe: OrganismRecipe, tokenizers: Tokenizers) -> Stage:

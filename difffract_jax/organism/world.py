@@ -32,6 +32,7 @@ from difffract_jax.organism.captions import (
     parse,
 )
 from difffract_jax.organism.render import NOUNS, draw_scenes
+from difffract_jax.seeds import random_generator
 
 RADII = ((5.8, 6.6), (8.2, 9.0))
 """Smallest and largest radius in pixels of a small and of a big object."""
@@ -140,7 +141,7 @@ def scenes(
         >>> scenes(0, 0, 1).captions[0]
         'there is a blue circle below a big yellow lemon'
     """
-    rng = np.random.default_rng([seed, batch])
+    rng = random_generator(seed, batch)
     found: list[Scenes] = []
     while sum(len(part.captions) for part in found) < size:
         drawn = _draw_contents(rng, 2 * size if split == "train" else 12 * size, counts, scatter)

@@ -119,7 +119,7 @@ def save_trees(trees: Mapping[str, Any], directory: Path, config: Mapping[str, A
     total = _combine(hashes)
     record = {"format_version": FORMAT_VERSION, "content_hash": total, "content_hashes": hashes, **config}
     with atomic_file(directory / "config.json") as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return total
 
 
@@ -127,7 +127,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Reads a directory's `config.json`; refuses formats of another version with a sentence that says what to do."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{directory} holds no config.json, so difffract did not write it; give a converted or diffusers directory."

@@ -1,6 +1,7 @@
 """Files: writes that happen whole or not at all, and the safetensors format, read and written tensor by tensor.
 
-1. `atomic_directory` and `atomic_file` let a caller write beside the target and rename on success.
+1. `atomic_directory` and `atomic_file` let a caller write beside the target and rename on success. A directory has one
+   writer at a time, see `locks.py`.
 2. `TensorFile` memory-maps a safetensors file: eight bytes of header length, a JSON header (name -> type, shape, byte
    range), then the bytes. A tensor costs no memory until it is read.
 3. `write_tensors` writes that format from an iterator, so that one tensor is in memory at a time; `write_sharded`
@@ -13,11 +14,11 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from difffract_jax.config import UserError
+from difffract_jax.storage.locks import sole_writer
 
 SHARD_BYTES = 4 * 2**30
 SAMPLE_BYTES = 2**20
@@ -113,25 +115,54 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     """Hands out a temporary directory that becomes `path` when the block ends well, and is removed otherwise.
 
     An interrupt counts as a failure too. An existing target is refused unless it is empty or `overwrite` is given, and
-    then replaced only once the new one is complete.
+    then replaced only once the new one is complete. Of several writers at a time the first one holds the target.
+
+    Raises:
+        UserError: if the target is occupied, or another process is writing it or has written it meanwhile.
     """
-    target = Path(path)
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not overwrite:
-        raise UserError(f"{target} exists already; name another output, or pass --overwrite to replace it.")
+    target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    with sole_writer(target):
+        if _occupied(target) and not overwrite:
+            raise UserError(f"{path} exists already; name another output, or pass --overwrite to replace it.")
+        partial = target.with_name(f".{target.name}.{_token()}.partial")
+        partial.mkdir()
+        try:
+            yield partial
+            _publish(partial, target, overwrite)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _occupied(target: Path) -> bool:
+    return target.exists() and (not target.is_dir() or any(target.iterdir()))
+
+
+def _publish(partial: Path, target: Path, overwrite: bool) -> None:
+    """Gives a complete directory its name by one rename, which fails where another process has filled the target."""
+    replaced = partial.with_suffix(".replaced")
+    if overwrite:
+        with suppress(FileNotFoundError):
+            target.rename(replaced)
     try:
-        # `mkdtemp` makes a private directory; the result should be as readable as any other.
-        partial.chmod(0o777 & ~_umask())
-        yield partial
-        if target.is_dir():
-            shutil.rmtree(target)
-        elif target.exists():
-            target.unlink()
         partial.rename(target)
+    except OSError:
+        taken = _occupied(target)
+        if replaced.exists() and not target.exists():
+            replaced.rename(target)
+        if not taken:
+            raise
+        raise UserError(f"{target} was written by another process meanwhile and stays; name another output.") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.unlink(missing_ok=True)
+
+
+def _token() -> str:
+    """Returns a part of a temporary name that no other process or thread uses."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 @contextmanager
@@ -140,7 +171,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as `np.savez` and Pillow go by it.
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
+    partial = target.with_name(f".{target.stem}.{_token()}.partial{target.suffix}")
     try:
         yield partial
         partial.replace(target)
@@ -153,7 +184,7 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     index = directory / f"{name}.safetensors.index.json"
     names = {f"{name}.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     absent = sorted(shard for shard in names if not (directory / shard).exists())
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
@@ -219,7 +250,7 @@ def write_sharded(
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def raw_bytes(value: Any) -> memoryview:
@@ -253,10 +284,3 @@ def sample_hash(directory: Path) -> str:
 
 def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
     return math.prod(shape) * dtype.itemsize
-
-
-def _umask() -> int:
-    """Returns the process's umask; there is no way to read it but to set it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -17,7 +17,7 @@ def write_sums(directory: Path) -> None:
     """Writes the hashes of all files below a directory into its `SHA256SUMS`."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SUMS)
     lines = [f"{_sum(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
-    (directory / SUMS).write_text("".join(lines))
+    (directory / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(directory: Path) -> None:
@@ -29,7 +29,7 @@ def check_sums(directory: Path) -> None:
     if not (directory / SUMS).is_file():
         return
     problems = []
-    for line in (directory / SUMS).read_text().splitlines():
+    for line in (directory / SUMS).read_text(encoding="utf-8").splitlines():
         wanted, _, name = line.partition("  ")
         path = directory / name
         if not path.is_file():

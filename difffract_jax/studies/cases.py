@@ -22,6 +22,7 @@ from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.render import SIDE
 from difffract_jax.organism.scorer import SeenScenes, judge
 from difffract_jax.organism.world import RADII, from_caption
+from difffract_jax.seeds import random_generator
 from difffract_jax.studies.truth import phrases
 
 NEAR, FAR = 1.0, 4.0
@@ -85,7 +86,7 @@ def recolourings(world: int, count: int, first_seed: int) -> list[Case]:
         count: how many.
         first_seed: noise seed of the first case; the others count on.
     """
-    asked, rng = held_out(count, "two shapes", world), np.random.default_rng([world, 1])
+    asked, rng = held_out(count, "two shapes", world), random_generator(world, 1)
     found = []
     for row, prompt in enumerate(asked.captions):
         slot = row % 2

@@ -29,6 +29,7 @@ from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import SeenScenes
 from difffract_jax.organism.world import from_caption
+from difffract_jax.seeds import random_generator
 from difffract_jax.studies.cases import Case, Material, draw_cases
 from difffract_jax.studies.choices import FeaturePlaces, first, removals
 from difffract_jax.studies.metrics import SAME_PLACE, distances
@@ -324,7 +325,7 @@ def random_places(
     """
     found = []
     for row, (code, mine) in enumerate(zip(codes, like, strict=True)):
-        score = np.random.default_rng([seed, row]).uniform(0.0, 1.0, code.size)
+        score = random_generator(seed, row).uniform(0.0, 1.0, code.size)
         found.append(first(np.where((code > 0) & (True if allowed is None else allowed), score, 0.0), len(mine)))
     return tuple(found)
 

@@ -81,7 +81,9 @@ def write_result(result: Result, out: Path, record: Mapping[str, Any]) -> dict[s
     lines = [f"# {result.name}", "", result.verdict, "", *pictures, summary(result.tables)]
     lines += ["```json", json.dumps(dict(record), indent=2), "```", ""]
     with atomic_file(files["report"]) as partial:
-        partial.write_text("\n".join(lines))
+        partial.write_text("\n".join(lines), encoding="utf-8")
     with atomic_file(files["raw"]) as partial:
-        partial.write_text(json.dumps({**record, "verdict": result.verdict, **result.raw}, indent=1) + "\n")
+        partial.write_text(
+            json.dumps({**record, "verdict": result.verdict, **result.raw}, indent=1) + "\n", encoding="utf-8"
+        )
     return {name: str(path) for name, path in files.items()}

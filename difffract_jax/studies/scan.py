@@ -36,6 +36,7 @@ from difffract_jax.organism.evaluate import see
 from difffract_jax.organism.scorer import judge
 from difffract_jax.organism.text import encode_all, tokenise
 from difffract_jax.organism.world import Scenes, concatenate, scenes
+from difffract_jax.storage.files import atomic_file
 from difffract_jax.studies.truth import KINDS, image_truth, text_truth
 from difffract_jax.transcoders.codes import reduced_codes
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
@@ -283,4 +284,5 @@ def write_labels(labels: dict[str, Any], record: dict[str, Any], path: Path) -> 
         record: how they were made.
         path: file to write.
     """
-    path.write_text(json.dumps(labels | {"record": record}, separators=(",", ":")) + "\n")
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(labels | {"record": record}, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ from jaxtyping import Array, Int
 
 from difffract_jax.address import GROUPS
 from difffract_jax.config import UserError
+from difffract_jax.seeds import random_generator
 from difffract_jax.transcoders.harvest import RowSource
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.sites import SiteSet
@@ -180,7 +181,7 @@ def _orders(
     amount = plan.batch * plan.round_batches
     orders = {}
     for place, (name, count) in enumerate(zip(groups, counts, strict=True)):
-        rng = np.random.default_rng((plan.seed, number, place))
+        rng = random_generator(plan.seed, number, place)
         turns = [rng.permutation(count) for _ in range(-(-amount // count))]
         orders[name] = np.concatenate(turns)[:amount].astype(np.int32)
     return orders

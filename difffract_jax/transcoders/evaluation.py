@@ -117,7 +117,7 @@ def read_run(directory: Path) -> TrainConfig:
         raise UserError(f"{directory} holds no training run; give the `out` of difffract train.")
     if not (directory / "transcoders" / "config.json").exists():
         raise UserError(f"The run in {directory} has not finished; go on with difffract train --resume.")
-    return resolve(TrainConfig, json.loads(path.read_text())["settings"])
+    return resolve(TrainConfig, json.loads(path.read_text(encoding="utf-8"))["settings"])
 
 
 Judge = Callable[[Pipeline, TranscoderSet, int, Callable[[int], None]], list[dict[str, Any]]]

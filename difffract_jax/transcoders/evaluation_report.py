@@ -39,10 +39,10 @@ def write_evaluation_report(results: Mapping[str, Evaluation], out: Path, record
         _density_figure(first).savefig(partial / "density.png", dpi=120)
         if len(results) > 1:
             _pareto_figure(results).savefig(partial / "pareto.png", dpi=120)
-        (partial / "report.md").write_text(report_page(name, results))
+        (partial / "report.md").write_text(report_page(name, results), encoding="utf-8")
         numbers = {key: value._asdict() for key, value in results.items()}
         text = json.dumps({"provenance": record, "points": points(results), "results": numbers}, indent=2)
-        (partial / "evaluation.json").write_text(text + "\n")
+        (partial / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     return out / "report.md"
 
 

@@ -27,6 +27,7 @@ from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.stacks import Visit, per_group, sequences
 from difffract_jax.models.tokenizers import encode_prompt
+from difffract_jax.seeds import random_generator, random_key
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import Prompts
 from difffract_jax.transcoders.sites import SiteSet
@@ -114,7 +115,7 @@ class Sampler:
     def noise(self, numbers: Int[np.ndarray, "prompt"]) -> Float[Array, "prompt img channels"]:
         """Returns the starting noise of prompts, by their numbers."""
         channels = self.pipe.config.transformer.in_channels
-        return _noise(jax.random.key(self.seed), self._send(numbers)[0], self.run.grid, channels)
+        return _noise(random_key(self.seed), self._send(numbers)[0], self.run.grid, channels)
 
     @property
     def _guidance(self) -> Array | None:
@@ -132,7 +133,7 @@ class Sampler:
         self, number: int, masks: Bool[np.ndarray, "prompt txt"]
     ) -> tuple[dict[str, Array], dict[str, Bool[np.ndarray, "step prompt place"]]]:
         """Returns which tokens each group reports, [step prompt place], and which of these places are filled."""
-        rng = np.random.default_rng((self.seed, number))
+        rng = random_generator(self.seed, number)
         steps, prompts = self.run.steps, len(masks)
         counts = Streams(np.ones((prompts, self.run.tokens.img), bool), masks)
         groups = [group for group, _ in self.sites.members]

@@ -30,7 +30,7 @@ def cut_metrics(directory: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
@@ -38,12 +38,12 @@ def cut_metrics(directory: Path, step: int) -> None:
         if record["step"] <= step:
             kept.append(line + "\n")
     with atomic_file(path) as partial:
-        partial.write_text("".join(kept))
+        partial.write_text("".join(kept), encoding="utf-8")
 
 
 def write_metrics(directory: Path, record: Mapping[str, Any]) -> None:
     """Adds one line."""
-    with (directory / METRICS).open("a") as file:
+    with (directory / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 

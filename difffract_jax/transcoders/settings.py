@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from difffract_jax.config import Settings, UserError
+from difffract_jax.config import Seed, Settings, UserError
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
@@ -25,7 +25,8 @@ class RowSettings(Settings):
     model: str
     """Model whose MLPs are read: `organism`, a converted or diffusers directory, or `tiny`, random weights."""
     prompts: str
-    """Prompts: a `.txt`, `.jsonl` or `.parquet` file, `hf:OWNER/NAME[:SPLIT[:COLUMN]]`, or `world`, the organism's."""
+    """Prompts: a `.txt`, `.jsonl[:FIELD]` or `.parquet[:COLUMN]` file, `hf:OWNER/NAME[:SPLIT[:COLUMN]]`, or `world`,
+    the organism's."""
     sites: tuple[str, ...] = ("*/*",)
     """MLP sublayers, as in img/3, txt/0-5, single/*, or */* for all."""
     validation_share: float = Field(0.05, gt=0, lt=1)
@@ -47,7 +48,7 @@ class RowSettings(Settings):
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     model_dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the model while it is read, and of the rows that are kept."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seed of prompts' order, noise, choice of tokens, weights and batches."""
 
 

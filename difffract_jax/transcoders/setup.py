@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from difffract_jax.config import UserError
+from difffract_jax.seeds import random_key
 from difffract_jax.sharding import make_mesh, parse_mesh
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.objective import ActivationRows
@@ -100,7 +101,7 @@ def open_mesh(settings: TrainConfig) -> Mesh:
 
 def first_state(setup: Setup, moments: Moments) -> TrainState:
     """Makes the state before the first step from the moments of the sites' rows."""
-    params = init_params(jax.random.key(setup.settings.seed), setup.shape, setup.settings.init, moments)
+    params = init_params(random_key(setup.settings.seed), setup.shape, setup.settings.init, moments)
     sparsity = jnp.asarray(sparsities(setup.settings, setup.sites))
     return init_state(params, optimizer(setup.recipe), moments, sparsity)
 

@@ -68,7 +68,7 @@ def write_store(
             "provenance": dict(provenance),
         }
         with atomic_file(partial / "config.json") as file:
-            file.write_text(json_text(record))
+            file.write_text(json_text(record), encoding="utf-8")
     return record
 
 

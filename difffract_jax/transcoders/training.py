@@ -146,7 +146,7 @@ def check_directory(settings: TrainConfig, resume: bool) -> None:
         return
     if not path.exists():
         raise UserError(f"{settings.out} holds no run to resume; leave --resume out to begin one.")
-    before = json.loads(path.read_text())["settings"]
+    before = json.loads(path.read_text(encoding="utf-8"))["settings"]
     changed = changed_fields(before, settings.model_dump(mode="json"))
     if changed:
         raise UserError(
@@ -170,7 +170,7 @@ def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
 def _write_settings(out: Path, record: Mapping[str, Any]) -> None:
     cut_metrics(out, 0)
     with atomic_file(out / SETTINGS) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _resume(setup: Setup, checkpoints: Checkpointer, watch: Watch) -> _Run:

@@ -31,6 +31,7 @@ from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
+from difffract_jax.seeds import random_key
 from difffract_jax.transcoders.sites import SiteSet, sites_of
 from difffract_jax.trees import brief, tree_text
 
@@ -316,7 +317,7 @@ def random_transcoders(
     chosen = sites_of(sites, layout.groups)
     ends = np.cumsum(list(depths.values()))
     firsts = dict(zip(depths, ends - list(depths.values()), strict=True))
-    keys = jax.random.split(jax.random.key(seed), int(ends[-1]))
+    keys = jax.random.split(random_key(seed), int(ends[-1]))
     one_by_one = jax.jit(partial(jax.lax.map, build))
     stacks = {name: one_by_one(keys[firsts[name] + np.array(numbers)]) for name, numbers in chosen.groups.items()}
     return TranscoderSet(stacks, chosen, shape, f"random:{seed}")

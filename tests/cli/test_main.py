@@ -14,6 +14,7 @@ import pytest
 from commands import Run, run_command
 
 from difffract_jax.cli import main as cli
+from difffract_jax.storage.locks import sole_writer
 from random_graphs import random_output_graph
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
@@ -175,3 +176,22 @@ def test_a_device_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 1 and last.startswith("Error: JAX finds no device: ") and "Traceback" not in run.stderr
     assert "JAX_PLATFORMS=cuda names none" in last and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("demo",),
+        ("steer", "organism", "organism", "a red ring", "--edit", "img/1/f299=zero"),
+        ("validate", "organism", "organism", "graph.npz"),
+        ("study", "colour-prior"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_a_directory_that_another_process_fills_is_refused_before_any_work(
+    difffract: Callable[..., Run], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    with sole_writer(tmp_path / "out"):
+        run = difffract(*arguments, "--out", tmp_path / "out")
+    assert run.status == 1 and "Another process is writing" in run.err and run.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Tokenizers against the golden ids, prompts of every length, and incomplete directories."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,12 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
 
 from difffract_jax.config import UserError
 from difffract_jax.models.tokenizers import encode_prompt, load_tokenizers
 from tolerances import REFERENCE
 
 PIPELINE = REFERENCE / "pipeline"
+SPIECE = REFERENCE.parent / "tokenizers" / "spiece.model"
+"""A T5 model of 73 pieces, trained with sentencepiece 0.2.3 on captions; its rules are a few of NFKC's."""
+SPIECE_IDS = {
+    "a red fox at dawn, oil painting": [16, 25, 15, 72, 39, 6, 13, 3, 1],
+    "ﬁre ① fox": [38, 71, 2, 15, 1],
+    "Ａ ｒｅｄ ｆｏｘ": [71, 2, 71, 2, 71, 2, 1],
+    "a\u00a0red\u3000fox": [16, 25, 15, 1],
+    "a red fox™ ½": [16, 25, 15, 2, 71, 2, 1],
+    "  two  spaces ": [71, 64, 50, 65, 71, 52, 56, 68, 57, 70, 52, 1],
+    "tab\tand\nline": [71, 64, 68, 59, 9, 71, 67, 69, 66, 70, 1],
+    "unknown ☃☃ snow ☃": [71, 51, 66, 2, 66, 65, 50, 66, 71, 2, 71, 52, 66, 65, 50, 71, 2, 1],
+    "": [1],
+}
+"""What sentencepiece 0.2.3 makes of texts with it, and </s>."""
 PROMPTS = {
     "p0": "a red fox at dawn, oil painting",
     "p1": "lighthouse and a tin robot in heavy fog, pixel art, emerald green",
@@ -87,7 +103,7 @@ def test_a_text_length_of_nothing_is_refused(tokenizers):
     ("lost", "wanted"),
     [
         (["tokenizer/tokenizer.json", "tokenizer/merges.txt"], "tokenizer.json, or vocab.json and merges.txt"),
-        (["tokenizer_2/tokenizer.json"], "tokenizer_2 lacks .* must hold tokenizer.json"),
+        (["tokenizer_2/tokenizer.json"], "tokenizer_2 lacks .* must hold tokenizer.json, or spiece.model"),
     ],
 )
 def test_missing_files_are_named(pipeline, lost, wanted):
@@ -107,6 +123,130 @@ def test_a_truncated_file_is_named(pipeline):
 def test_a_clip_tokenizer_without_a_length_is_refused(pipeline):
     (pipeline / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="model_max_length"):
+        load_tokenizers(pipeline)
+
+
+def changed(name, change):
+    """Changes the tokenizer.json of a pipeline's directory; returns it as `tokenizers` reads it."""
+    file = name / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    change(tokenizer)
+    tokenizer.save(str(file))
+    return Tokenizer.from_file(str(file))
+
+
+def set_normaliser(tokenizer):
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex("[aeiou]x"), "ox")])
+
+
+def set_pre_tokeniser(tokenizer):
+    added = pre_tokenizers.Split(Regex("[aeiou]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([added, tokenizer.pre_tokenizer])
+
+
+def set_post_processor(tokenizer):
+    special = tokenizer.get_vocab_size() - 1
+    token = tokenizer.id_to_token(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A {token}", special_tokens=[(token, special)]
+    )
+
+
+def pad_and_truncate(tokenizer):
+    tokenizer.enable_padding(length=9)
+    tokenizer.enable_truncation(4)
+
+
+@pytest.mark.parametrize("home", ["tokenizer", "tokenizer_2"])
+@pytest.mark.parametrize("change", [set_normaliser, set_pre_tokeniser, set_post_processor, pad_and_truncate])
+def test_a_tokenizer_does_what_its_file_says(pipeline, tokenizers, home, change):
+    theirs = changed(pipeline / home, change)
+    theirs.no_padding()
+    theirs.no_truncation()
+    loaded, name = load_tokenizers(pipeline), "clip_ids" if home == "tokenizer" else "t5_ids"
+    differs = False
+    for prompt in ("ﬁre ① fox", "Ａ ｒｅｄ ｆｏｘ", "a\u00a0red\u3000fax…", "the </s> end"):
+        ids, expected = getattr(encode_prompt(loaded, prompt, 32), name), theirs.encode(prompt).ids
+        assert ids[: len(expected)].tolist() == expected[: len(ids)]
+        differs |= ids.tolist() != getattr(encode_prompt(tokenizers, prompt, 32), name).tolist()
+    assert differs == (change is not pad_and_truncate)
+    assert loaded.t5.pad_token_id == 0 and loaded.t5.eos_token_id == 1
+
+
+def test_what_is_saved_keeps_the_normaliser(pipeline, tmp_path):
+    changed(pipeline / "tokenizer_2", set_normaliser)
+    first = load_tokenizers(pipeline)
+    first.t5.save_pretrained(tmp_path / "saved" / "tokenizer_2")
+    first.clip.save_pretrained(tmp_path / "saved" / "tokenizer")
+    again = load_tokenizers(tmp_path / "saved")
+    assert first.t5("ﬁre ax").input_ids == again.t5("ﬁre ax").input_ids == first.t5("fire ox").input_ids
+
+
+def test_a_file_without_a_post_processor_still_closes_a_prompt(pipeline, tokenizers):
+    def remove(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps(content | {"post_processor": None}), encoding="utf-8")
+
+    remove(pipeline / "tokenizer_2" / "tokenizer.json")
+    remove(pipeline / "tokenizer" / "tokenizer.json")
+    ours, theirs = (encode_prompt(one, PROMPTS["p0"], 16) for one in (load_tokenizers(pipeline), tokenizers))
+    assert ours.t5_ids.tolist() == theirs.t5_ids.tolist() and ours.clip_ids.tolist() == theirs.clip_ids.tolist()
+
+
+@pytest.fixture
+def spiece(pipeline):
+    """A pipeline whose T5 tokenizer is a SentencePiece model alone."""
+    (pipeline / "tokenizer_2" / "tokenizer.json").unlink()
+    shutil.copyfile(SPIECE, pipeline / "tokenizer_2" / "spiece.model")
+    return pipeline
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_a_sentencepiece_model_gives_sentencepiece_s_ids(spiece, tmp_path, configured):
+    if not configured:
+        (spiece / "tokenizer_2" / "tokenizer_config.json").unlink()
+    loaded = load_tokenizers(spiece)
+    for prompt, ids in SPIECE_IDS.items():
+        assert encode_prompt(loaded, prompt, 32).t5_ids.tolist() == ids + [0] * (32 - len(ids))
+    loaded.t5.save_pretrained(tmp_path / "saved" / "tokenizer_2")
+    loaded.clip.save_pretrained(tmp_path / "saved" / "tokenizer")
+    again = load_tokenizers(tmp_path / "saved")
+    assert all(again.t5(prompt).input_ids == ids for prompt, ids in SPIECE_IDS.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "spiece.model is not T5's"),
+        (b"no model at all", "spiece.model is not a SentencePiece model"),
+        (SPIECE.read_bytes()[:1500], "spiece.model is not a SentencePiece model"),
+    ],
+)
+def test_a_broken_sentencepiece_model_is_named(spiece, content, told):
+    (spiece / "tokenizer_2" / "spiece.model").write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        load_tokenizers(spiece)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("tokenizer.json", "{}", r"tokenizer.json is not a tokenizer \(.*Model missing"),
+        ("tokenizer.json", "[]", "tokenizer.json holds no JSON object"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json holds no JSON object"),
+        ("tokenizer_config.json", '{"pad_token": "<none>"}', r"lacks tokens that its .* names: <none> \(pad_token\)"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "transformers cannot load .* as a T5Tokenizer"),
+    ],
+)
+def test_files_that_are_not_of_a_tokenizer_are_named(pipeline, file, content, told):
+    (pipeline / "tokenizer_2" / file).write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        load_tokenizers(pipeline)
+
+
+def test_clip_s_tokenizer_in_t5_s_place_is_named(pipeline):
+    shutil.copyfile(pipeline / "tokenizer" / "tokenizer.json", pipeline / "tokenizer_2" / "tokenizer.json")
+    with pytest.raises(UserError, match="tokenizer_2.* holds a BPE model, but that of a T5Tokenizer is Unigram"):
         load_tokenizers(pipeline)
 
 

@@ -1,12 +1,18 @@
 """Files: whole or not at all, and a safetensors format that the safetensors library agrees with."""
 
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import numpy as official
 
 from difffract_jax.config import UserError
-from difffract_jax.storage import files
+from difffract_jax.storage import files, locks
 from difffract_jax.storage.files import (
     TensorFile,
     atomic_directory,
@@ -16,6 +22,7 @@ from difffract_jax.storage.files import (
     sample_hash,
     write_sharded,
 )
+from difffract_jax.storage.locks import sole_writer
 
 TENSORS = {
     "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -116,6 +123,98 @@ def test_a_finished_directory_replaces_the_old_one_only_when_asked(tmp_path):
         assert (out / "a.txt").exists()
     assert [path.name for path in out.iterdir()] == ["b.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def written_by_two(target, number, *, overwrite=False, start=None):
+    """Writes ten files that say who wrote them, and tells how it went."""
+    try:
+        with atomic_directory(target, overwrite=overwrite) as partial:
+            if start is not None:
+                start.wait(timeout=10)  # both are writing
+            for name in range(10):
+                with atomic_file(partial / f"{name}.txt") as file:
+                    file.write_text(str(number))
+        return "written"
+    except UserError as error:
+        return str(error)
+
+
+def authors(target):
+    return {path.read_text() for path in target.iterdir()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_writers_at_a_time_the_second_is_told_at_once(tmp_path, overwrite):
+    out = tmp_path / "link"
+    (tmp_path / "real").mkdir()
+    out.symlink_to(tmp_path / "real")
+    with atomic_directory(tmp_path / "real", overwrite=overwrite) as partial:
+        (partial / "a.txt").write_text("first")
+        with ThreadPoolExecutor(1) as other:
+            told = other.submit(written_by_two, out, "second", overwrite=overwrite).result()
+    assert "Another process is writing" in told and "name another output" in told
+    assert authors(out) == {"first"} and out.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize(
+    ("before", "overwrite"), [("absent", False), ("empty", False), ("absent", True), ("full", True)]
+)
+def test_writers_without_locks_never_mix_their_files(tmp_path, monkeypatch, overwrite, before):
+    monkeypatch.setattr(locks, "fcntl", None)
+    out = tmp_path / "out"
+    if before != "absent":
+        out.mkdir()
+    if before == "full":
+        (out / "old.txt").write_text("old")
+    start = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        both = pool.map(lambda number: written_by_two(out, number, overwrite=overwrite, start=start), ["0", "1"])
+    told = [one for one in both if one != "written"]
+    assert len(authors(out)) == 1 and len(list(out.iterdir())) == 10
+    assert all("was written by another process meanwhile and stays" in one for one in told)
+    assert len(told) == 1 or overwrite
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_lock_goes_with_its_process(tmp_path):
+    code = (
+        "import sys, time; from difffract_jax.storage.files import atomic_directory\n"
+        "with atomic_directory(sys.argv[1]) as partial:\n"
+        "    print('writing', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "writing\n"
+        assert "Another process is writing" in written_by_two(tmp_path / "out", "second")
+        first.kill()
+        first.wait()
+    assert written_by_two(tmp_path / "out", "third") == "written"
+    assert authors(tmp_path / "out") == {"third"}
+
+
+def test_an_output_beside_which_no_lock_can_be_made_is_written_without(tmp_path):
+    (tmp_path / ".out.lock").mkdir()  # as unwritable as a read-only folder, also for root
+    assert written_by_two(tmp_path / "out", "first") == "written"
+    with sole_writer(tmp_path / "none" / "out"):
+        assert not (tmp_path / "none").exists()
+
+
+def test_an_old_directory_stays_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.txt").write_text("old")
+    rename = Path.rename
+
+    def refuse(self, target):
+        if self.name.endswith(".partial"):
+            raise PermissionError(1, "not permitted", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError), atomic_directory(out, overwrite=True) as partial:
+        (partial / "a.txt").write_text("new")
+    assert authors(out) == {"old"} and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_sampled_hash_knows_names_sizes_beginnings_and_ends(tmp_path, monkeypatch):

@@ -1,16 +1,11 @@
 """Prompts, rows and the shuffle buffer: who sees what, in which order, and that it is what the model computed."""
 
-import json
-import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from difffract_jax.address import IMAGE, TEXT, Layout, Stack
 from difffract_jax.config import UserError
@@ -21,7 +16,7 @@ from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.harvest import Chunk, Sampler, at_sites, collect_rows
 from difffract_jax.transcoders.objective import ActivationRows
-from difffract_jax.transcoders.prompts import PromptFile, PromptWorld, in_validation, read_prompts, split_prompts
+from difffract_jax.transcoders.prompts import PromptFile, PromptWorld, in_validation, split_prompts
 from difffract_jax.transcoders.sites import parse_sites, sites_of
 from difffract_jax.transcoders.store import open_store, write_store
 from tolerances import TOL, relative_error
@@ -209,77 +204,6 @@ def test_a_world_keeps_its_sides_apart():
     assert all(in_validation(prompt, 0.2) for prompt in validation)
     with pytest.raises(UserError, match="None of 4096 captions belongs to validation"):
         PromptWorld(lambda n: "always the same", "validation", 1e-9)(0)
-
-
-def test_files_of_every_kind_are_read(tmp_path):
-    (tmp_path / "a.txt").write_text("a fox\n\n  a \u00fcber-lemon \n")
-    (tmp_path / "a.jsonl").write_text(json.dumps({"caption": "a fox", "id": 3}) + "\n" + json.dumps("a lemon") + "\n")
-    assert read_prompts(str(tmp_path / "a.txt")) == ["a fox", "a \u00fcber-lemon"]
-    assert read_prompts(str(tmp_path / "a.jsonl")) == ["a fox", "a lemon"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "told"),
-    [
-        ("empty.txt", b"\n \n", "holds no prompts"),
-        ("binary.txt", b"\xff\xfe\x00\x01", "is binary, no text"),
-        ("zeros.txt", b"a\x00b\n", "is binary, no text"),
-        ("bad.jsonl", b'{"prompt": "a"}\n{"prompt"\n', "Line 2 of .* is not valid JSON"),
-        ("fields.jsonl", b'{"title": "a"}\n', "Line 1 of .* has no field prompt, caption, text"),
-    ],
-)
-def test_files_without_prompts_are_refused(tmp_path, name, content, told):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=told):
-        read_prompts(str(tmp_path / name))
-
-
-def test_missing_files_and_extras_are_told(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="no.txt is not a file of prompts"):
-        read_prompts(str(tmp_path / "no.txt"))
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    for module, source in (("pyarrow.parquet", tmp_path / "a.parquet"), ("datasets", "hf:someone/captions")):
-        monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UserError, match=f"Reading {source} needs the extra `data`"):
-            read_prompts(str(source))
-
-
-def test_parquet_files_are_read_and_broken_ones_refused(tmp_path):
-    path = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"id": [1, 2, 3], "caption": ["a fox", None, " a lemon"]}), path)
-    assert read_prompts(str(path)) == ["a fox", "a lemon"]
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.parquet cannot be read as Parquet \(.*\); write or copy the file again"):
-        read_prompts(str(path))
-    parquet.write_table(pyarrow.table({"title": ["a fox"]}), path)
-    with pytest.raises(UserError, match="has the columns title; one must be prompt, caption, text"):
-        read_prompts(str(path))
-
-
-class Columns(dict):
-    """What `datasets.load_dataset` returns, as far as it is read."""
-
-    column_names = property(list)
-
-
-def test_datasets_are_read_and_missing_ones_told(monkeypatch):
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        if name == "no/such":
-            raise FileNotFoundError("Dataset 'no/such' doesn't exist\non the Hub")
-        return Columns(title=["x", "y"], text=["a fox", "a lemon"])
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read_prompts("hf:someone/captions") == ["a fox", "a lemon"]
-    assert read_prompts("hf:someone/captions:test:title") == ["x", "y"]
-    assert asked == [("someone/captions", "train"), ("someone/captions", "test")]
-    with pytest.raises(UserError, match=r"The dataset no/such could not be read \(Dataset 'no/such' doesn't exist on"):
-        read_prompts("hf:no/such")
-    monkeypatch.setattr(Columns, "column_names", ["title"])
-    with pytest.raises(UserError, match="has the columns title; write hf:someone/captions:train:COLUMN"):
-        read_prompts("hf:someone/captions")
 
 
 @pytest.mark.parametrize(

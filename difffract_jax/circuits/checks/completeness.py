@@ -43,6 +43,7 @@ from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.influence import levels
 from difffract_jax.graphs.pruning import node_influence
+from difffract_jax.seeds import random_generator
 
 Ablation = Literal["mean", "zero"]
 NEVER = np.iinfo(np.int32).max
@@ -275,7 +276,7 @@ def curve(
     """
     units, places = candidates(again, graph)
     chosen = by_influence(graph, places)
-    rng = np.random.default_rng(seed)
+    rng = random_generator(seed)
     random = [rng.permutation(units.value.size) for _ in range(draws)]
     orders = [chosen, np.argsort(-units.value, kind="stable"), *random]
     names = [("influence", 0), ("largest value", 0), *(("random", draw) for draw in range(draws))]

@@ -51,9 +51,9 @@ def write_validation(found: Mapping[str, Any], out: Path, record: Mapping[str, A
         with atomic_file(files[name]) as partial:
             figure.savefig(partial, dpi=120, format="png")
     with atomic_file(files["validation.json"]) as partial:
-        partial.write_text(json.dumps({"provenance": record, **found}, indent=1) + "\n")
+        partial.write_text(json.dumps({"provenance": record, **found}, indent=1) + "\n", encoding="utf-8")
     with atomic_file(files["report.md"]) as partial:
-        partial.write_text(page(found, record))
+        partial.write_text(page(found, record), encoding="utf-8")
     return {name: str(path) for name, path in files.items()}
 
 

@@ -34,6 +34,7 @@ from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, OUTPUT, REST, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import node_influence, prune
+from difffract_jax.seeds import random_generator
 
 READINGS: tuple[Mode, ...] = ("propagated", "live", "full")
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -171,7 +172,7 @@ def _edges(again: Rerun, graph: Graph, count: int, seed: int) -> dict[str, Any]:
     checkable = np.flatnonzero(graph.node_kind[graph.edge_source] != REST)
     chosen = checkable
     if 0 < count < checkable.size:
-        chosen = np.sort(np.random.default_rng(seed).choice(checkable, count, replace=False))
+        chosen = np.sort(random_generator(seed).choice(checkable, count, replace=False))
     sources, source = np.unique(graph.edge_source[chosen], return_inverse=True)
     targets, target = np.unique(graph.edge_target[chosen], return_inverse=True)
     pushed = push_edges(again.engine, again.rows[sources], again.rows[targets])[source, target]

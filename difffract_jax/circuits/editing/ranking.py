@@ -29,6 +29,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
 from difffract_jax.models.stacks import streams
+from difffract_jax.seeds import check_distinct
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.sites import SiteSet, parse_sites
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
@@ -109,7 +110,8 @@ def rank_features(
         Label of sites -> features, highest score first; labels without a transcoder are left out.
 
     Raises:
-        UserError: if what an order needs is missing, a step or site does not exist, or the region holds no token.
+        UserError: if what an order needs is missing, a seed occurs twice, a step or site does not exist, or the region
+            holds no token.
     """
     check_fit(tcs, pipe.config.transformer)
     run = run or pipe.plan()
@@ -150,6 +152,7 @@ def _check(
         raise UserError(f"The step {step} does not exist: the run has steps 0 to {steps - 1}.")
     if not seeds:
         raise UserError("Features are averaged over seeds, but got none; write for example --seeds 0..4.")
+    check_distinct(seeds)
 
 
 def summarise_site(group: Group, z: Float[Array, "rows feat"], extra: tuple[Array, Array]) -> dict[str, Summary]:

@@ -31,6 +31,7 @@ from difffract_jax.models.batch import pixels
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
 from difffract_jax.models.sampler import euler_scan
+from difffract_jax.seeds import check_distinct
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 from difffract_jax.trees import brief
 
@@ -234,9 +235,14 @@ def sweep(
         latents: packed starting noise of each seed, [seed img channels], instead of the seeds'.
         batch: images computed together.
         progress: called with (images done, images in all).
+
+    Raises:
+        UserError: as `steer_batch`, or if there are no seeds, or one occurs twice.
     """
     if not seeds:
         raise UserError("A sweep needs at least one seed, but got none; write for example --seeds 0..4.")
+    if latents is None:
+        check_distinct(seeds)
     strengths = [[edit.swept(amount) for edit in edits] for amount in amounts] or [list(edits)]
     names = tuple(f"x {amount:g}" for amount in amounts) or ("edited",)
     sites = tuple(dict.fromkeys(WholeSite(part.stream, part.block) for edit in edits for part in edit.parts))
@@ -247,7 +253,7 @@ def sweep(
         tcs,
         [prompt] * (many * len(seeds)),
         columns * len(seeds),
-        np.repeat(seeds, many).tolist(),
+        [seed for seed in seeds for _ in columns],
         form=form,
         replaced=sites,
         include_padding=include_padding,

@@ -125,7 +125,7 @@ def read_labels(path: Path) -> Labels:
         UserError: if it is not a labels file of this version.
     """
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(path.read_text(encoding="utf-8"))
         version = stored["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path} is not a file of labels; write one with `difffract features ... --scan`.") from None

@@ -35,7 +35,7 @@ def write_reference_json(graph: Graph, path: str | Path) -> None:
         path: file to write; it appears only when it is complete.
     """
     with atomic_file(Path(path)) as partial:
-        partial.write_text(json.dumps(to_document(graph), indent=1) + "\n")
+        partial.write_text(json.dumps(to_document(graph), indent=1) + "\n", encoding="utf-8")
 
 
 def to_document(graph: Graph) -> dict[str, Any]:

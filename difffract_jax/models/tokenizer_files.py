@@ -1,0 +1,159 @@
+"""Tokenizers from their files, applied as the files say.
+
+1. The class of transformers names the special tokens, from `tokenizer_config.json`. It would rebuild the tokenizer from
+   the vocabulary alone, with the normaliser and the pre-tokeniser that the class usually has.
+2. Hence the tokenizer that does the work is `tokenizer.json` itself, as `tokenizers` reads it.
+3. Older releases have T5's SentencePiece model, `spiece.model`, instead. transformers' converter turns it into a
+   `tokenizer.json`; it needs protobuf, but not the package sentencepiece. CLIP's may be `vocab.json` and `merges.txt`.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, Unigram
+from transformers import CLIPTokenizer, T5Tokenizer
+from transformers.convert_slow_tokenizer import T5Converter
+
+from difffract_jax.config import UserError
+
+TOKENIZER = "tokenizer.json"
+SPIECE = "spiece.model"
+CONFIG = "tokenizer_config.json"
+NAMED_BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json")
+"""Files beside the vocabulary that name special tokens."""
+CLOSING = "</s>"
+UNIGRAM = 1
+"""SentencePiece's number for this kind of model."""
+EXTRA_IDS = 100
+"""Sentinel tokens `<extra_id_N>` of a T5 whose configuration does not tell their number."""
+
+T = TypeVar("T", CLIPTokenizer, T5Tokenizer)
+MODELS: dict[type, type] = {CLIPTokenizer: BPE, T5Tokenizer: Unigram}
+"""Kind of model in `tokenizer.json` by class of transformers."""
+
+
+def load_clip(home: Path) -> CLIPTokenizer:
+    """Loads CLIP's tokenizer.
+
+    Args:
+        home: holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
+
+    Raises:
+        UserError: if files are missing or broken.
+    """
+    files = _require(home, (TOKENIZER,), ("vocab.json", "merges.txt"))
+    if files == (TOKENIZER,):
+        return _applied(CLIPTokenizer, home)
+    return _named(CLIPTokenizer, home, home)
+
+
+def load_t5(home: Path) -> T5Tokenizer:
+    """Loads T5's tokenizer.
+
+    Args:
+        home: holds `tokenizer.json`, or `spiece.model`.
+
+    Raises:
+        UserError: if files are missing or broken.
+    """
+    if _require(home, (TOKENIZER,), (SPIECE,)) == (TOKENIZER,):
+        return _applied(T5Tokenizer, home)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in NAMED_BESIDE:
+            if (home / name).is_file():
+                shutil.copyfile(home / name, Path(folder) / name)
+        _from_sentencepiece(home).save(str(Path(folder) / TOKENIZER))
+        return _applied(T5Tokenizer, Path(folder), origin=home)
+
+
+def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
+    """Returns a tokenizer of a class of transformers that does what `tokenizer.json` says.
+
+    Args:
+        kind: the class.
+        home: holds `tokenizer.json` and what names its special tokens.
+        origin: directory that errors name, where it is another one.
+    """
+    file = home / TOKENIZER
+    try:
+        backend = Tokenizer.from_buffer(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not a tokenizer ({_brief(error)}); copy it again from the pipeline.") from None
+    if not isinstance(backend.model, MODELS[kind]):
+        raise UserError(
+            f"{file} holds a {type(backend.model).__name__} model, but that of a {kind.__name__} is "
+            f"{MODELS[kind].__name__}; copy it again from the pipeline."
+        )
+    made = _named(kind, home, origin or home)
+    tokens = {name: str(token) for name, token in made.special_tokens_map.items() if isinstance(token, str)}
+    absent = [f"{token} ({name})" for name, token in tokens.items() if backend.token_to_id(token) is None]
+    if absent:
+        raise UserError(
+            f"The tokenizer in {origin or home} lacks tokens that its {CONFIG} names: {', '.join(absent)}; copy the "
+            "files again from the pipeline."
+        )
+    # As transformers has it, special tokens are found in a prompt whether the file lists them or not.
+    listed = {token.content for token in backend.get_added_tokens_decoder().values()}
+    unlisted = [token for token in dict.fromkeys(tokens.values()) if token not in listed]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in unlisted])
+    if backend.post_processor is None:
+        backend.post_processor = made.backend_tokenizer.post_processor
+    made._tokenizer = backend
+    return made
+
+
+def _named(kind: type[T], home: Path, origin: Path) -> T:
+    """Returns what transformers makes of a directory."""
+    try:
+        return kind.from_pretrained(home, local_files_only=True)
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise UserError(
+            f"transformers cannot load {origin} as a {kind.__name__} ({_brief(error)}); copy it again."
+        ) from None
+
+
+def _from_sentencepiece(home: Path) -> Tokenizer:
+    """Converts T5's SentencePiece model."""
+    config = json.loads((home / CONFIG).read_text(encoding="utf-8")) if (home / CONFIG).is_file() else {}
+    file = home / SPIECE
+    # What the converter asks of a tokenizer; T5 closes a text with a token that its model has.
+    stand_in = SimpleNamespace(vocab_file=str(file), _extra_ids=config.get("extra_ids", EXTRA_IDS))
+    try:
+        converter = T5Converter(stand_in)
+    except DecodeError:
+        raise UserError(f"{file} is not a SentencePiece model; copy it again from the pipeline.") from None
+    ids = {piece.piece: number for number, piece in enumerate(converter.proto.pieces)}
+    if converter.proto.trainer_spec.model_type != UNIGRAM or CLOSING not in ids:
+        raise UserError(f"{file} is not T5's: that is a Unigram model with the token {CLOSING}; copy it again.")
+    stand_in.convert_tokens_to_ids = ids.__getitem__
+    return converter.converted()
+
+
+def _require(home: Path, *choices: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the first complete choice of files; refuses a directory that has none, or broken JSON.
+
+    transformers would make up a tokenizer of four words instead.
+    """
+    complete = [files for files in choices if all((home / name).is_file() for name in files)]
+    if not complete:
+        wanted = ", or ".join(" and ".join(files) for files in choices)
+        raise UserError(f"{home} lacks the files of a tokenizer: it must hold {wanted}; copy them from the pipeline.")
+    read = [*complete[0], *(name for name in NAMED_BESIDE if (home / name).is_file())]
+    for path in (home / name for name in read if name.endswith(".json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is not readable as JSON ({error}); copy it again from the pipeline.") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path} holds no JSON object; copy it again from the pipeline.")
+    return complete[0]
+
+
+def _brief(error: Any) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
