@@ -103,10 +103,10 @@ def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, s
             states[file] = _read(file.path)
         except UserError as error:
             problems.append(str(error).rstrip("."))
-    # Of transposed matrices every size is wrong: that is all there is to say.
-    transposed = _transposed(states)
-    if transposed or not states:
-        raise ConversionError(str(directory), transposed or problems)
+    # What is wrong with all files is said once, and alone.
+    common = _transposed(states) or _other_keys(states)
+    if common or not states:
+        raise ConversionError(str(directory), common or problems)
     config = _config(*next(iter(states.items())))
     stacks: dict[str, Transcoder] = {}
     for stream in STREAMS:
@@ -218,6 +218,21 @@ def _read_safetensors(path: Path) -> State:
     # Numbers of eight bits are widened, exactly, so that the rest of the conversion knows their type.
     narrow = {name for name, info in file.tensors.items() if info.dtype.startswith("F8")}
     return {name: file[name].astype(np.float32) if name in narrow else file[name] for name in file.tensors}
+
+
+def _other_keys(states: Mapping[SiteFile, State]) -> list[str]:
+    """Names the keys in which all of several files differ from the reference's."""
+    wanted = {str(rule.source).removeprefix("{site}.") for rule in TRANSCODER_TORCH}
+    held = [set(state) for state in states.values()]
+    if len(held) < 2:
+        return []
+    missing, unknown = sorted(wanted - set.union(*held)), sorted(set.intersection(*held) - wanted)
+    problems = [f"all {len(held)} files lack {', '.join(cap(missing))}"] if missing else []
+    if unknown:
+        problems.append(
+            f"all {len(held)} files hold {', '.join(cap(unknown))}, which the reference's module does not have"
+        )
+    return problems
 
 
 def _transposed(states: Mapping[SiteFile, State]) -> list[str]:

@@ -222,6 +222,18 @@ def test_a_damaged_safetensors_file_is_refused(directory):
     assert "transcoder_img_2.pt is a placeholder of Git LFS" in told
 
 
+def test_keys_in_which_all_files_differ_are_told_once(tmp_path, directory):
+    def other(state):
+        return {key: value for key, value in state.items() if key != "decoder.bias"} | {"b_dec": torch.ones(6)}
+
+    with pytest.raises(ConversionError) as caught:
+        wrapped(directory, tmp_path / "other", other)
+    assert caught.value.problems == (
+        "all 3 files lack decoder.bias",
+        "all 3 files hold b_dec, which the reference's module does not have",
+    )
+
+
 def test_transposed_matrices_are_told_in_one_sentence(tmp_path, directory):
     def transposed(state):
         return {key: value.T.contiguous() if key.endswith("coder.weight") else value for key, value in state.items()}
