@@ -84,7 +84,7 @@ def is_torch_directory(directory: Path) -> bool:
 
 
 def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None) -> TranscoderSet:
-    """Converts a directory of `.pt` files.
+    """Converts a directory of the reference's files.
 
     Args:
         directory: holds the files; those of other names are left aside, and a line in the log names them.
@@ -103,10 +103,12 @@ def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, s
             states[file] = _read(file.path)
         except UserError as error:
             problems.append(str(error).rstrip("."))
-    # What is wrong with all files is said once, and alone.
+        except FileNotFoundError:
+            problems.append(f"{file.path.name} is a link to a file that is not there")
+    # What is wrong with all files is said once, instead of file by file.
     common = _transposed(states) or _other_keys(states)
     if common or not states:
-        raise ConversionError(str(directory), common or problems)
+        raise ConversionError(str(directory), [*common, *dict.fromkeys(problems)])
     config = _config(*next(iter(states.items())))
     stacks: dict[str, Transcoder] = {}
     for stream in STREAMS:
@@ -161,7 +163,8 @@ def stacked_transcoders(config: TranscoderConfig, count: int, dtype: Any) -> Any
 
 def _list_files(directory: Path) -> tuple[list[SiteFile], list[str]]:
     """Returns the files in order of stream and layer, and what is wrong with their names; logs those left aside."""
-    paths = [path for path in sorted(directory.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    # A link that leads nowhere is kept: left out without a word, its site would be missing.
+    paths = [path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
     matches = {path: _NAME.fullmatch(path.name) for path in paths}
     files = [SiteFile(m[1], m[2], int(m[3]), path) for path, m in matches.items() if m is not None]
     others = [path.name for path, m in matches.items() if m is None]

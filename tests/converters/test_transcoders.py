@@ -234,6 +234,22 @@ def test_keys_in_which_all_files_differ_are_told_once(tmp_path, directory):
     )
 
 
+def test_without_pytorch_there_is_one_problem(directory, monkeypatch):
+    def missing(name):
+        raise UserError(f"This needs {name}.")
+
+    monkeypatch.setattr(torch_files, "load_module", missing)
+    with pytest.raises(ConversionError) as caught:
+        transcoders_from_torch(directory)
+    assert caught.value.problems == ("This needs torch",)
+
+
+def test_a_link_that_leads_nowhere_is_a_problem(directory):
+    (directory / "transcoder_img_9.pt").symlink_to(directory / "nothing.pt")
+    with pytest.raises(ConversionError, match=r"transcoder_img_9\.pt is a link to a file that is not there"):
+        transcoders_from_torch(directory)
+
+
 def test_transposed_matrices_are_told_in_one_sentence(tmp_path, directory):
     def transposed(state):
         return {key: value.T.contiguous() if key.endswith("coder.weight") else value for key, value in state.items()}
