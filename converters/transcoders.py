@@ -244,8 +244,9 @@ def _transposed(states: Mapping[SiteFile, State]) -> list[str]:
     for file, state in states.items():
         for key, weight in state.items():
             bias = state.get(f"{key.removesuffix('.weight')}.bias")
-            matrix = key.endswith(".weight") and weight.ndim == 2 and bias is not None and bias.ndim == 1
-            if matrix and bias.size == weight.shape[1] != weight.shape[0]:
+            if bias is None or not key.endswith(".weight") or (weight.ndim, bias.ndim) != (2, 1):
+                continue
+            if bias.size == weight.shape[1] != weight.shape[0]:
                 guilty.setdefault(file.path.name, []).append(key)
     if not guilty:
         return []

@@ -157,7 +157,7 @@ def _feature(node: Mapping[str, Any], raw: bool, source: str) -> int:
             "which does not tell what it stands for."
         )
     index, unpaired = number, unpair(number)[1]
-    if named in (index, unpaired):
+    if named is not None and named in (index, unpaired):
         return named
     return index if raw else unpaired
 
