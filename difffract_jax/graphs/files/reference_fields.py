@@ -49,6 +49,8 @@ def _unsound(document: Mapping[str, Any]) -> str | None:
     twice = [name for name, count in Counter(ids).items() if count > 1]
     if twice:
         return f"two nodes are called {twice[0]}"
+    if not _fits(document["config"]["step"], 15):
+        return f"its step is {document['config']['step']}"
     if document["target"]["id"] not in ids:
         return f"its target {document['target']['id']} is not among its nodes"
     for node in document["nodes"]:
@@ -57,8 +59,9 @@ def _unsound(document: Mapping[str, Any]) -> str | None:
         entries = node["activation_map"].items()
         if not all(position.isdecimal() and is_number(value) for position, value in entries):
             return f"the activation map of the node {node['id']} is not finite numbers by position"
-        if max(node["layer"], node["feat_idx"] >> 16) >= 2**15:
-            return f"the node {node['id']} has a layer or feature past what a graph can hold"
+        positions = map(int, node["activation_map"])
+        if not (_fits(node["layer"], 15) and _fits(node["feat_idx"], 31) and all(_fits(p, 31) for p in positions)):
+            return f"the node {node['id']} has a layer, feature or position that a graph cannot hold"
     known = set(ids)
     for edge in document["edges"]:
         unknown = [edge[end] for end in ("src", "tgt") if edge[end] not in known]
@@ -68,3 +71,8 @@ def _unsound(document: Mapping[str, Any]) -> str | None:
             place = f"the edge from {edge['src']} to {edge['tgt']}"
             return f"the attribution of {place} is {edge['attribution']}, which is not a finite number"
     return None
+
+
+def _fits(number: int, bits: int) -> bool:
+    """Says whether a number is -1, for none, or an index that the type of a graph's array holds."""
+    return -1 <= number < 2**bits

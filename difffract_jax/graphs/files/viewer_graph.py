@@ -123,9 +123,10 @@ def _identity(node: Mapping[str, Any], raw: bool, source: str) -> list[int]:
         layer = int(node["layer"])
         feature = -1 if is_error(node) else _feature(node, raw, source)
     for what, number in (("layer", layer), ("column", column), ("feature", feature)):
-        if number > _LARGEST[what]:
+        if not -1 <= number <= _LARGEST[what]:
             raise UserError(
-                f"In {source}, the node {name} has the {what} {number}, more than the {_LARGEST[what]} of a graph."
+                f"In {source}, the node {name} has the {what} {number}, but those of a graph lie in "
+                f"[0, {_LARGEST[what]}]."
             )
     code = {"logit": OUTPUT, "embedding": INPUT}.get(kind, ERROR if is_error(node) else FEATURE)
     return [code, 0, TXT, layer, column, feature]

@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from viewer_documents import document
 
 from difffract_jax.config import UserError
 from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.files.reader import is_archive, read_graph
-from difffract_jax.graphs.files.reference_json import write_reference_json
+from difffract_jax.graphs.files.reference_json import to_document, write_reference_json
+from difffract_jax.graphs.pruning import prune
 from random_graphs import random_graph
 
 
@@ -82,3 +85,38 @@ def test_documents_of_the_reference_are_known_by_nodes_and_edges(tmp_path, versi
     (tmp_path / "g.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match=f"not a version 2 graph of the reference: its version is {version!r}, not 2"):
         read_graph(tmp_path / "g.json")
+
+
+VALUES = (None, "", 0, -1, 1.5, float("nan"), True, [], {}, "x", "1", 2**70, -(2**70), [1], {"a": 1}, "0_0_1", 1e300)
+
+
+def places(value, path=()):
+    """Yields the paths to everything in a JSON value, of lists to the first entries."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value[:4]) if isinstance(value, list) else ()
+    for key, inner in entries:
+        yield (*path, key)
+        yield from places(inner, (*path, key))
+
+
+def damaged(value, path, wrong):
+    """Returns a JSON value with another one at a place; `places` stands for none there."""
+    if not path:
+        return wrong
+    key, *rest = path
+    inner = damaged(value[key], rest, wrong)
+    if isinstance(value, list):
+        return [*value[:key], *([] if inner is places else [inner]), *value[key + 1 :]]
+    return {name: inner if name == key else one for name, one in value.items() if name != key or inner is not places}
+
+
+@given(st.sampled_from([document(), to_document(random_graph(0))]), st.sampled_from([places, *VALUES]), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_damaged_document_is_a_graph_or_one_sentence(tmp_path_factory, whole, wrong, data):
+    path = tmp_path_factory.getbasetemp() / "damaged.json"
+    path.write_text(json.dumps(damaged(whole, data.draw(st.sampled_from(list(places(whole)))), wrong)))
+    try:
+        graph = read_graph(path)
+    except UserError as error:
+        assert str(path) in str(error) and "\n" not in str(error)
+    else:
+        assert prune(graph).edge_source.size <= graph.edge_source.size

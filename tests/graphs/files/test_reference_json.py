@@ -74,6 +74,7 @@ def test_errors_and_unexpanded_features_get_one_name():
         ({"nodes": []}, "its target .* is not among its nodes"),
         ({"target": {}}, "its target has no id"),
         ({"config": {"step": None}}, "its config has the step null instead of a whole number"),
+        ({"config": {"step": -(2**70)}}, "its step is -118"),
         ({"edges": [{"src": 1, "tgt": "x", "attribution": 1.0}]}, "an edge has the src 1 instead of text"),
         ({"edges": [{"src": "feature_L9_img_f1", "tgt": "x", "attribution": 1.0}]}, "which is not among its nodes"),
     ],
@@ -101,8 +102,14 @@ def test_numbers_that_are_not_finite_are_refused_by_name(value):
         from_document(document)
 
 
-def test_a_node_that_comes_twice_is_refused():
+def test_a_node_that_comes_twice_or_cannot_be_held_is_refused():
     document = document_of(4, "pruned")
+    for name, value in (("layer", 2**15), ("feat_idx", -(2**70)), ("activation_map", {str(2**31): 1.0})):
+        node = document["nodes"][0]
+        with pytest.raises(
+            ValueError, match=f"the node {node['id']} has a layer, feature or position that a graph cannot"
+        ):
+            from_document(document | {"nodes": [node | {name: value}, *document["nodes"][1:]]})
     document["nodes"].append(document["nodes"][1])
     with pytest.raises(ValueError, match=f"two nodes are called {document['nodes'][1]['id']}"):
         from_document(document)

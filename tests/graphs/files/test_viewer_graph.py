@@ -73,9 +73,10 @@ def test_nodes_that_a_graph_cannot_hold_are_refused():
         (node("e", ERROR, "E", 1, -1), "In g, the node e has the layer 'E', which is not a number"),
         (node("f", FEATURE, "0", 1, None), "In g, the node f of type 'cross layer transcoder' has the feature None"),
         (node("f", FEATURE, "0", 1, -4), "has the feature -4"),
-        (node("f", FEATURE, "40000", 1, 4), "has the layer 40000, more than the 32766 of a graph"),
-        (node("f", FEATURE, "0", 2**40, 4), "has the column 1099511627776, more than"),
-        (node("f", FEATURE, "0", 1, 2**90), "has the feature .*, more than"),
+        (node("f", FEATURE, "40000", 1, 4), "has the layer 40000, but those of a graph lie in"),
+        (node("f", FEATURE, "0", -2, 4), "has the column -2, but those of a graph lie in"),
+        (node("f", FEATURE, "0", 2**40, 4), "has the column 1099511627776, but"),
+        (node("f", FEATURE, "0", 1, 2**90), "has the feature .*, but those"),
         (node("f", FEATURE, "0", 1, 4, difffract=[0, 0, 9, 0, 0, 0]), "of itself under `difffract`"),
     ):
         with pytest.raises(UserError, match=sentence):
