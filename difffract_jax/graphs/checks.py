@@ -52,7 +52,7 @@ def check_values(graph: GraphArrays, source: str, names: Sequence[str] | None = 
 def _sentence(source: str, place: str, values: np.ndarray, wrong: np.ndarray) -> str:
     """Says what is not finite, and how many more are not."""
     more = int(wrong.sum()) - 1
-    rest = f" (and so are {more} more)" if more else ""
+    rest = f" (and {more} more like it)" if more else ""
     return (
         f"In {source}, {place} {values[np.argmax(wrong)]}{rest}, which is not a finite number; "
         "trace or export the graph again."

@@ -23,17 +23,19 @@ class UnclearLinks:
         """Returns what to tell of them, a sentence for each kind that there is."""
         told = []
         if self.left_out:
-            told.append(f"{_links(self.left_out)} left out, as the document has no node {_listed(self.absent, 'or')}.")
+            absent = _listed(self.absent, "or")
+            told.append(f"{_counted(self.left_out)} left out, as the document has no node {absent}.")
         if self.in_doubt:
+            links = _counted(self.in_doubt, f" from {_listed(self.shared, 'and')}")
             told.append(
-                f"{_links(self.in_doubt)} given out by the order of the nodes, or to the feature, as an error and a "
-                f"feature share the name {_listed(self.shared, 'and')}."
+                f"{links} given to an error or to a feature, which share that name: two into one node go by the order "
+                "of the nodes, one alone goes to the feature."
             )
         return told
 
 
-def _links(count: int) -> str:
-    return "1 link was" if count == 1 else f"{count} links were"
+def _counted(links: int, which: str = "") -> str:
+    return f"1 link{which} was" if links == 1 else f"{links} links{which} were"
 
 
 def _listed(names: tuple[str, ...], word: str) -> str:

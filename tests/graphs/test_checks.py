@@ -26,7 +26,7 @@ def test_an_edge_is_named_by_its_ends(tmp_path, value):
             read(tmp_path / "g.npz")
         told = str(caught.value)
         assert told.startswith(
-            f"In {tmp_path / 'g.npz'}, the edge from {ends} is {value} (and so are 1 more), which is"
+            f"In {tmp_path / 'g.npz'}, the edge from {ends} is {value} (and 1 more like it), which is"
         )
 
 

@@ -36,7 +36,7 @@ def test_what_only_serves_to_show_a_node_may_be_missing_or_null(name):
         ({"nodes": None}, "its nodes are null instead of a list"),
         ({"nodes": []}, "it has no nodes"),
         ({"links": []}, "it has 5 nodes, but no links between them"),
-        ({"links": [link("a", "b", 1.0)]}, "none of its 1 links joins two of its nodes"),
+        ({"links": [link("a", "b", 1.0)]}, "none of its links joins two of its nodes"),
         ({"links": [{"source": "a"}]}, "a link has no target, in "),
         ({"links": [3]}, "a link is a number instead of an object"),
         ({"links": [link("E_106_1", "0_928_1", "1")]}, 'a link has the weight "1" instead of a number'),

@@ -34,7 +34,7 @@ def test_a_single_link_in_doubt_is_the_feature_s():
     found = resolved(("0_3_1", "t"))
     assert found.source.tolist() == [2] and found.unclear.in_doubt == 1
     (told,) = found.unclear.sentences()
-    assert told.startswith("1 link was given out") and told.endswith("an error and a feature share the name 0_3_1.")
+    assert told.startswith("1 link from 0_3_1 was given to an error or to a feature, which share that name: ")
 
 
 def test_links_to_absent_nodes_are_left_out_and_the_first_names_told():
