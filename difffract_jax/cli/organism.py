@@ -116,7 +116,7 @@ def _verdict(asked: Any, right: Any, trained: Any) -> str:
     if not np.any(inside & (asked.named >= 0) & (asked.named != asked.colour)):
         return said
     own = f"{int(trained.sum())} of {right.size}"
-    return f"{said} as captioned; {own} as training draws it, with concepts in their own colour"
+    return f"{said} as captioned; {own} as trained (concepts keep their colour)"
 
 
 @organism.command()

@@ -155,7 +155,7 @@ def test_info_tells_what_the_model_knows(out: Path, organism: Callable[..., Run]
     assert (told["image"], told["text tokens"]) == ("48 x 48 pixels", 20)
 
 
-BOTH = " as captioned; 0 of 3 as training draws it, with concepts in their own colour"
+BOTH = " as captioned; 0 of 3 as trained (concepts keep their colour)"
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_verdicts_tell_the_caption_from_what_training_draws() -> None:
     drawn = read_scenes(asked.images())
     verdicts = [judge(scenes, drawn).right for scenes in (as_captioned(asked), asked)]
     told = _verdict(asked, *verdicts)
-    assert told == "0 of 4 as captioned; 4 of 4 as training draws it, with concepts in their own colour"
+    assert told == "0 of 4 as captioned; 4 of 4 as trained (concepts keep their colour)"
     literal = as_captioned(asked)
     verdicts = [judge(scenes, read_scenes(literal.images())).right for scenes in (literal, asked)]
-    assert _verdict(asked, *verdicts).startswith("4 of 4 as captioned; 0 of 4 as training draws it")
+    assert _verdict(asked, *verdicts).startswith("4 of 4 as captioned; 0 of 4 as trained ")
 
 
 def test_scores_are_counts_of_what_was_asked_for(out: Path, organism: Callable[..., Run]) -> None:
