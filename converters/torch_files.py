@@ -107,7 +107,8 @@ def read_state(path: str | Path, wanted: str = "") -> dict[str, np.ndarray]:
     """
     torch = load_module("torch")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
+        with torch.serialization.safe_globals(_numbers()):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(_unreadable(path, str(error) or type(error).__name__)) from None
     try:
@@ -115,6 +116,13 @@ def read_state(path: str | Path, wanted: str = "") -> dict[str, np.ndarray]:
     except NotFound as error:
         raise UserError(f"{path} {error}; save one with torch.save(module.state_dict(), path).") from None
     return {key: _array(torch, value.detach()) for key, value in state.items()}
+
+
+def _numbers() -> list[Any]:
+    """Returns what makes NumPy's numbers in a pickle, and nothing else: losses in records of training are such."""
+    make = np.float64(0).__reduce__()[0]
+    named = [(make, f"{home}.multiarray.scalar") for home in ("numpy.core", "numpy._core")]
+    return [*named, np.dtype, *(type(np.dtype(kind)) for kind in "efdbhilqBHILQ?")]
 
 
 def _unreadable(path: str | Path, reason: str) -> str:

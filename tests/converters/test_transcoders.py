@@ -174,7 +174,8 @@ def test_wrappers_and_records_of_training_do_not_matter(tmp_path, directory, pre
     def checkpoint(state):
         keys = {f"{prefix}{key}": torch.nn.Parameter(value) for key, value in state.items()}
         moments = {0: {"exp_avg": torch.ones(3), "step": torch.ones(())}}
-        return {"model_state_dict": keys, "step": 5, "config": {"k": 1}, "optimizer_state_dict": {"state": moments}}
+        losses = {"loss": np.float64(0.5), "best": np.int64(3)}
+        return {"model_state_dict": keys, "step": 5, "config": losses, "optimizer_state_dict": {"state": moments}}
 
     made = wrapped(directory, tmp_path / "wrapped", checkpoint)
     assert made.source == transcoders_from_torch(directory).source
