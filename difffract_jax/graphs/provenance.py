@@ -15,6 +15,7 @@ from difffract_jax.address import Layout, Tokens, flux_layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, record_text, text_of
 from difffract_jax.graphs.json_values import beyond, merge_json, to_json_values, typed
+from difffract_jax.graphs.unclear_links import UnclearLinks
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -264,6 +265,7 @@ class Provenance:
         file: name of the file that it was read from, for combining.
         reference_config: the settings in a document of the reference, as they stand there.
         viewer: the metadata in a document of circuit-tracer's viewer, as they stand there.
+        unclear_links: links of that document that could not be taken as they stand; None if all could.
         command: command that made it.
         settings: the command's resolved settings, JSON values.
         versions: of Python and packages, by name.
@@ -286,6 +288,7 @@ class Provenance:
     file: str | None = None
     reference_config: Mapping[str, Any] | None = None
     viewer: Mapping[str, Any] | None = None
+    unclear_links: UnclearLinks | None = None
     command: str | None = None
     settings: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
