@@ -72,6 +72,10 @@ def check_architecture(home: Path) -> None:
         raise UserError(f"{home} is a {name}, but only FluxPipeline (FLUX.1-schnell, FLUX.1-dev) can be converted.")
     unnamed = [part for part in CLASSES if (index.get(part) or (None, None))[1] is None]
     lacking = [part for part in (*CLASSES, *TOKENIZERS) if part in unnamed or not (home / part).is_dir()]
+    if lacking == ["transformer"]:
+        raise UserError(
+            f"{home} lacks the transformer; give its file or folder instead, and this directory with --base."
+        )
     if lacking:
         raise UserError(
             f"{home} lacks {', '.join(lacking)}; copy these folders, and their lines of model_index.json, from the "
@@ -193,8 +197,12 @@ def defaults_of(home: Path, transformer: FluxConfig) -> GenerationDefaults:
 
 
 def rope_axes_beside(path: Path) -> tuple[int, ...] | None:
-    """Reads the axes of position off the configuration beside a transformer's weights, if there is one."""
-    file = path / "config.json"
+    """Reads the axes of position off the configuration beside a transformer's weights, if there is one.
+
+    Args:
+        path: file of the weights, or their directory.
+    """
+    file = (path.parent if path.is_file() else path) / "config.json"
     attributes = read_json(file, "a transformer") if file.is_file() else {}
     return flux_config_from_diffusers(attributes).rope_axes if "_class_name" in attributes else None
 

@@ -49,7 +49,7 @@ class Source:
         self.name = str(path)
         self._broken: list[str] = []
         self._files: dict[str, TensorFile | None] = {}
-        self._open(locate(Path(path), variant), alone=Path(path).is_file())
+        self._open(locate(Path(path), variant))
         self._select({_WRAPPERS.sub("", key): key for key in self._files}, prefix)
 
     def under(self, prefix: str, aside: tuple[str, ...] = ()) -> "Source":
@@ -112,9 +112,9 @@ class Source:
         self._keys = [key for key in self._raw if key not in hidden]
         self.problems = [*self._broken, *self._wrong_types(), *self._wrong_scales()]
 
-    def _open(self, files: WeightFiles, alone: bool) -> None:
+    def _open(self, files: WeightFiles) -> None:
         """Opens the files; what is wrong with one of several is a problem, and with a file alone an error."""
-        if alone or (len(files.names) == 1 and not files.index):
+        if len(files.names) == 1 and not files.index:
             self._add(TensorFile(files.home / files.names[0]))
             return
         for name in files.names:

@@ -65,14 +65,14 @@ def locate(path: Path, variant: str | None = None) -> WeightFiles:
     """Finds the weights.
 
     Args:
-        path: a file, or a directory.
+        path: a file, which stands for all shards where it is one; or a directory.
         variant: which of several to take, as in fp16; a directory that has none takes its plain files.
 
     Raises:
         UserError: if there are none, several to choose from, or shards are missing.
     """
     if path.is_file():
-        return WeightFiles(path.parent, (path.name,), {}, "")
+        return WeightFiles(path.parent, _set_of(path), {}, "")
     if not path.exists():
         raise UserError(f"{path} does not exist; give a directory or a .safetensors file.")
     choices = _choices(path)
@@ -80,17 +80,30 @@ def locate(path: Path, variant: str | None = None) -> WeightFiles:
         raise UserError(_lacking(path))
     chosen = _of_variant(path, choices, variant)
     best = min(chosen, key=lambda choice: (_place(choice.stem), choice.order))
-    absent = [name for name in best.names if not (path / name).exists()]
-    if best.order == 3:
-        raise UserError(
-            f"{path} lacks {', '.join(absent)} of {len(best.names)} numbered shards; download what is missing."
-        )
+    _check_complete(path, best)
     return WeightFiles(path, best.names, best.listed, best.index)
 
 
 def variants(path: Path) -> set[str]:
     """Returns the variants that a directory holds, without the plain one."""
     return {choice.variant for choice in _choices(path)} - {""} if path.is_dir() else set()
+
+
+def _set_of(file: Path) -> tuple[str, ...]:
+    """Returns the names of all shards of which a file is one; its own where it is whole."""
+    for choice in _plain(file.parent):
+        if choice.order > 1 and file.name in choice.names:
+            _check_complete(file.parent, choice)
+            return choice.names
+    return (file.name,)
+
+
+def _check_complete(path: Path, choice: Choice) -> None:
+    if choice.order == 3:
+        absent = [name for name in choice.names if not (path / name).exists()]
+        raise UserError(
+            f"{path} lacks {', '.join(absent)} of {len(choice.names)} numbered shards; download what is missing."
+        )
 
 
 def _choices(path: Path) -> list[Choice]:

@@ -76,9 +76,9 @@ class PlannedTrace(Settings):
 
     sites: tuple[str, ...] = ("img/*", "txt/*")
     """MLPs that have a transcoder, as in img/3-18, txt/*, single/*."""
-    expansion: float = Field(16.0, gt=0)
+    expansion: float = Field(default=16.0, gt=0)
     """Features of a transcoder over channels of the model."""
-    active: int = Field(256, ge=1)
+    active: int = Field(default=256, ge=1)
     """Places for features per position: the most that are active at any position; a trace counts them."""
 
 

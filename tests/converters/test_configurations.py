@@ -33,7 +33,8 @@ def test_where_there_is_no_scheduler_it_is_that_of_the_release(tmp_path):
 
 
 def test_axes_are_read_beside_the_weights_if_a_transformer_s_configuration_lies_there(tmp_path):
-    assert rope_axes_beside(PIPELINE / "transformer") == (4, 6, 6)
+    for weights in ("transformer", "transformer/diffusion_pytorch_model.safetensors"):
+        assert rope_axes_beside(PIPELINE / weights) == (4, 6, 6)
     assert rope_axes_beside(tmp_path) is None
     (tmp_path / "config.json").write_text('{"format_version": 1}')
     assert rope_axes_beside(tmp_path) is None

@@ -266,6 +266,8 @@ def test_quantised_parts_and_unmerged_adapters_are_refused_in_one_sentence(copy)
 
 def test_a_base_needs_no_transformer_and_no_scheduler(pipe, copy, tmp_path):
     shutil.move(copy / "transformer", tmp_path / "finetuned")
+    with pytest.raises(UserError, match=r"lacks the transformer; give its file .* this directory with --base"):
+        convert_pipeline(copy)
     (copy / "model_index.json").unlink()
     shutil.rmtree(copy / "scheduler")
     completed = convert_pipeline(tmp_path / "finetuned", base=copy)

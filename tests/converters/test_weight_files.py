@@ -82,9 +82,12 @@ def test_a_missing_shard_is_named_also_without_an_index(tmp_path):
     fill(tmp_path, f"model{SHARDS[1]}.safetensors")
     with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors of 2 numbered shards"):
         locate(tmp_path)
+    with pytest.raises(UserError, match="lacks model-00001-of-00002.safetensors"):
+        locate(tmp_path / f"model{SHARDS[1]}.safetensors")
     # The same weights, saved in another number of shards, are whole.
     fill(tmp_path, *(f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)))
     assert len(locate(tmp_path).names) == 3
+    assert len(locate(tmp_path / "model-00003-of-00003.safetensors").names) == 3
 
 
 def test_pickles_are_told_with_what_saves_them_as_safetensors(tmp_path):
