@@ -101,6 +101,25 @@ def transformer_of(source: Source) -> tuple[Source, Layout]:
     return found
 
 
+def without_prefix(source: Source, *anchors: str) -> Source:
+    """Strips what stands before the keys of a text encoder or an autoencoder, as in files that hold several parts.
+
+    Args:
+        source: the checkpoint.
+        anchors: a key that the part has, as its table calls it; several for several tables.
+
+    Returns:
+        The part whose first anchor stands at one place; the checkpoint itself where none does.
+    """
+    for anchor in anchors:
+        prefixes = [key.removesuffix(anchor) for key in source if key == anchor or key.endswith(f".{anchor}")]
+        if len(prefixes) == 1:
+            part = source.under(prefixes[0])
+            _tell_rest(source, part)
+            return part
+    return source
+
+
 def check_weights(source: Source, *, adapters: bool = True) -> None:
     """Refuses weights that are quantised, other than as fp8, and such that adapters have still to be merged into.
 
@@ -122,6 +141,16 @@ def check_weights(source: Source, *, adapters: bool = True) -> None:
         raise UserError(
             f"{source.name} holds LoRA adapters ({unmerged}) that are not merged into the weights; merge them first: "
             f"{_MERGED}."
+        )
+
+
+def check_autoencoder(source: Source) -> None:
+    """Refuses an autoencoder in the original layout, of which there is no table, in one sentence."""
+    original = next((key for key in source if key.startswith("decoder.mid.")), None)
+    if original is not None:
+        raise UserError(
+            f"{source.name} holds the autoencoder in the original layout ({original}), but diffusers' is wanted: "
+            "vae/diffusion_pytorch_model.safetensors of the same release."
         )
 
 

@@ -26,10 +26,17 @@ from converters.configurations import (
     rope_axes_beside,
     scheduler_of,
 )
-from converters.contents import check_weights, find_transformer, transformer_files, transformer_of
+from converters.contents import (
+    check_autoencoder,
+    check_weights,
+    find_transformer,
+    transformer_files,
+    transformer_of,
+    without_prefix,
+)
 from converters.flux import FLUX_DIFFUSERS, flux_config_from_shapes
 from converters.mapping import ConversionError, Ignored, Rule, Source, load_tree
-from converters.text_encoders import clip_tables, t5_tables
+from converters.text_encoders import CLIP_PREFIX, clip_tables, t5_tables
 from converters.weight_files import variants
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
@@ -187,9 +194,14 @@ def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -
         part, rules = (source, FLUX_DIFFUSERS) if found is None else (found[0], found[1].rules)
         return part, PartRules(abstract_module(MMDiT, config.transformer, dtype), rules)
     if name == "t5":
+        source = without_prefix(source, "encoder.final_layer_norm.weight")
         return source, PartRules(abstract_module(T5Encoder, config.t5, dtype), *t5_tables(list(source)))
     if name == "clip":
+        embedding = "embeddings.token_embedding.weight"
+        source = without_prefix(source, f"{CLIP_PREFIX}{embedding}", embedding)
         return source, PartRules(abstract_module(CLIPTextEncoder, config.clip, dtype), *clip_tables(list(source)))
+    source = without_prefix(source, "decoder.conv_in.weight")
+    check_autoencoder(source)
     return source, PartRules(abstract_module(Autoencoder, config.vae, dtype), AUTOENCODER_DIFFUSERS)
 
 

@@ -147,11 +147,15 @@ class Source:
         self._files |= dict.fromkeys(file.tensors, file)
 
     def _wrong_types(self) -> list[str]:
-        codes = ((key, self.dtype(key)) for key in self)
+        unknown: dict[str, list[str]] = {}
+        for key in self:
+            code = self.dtype(key)
+            if code is not None and code not in DTYPES:
+                unknown.setdefault(code, []).append(key)
         return [
-            f"{key} has type {code}, expected one of {', '.join(FLOATS)}"
-            for key, code in codes
-            if code is not None and code not in DTYPES
+            f"{keys[0]}{f' (and {len(keys) - 1} more)' if keys[1:] else ''} has type {code}, "
+            f"expected one of {', '.join(FLOATS)}"
+            for code, keys in unknown.items()
         ]
 
     def _wrong_scales(self) -> list[str]:

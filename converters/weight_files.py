@@ -15,11 +15,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from converters.quantised import BF16_FILES
 from difffract_jax.config import UserError
 
 STEMS = ("diffusion_pytorch_model", "model")
 _NAME = re.compile(
-    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.]+?))?(-(?P<number>\d{5})-of-(?P<count>\d{5}))?(\.(?P<late>[^.]+))?\.safetensors"
+    r"(?P<stem>[^.]+?)(\.(?P<variant>[^.]+?))?(-(?P<number>\d+)-of-(?P<count>\d+))?(\.(?P<late>[^.]+))?\.safetensors"
 )
 _INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(\.(?P<variant>[^.]+))?\.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -142,7 +143,7 @@ def _plain(path: Path) -> list[Choice]:
             around = file.name[: match.start("number")], file.name[match.end("number") :]
             shards[match["stem"], variant, *around, match["count"]].add(file.name)
     for (stem, variant, before, after, count), names in shards.items():
-        wanted = tuple(f"{before}{number:05}{after}" for number in range(1, int(count) + 1))
+        wanted = tuple(f"{before}{number:0{len(count)}}{after}" for number in range(1, int(count) + 1))
         choices.append(Choice(stem, variant, 2 if names >= set(wanted) else 3, wanted, {}, ""))
     return choices
 
@@ -179,6 +180,9 @@ def _lacking(path: Path) -> str:
             f"{path} holds PyTorch's {', '.join(pickles)} and no safetensors; write them once more with "
             f'{_class_name(path)}.from_pretrained("{path}").save_pretrained("{path}"), which needs PyTorch.'
         )
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return f"{path} holds {', '.join(gguf)}, quantised weights that are not read; {BF16_FILES}."
     usual = " or ".join(f"{stem}.safetensors" for stem in STEMS)
     return (
         f"{path} holds no {usual} (found {', '.join(names) or 'nothing'}); "

@@ -340,10 +340,13 @@ def _model_path(model: str | Path) -> Path:
     path = Path(model)
     if path.is_file():
         transformer_of(Source(path))  # what is given by mistake is told by name
+    if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
+        raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
     if path.is_file() or (path.is_dir() and _is_transformer(path)):
+        base = path.parent if is_diffusers_directory(path.parent) else "DIR"
         raise UserError(
-            f"{path} is a transformer alone; name a diffusers directory with the other parts: --base DIR, in generate, "
-            f"trace and `difffract convert flux {path} OUT --base DIR`."
+            f"{path} is a transformer alone; name a diffusers directory with the other parts: --base {base}, in "
+            f"generate, trace and `difffract convert flux {path} OUT --base {base}`."
         )
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give one that difffract or diffusers wrote.")

@@ -107,7 +107,9 @@ def test_a_single_file_alone_is_a_transformer_and_says_so(pipe, tmp_path, monkey
     file = tmp_path / "files" / "flux.safetensors"
     save_file({key: np.ascontiguousarray(value) for key, value in save_tree(pipe.transformer, FLUX_SINGLE_FILE)}, file)
     save_file({"decoder.conv_in.weight": np.ones(2)}, tmp_path / "files" / "ae.safetensors")
-    for path in (file, file.parent, PIPELINE / "transformer"):
+    with pytest.raises(UserError, match="transformer is one part of the pipeline .*; give that directory"):
+        load_pipeline(PIPELINE / "transformer")
+    for path in (file, file.parent):
         with pytest.raises(UserError, match=r"is a transformer alone; .* convert flux .* --base DIR"):
             load_pipeline(path)
     with pytest.raises(UserError, match="is an autoencoder"):

@@ -50,7 +50,7 @@ DTYPES: dict[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _BEGINNINGS = (
-    (b"GGUF", "is a GGUF file, whose weights are quantised; take the safetensors file of the model in bf16 or fp8"),
+    (b"GGUF", "is a GGUF file, quantised; take safetensors in bf16, as huggingface.co/black-forest-labs has them"),
     (b"PK\x03\x04", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
     (b"\x80", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
     (b"version https://git-lfs", "is a placeholder of Git LFS and not the weights; run `git lfs pull` beside it"),

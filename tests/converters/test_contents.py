@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters.contents import check_weights, find_transformer, transformer_files, transformer_of
+from converters.contents import (
+    check_autoencoder,
+    check_weights,
+    find_transformer,
+    transformer_files,
+    transformer_of,
+    without_prefix,
+)
 from converters.flux import DIFFUSERS, ORIGINAL
 from converters.source import Source
 from difffract_jax.config import UserError
@@ -104,6 +111,21 @@ def test_quantised_weights_are_refused_also_under_a_prefix(source):
 def test_adapters_beside_the_weights_are_to_be_merged_first(source, extra):
     with pytest.raises(UserError, match=rf"LoRA adapters \(.*{extra}\) that are not merged .*pipe.fuse_lora\(\)"):
         check_weights(source([*KEYS[DIFFUSERS], f"transformer_blocks.0.{extra}"]))
+
+
+def test_other_parts_may_have_a_prefix_too(source, caplog):
+    clip = ["text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"]
+    anchors = clip[0], clip[0].removeprefix("text_model.")
+    with caplog.at_level(logging.INFO, "converters"):
+        part = without_prefix(source([*(f"clip_l.{key}" for key in clip), "vae.x"]), *anchors)
+        plain = without_prefix(source([key.removeprefix("text_model.") for key in clip]), *anchors)
+    assert sorted(part) == clip and "embeddings.token_embedding.weight" in plain
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("1 tensors of other parts are left aside (vae).")
+
+
+def test_an_autoencoder_in_the_original_layout_is_refused(source):
+    with pytest.raises(UserError, match="autoencoder in the original layout .*decoder.mid.attn_1.q.weight"):
+        check_autoencoder(source(["decoder.conv_in.weight", "decoder.mid.attn_1.q.weight"]))
 
 
 def test_the_transformer_s_file_is_found_among_others(source, tmp_path):

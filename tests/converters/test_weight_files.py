@@ -44,6 +44,10 @@ def fill(directory, *names):
             [f"model{shard}.bf16.safetensors" for shard in SHARDS],
             [f"model{shard}.bf16.safetensors" for shard in SHARDS],
         ),
+        (
+            ["model-1-of-2.safetensors", "model-2-of-2.safetensors"],
+            ["model-1-of-2.safetensors", "model-2-of-2.safetensors"],
+        ),
         (["t5xxl_fp8_e4m3fn.safetensors", "config.json"], ["t5xxl_fp8_e4m3fn.safetensors"]),
         (["v1.5-pruned.ema.safetensors", "._v1.5-pruned.ema.safetensors"], ["v1.5-pruned.ema.safetensors"]),
         # An index without any of its shards came along with the variant.
@@ -100,6 +104,11 @@ def test_pickles_are_told_with_what_saves_them_as_safetensors(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     with pytest.raises(UserError, match=r"diffusers.AutoencoderKL.from_pretrained\("):
         locate(tmp_path)
+
+
+def test_a_gguf_file_in_a_directory_is_told_with_where_to_find_bf16(tmp_path):
+    with pytest.raises(UserError, match=r"holds t5-Q8_0.gguf, quantised .* in bf16"):
+        locate(fill(tmp_path, "t5-Q8_0.gguf"))
 
 
 def test_several_checkpoints_of_other_names_are_listed(tmp_path):
