@@ -203,4 +203,4 @@ def _tell_rest(source: Source, part: Source) -> None:
     rest = set(source.names()) - set(part.names())
     named = sorted({name.split(".")[0] for name in rest} - {"scaled_fp8"})
     if named:
-        _log.info("%s: %d tensors of other parts are left aside (%s).", source.name, len(rest), ", ".join(named))
+        _log.info("%s holds other parts too, which are left aside (%s).", source.name, ", ".join(named))

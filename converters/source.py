@@ -121,9 +121,7 @@ class Source:
             self._open_shard(files.home / name, [key for key, shard in files.listed.items() if shard == name])
         absent = [key for key in files.listed if key not in self._files]
         if absent:
-            self._broken.append(
-                f"{files.index} lists {len(absent)} tensors that its shards lack ({absent[0]}); download them again"
-            )
+            self._broken.append(f"{files.index} lists {_first(absent)}, which its shards lack; download them again")
 
     def _open_shard(self, path: Path, keys: list[str]) -> None:
         """Opens a shard that the index says holds `keys`."""
@@ -153,9 +151,7 @@ class Source:
             if code is not None and code not in DTYPES:
                 unknown.setdefault(code, []).append(key)
         return [
-            f"{keys[0]}{f' (and {len(keys) - 1} more)' if keys[1:] else ''} has type {code}, "
-            f"expected one of {', '.join(FLOATS)}"
-            for code, keys in unknown.items()
+            f"{_first(keys)} has type {code}, expected one of {', '.join(FLOATS)}" for code, keys in unknown.items()
         ]
 
     def _wrong_scales(self) -> list[str]:
@@ -176,18 +172,22 @@ class Source:
         ]
         problems = []
         if misfit:
-            scale = readable[misfit[0]]
+            scales = [readable[weight] for weight in misfit]
             problems.append(
-                f"{len(misfit)} scales are neither one number nor one per row of their weight, "
-                f"as {scale} of shape {self.shape(scale)}; {quantised.BF16_FILES}"
+                f"{_first(scales)} of shape {self.shape(scales[0])} is neither "
+                f"one number nor one per row of its weight; {quantised.BF16_FILES}"
             )
         if doubtful:
             problems.append(
-                f"{len(doubtful)} weights have a scale but are not fp8, as {doubtful[0]} of type "
-                f"{self.dtype(doubtful[0])}, so that it is not known whether the scale is already in them; "
-                "take the file that this one was made from"
+                f"{_first(doubtful)} of type {self.dtype(doubtful[0])} has a scale but is not fp8, so that it is not "
+                "known whether the scale is already in it; take the file that this one was made from"
             )
         return problems
+
+
+def _first(keys: list[str]) -> str:
+    """Names the first of several keys, and how many more there are."""
+    return keys[0] if len(keys) == 1 else f"{keys[0]} (and {len(keys) - 1} more)"
 
 
 class ArraySource:
