@@ -50,7 +50,10 @@ class Source:
         self._broken: list[str] = []
         self._files: dict[str, TensorFile | None] = {}
         self._open(locate(Path(path), variant))
-        self._select({_WRAPPERS.sub("", key): key for key in self._files}, prefix)
+        raw = {_WRAPPERS.sub("", key): key for key in self._files}
+        hidden = self._files.keys() - set(raw.values())
+        self._broken += [f"{key} is there twice, with and without a wrapper's name" for key in sorted(hidden)]
+        self._select(raw, prefix)
 
     def under(self, prefix: str, aside: tuple[str, ...] = ()) -> "Source":
         """Returns the part of this checkpoint whose keys begin with `prefix`, without those that begin with `aside`."""

@@ -154,6 +154,9 @@ def test_wrappers_of_modules_do_not_show_in_the_keys(tmp_path):
     tensors = {"a._orig_mod.b.weight": np.ones(1), "_fsdp_wrapped_module.c": np.ones(1), "my_orig_mod.d": np.ones(1)}
     save_file(tensors, tmp_path / "a.safetensors")
     assert set(Source(tmp_path / "a.safetensors")) == {"a.b.weight", "c", "my_orig_mod.d"}
+    save_file(tensors | {"c": np.ones(1)}, tmp_path / "a.safetensors")
+    (problem,) = Source(tmp_path / "a.safetensors").problems
+    assert "c is there twice" in problem
 
 
 def test_what_an_index_lists_and_no_shard_holds_is_one_problem(sharded):
