@@ -32,7 +32,9 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 }
 """Part of a diffusers directory -> the classes it may have."""
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+"""Folders of the tokenizers."""
 RELEASES = "huggingface.co/black-forest-labs/FLUX.1-schnell"
+"""Where all parts of a pipeline are."""
 
 _SCHEDULER = AllowList(
     component="scheduler",

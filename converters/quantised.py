@@ -17,10 +17,12 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 FP8 = ("F8_E4M3", "F8_E5M2")
+"""Types of eight bits that are read, as safetensors calls them."""
 SCALES = ("scale_weight", "weight_scale")
 _HINTS = ("scale_input", "input_scale", "comfy_quant")
 _MARKER = "scaled_fp8"
 BF16_FILES = "huggingface.co/black-forest-labs has FLUX.1-schnell and FLUX.1-dev in bf16"
+"""What to take instead of weights that cannot be read."""
 
 _KINDS = (
     (r"\.quant_state\.bitsandbytes__|\.(nested_)?(absmax|quant_map)$", "bitsandbytes in 4 bits (nf4 or fp4)"),

@@ -89,7 +89,7 @@ def load_pipeline(
     Raises:
         UserError: when `model` is neither, or is damaged; the message says what to do.
     """
-    path = Path(model) if base is not None else _model_path(model)
+    path = _pipeline_path(model) if base is None else _incomplete(Path(model))
     check_sums(path)
     if base is not None or is_diffusers_directory(path):
         pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant)
@@ -132,7 +132,7 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     """
     if str(model) in PRESETS and not Path(model).is_dir():
         return {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
-    path = _model_path(model)
+    path = _pipeline_path(model)
     if is_diffusers_directory(path):
         config = pipeline_config(path)
     else:
@@ -200,9 +200,7 @@ def convert_flux(
     Returns:
         What was written: the pipeline, or the transformer alone.
     """
-    source = Path(source)
-    if base is not None and _is_complete(source):
-        raise UserError(f"--base completes a transformer, but {source} is a directory with all parts; leave it out.")
+    source = Path(source) if base is None else _incomplete(Path(source))
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
         if base is not None or (source.is_dir() and not _is_transformer(source)):
@@ -319,9 +317,11 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
 
 
-def _is_complete(path: Path) -> bool:
-    """Says whether a directory of diffusers has all parts of a pipeline."""
-    return is_diffusers_directory(path) and all((path / part).is_dir() for part in (*CLASSES, *TOKENIZERS))
+def _incomplete(path: Path) -> Path:
+    """Returns the path, unless it needs no base: a directory of diffusers with all parts of a pipeline."""
+    if is_diffusers_directory(path) and all((path / part).is_dir() for part in (*CLASSES, *TOKENIZERS)):
+        raise UserError(f"--base completes a transformer, but {path} is a directory with all parts; leave it out.")
+    return path
 
 
 def _is_transformer(path: Path) -> bool:
@@ -334,20 +334,28 @@ def _is_transformer(path: Path) -> bool:
     return bool(transformer_files(path))
 
 
-def _model_path(model: str | Path) -> Path:
-    if str(model) == "organism":
-        return ORGANISM
-    path = Path(model)
-    if path.is_file():
-        transformer_of(Source(path))  # what is given by mistake is told by name
+def _pipeline_path(model: str | Path) -> Path:
+    """Returns the directory of a pipeline; a transformer alone is refused, with what completes it."""
+    path = ORGANISM if str(model) == "organism" else Path(model)
     if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
         raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
+    if path.is_file():
+        transformer_of(Source(path))  # what is given by mistake is told by name
     if path.is_file() or (path.is_dir() and _is_transformer(path)):
         base = path.parent if is_diffusers_directory(path.parent) else "DIR"
         raise UserError(
             f"{path} is a transformer alone; name a diffusers directory with the other parts: --base {base}, in "
             f"generate, trace and `difffract convert flux {path} OUT --base {base}`."
         )
+    return _model_path(path)
+
+
+def _model_path(model: str | Path) -> Path:
+    if str(model) == "organism":
+        return ORGANISM
+    path = Path(model)
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; give one that difffract or diffusers wrote.")
     return path

@@ -129,6 +129,8 @@ def test_a_single_file_alone_is_a_transformer_and_says_so(pipe, tmp_path, monkey
         load_pipeline(tmp_path / "alone0")
     with pytest.raises(UserError, match="--base completes a transformer"):
         convert_flux(PIPELINE, tmp_path / "never", base=PIPELINE)
+    with pytest.raises(UserError, match="--base completes a transformer"):
+        load_pipeline(PIPELINE, base=PIPELINE)
     with pytest.raises(UserError, match="its weights have no variants; leave --variant out"):
         load_pipeline(tmp_path / "full", variant="fp16")
 
