@@ -1,6 +1,7 @@
 """Models and transcoders by name or path, and saving them in this package's own format.
 
-1. A model is a directory that `save_pipeline` wrote, or a diffusers directory, which is converted in memory.
+1. A model is a directory that `save_pipeline` wrote; or a diffusers directory, or a transformer alone and a base, both
+   of which are converted in memory.
 2. A set of transcoders is a directory that `save_transcoders` wrote, or one of the reference's `.pt` files.
 3. Our directories hold a `config.json` (format version, kind, content hash, every size) and one safetensors file per
    part; a pipeline's also its tokenizers. They are written whole or not at all.
@@ -17,14 +18,16 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from converters.pipelines import (
-    Sharding,
-    abstract_module,
-    convert_pipeline,
-    convert_transformer,
+from converters.configurations import (
+    CLASSES,
+    TOKENIZERS,
     is_diffusers_directory,
     pipeline_config,
+    read_json,
 )
+from converters.contents import transformer_files, transformer_of
+from converters.pipelines import Sharding, abstract_module, convert_pipeline, convert_transformer
+from converters.source import Source
 from converters.transcoders import (
     export_transcoders,
     is_torch_directory,
@@ -64,12 +67,21 @@ PARTS = ("transformer", "t5", "clip", "vae")
 
 
 def load_pipeline(
-    model: str | Path, *, dtype: Any = jnp.float32, sharding: Sharding | None = None, verify: bool | None = None
+    model: str | Path,
+    *,
+    base: str | Path | None = None,
+    variant: str | None = None,
+    dtype: Any = jnp.float32,
+    sharding: Sharding | None = None,
+    verify: bool | None = None,
 ) -> Pipeline:
     """Loads a FLUX pipeline.
 
     Args:
-        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, or a diffusers directory.
+        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, or a diffusers directory; with
+            `base`, a transformer alone: a safetensors file, or a directory with one.
+        base: diffusers directory with the text encoders, the autoencoder and the tokenizers for a transformer alone.
+        variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights in memory.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
@@ -77,10 +89,13 @@ def load_pipeline(
     Raises:
         UserError: when `model` is neither, or is damaged; the message says what to do.
     """
-    path = _model_path(model)
+    path = _pipeline_path(model) if base is None else _incomplete(Path(model))
     check_sums(path)
-    if is_diffusers_directory(path):
-        return identified(convert_pipeline(path, dtype=dtype, sharding=sharding), path)
+    if base is not None or is_diffusers_directory(path):
+        pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant)
+        return identified(pipe, path, base=base, variant=variant)
+    if variant is not None:
+        raise UserError(f"{path} is not a diffusers directory, and its weights have no variants; leave --variant out.")
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
@@ -117,7 +132,7 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     """
     if str(model) in PRESETS and not Path(model).is_dir():
         return {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
-    path = _model_path(model)
+    path = _pipeline_path(model)
     if is_diffusers_directory(path):
         config = pipeline_config(path)
     else:
@@ -125,12 +140,14 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     return {name: getattr(config, name) for name in PARTS}
 
 
-def identified(pipe: Pipeline, path: Path) -> Pipeline:
+def identified(pipe: Pipeline, path: Path, *, base: str | Path | None = None, variant: str | None = None) -> Pipeline:
     """Gives a pipeline that was converted in memory the identity that images and graphs record.
 
     Args:
         pipe: the pipeline.
         path: where its weights came from.
+        base: where those of the parts beside the transformer came from, if from elsewhere.
+        variant: which of several files were taken.
 
     Returns:
         The pipeline; its `source` is the content hash it would be saved under, or for weights too large to hash in
@@ -139,7 +156,8 @@ def identified(pipe: Pipeline, path: Path) -> Pipeline:
     parts = {name: getattr(pipe, name) for name in PARTS}
     if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
         return pipe._replace(source=tree_hash(parts))
-    return pipe._replace(source=f"sampled:{sample_hash(path)}")
+    hashes = [sample_hash(Path(home)) for home in (path, base) if home is not None]
+    return pipe._replace(source=":".join(["sampled", *hashes, *([variant] if variant else [])]))
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -162,17 +180,19 @@ def convert_flux(
     out: str | Path,
     *,
     base: str | Path | None = None,
+    variant: str | None = None,
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
     overwrite: bool = False,
 ) -> Pipeline | MMDiT:
-    """Converts a diffusers directory, or an original single file, into a directory of ours.
+    """Converts a diffusers directory, or a transformer alone, into a directory of ours.
 
     Args:
         source: the directory or `.safetensors` file.
         out: directory to write; it appears only when it is complete.
-        base: for a single file, the diffusers directory with the other parts; without it only the transformer is
+        base: for a transformer alone, the diffusers directory with the other parts; without it only the transformer is
             converted.
+        variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights that are written.
         sharding: where the weights go meanwhile, see `load_pipeline`.
         overwrite: replace an existing directory.
@@ -180,15 +200,14 @@ def convert_flux(
     Returns:
         What was written: the pipeline, or the transformer alone.
     """
-    if Path(source).is_dir() and base is not None:
-        raise UserError(f"--base completes a single file, but {source} is a directory with all parts; leave it out.")
+    source = Path(source) if base is None else _incomplete(Path(source))
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
-        if Path(source).is_dir() or base is not None:
-            pipe = convert_pipeline(source, base=base, dtype=dtype, sharding=sharding)
+        if base is not None or (source.is_dir() and not _is_transformer(source)):
+            pipe = convert_pipeline(source, base=base, dtype=dtype, sharding=sharding, variant=variant)
             save_pipeline(pipe, partial)
             return pipe
-        transformer, config = convert_transformer(source, dtype=dtype, sharding=sharding)
+        transformer, config = convert_transformer(source, dtype=dtype, sharding=sharding, variant=variant)
         record = {"kind": "transformer", "config": dataclasses.asdict(config)}
         save_trees({"transformer": transformer}, partial, record)
         return transformer
@@ -296,6 +315,39 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
         return cls(**values)
     except TypeError as error:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
+
+
+def _incomplete(path: Path) -> Path:
+    """Returns the path, unless it needs no base: a directory of diffusers with all parts of a pipeline."""
+    if is_diffusers_directory(path) and all((path / part).is_dir() for part in (*CLASSES, *TOKENIZERS)):
+        raise UserError(f"--base completes a transformer, but {path} is a directory with all parts; leave it out.")
+    return path
+
+
+def _is_transformer(path: Path) -> bool:
+    """Says whether a directory holds a transformer alone: diffusers' folder of one, or a single file."""
+    if is_diffusers_directory(path) or (path / "transformer").is_dir():
+        return False
+    config = path / "config.json"
+    if config.is_file():
+        return read_json(config, "a transformer").get("_class_name") in CLASSES["transformer"]
+    return bool(transformer_files(path))
+
+
+def _pipeline_path(model: str | Path) -> Path:
+    """Returns the directory of a pipeline; a transformer alone is refused, with what completes it."""
+    path = ORGANISM if str(model) == "organism" else Path(model)
+    if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
+        raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
+    if path.is_file():
+        transformer_of(Source(path))  # what is given by mistake is told by name
+    if path.is_file() or (path.is_dir() and _is_transformer(path)):
+        base = path.parent if is_diffusers_directory(path.parent) else "DIR"
+        raise UserError(
+            f"{path} is a transformer alone; name a diffusers directory with the other parts: --base {base}, in "
+            f"generate, trace and `difffract convert flux {path} OUT --base {base}`."
+        )
+    return _model_path(path)
 
 
 def _model_path(model: str | Path) -> Path:

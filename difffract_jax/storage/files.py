@@ -30,6 +30,8 @@ from difffract_jax.storage.locks import sole_writer
 
 SHARD_BYTES = 4 * 2**30
 SAMPLE_BYTES = 2**20
+LONGEST_HEADER = 10**8
+"""Bytes; the format's own limit, which the first bytes of files of other formats exceed when read as a length."""
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -48,6 +50,15 @@ DTYPES: dict[str, np.dtype] = {
 """The types of the safetensors format that are understood, as NumPy types."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+_BEGINNINGS = (
+    (b"GGUF", "is a GGUF file, quantised; take safetensors in bf16, as huggingface.co/black-forest-labs has them"),
+    (b"PK\x03\x04", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
+    (b"\x80", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
+    (b"version https://git-lfs", "is a placeholder of Git LFS and not the weights; run `git lfs pull` beside it"),
+    (b"<", "is a web page and not the weights; download it again, logged in where the model asks for it"),
+)
+"""What files that are taken for safetensors begin with, what they are, and what to do."""
 
 
 class TensorInfo(NamedTuple):
@@ -76,13 +87,14 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        """Reads the header; raises `UserError` when even that is cut off or is not a safetensors header."""
+        """Reads the header; raises `UserError` when even that is cut off, or the file is of another format."""
         self.path = path
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise UserError(f"{path} is truncated or no safetensors file; download or copy it again.")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                file.seek(0)
+                raise UserError(f"{path} {_described(file.read(32))}.")
             self.tensors = _parse_header(path, file.read(length))
         self._start = 8 + length
         promised = max((info.end for info in self.tensors.values()), default=0)
@@ -94,6 +106,12 @@ class TensorFile:
         info = self.tensors[name]
         raw = self._bytes[self._start + info.begin : self._start + info.end]
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _described(beginning: bytes) -> str:
+    """Says what a file is that is not a safetensors file, and what to do, by its first bytes."""
+    known = (text for magic, text in _BEGINNINGS if beginning.lstrip().startswith(magic))
+    return next(known, "is truncated or not a safetensors file; download or copy it again")
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
@@ -186,7 +204,7 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     index = directory / f"{name}.safetensors.index.json"
     names = {f"{name}.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
     absent = sorted(shard for shard in names if not (directory / shard).exists())
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
@@ -272,11 +290,17 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def sample_hash(directory: Path) -> str:
-    """Returns a hash of the names, sizes, first and last MiB of all safetensors files under a directory."""
+    """Returns a hash of the names, sizes, first and last MiB of all safetensors files under a directory.
+
+    Of a file, its own.
+    """
     digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*.safetensors")):
+    home, files = (
+        (directory.parent, [directory]) if directory.is_file() else (directory, directory.rglob("*.safetensors"))
+    )
+    for path in sorted(files):
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory).as_posix()} {size}\n".encode())
+        digest.update(f"{path.relative_to(home).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(SAMPLE_BYTES))
             file.seek(max(0, size - SAMPLE_BYTES))
