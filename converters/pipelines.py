@@ -59,6 +59,14 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
 }
 """Part of a diffusers directory -> the classes it may have."""
 
+FOLDERS: Mapping[str, str] = {
+    "transformer": "transformer",
+    "t5": "text_encoder_2",
+    "clip": "text_encoder",
+    "vae": "vae",
+}
+"""Part of a pipeline -> the folder of a diffusers directory that holds it."""
+
 _SCHEDULER = AllowList(
     component="scheduler",
     read={
@@ -123,10 +131,10 @@ def convert_pipeline(
     check_architecture(home)
     config = pipeline_config(home)
     tokenizers = load_tokenizers(home)
-    files = {name: home / folder for name, folder in _FOLDERS.items()}
+    files = {name: home / folder for name, folder in FOLDERS.items()}
     if base is not None:
         return _complete(source, config, tokenizers, files, dtype, sharding)
-    modules = _convert_parts(config, files, dtype, sharding, tuple(_FOLDERS))
+    modules = _convert_parts(config, files, dtype, sharding, tuple(FOLDERS))
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
 
 
@@ -231,9 +239,6 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object; download it again.")
     return content
-
-
-_FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}
 
 
 def _defaults(home: Path, transformer: FluxConfig) -> GenerationDefaults:

@@ -22,7 +22,7 @@ from converters.mapping import ArraySource, ConversionError, Rule, load_tree, sa
 from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import atomic_directory, tree_hash
-from difffract_jax.transcoders.sites import sites_of
+from difffract_jax.transcoders.sites import is_chosen, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
 State = dict[str, np.ndarray]
@@ -66,11 +66,14 @@ def is_torch_directory(directory: Path) -> bool:
     return directory.is_dir() and any(directory.glob("*.pt"))
 
 
-def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None) -> TranscoderSet:
+def transcoders_from_torch(
+    directory: str | Path, *, sites: Sequence[str] | None = None, dtype: Any = jnp.float32, sharding: Any = None
+) -> TranscoderSet:
     """Converts a directory of `.pt` files.
 
     Args:
         directory: holds the files, and no `.pt` files of another name.
+        sites: those wanted, as in img/0-3; all if left out.
         dtype: type of the weights.
         sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
 
@@ -78,6 +81,8 @@ def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, s
         ConversionError: naming every file and tensor that does not fit.
     """
     files, problems = _list_files(Path(directory))
+    if sites is not None:
+        files = _chosen(files, sites, Path(directory))
     states: dict[SiteFile, State] = {}
     for file in files:
         try:
@@ -150,6 +155,15 @@ def _list_files(directory: Path) -> tuple[list[SiteFile], list[str]]:
     if not matches:
         problems.append("it holds no .pt files")
     return sorted(files, key=lambda file: (file.stream, file.layer)), problems
+
+
+def _chosen(files: list[SiteFile], sites: Sequence[str], directory: Path) -> list[SiteFile]:
+    """Returns the files of the sites that are wanted."""
+    chosen = [file for file in files if is_chosen(sites, file.stream, file.layer)]
+    if files and not chosen:
+        held = ", ".join(f"{file.stream}/{file.layer}" for file in files)
+        raise UserError(f"{directory} holds none of the sites {', '.join(sites)}; it has {held}.")
+    return chosen
 
 
 def _config(first: SiteFile, state: State) -> TranscoderConfig:

@@ -2,7 +2,8 @@
 
 1. A model is a directory that `save_pipeline` wrote, or a diffusers directory, which is converted in memory.
 2. A set of transcoders is a directory that `save_transcoders` wrote, or one of the reference's `.pt` files.
-3. Our directories hold a `config.json` (format version, kind, content hash, every size) and one safetensors file per
+3. Either may also be a repository on the hub, whose files are downloaded first; `directories` finds them.
+4. Our directories hold a `config.json` (format version, kind, content hash, every size) and one safetensors file per
    part; a pipeline's also its tokenizers. They are written whole or not at all.
 
     kind "pipeline"      transformer t5 clip vae .safetensors, tokenizer/ tokenizer_2/
@@ -11,7 +12,7 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,13 @@ from converters.transcoders import (
 )
 from difffract_jax.circuits.notation.labels import Labels, read_labels
 from difffract_jax.config import UserError
+from difffract_jax.directories import (
+    checkpoint,
+    is_single_file,
+    labels_file,
+    pipeline_directory,
+    transcoder_directory,
+)
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -53,34 +61,37 @@ from difffract_jax.storage.checkpoint import (
 from difffract_jax.storage.files import sample_hash
 from difffract_jax.storage.sums import check_sums
 from difffract_jax.transcoders.sites import sites_of
-from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, chosen_sites
 
 C = TypeVar("C")
-ORGANISM = Path(__file__).parent / "organism" / "weights"
-"""The embedded model, a diffusers directory."""
-SHIPPED = {"organism": ORGANISM.parent / "transcoders", "organism-saes": ORGANISM.parent / "saes"}
-"""The embedded model's transcoders and SAEs, by the names that stand for them."""
 PARTS = ("transformer", "t5", "clip", "vae")
 
 
 def load_pipeline(
-    model: str | Path, *, dtype: Any = jnp.float32, sharding: Sharding | None = None, verify: bool | None = None
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: Any = jnp.float32,
+    sharding: Sharding | None = None,
+    verify: bool | None = None,
 ) -> Pipeline:
     """Loads a FLUX pipeline.
 
     Args:
-        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, or a diffusers directory.
+        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, a diffusers directory, or a
+            repository on the hub that holds either: "OWNER/NAME", or "hf:OWNER/NAME[@REVISION][/FOLDER]".
+        revision: of a repository: branch, tag or commit; its default branch if left out.
         dtype: type of the weights in memory.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
 
     Raises:
-        UserError: when `model` is neither, or is damaged; the message says what to do.
+        UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
     """
-    path = _model_path(model)
+    path, origin = pipeline_directory(model, revision=revision)
     check_sums(path)
     if is_diffusers_directory(path):
-        return identified(convert_pipeline(path, dtype=dtype, sharding=sharding), path)
+        return identified(convert_pipeline(path, dtype=dtype, sharding=sharding), path)._replace(origin=origin)
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
@@ -89,7 +100,8 @@ def load_pipeline(
         )
         for name, abstract in _abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
-    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, source=record["content_hash"])
+    tokenizers = load_tokenizers(path)
+    return Pipeline(**modules, tokenizers=tokenizers, config=config, source=record["content_hash"], origin=origin)
 
 
 def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[FluxConfig, dict[str, Any]]:
@@ -117,7 +129,7 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     """
     if str(model) in PRESETS and not Path(model).is_dir():
         return {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
-    path = _model_path(model)
+    path = pipeline_directory(model, parts=()).path
     if is_diffusers_directory(path):
         config = pipeline_config(path)
     else:
@@ -169,7 +181,7 @@ def convert_flux(
     """Converts a diffusers directory, or an original single file, into a directory of ours.
 
     Args:
-        source: the directory or `.safetensors` file.
+        source: the directory or `.safetensors` file, here or on the hub.
         out: directory to write; it appears only when it is complete.
         base: for a single file, the diffusers directory with the other parts; without it only the transformer is
             converted.
@@ -180,10 +192,11 @@ def convert_flux(
     Returns:
         What was written: the pipeline, or the transformer alone.
     """
-    if Path(source).is_dir() and base is not None:
+    if base is not None and not is_single_file(source):
         raise UserError(f"--base completes a single file, but {source} is a directory with all parts; leave it out.")
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
+        source, base = checkpoint(source).path, None if base is None else checkpoint(base, base=True).path
         if Path(source).is_dir() or base is not None:
             pipe = convert_pipeline(source, base=base, dtype=dtype, sharding=sharding)
             save_pipeline(pipe, partial)
@@ -195,30 +208,43 @@ def convert_flux(
 
 
 def load_transcoders(
-    path: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None, verify: bool | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    sites: Sequence[str] | None = None,
+    dtype: Any = jnp.float32,
+    sharding: Any = None,
+    verify: bool | None = None,
 ) -> TranscoderSet:
     """Loads the transcoders or SAEs of a model's MLPs.
 
     Args:
-        path: "organism" or "organism-saes" for the embedded model's, a directory that `save_transcoders` wrote, or one
-            of the reference's `.pt` files.
+        path: "organism" or "organism-saes" for the embedded model's, a directory that `save_transcoders` wrote, one of
+            the reference's `.pt` files, or a repository on the hub that holds either: "OWNER/NAME", or
+            "hf:OWNER/NAME[@REVISION][/FOLDER]".
+        revision: of a repository: branch, tag or commit; its default branch if left out.
+        subfolder: folder within the directory or repository.
+        sites: those wanted, as in ("img/0-3", "txt/*"); all if left out. Files of others are not downloaded.
         dtype: type of the weights in memory.
         sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
-    directory = SHIPPED[str(path)] if str(path) in SHIPPED else _model_path(path)
+    directory, origin = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
     if is_torch_directory(directory):
-        return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)
+        made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites)
+        return made._replace(origin=origin)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
-    sites = sites_of(record["layers"])
+    held = sites_of(record["layers"])
     stacks = {
         name: load_tree(
             directory, stacked_transcoders(config, len(numbers), dtype), name=name, sharding=sharding, verify=verify
         )
-        for name, numbers in sites.groups.items()
+        for name, numbers in held.groups.items()
     }
-    return TranscoderSet(stacks, sites, config, record["content_hash"])
+    whole = TranscoderSet(stacks, held, config, record["content_hash"], origin)
+    return whole if sites is None else chosen_sites(whole, sites)
 
 
 def load_labels(path: str | Path) -> Labels:
@@ -230,7 +256,7 @@ def load_labels(path: str | Path) -> Labels:
     Raises:
         UserError: if there are none.
     """
-    file = (SHIPPED[str(path)] if str(path) in SHIPPED else _model_path(path)) / "labels.json"
+    file = labels_file(path)
     if not file.is_file():
         raise UserError(f"There are no labels of {path}; make {file} with `difffract features MODEL {path} --scan`.")
     return read_labels(file)
@@ -258,18 +284,25 @@ def save_transcoders(
 
 
 def convert_transcoders(
-    source: str | Path, out: str | Path, *, to_torch: bool = False, dtype: Any = jnp.float32, overwrite: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    sites: Sequence[str] | None = None,
+    to_torch: bool = False,
+    dtype: Any = jnp.float32,
+    overwrite: bool = False,
 ) -> TranscoderSet:
     """Converts the reference's `.pt` files into a directory of ours, or back.
 
     Args:
-        source: directory to read, of either kind.
+        source: directory to read, of either kind, or a repository on the hub that holds it.
         out: directory to write; it appears only when it is complete.
+        sites: those wanted, as in ("img/0-3", "txt/*"); all if left out.
         to_torch: write `.pt` files instead of our format.
         dtype: type of the weights that are written.
         overwrite: replace an existing directory.
     """
-    tcs = load_transcoders(source, dtype=dtype)
+    tcs = load_transcoders(source, sites=sites, dtype=dtype)
     (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
     return tcs
 
@@ -296,17 +329,6 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
         return cls(**values)
     except TypeError as error:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
-
-
-def _model_path(model: str | Path) -> Path:
-    if str(model) == "organism":
-        return ORGANISM
-    path = Path(model)
-    if path.suffix == ".safetensors" and path.is_file():
-        raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")
-    if not path.is_dir():
-        raise UserError(f"{path} is not a directory; give one that difffract or diffusers wrote.")
-    return path
 
 
 def _read_kind(path: Path, kind: str) -> dict[str, Any]:

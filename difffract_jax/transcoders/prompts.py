@@ -181,6 +181,11 @@ def _read_parquet(path: Path) -> list[Any]:
 def _read_dataset(source: str) -> list[Any]:
     given = source.removeprefix("hf:").split(":")
     name, split, column = (*given, *("", "train", "")[len(given) :])[:3]
+    if "@" in name or name.count("/") > 1:
+        raise UserError(
+            f"{source} is written like a model on the hub; a data set of prompts is hf:OWNER/NAME[:SPLIT[:COLUMN]], "
+            "without revision or folder."
+        )
     datasets = _extra("datasets", f"Reading {source}")
     try:
         rows = datasets.load_dataset(name, split=split)

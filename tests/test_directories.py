@@ -1,0 +1,166 @@
+"""Models and transcoders by their names on the hub, from Python and in commands, through the real client."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from commands import done, run_command, run_json
+from PIL import Image
+
+from difffract_jax.config import UserError
+from difffract_jax.directories import SHIPPED
+from difffract_jax.graphs.graph import Graph
+from difffract_jax.loading import (
+    abstract_pipeline,
+    convert_transcoders,
+    load_labels,
+    load_pipeline,
+    load_transcoders,
+    save_pipeline,
+)
+from tolerances import REFERENCE
+
+PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
+PROMPT = "a red fox"
+SIZES = ("--steps", "1", "--height", "32", "--width", "32", "--text-tokens", "8")
+DECOYS = {
+    **dict.fromkeys(("flux1-schnell.safetensors", "ae.safetensors", "README.md", "grid.jpeg"), b"unread"),
+    **dict.fromkeys(("transformer/diffusion_pytorch_model.fp16.safetensors", "vae/x.bin", "SHA256SUMS"), b"unread"),
+}
+
+
+def read(folder) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def add_pipeline(hub, name="someone/flux", **more):
+    return hub.add(name, read(PIPELINE) | DECOYS, **more)
+
+
+def add_transcoders(hub, name="someone/tcs"):
+    files = {f"tt/{path}": content for path, content in read(TRANSCODERS).items()}
+    return hub.add(name, files | {"README.md": b"unread", "saes/sae_img_0.pt": b"unread"})
+
+
+def assert_equal(a, b) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.array_equal(x, y)
+
+
+def test_a_pipeline_is_loaded_by_name_from_what_it_needs(hub) -> None:
+    hosted = add_pipeline(hub, branches=("main", "v1"))
+    pipe, local = load_pipeline("someone/flux", revision="v1"), load_pipeline(PIPELINE)
+    assert_equal(pipe[:4], local[:4])
+    assert pipe.source == local.source
+    assert pipe.origin == f"hf:someone/flux@{hosted.commit}" and pipe.origin in repr(pipe)
+    assert {*hub.downloaded} == {*hosted.files} - {*DECOYS}
+
+
+def test_the_shapes_of_a_pipeline_need_no_weights(hub) -> None:
+    add_pipeline(hub)
+    config, _ = abstract_pipeline("hf:someone/flux")
+    assert config == load_pipeline(PIPELINE).config.transformer
+    assert not [path for path in hub.downloaded if path.endswith(".safetensors")]
+
+
+def test_a_pipeline_that_cannot_be_run_is_refused_before_its_weights(hub) -> None:
+    index = json.dumps({"_class_name": "StableDiffusionXLPipeline"}).encode()
+    add_pipeline(hub).files["model_index.json"] = index
+    with pytest.raises(UserError, match="StableDiffusionXLPipeline, but only FluxPipeline"):
+        load_pipeline("hf:someone/flux")
+    assert not [path for path in hub.downloaded if path.endswith(".safetensors")]
+    hub.add("someone/single", {"flux1-dev.safetensors": b"unread"})
+    with pytest.raises(
+        UserError, match="difffract convert flux hf:someone/single/flux1-dev.safetensors OUT --base DIR"
+    ):
+        load_pipeline("hf:someone/single")
+    with pytest.raises(UserError, match="is a single file; convert it first"):
+        load_pipeline("hf:someone/single/flux1-dev.safetensors")
+
+
+def test_transcoders_are_loaded_by_name_and_site(hub) -> None:
+    hosted = add_transcoders(hub)
+    with pytest.raises(UserError, match="name the folder that holds them: hf:someone/tcs/saes or hf:someone/tcs/tt"):
+        load_transcoders("someone/tcs")
+    some = load_transcoders("someone/tcs", subfolder="tt", sites=["img/1-2"])
+    assert hub.downloaded == ["tt/transcoder_img_1.pt", "tt/transcoder_img_2.pt"]
+    assert some.sites.names == ("img/1", "img/2")
+    assert some.origin == f"hf:someone/tcs@{hosted.commit}/tt" and some.origin in repr(some)
+    tcs, local = load_transcoders("hf:someone/tcs/tt"), load_transcoders(TRANSCODERS)
+    assert_equal(tcs.stacks, local.stacks)
+    assert tcs.source == local.source != some.source
+    assert "README.md" not in hub.downloaded and "saes/sae_img_0.pt" not in hub.downloaded
+
+
+def test_sites_are_chosen_in_every_format(tmp_path) -> None:
+    whole = load_transcoders(TRANSCODERS)
+    for tcs in (
+        load_transcoders(REFERENCE, subfolder="transcoders", sites=["img/0", "txt/1-2"]),
+        convert_transcoders(TRANSCODERS, tmp_path / "ours", sites=["img/0", "txt/1-2"]),
+        load_transcoders(tmp_path / "ours", sites=["*/*"]),
+    ):
+        assert tcs.sites.names == ("txt/1", "txt/2", "img/0") or tcs.sites.names == ("img/0", "txt/1", "txt/2")
+        assert_equal(tcs.stacks["txt"], jax.tree.map(lambda leaf: leaf[1:], whole.stacks["txt"]))
+    one = load_transcoders(tmp_path / "ours", sites=["txt/2"])
+    assert one.sites.names == ("txt/2",) and one.source != tcs.source
+    with pytest.raises(UserError, match="no transcoder of the sites img/2; there are"):
+        load_transcoders(tmp_path / "ours", sites=["img/2"])
+    with pytest.raises(UserError, match="holds none of the sites img/7; it has img/0"):
+        load_transcoders(TRANSCODERS, sites=["img/7"])
+    with pytest.raises(UserError, match="'img' names no sites"):
+        load_transcoders(TRANSCODERS, sites=["img"])
+
+
+def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, tmp_path) -> None:
+    hub.add("someone/labelled", read(SHIPPED["organism"]))
+    tcs = load_transcoders("hf:someone/labelled")
+    assert tcs.source == load_transcoders("organism").source
+    assert load_labels("hf:someone/labelled").transcoders == tcs.source
+    assert not [path for path in hub.downloaded if path.startswith("report/")]
+    add_transcoders(hub)
+    with pytest.raises(UserError, match="There are no labels of hf:someone/tcs/tt"):
+        load_labels("hf:someone/tcs/tt")
+    pipe = load_pipeline(PIPELINE)
+    save_pipeline(pipe, tmp_path / "ours")
+    hub.add("someone/ours", read(tmp_path / "ours"))
+    assert_equal(load_pipeline("hf:someone/ours")[:4], pipe[:4])
+
+
+def test_what_only_a_repository_has_is_refused_elsewhere() -> None:
+    for load, given in ((load_pipeline, PIPELINE), (load_transcoders, TRANSCODERS), (load_transcoders, "organism")):
+        with pytest.raises(UserError, match="alone has a revision; leave revision out"):
+            load(given, revision="main")
+
+
+def test_commands_take_names_and_record_the_commit(hub, tmp_path, monkeypatch, capsys) -> None:
+    model, tcs = add_pipeline(hub), add_transcoders(hub)
+    image, graph = tmp_path / "image.png", tmp_path / "graph.npz"
+    done(run_json(monkeypatch, capsys, "generate", "hf:someone/flux", PROMPT, *SIZES, "--out", image))
+    with Image.open(image) as drawn:
+        sources = json.loads(drawn.info["difffract_jax"])["sources"]
+    assert sources["model_origin"] == f"hf:someone/flux@{model.commit}"
+    trace = ("trace", "hf:someone/flux@main", "hf:someone/tcs/tt", PROMPT, *SIZES, "--max-nodes", "3", "--out", graph)
+    done(run_json(monkeypatch, capsys, *trace, "--target", "velocity:"))
+    stored = Graph.load(graph).provenance
+    assert stored.sources["model_origin"] == f"hf:someone/flux@{model.commit}"
+    assert stored.sources["transcoders_origin"] == f"hf:someone/tcs@{tcs.commit}/tt"
+
+
+def test_conversions_take_names(hub, tmp_path, monkeypatch, capsys) -> None:
+    add_pipeline(hub)
+    add_transcoders(hub)
+    done(run_json(monkeypatch, capsys, "convert", "flux", "hf:someone/flux", tmp_path / "flux"))
+    assert load_pipeline(tmp_path / "flux").source == load_pipeline(PIPELINE).source
+    source, sites = "hf:someone/tcs/tt", ("--sites", "img/0,txt/1")
+    result = done(run_json(monkeypatch, capsys, "convert", "transcoders", source, tmp_path / "tcs", *sites))
+    assert result["img layers"] == [0] and result["txt layers"] == [1]
+    sites_read = [path for path in hub.downloaded if path.endswith(".pt")]
+    assert sites_read == ["tt/transcoder_img_0.pt", "tt/transcoder_txt_1.pt"]
+
+
+def test_a_failed_download_leaves_no_conversion_behind(hub, tmp_path, monkeypatch, capsys) -> None:
+    add_pipeline(hub, gated=True)
+    run = run_command(monkeypatch, capsys, "convert", "flux", "hf:someone/flux", tmp_path / "flux")
+    assert run.status == 1 and "Error: someone/flux is gated" in run.err and "Traceback" not in run.err
+    assert not [path for path in tmp_path.iterdir() if path.name != "hub-cache"]
