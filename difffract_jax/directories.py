@@ -29,7 +29,7 @@ ORGANISM = Path(__file__).parent / "organism" / "weights"
 SHIPPED = {"organism": ORGANISM.parent / "transcoders", "organism-saes": ORGANISM.parent / "saes"}
 """The embedded model's transcoders and SAEs, by the names that stand for them."""
 LABELS = "labels.json"
-SINGLE_FILE = ".safetensors"
+CHECKPOINT_SUFFIX = ".safetensors"
 
 
 class Directory(NamedTuple):
@@ -38,10 +38,13 @@ class Directory(NamedTuple):
     Attributes:
         path: where it lies.
         origin: its name on the hub, commit included; "" for what does not come from there.
+        weights: of a pipeline of diffusers from the hub, the files that are read; others may lie beside them, as other
+            tools share the cache.
     """
 
     path: Path
     origin: str = ""
+    weights: tuple[str, ...] = ()
 
 
 def pipeline_directory(
@@ -63,16 +66,15 @@ def pipeline_directory(
     if name is None:
         _refuse_beside(model, revision=revision)
         return Directory(_directory(Path(model)))
-    if name.folder.endswith(SINGLE_FILE):
+    if name.folder.endswith(CHECKPOINT_SUFFIX):
         raise UserError(f"{name} is a single file; convert it first: difffract convert flux {name} OUT --base DIR.")
     repository = open_repository(name)
     if is_diffusers_listing(repository.files):
         path = fetch(repository, describing_files(repository.files))
         check_architecture(path)
         pipeline_config(path)
-        if parts:
-            path = fetch(repository, weight_files(repository.files, parts, str(name)))
-        return Directory(path, repository.pinned)
+        weights = weight_files(repository.files, parts, str(name))
+        return Directory(fetch(repository, weights) if weights else path, repository.pinned, tuple(weights))
     return _own(repository, "a FLUX pipeline")
 
 
@@ -126,17 +128,17 @@ def checkpoint(source: str | Path, *, base: bool = False) -> Directory:
     name = parse_hub_name(str(source))
     if name is None:
         return Directory(Path(source))
-    if name.folder.endswith(SINGLE_FILE):
+    if name.folder.endswith(CHECKPOINT_SUFFIX):
         repository = open_repository(name)
         file = Path(name.folder).name
         return Directory(fetch(repository, [file]) / file, repository.pinned)
     return pipeline_directory(source, parts=[part for part in FOLDERS if part != "transformer" or not base])
 
 
-def is_single_file(source: str | Path) -> bool:
+def is_checkpoint_file(source: str | Path) -> bool:
     """Says whether a checkpoint is one file, here or on the hub, and not a directory with all parts of a pipeline."""
     name = parse_hub_name(str(source))
-    return not Path(source).is_dir() if name is None else name.folder.endswith(SINGLE_FILE)
+    return not Path(source).is_dir() if name is None else name.folder.endswith(CHECKPOINT_SUFFIX)
 
 
 def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tuple[HubName | None, Directory]:
@@ -155,7 +157,7 @@ def _own(repository: Repository, what: str) -> Directory:
     """Fetches a directory that this package wrote."""
     name = repository.name
     if not is_own_listing(repository.files):
-        files = sorted(path for path in repository.files if path.endswith(SINGLE_FILE) and "/" not in path)
+        files = sorted(path for path in repository.files if path.endswith(CHECKPOINT_SUFFIX) and "/" not in path)
         hint = "give another repository, or folder in it"
         if files:
             hint = f"to convert a single file of it: difffract convert flux {name}/{files[0]} OUT --base DIR"
@@ -174,7 +176,7 @@ def _refuse_beside(path: str | Path, **given: str | None) -> None:
 
 
 def _directory(path: Path) -> Path:
-    if path.suffix == SINGLE_FILE and path.is_file():
+    if path.suffix == CHECKPOINT_SUFFIX and path.is_file():
         raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")
     if not path.is_dir():
         raise UserError(

@@ -36,7 +36,7 @@ from difffract_jax.circuits.notation.labels import Labels, read_labels
 from difffract_jax.config import UserError
 from difffract_jax.directories import (
     checkpoint,
-    is_single_file,
+    is_checkpoint_file,
     labels_file,
     pipeline_directory,
     transcoder_directory,
@@ -88,10 +88,11 @@ def load_pipeline(
     Raises:
         UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
     """
-    path, origin = pipeline_directory(model, revision=revision)
+    path, origin, weights = pipeline_directory(model, revision=revision)
     check_sums(path)
     if is_diffusers_directory(path):
-        return identified(convert_pipeline(path, dtype=dtype, sharding=sharding), path)._replace(origin=origin)
+        converted = convert_pipeline(path, dtype=dtype, sharding=sharding)
+        return identified(converted, path, weights)._replace(origin=origin)
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
@@ -137,12 +138,13 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     return {name: getattr(config, name) for name in PARTS}
 
 
-def identified(pipe: Pipeline, path: Path) -> Pipeline:
+def identified(pipe: Pipeline, path: Path, files: Sequence[str] = ()) -> Pipeline:
     """Gives a pipeline that was converted in memory the identity that images and graphs record.
 
     Args:
         pipe: the pipeline.
         path: where its weights came from.
+        files: those of them that were read; all safetensors if left out.
 
     Returns:
         The pipeline; its `source` is the content hash it would be saved under, or for weights too large to hash in
@@ -151,7 +153,7 @@ def identified(pipe: Pipeline, path: Path) -> Pipeline:
     parts = {name: getattr(pipe, name) for name in PARTS}
     if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
         return pipe._replace(source=tree_hash(parts))
-    return pipe._replace(source=f"sampled:{sample_hash(path)}")
+    return pipe._replace(source=f"sampled:{sample_hash(path, files)}")
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -192,7 +194,7 @@ def convert_flux(
     Returns:
         What was written: the pipeline, or the transformer alone.
     """
-    if base is not None and not is_single_file(source):
+    if base is not None and not is_checkpoint_file(source):
         raise UserError(f"--base completes a single file, but {source} is a directory with all parts; leave it out.")
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
@@ -230,7 +232,7 @@ def load_transcoders(
         sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
-    directory, origin = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
+    directory, origin, _ = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
     if is_torch_directory(directory):
         made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites)
         return made._replace(origin=origin)

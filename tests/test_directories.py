@@ -7,23 +7,34 @@ import numpy as np
 import pytest
 from commands import done, run_command, run_json
 from PIL import Image
+from safetensors.numpy import save_file
 
+from converters.flux import FLUX_SINGLE_FILE
+from converters.mapping import save_tree
+from difffract_jax import loading
 from difffract_jax.config import UserError
 from difffract_jax.directories import SHIPPED
 from difffract_jax.graphs.graph import Graph
+from difffract_jax.hub.names import HubName
+from difffract_jax.hub.repository import fetch, open_repository
 from difffract_jax.loading import (
     abstract_pipeline,
+    convert_flux,
     convert_transcoders,
     load_labels,
     load_pipeline,
     load_transcoders,
     save_pipeline,
 )
+from difffract_jax.models.pipeline import GeneratedImage
 from tolerances import REFERENCE
 
 PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
-PROMPT = "a red fox"
-SIZES = ("--steps", "1", "--height", "32", "--width", "32", "--text-tokens", "8")
+# As in test_journey.py, whose programs are then compiled already.
+PROMPT = "a red fox at dawn, oil painting"
+SIZE = ("--height", 96, "--width", 96, "--text-tokens", 16)
+TRACE = (PROMPT, "--target", "img/2/f326", "--step", 1, "--seed", 7, "--noise", "torch", "--include-padding", *SIZE)
+LIMITS = ("--max-nodes", 10, "--expansion-batch", 10, "--min-attribution", 1e-4)
 DECOYS = {
     **dict.fromkeys(("flux1-schnell.safetensors", "ae.safetensors", "README.md", "grid.jpeg"), b"unread"),
     **dict.fromkeys(("transformer/diffusion_pytorch_model.fp16.safetensors", "vae/x.bin", "SHA256SUMS"), b"unread"),
@@ -127,24 +138,40 @@ def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, tmp_path) ->
     assert_equal(load_pipeline("hf:someone/ours")[:4], pipe[:4])
 
 
+def test_other_files_in_the_cache_do_not_change_what_large_weights_are_called(hub, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "VERIFY_BELOW_BYTES", 1)
+    add_pipeline(hub)
+    pipe = load_pipeline("hf:someone/flux")
+    assert pipe.source == load_pipeline(PIPELINE).source and pipe.source.startswith("sampled:")
+    fetch(open_repository(HubName("someone/flux")), ["flux1-schnell.safetensors"])
+    assert load_pipeline("hf:someone/flux").source == pipe.source
+
+
 def test_what_only_a_repository_has_is_refused_elsewhere() -> None:
     for load, given in ((load_pipeline, PIPELINE), (load_transcoders, TRANSCODERS), (load_transcoders, "organism")):
         with pytest.raises(UserError, match="alone has a revision; leave revision out"):
             load(given, revision="main")
 
 
-def test_commands_take_names_and_record_the_commit(hub, tmp_path, monkeypatch, capsys) -> None:
-    model, tcs = add_pipeline(hub), add_transcoders(hub)
-    image, graph = tmp_path / "image.png", tmp_path / "graph.npz"
-    done(run_json(monkeypatch, capsys, "generate", "hf:someone/flux", PROMPT, *SIZES, "--out", image))
+def test_an_image_records_the_repository_and_its_commit(hub, tmp_path, monkeypatch, capsys) -> None:
+    hosted, image = add_pipeline(hub), tmp_path / "image.png"
+    blank = GeneratedImage(np.zeros((8, 8, 3), np.uint8), np.zeros((1, 1), np.float32), "")
+    monkeypatch.setattr("difffract_jax.models.pipeline.generate", lambda *_, **__: blank)
+    done(run_json(monkeypatch, capsys, "generate", "hf:someone/flux", PROMPT, *SIZE, "--out", image))
     with Image.open(image) as drawn:
         sources = json.loads(drawn.info["difffract_jax"])["sources"]
-    assert sources["model_origin"] == f"hf:someone/flux@{model.commit}"
-    trace = ("trace", "hf:someone/flux@main", "hf:someone/tcs/tt", PROMPT, *SIZES, "--max-nodes", "3", "--out", graph)
-    done(run_json(monkeypatch, capsys, *trace, "--target", "velocity:"))
+    assert sources == {"model": load_pipeline(PIPELINE).source, "model_origin": f"hf:someone/flux@{hosted.commit}"}
+
+
+@pytest.mark.slow
+def test_a_circuit_is_traced_by_name_and_records_repositories_and_commits(hub, tmp_path, monkeypatch, capsys) -> None:
+    model, tcs, graph = add_pipeline(hub), add_transcoders(hub), tmp_path / "graph.npz"
+    traced = ("trace", "hf:someone/flux@main", "hf:someone/tcs/tt", *TRACE, *LIMITS, "--out", graph)
+    done(run_json(monkeypatch, capsys, *traced))
     stored = Graph.load(graph).provenance
     assert stored.sources["model_origin"] == f"hf:someone/flux@{model.commit}"
     assert stored.sources["transcoders_origin"] == f"hf:someone/tcs@{tcs.commit}/tt"
+    assert stored.traced_run.model_origin == f"hf:someone/flux@{model.commit}"
 
 
 def test_conversions_take_names(hub, tmp_path, monkeypatch, capsys) -> None:
@@ -157,6 +184,20 @@ def test_conversions_take_names(hub, tmp_path, monkeypatch, capsys) -> None:
     assert result["img layers"] == [0] and result["txt layers"] == [1]
     sites_read = [path for path in hub.downloaded if path.endswith(".pt")]
     assert sites_read == ["tt/transcoder_img_0.pt", "tt/transcoder_txt_1.pt"]
+
+
+def test_a_file_on_the_hub_is_completed_by_another_repository(hub, tmp_path) -> None:
+    local = load_pipeline(PIPELINE)
+    tensors = {key: np.ascontiguousarray(value) for key, value in save_tree(local.transformer, FLUX_SINGLE_FILE)}
+    save_file(tensors, tmp_path / "flux1.safetensors")
+    add_pipeline(hub)
+    hub.add("someone/tuned", {"flux1.safetensors": (tmp_path / "flux1.safetensors").read_bytes(), "README.md": b"#"})
+    convert_flux("hf:someone/tuned/flux1.safetensors", tmp_path / "out", base="hf:someone/flux")
+    assert_equal(load_pipeline(tmp_path / "out")[:4], local[:4])
+    assert "transformer/config.json" in hub.downloaded and "flux1.safetensors" in hub.downloaded
+    assert "transformer/diffusion_pytorch_model.safetensors" not in hub.downloaded
+    with pytest.raises(UserError, match="--base completes a single file, but hf:someone/flux is a directory"):
+        convert_flux("hf:someone/flux", tmp_path / "never", base="hf:someone/flux")
 
 
 def test_a_failed_download_leaves_no_conversion_behind(hub, tmp_path, monkeypatch, capsys) -> None:

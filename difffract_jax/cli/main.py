@@ -199,8 +199,9 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     opt.check_out(settings.out, ".png")
     from difffract_jax.cli.output import emit, progress, save_image
 
+    record = provenance("generate", settings)
     if dry_run:
-        return emit(provenance("generate", settings), as_json=json)
+        return emit(record, as_json=json)
     from difffract_jax.loading import load_pipeline
     from difffract_jax.models import pipeline
 
@@ -215,7 +216,7 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
             progress=advance,
         )
     cli_steer.warn_cut(result.cut)
-    save_image(result.image, settings.out, provenance("generate", settings, **opt.sources(model=pipe)))
+    save_image(result.image, settings.out, record | {"sources": opt.sources(model=pipe)})
     emit({"image": str(settings.out), "size": f"{result.image.shape[1]}x{result.image.shape[0]}"}, as_json=json)
 
 

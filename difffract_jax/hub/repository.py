@@ -28,10 +28,12 @@ class HubFile(NamedTuple):
     """One file of a repository.
 
     Attributes:
+        path: within the repository.
         size: in bytes; None where it is not known.
         sha256: of its content; None where the hub lists none, as for small files.
     """
 
+    path: str
     size: int | None
     sha256: str | None
 
@@ -68,7 +70,8 @@ def open_repository(name: HubName) -> Repository:
             cache knows it.
     """
     if client().is_offline_mode():
-        repository = _cached(name)
+        with explained(name):
+            repository = _cached(name)
         if repository is None:
             cache = client("constants").HF_HUB_CACHE
             raise UserError(
@@ -128,7 +131,7 @@ def _listed(name: HubName) -> tuple[str, dict[str, HubFile]]:
 
 
 def _file(listed: Any) -> HubFile:
-    return HubFile(listed.size, None if listed.lfs is None else listed.lfs.sha256)
+    return HubFile(listed.path, listed.size, None if listed.lfs is None else listed.lfs.sha256)
 
 
 def _cached(name: HubName) -> Repository | None:
@@ -143,10 +146,10 @@ def _cached(name: HubName) -> Repository | None:
         return None
     try:
         tree = hub.get_cached_repo_tree(name.repository, revision=commit)
-        files = {file.path: HubFile(file.size, None) for file in tree}
+        files = {file.path: HubFile(file.path, file.size, None) for file in tree}
     except errors.CachedRepoTreeNotFoundError:
-        found = (path for path in home.rglob("*") if path.is_file())
-        files = {path.relative_to(home).as_posix(): HubFile(None, None) for path in found}
+        paths = [path.relative_to(home).as_posix() for path in home.rglob("*") if path.is_file()]
+        files = {path: HubFile(path, None, None) for path in paths}
     return Repository(name, commit, _within(files, name), reachable=False)
 
 
@@ -165,16 +168,10 @@ def _within(files: Mapping[str, HubFile], name: HubName) -> dict[str, HubFile]:
     return inside
 
 
-def _path(repository: Repository, path: str) -> str:
-    """Returns a file's path in the repository."""
-    folder = PurePosixPath(repository.name.folder)
-    return str(folder if folder.name == path and len(repository.files) == 1 else folder / path)
-
-
 def _located(repository: Repository, path: str) -> Path | None:
     """Returns where a file lies in the cache."""
     name = repository.name.repository
-    cached = client().try_to_load_from_cache(name, _path(repository, path), revision=repository.commit)
+    cached = client().try_to_load_from_cache(name, repository.files[path].path, revision=repository.commit)
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -194,15 +191,17 @@ def _is_of_size(repository: Repository, path: str, cached: Path) -> bool:
 
 def _download(repository: Repository, missing: list[str]) -> None:
     """Downloads files and checks them, those that arrived before a failure too."""
-    name, size = repository.name.repository, sum(repository.files[path].size or 0 for path in missing)
-    cache = Path(client("constants").HF_HUB_CACHE)
+    name, cache = repository.name.repository, Path(client("constants").HF_HUB_CACHE)
+    coming = [repository.files[path] for path in missing if not _is_held(repository, path)]
+    size = sum(file.size or 0 for file in coming)
     _check_space(name, size, cache)
-    count = f"{len(missing)} file{'s' * (len(missing) > 1)}"
-    _tell(f"Downloading {count} ({_bytes(size)}) of {name}, commit {repository.commit[:12]}, to {cache}")
+    if coming:
+        count = f"{len(coming)} file{'s' * (len(coming) > 1)}"
+        _tell(f"Downloading {count} ({_bytes(size)}) of {name}, commit {repository.commit[:12]}, to {cache}")
     failure: UserError | None = None
     try:
         with explained(repository.name, downloading=True):
-            patterns = [glob.escape(_path(repository, path)) for path in missing]
+            patterns = [glob.escape(repository.files[path].path) for path in missing]
             client().snapshot_download(name, revision=repository.commit, allow_patterns=patterns)
     except UserError as error:
         failure = error
@@ -219,6 +218,13 @@ def _download(repository: Repository, missing: list[str]) -> None:
     absent = [path for path in missing if _located(repository, path) is None]
     if absent:
         raise UserError(f"{_some(absent)} of {name} did not arrive, without a word why; run this again.")
+
+
+def _is_held(repository: Repository, path: str) -> bool:
+    """Says whether the cache has a large file already, from another commit; the client then only links it."""
+    sha256 = repository.files[path].sha256
+    folder = client("file_download").repo_folder_name(repo_id=repository.name.repository, repo_type="model")
+    return sha256 is not None and (Path(client("constants").HF_HUB_CACHE) / folder / "blobs" / sha256).exists()
 
 
 def _check_space(name: str, size: int, cache: Path) -> None:

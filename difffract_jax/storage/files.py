@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,10 +238,16 @@ def read_array(path: Path) -> np.ndarray:
     return array
 
 
-def sample_hash(directory: Path) -> str:
-    """Returns a hash of the names, sizes, first and last MiB of all safetensors files under a directory."""
+def sample_hash(directory: Path, files: Sequence[str] = ()) -> str:
+    """Returns a hash of the names, sizes, first and last MiB of safetensors files under a directory.
+
+    Args:
+        directory: holds them.
+        files: their paths in it; all that there are if left out. Others, as the indices of shards, do not matter.
+    """
     digest = hashlib.sha256()
-    for path in sorted(directory.rglob("*.safetensors")):
+    chosen = [directory / name for name in files if name.endswith(".safetensors")]
+    for path in sorted(chosen or directory.rglob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(directory).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

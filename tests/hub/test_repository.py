@@ -65,12 +65,27 @@ def test_a_repository_is_pinned_to_its_commit(hub) -> None:
         assert sorted(repository.files) == ["a.safetensors", "b.safetensors"]
 
 
+def test_a_later_commit_needs_room_for_what_changed_alone(hub, monkeypatch, capsys) -> None:
+    hub.add("someone/model", FILES)
+    get()
+    hosted = hub.add("someone/model", FILES | {"weights/b.safetensors": LARGE[:999]})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: USAGE(10**6, 10**6 - 2000, 2000))
+    hub.log.clear()
+    capsys.readouterr()
+    contents, folder = get()
+    assert contents == {"weights/a.safetensors": LARGE, "weights/b.safetensors": LARGE[:999]}
+    assert hub.downloaded == ["weights/b.safetensors"] and folder.name == hosted.commit
+    assert "Downloading 1 file (999 bytes)" in capsys.readouterr().err
+
+
 def test_a_folder_or_a_file_of_a_repository_stands_for_itself(hub) -> None:
     hub.add("someone/model", FILES)
     contents, folder = get(HubName("someone/model", None, "weights"), ["a.safetensors"])
     assert contents["a.safetensors"] == LARGE and folder.name == "weights"
     contents, _ = get(HubName("someone/model", None, "weights/b.safetensors"), ["b.safetensors"])
     assert contents["b.safetensors"] == LARGE[::-1]
+    hub.add("someone/nested", {"a/a": b"inner"})
+    assert get(HubName("someone/nested", None, "a"), ["a"])[0] == {"a": b"inner"}
     assert "has no folder or file nowhere at main; its folders are weights" in sentence(
         HubName("someone/model", None, "nowhere")
     )
@@ -187,6 +202,7 @@ def test_offline_the_cache_serves_and_what_it_lacks_is_told(hub, monkeypatch) ->
         assert get(HubName("someone/model", revision))[0]["weights/a.safetensors"] == LARGE
     assert "not in the cache" in (told := sentence(HubName("other/model"))) and "HF_HUB_OFFLINE" in told
     assert "not in the cache" in sentence(HubName("someone/model", "v2"))
+    assert "not a possible name" in sentence(HubName("a--b/model"))
     assert "lacks config.json" in sentence(paths=[*WEIGHTS, "config.json"])
     shutil.rmtree(hub.cache / "models--someone--model" / "trees")  # as caches of older clients are
     assert get()[0]["weights/b.safetensors"] == LARGE[::-1]
