@@ -70,7 +70,7 @@ def pipeline_directory(
         raise UserError(f"{name} is a single file; convert it first: difffract convert flux {name} OUT --base DIR.")
     repository = open_repository(name)
     if is_diffusers_listing(repository.files):
-        path = fetch(repository, describing_files(repository.files))
+        path = fetch(repository, describing_files(repository.files), quiet=True)
         check_architecture(path)
         pipeline_config(path)
         weights = weight_files(repository.files, parts, str(name))

@@ -105,6 +105,8 @@ class _Handler(BaseHTTPRequestHandler):
         api = words[:2] == ["api", "models"]
         name = "/".join(words[2:4] if api else words[:2])
         hosted = self.hub.repositories.get(name)
+        if self.headers.get("Authorization") == "Bearer hf_expired":
+            return self._answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
         if hosted is None:
             return self._answer(401, {"X-Error-Code": "RepoNotFound"})
         if api:

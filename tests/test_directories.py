@@ -11,9 +11,8 @@ from safetensors.numpy import save_file
 
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import save_tree
-from difffract_jax import loading
 from difffract_jax.config import UserError
-from difffract_jax.directories import SHIPPED
+from difffract_jax.directories import SHIPPED, pipeline_directory
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.hub.names import HubName
 from difffract_jax.hub.repository import fetch, open_repository
@@ -27,6 +26,8 @@ from difffract_jax.loading import (
     save_pipeline,
 )
 from difffract_jax.models.pipeline import GeneratedImage
+from difffract_jax.storage.checkpoint import read_config
+from difffract_jax.storage.files import sample_hash
 from tolerances import REFERENCE
 
 PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
@@ -39,6 +40,11 @@ DECOYS = {
     **dict.fromkeys(("flux1-schnell.safetensors", "ae.safetensors", "README.md", "grid.jpeg"), b"unread"),
     **dict.fromkeys(("transformer/diffusion_pytorch_model.fp16.safetensors", "vae/x.bin", "SHA256SUMS"), b"unread"),
 }
+
+
+@pytest.fixture(scope="module")
+def local():
+    return load_pipeline(PIPELINE)
 
 
 def read(folder) -> dict[str, bytes]:
@@ -59,19 +65,19 @@ def assert_equal(a, b) -> None:
         assert x.dtype == y.dtype and np.array_equal(x, y)
 
 
-def test_a_pipeline_is_loaded_by_name_from_what_it_needs(hub) -> None:
+def test_a_pipeline_is_loaded_by_name_from_what_it_needs(hub, local) -> None:
     hosted = add_pipeline(hub, branches=("main", "v1"))
-    pipe, local = load_pipeline("someone/flux", revision="v1"), load_pipeline(PIPELINE)
+    pipe = load_pipeline("someone/flux", revision="v1")
     assert_equal(pipe[:4], local[:4])
     assert pipe.source == local.source
     assert pipe.origin == f"hf:someone/flux@{hosted.commit}" and pipe.origin in repr(pipe)
     assert {*hub.downloaded} == {*hosted.files} - {*DECOYS}
 
 
-def test_the_shapes_of_a_pipeline_need_no_weights(hub) -> None:
+def test_the_shapes_of_a_pipeline_need_no_weights(hub, local) -> None:
     add_pipeline(hub)
     config, _ = abstract_pipeline("hf:someone/flux")
-    assert config == load_pipeline(PIPELINE).config.transformer
+    assert config == local.config.transformer
     assert not [path for path in hub.downloaded if path.endswith(".safetensors")]
 
 
@@ -123,7 +129,7 @@ def test_sites_are_chosen_in_every_format(tmp_path) -> None:
         load_transcoders(TRANSCODERS, sites=["img"])
 
 
-def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, tmp_path) -> None:
+def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, local, tmp_path) -> None:
     hub.add("someone/labelled", read(SHIPPED["organism"]))
     tcs = load_transcoders("hf:someone/labelled")
     assert tcs.source == load_transcoders("organism").source
@@ -132,19 +138,18 @@ def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, tmp_path) ->
     add_transcoders(hub)
     with pytest.raises(UserError, match="There are no labels of hf:someone/tcs/tt"):
         load_labels("hf:someone/tcs/tt")
-    pipe = load_pipeline(PIPELINE)
-    save_pipeline(pipe, tmp_path / "ours")
+    save_pipeline(local, tmp_path / "ours")
     hub.add("someone/ours", read(tmp_path / "ours"))
-    assert_equal(load_pipeline("hf:someone/ours")[:4], pipe[:4])
+    assert_equal(load_pipeline("hf:someone/ours")[:4], local[:4])
 
 
-def test_other_files_in_the_cache_do_not_change_what_large_weights_are_called(hub, monkeypatch) -> None:
-    monkeypatch.setattr(loading, "VERIFY_BELOW_BYTES", 1)
+def test_other_files_in_the_cache_do_not_change_what_large_weights_are_called(hub) -> None:
     add_pipeline(hub)
-    pipe = load_pipeline("hf:someone/flux")
-    assert pipe.source == load_pipeline(PIPELINE).source and pipe.source.startswith("sampled:")
+    found = pipeline_directory("hf:someone/flux")
+    assert sample_hash(found.path, found.weights) == sample_hash(PIPELINE)
     fetch(open_repository(HubName("someone/flux")), ["flux1-schnell.safetensors"])
-    assert load_pipeline("hf:someone/flux").source == pipe.source
+    assert (found.path / "flux1-schnell.safetensors").is_file()
+    assert sample_hash(found.path, found.weights) == sample_hash(PIPELINE)
 
 
 def test_what_only_a_repository_has_is_refused_elsewhere() -> None:
@@ -153,14 +158,14 @@ def test_what_only_a_repository_has_is_refused_elsewhere() -> None:
             load(given, revision="main")
 
 
-def test_an_image_records_the_repository_and_its_commit(hub, tmp_path, monkeypatch, capsys) -> None:
+def test_an_image_records_the_repository_and_its_commit(hub, local, tmp_path, monkeypatch, capsys) -> None:
     hosted, image = add_pipeline(hub), tmp_path / "image.png"
     blank = GeneratedImage(np.zeros((8, 8, 3), np.uint8), np.zeros((1, 1), np.float32), "")
     monkeypatch.setattr("difffract_jax.models.pipeline.generate", lambda *_, **__: blank)
     done(run_json(monkeypatch, capsys, "generate", "hf:someone/flux", PROMPT, *SIZE, "--out", image))
     with Image.open(image) as drawn:
         sources = json.loads(drawn.info["difffract_jax"])["sources"]
-    assert sources == {"model": load_pipeline(PIPELINE).source, "model_origin": f"hf:someone/flux@{hosted.commit}"}
+    assert sources == {"model": local.source, "model_origin": f"hf:someone/flux@{hosted.commit}"}
 
 
 @pytest.mark.slow
@@ -174,11 +179,11 @@ def test_a_circuit_is_traced_by_name_and_records_repositories_and_commits(hub, t
     assert stored.traced_run.model_origin == f"hf:someone/flux@{model.commit}"
 
 
-def test_conversions_take_names(hub, tmp_path, monkeypatch, capsys) -> None:
+def test_conversions_take_names(hub, local, tmp_path, monkeypatch, capsys) -> None:
     add_pipeline(hub)
     add_transcoders(hub)
     done(run_json(monkeypatch, capsys, "convert", "flux", "hf:someone/flux", tmp_path / "flux"))
-    assert load_pipeline(tmp_path / "flux").source == load_pipeline(PIPELINE).source
+    assert read_config(tmp_path / "flux")["content_hash"] == local.source
     source, sites = "hf:someone/tcs/tt", ("--sites", "img/0,txt/1")
     result = done(run_json(monkeypatch, capsys, "convert", "transcoders", source, tmp_path / "tcs", *sites))
     assert result["img layers"] == [0] and result["txt layers"] == [1]
@@ -186,14 +191,14 @@ def test_conversions_take_names(hub, tmp_path, monkeypatch, capsys) -> None:
     assert sites_read == ["tt/transcoder_img_0.pt", "tt/transcoder_txt_1.pt"]
 
 
-def test_a_file_on_the_hub_is_completed_by_another_repository(hub, tmp_path) -> None:
-    local = load_pipeline(PIPELINE)
+def test_a_file_on_the_hub_is_completed_by_another_repository(hub, local, tmp_path) -> None:
     tensors = {key: np.ascontiguousarray(value) for key, value in save_tree(local.transformer, FLUX_SINGLE_FILE)}
     save_file(tensors, tmp_path / "flux1.safetensors")
     add_pipeline(hub)
     hub.add("someone/tuned", {"flux1.safetensors": (tmp_path / "flux1.safetensors").read_bytes(), "README.md": b"#"})
-    convert_flux("hf:someone/tuned/flux1.safetensors", tmp_path / "out", base="hf:someone/flux")
-    assert_equal(load_pipeline(tmp_path / "out")[:4], local[:4])
+    made = convert_flux("hf:someone/tuned/flux1.safetensors", tmp_path / "out", base="hf:someone/flux")
+    assert_equal(made[:4], local[:4])
+    assert read_config(tmp_path / "out")["content_hash"] == local.source
     assert "transformer/config.json" in hub.downloaded and "flux1.safetensors" in hub.downloaded
     assert "transformer/diffusion_pytorch_model.safetensors" not in hub.downloaded
     with pytest.raises(UserError, match="--base completes a single file, but hf:someone/flux is a directory"):

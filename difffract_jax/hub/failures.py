@@ -104,11 +104,17 @@ def _gated(repository: str) -> str:
 
 def _refused(error: Any, repository: str) -> str:
     """Says what an answer of the hub means that has no class of its own."""
-    status = error.response.status_code
+    status, words = error.response.status_code, error.response.headers.get("X-Error-Message", "")
+    if status == 401 and "credentials" in words:
+        return (
+            "The hub does not accept the access token in use; log in again with `hf auth login`, or set HF_TOKEN to a "
+            "token from https://huggingface.co/settings/tokens, or unset it for what is public."
+        )
     if isinstance(error, client("errors").RepositoryNotFoundError) or status in (401, 404):
         return (
-            f"There is no model repository {repository} on the hub, or it is private; check its name at "
-            f"https://huggingface.co/{repository}, and for a private one log in with `hf auth login` or set HF_TOKEN."
+            f"There is no model repository {repository} on the hub, or it is private; check the name, write a folder "
+            f"of this machine as ./{repository}, and for a private repository log in with `hf auth login` or set "
+            "HF_TOKEN."
         )
     if status == 403:
         return (

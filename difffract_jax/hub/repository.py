@@ -92,12 +92,13 @@ def open_repository(name: HubName) -> Repository:
     return Repository(name, commit, _within(files, name), reachable=True)
 
 
-def fetch(repository: Repository, paths: Collection[str]) -> Path:
+def fetch(repository: Repository, paths: Collection[str], *, quiet: bool = False) -> Path:
     """Brings files of a repository to this machine.
 
     Args:
         repository: from `open_repository`.
         paths: some of its `files`.
+        quiet: say nothing of how many come; for small ones that others follow.
 
     Returns:
         The folder in which they lie by their paths, in the cache; nothing may be written there.
@@ -112,7 +113,7 @@ def fetch(repository: Repository, paths: Collection[str]) -> Path:
             "HF_HUB_OFFLINE is set; run this once with a network."
         )
     if missing:
-        _download(repository, missing)
+        _download(repository, missing, quiet)
     if repository.reachable:
         _remember(repository)
     first = sorted(paths)[0]
@@ -189,13 +190,13 @@ def _is_of_size(repository: Repository, path: str, cached: Path) -> bool:
     return size is None or cached.stat().st_size == size
 
 
-def _download(repository: Repository, missing: list[str]) -> None:
+def _download(repository: Repository, missing: list[str], quiet: bool) -> None:
     """Downloads files and checks them, those that arrived before a failure too."""
     name, cache = repository.name.repository, Path(client("constants").HF_HUB_CACHE)
     coming = [repository.files[path] for path in missing if not _is_held(repository, path)]
     size = sum(file.size or 0 for file in coming)
     _check_space(name, size, cache)
-    if coming:
+    if coming and not quiet:
         count = f"{len(coming)} file{'s' * (len(coming) > 1)}"
         _tell(f"Downloading {count} ({_bytes(size)}) of {name}, commit {repository.commit[:12]}, to {cache}")
     failure: UserError | None = None

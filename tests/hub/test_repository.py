@@ -93,7 +93,7 @@ def test_a_folder_or_a_file_of_a_repository_stands_for_itself(hub) -> None:
 
 def test_repositories_and_revisions_that_are_not_there_are_named(hub) -> None:
     hub.add("someone/model", FILES)
-    assert "no model repository no/such" in sentence(HubName("no/such"))
+    assert "no model repository no/such" in (told := sentence(HubName("no/such"))) and "./no/such" in told
     told = sentence(HubName("someone/model", "v9"))
     assert "someone/model has no revision v9" in told and "https://huggingface.co/someone/model/tree/main" in told
     assert "not a possible name" in sentence(HubName("a--b/model"))
@@ -118,6 +118,8 @@ def test_a_gated_repository_is_explained_step_by_step(hub, monkeypatch) -> None:
     assert -1 not in places and places == sorted(places)
     monkeypatch.setenv("HF_TOKEN", "hf_of_someone_else")
     assert "the token in use" in sentence()
+    monkeypatch.setenv("HF_TOKEN", "hf_expired")
+    assert "does not accept the access token in use" in sentence()
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert get()[0]["weights/a.safetensors"] == LARGE
 
