@@ -46,6 +46,11 @@ def is_own_listing(paths: Collection[str]) -> bool:
     return "config.json" in paths and INDEX not in paths
 
 
+def is_reference_listing(paths: Iterable[str]) -> bool:
+    """Says whether a folder has transcoders of the reference in it, a file per site."""
+    return any(SITE.fullmatch(path) for path in paths)
+
+
 def describing_files(paths: Iterable[str]) -> list[str]:
     """Returns the files of a pipeline of diffusers that say what it is: configurations and tokenizers."""
     return [path for path in paths if DESCRIBING.fullmatch(path)]

@@ -11,11 +11,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from converters.pipelines import FOLDERS, check_architecture, pipeline_config
+from converters.pipelines import FOLDERS, check_architecture, pipeline_config, read_json
 from converters.repositories import (
     describing_files,
     is_diffusers_listing,
     is_own_listing,
+    is_reference_listing,
     own_files,
     transcoder_files,
     weight_files,
@@ -75,7 +76,7 @@ def pipeline_directory(
         pipeline_config(path)
         weights = weight_files(repository.files, parts, str(name))
         return Directory(fetch(repository, weights) if weights else path, repository.pinned, tuple(weights))
-    return _own(repository, "a FLUX pipeline")
+    return _own(repository, "pipeline")
 
 
 def transcoder_directory(
@@ -100,9 +101,10 @@ def transcoder_directory(
     if name is None:
         return local
     repository = open_repository(name)
-    if is_own_listing(repository.files):
+    paths = list(repository.files)
+    if is_own_listing(paths) and not is_reference_listing(paths):
         return _own(repository, "transcoders")
-    return Directory(fetch(repository, transcoder_files(list(repository.files), sites, str(name))), repository.pinned)
+    return Directory(fetch(repository, transcoder_files(paths, sites, str(name))), repository.pinned)
 
 
 def labels_file(path: str | Path) -> Path:
@@ -153,26 +155,29 @@ def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tup
     return None, Directory(_directory(Path(path) / (subfolder or "")))
 
 
-def _own(repository: Repository, what: str) -> Directory:
-    """Fetches a directory that this package wrote."""
-    name = repository.name
+def _own(repository: Repository, kind: str) -> Directory:
+    """Fetches a directory of a kind that this package wrote, its `config.json` first: other tools' have one too."""
+    name, hint = repository.name, "give another repository, or folder in it"
     if not is_own_listing(repository.files):
         files = sorted(path for path in repository.files if path.endswith(CHECKPOINT_SUFFIX) and "/" not in path)
-        hint = "give another repository, or folder in it"
         if files:
             hint = f"to convert a single file of it: difffract convert flux {name}/{files[0]} OUT --base DIR"
         raise UserError(
-            f"{name} is not {what}: it holds neither model_index.json, as diffusers writes it, nor config.json, as "
-            f"difffract does; {hint}."
+            f"{name} holds no {kind}: neither model_index.json, as diffusers writes it, nor config.json, as difffract "
+            f"does; {hint}."
         )
+    record = read_json(fetch(repository, ["config.json"], quiet=True) / "config.json", "a directory of difffract")
+    if "format_version" not in record or record.get("kind") != kind:
+        found = record.get("kind") if "format_version" in record else "files of another tool"
+        raise UserError(f"{name} holds {found}, but {kind} is wanted here; {hint}.")
     return Directory(fetch(repository, own_files(repository.files)), repository.pinned)
 
 
 def _refuse_beside(path: str | Path, **given: str | None) -> None:
-    """Refuses what only a repository has."""
+    """Refuses what was given beside a name or path that takes none of it."""
     names = [name for name, value in given.items() if value is not None]
     if names:
-        raise UserError(f"{path} is not a repository on the hub, which alone has a {names[0]}; leave {names[0]} out.")
+        raise UserError(f"{path} does not lie on the hub, so it takes no {names[0]}; leave {names[0]} out.")
 
 
 def _directory(path: Path) -> Path:

@@ -57,7 +57,7 @@ def add_pipeline(hub, name="someone/flux", **more):
 
 def add_transcoders(hub, name="someone/tcs"):
     files = {f"tt/{path}": content for path, content in read(TRANSCODERS).items()}
-    return hub.add(name, files | {"README.md": b"unread", "saes/sae_img_0.pt": b"unread"})
+    return hub.add(name, files | dict.fromkeys(("README.md", "saes/sae_img_0.pt", "tt/config.json"), b"unread"))
 
 
 def assert_equal(a, b) -> None:
@@ -92,6 +92,11 @@ def test_a_pipeline_that_cannot_be_run_is_refused_before_its_weights(hub) -> Non
         UserError, match="difffract convert flux hf:someone/single/flux1-dev.safetensors OUT --base DIR"
     ):
         load_pipeline("hf:someone/single")
+    hub.add("someone/language", {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"unread"})
+    for load in (load_pipeline, load_transcoders):
+        with pytest.raises(UserError, match="hf:someone/language holds files of another tool"):
+            load("hf:someone/language")
+    assert "model.safetensors" not in hub.downloaded
     with pytest.raises(UserError, match="is a single file; convert it first"):
         load_pipeline("hf:someone/single/flux1-dev.safetensors")
 
@@ -107,7 +112,7 @@ def test_transcoders_are_loaded_by_name_and_site(hub) -> None:
     tcs, local = load_transcoders("hf:someone/tcs/tt"), load_transcoders(TRANSCODERS)
     assert_equal(tcs.stacks, local.stacks)
     assert tcs.source == local.source != some.source
-    assert "README.md" not in hub.downloaded and "saes/sae_img_0.pt" not in hub.downloaded
+    assert len(hub.downloaded) == 6 and all(path.endswith(".pt") for path in hub.downloaded)
 
 
 def test_sites_are_chosen_in_every_format(tmp_path) -> None:
@@ -135,6 +140,8 @@ def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, local, tmp_p
     assert tcs.source == load_transcoders("organism").source
     assert load_labels("hf:someone/labelled").transcoders == tcs.source
     assert not [path for path in hub.downloaded if path.startswith("report/")]
+    with pytest.raises(UserError, match="hf:someone/labelled holds transcoders, but pipeline is wanted here"):
+        load_pipeline("hf:someone/labelled")
     add_transcoders(hub)
     with pytest.raises(UserError, match="There are no labels of hf:someone/tcs/tt"):
         load_labels("hf:someone/tcs/tt")
@@ -154,7 +161,7 @@ def test_other_files_in_the_cache_do_not_change_what_large_weights_are_called(hu
 
 def test_what_only_a_repository_has_is_refused_elsewhere() -> None:
     for load, given in ((load_pipeline, PIPELINE), (load_transcoders, TRANSCODERS), (load_transcoders, "organism")):
-        with pytest.raises(UserError, match="alone has a revision; leave revision out"):
+        with pytest.raises(UserError, match="does not lie on the hub, so it takes no revision; leave revision out"):
             load(given, revision="main")
 
 

@@ -112,14 +112,15 @@ def _refused(error: Any, repository: str) -> str:
         )
     if isinstance(error, client("errors").RepositoryNotFoundError) or status in (401, 404):
         return (
-            f"There is no model repository {repository} on the hub, or it is private; check the name, write a folder "
-            f"of this machine as ./{repository}, and for a private repository log in with `hf auth login` or set "
-            "HF_TOKEN."
+            f"There is no model repository {repository} on the hub, or no access to it; check the name, write a folder "
+            f"of this machine as ./{repository}, and for a private or gated repository open "
+            f"https://huggingface.co/{repository}, signed in, and log in here with `hf auth login` or HF_TOKEN."
         )
     if status == 403:
         return (
-            f"The hub refuses access to {repository} (403); check at https://huggingface.co/settings/tokens that the "
-            "token in use may read it, or log in again with `hf auth login`."
+            f"The hub refuses access to {repository} (403); if it is gated, sign in and accept its licence at "
+            f"https://huggingface.co/{repository}, check at https://huggingface.co/settings/tokens that the token in "
+            "use may read it, log in again with `hf auth login` or HF_TOKEN, and run this again."
         )
     return f"The hub answered {status} for {repository}; it is overloaded or down, so run this again later."
 
