@@ -58,7 +58,7 @@ from difffract_jax.storage.checkpoint import (
     save_trees,
     tree_hash,
 )
-from difffract_jax.storage.files import sample_hash
+from difffract_jax.storage.files import check_vacant, sample_hash
 from difffract_jax.storage.sums import check_sums
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, chosen_sites
@@ -101,6 +101,7 @@ def load_pipeline(
         )
         for name, abstract in _abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
+    origin = origin or record.get("origin", "")
     tokenizers = load_tokenizers(path)
     return Pipeline(**modules, tokenizers=tokenizers, config=config, source=record["content_hash"], origin=origin)
 
@@ -165,10 +166,11 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         overwrite: replace an existing directory.
     """
     trees = {name: getattr(pipe, name) for name in PARTS}
+    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | _told_origin(pipe.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
-        return save_trees(trees, partial, {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)})
+        return save_trees(trees, partial, record)
 
 
 def convert_flux(
@@ -198,13 +200,15 @@ def convert_flux(
         raise UserError(f"--base completes a single file, but {source} is a directory with all parts; leave it out.")
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
-        source, base = checkpoint(source).path, None if base is None else checkpoint(base, base=True).path
-        if Path(source).is_dir() or base is not None:
-            pipe = convert_pipeline(source, base=base, dtype=dtype, sharding=sharding)
+        given = checkpoint(source)
+        home = None if base is None else checkpoint(base, base=True).path
+        if given.path.is_dir() or home is not None:
+            pipe = convert_pipeline(given.path, base=home, dtype=dtype, sharding=sharding)
+            pipe = pipe._replace(origin=given.origin)
             save_pipeline(pipe, partial)
             return pipe
-        transformer, config = convert_transformer(source, dtype=dtype, sharding=sharding)
-        record = {"kind": "transformer", "config": dataclasses.asdict(config)}
+        transformer, config = convert_transformer(given.path, dtype=dtype, sharding=sharding)
+        record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _told_origin(given.origin)
         save_trees({"transformer": transformer}, partial, record)
         return transformer
 
@@ -245,7 +249,7 @@ def load_transcoders(
         )
         for name, numbers in held.groups.items()
     }
-    whole = TranscoderSet(stacks, held, config, record["content_hash"], origin)
+    whole = TranscoderSet(stacks, held, config, record["content_hash"], origin or record.get("origin", ""))
     return whole if sites is None else chosen_sites(whole, sites)
 
 
@@ -280,7 +284,7 @@ def save_transcoders(
         "config": dataclasses.asdict(tcs.config),
         "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
-    }
+    } | _told_origin(tcs.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         return save_trees(tcs.stacks, partial, record)
 
@@ -304,6 +308,7 @@ def convert_transcoders(
         dtype: type of the weights that are written.
         overwrite: replace an existing directory.
     """
+    check_vacant(out, overwrite=overwrite)  # before anything is downloaded
     tcs = load_transcoders(source, sites=sites, dtype=dtype)
     (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
     return tcs
@@ -331,6 +336,11 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
         return cls(**values)
     except TypeError as error:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
+
+
+def _told_origin(origin: str) -> dict[str, str]:
+    """Returns what a directory of ours says of the repository that it was converted from."""
+    return {"origin": origin} if origin else {}
 
 
 def _read_kind(path: Path, kind: str) -> dict[str, Any]:

@@ -187,15 +187,20 @@ def test_a_circuit_is_traced_by_name_and_records_repositories_and_commits(hub, t
 
 
 def test_conversions_take_names(hub, local, tmp_path, monkeypatch, capsys) -> None:
-    add_pipeline(hub)
-    add_transcoders(hub)
+    model, tcs = add_pipeline(hub), add_transcoders(hub)
     done(run_json(monkeypatch, capsys, "convert", "flux", "hf:someone/flux", tmp_path / "flux"))
     assert read_config(tmp_path / "flux")["content_hash"] == local.source
+    # Where it came from stays known after the conversion.
+    assert load_pipeline(tmp_path / "flux").origin == f"hf:someone/flux@{model.commit}"
     source, sites = "hf:someone/tcs/tt", ("--sites", "img/0,txt/1")
     result = done(run_json(monkeypatch, capsys, "convert", "transcoders", source, tmp_path / "tcs", *sites))
     assert result["img layers"] == [0] and result["txt layers"] == [1]
     sites_read = [path for path in hub.downloaded if path.endswith(".pt")]
     assert sites_read == ["tt/transcoder_img_0.pt", "tt/transcoder_txt_1.pt"]
+    assert load_transcoders(tmp_path / "tcs").origin == f"hf:someone/tcs@{tcs.commit}/tt"
+    hub.log.clear()
+    run = run_command(monkeypatch, capsys, "convert", "transcoders", "hf:someone/tcs/tt", tmp_path / "tcs")
+    assert run.status == 1 and "exists already" in run.err and not hub.log
 
 
 def test_a_file_on_the_hub_is_completed_by_another_repository(hub, local, tmp_path) -> None:

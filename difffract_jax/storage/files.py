@@ -116,9 +116,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     then replaced only once the new one is complete.
     """
     target = Path(path)
-    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
-    if occupied and not overwrite:
-        raise UserError(f"{target} exists already; name another output, or pass --overwrite to replace it.")
+    check_vacant(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -132,6 +130,14 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_vacant(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuses an output directory that exists and is not empty, unless `overwrite` is given; for use before work."""
+    target = Path(path)
+    occupied = target.exists() and (not target.is_dir() or any(target.iterdir()))
+    if occupied and not overwrite:
+        raise UserError(f"{target} exists already; name another output, or pass --overwrite to replace it.")
 
 
 @contextmanager
