@@ -1,7 +1,10 @@
 """PyTorch checkpoints into this package's trees of weights, and back, by tables of rules.
 
 mapping                     the engine: rules, transforms, coverage, loading leaf by leaf
-flux                        the MM-DiT's tables (diffusers and the original single file), whole pipelines
+weight_files source          which files of a directory hold its weights, and their tensors, read lazily
+quantised contents          fp8 and its scales; what a file is that holds something else
+flux                        the MM-DiT's tables, of diffusers and of the original single file
+configurations pipelines    whole pipelines, and transformers completed by a base
 text_encoders autoencoder   the tables of T5, CLIP and the autoencoder
 transcoders                 the tables of the reference's transcoders and SAEs
 torch_files                 `.pt` files, PyTorch's noise, PyTorch's side of `convert check`

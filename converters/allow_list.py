@@ -12,6 +12,7 @@ whether it changes the numbers.
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from converters.quantised import BF16_FILES
 from difffract_jax.config import UserError
 
 REQUIRED = object()
@@ -47,6 +48,11 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
     Raises:
         UserError: naming every missing, unknown and unsupported attribute.
     """
+    if attributes.get("quantization_config"):
+        raise UserError(
+            f"The {allow.component} is quantised ({_quantisation(attributes['quantization_config'])}), as its "
+            f"config.json says; only files of full precision and fp8 can be read: {BF16_FILES}."
+        )
     missing = [name for name, default in allow.read.items() if default is REQUIRED and name not in attributes]
     unknown = [name for name in attributes if name not in {*allow.read, *allow.fixed, *allow.inert}]
     unsupported = [
@@ -62,3 +68,14 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
             "Convert a pipeline of the FLUX.1 architecture, without these attributes."
         )
     return {name: attributes.get(name, default) for name, default in allow.read.items()}
+
+
+def _quantisation(config: object) -> str:
+    """Names the method of a `quantization_config`, with what is set of its number of bits."""
+    if not isinstance(config, Mapping):
+        return str(config)
+    bits = [
+        name for name in ("load_in_4bit", "load_in_8bit", "bits", "weights_dtype", "quant_type") if config.get(name)
+    ]
+    named = [name if config[name] is True else f"{name}={config[name]}" for name in bits]
+    return ", ".join([str(config.get("quant_method", "unknown method")), *named])

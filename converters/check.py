@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.pipelines import is_diffusers_directory, pipeline_config
+from converters.configurations import is_diffusers_directory, pipeline_config
 from converters.torch_files import (
     BlockRecord,
     TransformerInputs,

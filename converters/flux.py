@@ -5,7 +5,8 @@
 2. `FLUX_SINGLE_FILE` is the original release: q, k and v are fused, in single-stream blocks together with the MLP's
    first matrix; the last modulation is ordered shift, scale, as ours.
 3. `flux_config_from_diffusers` reads diffusers' `config.json` by an allow-list; `flux_config_from_shapes` reads the
-   sizes off a single file, which has no configuration.
+   sizes off a single file, which has no configuration. Single files come in both layouts: a `Layout` says by which
+   keys one is known, and where it has the sizes.
 
 `{layer}` becomes the leading axis of the stacked leaves. A model without guidance has no `guidance_in` leaves, so the
 rows for them do not apply to it.
@@ -13,15 +14,12 @@ rows for them do not apply to it.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from converters.allow_list import REQUIRED, AllowList, read_attributes
 from converters.mapping import Rule, fuse_qkv, split_attention_mlp, split_qkv_up, swap_scale_shift, transpose
 from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import FluxConfig
-
-SINGLE_FILE_PREFIX = "model.diffusion_model."
-"""What the keys of a single file begin with where it was saved together with text encoders and autoencoder."""
 
 
 def _linear(source: str, target: str) -> tuple[Rule, Rule]:
@@ -119,6 +117,48 @@ FLUX_SINGLE_FILE = (
 )
 """The original release, one file."""
 
+
+class Layout(NamedTuple):
+    """One way in which the transformer is published.
+
+    Attributes:
+        anchor: key that tells the layout, and by its place a prefix.
+        blocks: what keys of double-stream and of single-stream blocks begin with.
+        rules: its table.
+        sizes: key that tells the width and the channels in, the width of the text, the width of the pooled vector, the
+            channels out, the dimensions of a head.
+        guidance: key that only a model with guidance has.
+    """
+
+    anchor: str
+    blocks: tuple[str, str]
+    rules: tuple[Rule, ...]
+    sizes: tuple[str, str, str, str, str]
+    guidance: str
+
+
+ORIGINAL = Layout(
+    anchor="img_in.weight",
+    blocks=("double_blocks", "single_blocks"),
+    rules=FLUX_SINGLE_FILE,
+    sizes=(
+        *("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "final_layer.linear.weight"),
+        "double_blocks.0.img_attn.norm.query_norm.scale",
+    ),
+    guidance="guidance_in.in_layer.weight",
+)
+DIFFUSERS = Layout(
+    anchor="x_embedder.weight",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    rules=FLUX_DIFFUSERS,
+    sizes=(
+        *("x_embedder.weight", "context_embedder.weight", "time_text_embed.text_embedder.linear_1.weight"),
+        *("proj_out.weight", "transformer_blocks.0.attn.norm_q.weight"),
+    ),
+    guidance="time_text_embed.guidance_embedder.linear_1.weight",
+)
+LAYOUTS = (ORIGINAL, DIFFUSERS)
+
 _ALLOWED = AllowList(
     component="FLUX transformer",
     # Absent attributes have the defaults of diffusers' constructor.
@@ -193,38 +233,34 @@ def flux_config_from_shapes(
     """Reads the sizes off a single file.
 
     Args:
-        shapes: key -> shape, prefix stripped.
+        shapes: key -> shape, prefix stripped, in either layout.
         rope_axes: how a head's dimensions are divided among the axes of position; no tensor tells.
 
     Raises:
         UserError: when a tensor that tells a size is missing, or `rope_axes` do not fit the heads.
     """
-    tell = {
-        "width and channels": "img_in.weight",
-        "text width": "txt_in.weight",
-        "pooled width": "vector_in.in_layer.weight",
-        "channels out": "final_layer.linear.weight",
-        "heads": "double_blocks.0.img_attn.norm.query_norm.scale",
-    }
-    ranks = (2, 2, 2, 2, 1)
+    layout = DIFFUSERS if DIFFUSERS.anchor in shapes else ORIGINAL
+    kinds = ("width and channels", "text width", "pooled width", "channels out", "heads")
     missing = [
-        f"{key} ({what})" for (what, key), n in zip(tell.items(), ranks, strict=True) if not _has(shapes, key, n)
+        f"{key} ({what})"
+        for key, what, rank in zip(layout.sizes, kinds, (2, 2, 2, 2, 1), strict=True)
+        if not _has(shapes, key, rank)
     ]
     if missing:
         raise UserError(
-            f"The file is not a FLUX.1 transformer in the original layout: it lacks {', '.join(missing)}; "
-            "give the original release or a diffusers directory."
+            f"The file is not a FLUX.1 transformer: it lacks {', '.join(missing)}; "
+            "give FLUX.1's original release, one file of diffusers' keys, or a diffusers directory."
         )
-    sizes: list[Any] = [shapes[key] for key in tell.values()]
+    sizes: list[Any] = [shapes[key] for key in layout.sizes]
     (width, inputs), (_, text), (_, pooled), (outputs, _), (head_dim,) = sizes
     if sum(rope_axes) != head_dim:
         raise UserError(
             f"The file has heads of {head_dim} dimensions, which the axes {rope_axes} do not divide; "
-            "pass --base with a diffusers directory of the same architecture."
+            "pass --base with a diffusers directory that has this transformer's own transformer/config.json."
         )
     return FluxConfig(
-        depth_double=_depth(shapes, "double_blocks"),
-        depth_single=_depth(shapes, "single_blocks"),
+        depth_double=_depth(shapes, layout.blocks[0]),
+        depth_single=_depth(shapes, layout.blocks[1]),
         heads=width // head_dim,
         head_dim=head_dim,
         rope_axes=rope_axes,
@@ -232,7 +268,7 @@ def flux_config_from_shapes(
         out_channels=outputs,
         text_width=text,
         pooled_width=pooled,
-        guidance="guidance_in.in_layer.weight" in shapes,
+        guidance=layout.guidance in shapes,
     )
 
 

@@ -1,95 +1,59 @@
 """Whole FLUX.1 pipelines from diffusers directories, and transformers from single files.
 
-1. `model_index.json` must name a `FluxPipeline` and the classes of its parts; anything else is refused in one sentence.
-2. Every part's `config.json` is read by its allow-list, and the parts must fit one another.
-3. The parts are converted in turn, leaf by leaf. The problems of all configurations, or of all weights, are told
-   together.
-4. A single file is a transformer alone: `convert_transformer` converts it, and with a `base` directory, which gives the
-   text encoders, the autoencoder and the tokenizers, it becomes a pipeline.
+1. `configurations` says what the directory holds.
+2. The parts are converted in turn, leaf by leaf; the problems of all weights are told together.
+3. `convert_transformer` converts a transformer alone: a single file in either layout, or a directory with one. With a
+   `base` directory, which gives the text encoders, the autoencoder and the tokenizers, it becomes a pipeline.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from converters.allow_list import AllowList, read_attributes
-from converters.autoencoder import AUTOENCODER_DIFFUSERS, autoencoder_config_from_diffusers
-from converters.flux import (
-    FLUX_DIFFUSERS,
-    FLUX_SINGLE_FILE,
-    SINGLE_FILE_PREFIX,
-    flux_config_from_diffusers,
-    flux_config_from_shapes,
+from converters.autoencoder import AUTOENCODER_DIFFUSERS
+from converters.configurations import (
+    check_architecture,
+    check_base,
+    check_fit,
+    defaults_of,
+    pipeline_config,
+    read_configs,
+    rope_axes_beside,
+    scheduler_of,
 )
+from converters.contents import (
+    check_autoencoder,
+    check_weights,
+    find_transformer,
+    transformer_files,
+    transformer_of,
+    without_prefix,
+)
+from converters.flux import FLUX_DIFFUSERS, flux_config_from_shapes
 from converters.mapping import ConversionError, Ignored, Rule, Source, load_tree
-from converters.text_encoders import (
-    clip_config_from_transformers,
-    clip_tables,
-    t5_config_from_transformers,
-    t5_tables,
-)
+from converters.text_encoders import CLIP_PREFIX, clip_tables, t5_tables
+from converters.weight_files import variants
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
-from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
-from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.pipeline import Pipeline, PipelineConfig
 from difffract_jax.models.t5 import T5Encoder
-from difffract_jax.models.tokenizers import Tokenizers, load_tokenizers
+from difffract_jax.models.tokenizers import load_tokenizers
 
-T = TypeVar("T")
 Sharding = Callable[[str, Any], Any]
 """Part ("transformer", "t5", "clip" or "vae") and its abstract tree -> where its leaves go, as `placement` takes it."""
 
 ROPE_AXES = (16, 56, 56)
 """How FLUX.1 divides a head's dimensions among the axes of position."""
 
-CLASSES: Mapping[str, tuple[str, ...]] = {
-    "transformer": ("FluxTransformer2DModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("T5EncoderModel",),
-    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-}
-"""Part of a diffusers directory -> the classes it may have."""
-
-FOLDERS: Mapping[str, str] = {
-    "transformer": "transformer",
-    "t5": "text_encoder_2",
-    "clip": "text_encoder",
-    "vae": "vae",
-}
+FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}
 """Part of a pipeline -> the folder of a diffusers directory that holds it."""
-
-_SCHEDULER = AllowList(
-    component="scheduler",
-    read={
-        "shift": 1.0,
-        "use_dynamic_shifting": False,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-        "num_train_timesteps": 1000,
-    },
-    fixed={
-        "_class_name": ("FlowMatchEulerDiscreteScheduler",),
-        "invert_sigmas": (False,),
-        "shift_terminal": (None,),
-        "stochastic_sampling": (False,),
-        "time_shift_type": ("exponential",),
-        "use_beta_sigmas": (False,),
-        "use_exponential_sigmas": (False,),
-        "use_karras_sigmas": (False,),
-    },
-    inert=frozenset(("_diffusers_version",)),
-)
 
 
 class PartRules(NamedTuple):
@@ -106,60 +70,79 @@ class PartRules(NamedTuple):
     ignored: tuple[Ignored, ...] = ()
 
 
-def is_diffusers_directory(path: Path) -> bool:
-    """Says whether a path is a pipeline saved by diffusers."""
-    return (path / "model_index.json").is_file()
-
-
 def convert_pipeline(
-    source: str | Path, *, base: str | Path | None = None, dtype: Any = jnp.float32, sharding: Sharding | None = None
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: Any = jnp.float32,
+    sharding: Sharding | None = None,
+    variant: str | None = None,
 ) -> Pipeline:
     """Converts a pipeline.
 
     Args:
-        source: a diffusers directory, or a single-file transformer when `base` is given.
-        base: diffusers directory whose other parts complete a single file.
+        source: a diffusers directory; or what `convert_transformer` takes, when `base` is given.
+        base: diffusers directory whose other parts complete a transformer; it need not have one of its own.
         dtype: type of the weights.
         sharding: where the leaves go, see `Sharding`.
+        variant: which files to take where there are several, as in fp16 for `model.fp16.safetensors`; parts that have
+            none of this variant are read from their plain files. The only variant there is need not be named.
 
     Raises:
         UserError: when it is not a FLUX.1 pipeline or a configuration is not understood.
         ConversionError: naming every problem of the weights of all parts.
     """
     source = Path(source)
-    home = source if base is None else Path(base)
-    check_architecture(home)
-    config = pipeline_config(home)
-    tokenizers = load_tokenizers(home)
-    files = {name: home / folder for name, folder in FOLDERS.items()}
     if base is not None:
-        return _complete(source, config, tokenizers, files, dtype, sharding)
-    modules = _convert_parts(config, files, dtype, sharding, tuple(FOLDERS))
+        return _complete(source, Path(base), dtype, sharding, variant)
+    check_architecture(source)
+    config = pipeline_config(source)
+    tokenizers = load_tokenizers(source)
+    _check_variant(source, [source / folder for folder in FOLDERS.values()], variant)
+    modules = _convert_parts(config, source, dtype, sharding, tuple(FOLDERS), variant)
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
 
 
 def convert_transformer(
-    file: str | Path,
+    source: str | Path,
     *,
     rope_axes: tuple[int, ...] | None = None,
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
+    variant: str | None = None,
 ) -> tuple[MMDiT, FluxConfig]:
-    """Converts a single file in the original layout, which holds a transformer alone.
+    """Converts a transformer alone.
 
     Args:
-        file: the safetensors file; its keys may have ComfyUI's prefix.
-        rope_axes: how a head's dimensions are divided among the axes of position, which no tensor tells;
-            those of FLUX.1 if left out.
+        source: a safetensors file, in the original layout or diffusers', under any prefix, alone or with other parts,
+            which are left aside; or a directory with such a file, the transformer's directory of a diffusers pipeline,
+            or the pipeline's.
+        rope_axes: how a head's dimensions are divided among the axes of position, which no tensor tells; if left out,
+            as a `config.json` beside the weights says, or as in FLUX.1.
         dtype: type of the weights.
         sharding: where the leaves go.
+        variant: which files to take, see `convert_pipeline`.
+
+    Raises:
+        UserError: when it is not a FLUX.1 transformer; the message says what it is.
     """
-    probe = Source(file)
-    prefixed = any(key.startswith(SINGLE_FILE_PREFIX) for key in probe)
-    source = Source(file, prefix=SINGLE_FILE_PREFIX) if prefixed else probe
-    config = flux_config_from_shapes(source.shapes(), ROPE_AXES if rope_axes is None else rope_axes)
-    part = PartRules(abstract_module(MMDiT, config, dtype), FLUX_SINGLE_FILE)
-    return _load_part("transformer", source, part, sharding), config
+    path = _transformer_path(Path(source))
+    axes = rope_axes if rope_axes is not None else rope_axes_beside(path)
+    part, layout = transformer_of(Source(path, variant=variant))
+    config = flux_config_from_shapes(part.shapes(), ROPE_AXES if axes is None else axes)
+    rules = PartRules(abstract_module(MMDiT, config, dtype), layout.rules)
+    return _load_part("transformer", part, rules, sharding), config
+
+
+def _transformer_path(path: Path) -> Path:
+    """Returns the file, or directory of shards, that holds the transformer that a path stands for."""
+    if not path.is_dir():
+        return path
+    if (path / "transformer").is_dir():
+        return path / "transformer"
+    files = transformer_files(path)
+    # Shards are found by their names in the directory.
+    return files[0] if len(files) == 1 and not (path / "config.json").is_file() else path
 
 
 @cache
@@ -168,120 +151,59 @@ def abstract_module(module: Callable[..., Any], config: Any, dtype: Any = jnp.fl
     return jax.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def check_architecture(home: Path) -> None:
-    """Refuses what is not a FLUX.1 pipeline of diffusers."""
-    index = read_json(home / "model_index.json", "a diffusers pipeline directory")
-    name = index.get("_class_name")
-    if name != "FluxPipeline":
-        raise UserError(f"{home} is a {name}, but only FluxPipeline (FLUX.1-schnell, FLUX.1-dev) can be converted.")
-    wrong = []
-    for part, classes in CLASSES.items():
-        found = (index.get(part) or (None, None))[1]
-        if found not in classes:
-            wrong.append(f"{part} is {found} instead of {' or '.join(classes)}")
-    if wrong:
-        raise UserError(f"{home} is not a plain FLUX.1 pipeline: {'; '.join(wrong)}.")
-
-
-def pipeline_config(home: Path) -> PipelineConfig:
-    """Reads the configurations of all parts and checks that they fit one another.
-
-    Raises:
-        UserError: with the problems of all of them.
-    """
-    problems: list[str] = []
-
-    def read(folder: str, convert: Callable[[dict[str, Any]], T], file: str = "config.json") -> T | None:
-        try:
-            return convert(read_json(home / folder / file, f"a {folder}"))
-        except UserError as error:
-            problems.append(str(error))
-            return None
-
-    transformer = read("transformer", flux_config_from_diffusers)
-    t5 = read("text_encoder_2", t5_config_from_transformers)
-    clip = read("text_encoder", clip_config_from_transformers)
-    vae = read("vae", autoencoder_config_from_diffusers)
-    scheduler = read("scheduler", scheduler_config_from_diffusers, "scheduler_config.json")
-    if transformer is None or t5 is None or clip is None or vae is None or scheduler is None:
-        raise UserError(" ".join(problems))
-    misfits = [
-        f"{what} is {ours}, but {whose} is {theirs}"
-        for what, ours, whose, theirs in (
-            ("the transformer's joint_attention_dim", transformer.text_width, "T5's d_model", t5.d_model),
-            ("the transformer's pooled_projection_dim", transformer.pooled_width, "CLIP's hidden_size", clip.d_model),
-            ("the transformer's in_channels", transformer.in_channels, "4 latent channels", 4 * vae.latent_channels),
-        )
-        if ours != theirs
-    ]
-    if misfits:
-        raise UserError(
-            f"The parts of {home} do not fit one another: {'; '.join(misfits)}; take them from one release."
-        )
-    defaults = _defaults(home, transformer)
-    return PipelineConfig(transformer, t5, clip, vae, scheduler, defaults)
-
-
-def scheduler_config_from_diffusers(attributes: Mapping[str, object]) -> SchedulerConfig:
-    """Reads the configuration of a `FlowMatchEulerDiscreteScheduler`."""
-    read: dict[str, Any] = read_attributes(attributes, _SCHEDULER)
-    return SchedulerConfig(**read)
-
-
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """Reads a JSON object; says what it belongs to when it is missing or broken."""
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist, so {path.parent} is not {what}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object; download it again.")
-    return content
-
-
-def _defaults(home: Path, transformer: FluxConfig) -> GenerationDefaults:
-    """Chooses what a run takes that names nothing else; no file of the pipeline says it outright.
-
-    The autoencoder's `sample_size` is the side of its training images; schnell is distilled to 4 steps and 256 text
-    tokens, dev to a guidance scale of 3.5 and used with 28 steps and 512 tokens.
-    """
-    size = read_json(home / "vae" / "config.json", "an autoencoder").get("sample_size", 1024)
-    longest = read_json(home / "tokenizer_2" / "tokenizer_config.json", "a tokenizer").get("model_max_length", 512)
-    tokens, steps, guidance = (512, 28, 3.5) if transformer.guidance else (256, 4, 0.0)
-    return GenerationDefaults(
-        height=size, width=size, text_tokens=int(min(longest, tokens)), steps=steps, guidance=guidance
-    )
-
-
 def _convert_parts(
-    config: PipelineConfig, files: Mapping[str, Path], dtype: Any, sharding: Sharding | None, names: tuple[str, ...]
+    config: PipelineConfig,
+    home: Path,
+    dtype: Any,
+    sharding: Sharding | None,
+    names: tuple[str, ...],
+    variant: str | None,
 ) -> dict[str, Any]:
     """Converts the named parts; the problems of all are raised together."""
+    files = {name: home / FOLDERS[name] for name in names}
     modules: dict[str, Any] = {}
     problems: list[str] = []
-    for name in names:
+    for name, path in files.items():
         try:
-            source = Source(files[name])
-            modules[name] = _load_part(name, source, _part_rules(name, config, source, dtype), sharding)
+            source, rules = _part_rules(name, config, Source(path, variant=variant), dtype)
+            modules[name] = _load_part(name, source, rules, sharding)
         except ConversionError as error:
-            problems += [f"{files[name].name}: {problem}" for problem in error.problems]
+            problems += [f"{path.name}: {problem}" for problem in error.problems]
         except UserError as error:
             problems.append(str(error).rstrip("."))
     if problems:
-        raise ConversionError(str(next(iter(files.values())).parent), problems)
+        raise ConversionError(str(home), problems)
     return modules
 
 
-def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -> PartRules:
+def _check_variant(what: str | Path, folders: Sequence[Path], variant: str | None) -> None:
+    """Refuses a variant that no part has: most likely it is misspelt."""
+    known = sorted(set[str]().union(*(variants(folder) for folder in folders)))
+    if variant is not None and variant not in known:
+        raise UserError(
+            f"{what} has no files of the variant {variant} (only {', '.join(known) or 'plain files only'}); "
+            "leave --variant out, or name another."
+        )
+
+
+def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -> tuple[Source, PartRules]:
+    """Returns the part of a folder's weights that is wanted, and how it is converted."""
+    check_weights(source)
     if name == "transformer":
-        return PartRules(abstract_module(MMDiT, config.transformer, dtype), FLUX_DIFFUSERS)
+        # A file of another layout or prefix may stand under diffusers' name.
+        found = find_transformer(source)
+        part, rules = (source, FLUX_DIFFUSERS) if found is None else (found[0], found[1].rules)
+        return part, PartRules(abstract_module(MMDiT, config.transformer, dtype), rules)
     if name == "t5":
-        return PartRules(abstract_module(T5Encoder, config.t5, dtype), *t5_tables(list(source)))
+        source = without_prefix(source, "encoder.final_layer_norm.weight")
+        return source, PartRules(abstract_module(T5Encoder, config.t5, dtype), *t5_tables(list(source)))
     if name == "clip":
-        return PartRules(abstract_module(CLIPTextEncoder, config.clip, dtype), *clip_tables(list(source)))
-    return PartRules(abstract_module(Autoencoder, config.vae, dtype), AUTOENCODER_DIFFUSERS)
+        embedding = "embeddings.token_embedding.weight"
+        source = without_prefix(source, f"{CLIP_PREFIX}{embedding}", embedding)
+        return source, PartRules(abstract_module(CLIPTextEncoder, config.clip, dtype), *clip_tables(list(source)))
+    source = without_prefix(source, "decoder.conv_in.weight")
+    check_autoencoder(source)
+    return source, PartRules(abstract_module(Autoencoder, config.vae, dtype), AUTOENCODER_DIFFUSERS)
 
 
 def _load_part(name: str, source: Source, part: PartRules, sharding: Sharding | None) -> Any:
@@ -289,28 +211,18 @@ def _load_part(name: str, source: Source, part: PartRules, sharding: Sharding | 
     return load_tree(source, part.rules, part.abstract, ignored=part.ignored, sharding=target)
 
 
-def _complete(
-    file: Path,
-    config: PipelineConfig,
-    tokenizers: Tokenizers,
-    files: Mapping[str, Path],
-    dtype: Any,
-    sharding: Sharding | None,
-) -> Pipeline:
-    """Makes a pipeline of a single-file transformer and the other parts of a base directory."""
-    transformer, found = convert_transformer(
-        file, rope_axes=config.transformer.rope_axes, dtype=dtype, sharding=sharding
-    )
-    if (found.text_width, found.pooled_width, found.in_channels) != (
-        config.transformer.text_width,
-        config.transformer.pooled_width,
-        config.transformer.in_channels,
-    ):
-        raise UserError(
-            f"{file} takes text of width {found.text_width}, pooled width {found.pooled_width} and "
-            f"{found.in_channels} channels, which the base directory does not provide; give the base of the same model."
-        )
-    others = _convert_parts(config, files, dtype, sharding, ("t5", "clip", "vae"))
-    defaults = _defaults(files["vae"].parent, found)
-    config = PipelineConfig(found, config.t5, config.clip, config.vae, config.scheduler, defaults)
+def _complete(source: Path, base: Path, dtype: Any, sharding: Sharding | None, variant: str | None) -> Pipeline:
+    """Makes a pipeline of a transformer and the other parts of a base directory."""
+    check_base(base)
+    t5, clip, vae = read_configs(base, ("text_encoder_2", "text_encoder", "vae"))
+    tokenizers = load_tokenizers(base)
+    path = _transformer_path(source)
+    folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
+    _check_variant(f"{source} and {base}", folders, variant)
+    axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
+    transformer, found = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)
+    check_fit(f"{source} and {base}", found, t5, clip, vae)
+    scheduler = scheduler_of((source, base), found)
+    config = PipelineConfig(found, t5, clip, vae, scheduler, defaults_of(base, found))
+    others = _convert_parts(config, base, dtype, sharding, ("t5", "clip", "vae"), variant)
     return Pipeline(transformer=transformer, **others, tokenizers=tokenizers, config=config)

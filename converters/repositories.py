@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 
 from converters.pipelines import FOLDERS
-from converters.source import STEMS
+from converters.weight_files import STEMS
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.sites import is_chosen
 
@@ -25,11 +25,14 @@ OWN = re.compile(
     r"config\.json|labels\.json|[^/]+\.safetensors(?:\.index\.json)?|tokenizer(?:_2)?/[^/]+\.(?:json|txt|model)"
 )
 """Files of a directory that this package wrote."""
-SITE = re.compile(r"(transcoder|sae)_(img|txt)_0*(\d+)(\.(?:pt|safetensors|pth))")
-SITE_SUFFIXES = (".pt", ".safetensors", ".pth")
+SITE = re.compile(
+    r"(transcoder|sae)_(img|txt)_(\d+)(?:_(?:final|best|last|latest|ema|(?:step|epoch|iter)_?\d+))?"
+    r"(\.(?:pt|safetensors|pth|bin|ckpt))"
+)
+SITE_SUFFIXES = (".pt", ".safetensors", ".pth", ".bin", ".ckpt")
 """Formats of a site's file, the first being taken where a repository has several."""
 _WEIGHTS = re.compile(
-    rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors"
+    rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?(?:\.(?P<late>\w+))?\.safetensors"
     rf"|(?P<indexed>{'|'.join(STEMS)})\.safetensors\.index(?:\.(?P<of>\w+))?\.json"
 )
 VARIANTS = ("", "bf16", "fp32", "fp16")
@@ -61,13 +64,14 @@ def own_files(paths: Iterable[str]) -> list[str]:
     return [path for path in paths if OWN.fullmatch(path)]
 
 
-def weight_files(paths: Collection[str], parts: Iterable[str], where: str) -> list[str]:
+def weight_files(paths: Collection[str], parts: Iterable[str], where: str, variant: str | None = None) -> list[str]:
     """Returns the weights of parts of a pipeline of diffusers, each in one precision.
 
     Args:
         paths: of the repository.
         parts: "transformer", "t5", "clip" or "vae".
         where: the repository, for messages.
+        variant: precision that is taken where a part has it, as in fp16; the first of `VARIANTS` if left out.
 
     Raises:
         UserError: naming every part that has no safetensors.
@@ -76,7 +80,7 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str) -> li
     lacking = []
     for part in parts:
         names = [path.removeprefix(f"{FOLDERS[part]}/") for path in paths if path.startswith(f"{FOLDERS[part]}/")]
-        files = _one_precision(names)
+        files = _one_precision(names, variant)
         chosen += [f"{FOLDERS[part]}/{name}" for name in files]
         if not files:
             lacking.append(f"{FOLDERS[part]}/ (found {', '.join(sorted(names)) or 'nothing'})")
@@ -86,6 +90,23 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str) -> li
             "revision of it, that has the weights as safetensors."
         )
     return chosen
+
+
+def transformer_files_of(paths: Collection[str], where: str, variant: str | None = None) -> list[str]:
+    """Returns the files of a folder that holds a transformer alone: its configuration, and weights of one precision.
+
+    Args:
+        paths: of the folder.
+        where: the folder, for messages.
+        variant: as for `weight_files`.
+
+    Raises:
+        UserError: if there are no safetensors.
+    """
+    files = _one_precision(paths, variant)
+    if not files:
+        raise UserError(f"{where} holds no safetensors, so nothing was downloaded; give another repository.")
+    return ["config.json", *files]
 
 
 def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where: str) -> list[str]:
@@ -116,13 +137,13 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
     return [match[0] for match in wanted if match[4] == suffix]
 
 
-def _one_precision(names: Iterable[str]) -> list[str]:
+def _one_precision(names: Iterable[str], variant: str | None = None) -> list[str]:
     """Returns the weights of a folder in one precision: shards and their index, or the whole file."""
     sets: dict[tuple[str, str], list[str]] = {}
     for match in filter(None, map(_WEIGHTS.fullmatch, names)):
-        variant, stem = match["variant"] or match["of"] or "", match["stem"] or match["indexed"]
-        sets.setdefault((variant, stem), []).append(match[0])
-    for key in sorted(sets, key=_rank):
+        key = match["variant"] or match["late"] or match["of"] or "", match["stem"] or match["indexed"]
+        sets.setdefault(key, []).append(match[0])
+    for key in sorted(sets, key=lambda key: (key[0] != variant, *_rank(key))):
         whole = [name for name in sets[key] if name.endswith(".safetensors") and "-of-" not in name]
         if any("-of-" in name for name in sets[key]):
             return [name for name in sets[key] if name not in whole]  # the whole file would be the same weights again

@@ -59,6 +59,10 @@ T5_TRANSFORMERS = (_T5_SHARED, *_T5_COMMON, *_T5_GATED)
 
 _T5_TWIN = Ignored("encoder.embed_tokens.weight", "the embedding is read from shared.weight, of which this is a copy")
 
+_T5_TOKENIZER = Ignored(
+    "spiece_model", "the tokenizer, which ComfyUI's files carry along and a directory has of its own"
+)
+
 
 def _linear(source: str, target: str) -> tuple[Rule, Rule]:
     return Rule(f"{source}.weight", f"{target}.kernel", transpose), Rule(f"{source}.bias", f"{target}.bias")
@@ -102,7 +106,7 @@ def t5_tables(keys: Iterable[str]) -> Tables:
     shared = _T5_SHARED.source in keys or _T5_EMBED_TOKENS.source not in keys
     gated = not any(".DenseReluDense.wi." in key for key in keys)
     rules = (_T5_SHARED if shared else _T5_EMBED_TOKENS, *_T5_COMMON, *(_T5_GATED if gated else _T5_PLAIN))
-    return Tables(rules, (_T5_TWIN,) if shared else ())
+    return Tables(rules, (_T5_TWIN, _T5_TOKENIZER) if shared else (_T5_TOKENIZER,))
 
 
 def clip_tables(keys: Iterable[str]) -> Tables:
@@ -118,6 +122,9 @@ def clip_tables(keys: Iterable[str]) -> Tables:
     ignored = (
         Ignored(f"{prefix}embeddings.position_ids", "the numbers 0, 1, 2, ..., which need not be stored"),
         Ignored("text_projection.weight", "FLUX takes the pooled vector before this projection"),
+        Ignored("logit_scale", "compares texts with images, which FLUX does not"),
+        Ignored("vision_model.*", "reads images, in files of CLIP as a whole"),
+        Ignored("visual_projection.weight", "the same"),
     )
     return Tables(_clip_rules(prefix), ignored)
 

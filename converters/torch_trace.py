@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.pipelines import is_diffusers_directory, pipeline_config
+from converters.configurations import is_diffusers_directory, pipeline_config
 from converters.torch_files import load_module
 from difffract_jax.config import UserError
 from difffract_jax.models.activations import Activations, array_shapes, write_activations

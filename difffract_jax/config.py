@@ -66,6 +66,10 @@ class GenerateConfig(Settings):
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
     dtype: Literal["f32", "bf16"] = "f32"
     """Precision of weights and activations."""
+    base: Path | None = None
+    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts."""
+    variant: str | None = None
+    """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
 
 
 class PlannedTrace(Settings):
@@ -73,9 +77,9 @@ class PlannedTrace(Settings):
 
     sites: tuple[str, ...] = ("img/*", "txt/*")
     """MLPs that have a transcoder, as in img/3-18, txt/*, single/*."""
-    expansion: float = Field(16.0, gt=0)
+    expansion: float = Field(default=16.0, gt=0)
     """Features of a transcoder over channels of the model."""
-    active: int = Field(256, ge=1)
+    active: int = Field(default=256, ge=1)
     """Places for features per position: the most that are active at any position; a trace counts them."""
 
 
@@ -128,6 +132,10 @@ class TraceConfig(Settings):
     bfloat16, so that bf16 loses nothing and takes half the memory."""
     transcoder_dtype: Literal["f32", "bf16"] = "f32"
     """Type of the transcoders' weights in memory; bf16 rounds them, and takes half the memory."""
+    base: Path | None = None
+    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts."""
+    variant: str | None = None
+    """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
     precision: Literal["f32", "bf16"] = "f32"
     """Products of the pull-back: full float32, or factors rounded to bfloat16 and sums in float32; then the error is
     measured on the first target, printed, and kept in the graph."""
@@ -219,15 +227,17 @@ class ConvertConfig(Settings):
     """Settings of `difffract convert`: a checkpoint of another library into ours."""
 
     source: Path
-    """Checkpoint to read: a diffusers directory, a single-file safetensors, or a directory of `.pt` transcoders; or one
-    on the hub, hf:OWNER/NAME[@REVISION][/FOLDER or /FILE.safetensors]."""
+    """Checkpoint to read: a diffusers directory, a safetensors file of a transformer in the original layout or
+    diffusers', or a directory of `.pt` transcoders; or one on the hub, hf:OWNER/NAME[@REVISION][/FOLDER or /FILE]."""
     out: Path
     """Directory to write; it must not exist yet, unless --overwrite is given."""
     base: Path | None = None
-    """For a single file, which holds a transformer alone: diffusers directory with the other parts of the pipeline, or
-    hf:OWNER/NAME."""
+    """For a transformer alone, as in a single file: diffusers directory with the other parts of the pipeline, which may
+    lack the transformer, or hf:OWNER/NAME."""
     sites: str | None = None
     """Sites to convert, as in img/0-3,txt/0; all when left out. From the hub, files of others are not downloaded."""
+    variant: str | None = None
+    """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
     dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the weights that are written."""
     mesh: str | None = None

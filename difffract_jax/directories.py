@@ -11,7 +11,17 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from converters.pipelines import FOLDERS, check_architecture, pipeline_config, read_json
+from converters.configurations import (
+    CLASSES,
+    TOKENIZERS,
+    check_architecture,
+    check_base,
+    is_diffusers_directory,
+    pipeline_config,
+    read_json,
+)
+from converters.contents import transformer_files, transformer_of
+from converters.pipelines import FOLDERS
 from converters.repositories import (
     describing_files,
     is_diffusers_listing,
@@ -19,8 +29,10 @@ from converters.repositories import (
     is_reference_listing,
     own_files,
     transcoder_files,
+    transformer_files_of,
     weight_files,
 )
+from converters.source import Source
 from difffract_jax.config import UserError
 from difffract_jax.hub.names import HubName, parse_hub_name
 from difffract_jax.hub.repository import Repository, fetch, open_repository
@@ -49,7 +61,11 @@ class Directory(NamedTuple):
 
 
 def pipeline_directory(
-    model: str | Path, *, revision: str | None = None, parts: Collection[str] = tuple(FOLDERS)
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    parts: Collection[str] = tuple(FOLDERS),
+    variant: str | None = None,
 ) -> Directory:
     """Returns the directory of a pipeline.
 
@@ -57,6 +73,7 @@ def pipeline_directory(
         model: "organism", a directory, or a repository on the hub.
         revision: branch, tag or commit of a repository; the default branch if left out.
         parts: whose weights are needed; of a repository, those of others are not downloaded.
+        variant: which weights to download where there are several, as in fp16.
 
     Raises:
         UserError: if it is neither, or cannot be downloaded.
@@ -66,15 +83,15 @@ def pipeline_directory(
     name = parse_hub_name(str(model), revision=revision)
     if name is None:
         _refuse_beside(model, revision=revision)
-        return Directory(_directory(Path(model)))
+        return Directory(_pipeline_here(Path(model)))
     if name.folder.endswith(CHECKPOINT_SUFFIX):
-        raise UserError(f"{name} is a single file; convert it first: difffract convert flux {name} OUT --base DIR.")
+        raise UserError(_alone(str(name), "DIR"))
     repository = open_repository(name)
     if is_diffusers_listing(repository.files):
         path = fetch(repository, describing_files(repository.files), quiet=True)
         check_architecture(path)
         pipeline_config(path)
-        weights = weight_files(repository.files, parts, str(name))
+        weights = weight_files(repository.files, parts, str(name), variant)
         return Directory(fetch(repository, weights) if weights else path, repository.pinned, tuple(weights))
     return _own(repository, "pipeline")
 
@@ -120,27 +137,85 @@ def labels_file(path: str | Path) -> Path:
     return fetch(repository, [LABELS]) / LABELS if LABELS in repository.files else Path(str(name)) / LABELS
 
 
-def checkpoint(source: str | Path, *, base: bool = False) -> Directory:
-    """Returns a checkpoint that is to be converted.
+def checkpoint(source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Directory:
+    """Returns a checkpoint that is to be converted: a pipeline, or a transformer alone.
 
     Args:
-        source: a file, a directory, or a repository on the hub or a file in it.
-        base: whether it only completes another file, with all parts but the transformer.
+        source: a file, a directory, or a repository on the hub, a folder or a file in it.
+        revision: branch, tag or commit of a repository.
+        variant: which weights to download where there are several, as in fp16.
     """
-    name = parse_hub_name(str(source))
+    name = parse_hub_name(str(source), revision=revision)
     if name is None:
+        _refuse_beside(source, revision=revision)
         return Directory(Path(source))
+    repository = open_repository(name)
     if name.folder.endswith(CHECKPOINT_SUFFIX):
-        repository = open_repository(name)
         file = Path(name.folder).name
         return Directory(fetch(repository, [file]) / file, repository.pinned)
-    return pipeline_directory(source, parts=[part for part in FOLDERS if part != "transformer" or not base])
+    if is_own_listing(repository.files):
+        path = fetch(repository, ["config.json"], quiet=True)
+        if read_json(path / "config.json", "a transformer").get("_class_name") in CLASSES["transformer"]:
+            weights = transformer_files_of(repository.files, str(name), variant)
+            return Directory(fetch(repository, weights), repository.pinned, tuple(weights))
+    return pipeline_directory(source, revision=revision, variant=variant)
 
 
-def is_checkpoint_file(source: str | Path) -> bool:
-    """Says whether a checkpoint is one file, here or on the hub, and not a directory with all parts of a pipeline."""
+def base_directory(base: str | Path, *, variant: str | None = None) -> Directory:
+    """Returns the directory of a pipeline that completes a transformer, and needs none itself.
+
+    Args:
+        base: a directory, or a repository on the hub.
+        variant: which weights to download where there are several.
+    """
+    name = parse_hub_name(str(base))
+    if name is None:
+        return Directory(Path(base))
+    repository = open_repository(name)
+    described = describing_files(repository.files)
+    if not described:
+        raise UserError(f"{name} is not a diffusers pipeline, so that it cannot be a base; give another repository.")
+    check_base(fetch(repository, described, quiet=True))
+    weights = weight_files(repository.files, [part for part in FOLDERS if part != "transformer"], str(name), variant)
+    return Directory(fetch(repository, weights), repository.pinned, tuple(weights))
+
+
+def is_whole_pipeline(source: str | Path) -> bool:
+    """Says whether a checkpoint is a pipeline of diffusers with all its parts; on the hub, by its list of files."""
     name = parse_hub_name(str(source))
-    return not Path(source).is_dir() if name is None else name.folder.endswith(CHECKPOINT_SUFFIX)
+    if name is None:
+        parts = (*CLASSES, *TOKENIZERS)
+        return is_diffusers_directory(Path(source)) and all((Path(source) / part).is_dir() for part in parts)
+    return not name.folder.endswith(CHECKPOINT_SUFFIX) and is_diffusers_listing(open_repository(name).files)
+
+
+def is_transformer_directory(path: Path) -> bool:
+    """Says whether a directory here holds a transformer alone: diffusers' folder of one, or a single file."""
+    if is_diffusers_directory(path) or (path / "transformer").is_dir():
+        return False
+    config = path / "config.json"
+    if config.is_file():
+        return read_json(config, "a transformer").get("_class_name") in CLASSES["transformer"]
+    return bool(transformer_files(path))
+
+
+def _pipeline_here(path: Path) -> Path:
+    """Returns the directory of a pipeline; a transformer alone is refused, with what completes it."""
+    if path.is_file():
+        transformer_of(Source(path))  # what is given by mistake is told by name
+    if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
+        raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
+    if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
+        raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
+    return _directory(path)
+
+
+def _alone(transformer: str, base: str) -> str:
+    """Says that a transformer alone is not enough, and what completes it."""
+    return (
+        f"{transformer} is a transformer alone; name a diffusers directory with the other parts: --base {base}, in "
+        f"generate, trace and `difffract convert flux {transformer} OUT --base {base}`."
+    )
 
 
 def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tuple[HubName | None, Directory]:
@@ -167,6 +242,8 @@ def _own(repository: Repository, kind: str) -> Directory:
             f"does; {hint}."
         )
     record = read_json(fetch(repository, ["config.json"], quiet=True) / "config.json", "a directory of difffract")
+    if record.get("_class_name") in CLASSES["transformer"]:
+        raise UserError(_alone(str(name), "DIR"))
     if "format_version" not in record or record.get("kind") != kind:
         found = record.get("kind") if "format_version" in record else "files of another tool"
         raise UserError(f"{name} holds {found}, but {kind} is wanted here; {hint}.")
@@ -181,8 +258,6 @@ def _refuse_beside(path: str | Path, **given: str | None) -> None:
 
 
 def _directory(path: Path) -> Path:
-    if path.suffix == CHECKPOINT_SUFFIX and path.is_file():
-        raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")
     if not path.is_dir():
         raise UserError(
             f"{path} is not a directory; give one that difffract or diffusers wrote, or a repository as hf:OWNER/NAME."

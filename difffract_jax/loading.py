@@ -1,6 +1,7 @@
 """Models and transcoders by name or path, and saving them in this package's own format.
 
-1. A model is a directory that `save_pipeline` wrote, or a diffusers directory, which is converted in memory.
+1. A model is a directory that `save_pipeline` wrote; or a diffusers directory, or a transformer alone and a base, both
+   of which are converted in memory.
 2. A set of transcoders is a directory that `save_transcoders` wrote, or one of the reference's `.pt` files.
 3. Either may also be a repository on the hub, whose files are downloaded first; `directories` finds them.
 4. Our directories hold a `config.json` (format version, kind, content hash, every size) and one safetensors file per
@@ -18,14 +19,8 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from converters.pipelines import (
-    Sharding,
-    abstract_module,
-    convert_pipeline,
-    convert_transformer,
-    is_diffusers_directory,
-    pipeline_config,
-)
+from converters.configurations import is_diffusers_directory, pipeline_config
+from converters.pipelines import Sharding, abstract_module, convert_pipeline, convert_transformer
 from converters.transcoders import (
     export_transcoders,
     is_torch_directory,
@@ -35,8 +30,11 @@ from converters.transcoders import (
 from difffract_jax.circuits.notation.labels import Labels, read_labels
 from difffract_jax.config import UserError
 from difffract_jax.directories import (
+    Directory,
+    base_directory,
     checkpoint,
-    is_checkpoint_file,
+    is_transformer_directory,
+    is_whole_pipeline,
     labels_file,
     pipeline_directory,
     transcoder_directory,
@@ -71,6 +69,8 @@ def load_pipeline(
     model: str | Path,
     *,
     revision: str | None = None,
+    base: str | Path | None = None,
+    variant: str | None = None,
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
     verify: bool | None = None,
@@ -79,8 +79,12 @@ def load_pipeline(
 
     Args:
         model: "organism" for the embedded model, a directory that `save_pipeline` wrote, a diffusers directory, or a
-            repository on the hub that holds either: "OWNER/NAME", or "hf:OWNER/NAME[@REVISION][/FOLDER]".
+            repository on the hub that holds either: "OWNER/NAME", or "hf:OWNER/NAME[@REVISION][/FOLDER]"; with `base`,
+            a transformer alone: a safetensors file, or a directory with one, here or on the hub.
         revision: of a repository: branch, tag or commit; its default branch if left out.
+        base: diffusers directory, or repository, with the text encoders, the autoencoder and the tokenizers for a
+            transformer alone.
+        variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights in memory.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
@@ -88,11 +92,19 @@ def load_pipeline(
     Raises:
         UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
     """
-    path, origin, weights = pipeline_directory(model, revision=revision)
+    home = None if base is None else base_directory(base, variant=variant)
+    if home is None:
+        given = pipeline_directory(model, revision=revision, variant=variant)
+    else:
+        given = checkpoint(model, revision=revision, variant=variant)
+    path, origin = given.path, given.origin
     check_sums(path)
-    if is_diffusers_directory(path):
-        converted = convert_pipeline(path, dtype=dtype, sharding=sharding)
-        return identified(converted, path, weights)._replace(origin=origin)
+    if home is not None or is_diffusers_directory(path):
+        base = None if home is None else home.path
+        pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant)
+        return identified(pipe, given, base=home, variant=variant)._replace(origin=origin)
+    if variant is not None:
+        raise UserError(f"{path} is not a diffusers directory, and its weights have no variants; leave --variant out.")
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
@@ -139,13 +151,16 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     return {name: getattr(config, name) for name in PARTS}
 
 
-def identified(pipe: Pipeline, path: Path, files: Sequence[str] = ()) -> Pipeline:
+def identified(
+    pipe: Pipeline, given: Directory, *, base: Directory | None = None, variant: str | None = None
+) -> Pipeline:
     """Gives a pipeline that was converted in memory the identity that images and graphs record.
 
     Args:
         pipe: the pipeline.
-        path: where its weights came from.
-        files: those of them that were read; all safetensors if left out.
+        given: where its weights came from.
+        base: where those of the parts beside the transformer came from, if from elsewhere.
+        variant: which of several files were taken.
 
     Returns:
         The pipeline; its `source` is the content hash it would be saved under, or for weights too large to hash in
@@ -154,7 +169,8 @@ def identified(pipe: Pipeline, path: Path, files: Sequence[str] = ()) -> Pipelin
     parts = {name: getattr(pipe, name) for name in PARTS}
     if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
         return pipe._replace(source=tree_hash(parts))
-    return pipe._replace(source=f"sampled:{sample_hash(path, files)}")
+    hashes = [sample_hash(home.path, home.weights) for home in (given, base) if home is not None]
+    return pipe._replace(source=":".join(["sampled", *hashes, *([variant] if variant else [])]))
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -178,17 +194,19 @@ def convert_flux(
     out: str | Path,
     *,
     base: str | Path | None = None,
+    variant: str | None = None,
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
     overwrite: bool = False,
 ) -> Pipeline | MMDiT:
-    """Converts a diffusers directory, or an original single file, into a directory of ours.
+    """Converts a diffusers directory, or a transformer alone, into a directory of ours.
 
     Args:
         source: the directory or `.safetensors` file, here or on the hub.
         out: directory to write; it appears only when it is complete.
-        base: for a single file, the diffusers directory with the other parts; without it only the transformer is
+        base: for a transformer alone, the diffusers directory with the other parts; without it only the transformer is
             converted.
+        variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights that are written.
         sharding: where the weights go meanwhile, see `load_pipeline`.
         overwrite: replace an existing directory.
@@ -196,18 +214,18 @@ def convert_flux(
     Returns:
         What was written: the pipeline, or the transformer alone.
     """
-    if base is not None and not is_checkpoint_file(source):
-        raise UserError(f"--base completes a single file, but {source} is a directory with all parts; leave it out.")
+    if base is not None and is_whole_pipeline(source):
+        raise UserError(f"--base completes a transformer, but {source} is a directory with all parts; leave it out.")
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
-        given = checkpoint(source)
-        home = None if base is None else checkpoint(base, base=True).path
-        if given.path.is_dir() or home is not None:
-            pipe = convert_pipeline(given.path, base=home, dtype=dtype, sharding=sharding)
+        given = checkpoint(source, variant=variant)
+        home = None if base is None else base_directory(base, variant=variant).path
+        if home is not None or (given.path.is_dir() and not is_transformer_directory(given.path)):
+            pipe = convert_pipeline(given.path, base=home, dtype=dtype, sharding=sharding, variant=variant)
             pipe = pipe._replace(origin=given.origin)
             save_pipeline(pipe, partial)
             return pipe
-        transformer, config = convert_transformer(given.path, dtype=dtype, sharding=sharding)
+        transformer, config = convert_transformer(given.path, dtype=dtype, sharding=sharding, variant=variant)
         record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _told_origin(given.origin)
         save_trees({"transformer": transformer}, partial, record)
         return transformer

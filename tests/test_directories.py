@@ -97,7 +97,7 @@ def test_a_pipeline_that_cannot_be_run_is_refused_before_its_weights(hub) -> Non
         with pytest.raises(UserError, match="hf:someone/language holds files of another tool"):
             load("hf:someone/language")
     assert "model.safetensors" not in hub.downloaded
-    with pytest.raises(UserError, match="is a single file; convert it first"):
+    with pytest.raises(UserError, match="is a transformer alone; name a diffusers directory"):
         load_pipeline("hf:someone/single/flux1-dev.safetensors")
 
 
@@ -213,8 +213,25 @@ def test_a_file_on_the_hub_is_completed_by_another_repository(hub, local, tmp_pa
     assert read_config(tmp_path / "out")["content_hash"] == local.source
     assert "transformer/config.json" in hub.downloaded and "flux1.safetensors" in hub.downloaded
     assert "transformer/diffusion_pytorch_model.safetensors" not in hub.downloaded
-    with pytest.raises(UserError, match="--base completes a single file, but hf:someone/flux is a directory"):
+    with pytest.raises(UserError, match="--base completes a transformer, but hf:someone/flux is a directory"):
         convert_flux("hf:someone/flux", tmp_path / "never", base="hf:someone/flux")
+
+
+def test_a_transformer_on_the_hub_is_loaded_with_a_base(hub, local) -> None:
+    add_pipeline(hub)
+    with pytest.raises(UserError, match="hf:someone/flux/transformer is a transformer alone"):
+        load_pipeline("hf:someone/flux/transformer")
+    pipe = load_pipeline("hf:someone/flux/transformer", base="hf:someone/flux")
+    assert_equal(pipe[:4], local[:4])
+    assert pipe.origin.endswith("/transformer")
+
+
+def test_a_variant_on_the_hub_is_downloaded_where_it_is_asked_for(hub) -> None:
+    add_pipeline(hub)
+    found = pipeline_directory("hf:someone/flux", variant="fp16")
+    assert "transformer/diffusion_pytorch_model.fp16.safetensors" in found.weights
+    assert "transformer/diffusion_pytorch_model.safetensors" not in hub.downloaded
+    assert "vae/diffusion_pytorch_model.safetensors" in found.weights  # which has no such variant
 
 
 def test_a_failed_download_leaves_no_conversion_behind(hub, tmp_path, monkeypatch, capsys) -> None:

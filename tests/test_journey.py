@@ -61,6 +61,23 @@ def test_a_converted_model_and_the_directory_itself_give_the_reference_s_circuit
     assert a.provenance.settings["seed"] == 7 and a.provenance.sources["model"] and a.provenance.versions["jax"]
 
 
+def test_a_file_of_several_parts_is_completed_by_a_base_of_one_variant(difffract, tmp_path):
+    base, file = tmp_path / "base", tmp_path / "all-in-one.safetensors"
+    shutil.copytree(PIPELINE, base, copy_function=shutil.copyfile)
+    tensors = load_file(base / "transformer" / "diffusion_pytorch_model.safetensors")
+    for path in [*base.glob("text_encoder*/model.safetensors"), *base.glob("vae/*.safetensors")]:
+        path.rename(path.with_suffix(".fp16.safetensors"))
+        shutil.copyfile(path.with_suffix(".fp16.safetensors"), path.with_suffix(".ema.safetensors"))
+    save_file({f"model.{key}": value for key, value in tensors.items()} | {"vae.x": np.ones(1)}, file)
+    status, _, err = difffract("convert", "flux", file, tmp_path / "out", "--base", base)
+    assert status == 1 and "in the variants ema and fp16; choose one with --variant ema" in err
+    status, _, err = difffract("convert", "flux", file, tmp_path / "out", "--base", base, "--variant", "fp16")
+    assert status == 0 and err == f"Note: {file} holds other parts too, which are left aside (vae).\n"
+    done(difffract("convert", "flux", PIPELINE, tmp_path / "plain"))
+    hashes = [json.loads((tmp_path / out / "config.json").read_text())["content_hash"] for out in ("out", "plain")]
+    assert hashes[0] == hashes[1]
+
+
 def test_the_image_of_a_seed_is_the_one_that_diffusers_makes(difffract, made):
     done(difffract("generate", PIPELINE, PROMPT, "--seed", 3, "--noise", "torch", *SIZE, "--out", made / "a.png"))
     theirs = FluxPipeline.from_pretrained(PIPELINE, low_cpu_mem_usage=False)

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import ConversionError, save_tree
 from difffract_jax.config import UserError
+from difffract_jax.directories import Directory
 from difffract_jax.loading import (
     convert_flux,
     convert_transcoders,
@@ -70,7 +71,11 @@ def test_a_saved_pipeline_is_the_converted_one(pipe, saved):
 
 def test_large_weights_are_identified_by_samples_of_their_files(pipe, monkeypatch):
     monkeypatch.setattr("difffract_jax.loading.VERIFY_BELOW_BYTES", 1000)
-    assert identified(pipe, PIPELINE).source == f"sampled:{sample_hash(PIPELINE)}"
+    sample = sample_hash(PIPELINE)
+    assert identified(pipe, Directory(PIPELINE)).source == f"sampled:{sample}"
+    assert identified(pipe, Directory(PIPELINE), variant="fp16").source == f"sampled:{sample}:fp16"
+    vae = PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"
+    assert identified(pipe, Directory(vae), base=Directory(PIPELINE)).source == f"sampled:{sample_hash(vae)}:{sample}"
 
 
 def test_a_pipeline_loads_in_the_type_that_is_asked_for(saved):
@@ -99,19 +104,34 @@ def test_converting_writes_what_loading_reads(tmp_path, pipe):
 
 
 def test_a_single_file_alone_is_a_transformer_and_says_so(pipe, tmp_path, monkeypatch):
-    file = tmp_path / "flux.safetensors"
+    (tmp_path / "files").mkdir()
+    file = tmp_path / "files" / "flux.safetensors"
     save_file({key: np.ascontiguousarray(value) for key, value in save_tree(pipe.transformer, FLUX_SINGLE_FILE)}, file)
-    with pytest.raises(UserError, match=r"is a single file; convert it first: .* --base DIR"):
-        load_pipeline(file)
-    full = convert_flux(file, tmp_path / "full", base=PIPELINE)
-    assert_equal(load_pipeline(tmp_path / "full")[:4], full[:4])
+    save_file({"decoder.conv_in.weight": np.ones(2)}, tmp_path / "files" / "ae.safetensors")
+    with pytest.raises(UserError, match="transformer is one part of the pipeline .*; give that directory"):
+        load_pipeline(PIPELINE / "transformer")
+    for path in (file, file.parent):
+        with pytest.raises(UserError, match=r"is a transformer alone; .* convert flux .* --base DIR"):
+            load_pipeline(path)
+    with pytest.raises(UserError, match="is an autoencoder"):
+        load_pipeline(tmp_path / "files" / "ae.safetensors")
+    for path in (file, file.parent):
+        direct = load_pipeline(path, base=PIPELINE)
+        assert direct.source == pipe.source
+        assert_equal(direct[:4], pipe[:4])
+    convert_flux(file, tmp_path / "full", base=PIPELINE)
+    assert_equal(load_pipeline(tmp_path / "full")[:4], pipe[:4])
     monkeypatch.setattr("converters.pipelines.ROPE_AXES", pipe.config.transformer.rope_axes)
-    alone = convert_flux(file, tmp_path / "alone")
-    assert isinstance(alone, MMDiT)
+    for number, path in enumerate((file, file.parent, PIPELINE / "transformer")):
+        alone = convert_flux(path, tmp_path / f"alone{number}")
+        assert isinstance(alone, MMDiT)
+        assert_equal(alone, pipe.transformer)
     with pytest.raises(UserError, match="holds a transformer alone; convert the single file again with --base DIR"):
-        load_pipeline(tmp_path / "alone")
-    with pytest.raises(UserError, match="--base completes a single file"):
+        load_pipeline(tmp_path / "alone0")
+    with pytest.raises(UserError, match="--base completes a transformer"):
         convert_flux(PIPELINE, tmp_path / "never", base=PIPELINE)
+    with pytest.raises(UserError, match="its weights have no variants; leave --variant out"):
+        load_pipeline(tmp_path / "full", variant="fp16")
 
 
 @pytest.mark.parametrize("error", [ConversionError, KeyboardInterrupt])
@@ -132,7 +152,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, monkeypatch, error):
     [
         ("nowhere/at/all", "is not a directory"),
         (TRANSCODERS, "holds no config.json"),
-        (PIPELINE / "transformer", "names no format_version"),
+        (PIPELINE / "vae", "names no format_version"),
     ],
 )
 def test_what_is_no_model_is_refused(model, message):

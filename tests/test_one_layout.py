@@ -21,7 +21,6 @@ KNOWING = {
     "difffract_jax/organism/flow.py": "builds the organism's FLUX and initialises its blocks",
 }
 HOMONYMS = {
-    "converters/pipelines.py": "FLUX_SINGLE_FILE and the like: checkpoints in one file",
     "difffract_jax/graphs/files/tables.py": "GraphML's name of a number's type",
 }
 WORDS = {"double", "single", "joint"}

@@ -9,6 +9,7 @@
 Functions import what they use when they run, and only here, so that `difffract --help` answers without loading JAX.
 """
 
+import logging
 import sys
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -51,8 +52,19 @@ cli_explain.register(app)
 cli_validate.register(app)
 
 
+class _Notes(logging.Handler):
+    """Shows on stderr what is noted in passing, a line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Shows one note."""
+        sys.stderr.write(f"Note: {record.getMessage()}\n")
+
+
 def main() -> None:
     """Runs the command line; the entry point `difffract`."""
+    notes = logging.getLogger("converters")
+    notes.handlers = [_Notes()]
+    notes.setLevel(logging.INFO)
     debug = "--debug" in sys.argv[1:]
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
@@ -108,7 +120,7 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
 @convert.command("flux")
 @opt.command(ConvertConfig, arguments=("source", "out"), layers=(), without=("sites",))
 def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
-    """Convert a FLUX pipeline: a diffusers directory, or an original single-file safetensors, here or on the hub.
+    """Convert a FLUX pipeline: a diffusers directory, or a transformer in one safetensors file, here or on the hub.
 
     Example: `difffract convert flux hf:black-forest-labs/FLUX.1-schnell flux-schnell --dtype bf16`
     """
@@ -121,6 +133,7 @@ def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
         settings.source,
         settings.out,
         base=settings.base,
+        variant=settings.variant,
         dtype=_dtype(settings.dtype),
         sharding=placed,
         overwrite=settings.overwrite,
@@ -133,7 +146,7 @@ def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
     ConvertConfig,
     arguments=("source", "out"),
     layers=(),
-    without=("base", "dtype", "mesh"),
+    without=("base", "variant", "dtype", "mesh"),
     before={"overwrite": ("to_torch",)},
 )
 def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, json: bool) -> None:
@@ -205,7 +218,7 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     from difffract_jax.loading import load_pipeline
     from difffract_jax.models import pipeline
 
-    pipe = load_pipeline(settings.model, dtype=_dtype(settings.dtype))
+    pipe = load_pipeline(settings.model, base=settings.base, variant=settings.variant, dtype=_dtype(settings.dtype))
     with progress("Denoising") as advance:
         result = pipeline.generate(
             pipe,
@@ -241,7 +254,8 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
     asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
     types = _dtype(settings.model_dtype), _dtype(settings.transcoder_dtype)
-    pipe, tcs = load_pipeline(settings.model, dtype=types[0]), load_transcoders(settings.transcoders, dtype=types[1])
+    pipe = load_pipeline(settings.model, base=settings.base, variant=settings.variant, dtype=types[0])
+    tcs = load_transcoders(settings.transcoders, dtype=types[1])
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})

@@ -125,7 +125,7 @@ def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def _draw(key: jax.Array, offset: ArrayLike, spread: ArrayLike, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     # Drawn in bfloat16, normal numbers would have 128 values.
-    return (offset + spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return jnp.asarray(offset + spread * jax.random.normal(key, shape, jnp.float32), dtype)
 
 
 def _tokenizers() -> Tokenizers:

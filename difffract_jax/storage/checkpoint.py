@@ -127,7 +127,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Reads a directory's `config.json`; refuses formats of another version with a sentence that says what to do."""
     path = directory / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(
             f"{directory} holds no config.json, so difffract did not write it; give a converted or diffusers directory."

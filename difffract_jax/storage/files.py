@@ -28,12 +28,16 @@ from difffract_jax.config import UserError
 
 SHARD_BYTES = 4 * 2**30
 SAMPLE_BYTES = 2**20
+LONGEST_HEADER = 10**8
+"""Bytes; the format's own limit, which the first bytes of files of other formats exceed when read as a length."""
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
@@ -44,6 +48,15 @@ DTYPES: dict[str, np.dtype] = {
 """The types of the safetensors format that are understood, as NumPy types."""
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+_BEGINNINGS = (
+    (b"GGUF", "is a GGUF file, quantised; take safetensors in bf16, as huggingface.co/black-forest-labs has them"),
+    (b"PK\x03\x04", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
+    (b"\x80", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
+    (b"version https://git-lfs", "is a placeholder of Git LFS and not the weights; run `git lfs pull` beside it"),
+    (b"<", "is a web page and not the weights; download it again, logged in where the model asks for it"),
+)
+"""What files that are taken for safetensors begin with, what they are, and what to do."""
 
 
 class TensorInfo(NamedTuple):
@@ -72,13 +85,14 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        """Reads the header; raises `UserError` when even that is cut off or is not a safetensors header."""
+        """Reads the header; raises `UserError` when even that is cut off, or the file is of another format."""
         self.path = path
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise UserError(f"{path} is truncated or no safetensors file; download or copy it again.")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                file.seek(0)
+                raise UserError(f"{path} {_described(file.read(32))}.")
             self.tensors = _parse_header(path, file.read(length))
         self._start = 8 + length
         promised = max((info.end for info in self.tensors.values()), default=0)
@@ -90,6 +104,12 @@ class TensorFile:
         info = self.tensors[name]
         raw = self._bytes[self._start + info.begin : self._start + info.end]
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def _described(beginning: bytes) -> str:
+    """Says what a file is that is not a safetensors file, and what to do, by its first bytes."""
+    known = (text for magic, text in _BEGINNINGS if beginning.lstrip().startswith(magic))
+    return next(known, "is truncated or not a safetensors file; download or copy it again")
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
@@ -159,7 +179,7 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     index = directory / f"{name}.safetensors.index.json"
     names = {f"{name}.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = set(json.loads(index.read_text("utf-8-sig"))["weight_map"].values())
     absent = sorted(shard for shard in names if not (directory / shard).exists())
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
@@ -245,17 +265,19 @@ def read_array(path: Path) -> np.ndarray:
 
 
 def sample_hash(directory: Path, files: Sequence[str] = ()) -> str:
-    """Returns a hash of the names, sizes, first and last MiB of safetensors files under a directory.
+    """Returns a hash of the names, sizes, first and last MiB of safetensors files.
 
     Args:
-        directory: holds them.
-        files: their paths in it; all that there are if left out. Others, as the indices of shards, do not matter.
+        directory: holds them; or a file, whose own it is.
+        files: their paths in the directory; all that there are if left out. Others, as the indices of shards, do not
+            matter.
     """
     digest = hashlib.sha256()
-    chosen = [directory / name for name in files if name.endswith(".safetensors")]
-    for path in sorted(chosen or directory.rglob("*.safetensors")):
+    home = directory.parent if directory.is_file() else directory
+    chosen = [directory] if directory.is_file() else [home / name for name in files if name.endswith(".safetensors")]
+    for path in sorted(chosen or home.rglob("*.safetensors")):
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(directory).as_posix()} {size}\n".encode())
+        digest.update(f"{path.relative_to(home).as_posix()} {size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(SAMPLE_BYTES))
             file.seek(max(0, size - SAMPLE_BYTES))

@@ -13,6 +13,7 @@ import pytest
 from commands import Run, run_command
 
 from difffract_jax.cli import main as cli
+from difffract_jax.config import UserError
 from random_graphs import random_output_graph
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
@@ -113,6 +114,18 @@ def test_a_failure_is_one_sentence(
     assert run.err.startswith("Error: ") and run.err.count("\n") == 1
     assert told in run.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [("generate", "m", "p"), ("trace", "m", "t", "p", "--target", "img/2/f3")])
+def test_base_and_variant_reach_the_model(
+    command: tuple[str, ...], difffract: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(model: str, **options: object) -> None:
+        raise UserError(f"{model} {options['base']} {options['variant']}")
+
+    monkeypatch.setattr("difffract_jax.loading.load_pipeline", load)
+    monkeypatch.chdir(tmp_path)
+    assert difffract(*command, "--base", "b", "--variant", "fp16").err == "Error: m b fp16\n"
 
 
 def test_debug_shows_the_traceback(difffract: Callable[..., Run]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.presets import PRESETS
 from difffract_jax.storage.checkpoint import leaf_paths
+from difffract_jax.storage.files import write_tensors
 
 TINY = {
     "num_layers": 2,
@@ -148,7 +150,7 @@ def test_diffusers_weights_come_back_identical(tiny, tmp_path, max_shard_size):
     assert all(np.array_equal(back[key], state[key]) for key in state)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "module._orig_mod."])
 def test_both_layouts_of_the_same_weights_give_the_same_leaves(tiny, tmp_path, prefix):
     tiny.save_pretrained(tmp_path)
     expected = load_tree(Source(tmp_path), FLUX_DIFFUSERS, abstract_of(tmp_path))
@@ -164,6 +166,39 @@ def test_both_layouts_of_the_same_weights_give_the_same_leaves(tiny, tmp_path, p
     assert all(np.array_equal(back[key], original[key]) for key in original)
 
 
+def test_a_single_file_may_have_the_layout_of_diffusers(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    expected = load_tree(Source(tmp_path), FLUX_DIFFUSERS, abstract_of(tmp_path))
+    file = tmp_path / "flux.safetensors"
+    others = {"vae.decoder.conv_in.weight": np.ones(2), "text_encoders.t5xxl.shared.weight": np.ones(2, np.int8)}
+    save_file({f"transformer.{key}": value for key, value in arrays(tiny).items()} | others, file)
+    transformer, config = convert_transformer(file, rope_axes=AXES)
+    assert config == flux_config_from_diffusers(json.loads((tmp_path / "config.json").read_text()))
+    assert jax.tree.all(jax.tree.map(np.array_equal, leaf_paths(transformer), leaf_paths(expected)))
+    # The directory of the transformer says how heads are divided; a directory of the one file does not.
+    file.unlink()
+    assert convert_transformer(tmp_path)[1] == config
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_fp8_weights_are_those_that_widening_them_first_gives(tiny, tmp_path, dtype):
+    scaled, wide = {}, {}
+    for number, (key, value) in enumerate(original_tensors(arrays(tiny)).items()):
+        scaled[key] = wide[key] = np.ascontiguousarray(value)
+        if value.ndim == 2:  # some plain, some with one scale, some with one per row
+            scale = [None, np.float32(0.03), np.linspace(0.01, 1, len(value), dtype=np.float32)[:, None]][number % 3]
+            kind = ml_dtypes.float8_e5m2 if number % 2 else ml_dtypes.float8_e4m3fn
+            scaled[key] = (value if scale is None else value / scale).astype(kind)
+            wide[key] = scaled[key].astype(np.float32) * np.float32(1 if scale is None else scale)
+            if scale is not None:
+                scaled[key.replace(".weight", ".scale_weight")] = np.asarray(scale)
+    files = tmp_path / "scaled.safetensors", tmp_path / "wide.safetensors"
+    for file, tensors in zip(files, (scaled, wide), strict=True):
+        write_tensors(file, [(key, np.dtype(v.dtype), v.shape) for key, v in tensors.items()], tensors.values())
+    ours, theirs = (convert_transformer(file, rope_axes=AXES, dtype=dtype)[0] for file in files)
+    assert jax.tree.all(jax.tree.map(np.array_equal, leaf_paths(ours), leaf_paths(theirs)))
+
+
 @pytest.mark.parametrize("preset", FULL)
 def test_every_tensor_of_the_full_size_is_mapped_once(preset):
     abstract = abstract_module(MMDiT, PRESETS[preset])
@@ -176,6 +211,7 @@ def test_every_tensor_of_the_full_size_is_mapped_once(preset):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == parameters
     assert check_coverage(shapes, FLUX_DIFFUSERS, abstract) == []
     assert source_shapes(FLUX_DIFFUSERS, abstract) == shapes
+    assert flux_config_from_shapes(shapes) == PRESETS[preset]
     public = {key: value for key, value in model.config.items() if not key.startswith("_")}
     assert flux_config_from_diffusers(public) == PRESETS[preset]
 
@@ -217,10 +253,9 @@ def test_a_configuration_that_is_not_understood_is_refused(change, message):
 
 
 def test_a_file_that_is_no_transformer_is_refused(tmp_path):
-    save_file(
-        {"a.weight": np.ones((2, 2), np.float32), "img_in.weight": np.ones(3, np.float32)}, tmp_path / "a.safetensors"
-    )
-    with pytest.raises(UserError, match=r"is not a FLUX.1 transformer in the original layout: it lacks img_in.weight"):
+    tensors = {"double_blocks.0.a": np.ones((2, 2), np.float32), "img_in.weight": np.ones(3, np.float32)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"is not a FLUX.1 transformer: it lacks img_in.weight"):
         convert_transformer(tmp_path / "a.safetensors")
 
 

@@ -5,17 +5,20 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from converters.configurations import pipeline_config
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import ConversionError, save_tree
-from converters.pipelines import convert_pipeline, pipeline_config, scheduler_config_from_diffusers
+from converters.pipelines import convert_pipeline
 from difffract_jax.config import UserError
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.sharding import make_mesh
+from difffract_jax.storage.files import write_tensors
 from tolerances import REFERENCE
 
 PIPELINE = REFERENCE / "pipeline"
@@ -82,7 +85,7 @@ def test_a_single_file_is_completed_by_a_base(pipe, tmp_path):
     wider = dict(save_tree(pipe.transformer, FLUX_SINGLE_FILE))
     wider["txt_in.weight"] = np.ones((64, 48), np.float32)
     save_file({key: np.ascontiguousarray(value) for key, value in wider.items()}, file)
-    with pytest.raises(UserError, match="takes text of width 48"):
+    with pytest.raises(UserError, match="the transformer's joint_attention_dim is 48, but T5's d_model is 32"):
         convert_pipeline(file, base=PIPELINE)
 
 
@@ -98,7 +101,6 @@ def test_a_single_file_is_completed_by_a_base(pipe, tmp_path):
             {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]},
             "text_encoder is CLIPTextModelWithProjection",
         ),
-        ({"scheduler": None}, "scheduler is None instead of FlowMatchEulerDiscreteScheduler"),
     ],
 )
 def test_a_pipeline_of_another_architecture_is_refused(copy, changes, message):
@@ -190,8 +192,108 @@ def test_a_missing_shard_is_named(copy):
         convert_pipeline(copy)
 
 
-def test_the_scheduler_s_configuration_is_read():
-    config = scheduler_config_from_diffusers({"shift": 3.0, "use_dynamic_shifting": True, "max_shift": 1.2})
-    assert (config.shift, config.use_dynamic_shifting, config.max_shift) == (3.0, True, 1.2)
-    with pytest.raises(UserError, match="time_shift_type='linear'"):
-        scheduler_config_from_diffusers({"time_shift_type": "linear"})
+def rename(copy, change):
+    """Gives the weights of every part another name, `change` of the old one."""
+    for folder, name in WEIGHTS.items():
+        (copy / folder / name).rename(copy / folder / change(name))
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(jax.tree.leaves(ours[:4]), jax.tree.leaves(theirs[:4]), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_the_only_variant_is_read_and_of_several_the_named_one(pipe, copy):
+    rename(copy, lambda name: name.replace(".safetensors", ".fp16.safetensors"))
+    assert_same(convert_pipeline(copy), pipe)
+    for folder in WEIGHTS:
+        (half,) = (copy / folder).glob("*.fp16.safetensors")
+        if folder != "vae":  # has one variant only
+            shutil.copyfile(half, half.with_name(half.name.replace("fp16", "ema")))
+    edit_weights(
+        copy / "transformer" / "diffusion_pytorch_model.ema.safetensors",
+        lambda tensors: tensors["proj_out.bias"].fill(7),
+    )
+    with pytest.raises(ConversionError, match="in the variants ema and fp16; choose one with --variant ema"):
+        convert_pipeline(copy)
+    assert_same(convert_pipeline(copy, variant="fp16"), pipe)
+    (copy / "vae" / "diffusion_pytorch_model.fp16.safetensors").rename(copy / "vae" / WEIGHTS["vae"])
+    assert np.all(np.asarray(convert_pipeline(copy, variant="ema").transformer.final.proj.bias) == 7)
+    with pytest.raises(UserError, match=r"no files of the variant bf16 \(only ema, fp16\); leave --variant out"):
+        convert_pipeline(copy, variant="bf16")
+
+
+def test_fp8_text_encoders_are_those_that_widening_them_first_gives(copy):
+    path = copy / "text_encoder_2" / WEIGHTS["text_encoder_2"]
+    narrow = {key: value.astype(ml_dtypes.float8_e4m3fn) for key, value in load_file(path).items()}
+    save_file({key: value.astype(np.float32) for key, value in narrow.items()}, path)
+    expected = convert_pipeline(copy)
+    path.unlink()
+    kinds = [(key, value.dtype, value.shape) for key, value in narrow.items()]
+    write_tensors(path.with_name("t5xxl_fp8_e4m3fn.safetensors"), kinds, narrow.values())
+    assert_same(convert_pipeline(copy), expected)
+
+
+def test_a_transformer_s_folder_may_hold_the_original_layout(pipe, copy):
+    path = copy / "transformer" / WEIGHTS["transformer"]
+    tensors = {f"module.{key}": np.ascontiguousarray(v) for key, v in save_tree(pipe.transformer, FLUX_SINGLE_FILE)}
+    save_file(tensors, path)
+    assert_same(convert_pipeline(copy), pipe)
+
+
+def test_quantised_parts_and_unmerged_adapters_are_refused_in_one_sentence(copy):
+    edit(
+        copy / "transformer" / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}
+    )
+    with pytest.raises(UserError, match=r"FLUX transformer is quantised \(bitsandbytes, load_in_4bit\), as its config"):
+        convert_pipeline(copy)
+    edit(copy / "transformer" / "config.json", quantization_config=None)
+
+    def spoil(tensors):
+        tensors["transformer_blocks.0.attn.to_q.base_layer.weight"] = tensors.pop(
+            "transformer_blocks.0.attn.to_q.weight"
+        )
+
+    edit_weights(copy / "transformer" / WEIGHTS["transformer"], spoil)
+    edit_weights(
+        copy / "text_encoder_2" / WEIGHTS["text_encoder_2"], lambda tensors: tensors.update({"a.SCB": np.ones(1)})
+    )
+    with pytest.raises(ConversionError, match="2 problems") as caught:
+        convert_pipeline(copy)
+    assert "to_q.base_layer.weight) that are not merged" in caught.value.problems[0]
+    assert "text_encoder_2 is quantised as bitsandbytes in 8 bits" in caught.value.problems[1]
+
+
+def test_a_base_needs_no_transformer_and_no_scheduler(pipe, copy, tmp_path):
+    shutil.move(copy / "transformer", tmp_path / "finetuned")
+    with pytest.raises(UserError, match=r"lacks the transformer; give its file .* this directory with --base"):
+        convert_pipeline(copy)
+    (copy / "model_index.json").unlink()
+    shutil.rmtree(copy / "scheduler")
+    completed = convert_pipeline(tmp_path / "finetuned", base=copy)
+    assert completed.config == pipe.config
+    assert_same(completed, pipe)
+    # Without a config.json, no tensor tells how heads other than FLUX.1's are divided.
+    (tmp_path / "finetuned" / "config.json").unlink()
+    with pytest.raises(
+        UserError, match="heads of 16 dimensions, .* that has this transformer's own transformer/config"
+    ):
+        convert_pipeline(tmp_path / "finetuned", base=copy)
+    shutil.rmtree(copy / "text_encoder")
+    with pytest.raises(UserError, match="lacks text_encoder, so that it cannot be a base"):
+        convert_pipeline(tmp_path / "finetuned", base=copy)
+
+
+def test_a_pipeline_without_text_encoders_says_so_and_a_base_gives_them(pipe, copy):
+    for folder in ("text_encoder", "text_encoder_2", "tokenizer"):
+        shutil.rmtree(copy / folder)
+    edit(copy / "model_index.json", text_encoder=[None, None], text_encoder_2=[None, None])
+    with pytest.raises(UserError, match=r"lacks text_encoder, text_encoder_2, tokenizer; copy these folders.*--base"):
+        convert_pipeline(copy)
+    assert_same(convert_pipeline(copy, base=PIPELINE), pipe)
+
+
+def test_configurations_may_begin_with_a_mark_and_end_lines_as_windows_does(pipe, copy):
+    for path in copy.rglob("config.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert convert_pipeline(copy).config == pipe.config

@@ -1,6 +1,7 @@
 """Checkpoint files: found, read lazily, and every broken shard named once."""
 
 import json
+import re
 
 import ml_dtypes
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.numpy import save_file
 
 from converters.source import ArraySource, Source
 from difffract_jax.config import UserError
-from difffract_jax.storage.files import TensorFile
+from difffract_jax.storage.files import TensorFile, write_tensors
 
 TENSORS = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.ones(4, ml_dtypes.bfloat16)}
 
@@ -86,20 +87,96 @@ def test_a_tensor_in_two_shards_is_a_problem(tmp_path):
 
 
 def test_a_type_that_is_not_understood_is_a_problem(tmp_path):
-    header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
-    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(2))
+    header = b'{"a":{"dtype":"C64","shape":[2],"data_offsets":[0,16]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     source = Source(tmp_path / "a.safetensors")
-    assert source.problems == ["a has type F8_E4M3, expected one of F64, F32, F16, BF16"]
+    assert source.problems == ["a has type C64, expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"]
     assert not source.readable("a")
+
+
+def fp8(*shape):
+    return np.linspace(-400, 400, int(np.prod(shape)), dtype=np.float32).reshape(shape).astype(ml_dtypes.float8_e4m3fn)
+
+
+def opened(path, tensors):
+    write_tensors(path, [(key, np.dtype(value.dtype), value.shape) for key, value in tensors.items()], tensors.values())
+    return Source(path)
+
+
+def test_fp8_weights_are_widened_and_their_scales_multiplied_in(tmp_path):
+    weights = {
+        "plain.weight": fp8(2, 3),
+        "one.weight": fp8(2, 3),
+        "rows.weight": fp8(2, 3).astype(ml_dtypes.float8_e5m2),
+    }
+    scales = {
+        "one.scale_weight": np.float32(0.3).reshape(()),
+        "rows.weight_scale": np.array([[0.1], [3.0]], np.float32),
+    }
+    hints = {"one.scale_input": np.ones(1, np.float32), "rows.input_scale": np.ones(1, np.float32)}
+    hints["scaled_fp8"] = np.zeros(0, ml_dtypes.float8_e4m3fn)
+    source = opened(tmp_path / "a.safetensors", weights | scales | hints | {"one.bias": np.ones(2, np.float32)})
+    assert source.problems == [] and list(source) == [*weights, "one.bias"]
+    assert all(source.is_float(key) and source.readable(key) for key in weights)
+    wide = {key: value.astype(np.float32) for key, value in weights.items()}
+    wide["one.weight"] *= np.float32(0.3)
+    wide["rows.weight"] *= scales["rows.weight_scale"]
+    assert all(source[key].dtype == np.float32 and np.array_equal(source[key], wide[key]) for key in wide)
+
+
+def test_what_is_left_over_of_scaled_fp8_does_not_matter(tmp_path):
+    left = {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn), "a.scale_weight": np.ones((), np.float32)}
+    source = opened(tmp_path / "a.safetensors", left | {"a.weight": TENSORS["a"]})
+    assert source.problems == [] and list(source) == ["a.weight"]
+    assert np.array_equal(source["a.weight"], TENSORS["a"])
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "message"),
+    [
+        (fp8(2, 3), np.ones(3, np.float32), r"a.scale_weight of shape \(3,\) is neither one number nor one per row"),
+        (fp8(2, 3), np.ones(2, np.uint8), r"a.scale_weight of shape \(2,\) is neither"),
+        (
+            TENSORS["a"],
+            np.full(2, 0.5, np.float32),
+            "a.weight of type F32 has a scale but is not fp8, so that it is not known",
+        ),
+    ],
+)
+def test_a_scale_that_cannot_be_applied_is_one_problem(tmp_path, weight, scale, message):
+    source = opened(tmp_path / "a.safetensors", {"a.weight": weight, "a.scale_weight": scale})
+    (problem,) = source.problems
+    assert re.match(message, problem)
+    assert source["a.weight"].shape == (2, 3)  # other problems are still looked for
+
+
+def test_wrappers_of_modules_do_not_show_in_the_keys(tmp_path):
+    tensors = {"a._orig_mod.b.weight": np.ones(1), "_fsdp_wrapped_module.c": np.ones(1), "my_orig_mod.d": np.ones(1)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert set(Source(tmp_path / "a.safetensors")) == {"a.b.weight", "c", "my_orig_mod.d"}
+    save_file(tensors | {"c": np.ones(1)}, tmp_path / "a.safetensors")
+    (problem,) = Source(tmp_path / "a.safetensors").problems
+    assert "c is there twice" in problem
+
+
+def test_what_an_index_lists_and_no_shard_holds_is_one_problem(sharded):
+    index = sharded / "model.safetensors.index.json"
+    listed = {"a": "one.safetensors", "b": "two.safetensors", "ghost.weight": "two.safetensors"}
+    index.write_bytes(b"\xef\xbb\xbf" + json.dumps({"weight_map": listed}).encode())
+    (problem,) = Source(sharded).problems
+    assert "model.safetensors.index.json lists ghost.weight, which its shards lack" in problem
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({}, r"holds no diffusion_pytorch_model.safetensors or model.safetensors \(found nothing\)"),
-        ({"pytorch_model.bin": "x"}, r"found pytorch_model.bin\); other formats must be saved as safetensors first"),
+        ({"weights.msgpack": "x"}, r"found weights.msgpack\); other formats must be saved as safetensors first"),
+        ({"pytorch_model.bin": "x"}, r"holds PyTorch's pytorch_model.bin"),
         ({"model.safetensors.index.json": "{}"}, "not a valid index"),
-        ({"model.safetensors": "x"}, "truncated or no safetensors file"),
+        ({"model.safetensors.index.json": '{"weight_map": {}}'}, "not a valid index"),
+        ({"model.safetensors": "x"}, "truncated or not a safetensors file"),
+        ({"model.safetensors": "version https://git-lfs.github.com/spec/v1"}, "a placeholder of Git LFS"),
     ],
 )
 def test_a_directory_without_weights_is_refused(tmp_path, files, message):

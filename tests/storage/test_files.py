@@ -145,3 +145,28 @@ def test_one_array_is_read_and_nothing_else(tmp_path):
     for name in ("c.npy", "d.npy"):
         with pytest.raises(UserError, match=f"{name} is not a readable .npy file"):
             read_array(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"GGUF\x03" + bytes(99), "is a GGUF file, quantised; take safetensors in bf16"),
+        (b"PK\x03\x04\x00\x00\x08\x08" + bytes(99), "is a PyTorch file"),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9" + bytes(99), "is a PyTorch file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a placeholder of Git LFS"),
+        (b"\n<!DOCTYPE html><html>", "is a web page"),
+        (b"", "is truncated or not a safetensors file"),
+        (b"\xff" * 40, "is truncated or not a safetensors file"),
+    ],
+)
+def test_a_file_of_another_format_is_told_by_name(tmp_path, content, what):
+    (tmp_path / "a.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        TensorFile(tmp_path / "a.safetensors")
+
+
+def test_the_sample_of_one_file_is_its_own(tmp_path):
+    write(tmp_path)
+    before = sample_hash(tmp_path / "model.safetensors")
+    write(tmp_path, TENSORS | {"scalar": np.array(4, np.int64)})
+    assert sample_hash(tmp_path / "model.safetensors") != before

@@ -128,9 +128,9 @@ def _live_sites(engine: Engine, info: TraceInfo, label: str) -> list[int]:
         if sites.stack is None or info.layout.groups[group].label != label:
             continue
         recorded = [block for block in info.recorded if block in info.layout.blocks_of(group)]
-        live = np.asarray(sites.layers.live).any(axis=1)
+        live = np.asarray(sites.layers.live)
         blocks = info.layout.labels[label]
-        numbers += [blocks.index(block) for block, on in zip(recorded, live, strict=True) if on]
+        numbers += [blocks.index(block) for block, row in zip(recorded, live, strict=True) if row.any()]
     return numbers
 
 

@@ -297,7 +297,10 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
         group = int(layout.groups_at(block, code))
         places.append((group, int(layout.rows_at(group, code, position, info.tokens_of))))
     with jax.default_matmul_precision("highest"):
-        sides = [_side(prepared, block - info.recorded[0], stack, head, *at, part) for part, at in enumerate(places)]
+        sides = [
+            _side(prepared, block - info.recorded[0], stack, head, group, row, part)
+            for part, (group, row) in enumerate(places)
+        ]
     (q, q0, q_true), (k, k0, k_true) = sides
     scale = float(shape[2]) ** -0.5 if shape else 1.0
     return ScoreParts(q * scale, k, q0 * scale, k0, float(scale * (q_true @ k_true)))

@@ -143,7 +143,7 @@ def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[
         (3, 36, 32)
     """
     steps = prepare(trace, tcs).steps
-    if len(steps) > 1:
+    if len(steps) != 1:
         raise UserError(f"The affine map is that of one step, but the trace spans {len(steps)}; give one of them.")
     (prepared,) = steps
     return jax.tree_util.Partial(run_replacement, prepared.record, prepared.sites), prepared.sources
