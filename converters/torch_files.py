@@ -3,7 +3,8 @@
 1. torch and diffusers are optional and take seconds to import, so `load_module` imports one on first use; a missing
    one is a clear sentence. Of the package's other files `torch_trace` alone touches them, by the same function.
 2. `read_state` and `write_state` take a `.pt` state dict to NumPy arrays and back. Files are unpickled with
-   `weights_only`, so that nothing in them is executed, and memory-mapped where their format allows.
+   `weights_only`, so that nothing in them is executed, and memory-mapped where their format allows. A state dict may
+   lie in a record of training (`state_dicts`).
 3. `torch_noise` draws the starting latents that diffusers draws for a seed.
 4. `record_*` run one PyTorch component of a diffusers directory in float32 and return its inputs and outputs; forward
    hooks catch every block's.
@@ -11,6 +12,7 @@
 
 import importlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Int
 
+from converters.state_dicts import NotFound, find_state
 from difffract_jax.config import UserError
 
 
@@ -88,23 +91,42 @@ class TransformerRecord(NamedTuple):
     velocity: Float32[np.ndarray, "img channels"]
 
 
-def read_state(path: str | Path) -> dict[str, np.ndarray]:
+def read_state(path: str | Path, wanted: str = "") -> dict[str, np.ndarray]:
     """Reads a `.pt` state dict; the arrays are views of the file where possible.
 
+    Args:
+        path: the file.
+        wanted: key of the module, that tells its state dict from others in the file.
+
+    Returns:
+        Its tensors as they are named there; those of eight bits as float32, which holds their numbers exactly.
+
     Raises:
-        UserError: when the file is damaged, holds anything but tensors by name, or torch is not installed.
+        UserError: when the file is damaged, holds no tensors by name or objects of other classes, or torch is not
+            installed.
     """
     torch = load_module("torch")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is truncated or no state dict of tensors ({reason}); download or copy it again."
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors; save one with torch.save(module.state_dict(), path).")
-    return {str(key): _array(torch, value.detach()) for key, value in state.items()}
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(_unreadable(path, str(error) or type(error).__name__)) from None
+    try:
+        state = find_state(content, lambda value: isinstance(value, torch.Tensor), wanted)
+    except NotFound as error:
+        raise UserError(f"{path} {error}; save one with torch.save(module.state_dict(), path).") from None
+    return {key: _array(torch, value.detach()) for key, value in state.items()}
+
+
+def _unreadable(path: str | Path, reason: str) -> str:
+    """Says why PyTorch did not read a file."""
+    classes = re.search(r"GLOBAL (\S+) was not an allowed", reason)
+    if classes:
+        return (
+            f"{path} holds an object of class {classes[1]}, which is not opened, as that could run any program; save "
+            "the tensors alone with torch.save(module.state_dict(), path)."
+        )
+    first = reason.splitlines()[0][:120]
+    return f"{path} is truncated or not a state dict of tensors ({first}); download or copy it again."
 
 
 def write_state(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
@@ -154,6 +176,8 @@ def _is_zip(path: Path) -> bool:
 
 def _array(torch: Any, tensor: Any) -> np.ndarray:
     """Returns a tensor's array without a copy; NumPy gets bfloat16 by way of its bits."""
+    if tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1:
+        return tensor.float().numpy()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()

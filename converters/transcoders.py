@@ -1,13 +1,17 @@
-"""The reference's transcoders and SAEs, `.pt` state dicts, one file per site, into a `TranscoderSet`, and back.
+"""The reference's transcoders and SAEs, state dicts, one file per site, into a `TranscoderSet`, and back.
 
-1. Files are named `{transcoder|sae}_{img|txt}_{layer}.pt`; one directory holds one role.
-2. Widths are read off the first file; every other file must agree, and all that do not are reported together.
-3. `TRANSCODER_TORCH` maps one file; `{site}` is the file's name without `.pt`, stacked over a stream's layers.
-4. The reference feeds its transcoders t in [0, 1], so they load with `conditioning` "film_raw_t"
+1. Files are named `{transcoder|sae}_{img|txt}_{layer}.pt`, perhaps with `_final` or the like before the suffix, which
+   may also be .pth, .bin, .ckpt or .safetensors; one directory holds one role. What is named otherwise is left aside.
+2. A file is a state dict, perhaps within a record of training, and under the keys of a wrapper (`state_dicts`). What it
+   is tells its content: safetensors, which need no PyTorch, or a pickle.
+3. Widths are read off the first file; every other file must agree, and all that do not are reported together.
+4. `TRANSCODER_TORCH` maps one file; `{site}` is the file's name without `.pt`, stacked over a stream's layers.
+5. The reference feeds its transcoders t in [0, 1], so they load with `conditioning` "film_raw_t"
    (docs/method.md, section 2).
-5. `export_transcoders` runs the table backwards, and refuses sets that the reference's module cannot compute.
+6. `export_transcoders` runs the table backwards, and refuses sets that the reference's module cannot compute.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,12 +23,15 @@ import numpy as np
 from flax import nnx
 
 from converters.mapping import ArraySource, ConversionError, Rule, load_tree, same, save_tree, transpose
+from converters.state_dicts import NotFound, unwrapped
 from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
-from difffract_jax.storage.checkpoint import atomic_directory, tree_hash
+from difffract_jax.storage.checkpoint import atomic_directory, cap, tree_hash
+from difffract_jax.storage.files import DTYPES, TensorFile
 from difffract_jax.transcoders.sites import is_chosen, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
+_LOG = logging.getLogger(__name__)
 State = dict[str, np.ndarray]
 STREAMS = ("img", "txt")
 
@@ -42,11 +49,19 @@ TRANSCODER_TORCH = (
 )
 """The reference's `TemporalAwareTranscoder` and its SAE, which is the same module."""
 
-_NAME = re.compile(r"(transcoder|sae)_(img|txt)_(\d+)\.pt")
+_NAME = re.compile(
+    r"(transcoder|sae)_(img|txt)_(\d+)(?:_(?:final|best|last|latest|ema|(?:step|epoch|iter)_?\d+))?"
+    r"\.(?:pt|pth|bin|ckpt|safetensors)"
+)
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+WANTED = "encoder.weight"
+"""The key that every file has, and that tells the sizes."""
+_OURS = ("config.json", "labels.json")
+"""Files that may lie beside the others and are read, or are the training's own."""
 
 
 class SiteFile(NamedTuple):
-    """One `.pt` file.
+    """The file of one site.
 
     Attributes:
         role: "transcoder" or "sae".
@@ -62,17 +77,19 @@ class SiteFile(NamedTuple):
 
 
 def is_torch_directory(directory: Path) -> bool:
-    """Says whether a directory holds `.pt` files."""
-    return directory.is_dir() and any(directory.glob("*.pt"))
+    """Says whether a directory holds files of the reference, or pickles that might be some."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    pickles = any(name.endswith(PICKLES) and not name.startswith(".") for name in names)
+    return any(map(_NAME.fullmatch, names)) or (pickles and "config.json" not in names)
 
 
 def transcoders_from_torch(
     directory: str | Path, *, sites: Sequence[str] | None = None, dtype: Any = jnp.float32, sharding: Any = None
 ) -> TranscoderSet:
-    """Converts a directory of `.pt` files.
+    """Converts a directory of the reference's files.
 
     Args:
-        directory: holds the files, and no `.pt` files of another name.
+        directory: holds the files; those of other names are left aside, and a line in the log names them.
         sites: those wanted, as in img/0-3; all if left out.
         dtype: type of the weights.
         sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
@@ -83,14 +100,20 @@ def transcoders_from_torch(
     files, problems = _list_files(Path(directory))
     if sites is not None:
         files = _chosen(files, sites, Path(directory))
+    if problems:
+        raise ConversionError(str(directory), problems)
     states: dict[SiteFile, State] = {}
     for file in files:
         try:
-            states[file] = read_state(file.path)
+            states[file] = _read(file.path)
         except UserError as error:
             problems.append(str(error).rstrip("."))
-    if not states:
-        raise ConversionError(str(directory), problems)
+        except FileNotFoundError:
+            problems.append(f"{file.path.name} is a link to a file that is not there")
+    # What is wrong with all files is said once, instead of file by file.
+    common = _transposed(states) or _other_keys(states)
+    if common or not states:
+        raise ConversionError(str(directory), [*common, *dict.fromkeys(problems)])
     config = _config(*next(iter(states.items())))
     stacks: dict[str, Transcoder] = {}
     for stream in STREAMS:
@@ -144,17 +167,99 @@ def stacked_transcoders(config: TranscoderConfig, count: int, dtype: Any) -> Any
 
 
 def _list_files(directory: Path) -> tuple[list[SiteFile], list[str]]:
-    """Returns the files in order of stream and layer, and what is wrong with their names."""
-    matches = {path: _NAME.fullmatch(path.name) for path in sorted(directory.glob("*.pt"))}
-    problems = [f"{path.name} is not named like transcoder_img_0.pt" for path, m in matches.items() if m is None]
+    """Returns the files in order of stream and layer, and what is wrong with their names; logs those left aside."""
+    # A link that leads nowhere is kept: left out without a word, its site would be missing.
+    paths = [path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
+    matches = {path: _NAME.fullmatch(path.name) for path in paths}
     files = [SiteFile(m[1], m[2], int(m[3]), path) for path, m in matches.items() if m is not None]
-    if len({file.role for file in files}) > 1:
-        problems.append("transcoders and SAEs lie in one directory; keep each in its own")
-    elif len({(file.stream, file.layer) for file in files}) < len(files):
-        problems.append("two files are of one site; keep one of them")
-    if not matches:
-        problems.append("it holds no .pt files")
-    return sorted(files, key=lambda file: (file.stream, file.layer)), problems
+    others = [path.name for path, m in matches.items() if m is None]
+    if not files:
+        held = f"found {', '.join(cap(others))}" if others else "it is empty"
+        raise ConversionError(str(directory), [f"no file is named like transcoder_img_0.pt ({held})"])
+    aside = [name for name in others if name not in _OURS]
+    if aside:
+        _LOG.warning("Note: in %s, %s left aside, not named like transcoder_img_0.pt.", directory, _were(aside))
+    return sorted(files, key=lambda file: (file.stream, file.layer)), _wrong_sites(files)
+
+
+def _were(names: list[str]) -> str:
+    return f"{', '.join(cap(names))} {'was' if len(names) == 1 else 'were'}"
+
+
+def _wrong_sites(files: Sequence[SiteFile]) -> list[str]:
+    """Names files that do not go together."""
+    roles = {file.role: file.path.name for file in files}
+    if len(roles) > 1:
+        shown = " and ".join(sorted(roles.values()))
+        return [f"transcoders and SAEs lie in one directory, {shown}; keep each in its own"]
+    first: dict[tuple[str, int], str] = {}
+    problems = []
+    for file in files:
+        other = first.setdefault((file.stream, file.layer), file.path.name)
+        if other != file.path.name:
+            problems.append(f"{other} and {file.path.name} are both of {file.stream}/{file.layer}; keep one of them")
+    return problems
+
+
+def _read(path: Path) -> State:
+    """Reads one file's state dict, under the keys of the reference."""
+    with path.open("rb") as stream:
+        beginning = stream.read(32)
+    if beginning.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a placeholder of Git LFS and not the weights; run `git lfs pull` beside it.")
+    # Safetensors begin with the length of a header in JSON; no pickle has a brace there.
+    is_safetensors = path.suffix == ".safetensors" or beginning[8:9] == b"{"
+    state = _read_safetensors(path) if is_safetensors else read_state(path, WANTED)
+    try:
+        return unwrapped(state, WANTED)
+    except NotFound as error:
+        raise UserError(f"{path} {error}.") from None
+
+
+def _read_safetensors(path: Path) -> State:
+    file = TensorFile(path)
+    if file.missing_bytes:
+        raise UserError(f"{path} is truncated, its last {file.missing_bytes} bytes are missing; copy it again.")
+    unknown = [name for name, info in file.tensors.items() if info.dtype not in DTYPES]
+    if unknown:
+        raise UserError(f"{path} holds {unknown[0]} in the type {file.tensors[unknown[0]].dtype}, which is not read.")
+    # Numbers of eight bits are widened, exactly, so that the rest of the conversion knows their type.
+    narrow = {name for name, info in file.tensors.items() if info.dtype.startswith("F8")}
+    return {name: file[name].astype(np.float32) if name in narrow else file[name] for name in file.tensors}
+
+
+def _other_keys(states: Mapping[SiteFile, State]) -> list[str]:
+    """Names the keys in which all of several files differ from the reference's."""
+    wanted = {str(rule.source).removeprefix("{site}.") for rule in TRANSCODER_TORCH}
+    held = [set(state) for state in states.values()]
+    if len(held) < 2:
+        return []
+    missing, unknown = sorted(wanted - set.union(*held)), sorted(set.intersection(*held) - wanted)
+    problems = [f"all {len(held)} files lack {', '.join(cap(missing))}"] if missing else []
+    if unknown:
+        problems.append(
+            f"all {len(held)} files hold {', '.join(cap(unknown))}, which the reference's module does not have"
+        )
+    return problems
+
+
+def _transposed(states: Mapping[SiteFile, State]) -> list[str]:
+    """Names matrices that are stored inputs first, which their biases show; PyTorch's have outputs first."""
+    guilty: dict[str, list[str]] = {}
+    for file, state in states.items():
+        for key, weight in state.items():
+            bias = state.get(f"{key.removesuffix('.weight')}.bias")
+            if bias is None or not key.endswith(".weight") or (weight.ndim, bias.ndim) != (2, 1):
+                continue
+            if bias.size == weight.shape[1] != weight.shape[0]:
+                guilty.setdefault(file.path.name, []).append(key)
+    if not guilty:
+        return []
+    keys = list(dict.fromkeys(key for found in guilty.values() for key in found))
+    return [
+        f"{', '.join(keys)} of {', '.join(cap(list(guilty)))} are transposed, as the lengths of the biases show; store "
+        "them outputs first, as torch.nn.Linear does"
+    ]
 
 
 def _chosen(files: list[SiteFile], sites: Sequence[str], directory: Path) -> list[SiteFile]:
@@ -167,10 +272,12 @@ def _chosen(files: list[SiteFile], sites: Sequence[str], directory: Path) -> lis
 
 
 def _config(first: SiteFile, state: State) -> TranscoderConfig:
-    missing = [key for key in ("encoder.weight", "time_mlp.0.weight") if key not in state or state[key].ndim != 2]
+    missing = [key for key in (WANTED, "time_mlp.0.weight") if key not in state or state[key].ndim != 2]
     if missing:
-        raise ConversionError(str(first.path), [f"missing matrix {key}, which tells the sizes" for key in missing])
-    features, d_model = state["encoder.weight"].shape
+        held = f"; it holds {', '.join(cap(list(state)))}" if state else ""
+        problems = [f"missing matrix {key}, which tells the sizes{held}" for key in missing[:1]]
+        raise ConversionError(str(first.path), problems)
+    features, d_model = state[WANTED].shape
     return TranscoderConfig(
         d_model=d_model,
         features=features,

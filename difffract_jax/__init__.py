@@ -51,7 +51,7 @@ _HOME = {
     "Graph": "difffract_jax.graphs.graph",
     "prune": "difffract_jax.graphs.pruning",
     "compare": "difffract_jax.graphs.comparison",
-    "read_graph": "difffract_jax.graphs.comparison",
+    "read_graph": "difffract_jax.graphs.files.reader",
     "Edit": "difffract_jax.circuits.editing.interventions",
     "steer": "difffract_jax.circuits.editing.interventions",
     "sweep": "difffract_jax.circuits.editing.sweeps",

@@ -47,7 +47,7 @@ class GenerateConfig(Settings):
     prompt: str
     """What the image shall show."""
     out: Path = Path("image.png")
-    """Image file to write; its metadata carry these settings."""
+    """Image file to write; its metadata carry these settings. One that exists is replaced, with a note."""
     seed: int = Field(0, ge=0)
     """Seed of the starting noise."""
     steps: int | None = Field(None, ge=1)
@@ -147,7 +147,7 @@ class TraceConfig(Settings):
     """`.npz` file of a PyTorch run's activations, from `python -m converters.torch_trace`, to trace instead of a run of
     ours; step, seed and sizes are the file's, and the prompt must be."""
     out: Path = Path("graph.npz")
-    """Graph file to write."""
+    """Graph file to write; one that exists is replaced, with a note."""
     export_json: Path | None = None
     """Also write the graph, summed over positions, as the reference's JSON version 2 to this file."""
 
@@ -167,7 +167,7 @@ class PruneConfig(Settings):
     by_position: bool = False
     """Prune single positions instead of sums over positions."""
     out: Path = Path("pruned.npz")
-    """Graph file to write."""
+    """Graph file to write; one that exists is replaced, with a note."""
 
 
 class ViewerOptions(Settings):
@@ -203,7 +203,8 @@ class ExportConfig(ViewerOptions):
     """What to write: `difffract-v2`, the reference's JSON, summed over positions; `circuit-tracer` and `neuronpedia`,
     for their viewers; `graphml`, for programs that draw networks; `csv`, a directory with nodes.csv and edges.csv."""
     out: Path
-    """File to write, for `csv` a directory."""
+    """File to write, for `csv` a directory. A file that exists is replaced, with a note; a directory, if --overwrite is
+    given."""
     overwrite: bool = False
     """For `csv`: replace the directory if it exists."""
 
@@ -220,7 +221,7 @@ class SupernodesConfig(Settings):
     keep: bool = False
     """Change the groups that the file has, instead of finding new ones."""
     out: Path = Path("supernodes.npz")
-    """Graph file to write."""
+    """Graph file to write; one that exists is replaced, with a note."""
 
 
 class ConvertConfig(Settings):
@@ -250,9 +251,9 @@ class DemoConfig(Settings):
     """Settings of `difffract demo`."""
 
     out: Path = Path("difffract-demo")
-    """Directory for the image and the graphs."""
+    """Directory for the image and the graphs; those that exist are replaced, with a note."""
     seed: int = Field(0, ge=0)
-    """Seed of the random weights, the noise and the choice of the target."""
+    """Seed of the noise, and of the features that are drawn at random to compare with."""
 
 
 S = TypeVar("S", bound=Settings)

@@ -258,11 +258,11 @@ def test_a_feature_that_is_inactive_says_where_it_would_be_active(difffract, tmp
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
-        ("g.npz", b"", "is not a readable .npz file"),
+        ("g.npz", b"", "is not a graph file: it is empty"),
         ("g.npz", b"PK\x03\x04 something else", "is not a readable .npz file"),
         ("g.json", b"{}", "is no"),
         ("g.json", b"[1, 2", "is no"),
-        ("g.txt", b"hello", "is not a readable .npz file"),
+        ("g.txt", b"hello", "is not a graph file: it begins with b'hello'"),
     ],
 )
 def test_a_file_that_is_no_graph_is_refused(difffract, tmp_path, name, content, told):

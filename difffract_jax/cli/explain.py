@@ -12,7 +12,7 @@ from difffract_jax.cli import options as opt
 from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
 from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli.validate import rerun
-from difffract_jax.config import TraceConfig, UserError, provenance
+from difffract_jax.config import UserError, provenance
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,6 @@ def register(app: typer.Typer) -> None:
 @opt.command(
     HeadsConfig,
     arguments=("model", "transcoders", "graph"),
-    help_from={TraceConfig: ("model",)},
 )
 def heads(settings: HeadsConfig, *, json: bool) -> None:
     """Say which attention heads carry the edges into a target, and what makes an attention score.
@@ -39,16 +38,16 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     """
     from difffract_jax.circuits.effects import heads as by_head
     from difffract_jax.circuits.effects.attention import score_parts
+    from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit
-    from difffract_jax.graphs.comparison import read_graph
     from difffract_jax.graphs.names import node_names
     from difffract_jax.loading import load_pipeline, load_transcoders
 
     asked = None if settings.score is None else by_head.parse_score(settings.score)
-    read = read_graph(settings.graph)
-    node = by_head.target_node(read, settings.target)
+    graph = read(settings.graph)
+    node = by_head.target_node(graph, settings.target)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    again = rerun(pipe, tcs, read, settings)
+    again = rerun(pipe, tcs, graph, settings)
     labels, engine = labels_of(settings.transcoders, tcs.source), again.engine
     # The score first: what it names may not be there, and heads take longer.
     scores = {}
@@ -56,8 +55,8 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
         parts = score_parts(engine, asked.model_block(engine.infos[0].layout), asked.head, asked.query, asked.key)
         scores = _score(settings, engine, parts, labels)
     found = by_head.carried(engine, int(again.rows[node]))
-    error, held = by_head.edge_error(found, read, again.rows, node)
-    shown = {"target": node_names(read)[node], "sum of its edges": float(found.edges.sum())}
+    error, held = by_head.edge_error(found, graph, again.rows, node)
+    shown = {"target": node_names(graph)[node], "sum of its edges": float(found.edges.sum())}
     shown |= {"edges of the graph that heads add up to": held, "worst error, over the largest": error}
     shown |= {"heads": _carriers(found, engine, settings.top)} | scores
     record = provenance("heads", settings, **opt.sources(model=pipe, transcoders=tcs))
@@ -135,7 +134,6 @@ def _named(engine: Any, row: int, labels: Any, column: str) -> dict[str, Any]:
 @opt.command(
     EffectsConfig,
     arguments=("model", "transcoders", "prompt"),
-    help_from={TraceConfig: ("model", "prompt", "include_padding")},
 )
 def effects(settings: EffectsConfig, *, json: bool) -> None:
     """Say what every feature of a run adds to a colour or to the velocity, along all paths of all steps.

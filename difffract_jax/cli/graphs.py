@@ -19,14 +19,18 @@ SUFFIXES = {
     "graphml": ".graphml",
     "csv": "",
 }
+SHOWN_NAMES = 10
+"""Names of each list that `compare` prints."""
 combine = typer.Typer(
     help="Average circuits over prompts and seeds, or subtract one from another.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Out = Annotated[Path, typer.Option("--out", help="Graph file to write, `.npz`.")]
-Graphs = Annotated[list[Path], typer.Argument(help="Graph files, of one model and its transcoders.")]
+Out = Annotated[
+    Path, typer.Option("--out", help="Graph file to write, `.npz`; one that exists is replaced, with a note.")
+]
+Graphs = Annotated[list[Path], typer.Argument(metavar="GRAPH", help="Graph files, of one model and its transcoders.")]
 Edits = Annotated[
     Path | None,
     typer.Option(
@@ -63,14 +67,15 @@ def prune(settings: PruneConfig, *, json: bool) -> None:
     Example: `difffract prune graph.npz --node-threshold .8 --edge-threshold .98 --out pruned.npz`
     """
     opt.check_out(settings.out, ".npz")
-    from difffract_jax.cli.output import emit, graph_summary
+    from difffract_jax.cli.graph_files import read
+    from difffract_jax.cli.output import emit, graph_summary, replacing
     from difffract_jax.graphs import pruning
-    from difffract_jax.graphs.comparison import read_graph
     from difffract_jax.graphs.json_values import to_json_values
 
-    whole = read_graph(settings.graph)
+    whole = read(settings.graph)
     pruned = pruning.prune(whole, **settings.model_dump(exclude={"graph", "out"}))
-    pruned.save(settings.out)
+    with replacing(settings.out):
+        pruned.save(settings.out)
     rows = [{"of": name} | found for name, found in to_json_values(pruned.provenance.scores).items()]
     emit({"graph": str(settings.out)} | graph_summary(pruned) | {"scores": rows}, as_json=json)
 
@@ -87,20 +92,21 @@ def supernodes(
     Example: `difffract supernodes pruned.npz --threshold .6 --set-supernode "red=img/2/f401,img/3/f17"`
     """
     opt.check_out(settings.out, ".npz")
-    from difffract_jax.cli.output import emit
+    from difffract_jax.cli.graph_files import read
+    from difffract_jax.cli.output import emit, replacing
     from difffract_jax.config import resolve
     from difffract_jax.graphs import supernodes as grouping
-    from difffract_jax.graphs.comparison import read_graph
     from difffract_jax.graphs.names import node_names
 
     by_hand = dict(map(grouping.parse_assignment, set_supernode or ()))
     changes = [resolve(grouping.Edits, file=edits), grouping.Edits(set=by_hand)]
-    grouped = read_graph(settings.graph)
+    grouped = read(settings.graph)
     if not settings.keep:
         grouped = grouping.find_supernodes(grouped, threshold=settings.threshold, map_weight=settings.map_weight)
     for change in changes:
         grouped = grouping.edit_supernodes(grouped, change)
-    grouped.save(settings.out)
+    with replacing(settings.out):
+        grouped.save(settings.out)
     names = node_names(grouped)
     rows = [
         {"supernode": name, "members": ", ".join(names[n] for n in group)} for name, group in grouped.supernodes.items()
@@ -124,7 +130,7 @@ def combine_average(graphs: Graphs, out: Out = Path("average.npz"), json: opt.Js
 
 @combine.command("difference")
 def combine_difference(
-    a: opt.GraphFile, b: opt.GraphFile, out: Out = Path("difference.npz"), json: opt.Json = False
+    a: opt.FirstGraph, b: opt.SecondGraph, out: Out = Path("difference.npz"), json: opt.Json = False
 ) -> None:
     """Subtract the second circuit from the first: positive edges are stronger in the first.
 
@@ -138,16 +144,17 @@ def combine_difference(
 def _read(paths: list[Path], out: Path) -> list[Any]:
     """Reads graphs, each with its file's name; refuses an output that cannot be written first."""
     opt.check_out(out, ".npz")
-    from difffract_jax.graphs.comparison import read_graph
+    from difffract_jax.cli.graph_files import read
 
-    return [read_graph(path).with_provenance(file=path.name) for path in paths]
+    return [read(path).with_provenance(file=path.name) for path in paths]
 
 
 def _combined(graph: Any, out: Path, json: bool) -> None:
     """Saves and shows a combined graph."""
-    from difffract_jax.cli.output import emit, graph_summary
+    from difffract_jax.cli.output import emit, graph_summary, replacing
 
-    graph.save(out)
+    with replacing(out):
+        graph.save(out)
     told = graph.provenance.combined
     shares = list(told.occurs_in.values())
     shown = {"graph": str(out), "operation": told.operation, "graphs": len(told.graphs)}
@@ -155,15 +162,32 @@ def _combined(graph: Any, out: Path, json: bool) -> None:
     emit(shown | graph_summary(graph), as_json=json)
 
 
-def compare(a: opt.GraphFile, b: opt.GraphFile, json: opt.Json = False) -> None:
+def compare(a: opt.FirstGraph, b: opt.SecondGraph, json: opt.Json = False) -> None:
     """Compare two graphs, of any format: which nodes and edges both have, and how far their edges differ.
+
+    Of the nodes that one alone has, the first are named; with --json all are.
 
     Example: `difffract compare graph.npz reference_graph.json --json`
     """
+    from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit
-    from difffract_jax.graphs import comparison as comparing
+    from difffract_jax.graphs.comparison import compare as hold
 
-    emit(comparing.compare(comparing.read_graph(a), comparing.read_graph(b))._asdict(), as_json=json)
+    found = hold(read(a), read(b))._asdict()
+    emit(found if json else _figures_first(found), as_json=json)
+
+
+def _figures_first(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns a comparison for people: its figures, then of each list of names how many there are, and the first."""
+    lists = {key: names for key, names in found.items() if isinstance(names, list)}
+    figures = {key: value for key, value in found.items() if key not in lists}
+    return figures | {key: _first(names) for key, names in lists.items()}
+
+
+def _first(names: list[str]) -> str:
+    more = len(names) - SHOWN_NAMES
+    shown = [*names[:SHOWN_NAMES], f"... and {more} more (--json lists all)"] if more > 0 else names
+    return f"{len(names)}: {', '.join(shown)}" if names else "0"
 
 
 def _with_labels(given: dict[str, Any]) -> dict[str, Any]:
@@ -190,10 +214,12 @@ def export(settings: ExportConfig, *, json: bool) -> None:
     Example: `difffract export pruned.npz --format circuit-tracer --slug red-circle --out red-circle.json`
     """
     opt.check_out(settings.out, SUFFIXES[settings.format])
-    from difffract_jax.cli.output import emit
-    from difffract_jax.graphs.comparison import read_graph
+    from difffract_jax.cli.graph_files import read
+    from difffract_jax.cli.output import emit, replacing
 
-    shown = _write(read_graph(settings.graph), settings)
+    graph = read(settings.graph)
+    with replacing(*([] if settings.overwrite else [settings.out])):
+        shown = _write(graph, settings)
     emit({"exported": str(settings.out), "format": settings.format} | shown, as_json=json)
 
 

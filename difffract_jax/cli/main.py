@@ -110,9 +110,9 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
     Example: `difffract demo --out demo`
     """
     from difffract_jax.cli.demo import run
-    from difffract_jax.cli.output import emit, progress
+    from difffract_jax.cli.output import emit, progress, replacing
 
-    with progress("Tracing") as advance:
+    with replacing(settings.out), progress("Tracing") as advance:
         result = run(settings, advance)
     emit(result, as_json=json)
 
@@ -172,9 +172,12 @@ def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, j
 
 @convert.command("check")
 def convert_check(
-    source: Annotated[str, typer.Argument(help="The PyTorch pipeline, a diffusers directory or hf:OWNER/NAME.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="The PyTorch pipeline, a diffusers directory or hf:OWNER/NAME.")
+    ],
     converted: Annotated[
-        str | None, typer.Argument(help="Our directory of it; SOURCE converted in memory if left out.")
+        str | None,
+        typer.Argument(metavar="CONVERTED", help="Our directory of it; SOURCE converted in memory if left out."),
     ] = None,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")] = 1e-5,
     json: opt.Json = False,
@@ -202,7 +205,6 @@ def convert_check(
 @opt.command(
     GenerateConfig,
     arguments=("model", "prompt"),
-    help_from={TraceConfig: ("model", "prompt", "steps"), ConvertConfig: ("dtype",)},
 )
 def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     """Generate an image from a prompt.
@@ -210,7 +212,7 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     Example: `difffract generate flux-schnell "a red fox at dawn" --seed 0 --steps 4 --out image.png`
     """
     opt.check_out(settings.out, ".png")
-    from difffract_jax.cli.output import emit, progress, save_image
+    from difffract_jax.cli.output import emit, progress, replacing, save_image
 
     record = provenance("generate", settings)
     if dry_run:
@@ -229,7 +231,9 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
             progress=advance,
         )
     cli_steer.warn_cut(result.cut)
-    save_image(result.image, settings.out, record | {"sources": opt.sources(model=pipe)})
+    record |= {"sources": opt.sources(model=pipe)}
+    with replacing(settings.out):
+        save_image(result.image, settings.out, record)
     emit({"image": str(settings.out), "size": f"{result.image.shape[1]}x{result.image.shape[0]}"}, as_json=json)
 
 
@@ -246,7 +250,7 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
         opt.check_out(settings.export_json, ".json")
     from difffract_jax.circuits.attribution.attribute import attribute
     from difffract_jax.circuits.attribution.outputs import parse_target
-    from difffract_jax.cli.output import emit, graph_summary, progress
+    from difffract_jax.cli.output import emit, graph_summary, progress, replacing
     from difffract_jax.cli.requests import read_steps, read_weights, resolve_all
     from difffract_jax.graphs.files.reference_json import write_reference_json
     from difffract_jax.loading import load_pipeline, load_transcoders
@@ -267,9 +271,10 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
         graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)
     _warn(captured.info.cut, graph)
     graph = graph.with_provenance(**record)
-    graph.save(settings.out)
-    if settings.export_json:
-        write_reference_json(graph, settings.export_json)
+    with replacing(settings.out, *([settings.export_json] if settings.export_json else [])):
+        graph.save(settings.out)
+        if settings.export_json:
+            write_reference_json(graph, settings.export_json)
     emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
 
 
@@ -325,3 +330,6 @@ def _warn(cut: str, graph: Any) -> None:
             f"Warning: no feature of step {', '.join(missed)} was expanded, since most influence lies in the last; "
             "raise --max-nodes, or lower --expansion-batch so that influence is computed more often.\n"
         )
+
+
+opt.plain_usage(app)

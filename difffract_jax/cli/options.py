@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from difffract_jax.config import Settings, UserError, resolve
 
 S = TypeVar("S", bound=Settings)
 Command = Callable[..., None]
-GraphFile = Annotated[
-    Path, typer.Argument(help="Graph file: `.npz`, the reference's JSON, or circuit-tracer's and Neuronpedia's.")
-]
+GRAPH_HELP = "`.npz`, the reference's JSON, or circuit-tracer's and Neuronpedia's."
+FirstGraph = Annotated[Path, typer.Argument(metavar="A", help=f"Graph file: {GRAPH_HELP}")]
+SecondGraph = Annotated[Path, typer.Argument(metavar="B", help=f"The graph file to hold against it: {GRAPH_HELP}")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings; options win over it.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any setting; wins over all.")
@@ -41,6 +42,29 @@ SHARED: dict[str, tuple[Any, Any]] = {
 """Options that commands share, in the order of their help: type and default."""
 
 
+class PlainUsage(TyperCommand):
+    """A command whose usage line names required arguments as its help does, NAME, where Typer writes {NAME} or [NAME].
+
+    To Typer the arguments of `command` are optional, since a file of settings may hold them; where there is no such
+    file, they are not.
+    """
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Returns the words that follow the command's name."""
+        required = vars(self.callback).get("required_arguments", ())
+        pieces = [re.sub(r"^\{(.*)\}", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
+        return [piece[1:-1] if piece[1:-1] in required else piece for piece in pieces]
+
+
+def plain_usage(app: typer.Typer) -> None:
+    """Makes every command of an app, and of those below it, a `PlainUsage`."""
+    for one in app.registered_commands:
+        one.cls = PlainUsage
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            plain_usage(group.typer_instance)
+
+
 def command(
     cls: type[S],
     *,
@@ -49,7 +73,6 @@ def command(
     without: Sequence[str] = (),
     before: Mapping[str, Sequence[str]] | None = None,
     instead: Mapping[str, Any] | None = None,
-    help_from: Mapping[type[Settings], Sequence[str]] | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[[Command], Command]:
     """Makes a command for Typer of a function of settings.
@@ -65,7 +88,6 @@ def command(
         before: field -> what help shows before it: inherited fields, or the function's own options. Inherited fields
             follow those of the class otherwise, and the function's own options follow all fields.
         instead: field -> annotation for Typer, where the option holds something else than the field.
-        help_from: class -> fields whose help is that of the field of this name in it.
         prepare: changes what was given, by name, before it is merged.
 
     Example:
@@ -76,10 +98,8 @@ def command(
         ['graph', 'mode', 'node_threshold', 'edge_threshold', 'by_position', 'out', 'json']
     """
     fields = [name for name in _own_first(cls) if name not in without]
-    documented_by = {name: other for other, names in (help_from or {}).items() for name in names}
     options: dict[str, tuple[Any, Any]] = {
-        name: ((instead or {}).get(name) or _declared(cls, name, name in arguments, documented_by.get(name, cls)), None)
-        for name in fields
+        name: ((instead or {}).get(name) or _declared(cls, name, name in arguments), None) for name in fields
     }
 
     def decorate(function: Command) -> Command:
@@ -102,6 +122,9 @@ def command(
                 raise UserError(sentence) from error
 
         _sign(run, {name: declared[name] for name in (*arguments, *placed, *shared)})
+        if not layers:
+            required = [name.upper() for name in arguments if cls.model_fields[name].is_required()]
+            vars(run)["required_arguments"] = required
         return run
 
     return decorate
@@ -118,7 +141,7 @@ def _is_settings(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Settings)
 
 
-def _declared(cls: type[Settings], name: str, positional: bool, documented_by: type[Settings]) -> Any:
+def _declared(cls: type[Settings], name: str, positional: bool) -> Any:
     """Returns the type of a field, which may be left out, with its argument or option for Typer."""
     annotation = cls.model_fields[name].annotation
     alternatives = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
@@ -126,7 +149,7 @@ def _declared(cls: type[Settings], name: str, positional: bool, documented_by: t
     kinds = [list[repeated[0]]] if repeated else [one for one in alternatives if one is not type(None)]
     assert len(kinds) == 1, f"{cls.__name__}.{name} has no one type that an option could hold"
     made = argument if positional else option
-    return Annotated[kinds[0] | None, made(documented_by, name)]
+    return Annotated[kinds[0] | None, made(cls, name)]
 
 
 def _placed(names: Sequence[str], before: Mapping[str, Sequence[str]]) -> list[str]:
@@ -154,7 +177,8 @@ def field(cls: type[Settings], name: str) -> dict[str, Any]:
     """Returns the help of a setting, with its default, for `typer.Option` or `typer.Argument`."""
     info = cls.model_fields[name]
     silent = info.is_required() or info.default in (None, False, ())
-    default = "" if silent else f" Default: {info.default}."
+    # As code, since help is Markdown, to which */* is emphasis.
+    default = "" if silent else f" Default: `{info.default}`."
     return {"help": " ".join((info.description or "").split()) + default, "show_default": False}
 
 

@@ -69,12 +69,15 @@ def sample(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of captions and noise.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; 4 when left out.")] = None,
-    out: Annotated[Path, typer.Option("--out", help="Picture to write.")] = Path("samples.png"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Picture to write; one that exists is replaced, with a note.")
+    ] = Path("samples.png"),
     json: opt.Json = False,
 ) -> None:
     """Draw a sheet of images with their captions and the scorer's verdict on each.
 
-    Captions are held-out ones of one to three objects, or your own with --prompt.
+    Captions are held-out ones of one to three objects, or your own with --prompt. Where one names a concept in another
+    colour than its own, which training never draws, both verdicts are told: by the caption, and by what training draws.
 
     Example: `difffract organism sample --prompt "a blue lemon left of a red ring" --count 12 --out lemons.png`
     """
@@ -83,13 +86,13 @@ def sample(
     import matplotlib
 
     matplotlib.use("Agg")
-    from difffract_jax.cli.output import emit, progress
+    from difffract_jax.cli.output import emit, progress, replacing
     from difffract_jax.loading import load_pipeline
     from difffract_jax.models.batch import generate_batch
     from difffract_jax.organism.card import sample_sheet
     from difffract_jax.organism.evaluate import see
     from difffract_jax.organism.scorer import judge
-    from difffract_jax.organism.world import from_caption, scenes
+    from difffract_jax.organism.world import as_captioned, from_caption, scenes
     from difffract_jax.storage.checkpoint import atomic_file
 
     asked = scenes(seed, 0, count, "held out", (1, 2, 3)) if prompt is None else from_caption(prompt, count)
@@ -98,10 +101,22 @@ def sample(
         seeds = range(seed, seed + count)
         images = generate_batch(pipe, asked.captions, seeds, steps=steps, batch=min(count, 64), progress=advance)
     reading = see(images)
-    right = judge(asked, reading).right
-    with atomic_file(out) as partial:
+    right = judge(as_captioned(asked), reading).right
+    with replacing(out), atomic_file(out) as partial:
         sample_sheet(asked, images, reading, right).savefig(partial, dpi=110, format="png")
-    emit({"samples": str(out), "right": f"{int(right.sum())} of {count}"}, as_json=json)
+    emit({"samples": str(out), "right": _verdict(asked, right, judge(asked, reading).right)}, as_json=json)
+
+
+def _verdict(asked: Any, right: Any, trained: Any) -> str:
+    """Says how many images show what captions say, and what training would draw, where that is something else."""
+    import numpy as np
+
+    said = f"{int(right.sum())} of {right.size}"
+    inside = np.arange(asked.kind.shape[1]) < asked.count[:, None]
+    if not np.any(inside & (asked.named >= 0) & (asked.named != asked.colour)):
+        return said
+    own = f"{int(trained.sum())} of {right.size}"
+    return f"{said} as captioned; {own} as trained (concepts keep their colour)"
 
 
 @organism.command()

@@ -6,6 +6,7 @@
    sources, and whether edges and bias add up to the pre-activations. It reads the graph's arrays only.
 4. `planned` lays plans of training beside one another.
 5. `save_image` writes a PNG with its provenance.
+6. Commands replace files that are there already, and `replacing` says so.
 """
 
 import json
@@ -47,6 +48,32 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
         else:
             plain.add_row(name, _text(value))
     console.print(plain, *tables, sep="\n")
+
+
+@contextmanager
+def replacing(*targets: Path) -> Iterator[None]:
+    """Tells on stderr, when the block ends well, which files it replaced that were there before.
+
+    Args:
+        targets: files that the block writes, or directories that it writes files into.
+    """
+    before = {path: _stamp(path) for target in targets for path in _files(target)}
+    yield
+    replaced = [str(path) for path, stamp in before.items() if path.is_file() and _stamp(path) != stamp]
+    if replaced:
+        verb = "was" if len(replaced) == 1 else "were"
+        sys.stderr.write(f"Note: {', '.join(replaced)} existed and {verb} replaced; --out names another output.\n")
+
+
+def _files(target: Path) -> list[Path]:
+    if target.is_dir():
+        return sorted(path for path in target.iterdir() if path.is_file())
+    return [target] if target.is_file() else []
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 @contextmanager
@@ -193,6 +220,8 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
     pooled = {"share of the frozen pooled path": ", ".join(f"{path.share:.3g}" for path in paths)} if paths else {}
     rounding = graph.provenance.precision
     rounded = {"bfloat16 error": f"{rounding.edge_error:.2g} of the largest edge"} if rounding else {}
+    unclear = graph.provenance.unclear_links
+    left_out = {"links left out": unclear.left_out} if unclear is not None and unclear.left_out else {}
     by_step = expanded_by_step(graph)
     spread = ", ".join(f"step {step}: {count}" for step, count in by_step.items())
     weighted = [{"target": names[node], "weight": float(graph.root_weights[node])} for node in targets]
@@ -202,6 +231,7 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
         "nodes": graph.summary().nodes,
         **({"features expanded": spread} if len(by_step) > 1 else {}),
         "edges": len(graph.edge_attribution),
+        **left_out,
         "conservation error": graph.largest_conservation_error,
         **rounded,
         **pooled,

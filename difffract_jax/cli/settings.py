@@ -83,7 +83,7 @@ class SteerConfig(RunSettings):
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of each seed (needs the extra `torch`)."""
     out: Path = Path("steer")
-    """Directory for grid.png, metrics.md and metrics.json."""
+    """Directory for grid.png, metrics.md and metrics.json; those that exist are replaced, with a note."""
 
     @field_validator("sweep")
     @classmethod
@@ -129,7 +129,7 @@ class FeaturesConfig(RunSettings):
     captions: int = Field(3000, ge=200)
     """Captions that --scan samples."""
     out: Path | None = None
-    """With --scan, the labels file to write."""
+    """With --scan, the labels file to write; one that exists is replaced, with a note."""
 
 
 class EffectsConfig(Settings):
@@ -219,7 +219,8 @@ class ValidateConfig(RerunSettings):
     seed: int = Field(0, ge=0)
     """Seed of the edges and of the random circuits that are drawn; the run's own seed is the graph's."""
     out: Path | None = None
-    """Directory for report.md, validation.json and figures; none are written when left out."""
+    """Directory for report.md, validation.json and figures, which are replaced, with a note, if they exist; none are
+    written when left out."""
 
 
 def _range(text: str) -> tuple[int, ...]:

@@ -36,7 +36,6 @@ def register(app: typer.Typer) -> None:
         "guidance": ("steps", "height", "width", "text_tokens"),
         "out": ("batch",),
     },
-    help_from={TraceConfig: ("model", "prompt", "include_padding", "steps", "noise")},
 )
 def steer(settings: SteerConfig, *, json: bool) -> None:
     """Edit features while images are made, over seeds and strengths, and measure what changed.
@@ -47,7 +46,7 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     """
     edits = [Edit.parse(text) for text in settings.edit]
     check_directory(settings.out)
-    from difffract_jax.cli.output import emit
+    from difffract_jax.cli.output import emit, replacing
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.studies.metrics import sweep_table
 
@@ -58,7 +57,8 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     made = _draw(pipe, tcs, run, edits, pixels, settings)
     rows = sweep_table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
     record = provenance("steer", settings, **opt.sources(model=pipe, transcoders=tcs))
-    files = _write(made, rows, record, settings.out)
+    with replacing(settings.out):
+        files = _write(made, rows, record, settings.out)
     shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}
     emit(files | {"metrics": rows} if json else shown, as_json=json)
 
@@ -91,7 +91,6 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
     FeaturesConfig,
     arguments=("model", "transcoders", "prompt"),
     before={"by": ("box", "mask"), "top": ("seeds",), "captions": ("scan",)},
-    help_from={TraceConfig: ("model", "steps")},
 )
 def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> None:
     """Find features: by contrast with another prompt, in a region, by rise or fall over steps, or by activation.
@@ -143,7 +142,7 @@ def _scan(settings: FeaturesConfig, json: bool) -> None:
         raise UserError("A scan reads what images show from the organism's scenes; other models have none.")
     if settings.out is None or settings.out.suffix != ".json" or not settings.out.parent.is_dir():
         raise UserError("A scan writes a labels file: give --out FILE.json in a folder that exists.")
-    from difffract_jax.cli.output import emit, progress
+    from difffract_jax.cli.output import emit, progress, replacing
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.studies.scan import scan, write_labels
 
@@ -152,7 +151,9 @@ def _scan(settings: FeaturesConfig, json: bool) -> None:
         found = scan(pipe, tcs, settings.captions, advance)
     # The path is of this machine; where the labels lie does not change what they are.
     placed = settings.model_copy(update={"out": Path(settings.out.name)})
-    write_labels(found, provenance("features --scan", placed, **opt.sources(model=pipe, transcoders=tcs)), settings.out)
+    record = provenance("features --scan", placed, **opt.sources(model=pipe, transcoders=tcs))
+    with replacing(settings.out):
+        write_labels(found, record, settings.out)
     clear = sum(value >= 0.9 for site in found["sites"].values() for value in site["auroc"])
     total = sum(len(site["auroc"]) for site in found["sites"].values())
     images = f"{found['right']} of {found['captions']}"

@@ -27,7 +27,7 @@ def study(settings: StudyConfig, *, json: bool) -> None:
     Example: `difffract study colour-prior --size 10`
     """
     _check(settings)
-    from difffract_jax.cli.output import emit, stages
+    from difffract_jax.cli.output import emit, replacing, stages
     from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
     from difffract_jax.studies.registry import STUDIES, Given
     from difffract_jax.studies.results import write_result
@@ -40,7 +40,8 @@ def study(settings: StudyConfig, *, json: bool) -> None:
         given = Given(pipe, tcs, compared, labels, settings.size, settings.round, lines)
         result = STUDIES[settings.name](given, lambda stage: partial(show, stage))
     sources = opt.sources(model=pipe, transcoders=tcs) | ({} if compared is None else opt.sources(saes=compared))
-    files = write_result(result, settings.out, provenance("study", settings, **sources))
+    with replacing(settings.out):
+        files = write_result(result, settings.out, provenance("study", settings, **sources))
     if not json:
         sys.stdout.write(f"{result.verdict}\n")
     told = (

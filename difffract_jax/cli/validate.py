@@ -11,7 +11,7 @@ import typer
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.settings import RerunSettings, ValidateConfig
 from difffract_jax.cli.steer import check_directory, torch_latents
-from difffract_jax.config import TraceConfig, UserError, provenance
+from difffract_jax.config import UserError, provenance
 
 
 def register(app: typer.Typer) -> None:
@@ -23,7 +23,6 @@ def register(app: typer.Typer) -> None:
     ValidateConfig,
     arguments=("model", "transcoders", "graph"),
     before={"out": ("latents", "noise", "activations")},
-    help_from={TraceConfig: ("model",)},
 )
 def validate(settings: ValidateConfig, *, json: bool) -> None:
     """Hold a graph against the model it explains: what is exact to rounding, and what the real model makes of the rest.
@@ -43,18 +42,21 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     from difffract_jax.circuits.checks.report import write_validation
     from difffract_jax.circuits.checks.validation import at_size, failed_checks
     from difffract_jax.circuits.checks.validation import validate as hold
-    from difffract_jax.cli.output import emit, progress
-    from difffract_jax.graphs.comparison import read_graph
+    from difffract_jax.cli.graph_files import read
+    from difffract_jax.cli.output import emit, progress, replacing
     from difffract_jax.loading import load_pipeline, load_transcoders
 
-    read = read_graph(settings.graph)
+    graph = read(settings.graph)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
-    again = rerun(pipe, tcs, read, settings)
+    again = rerun(pipe, tcs, graph, settings)
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})
     with progress("Validating") as advance:
-        found = hold(again, read, **asked, progress=advance)
+        found = hold(again, graph, **asked, progress=advance)
     record = provenance("validate", settings, **opt.sources(model=pipe, transcoders=tcs))
-    files = {} if settings.out is None else write_validation(found, settings.out, record)
+    files = {}
+    if settings.out is not None:
+        with replacing(settings.out):
+            files = write_validation(found, settings.out, record)
     size = found["completeness"]["pruned"]
     if json:
         shown = {key: value for key, value in found["perturbation"].items() if key != "pairs"}

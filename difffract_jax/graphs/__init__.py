@@ -6,13 +6,16 @@ provenance      where a graph comes from; json_values: frozen types as JSON
 summary         what a graph says of itself
 names           what nodes are called
 aggregation     sums over positions
+order           levels that every edge leads up, or the circle because of which there are none
+checks          finite numbers and no circles, for what is read from files
 influence       how much each node bears on another, on a graph without cycles
 scoring         how much of a graph its features explain, rather than errors
 pruning         which nodes and edges to keep
 supernodes      features that do the same, grouped
 combine         averages and differences of circuits over prompts and seeds
-comparison      two graphs side by side; any readable file as a graph
-files           formats of other tools, read and written
+comparison      two graphs side by side
+unclear_links   links of other tools' documents that could not be taken as they stand
+files           formats of other tools, read and written; any readable file as a graph
 
 The names below are public: `from difffract_jax import graphs`, then `graphs.prune`. Loaded on first use.
 """
@@ -22,7 +25,7 @@ from difffract_jax.namespaces import lazy
 _HOME = {
     "Graph": "difffract_jax.graphs.graph",
     "Provenance": "difffract_jax.graphs.provenance",
-    "read_graph": "difffract_jax.graphs.comparison",
+    "read_graph": "difffract_jax.graphs.files.reader",
     "compare": "difffract_jax.graphs.comparison",
     "prune": "difffract_jax.graphs.pruning",
     "aggregate": "difffract_jax.graphs.aggregation",

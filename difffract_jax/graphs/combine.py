@@ -27,7 +27,7 @@ from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import FILE_KEYS, Combined, KnownRun, Origin, Provenance
 
 _KEY = ("node_kind", "node_step", "node_block", "node_stream", "node_feature")
-_OF_ONE = ("pruning", "scores", "grouping", "file", "run", "shared", "target_weights", "combined")
+_OF_ONE = ("pruning", "scores", "grouping", "file", "run", "shared", "target_weights", "combined", "unclear_links")
 """Facts that hold for one graph as it is, even where all say the same, or that are combined otherwise."""
 _TOTALS = ("target_preactivation", "target_bias", "target_sum")
 

@@ -6,7 +6,6 @@
 3. Nodes are the same if kind, step, stream, block, position and feature are; edges, if both ends are.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,11 +13,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from difffract_jax.address import STREAMS
-from difffract_jax.config import UserError
 from difffract_jax.display import number_text, text_of
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.files.reference_json import read_reference_json
-from difffract_jax.graphs.files.viewer_document import graph_of, read_document
 from difffract_jax.graphs.graph import ERROR, INPUT, KINDS, REST, Graph
 
 Node = tuple[int, int, int, int, int, int]
@@ -39,6 +35,8 @@ class Comparison(NamedTuple):
         pearson: correlation of the attributions of common edges; None for fewer than 2, or where all are alike.
         spearman: their rank correlation.
         summed_over_positions: whether sums over positions were compared.
+        links_left_out_of_a: links in the document of the first that name no node of it, and are in neither count.
+        links_left_out_of_b: likewise of the second.
     """
 
     nodes_in_both: int
@@ -52,6 +50,8 @@ class Comparison(NamedTuple):
     pearson: float | None
     spearman: float | None
     summed_over_positions: bool
+    links_left_out_of_a: int = 0
+    links_left_out_of_b: int = 0
 
     def __repr__(self) -> str:
         only = {name: f"{count:,}" for name, count in self._counts().items()}
@@ -72,26 +72,11 @@ class Comparison(NamedTuple):
             "largest error": f"{self.largest_error:.3g} of the largest edge, {self.largest_edge:.4g}",
             "correlation": f"Pearson {number_text(self.pearson)}, Spearman {number_text(self.spearman)}",
             "compared": "sums over positions" if self.summed_over_positions else "position by position",
+            **{f"links left out of {name}": f"{count:,}" for name, count in self._left_out().items() if count},
         }
 
-
-def read_graph(path: str | Path) -> Graph:
-    """Reads a graph of any format that is understood.
-
-    Args:
-        path: a `.npz` file of ours, the reference's JSON, or that of circuit-tracer and Neuronpedia; told apart by
-            content.
-
-    Raises:
-        UserError: if it is none of them.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; give a graph file, .npz or JSON.")
-    content = path.read_bytes()
-    if content[:64].lstrip()[:1] not in (b"{", b"["):
-        return Graph.load(path)
-    return graph_of(read_document(path)) if b'"qParams"' in content else read_reference_json(path)
+    def _left_out(self) -> dict[str, int]:
+        return {"a": self.links_left_out_of_a, "b": self.links_left_out_of_b}
 
 
 def compare(a: Graph, b: Graph) -> Comparison:
@@ -123,7 +108,14 @@ def compare(a: Graph, b: Graph) -> Comparison:
         pearson=_correlation(stats.pearsonr, x, y),
         spearman=_correlation(stats.spearmanr, x, y),
         summed_over_positions=summed,
+        links_left_out_of_a=_left_out(a),
+        links_left_out_of_b=_left_out(b),
     )
+
+
+def _left_out(graph: Graph) -> int:
+    unclear = graph.provenance.unclear_links
+    return 0 if unclear is None else unclear.left_out
 
 
 def _nodes(graph: Graph, merged: bool) -> list[Node]:

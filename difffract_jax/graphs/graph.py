@@ -7,6 +7,7 @@
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from difffract_jax.graphs.arrays import (
     GraphArrays,
     conservation_scale,
 )
+from difffract_jax.graphs.checks import check_values
 from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.storage.files import atomic_file
 
@@ -108,7 +110,8 @@ class Graph(GraphArrays):
             path: the file.
 
         Raises:
-            UserError: if it is not such a file, is damaged, or is of another format version.
+            UserError: if it is not such a file, is damaged, is of another format version, or holds numbers that are
+                not finite.
         """
         arrays = _read_arrays(Path(path))
         missing = [name for name in (*DTYPES, "supernodes", "metadata") if name not in {*arrays, *_LATER}]
@@ -128,21 +131,35 @@ class Graph(GraphArrays):
         provenance = Provenance.from_json(metadata, str(path))
         try:
             known = {name: arrays[name] for name in DTYPES if name in arrays}
-            return Graph(**known, supernodes=supernodes, provenance=provenance)
+            graph = Graph(**known, supernodes=supernodes, provenance=provenance)
         except ValueError as error:
             raise UserError(f"{path} is damaged. {error} Trace it again.") from None
+        check_values(graph, str(path))
+        return graph
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as stream:
         try:
             loaded = np.load(stream, allow_pickle=False)
-            arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else None
-        except (zipfile.BadZipFile, EOFError, ValueError, KeyError):
+            archive = loaded if isinstance(loaded, np.lib.npyio.NpzFile) else None
+            ours = archive is not None and bool({*DTYPES} & {*archive.files})
+            arrays = dict(archive) if archive is not None and ours else {}
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, KeyError):
             raise UserError(f"{path} is not a readable .npz file; give a file that `difffract trace` wrote.") from None
-    if arrays is None:
+    if archive is None:
         raise UserError(f"{path} is a single array, not a graph; give a file that `difffract trace` wrote.")
+    if not ours:
+        raise UserError(f"{path} is not a graph: it is {_other_archive(archive.files)}")
     return arrays
+
+
+def _other_archive(names: list[str]) -> str:
+    """Says what a zip archive is that holds none of a graph's arrays, and what to give instead."""
+    if any(name.endswith("data.pkl") for name in names):
+        return "a file of PyTorch; export that graph as JSON for circuit-tracer's viewer, and give the JSON."
+    held = f"an archive of {', '.join(names[:4])}" if names else "an empty archive"
+    return f"{held}; give a file that `difffract trace` wrote."
 
 
 def subgraph(graph: Graph, nodes: np.ndarray, edges: np.ndarray) -> Graph:

@@ -3,8 +3,9 @@
     A   |attribution|, each column (target) divided by its sum: the share of a target's edges that a source holds
     B   A + A^2 + A^3 + ... = (I - A)^-1 - I, over paths of every length
 
-Edges lead from lower (step, block) to higher, so that A is triangular: B w comes from walking the blocks from the
-highest down, each edge once; no matrix is inverted. Inputs come before all blocks of their step, outputs after them.
+Edges lead from lower levels to higher (`order`), in graphs of ours those of (step, block), so that A is triangular:
+B w comes from walking the levels from the highest down, each edge once; no matrix is inverted. Inputs come before all
+blocks of their step, outputs after them.
 
 Symbols: w holds the targets' weights and 0 elsewhere; reach = w + B w, influence = B w.
 """
@@ -16,6 +17,7 @@ from jaxtyping import Float64, Int64
 from numpy.typing import NDArray
 
 from difffract_jax.graphs.arrays import GraphArrays
+from difffract_jax.graphs.order import node_levels
 
 
 def column_shares(
@@ -50,10 +52,10 @@ def reach(
         roots: w, the weight of every node that influence is on; 0 for the others.
 
     Raises:
-        ValueError: if an edge does not lead to a higher level: the graph may have a cycle.
+        ValueError: if an edge does not lead to a higher level.
     """
     if np.any(level[source] >= level[target]):
-        raise ValueError("An edge must lead from a lower (step, block) to a higher one, but one does not.")
+        raise ValueError("An edge must lead from a lower level to a higher one, but one does not.")
     result = roots.copy()
     order = np.argsort(-level[target], kind="stable")
     source, target, share = source[order], target[order], share[order]
@@ -65,22 +67,18 @@ def reach(
     return result
 
 
-def levels(step: NDArray[np.integer], block: NDArray[np.integer]) -> Int64[np.ndarray, "node"]:
-    """Returns one number per node that orders (step, block); inputs have block -1, outputs the number of blocks."""
-    step, block = step.astype(np.int64), block.astype(np.int64)
-    return step * (int(block.max(initial=0)) + 2) + block + 1
-
-
 def graph_reach(graph: GraphArrays, attribution: NDArray[np.floating]) -> Float64[np.ndarray, "node"]:
     """Returns w + B w of a graph.
 
     Args:
         graph: the graph.
         attribution: of its edges; 0 for those that are taken for absent.
+
+    Raises:
+        UserError: naming the nodes, if edges run in a circle.
     """
     shares = column_shares(graph.edge_target, attribution, graph.node_kind.size)
-    level = levels(graph.node_step, graph.node_block)
-    return reach(level, graph.edge_source, graph.edge_target, shares, graph.root_weights)
+    return reach(node_levels(graph), graph.edge_source, graph.edge_target, shares, graph.root_weights)
 
 
 def node_influence(graph: GraphArrays) -> Float64[np.ndarray, "node"]:

@@ -15,6 +15,7 @@ from difffract_jax.address import Layout, Tokens, flux_layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, record_text, text_of
 from difffract_jax.graphs.json_values import beyond, merge_json, to_json_values, typed
+from difffract_jax.graphs.unclear_links import UnclearLinks
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -266,6 +267,7 @@ class Provenance:
         file: name of the file that it was read from, for combining.
         reference_config: the settings in a document of the reference, as they stand there.
         viewer: the metadata in a document of circuit-tracer's viewer, as they stand there.
+        unclear_links: links of that document that could not be taken as they stand; None if all could.
         command: command that made it.
         settings: the command's resolved settings, JSON values.
         versions: of Python and packages, by name.
@@ -288,6 +290,7 @@ class Provenance:
     file: str | None = None
     reference_config: Mapping[str, Any] | None = None
     viewer: Mapping[str, Any] | None = None
+    unclear_links: UnclearLinks | None = None
     command: str | None = None
     settings: Mapping[str, Any] | None = None
     versions: Mapping[str, str] | None = None
@@ -335,8 +338,7 @@ class Provenance:
     @property
     def layout(self) -> Layout:
         """The order of the model's blocks; raises `UserError` if the graph does not say."""
-        layout = self.known.layout
-        if layout is None:
+        if (layout := self.known.layout) is None:
             raise UserError(
                 "The graph does not say which blocks its model has; give one that `difffract trace` wrote, or that was "
                 "made of such graphs."
@@ -348,8 +350,7 @@ class Provenance:
         facts = {_KEYS.get(name, name): value for name, value in to_json_values(self).items() if name != "extra"}
         depths = self.known.layout and self.known.layout.flux_depths
         if depths is not None:
-            trace = {key: value for key, value in facts["trace"].items() if key != "layout"}
-            facts["trace"] = trace | {"depths": list(depths)}
+            facts["trace"] = {k: v for k, v in facts["trace"].items() if k != "layout"} | {"depths": list(depths)}
         return merge_json(facts, dict(self.extra))
 
     @staticmethod

@@ -20,7 +20,8 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, Graph
-from difffract_jax.graphs.influence import column_shares, levels, reach
+from difffract_jax.graphs.influence import column_shares, reach
+from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.provenance import Scores
 
 
@@ -30,15 +31,19 @@ def scores(graph: Graph, *, pinned: Bool[np.ndarray, "node"] | None = None) -> S
     Args:
         graph: the graph.
         pinned: mask of the features that count; the others are treated as error, targets excepted. All if left out.
+
+    Raises:
+        UserError: naming the nodes, if edges run in a circle.
     """
     edges = Links(graph.edge_source.astype(np.int64), graph.edge_target.astype(np.int64), graph.edge_attribution)
-    level, errors = levels(graph.node_step, graph.node_block), np.isin(graph.node_kind, (ERROR, REST))
+    level, errors = node_levels(graph), np.isin(graph.node_kind, (ERROR, REST))
     if pinned is not None:
         folded = (graph.node_kind == FEATURE) & ~pinned
         folded[graph.targets] = False
-        stand_in, first = _stand_ins(graph)
-        # Places without an error node get one, past the end of the nodes.
-        level, errors = np.concatenate([level, level[first]]), np.concatenate([errors, np.ones(first.size, bool)])
+        stand_in, places = _stand_ins(graph)
+        # Places without an error node get one, past the end of the nodes, and below all: no edge leads into it.
+        level = np.pad(level, (0, places), constant_values=-1)
+        errors = np.pad(errors, (0, places), constant_values=True)
         edges = _fold(edges, folded, stand_in)
     more = level.size - graph.node_kind.size
     inputs = np.pad(graph.node_kind == INPUT, (0, more))
@@ -63,18 +68,18 @@ class Links(NamedTuple):
     attribution: NDArray[Any]
 
 
-def _stand_ins(graph: Graph) -> tuple[Int64[np.ndarray, "node"], Int64[np.ndarray, "place"]]:
-    """Returns the error that stands for each node, the one of its place, and one node of every place.
+def _stand_ins(graph: Graph) -> tuple[Int64[np.ndarray, "node"], int]:
+    """Returns the error that stands for each node, the one of its place, and how many places there are.
 
     Where a place (step, stream, block, position) has no error, the stand-in is numbered past the end of the nodes.
     """
     place = np.stack([graph.node_step, graph.node_stream, graph.node_block, graph.node_position]).astype(np.int64)
-    _, first, places = np.unique(place, axis=1, return_index=True, return_inverse=True)
-    places = places.ravel()
-    stand_in = np.arange(first.size) + places.size
+    distinct, places = np.unique(place, axis=1, return_inverse=True)
+    places, count = places.ravel(), distinct.shape[1]
+    stand_in = np.arange(count) + places.size
     own = np.flatnonzero(graph.node_kind == ERROR)
     stand_in[places[own]] = own
-    return stand_in[places], first.astype(np.int64)
+    return stand_in[places], count
 
 
 def _fold(edges: Links, folded: Bool[np.ndarray, "node"], stand_in: Int64[np.ndarray, "node"]) -> Links:

@@ -102,6 +102,7 @@ class GraphSummary:
             "model": run.model and hash_text(run.model),
             "transcoders": origin.transcoders and hash_text(origin.transcoders),
             "products": origin.precision and origin.precision.products,
+            "document": origin.unclear_links and " ".join(origin.unclear_links.sentences()),
         }
 
     def _pruned(self) -> str:

@@ -177,6 +177,17 @@ def from_caption(text: str, copies: int = 1) -> Scenes:
     return Scenes(count, kind, colour, named, size, arrangement, centre, radius, (text,) * copies, held_out)
 
 
+def as_captioned(scenes: Scenes) -> Scenes:
+    """Returns scenes with every object in the colour that its caption names, whatever it would be drawn in.
+
+    They differ for concepts that are named in another colour than their own, which training draws in their own.
+
+    Args:
+        scenes: any scenes.
+    """
+    return scenes._replace(colour=np.where(scenes.named >= 0, scenes.named, scenes.colour))
+
+
 def concatenate(parts: list[Scenes]) -> Scenes:
     """Puts batches of scenes behind one another."""
     captions = tuple(caption for part in parts for caption in part.captions)

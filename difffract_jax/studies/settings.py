@@ -37,4 +37,4 @@ class StudyConfig(Settings):
     saes: str = "organism-saes"
     """SAEs of the same, for comparison: `organism-saes`, a directory, or hf:OWNER/NAME[/FOLDER]."""
     out: Path = Path("study")
-    """Directory for NAME.md, NAME.json and the figures."""
+    """Directory for NAME.md, NAME.json and the figures; those that exist are replaced, with a note."""

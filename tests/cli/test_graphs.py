@@ -7,7 +7,8 @@ from functools import partial
 import networkx
 import numpy as np
 import pytest
-from commands import done, run_json
+from commands import done, run_command, run_json
+from viewer_documents import ERROR, FEATURE, document, link, node
 
 from difffract_jax.graphs.files.viewer_document import read_document
 from difffract_jax.graphs.graph import Graph
@@ -136,3 +137,92 @@ def test_a_graph_of_another_tool_can_be_pruned(difffract):
     assert told["scores"] == ours["scores"] and told["edges"] == ours["edges"]
     pruned = Graph.load("pruned.npz")
     assert np.allclose(pruned.node_influence, Graph.load("b.npz").node_influence)
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """Writes documents of another tool: whole, with links that say too little, with a wrong number, with a cycle."""
+    base = document()
+    more = {
+        "base": {},
+        "absent": {"links": [*base["links"], link("9_9_9", "27_5_2", 1.0)]},
+        "shared": {
+            "nodes": [*base["nodes"], node("0_0_1", FEATURE, "0", 1, 0)],
+            "links": [*base["links"], link("0_0_1", "1_57794_1", 0.7)],
+        },
+        "nan": {"links": [*base["links"], link("E_106_1", "1_57794_1", float("nan"))]},
+        "cycle": {"links": [*base["links"], link("1_57794_1", "0_928_1", 0.1)]},
+        "twice": {"nodes": [*base["nodes"], node("0_0_1", ERROR, "0", 1, -1)]},
+    }
+    for name, change in more.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(base | change))
+
+
+READERS = (
+    ("prune",),
+    ("supernodes",),
+    ("combine", "average"),
+    ("export", "--format", "csv", "--out", "tables"),
+    ("compare", "base.json"),
+    ("heads", "organism", "organism"),
+    ("validate", "organism", "organism"),
+)
+
+
+@pytest.mark.parametrize("command", READERS, ids=" ".join)
+def test_every_command_that_reads_graphs_refuses_them_alike(difffract, foreign, tmp_path, command):
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for name, told in (
+        ("nan.json", "the weight of the link from E_106_1 to 1_57794_1 is nan, which is not a finite number"),
+        ("cycle.json", "cycle.json: The graph has a cycle, 0_928_1 -> 1_57794_1 -> 0_928_1"),
+        ("twice.json", "two nodes are called 0_0_1"),
+    ):
+        assert told in refused(difffract(*command, name), tmp_path, before)
+
+
+@pytest.mark.parametrize("command", READERS[:5], ids=" ".join)
+def test_every_command_that_reads_graphs_tells_of_unclear_links(difffract, foreign, command):
+    status, _, err = difffract(*command, "absent.json")
+    assert status == 0
+    assert err == "Warning: in absent.json, 1 link was left out, as the document has no node 9_9_9.\n"
+    status, _, err = difffract(*command, *(("--overwrite",) if command[0] == "export" else ()), "shared.json")
+    assert status == 0 and err.startswith("Warning: in shared.json, 2 links from 0_0_1 were given to an error or to")
+
+
+def test_what_was_left_out_is_counted_in_summaries(difffract, foreign):
+    assert done(difffract("prune", "absent.json"))["links left out"] == 1
+    assert "links left out" not in done(difffract("prune", "base.json"))
+    found = done(difffract("compare", "base.json", "absent.json"))
+    assert (found["links_left_out_of_a"], found["links_left_out_of_b"], found["edges_only_in_b"]) == (0, 1, 0)
+    # The graph of ours was told of when it was made.
+    done(difffract("prune", "absent.json", "--out", "again.npz"))
+    assert difffract("prune", "again.npz", "--out", "last.npz")[2] == ""
+
+
+def test_people_see_figures_first_and_ten_names(difffract, monkeypatch, capsys):
+    found = done(difffract("compare", "0.npz", "outputs.npz"))
+    assert len(found["nodes_only_in_b"]) > 20
+    lines = run_command(monkeypatch, capsys, "compare", "0.npz", "outputs.npz").out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith(("nodes_", "edges_", "largest_", "pearson"))]
+    assert names[-2:] == ["nodes_only_in_a", "nodes_only_in_b"] and names[0] == "nodes_in_both"
+    shown = " ".join(" ".join(lines).split()).split("nodes_only_in_b ")[1]
+    count = len(found["nodes_only_in_b"])
+    assert shown.startswith(f"{count}: {found['nodes_only_in_b'][0]}") and shown.count(",") == 10
+    assert shown.endswith(f"... and {count - 10} more (--json lists all)")
+    same = run_command(monkeypatch, capsys, "compare", "0.npz", "0.npz").out
+    assert [line.split() for line in same.splitlines()][-1] == ["nodes_only_in_b", "0"]
+
+
+def test_a_file_that_is_replaced_is_told_of(difffract):
+    note = "Note: pruned.npz existed and was replaced; --out names another output.\n"
+    assert [difffract("prune", "0.npz")[2] for _ in range(2)] == ["", note]
+    before = Graph.load("pruned.npz").edge_source.size
+    assert difffract("prune", "0.npz", "--node-threshold", "2")[2].startswith("Error: ")
+    assert Graph.load("pruned.npz").edge_source.size == before
+    for command in (
+        ("supernodes", "0.npz"),
+        ("combine", "average", "0.npz"),
+        ("combine", "difference", "0.npz", "1.npz"),
+        ("export", "0.npz", "--out", "g.json"),
+    ):
+        assert difffract(*command)[2] == "" and "existed and was replaced" in difffract(*command)[2]

@@ -15,11 +15,14 @@ import pytest
 from PIL import Image
 
 from difffract_jax.cli import main as cli
+from difffract_jax.cli.organism import _verdict
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline
 from difffract_jax.models.pipeline import generate
 from difffract_jax.organism import pool, train
 from difffract_jax.organism.render import NOUNS
+from difffract_jax.organism.scorer import judge, read_scenes
+from difffract_jax.organism.world import as_captioned, from_caption
 from difffract_jax.storage.sums import SUMS, check_sums
 
 COMMANDS = ("info", "sample", "score", "train")
@@ -152,16 +155,38 @@ def test_info_tells_what_the_model_knows(out: Path, organism: Callable[..., Run]
     assert (told["image"], told["text tokens"]) == ("48 x 48 pixels", 20)
 
 
-@pytest.mark.parametrize("prompt", [None, "a blue lemon left of a red ring"])
+BOTH = " as captioned; 0 of 3 as trained (concepts keep their colour)"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more"),
+    [("a yellow lemon left of a red ring", ""), ("a blue lemon left of a red ring", BOTH)],
+)
 def test_a_sheet_of_samples_is_drawn(
-    out: Path, organism: Callable[..., Run], tmp_path: Path, prompt: str | None
+    out: Path, organism: Callable[..., Run], tmp_path: Path, prompt: str, more: str
 ) -> None:
-    chosen = () if prompt is None else ("--prompt", prompt)
-    run = organism("sample", out / "pipeline", "--count", 3, "--out", tmp_path / "sheet.png", "--json", *chosen)
+    given = ("--count", 3, "--prompt", prompt, "--out", tmp_path / "sheet.png", "--json")
+    run = organism("sample", out / "pipeline", *given)
     assert run.status == 0
-    assert json.loads(run.out) == {"samples": str(tmp_path / "sheet.png"), "right": "0 of 3"}
+    assert json.loads(run.out) == {"samples": str(tmp_path / "sheet.png"), "right": f"0 of 3{more}"}
     with Image.open(tmp_path / "sheet.png") as picture:
         assert picture.format == "PNG" and np.asarray(picture).std() > 0
+
+
+def test_held_out_captions_are_drawn_without_a_prompt(out: Path, organism: Callable[..., Run], tmp_path: Path) -> None:
+    run = organism("sample", out / "pipeline", "--count", 3, "--out", tmp_path / "sheet.png", "--json")
+    assert run.status == 0 and json.loads(run.out)["right"].startswith("0 of 3")
+
+
+def test_verdicts_tell_the_caption_from_what_training_draws() -> None:
+    asked = from_caption("a blue lemon left of a red ring", 4)
+    drawn = read_scenes(asked.images())
+    verdicts = [judge(scenes, drawn).right for scenes in (as_captioned(asked), asked)]
+    told = _verdict(asked, *verdicts)
+    assert told == "0 of 4 as captioned; 4 of 4 as trained (concepts keep their colour)"
+    literal = as_captioned(asked)
+    verdicts = [judge(scenes, read_scenes(literal.images())).right for scenes in (literal, asked)]
+    assert _verdict(asked, *verdicts).startswith("4 of 4 as captioned; 0 of 4 as trained ")
 
 
 def test_scores_are_counts_of_what_was_asked_for(out: Path, organism: Callable[..., Run]) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from difffract_jax.cli.output import (
@@ -12,11 +13,13 @@ from difffract_jax.cli.output import (
     graph_summary,
     parameter_counts,
     progress,
+    replacing,
     save_image,
 )
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.names import node_names
 from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.storage.files import atomic_file
 from random_graphs import random_graph, random_output_graph
 
 RESULT = {
@@ -86,3 +89,22 @@ def test_parameters_are_counted_per_part():
     counts = parameter_counts(pipe)
     assert list(counts) == [f"{name} parameters" for name in ("transformer", "t5", "clip", "vae")]
     assert parameter_counts(pipe.transformer) == {"transformer parameters": counts["transformer parameters"]}
+
+
+def test_files_that_a_block_replaced_are_told_of_when_it_ends_well(tmp_path, capsys):
+    kept, changed, new = (tmp_path / name for name in ("kept", "changed", "new"))
+    for path in (kept, changed):
+        path.write_text("old")
+    with replacing(tmp_path, tmp_path / "nowhere"):
+        for path in (changed, new):
+            with atomic_file(path) as partial:
+                partial.write_text("new")
+    told = f"Note: {changed} existed and was replaced; --out names another output.\n"
+    assert capsys.readouterr() == ("", told)
+    with pytest.raises(KeyError), replacing(changed):
+        changed.write_text("newer")
+        raise KeyError
+    with replacing(kept, changed):
+        kept.write_text("newer")
+        changed.write_text("newest")
+    assert f"{kept}, {changed} existed and were replaced" in capsys.readouterr().err

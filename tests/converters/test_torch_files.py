@@ -1,6 +1,7 @@
 """PyTorch's side: state dicts, the noise of a seed, and a clear sentence where torch is missing or a file is broken."""
 
 import importlib
+from argparse import Namespace
 
 import ml_dtypes
 import numpy as np
@@ -41,19 +42,37 @@ class Surprise:
         return (print, ("executed",))
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": Surprise()}, torch.ones(2)])
-def test_anything_but_tensors_by_name_is_refused_and_nothing_is_executed(tmp_path, content, capsys):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        *((content, "holds no state dict of tensors; save one") for content in ([1, 2], {"a": 1}, torch.ones(2))),
+        ({"a": Surprise()}, r"holds an object of class \S*print, which is not opened"),
+        (
+            {"m": {"a": torch.ones(2)}, "args": Namespace(lr=1)},
+            r"holds an object of class argparse\.Namespace, which",
+        ),
+        ({"m": {"a": torch.ones(2)}, "n": {"a": torch.ones(2)}}, "holds 2 state dicts, m and n, of which one"),
+    ],
+)
+def test_anything_but_tensors_by_name_is_refused_and_nothing_is_executed(tmp_path, content, told, capsys):
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="a.pt (holds no|is truncated or no) state dict of tensors"):
-        read_state(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"a.pt {told}"):
+        read_state(tmp_path / "a.pt", "a")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2"])
+def test_every_float_is_read_exactly(tmp_path, name):
+    values = torch.tensor([0.5, -2.0, 0.0625, 448.0]).to(getattr(torch, name))
+    torch.save({"a": torch.nn.Parameter(values)}, tmp_path / "a.pt")
+    assert np.array_equal(read_state(tmp_path / "a.pt")["a"].astype(np.float64), values.double().numpy())
 
 
 @pytest.mark.parametrize("keep", [0, 3, 200, -40])
 def test_a_truncated_file_is_refused(tmp_path, keep):
     write_state(tmp_path / "a.pt", {"a": np.ones(100, np.float32)})
     (tmp_path / "a.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:keep])
-    with pytest.raises(UserError, match="a.pt is truncated or no state dict of tensors"):
+    with pytest.raises(UserError, match="a.pt is truncated or not a state dict of tensors"):
         read_state(tmp_path / "a.pt")
 
 

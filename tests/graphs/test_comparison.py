@@ -5,11 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.comparison import compare, read_graph
-from difffract_jax.graphs.files.reference_json import write_reference_json
+from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.graph import subgraph
+from difffract_jax.graphs.unclear_links import UnclearLinks
 from random_graphs import random_graph
 
 
@@ -45,17 +44,12 @@ def test_a_summed_graph_is_compared_with_the_sums():
     assert found.summed_over_positions and found.largest_error == 0 and not found.nodes_only_in_a
 
 
-def test_files_are_told_apart_by_content(tmp_path):
+def test_links_left_out_of_a_document_are_counted():
     graph = random_graph(0)
-    graph.save(tmp_path / "g.npz")
-    write_reference_json(graph, tmp_path / "g.txt")
-    found = compare(read_graph(tmp_path / "g.npz"), read_graph(tmp_path / "g.txt"))
-    assert found.largest_error < 1e-6 and not found.nodes_only_in_a + found.nodes_only_in_b
-
-
-def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nothing\.npz does not exist; give a graph file"):
-        read_graph(tmp_path / "nothing.npz")
+    other = graph.with_provenance(unclear_links=UnclearLinks(left_out=3, absent=("9_9_9",)))
+    found = compare(graph, other)
+    assert (found.links_left_out_of_a, found.links_left_out_of_b) == (0, 3)
+    assert "links left out of b  3" in repr(found) and "links left out of a" not in repr(found)
 
 
 def test_too_few_common_edges_have_no_correlation():

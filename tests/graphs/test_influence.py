@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from difffract_jax.graphs.influence import column_shares, levels, reach
+from difffract_jax.graphs.influence import column_shares, reach
 from difffract_jax.graphs.pruning import node_influence
 from random_graphs import random_graph
 from tolerances import TOL
@@ -45,11 +45,6 @@ def test_weights_add():
     assert np.allclose(reach(level, source, target, share, np.array([0, 0.25, 0.75])), 0.25 * one + 0.75 * other)
 
 
-def test_steps_come_before_blocks():
-    level = levels(np.array([0, 0, 1, 1], np.int16), np.array([-1, 5, -1, 0], np.int16))
-    assert np.all(np.diff(level) > 0)
-
-
-def test_a_cycle_is_refused():
+def test_levels_that_do_not_rise_are_refused():
     with pytest.raises(ValueError, match="must lead from a lower"):
         reach(np.array([0, 0]), np.array([0, 1]), np.array([1, 0]), np.array([1.0, 1.0]), np.array([1.0, 0.0]))

@@ -15,6 +15,7 @@ from difffract_jax.graphs.graph import FEATURE, KINDS, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import Combined, KnownRun
 from difffract_jax.graphs.pruning import node_influence, prune
+from difffract_jax.graphs.unclear_links import UnclearLinks
 from random_graphs import random_graph, random_output_graph
 
 FORMATS = Path(__file__).parents[1] / "data" / "formats"
@@ -47,6 +48,14 @@ def test_documents_of_other_tools_have_no_value_to_tell():
     overview = Graph.load(FORMATS / "graph-v1-viewer.npz").summary()
     assert overview.targets[0].value is None and overview.targets[0].conservation_error is None
     assert overview.conservation_error is None and "conservation" not in str(overview)
+
+
+def test_a_summary_says_which_links_of_a_document_were_left_out():
+    graph = random_graph(0)
+    unclear = UnclearLinks(left_out=2, absent=("9_9_9",))
+    assert "document" not in str(graph.summary())
+    shown = str(graph.with_provenance(unclear_links=unclear).summary())
+    assert "2 links were left out, as the document has no node 9_9_9." in shown
 
 
 def test_a_graph_shows_itself_in_a_few_lines():

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from difffract_jax.address import STREAMS, Layout
 from difffract_jax.graphs.graph import ERROR, FEATURE, REST, Graph
-from difffract_jax.graphs.influence import column_shares, levels, reach
+from difffract_jax.graphs.influence import column_shares, reach
 from difffract_jax.graphs.names import place_name
+from difffract_jax.graphs.order import levels
 
 
 class SourceTable(NamedTuple):

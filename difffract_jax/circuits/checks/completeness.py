@@ -41,7 +41,7 @@ from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
-from difffract_jax.graphs.influence import levels
+from difffract_jax.graphs.order import levels
 from difffract_jax.graphs.pruning import node_influence
 
 Ablation = Literal["mean", "zero"]

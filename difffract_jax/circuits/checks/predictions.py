@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float64, Int64
 from scipy import sparse, stats
 
 from difffract_jax.graphs.graph import FEATURE, Graph
-from difffract_jax.graphs.influence import column_shares, levels
+from difffract_jax.graphs.influence import column_shares
+from difffract_jax.graphs.order import levels
 
 NOTHING = 1e-12
 """Pairs whose prediction and change are both smaller are left out, as in the reference."""

@@ -25,7 +25,7 @@ from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers, si
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE, Graph
-from difffract_jax.graphs.influence import levels
+from difffract_jax.graphs.order import levels
 from difffract_jax.models.stacks import per_group, run_stacks
 
 Mode = Literal["direct", "propagated", "live", "full"]

@@ -18,11 +18,13 @@ import numpy as np
 from difffract_jax.address import LATENT, STREAMS
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.checks import check_values
+from difffract_jax.graphs.files.json_text import load_json
+from difffract_jax.graphs.files.reference_fields import KIND_OF, VERSION, problem_of
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, Graph
 from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.storage.files import atomic_file
 
-VERSION = 2
 MAP_DECIMALS, ATTRIBUTION_DECIMALS = 6, 8
 NAMES = {FEATURE: "feature", ERROR: "error", INPUT: "input", REST: "error"}
 
@@ -164,51 +166,53 @@ def read_reference_json(path: str | Path) -> Graph:
     """Reads a graph from the reference's JSON.
 
     Args:
-        path: the file.
+        path: the file, of any encoding, gzipped or not.
 
     Returns:
         The graph, summed over positions. Totals are those of the target alone, and of the edges in the file.
 
     Raises:
-        UserError: if it is not such a file.
+        UserError: if it is not such a file, holds numbers that are not finite, or edges that run in a circle.
+    """
+    return graph_of_document(load_json(Path(path)), str(path))
+
+
+def graph_of_document(document: Any, source: str) -> Graph:
+    """Returns the graph of a JSON value that should be a document; arguments and errors as `read_reference_json`.
+
+    Args:
+        document: a JSON value.
+        source: what it was read from, for messages.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        graph = from_document(document)
     except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON ({error}); export the graph again.") from None
-    try:
-        return from_document(document)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a version 2 graph of the reference: {error} is missing or not understood."
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path} is not a version 2 graph of the reference: {error}") from None
+        raise UserError(f"{source} is not a version 2 graph of the reference: {error}") from None
+    check_values(graph, source, [node["id"] for node in _target_first(document)])
+    return graph
 
 
-def from_document(document: Mapping[str, Any]) -> Graph:
+def _target_first(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the nodes with the target first, as in every graph of ours."""
+    return sorted(document["nodes"], key=lambda node: node["id"] != document["target"]["id"])
+
+
+def from_document(document: Any) -> Graph:
     """Returns the graph of a JSON document.
 
     Args:
-        document: as the reference writes it.
+        document: a JSON value, as the reference writes it.
 
     Raises:
-        ValueError: if its version is not 2 or an edge names a node that is not there.
-        KeyError: if a field is missing.
+        ValueError: naming the first thing in it that is missing, of another type, or not a finite number, or an edge
+            that names a node that is not there.
     """
-    if document["version"] != VERSION:
-        raise ValueError(f"its version is {document['version']!r}, not {VERSION}.")
-    kinds = {"feature": FEATURE, "error": ERROR, "input": INPUT}
-    target = document["target"]
-    # The target first, as in every graph of ours.
-    nodes = sorted(document["nodes"], key=lambda node: node["id"] != target["id"])
-    if not nodes or nodes[0]["id"] != target["id"]:
-        raise ValueError(f"its target {target['id']} is not among its nodes.")
+    problem = problem_of(document)
+    if problem:
+        raise ValueError(f"{problem}; export the graph again.")
+    target, nodes = document["target"], _target_first(document)
     number = {node["id"]: i for i, node in enumerate(nodes)}
-    unknown = {edge[end] for edge in document["edges"] for end in ("src", "tgt")} - number.keys()
-    if unknown:
-        raise ValueError(f"its edges name {sorted(unknown)[0]}, which is not among its nodes.")
-    kind = np.array([kinds[node["type"]] for node in nodes], np.uint8)
+    kind = np.array([KIND_OF[node["type"]] for node in nodes], np.uint8)
     maps = [sorted((int(p), float(v)) for p, v in node["activation_map"].items()) for node in nodes]
     values = [max(v for _, v in m) if k == FEATURE and m else 1.0 for k, m in zip(kind, maps, strict=True)]
     ends = np.array([[number[edge["src"]], number[edge["tgt"]]] for edge in document["edges"]], np.int32)
@@ -236,5 +240,5 @@ def from_document(document: Mapping[str, Any]) -> Graph:
         map_indptr=np.concatenate([[0], np.cumsum([len(m) for m in maps])]).astype(np.int64),
         map_position=np.array([p for m in maps for p, _ in m], np.int32),
         map_value=np.array([v for m in maps for _, v in m], np.float32),
-        provenance=Provenance.from_json({**document["metadata"], "reference_config": document["config"]}),
+        provenance=Provenance.from_json({**document.get("metadata", {}), "reference_config": document["config"]}),
     )

@@ -1,46 +1,50 @@
-"""Documents of circuit-tracer's viewer and of Neuronpedia, read, checked and taken for graphs (docs/viewers.md).
+"""Documents of circuit-tracer's viewer and of Neuronpedia, read, checked and written (docs/viewers.md).
 
-1. `read_document` checks what the viewers rely on, and returns the document as it is, but for the view: saving in the
-   viewer turns its lists into strings, which become lists again (trap 8).
-2. `graph_of` makes a graph of it. Documents that `viewer_json` wrote tell what every node is. In others a feature's
-   block is its layer, its index is unpaired from its integer, all streams are text, and columns are positions.
-
-A document has no biases: of its targets the sums of the edges in it are known, their pre-activations are not (NaN).
+`read_document` checks what a graph is made of, and returns the document as it is, but for the view: saving in the
+viewer turns its lists into strings, which become lists again (trap 8). What Neuronpedia's schema makes optional may be
+missing, and so may what only serves to show a graph: the view, and the nodes' labels. `viewer_graph` makes a graph of
+it.
 """
 
 import json
-import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from difffract_jax.address import TXT
 from difffract_jax.config import UserError
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
-from difffract_jax.graphs.provenance import Provenance
+from difffract_jax.graphs.files.json_text import (
+    INTEGER,
+    LIST,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    is_number,
+    json_kind,
+    load_json,
+    wrong_field,
+)
 from difffract_jax.storage.files import atomic_file
 
-_TEXT, _INTEGER, _NUMBER = (str,), (int,), (int, float)
-NODE_FIELDS: dict[str, tuple[type, ...]] = {
-    "node_id": _TEXT,
-    "feature": (int, type(None)),
-    "layer": (str, int),
-    "ctx_idx": _INTEGER,
-    "feature_type": _TEXT,
-    "jsNodeId": _TEXT,
-    "clerp": _TEXT,
+NODE_FIELDS: dict[str, tuple[str, ...]] = {
+    "node_id": (TEXT,),
+    "feature": (INTEGER, "null"),
+    "layer": (TEXT, INTEGER),
+    "ctx_idx": (INTEGER,),
+    "feature_type": (TEXT,),
+    "token_prob": (NUMBER, "null", "missing"),
+    "activation": (NUMBER, "null", "missing"),
+    "difffract": (LIST, "missing"),
 }
-"""What every node must have."""
-METADATA_FIELDS: dict[str, tuple[type, ...]] = {
-    "slug": _TEXT,
-    "scan": _TEXT,
-    "transcoder_list": (list,),
-    "prompt_tokens": (list,),
-    "prompt": _TEXT,
+"""What every node must have, and what is read where there is one."""
+METADATA_FIELDS: dict[str, tuple[str, ...]] = {
+    "slug": (TEXT,),
+    "scan": (TEXT,),
+    "prompt_tokens": (LIST,),
+    "prompt": (TEXT,),
+    "schema_version": (INTEGER, "null", "missing"),
 }
-LINK_FIELDS: dict[str, tuple[type, ...]] = {"source": _TEXT, "target": _TEXT, "weight": _NUMBER}
+LINK_FIELDS: dict[str, tuple[str, ...]] = {"source": (TEXT,), "target": (TEXT,), "weight": (NUMBER,)}
 
 
 def write_document(document: Mapping[str, Any], path: str | Path) -> None:
@@ -58,141 +62,108 @@ def read_document(path: str | Path) -> dict[str, Any]:
     """Reads a document.
 
     Args:
-        path: the file.
+        path: the file, of any encoding, gzipped or not.
 
     Raises:
-        UserError: naming the first thing in it that the viewers would not take.
+        UserError: naming the first thing in it that a graph cannot be made of.
     """
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not readable as JSON ({error}); export the graph again.") from None
+    return checked_document(load_json(Path(path)), str(path))
+
+
+def checked_document(document: Any, source: str) -> dict[str, Any]:
+    """Returns a document with its view as lists.
+
+    Args:
+        document: a JSON value.
+        source: what it was read from, for messages.
+
+    Raises:
+        UserError: naming the first thing in it that a graph cannot be made of.
+    """
     problem = problem_of(document)
-    if problem:
-        raise UserError(f"{path} is not a graph of circuit-tracer or Neuronpedia: {problem}.")
-    view = dict(document["qParams"])
+    if problem is None:
+        view = _view(document.get("qParams") or {})
+        if _is_view(view):
+            return document | {"qParams": view}
+        problem = "the supernodes of its qParams are not lists of names"
+    raise UserError(
+        f"{source} is not a graph of circuit-tracer or Neuronpedia: {problem}; correct it, or export the graph again."
+    )
+
+
+def _view(view: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the view with lists for the strings that saving made of them."""
+    view = dict(view)
     if isinstance(view.get("pinnedIds"), str):
         view["pinnedIds"] = [name for name in view["pinnedIds"].split(",") if name]
     if isinstance(view.get("supernodes"), str):
-        view["supernodes"] = json.loads(view["supernodes"] or "[]")
-    return document | {"qParams": view}
+        with suppress(ValueError):  # else it stays a string, which is refused
+            view["supernodes"] = json.loads(view["supernodes"] or "[]")
+    return view
+
+
+def _is_view(view: Mapping[str, Any]) -> bool:
+    groups = view.get("supernodes") or []
+    return isinstance(groups, list) and all(
+        isinstance(group, list) and group and all(isinstance(name, str) for name in group) for group in groups
+    )
 
 
 def problem_of(document: Any) -> str | None:
     """Returns the first thing that is wrong with a document, None if nothing is."""
     if not isinstance(document, dict):
-        return f"it is a {type(document).__name__} instead of an object"
-    for key, form in (("metadata", dict), ("qParams", dict), ("nodes", list), ("links", list)):
-        if not isinstance(document.get(key), form):
-            return f"its {key} are missing or no {form.__name__}"
-    tables = [("metadata", METADATA_FIELDS, [document["metadata"]])]
+        return f"it is {json_kind(document)} instead of an object"
+    for key, form in (("metadata", OBJECT), ("nodes", LIST), ("links", LIST)):
+        if not isinstance(document.get(key), {OBJECT: dict, LIST: list}[form]):
+            return f"its {key} are {'missing' if key not in document else json_kind(document[key])} instead of {form}"
+    if not isinstance(document.get("qParams") or {}, dict):
+        return f"its qParams are {json_kind(document['qParams'])} instead of an object"
+    tables = [("its metadata", METADATA_FIELDS, [document["metadata"]])]
     tables += [("a node", NODE_FIELDS, document["nodes"]), ("a link", LINK_FIELDS, document["links"])]
-    for what, table, entries in tables:
-        for entry in entries:
-            if not isinstance(entry, dict):
-                return f"{what} is a {type(entry).__name__} instead of an object"
-            wrong = [name for name, types in table.items() if not isinstance(entry.get(name, entry), types)]
-            if wrong:
-                return f"{what} has no {wrong[0]} of the right type in {json.dumps(entry)[:100]}"
-    ids = [node["node_id"] for node in document["nodes"]]
-    if len(set(ids)) < len(ids):
-        return f"two nodes are called {next(name for name in ids if ids.count(name) > 1)}"
-    if not any(node["feature_type"] == "logit" for node in document["nodes"]):
+    problems = (wrong_field(entry, table, what) for what, table, entries in tables for entry in entries)
+    return next(filter(None, problems), None) or _unsound(document["nodes"], document["links"])
+
+
+def is_error(node: Mapping[str, Any]) -> bool:
+    """Says whether a node stands for what a transcoder misses; the document's name for it may also be a feature's."""
+    return "error" in node["feature_type"].lower()
+
+
+def _unsound(nodes: list[dict[str, Any]], links: list[dict[str, Any]]) -> str | None:
+    """Returns what keeps nodes and links, each well formed, from being a graph; None if nothing does."""
+    if not nodes:
+        return "it has no nodes"
+    if not links:
+        return f"it has {len(nodes)} nodes, but no links between them"
+    for node in nodes:
+        for name in ("token_prob", "activation"):
+            if node.get(name) is not None and not is_number(node[name]):
+                return f"the {name} of the node {node['node_id']} is {node[name]}, which is not a finite number"
+    for link in links:
+        if not is_number(link["weight"]):
+            place = f"the link from {link['source']} to {link['target']}"
+            return f"the weight of {place} is {link['weight']}, which is not a finite number"
+    twice = _name_of_two(nodes)
+    if twice is not None:
+        return f"two nodes are called {twice}, and nothing tells them apart"
+    if not any(node["feature_type"].lower() == "logit" for node in nodes):
         return "it has no logit, which would be its target"
+    ids = {node["node_id"] for node in nodes}
+    if not any(link["source"] in ids and link["target"] in ids for link in links):
+        return "none of its links joins two of its nodes"
     return None
 
 
-def graph_of(document: Mapping[str, Any]) -> Graph:
-    """Returns the graph of a document.
+def _name_of_two(nodes: list[dict[str, Any]]) -> str | None:
+    """Returns a name of several nodes that type, layer and column do not tell apart; None if there is none.
 
-    Args:
-        document: from `read_document`; links with an end that is not a node are left out, as the viewers do.
-
-    Raises:
-        UserError: if it has nodes of a kind that a graph cannot hold, as biases.
+    An error may share its name with a feature (trap 1), but a name of two features would leave their links unclear.
     """
-    nodes = _targets_first(document["nodes"])
-    number = {node["node_id"]: place for place, node in enumerate(nodes)}
-    raw = not document["metadata"].get("schema_version", 0)
-    identity = np.array([_identity(node, raw) for node in nodes], np.int64).reshape(-1, 6)
-    kind, step, stream, block, position, feature = identity.T
-    # Logits stand above all layers, whatever their document says.
-    outputs = kind == OUTPUT
-    block[outputs] = max(int(block[~outputs].max(initial=-1)) + 1, int(block[outputs].max(initial=0)))
-    links = [link for link in document["links"] if link["source"] in number and link["target"] in number]
-    source, target = (np.array([number[link[end]] for link in links], np.int32) for end in ("source", "target"))
-    value = np.array([link["weight"] for link in links], np.float32)
-    order = np.lexsort((source, target))
-    weights = [float(node["token_prob"]) for node in nodes if _weight(node) > 0] or [1.0] * int(outputs.sum())
-    expanded = np.union1d(np.arange(len(weights)), target).astype(np.int32)
-    sums, sizes = (np.bincount(target, v.astype(np.float64), len(nodes))[expanded] for v in (value, np.abs(value)))
-    unknown = np.full(expanded.size, np.nan)
-    groups = {str(name): [number[n] for n in ids if n in number] for name, *ids in _supernodes(document)}
-    return Graph(
-        node_kind=kind.astype(np.uint8),
-        node_step=step.astype(np.int16),
-        node_stream=stream.astype(np.uint8),
-        node_block=block.astype(np.int16),
-        node_position=position.astype(np.int32),
-        node_feature=feature.astype(np.int32),
-        node_value=np.array([_activation(node, k) for node, k in zip(nodes, kind.tolist(), strict=True)], np.float32),
-        node_influence=np.full(len(nodes), np.nan, np.float32),
-        edge_source=source[order],
-        edge_target=target[order],
-        edge_attribution=value[order],
-        target_node=expanded,
-        target_preactivation=unknown,
-        target_bias=unknown.copy(),
-        target_sum=sums,
-        target_abs_sum=sizes,
-        map_indptr=np.zeros(len(nodes) + 1, np.int64),
-        map_position=np.zeros(0, np.int32),
-        map_value=np.zeros(0, np.float32),
-        supernodes=groups,
-        provenance=Provenance(target_weights=tuple(weights), viewer=dict(document["metadata"])),
-    )
-
-
-def _targets_first(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the nodes with the logits that carry weight first, then the other logits, then all others."""
-    return sorted(nodes, key=lambda n: (n["feature_type"] != "logit", _weight(n) <= 0, not n.get("is_target_logit")))
-
-
-def _weight(node: Mapping[str, Any]) -> float:
-    return float(node.get("token_prob") or 0.0) if node["feature_type"] == "logit" else 0.0
-
-
-def _supernodes(document: Mapping[str, Any]) -> list[list[str]]:
-    return document["qParams"].get("supernodes") or []
-
-
-def _activation(node: Mapping[str, Any], kind: int) -> float:
-    known = node.get("activation")
-    return float(known) if kind == FEATURE and known is not None else 1.0
-
-
-def _identity(node: Mapping[str, Any], raw: bool) -> list[int]:
-    """Returns kind, step, stream, block, position and feature of a node."""
-    if "difffract" in node:
-        return node["difffract"]
-    kind, column = node["feature_type"], node["ctx_idx"]
-    if kind == "logit":
-        return [OUTPUT, 0, TXT, -1, column, -1]
-    if kind == "embedding":
-        return [INPUT, 0, TXT, -1, column, -1]
-    if "error" in kind:
-        return [ERROR, 0, TXT, int(node["layer"]), column, -1]
-    if kind in ("bias", "unknown") or node["feature"] is None:
-        raise UserError(f"The node {node['node_id']} is of type {kind!r}, which a graph of ours cannot hold.")
-    return [FEATURE, 0, TXT, int(node["layer"]), column, node["feature"] if raw else unpair(node["feature"])[1]]
-
-
-def unpair(number: int) -> tuple[int, int]:
-    """Returns the two numbers that Cantor's pairing made one of: dictionary and feature.
-
-    Args:
-        number: not negative.
-    """
-    diagonal = (math.isqrt(8 * number + 1) - 1) // 2
-    feature = number - diagonal * (diagonal + 1) // 2
-    return diagonal - feature, feature
+    known: dict[str, list[tuple[bool, str, int]]] = {}
+    for node in nodes:
+        place = is_error(node), str(node["layer"]), node["ctx_idx"]
+        others = known.setdefault(node["node_id"], [])
+        if place in others or (not place[0] and not all(other[0] for other in others)):
+            return node["node_id"]
+        others.append(place)
+    return None

@@ -72,7 +72,10 @@ def test_errors_and_unexpanded_features_get_one_name():
     [
         ({"version": 1}, "its version is 1, not 2"),
         ({"nodes": []}, "its target .* is not among its nodes"),
-        ({"target": {}}, "'id' is missing or not understood"),
+        ({"target": {}}, "its target has no id"),
+        ({"config": {"step": None}}, "its config has the step null instead of a whole number"),
+        ({"config": {"step": -(2**70)}}, "its step is -118"),
+        ({"edges": [{"src": 1, "tgt": "x", "attribution": 1.0}]}, "an edge has the src 1 instead of text"),
         ({"edges": [{"src": "feature_L9_img_f1", "tgt": "x", "attribution": 1.0}]}, "which is not among its nodes"),
     ],
 )
@@ -83,9 +86,38 @@ def test_another_document_is_refused(tmp_path, change, sentence):
         read_reference_json(path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_numbers_that_are_not_finite_are_refused_by_name(value):
+    document = document_of(4, "pruned")
+    edge = document["edges"][0]
+    edge["attribution"] = value
+    with pytest.raises(
+        ValueError, match=f"the attribution of the edge from {edge['src']} to {edge['tgt']} is .*finite"
+    ):
+        from_document(document)
+    document = document_of(4, "pruned")
+    node = document["nodes"][0]
+    node["activation_map"]["0"] = value
+    with pytest.raises(ValueError, match=f"activation map of the node {node['id']} is not finite"):
+        from_document(document)
+
+
+def test_a_node_that_comes_twice_or_cannot_be_held_is_refused():
+    document = document_of(4, "pruned")
+    for name, value in (("layer", 2**15), ("feat_idx", -(2**70)), ("activation_map", {str(2**31): 1.0})):
+        node = document["nodes"][0]
+        with pytest.raises(
+            ValueError, match=f"the node {node['id']} has a layer, feature or position that a graph cannot"
+        ):
+            from_document(document | {"nodes": [node | {name: value}, *document["nodes"][1:]]})
+    document["nodes"].append(document["nodes"][1])
+    with pytest.raises(ValueError, match=f"two nodes are called {document['nodes'][1]['id']}"):
+        from_document(document)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}"])
 def test_other_json_is_refused(tmp_path, text):
     path = tmp_path / "g.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="g.json is no"):
+    with pytest.raises(UserError, match="g.json is no"):  # "is not a graph", "is not readable"
         read_reference_json(path)
