@@ -335,8 +335,7 @@ class Provenance:
     @property
     def layout(self) -> Layout:
         """The order of the model's blocks; raises `UserError` if the graph does not say."""
-        layout = self.known.layout
-        if layout is None:
+        if (layout := self.known.layout) is None:
             raise UserError(
                 "The graph does not say which blocks its model has; give one that `difffract trace` wrote, or that was "
                 "made of such graphs."
@@ -348,8 +347,7 @@ class Provenance:
         facts = {_KEYS.get(name, name): value for name, value in to_json_values(self).items() if name != "extra"}
         depths = self.known.layout and self.known.layout.flux_depths
         if depths is not None:
-            trace = {key: value for key, value in facts["trace"].items() if key != "layout"}
-            facts["trace"] = trace | {"depths": list(depths)}
+            facts["trace"] = {k: v for k, v in facts["trace"].items() if k != "layout"} | {"depths": list(depths)}
         return merge_json(facts, dict(self.extra))
 
     @staticmethod
