@@ -52,7 +52,8 @@ Sharding = Callable[[str, Any], Any]
 ROPE_AXES = (16, 56, 56)
 """How FLUX.1 divides a head's dimensions among the axes of position."""
 
-_FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}
+FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}
+"""Part of a pipeline -> the folder of a diffusers directory that holds it."""
 
 
 class PartRules(NamedTuple):
@@ -97,8 +98,8 @@ def convert_pipeline(
     check_architecture(source)
     config = pipeline_config(source)
     tokenizers = load_tokenizers(source)
-    _check_variant(source, [source / folder for folder in _FOLDERS.values()], variant)
-    modules = _convert_parts(config, source, dtype, sharding, tuple(_FOLDERS), variant)
+    _check_variant(source, [source / folder for folder in FOLDERS.values()], variant)
+    modules = _convert_parts(config, source, dtype, sharding, tuple(FOLDERS), variant)
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
 
 
@@ -159,7 +160,7 @@ def _convert_parts(
     variant: str | None,
 ) -> dict[str, Any]:
     """Converts the named parts; the problems of all are raised together."""
-    files = {name: home / _FOLDERS[name] for name in names}
+    files = {name: home / FOLDERS[name] for name in names}
     modules: dict[str, Any] = {}
     problems: list[str] = []
     for name, path in files.items():
@@ -216,7 +217,7 @@ def _complete(source: Path, base: Path, dtype: Any, sharding: Sharding | None, v
     t5, clip, vae = read_configs(base, ("text_encoder_2", "text_encoder", "vae"))
     tokenizers = load_tokenizers(base)
     path = _transformer_path(source)
-    folders = [path, *(base / _FOLDERS[name] for name in ("t5", "clip", "vae"))]
+    folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
     _check_variant(f"{source} and {base}", folders, variant)
     axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
     transformer, found = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)

@@ -28,7 +28,7 @@ from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import atomic_directory, cap, tree_hash
 from difffract_jax.storage.files import DTYPES, TensorFile
-from difffract_jax.transcoders.sites import sites_of
+from difffract_jax.transcoders.sites import is_chosen, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
 _LOG = logging.getLogger(__name__)
@@ -83,11 +83,14 @@ def is_torch_directory(directory: Path) -> bool:
     return any(map(_NAME.fullmatch, names)) or (pickles and "config.json" not in names)
 
 
-def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None) -> TranscoderSet:
+def transcoders_from_torch(
+    directory: str | Path, *, sites: Sequence[str] | None = None, dtype: Any = jnp.float32, sharding: Any = None
+) -> TranscoderSet:
     """Converts a directory of the reference's files.
 
     Args:
         directory: holds the files; those of other names are left aside, and a line in the log names them.
+        sites: those wanted, as in img/0-3; all if left out.
         dtype: type of the weights.
         sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
 
@@ -95,6 +98,8 @@ def transcoders_from_torch(directory: str | Path, *, dtype: Any = jnp.float32, s
         ConversionError: naming every file and tensor that does not fit.
     """
     files, problems = _list_files(Path(directory))
+    if sites is not None:
+        files = _chosen(files, sites, Path(directory))
     if problems:
         raise ConversionError(str(directory), problems)
     states: dict[SiteFile, State] = {}
@@ -255,6 +260,15 @@ def _transposed(states: Mapping[SiteFile, State]) -> list[str]:
         f"{', '.join(keys)} of {', '.join(cap(list(guilty)))} are transposed, as the lengths of the biases show; store "
         "them outputs first, as torch.nn.Linear does"
     ]
+
+
+def _chosen(files: list[SiteFile], sites: Sequence[str], directory: Path) -> list[SiteFile]:
+    """Returns the files of the sites that are wanted."""
+    chosen = [file for file in files if is_chosen(sites, file.stream, file.layer)]
+    if files and not chosen:
+        held = ", ".join(f"{file.stream}/{file.layer}" for file in files)
+        raise UserError(f"{directory} holds none of the sites {', '.join(sites)}; it has {held}.")
+    return chosen
 
 
 def _config(first: SiteFile, state: State) -> TranscoderConfig:

@@ -3,14 +3,15 @@
 Packages and modules, each importing only from those above it:
 
     config address ops display    settings; the order of streams, blocks, sites and rows; pure maths; how objects show
-    storage                       files written whole or not at all, trees of arrays in them
+    storage hub                   files written whole or not at all, trees of arrays in them; repositories on the hub
     graphs                        what a circuit is once it is traced: pruned, grouped, compared, exported (NumPy only)
     sharding                      meshes and sharding rules
     models                        MM-DiT as a tuple of stacks, T5, CLIP, autoencoder, sampler: prompt -> image
     transcoders                   sparse stand-ins for the model's MLPs, harvested, trained, evaluated
     converters                    PyTorch checkpoints -> ours, by rule tables (a package beside this one)
     circuits                      a run recorded, frozen, attributed; features edited; graphs checked
-    organism dashboards loading   the embedded model and its world; reports; models and transcoders by name or directory
+    organism dashboards           the embedded model and its world; reports
+    directories loading           models and transcoders by name: embedded, in a directory, or on the hub
     studies                       the paper's questions as experiments on the organism
     cli                           the `difffract` command
 

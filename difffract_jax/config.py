@@ -61,7 +61,8 @@ class GenerateConfig(Settings):
     """Settings of `difffract generate`: prompt to image."""
 
     model: str
-    """Model to run: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
+    """Model to run: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
+    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     prompt: str
     """What the image shall show."""
     out: Path = Path("image.png")
@@ -105,9 +106,11 @@ class TraceConfig(Settings):
     """Settings of `difffract trace`: the circuit of one or several targets, at one denoising step or over several."""
 
     model: str
-    """Model to trace: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
+    """Model to trace: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
+    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
-    """Transcoders of its MLPs: a converted directory or a directory of `.pt` files."""
+    """Transcoders of its MLPs: a converted directory, a directory of `.pt` files, or
+    hf:OWNER/NAME[@REVISION][/FOLDER]."""
     prompt: str
     """Prompt of the run that is traced."""
     target: str | tuple[str, ...]
@@ -245,12 +248,14 @@ class ConvertConfig(Settings):
 
     source: Path
     """Checkpoint to read: a diffusers directory, a safetensors file of a transformer in the original layout or
-    diffusers', or a directory of `.pt` transcoders."""
+    diffusers', or a directory of `.pt` transcoders; or one on the hub, hf:OWNER/NAME[@REVISION][/FOLDER or /FILE]."""
     out: Path
     """Directory to write; it must not exist yet, unless --overwrite is given."""
     base: Path | None = None
     """For a transformer alone, as in a single file: diffusers directory with the other parts of the pipeline, which may
-    lack the transformer."""
+    lack the transformer, or hf:OWNER/NAME."""
+    sites: str | None = None
+    """Sites to convert, as in img/0-3,txt/0; all when left out. From the hub, files of others are not downloaded."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
     dtype: Literal["f32", "bf16"] = "f32"

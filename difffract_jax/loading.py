@@ -3,7 +3,8 @@
 1. A model is a directory that `save_pipeline` wrote; or a diffusers directory, or a transformer alone and a base, both
    of which are converted in memory.
 2. A set of transcoders is a directory that `save_transcoders` wrote, or one of the reference's `.pt` files.
-3. Our directories hold a `config.json` (format version, kind, content hash, every size) and one safetensors file per
+3. Either may also be a repository on the hub, whose files are downloaded first; `directories` finds them.
+4. Our directories hold a `config.json` (format version, kind, content hash, every size) and one safetensors file per
    part; a pipeline's also its tokenizers. They are written whole or not at all.
 
     kind "pipeline"      transformer t5 clip vae .safetensors, tokenizer/ tokenizer_2/
@@ -12,22 +13,14 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
-from converters.configurations import (
-    CLASSES,
-    TOKENIZERS,
-    is_diffusers_directory,
-    pipeline_config,
-    read_json,
-)
-from converters.contents import transformer_files, transformer_of
+from converters.configurations import is_diffusers_directory, pipeline_config
 from converters.pipelines import Sharding, abstract_module, convert_pipeline, convert_transformer
-from converters.source import Source
 from converters.transcoders import (
     export_transcoders,
     is_torch_directory,
@@ -36,6 +29,16 @@ from converters.transcoders import (
 )
 from difffract_jax.circuits.notation.labels import Labels, read_labels
 from difffract_jax.config import UserError
+from difffract_jax.directories import (
+    Directory,
+    base_directory,
+    checkpoint,
+    is_transformer_directory,
+    is_whole_pipeline,
+    labels_file,
+    pipeline_directory,
+    transcoder_directory,
+)
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -53,22 +56,19 @@ from difffract_jax.storage.checkpoint import (
     save_trees,
     tree_hash,
 )
-from difffract_jax.storage.files import sample_hash
+from difffract_jax.storage.files import check_vacant, sample_hash
 from difffract_jax.storage.sums import check_sums
 from difffract_jax.transcoders.sites import sites_of
-from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, chosen_sites
 
 C = TypeVar("C")
-ORGANISM = Path(__file__).parent / "organism" / "weights"
-"""The embedded model, a diffusers directory."""
-SHIPPED = {"organism": ORGANISM.parent / "transcoders", "organism-saes": ORGANISM.parent / "saes"}
-"""The embedded model's transcoders and SAEs, by the names that stand for them."""
 PARTS = ("transformer", "t5", "clip", "vae")
 
 
 def load_pipeline(
     model: str | Path,
     *,
+    revision: str | None = None,
     base: str | Path | None = None,
     variant: str | None = None,
     dtype: Any = jnp.float32,
@@ -78,22 +78,32 @@ def load_pipeline(
     """Loads a FLUX pipeline.
 
     Args:
-        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, or a diffusers directory; with
-            `base`, a transformer alone: a safetensors file, or a directory with one.
-        base: diffusers directory with the text encoders, the autoencoder and the tokenizers for a transformer alone.
+        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, a diffusers directory, or a
+            repository on the hub that holds either: "OWNER/NAME", or "hf:OWNER/NAME[@REVISION][/FOLDER]"; with `base`,
+            a transformer alone: a safetensors file, or a directory with one, here or on the hub.
+        revision: of a repository: branch, tag or commit; its default branch if left out.
+        base: diffusers directory, or repository, with the text encoders, the autoencoder and the tokenizers for a
+            transformer alone.
         variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights in memory.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
 
     Raises:
-        UserError: when `model` is neither, or is damaged; the message says what to do.
+        UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
     """
-    path = _pipeline_path(model) if base is None else _incomplete(Path(model))
+    _refuse_whole(model, base)
+    home = None if base is None else base_directory(base, variant=variant)
+    if home is None:
+        given = pipeline_directory(model, revision=revision, variant=variant)
+    else:
+        given = checkpoint(model, revision=revision, variant=variant)
+    path, origin = given.path, given.origin
     check_sums(path)
-    if base is not None or is_diffusers_directory(path):
+    if home is not None or is_diffusers_directory(path):
+        base = None if home is None else home.path
         pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant)
-        return identified(pipe, path, base=base, variant=variant)
+        return identified(pipe, given, base=home, variant=variant)._replace(origin=origin)
     if variant is not None:
         raise UserError(f"{path} is not a diffusers directory, and its weights have no variants; leave --variant out.")
     record = _read_kind(path, "pipeline")
@@ -104,7 +114,9 @@ def load_pipeline(
         )
         for name, abstract in _abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
-    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, source=record["content_hash"])
+    origin = origin or record.get("origin", "")
+    tokenizers = load_tokenizers(path)
+    return Pipeline(**modules, tokenizers=tokenizers, config=config, source=record["content_hash"], origin=origin)
 
 
 def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[FluxConfig, dict[str, Any]]:
@@ -132,7 +144,7 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     """
     if str(model) in PRESETS and not Path(model).is_dir():
         return {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
-    path = _pipeline_path(model)
+    path = pipeline_directory(model, parts=()).path
     if is_diffusers_directory(path):
         config = pipeline_config(path)
     else:
@@ -140,12 +152,14 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     return {name: getattr(config, name) for name in PARTS}
 
 
-def identified(pipe: Pipeline, path: Path, *, base: str | Path | None = None, variant: str | None = None) -> Pipeline:
+def identified(
+    pipe: Pipeline, given: Directory, *, base: Directory | None = None, variant: str | None = None
+) -> Pipeline:
     """Gives a pipeline that was converted in memory the identity that images and graphs record.
 
     Args:
         pipe: the pipeline.
-        path: where its weights came from.
+        given: where its weights came from.
         base: where those of the parts beside the transformer came from, if from elsewhere.
         variant: which of several files were taken.
 
@@ -156,7 +170,7 @@ def identified(pipe: Pipeline, path: Path, *, base: str | Path | None = None, va
     parts = {name: getattr(pipe, name) for name in PARTS}
     if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
         return pipe._replace(source=tree_hash(parts))
-    hashes = [sample_hash(Path(home)) for home in (path, base) if home is not None]
+    hashes = [sample_hash(home.path, home.weights) for home in (given, base) if home is not None]
     return pipe._replace(source=":".join(["sampled", *hashes, *([variant] if variant else [])]))
 
 
@@ -169,10 +183,11 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         overwrite: replace an existing directory.
     """
     trees = {name: getattr(pipe, name) for name in PARTS}
+    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | _told_origin(pipe.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
-        return save_trees(trees, partial, {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)})
+        return save_trees(trees, partial, record)
 
 
 def convert_flux(
@@ -188,7 +203,7 @@ def convert_flux(
     """Converts a diffusers directory, or a transformer alone, into a directory of ours.
 
     Args:
-        source: the directory or `.safetensors` file.
+        source: the directory or `.safetensors` file, here or on the hub.
         out: directory to write; it appears only when it is complete.
         base: for a transformer alone, the diffusers directory with the other parts; without it only the transformer is
             converted.
@@ -200,44 +215,60 @@ def convert_flux(
     Returns:
         What was written: the pipeline, or the transformer alone.
     """
-    source = Path(source) if base is None else _incomplete(Path(source))
+    _refuse_whole(source, base)
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
-        if base is not None or (source.is_dir() and not _is_transformer(source)):
-            pipe = convert_pipeline(source, base=base, dtype=dtype, sharding=sharding, variant=variant)
+        given = checkpoint(source, variant=variant)
+        home = None if base is None else base_directory(base, variant=variant).path
+        if home is not None or (given.path.is_dir() and not is_transformer_directory(given.path)):
+            pipe = convert_pipeline(given.path, base=home, dtype=dtype, sharding=sharding, variant=variant)
+            pipe = pipe._replace(origin=given.origin)
             save_pipeline(pipe, partial)
             return pipe
-        transformer, config = convert_transformer(source, dtype=dtype, sharding=sharding, variant=variant)
-        record = {"kind": "transformer", "config": dataclasses.asdict(config)}
+        transformer, config = convert_transformer(given.path, dtype=dtype, sharding=sharding, variant=variant)
+        record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _told_origin(given.origin)
         save_trees({"transformer": transformer}, partial, record)
         return transformer
 
 
 def load_transcoders(
-    path: str | Path, *, dtype: Any = jnp.float32, sharding: Any = None, verify: bool | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    sites: Sequence[str] | None = None,
+    dtype: Any = jnp.float32,
+    sharding: Any = None,
+    verify: bool | None = None,
 ) -> TranscoderSet:
     """Loads the transcoders or SAEs of a model's MLPs.
 
     Args:
-        path: "organism" or "organism-saes" for the embedded model's, a directory that `save_transcoders` wrote, or one
-            of the reference's `.pt` files.
+        path: "organism" or "organism-saes" for the embedded model's, a directory that `save_transcoders` wrote, one of
+            the reference's `.pt` files, or a repository on the hub that holds either: "OWNER/NAME", or
+            "hf:OWNER/NAME[@REVISION][/FOLDER]".
+        revision: of a repository: branch, tag or commit; its default branch if left out.
+        subfolder: folder within the directory or repository.
+        sites: those wanted, as in ("img/0-3", "txt/*"); all if left out. Files of others are not downloaded.
         dtype: type of the weights in memory.
         sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
-    directory = SHIPPED[str(path)] if str(path) in SHIPPED else _model_path(path)
+    directory, origin, _ = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
     if is_torch_directory(directory):
-        return transcoders_from_torch(directory, dtype=dtype, sharding=sharding)
+        made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites)
+        return made._replace(origin=origin)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
-    sites = sites_of(record["layers"])
+    held = sites_of(record["layers"])
     stacks = {
         name: load_tree(
             directory, stacked_transcoders(config, len(numbers), dtype), name=name, sharding=sharding, verify=verify
         )
-        for name, numbers in sites.groups.items()
+        for name, numbers in held.groups.items()
     }
-    return TranscoderSet(stacks, sites, config, record["content_hash"])
+    whole = TranscoderSet(stacks, held, config, record["content_hash"], origin or record.get("origin", ""))
+    return whole if sites is None else chosen_sites(whole, sites)
 
 
 def load_labels(path: str | Path) -> Labels:
@@ -249,7 +280,7 @@ def load_labels(path: str | Path) -> Labels:
     Raises:
         UserError: if there are none.
     """
-    file = (SHIPPED[str(path)] if str(path) in SHIPPED else _model_path(path)) / "labels.json"
+    file = labels_file(path)
     if not file.is_file():
         raise UserError(f"There are no labels of {path}; make {file} with `difffract features MODEL {path} --scan`.")
     return read_labels(file)
@@ -271,24 +302,32 @@ def save_transcoders(
         "config": dataclasses.asdict(tcs.config),
         "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
-    }
+    } | _told_origin(tcs.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         return save_trees(tcs.stacks, partial, record)
 
 
 def convert_transcoders(
-    source: str | Path, out: str | Path, *, to_torch: bool = False, dtype: Any = jnp.float32, overwrite: bool = False
+    source: str | Path,
+    out: str | Path,
+    *,
+    sites: Sequence[str] | None = None,
+    to_torch: bool = False,
+    dtype: Any = jnp.float32,
+    overwrite: bool = False,
 ) -> TranscoderSet:
     """Converts the reference's `.pt` files into a directory of ours, or back.
 
     Args:
-        source: directory to read, of either kind.
+        source: directory to read, of either kind, or a repository on the hub that holds it.
         out: directory to write; it appears only when it is complete.
+        sites: those wanted, as in ("img/0-3", "txt/*"); all if left out.
         to_torch: write `.pt` files instead of our format.
         dtype: type of the weights that are written.
         overwrite: replace an existing directory.
     """
-    tcs = load_transcoders(source, dtype=dtype)
+    check_vacant(out, overwrite=overwrite)  # before anything is downloaded
+    tcs = load_transcoders(source, sites=sites, dtype=dtype)
     (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
     return tcs
 
@@ -317,48 +356,15 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
 
 
-def _incomplete(path: Path) -> Path:
-    """Returns the path, unless it needs no base: a directory of diffusers with all parts of a pipeline."""
-    if is_diffusers_directory(path) and all((path / part).is_dir() for part in (*CLASSES, *TOKENIZERS)):
-        raise UserError(f"--base completes a transformer, but {path} is a directory with all parts; leave it out.")
-    return path
+def _refuse_whole(source: str | Path, base: str | Path | None) -> None:
+    """Refuses a base for a pipeline that has all parts."""
+    if base is not None and is_whole_pipeline(source):
+        raise UserError(f"--base completes a transformer, but {source} is a directory with all parts; leave it out.")
 
 
-def _is_transformer(path: Path) -> bool:
-    """Says whether a directory holds a transformer alone: diffusers' folder of one, or a single file."""
-    if is_diffusers_directory(path) or (path / "transformer").is_dir():
-        return False
-    config = path / "config.json"
-    if config.is_file():
-        return read_json(config, "a transformer").get("_class_name") in CLASSES["transformer"]
-    return bool(transformer_files(path))
-
-
-def _pipeline_path(model: str | Path) -> Path:
-    """Returns the directory of a pipeline; a transformer alone is refused, with what completes it."""
-    path = ORGANISM if str(model) == "organism" else Path(model)
-    if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
-        raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
-    if path.is_file():
-        transformer_of(Source(path))  # what is given by mistake is told by name
-    if path.is_file() or (path.is_dir() and _is_transformer(path)):
-        base = path.parent if is_diffusers_directory(path.parent) else "DIR"
-        raise UserError(
-            f"{path} is a transformer alone; name a diffusers directory with the other parts: --base {base}, in "
-            f"generate, trace and `difffract convert flux {path} OUT --base {base}`."
-        )
-    return _model_path(path)
-
-
-def _model_path(model: str | Path) -> Path:
-    if str(model) == "organism":
-        return ORGANISM
-    path = Path(model)
-    if path.suffix == ".safetensors" and path.is_file():
-        raise UserError(f"{path} is a single file; convert it first: difffract convert flux {path} OUT --base DIR.")
-    if not path.is_dir():
-        raise UserError(f"{path} is not a directory; give one that difffract or diffusers wrote.")
-    return path
+def _told_origin(origin: str) -> dict[str, str]:
+    """Returns what a directory of ours says of the repository that it was converted from."""
+    return {"origin": origin} if origin else {}
 
 
 def _read_kind(path: Path, kind: str) -> dict[str, Any]:

@@ -29,9 +29,11 @@ os.environ.setdefault(
 )
 compiled.share()
 
-import hypothesis  # noqa: E402  (the environment above must be set first)
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+import hub_server  # noqa: E402  (the environment above must be set first)
 
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)
@@ -80,6 +82,13 @@ def room_for_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.path.parent.name != "organism" and MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[hub_server.Hub]:
+    """A stand-in for the Hugging Face Hub, empty, to which the client of this process is pointed."""
+    with hub_server.stand_in(monkeypatch, tmp_path / "hub-cache") as server:
+        yield server
 
 
 @pytest.fixture

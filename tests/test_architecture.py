@@ -23,7 +23,7 @@ ORDER = (
     ("difffract_jax.namespaces", "difffract_jax.text_files"),
     ("difffract_jax", "difffract_jax.config"),
     ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display", "difffract_jax.seeds"),
-    ("difffract_jax.storage",),
+    ("difffract_jax.storage", "difffract_jax.hub"),
     ("difffract_jax.trees", "difffract_jax.graphs"),
     ("difffract_jax.sharding",),
     ("difffract_jax.models",),
@@ -34,7 +34,8 @@ ORDER = (
     ("difffract_jax.circuits.attribution",),
     ("difffract_jax.circuits.effects", "difffract_jax.circuits.editing"),
     ("difffract_jax.circuits.checks",),
-    ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.loading"),
+    ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.directories"),
+    ("difffract_jax.loading",),
     ("difffract_jax.studies",),
     ("difffract_jax.cli",),
 )

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import ConversionError, save_tree
 from difffract_jax.config import UserError
+from difffract_jax.directories import Directory
 from difffract_jax.loading import (
     convert_flux,
     convert_transcoders,
@@ -71,10 +72,10 @@ def test_a_saved_pipeline_is_the_converted_one(pipe, saved):
 def test_large_weights_are_identified_by_samples_of_their_files(pipe, monkeypatch):
     monkeypatch.setattr("difffract_jax.loading.VERIFY_BELOW_BYTES", 1000)
     sample = sample_hash(PIPELINE)
-    assert identified(pipe, PIPELINE).source == f"sampled:{sample}"
-    assert identified(pipe, PIPELINE, variant="fp16").source == f"sampled:{sample}:fp16"
+    assert identified(pipe, Directory(PIPELINE)).source == f"sampled:{sample}"
+    assert identified(pipe, Directory(PIPELINE), variant="fp16").source == f"sampled:{sample}:fp16"
     vae = PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"
-    assert identified(pipe, vae, base=PIPELINE).source == f"sampled:{sample_hash(vae)}:{sample}"
+    assert identified(pipe, Directory(vae), base=Directory(PIPELINE)).source == f"sampled:{sample_hash(vae)}:{sample}"
 
 
 def test_a_pipeline_loads_in_the_type_that_is_asked_for(saved):

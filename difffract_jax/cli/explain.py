@@ -59,7 +59,7 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     shown = {"target": node_names(graph)[node], "sum of its edges": float(found.edges.sum())}
     shown |= {"edges of the graph that heads add up to": held, "worst error, over the largest": error}
     shown |= {"heads": _carriers(found, engine, settings.top)} | scores
-    record = provenance("heads", settings, model=pipe.source, transcoders=tcs.source)
+    record = provenance("heads", settings, **opt.sources(model=pipe, transcoders=tcs))
     emit((record if json else {}) | shown, as_json=json)
 
 
@@ -161,7 +161,7 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
     output = resolve_target(pipe, span, asked)
     shown = _effects(settings, span, tcs, output, total_effects(span, tcs, output), inside)
     warn_cut(span.info.cut)
-    record = provenance("effects", settings, model=pipe.source, transcoders=tcs.source)
+    record = provenance("effects", settings, **opt.sources(model=pipe, transcoders=tcs))
     emit((record if json else {}) | shown, as_json=json)
 
 

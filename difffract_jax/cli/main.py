@@ -13,7 +13,6 @@ Functions import what they use when they run, and only here, so that `difffract 
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -161,11 +160,11 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
 
 
 @convert.command("flux")
-@opt.command(ConvertConfig, arguments=("source", "out"), layers=())
+@opt.command(ConvertConfig, arguments=("source", "out"), layers=(), without=("sites",))
 def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
-    """Convert a FLUX pipeline: a diffusers directory, or a transformer in one safetensors file.
+    """Convert a FLUX pipeline: a diffusers directory, or a transformer in one safetensors file, here or on the hub.
 
-    Example: `difffract convert flux FLUX.1-schnell flux-schnell --dtype bf16`
+    Example: `difffract convert flux hf:black-forest-labs/FLUX.1-schnell flux-schnell --dtype bf16`
     """
     from difffract_jax import loading
     from difffract_jax.cli.output import emit, parameter_counts
@@ -195,13 +194,19 @@ def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
 def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, json: bool) -> None:
     """Convert a directory of the reference's `.pt` transcoders or SAEs (needs the extra `torch`), or back.
 
-    Example: `difffract convert transcoders checkpoints/transcoders transcoders`
+    Example: `difffract convert transcoders checkpoints/transcoders transcoders`; from the hub, some sites alone:
+    `... transcoders hf:Artalmaz31/DifFRACT/temporal-aware-transcoders transcoders --sites img/0-3,txt/0-3`
     """
     from difffract_jax import loading
     from difffract_jax.cli.output import emit
 
     tcs = loading.convert_transcoders(
-        settings.source, settings.out, to_torch=to_torch, dtype=_dtype(settings.dtype), overwrite=settings.overwrite
+        settings.source,
+        settings.out,
+        sites=None if settings.sites is None else settings.sites.split(","),
+        to_torch=to_torch,
+        dtype=_dtype(settings.dtype),
+        overwrite=settings.overwrite,
     )
     sites = {f"{name} layers": numbers for name, numbers in tcs.sites.to_json().items()}
     emit({"converted": str(settings.out)} | sites | {"features": tcs.config.features}, as_json=json)
@@ -209,9 +214,11 @@ def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, j
 
 @convert.command("check")
 def convert_check(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The PyTorch pipeline, a diffusers directory.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="The PyTorch pipeline, a diffusers directory or hf:OWNER/NAME.")
+    ],
     converted: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(metavar="CONVERTED", help="Our directory of it; SOURCE converted in memory if left out."),
     ] = None,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")] = 1e-5,
@@ -223,9 +230,10 @@ def convert_check(
     """
     from converters.check import check
     from difffract_jax.cli.output import emit
+    from difffract_jax.directories import checkpoint
     from difffract_jax.loading import load_pipeline
 
-    rows = check(source, load_pipeline(converted or source), tolerance=tolerance)
+    rows = check(checkpoint(source).path, load_pipeline(converted or source), tolerance=tolerance)
     emit({"blocks": [row._asdict() for row in rows]}, as_json=json)
     wrong = [row.part for row in rows if not row.equal]
     if wrong:
@@ -265,6 +273,7 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
             progress=advance,
         )
     cli_steer.warn_cut(result.cut)
+    record |= {"sources": opt.sources(model=pipe)}
     with replacing(settings.out):
         save_image(result.image, settings.out, record)
     emit({"image": str(settings.out), "size": f"{result.image.shape[1]}x{result.image.shape[0]}"}, as_json=json)
@@ -298,7 +307,7 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
     expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution", "precision"})
     targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
-    record = provenance("trace", settings, model=pipe.source, transcoders=tcs.source)
+    record = provenance("trace", settings, **opt.sources(model=pipe, transcoders=tcs))
     del pipe  # what the trace does not hold of it is memory for the pull-back
     with progress("Expanding nodes") as advance:
         graph = attribute(captured, tcs, target=targets, **expansion, mesh=devices, progress=advance)

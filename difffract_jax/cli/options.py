@@ -213,6 +213,20 @@ def check_out(path: Path, suffix: str) -> None:
         raise UserError(f"The folder {path.parent} of the output file {path.name} does not exist; create it first.")
 
 
+def sources(**loaded: Any) -> dict[str, str]:
+    """Returns what a result records of the pipeline and the transcoders that it came from.
+
+    Args:
+        loaded: pipelines and sets of transcoders, by their role.
+
+    Returns:
+        The content hash of each by its role, and of those from the hub the repository, commit included, by
+        ROLE_origin.
+    """
+    hashes = {role: one.source for role, one in loaded.items()}
+    return hashes | {f"{role}_origin": one.origin for role, one in loaded.items() if one.origin}
+
+
 def in_options(sentence: str, fields: Sequence[str], arguments: Sequence[str] = ()) -> str:
     """Names options instead of settings in an error of the library, where a word can be nothing else.
 

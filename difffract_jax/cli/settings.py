@@ -24,9 +24,11 @@ class RunSettings(Settings):
     """What both commands share: a model, its transcoders, a prompt, seeds and sizes."""
 
     model: str
-    """Model to run: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
+    """Model to run: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
+    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
-    """Transcoders or SAEs of its MLPs: `organism`, `organism-saes`, a converted directory, or one of `.pt` files."""
+    """Transcoders or SAEs of its MLPs: `organism`, `organism-saes`, a converted directory, one of `.pt` files, or
+    hf:OWNER/NAME[@REVISION][/FOLDER]."""
     seeds: str = "0"
     """Seeds of the starting noise, each given once, as in 0..9 or 0,3,7; results are averaged over them."""
     box: str | None = None
@@ -146,9 +148,11 @@ class EffectsConfig(Settings):
     """Settings of `difffract effects`: what every source of a run adds to an output."""
 
     model: str
-    """Model to run: `organism` (embedded), a converted directory or a diffusers directory (converted in memory)."""
+    """Model to run: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
+    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
-    """Transcoders of its MLPs: `organism`, a converted directory, or one of `.pt` files."""
+    """Transcoders of its MLPs: `organism`, a converted directory, one of `.pt` files, or
+    hf:OWNER/NAME[@REVISION][/FOLDER]."""
     prompt: str
     """Prompt of the run."""
     target: str
@@ -184,9 +188,11 @@ class RerunSettings(Settings):
     """What commands share that capture a graph's run anew: the graph, and what it was traced from."""
 
     model: str
-    """Model that the graph was traced in: `organism` (embedded), a converted directory or a diffusers directory."""
+    """Model that the graph was traced in: `organism` (embedded), a converted directory, a diffusers directory, or
+    hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
-    """Transcoders that it was traced with: `organism`, a converted directory, or one of `.pt` files."""
+    """Transcoders that it was traced with: `organism`, a converted directory, one of `.pt` files, or
+    hf:OWNER/NAME[@REVISION][/FOLDER]."""
     graph: Path
     """Graph file that `difffract trace` wrote, or one that was pruned with --by-position."""
     latents: Path | None = None

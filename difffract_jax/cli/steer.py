@@ -57,7 +57,7 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
     rows = sweep_table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
-    record = provenance("steer", settings, model=pipe.source, transcoders=tcs.source)
+    record = provenance("steer", settings, **opt.sources(model=pipe, transcoders=tcs))
     with replacing(settings.out):
         files = _write(made, rows, record, settings.out)
     shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}
@@ -133,7 +133,7 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> Non
         ]
         for stream, rows in found.items()
     }
-    record = provenance("features", settings, model=pipe.source, transcoders=tcs.source)
+    record = provenance("features", settings, **opt.sources(model=pipe, transcoders=tcs))
     emit((record if json else {}) | streams, as_json=json)
 
 
@@ -152,7 +152,7 @@ def _scan(settings: FeaturesConfig, json: bool) -> None:
         found = scan(pipe, tcs, settings.captions, advance)
     # The path is of this machine; where the labels lie does not change what they are.
     placed = settings.model_copy(update={"out": Path(settings.out.name)})
-    record = provenance("features --scan", placed, model=pipe.source, transcoders=tcs.source)
+    record = provenance("features --scan", placed, **opt.sources(model=pipe, transcoders=tcs))
     with replacing(settings.out):
         write_labels(found, record, settings.out)
     clear = sum(value >= 0.9 for site in found["sites"].values() for value in site["auroc"])

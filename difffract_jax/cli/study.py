@@ -39,9 +39,7 @@ def study(settings: StudyConfig, *, json: bool) -> None:
     with stages() as show:
         given = Given(pipe, tcs, compared, labels, settings.size, settings.round, lines)
         result = STUDIES[settings.name](given, lambda stage: partial(show, stage))
-    sources = {"model": pipe.source, "transcoders": tcs.source} | (
-        {} if compared is None else {"saes": compared.source}
-    )
+    sources = opt.sources(model=pipe, transcoders=tcs) | ({} if compared is None else opt.sources(saes=compared))
     with replacing(settings.out):
         files = write_result(result, settings.out, provenance("study", settings, **sources))
     if not json:

@@ -73,7 +73,7 @@ def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = F
     }
     wanted = {"train": settings.train_prompts, "validation": settings.validation_prompts}
     chunks: dict[Any, int] = {split: -(-count // settings.prompts_at_once) for split, count in wanted.items()}
-    record = provenance("harvest", settings, model=pipe.source)
+    record = provenance("harvest", settings, **opt.sources(model=pipe))
     with progress("Harvesting") as advance:
         made = write_store(sources, chunks, settings.out, record, advance)
     rows = {split: sum(max(shard.values()) for shard in shards) for split, shards in made["rows"].items()}
@@ -183,7 +183,7 @@ def _train(settings: TrainConfig, resume: bool) -> Any:
 
         pipe, caption = _pipeline(settings, mesh)
         source: Any = open_sampler(settings, pipe, "train", caption=caption, mesh=mesh, sae=sae)
-        sources = {"model": pipe.source}
+        sources = opt.sources(model=pipe)
     else:
         source = open_store(settings.rows, "train", settings.seed, sae=sae)
         sources = {"rows": str(settings.rows)}
@@ -227,7 +227,7 @@ def evaluate(settings: EvaluateConfig, *, k: Ks = None, json: bool) -> None:
         with progress(f"Measuring {path}") as advance:
             tcs = load_transcoders(path / "transcoders")
             results[str(path)] = measure(settings, trained, pipe, tcs, caption=caption, judge=judge, progress=advance)
-    record = provenance("evaluate", settings, model=pipe.source)
+    record = provenance("evaluate", settings, **opt.sources(model=pipe))
     report = write_evaluation_report(results, settings.out or settings.run / "report", record)
     more = {"points": points(results)} if k is not None else results[str(settings.run)].summary()
     emit({"report": str(report)} | more, as_json=json)

@@ -53,7 +53,7 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})
     with progress("Validating") as advance:
         found = hold(again, graph, **asked, progress=advance)
-    record = provenance("validate", settings, model=pipe.source, transcoders=tcs.source)
+    record = provenance("validate", settings, **opt.sources(model=pipe, transcoders=tcs))
     files = {}
     if settings.out is not None:
         with replacing(settings.out):

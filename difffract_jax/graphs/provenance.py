@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from difffract_jax.address import Layout, Tokens, flux_layout
@@ -37,6 +37,7 @@ class TraceInfo:
         include_padding: whether padded text positions are replaced like any other.
         latents_given: whether the run started from given latents.
         model: content hash of the pipeline.
+        model_origin: the repository on the hub that the pipeline came from, commit included; None if it did not.
     """
 
     prompt: str
@@ -53,6 +54,7 @@ class TraceInfo:
     include_padding: bool
     latents_given: bool
     model: str
+    model_origin: str | None = None
 
     __repr__ = record_text
 
@@ -269,7 +271,7 @@ class Provenance:
         command: command that made it.
         settings: the command's resolved settings, JSON values.
         versions: of Python and packages, by name.
-        sources: content hashes of model and transcoders, by role.
+        sources: content hashes of model and transcoders, by role, and where on the hub they came from, by ROLE_origin.
         extra: JSON values that a file holds beyond these fields, by key; written back when it is saved.
     """
 
@@ -336,8 +338,7 @@ class Provenance:
     @property
     def layout(self) -> Layout:
         """The order of the model's blocks; raises `UserError` if the graph does not say."""
-        layout = self.known.layout
-        if layout is None:
+        if (layout := self.known.layout) is None:
             raise UserError(
                 "The graph does not say which blocks its model has; give one that `difffract trace` wrote, or that was "
                 "made of such graphs."
@@ -349,8 +350,7 @@ class Provenance:
         facts = {_KEYS.get(name, name): value for name, value in to_json_values(self).items() if name != "extra"}
         depths = self.known.layout and self.known.layout.flux_depths
         if depths is not None:
-            trace = {key: value for key, value in facts["trace"].items() if key != "layout"}
-            facts["trace"] = trace | {"depths": list(depths)}
+            facts["trace"] = {k: v for k, v in facts["trace"].items() if k != "layout"} | {"depths": list(depths)}
         return merge_json(facts, dict(self.extra))
 
     @staticmethod
@@ -366,7 +366,7 @@ class Provenance:
                 are kept in `extra` instead.
         """
         trace = _with_layout(record.get("trace"))
-        whole = isinstance(trace, Mapping) and {one.name for one in fields(TraceInfo)} <= {*trace}
+        whole = isinstance(trace, Mapping) and {f.name for f in fields(TraceInfo) if f.default is MISSING} <= {*trace}
         names = FILE_KEYS | {"trace": "run" if whole and "combined" not in record else "shared"}
         kinds, facts = Provenance.__annotations__, {}
         for key, name in names.items():

@@ -76,6 +76,7 @@ class Pipeline(NamedTuple):
         tokenizers: both tokenizers.
         config: shapes, schedule, defaults.
         source: content hash of the weights; "" if not known.
+        origin: the repository on the hub that it came from, commit included; "" if it did not.
     """
 
     transformer: MMDiT
@@ -85,6 +86,7 @@ class Pipeline(NamedTuple):
     tokenizers: Tokenizers
     config: PipelineConfig
     source: str = ""
+    origin: str = ""
 
     def plan(self, **sizes: Any) -> "Run":
         """Fixes the sizes and the schedule of a run; keyword arguments as for `plan_run`."""

@@ -21,4 +21,4 @@ def pipeline_facts(pipe: Any) -> tuple[str, dict[str, str]]:
         "autoencoder": tree_text(pipe.vae),
         "by default": f"{run.height} x {run.width} pixels, {run.steps} steps, {run.text_tokens} text tokens",
         "source": hash_text(pipe.source),
-    }
+    } | ({"from": pipe.origin} if pipe.origin else {})

@@ -17,7 +17,7 @@ import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,8 +143,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with sole_writer(target):
-        if _occupied(target) and not overwrite:
-            raise UserError(f"{path} exists already; name another output, or pass --overwrite to replace it.")
+        check_vacant(path, overwrite=overwrite)
         partial = target.with_name(f".{target.name}.{_token()}.partial")
         partial.mkdir()
         try:
@@ -183,6 +182,12 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
 def _token() -> str:
     """Returns a part of a temporary name that no other process or thread uses."""
     return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def check_vacant(path: str | Path, *, overwrite: bool = False) -> None:
+    """Refuses an output directory that exists and is not empty, unless `overwrite` is given; for use before work."""
+    if _occupied(Path(path)) and not overwrite:
+        raise UserError(f"{path} exists already; name another output, or pass --overwrite to replace it.")
 
 
 @contextmanager
@@ -289,16 +294,18 @@ def read_array(path: Path) -> np.ndarray:
     return array
 
 
-def sample_hash(directory: Path) -> str:
-    """Returns a hash of the names, sizes, first and last MiB of all safetensors files under a directory.
+def sample_hash(directory: Path, files: Sequence[str] = ()) -> str:
+    """Returns a hash of the names, sizes, first and last MiB of safetensors files.
 
-    Of a file, its own.
+    Args:
+        directory: holds them; or a file, whose own it is.
+        files: their paths in the directory; all that there are if left out. Others, as the indices of shards, do not
+            matter.
     """
     digest = hashlib.sha256()
-    home, files = (
-        (directory.parent, [directory]) if directory.is_file() else (directory, directory.rglob("*.safetensors"))
-    )
-    for path in sorted(files):
+    home = directory.parent if directory.is_file() else directory
+    chosen = [directory] if directory.is_file() else [home / name for name in files if name.endswith(".safetensors")]
+    for path in sorted(chosen or home.rglob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(home).as_posix()} {size}\n".encode())
         with path.open("rb") as file:

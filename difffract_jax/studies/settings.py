@@ -29,12 +29,12 @@ class StudyConfig(Settings):
     round: int | None = Field(None, ge=1, le=2)
     """Which registered round of `precision`; the last when left out."""
     model: str = "organism"
-    """Pipeline to study: `organism`; another only for `flow`, with --prompts."""
+    """Pipeline to study: `organism`; another directory or hf:OWNER/NAME only for `flow`, with --prompts."""
     prompts: Path | None = None
     """Text file with a prompt per line, for `flow` on any pipeline; its target is then the velocity itself."""
     transcoders: str = "organism"
-    """Transcoders of its MLPs: `organism`, or a directory."""
+    """Transcoders of its MLPs: `organism`, a directory, or hf:OWNER/NAME[/FOLDER]."""
     saes: str = "organism-saes"
-    """SAEs of the same, for comparison: `organism-saes`, or a directory."""
+    """SAEs of the same, for comparison: `organism-saes`, a directory, or hf:OWNER/NAME[/FOLDER]."""
     out: Path = Path("study")
     """Directory for NAME.md, NAME.json and the figures; those that exist are replaced, with a note."""

@@ -191,6 +191,11 @@ def _column_texts(arrow: Any, values: Any, where: str) -> Iterator[str | None]:
 def _dataset_values(source: str) -> list[str | None]:
     given = source.removeprefix("hf:").split(":")
     name, split, column = (*given, *("", "train", "")[len(given) :])[:3]
+    if "@" in name or name.count("/") > 1:
+        raise UserError(
+            f"{source} is written like a model on the hub; a data set of prompts is hf:OWNER/NAME[:SPLIT[:COLUMN]], "
+            "without revision or folder."
+        )
     datasets = _extra("datasets", f"Reading {source}")
     try:
         rows = datasets.load_dataset(name, split=split)

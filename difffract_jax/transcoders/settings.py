@@ -23,10 +23,11 @@ class RowSettings(Settings):
     """Which rows: model, prompts, schedule, sites."""
 
     model: str
-    """Model whose MLPs are read: `organism`, a converted or diffusers directory, or `tiny`, random weights."""
+    """Model whose MLPs are read: `organism`, a converted or diffusers directory, a repository on the hub,
+    hf:OWNER/NAME[@REVISION][/FOLDER], or `tiny`, random weights."""
     prompts: str
-    """Prompts: a `.txt`, `.jsonl[:FIELD]` or `.parquet[:COLUMN]` file, `hf:OWNER/NAME[:SPLIT[:COLUMN]]`, or `world`,
-    the organism's."""
+    """Prompts: a `.txt`, `.jsonl[:FIELD]` or `.parquet[:COLUMN]` file, a data set on the hub,
+    `hf:OWNER/NAME[:SPLIT[:COLUMN]]`, or `world`, the organism's."""
     sites: tuple[str, ...] = ("*/*",)
     """MLP sublayers, as in img/3, txt/0-5, single/*, or */* for all."""
     validation_share: float = Field(0.05, gt=0, lt=1)

@@ -113,3 +113,29 @@ def parse_sites(patterns: Sequence[str], layout: Layout) -> SiteSet:
     if not any(chosen.values()):
         raise UserError(f"The sites {', '.join(patterns) or '(none)'} name no block of this model; write */* for all.")
     return sites_of({group.name: tuple(chosen[group.label]) for group in layout.groups}, layout.groups)
+
+
+def is_chosen(patterns: Sequence[str], label: str, number: int) -> bool:
+    """Says whether a site is among those meant, without knowing how many blocks the model has.
+
+    Args:
+        patterns: as for `parse_sites`.
+        label: of the site's group, as in img.
+        number: of the site.
+
+    Raises:
+        UserError: if a pattern is of another form.
+
+    Example:
+        >>> is_chosen(["img/0-3", "txt/*"], "img", 4), is_chosen(["img/0-3", "txt/*"], "txt", 4)
+        (False, True)
+    """
+    meant = False
+    for pattern in patterns:
+        match = _PATTERN.fullmatch(pattern)
+        if match is None:
+            raise UserError(f"{pattern!r} names no sites; write STREAM/BLOCKS, as in img/3, txt/0-5, single/* or */*.")
+        first, _, last = match[2].partition("-")
+        inside = first == "*" or int(first) <= number <= int(last or first)
+        meant = meant or (match[1] in ("*", label) and inside)
+    return meant

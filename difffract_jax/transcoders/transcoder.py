@@ -17,6 +17,7 @@ y in place of x. A module is for one site and one denoising time; `TranscoderSet
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -32,7 +33,8 @@ from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
 from difffract_jax.seeds import random_key
-from difffract_jax.transcoders.sites import SiteSet, sites_of
+from difffract_jax.storage.checkpoint import tree_hash
+from difffract_jax.transcoders.sites import SiteSet, is_chosen, sites_of
 from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
@@ -207,12 +209,14 @@ class TranscoderSet(NamedTuple):
         sites: which sites these are.
         config: shape of each transcoder.
         source: content hash of the weights.
+        origin: the repository on the hub that they came from, commit included; "" if they did not.
     """
 
     stacks: dict[str, Transcoder]
     sites: SiteSet
     config: TranscoderConfig
     source: str
+    origin: str = ""
 
     def per_group(self, layout: Layout) -> tuple[Transcoder | None, ...]:
         """Returns the stack of every group of a model; None where there is none."""
@@ -234,7 +238,34 @@ class TranscoderSet(NamedTuple):
             "shape": f"{shape}, conditioning {config.conditioning}{', skip' if config.skip else ''}",
             "weights": tree_text(self.stacks),
             "source": hash_text(self.source),
-        }
+        } | ({"from": self.origin} if self.origin else {})
+
+
+def chosen_sites(tcs: TranscoderSet, patterns: Sequence[str]) -> TranscoderSet:
+    """Returns the transcoders of some sites; their `source` says of which set and sites they are.
+
+    Args:
+        tcs: the set.
+        patterns: the sites wanted, as in img/0-3.
+
+    Raises:
+        UserError: if a pattern is of another form, or there is no transcoder of these sites.
+    """
+    labels = {group.name: group.label for group, _ in tcs.sites.members}
+    places = {
+        name: [place for place, number in enumerate(numbers) if is_chosen(patterns, labels[name], number)]
+        for name, numbers in tcs.sites.groups.items()
+    }
+    kept = {name: np.array(chosen) for name, chosen in places.items() if chosen}
+    if not kept:
+        names = ", ".join(tcs.sites.names)
+        raise UserError(f"There is no transcoder of the sites {', '.join(patterns)}; there are {names}.")
+    numbers = {name: [tcs.sites.groups[name][place] for place in chosen] for name, chosen in kept.items()}
+    if numbers == {name: [*held] for name, held in tcs.sites.groups.items()}:
+        return tcs
+    stacks = {name: jax.tree.map(itemgetter(chosen), tcs.stacks[name]) for name, chosen in kept.items()}
+    sites = sites_of(numbers, tuple(group for group, _ in tcs.sites.members))
+    return tcs._replace(stacks=stacks, sites=sites, source=tree_hash(stacks))
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:

@@ -9,7 +9,8 @@ import torch
 from diffusers import FluxPipeline
 
 from difffract_jax.config import UserError
-from difffract_jax.loading import ORGANISM, load_pipeline
+from difffract_jax.directories import ORGANISM
+from difffract_jax.loading import load_pipeline
 from difffract_jax.models.pipeline import generate
 from difffract_jax.organism.evaluate import draw_images, held_out, see
 from difffract_jax.organism.scorer import judge

@@ -8,7 +8,8 @@ from difffract_jax.circuits.editing.ranking import rank_features
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.labels import CLEAR, Detected, read_labels
 from difffract_jax.config import UserError
-from difffract_jax.loading import SHIPPED, load_labels, load_pipeline, load_transcoders
+from difffract_jax.directories import SHIPPED
+from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
 from difffract_jax.organism.scorer import read_scenes
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies import scan

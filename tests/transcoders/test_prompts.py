@@ -152,6 +152,9 @@ def test_datasets_are_read_and_missing_ones_told(monkeypatch):
     assert asked == [("someone/captions", "train"), ("someone/captions", "test")]
     with pytest.raises(UserError, match=r"The dataset no/such could not be read \(Dataset 'no/such' doesn't exist on"):
         read_prompts("hf:no/such")
+    for model in ("hf:someone/flux@main", "hf:someone/flux/transcoders"):
+        with pytest.raises(UserError, match="is written like a model on the hub; a data set of prompts is"):
+            read_prompts(model)
     monkeypatch.setattr(Columns, "column_names", ["title"])
     with pytest.raises(UserError, match="has the columns title; write hf:someone/captions:train:COLUMN"):
         read_prompts("hf:someone/captions")

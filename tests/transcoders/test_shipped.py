@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from difffract_jax.loading import SHIPPED, load_pipeline, load_transcoders
+from difffract_jax.directories import SHIPPED
+from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.organism.scored import accuracies
 from difffract_jax.organism.world import scenes
 from difffract_jax.transcoders.evaluation import evaluate

@@ -31,7 +31,7 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import Span, Trace
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import Graph, conservation_scale
-from difffract_jax.graphs.provenance import AttributionSettings, PooledPath, Rounding
+from difffract_jax.graphs.provenance import AttributionSettings, PooledPath, Rounding, TraceInfo
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 LARGEST_BATCH = 64
@@ -115,7 +115,14 @@ def attribute(
         pooled_path=_pooled_path(engine, roots),
         precision=rounding_error(engine, roots[:1], batch) if precision != "f32" else None,
         target_weights=tuple(weights.tolist()) if len(wanted) > 1 else (1.0,),
+        sources=_origins(trace.info, tcs),
     )
+
+
+def _origins(info: TraceInfo, tcs: TranscoderSet) -> dict[str, str] | None:
+    """Returns where on the hub model and transcoders came from; None if neither did."""
+    origins = {"model_origin": info.model_origin, "transcoders_origin": tcs.origin}
+    return {role: origin for role, origin in origins.items() if origin} or None
 
 
 def _check_numbers(max_nodes: int, expansion_batch: int, min_attribution: float, target_batch: int | None) -> None:

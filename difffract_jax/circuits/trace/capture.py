@@ -228,6 +228,7 @@ def _capture(
             include_padding=include_padding,
             latents_given=latents is not None,
             model=pipe.source,
+            model_origin=pipe.origin or None,
         )
         for step in range(first, last + 1)
     )

@@ -140,4 +140,5 @@ def _info(found: Activations, pipe: Pipeline, ids: TokenIds, include_padding: bo
         include_padding=include_padding,
         latents_given=found.latents_given,
         model=pipe.source,
+        model_origin=pipe.origin or None,
     )

@@ -15,6 +15,7 @@ from difffract_jax.config import UserError
 from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.files.reference_json import from_document
 from difffract_jax.graphs.graph import FEATURE, INPUT, REST
+from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.graphs.pruning import prune
 from tolerances import REFERENCE, TOL
 from traces import MORE_VARIANTS, VARIANTS, golden_trace, make_exact, variant
@@ -62,6 +63,17 @@ def test_the_graph_is_the_reference_s_edge_by_edge(graphs, number):
     assert ours.keys() == theirs.keys()
     largest = max(map(abs, theirs.values()))
     assert max(abs(ours[pair] - theirs[pair]) for pair in theirs) <= TOL.edge * largest
+
+
+def test_a_graph_says_where_on_the_hub_model_and_transcoders_came_from(golden, graphs):
+    origins = {"model_origin": "hf:a/flux@c0ffee", "transcoders_origin": "hf:a/tcs@c0ffee/saes"}
+    trace, target = golden_trace(golden._replace(pipe=golden.pipe._replace(origin=origins["model_origin"])), 0)
+    tcs = golden.tcs._replace(origin=origins["transcoders_origin"])
+    feature = Feature(target["stream"], target["layer"], target["feat_idx"])
+    told = attribute(trace, tcs, target=feature, **SETTINGS | {"max_nodes": 1}).provenance
+    assert told.sources == origins and told.traced_run.model_origin == origins["model_origin"]
+    assert Provenance.from_json(json.loads(json.dumps(told.to_json()))) == told
+    assert graphs[0].provenance.sources is None and "model_origin" not in graphs[0].provenance.to_json()["trace"]
 
 
 @pytest.mark.parametrize("number", range(5))
