@@ -22,7 +22,7 @@ from converters.mapping import ArraySource, ConversionError, Rule, load_tree, sa
 from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import atomic_directory, tree_hash
-from difffract_jax.transcoders.sites import sites_of
+from difffract_jax.transcoders.sites import ROWS, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
 State = dict[str, np.ndarray]
@@ -117,8 +117,12 @@ def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool =
         )
         if value != wanted
     ]
-    if set(tcs.stacks) - set(STREAMS):
+    if config.d_out is not None:
+        differs.append(f"{config.d_model} channels in and {config.d_out} out (the reference has as many in as out)")
+    if set(tcs.stacks) - {*STREAMS, ROWS.name}:
         differs.append("sites in single-stream blocks (the reference has none)")
+    if ROWS.name in tcs.stacks:
+        differs.append("a site that belongs to no block (the reference has img and txt)")
     if differs:
         raise UserError(
             f"These transcoders cannot be written as `.pt` files, as they have {', '.join(differs)}; "

@@ -335,6 +335,8 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
             problems.append(f"`{key}` is not a setting{nearest(key, _keys(cls))}")
         elif item["type"] == "missing":
             problems.append(f"`{key}` is missing")
+        elif not key:
+            problems.append(item["msg"].removeprefix("Value error, "))  # of several settings together
         else:
             problems.append(f"`{key}` was {item['input']!r}, but {_lower(item['msg'])}")
     told = "; ".join(problem.rstrip(".") for problem in problems)

@@ -51,6 +51,7 @@ def command(
     instead: Mapping[str, Any] | None = None,
     help_from: Mapping[type[Settings], Sequence[str]] | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    renamed: bool = True,
 ) -> Callable[[Command], Command]:
     """Makes a command for Typer of a function of settings.
 
@@ -67,6 +68,7 @@ def command(
         instead: field -> annotation for Typer, where the option holds something else than the field.
         help_from: class -> fields whose help is that of the field of this name in it.
         prepare: changes what was given, by name, before it is merged.
+        renamed: whether errors of the library shall name options; not where settings come from a file as a rule.
 
     Example:
         >>> from difffract_jax.config import PruneConfig
@@ -96,7 +98,7 @@ def command(
             try:
                 function(settings, **further)
             except UserError as error:
-                sentence = in_options(str(error), fields, arguments)
+                sentence = in_options(str(error), fields, arguments) if renamed else str(error)
                 if sentence == str(error):
                     raise
                 raise UserError(sentence) from error
