@@ -156,7 +156,8 @@ def field(cls: type[Settings], name: str) -> dict[str, Any]:
     """Returns the help of a setting, with its default, for `typer.Option` or `typer.Argument`."""
     info = cls.model_fields[name]
     silent = info.is_required() or info.default in (None, False, ())
-    default = "" if silent else f" Default: {info.default}."
+    value = f"`{' '.join(map(str, info.default))}`" if isinstance(info.default, tuple) else info.default
+    default = "" if silent else f" Default: {value}."
     return {"help": " ".join((info.description or "").split()) + default, "show_default": False}
 
 

@@ -89,7 +89,10 @@ def _of_run(run: Path) -> dict[str, Any]:
     TrainConfig,
     layers=("sets",),
     without=SWITCHED_OFF,
-    before={"sites": ("layers", "streams"), "out": ("resume", "export")},
+    before={
+        "out": ("model", "prompts", "layers", "streams", "sites", "rows"),
+        "role": ("resume", "export", "max_minutes"),
+    },
     prepare=_given,
     renamed=False,
 )

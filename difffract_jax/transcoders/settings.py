@@ -32,7 +32,7 @@ class RowSettings(Settings):
     """Prompts: a `.txt`, `.jsonl` or `.parquet` file, `hf:OWNER/NAME[:SPLIT[:COLUMN]]`, or `world`, the organism's
     captions, which it gets when left out."""
     sites: tuple[str, ...] = ("*/*",)
-    """MLP sublayers, as in img/3, txt/0-5, single/*, or */* for all."""
+    """MLP sublayers, as in img/3, txt/0-5, `single/*`, or `*/*` for all."""
     validation_share: float = Field(0.05, gt=0, lt=1)
     """Share of prompts, by the hash of their text, that training never sees; of a directory of arrays, the share at the
     end of each."""

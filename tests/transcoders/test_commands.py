@@ -44,7 +44,15 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
         assert json.loads((place / "transcoders" / "config.json").read_text())["provenance"]["command"] == "train"
     status, out, err = difffract("evaluate", run, "--prompts-count", 2, "--velocity-count", 2, "--images", 1, "--json")
     assert status == 0, err
-    assert np.isfinite(json.loads(out)["fvu"]) and "By site" in (run / "report" / "report.md").read_text()
+    alone = json.loads(out)
+    assert np.isfinite(alone["fvu"]) and "By site" in (run / "report" / "report.md").read_text()
+    few, other = ("--prompts-count", 2, "--velocity-count", 2, "--json"), tmp_path / "stored" / "transcoders"
+    status, out, err = difffract("evaluate", "tiny", run, other, "--out", tmp_path / "both", *few)
+    assert status == 0, err
+    *sites, mean = json.loads(out)["sites"]
+    assert len(sites) == 8 and mean["site"] == "mean" and mean["fvu"]["a"] == pytest.approx(alone["fvu"])
+    assert all(row["recovered"]["difference"] == row["recovered"]["b"] - row["recovered"]["a"] for row in sites)
+    assert (tmp_path / "both" / "report.md").is_file() and not (tmp_path / "stored" / "report").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 
 from difffract_jax.config import UserError, provenance
 from difffract_jax.transcoders.checkpoints import CHECKPOINTS, locked
+from difffract_jax.transcoders.exporting import newest_transcoders, shape_of_run
 from difffract_jax.transcoders.harvest import Chunk
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.settings import TrainConfig
@@ -108,6 +109,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, sto
     assert same(run(config, resume=True), whole[1])
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_leaves_the_signals_as_they_were(whole, tmp_path, sent):
+    config = settings(tmp_path / "run", checkpoint_every=100)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    watch = Watch(lambda done, total, values: done == 4 and os.kill(os.getpid(), sent), print)
+    stopped = train(config, Synthetic(), provenance("train", config), watch)
+    assert (stopped.step, stopped.transcoders) == (5, None)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    early = newest_transcoders(config.out, *shape_of_run(config.out))
+    assert (early.step, early.transcoders.sites) == (5, whole[1].transcoders.sites)
+    assert same(run(config, resume=True), whole[1])
 
 
 def test_a_run_that_the_first_release_began_goes_on(whole, tmp_path):
