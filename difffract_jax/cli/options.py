@@ -56,7 +56,7 @@ def command(
     """Makes a command for Typer of a function of settings.
 
     The function takes the resolved settings first, and what else it needs of the command line as keyword arguments:
-    options of SHARED, and options of its own, annotated for Typer.
+    options of SHARED, options of its own, annotated for Typer, and `line`: all that was given, by name.
 
     Args:
         cls: settings of the command. Every field is an option, but for one that holds further settings.
@@ -85,7 +85,8 @@ def command(
     }
 
     def decorate(function: Command) -> Command:
-        wanted = dict(list(inspect.signature(function).parameters.items())[1:])
+        parameters = dict(list(inspect.signature(function).parameters.items())[1:])
+        wanted = {name: one for name, one in parameters.items() if name != "line"}
         special = {name: (one.annotation, one.default) for name, one in wanted.items() if name not in SHARED}
         shared = {name: declaration for name, declaration in SHARED.items() if name in wanted or name in layers}
         placed = _placed([name for name in (*fields, *special) if name not in arguments], before or {})
@@ -93,7 +94,7 @@ def command(
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            further = {name: given[name] for name in wanted}
+            further = {name: given[name] if name in wanted else dict(given) for name in parameters}
             settings = settings_of(cls, given if prepare is None else prepare(given))
             try:
                 function(settings, **further)

@@ -99,7 +99,7 @@ def _of_run(run: Path) -> dict[str, Any]:
 def train(
     settings: TrainConfig,
     *,
-    context: typer.Context,
+    line: dict[str, Any],
     file: ConfigFile = None,
     layers: Layers = None,
     streams: Streams = None,
@@ -125,7 +125,7 @@ def train(
     if join is not None:
         join_others(join)
     source = None if settings.rows is None else rows_in(settings, "train")
-    settings, origins = _completed(settings, source, context.params)
+    settings, origins = _completed(settings, source, line)
     plan = _described(settings, source, origins)
     if dry_run:
         return emit(plan, as_json=json)

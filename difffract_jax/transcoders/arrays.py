@@ -90,8 +90,9 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files if name in ("x", "y", "t")}
+        # NumPy leaves a damaged archive open that it opened itself.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files if name in ("x", "y", "t")}
     except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
         raise _unreadable(path, ".npz archive", error) from None
 

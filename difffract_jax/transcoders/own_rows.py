@@ -118,7 +118,7 @@ def array_rows(
         UserError: if rows hold what they may not, or a split has none.
     """
     ends = np.cumsum([0, *(len(one.x) for one in shards)])
-    held_out = np.diff(np.ceil(ends * share)).astype(int)
+    held_out = np.diff(np.ceil(ends * share)).astype(int).tolist()
     ranges = {
         None: [(0, len(one.x)) for one in shards],
         "train": [(0, len(one.x) - n) for one, n in zip(shards, held_out, strict=True)],
