@@ -89,8 +89,11 @@ def evaluate(settings: EvaluateConfig, *, others: Others = None, k: Ks = None, j
             raise UserError("Compare two sets of transcoders, or draw several with --pareto, not both at once.")
         result, results = _compare(settings, model, names)
         if settings.out is not None:
-            result["report"] = str(write_evaluation_report(results, settings.out, provenance("evaluate", settings)))
-        return emit(result if json else result | {"sites": comparison_table(result["sites"])}, as_json=json)
+            record = provenance("evaluate", settings, a=str(names[0]), b=str(names[1]))
+            result["report"] = str(write_evaluation_report(results, settings.out, record))
+        if not json:
+            result["sites: A, B, B - A"] = comparison_table(result.pop("sites"))
+        return emit(result, as_json=json)
     opened = [_opened(path) for path in (names[0], *settings.pareto)]
     results, sources = _measured(settings, model, opened)
     out = settings.out or (names[0] / "report" if (names[0] / "train.json").is_file() else None)

@@ -72,14 +72,19 @@ def rows_in(settings: TrainConfig, split: Any) -> Any:
     return open_rows(settings.rows, split, settings.validation_share, settings.seed, sae=sae)
 
 
-def work_of(settings: TrainConfig) -> Any:
-    """Returns what shall be planned: sites, width, and the model that is read, as shapes alone."""
+def work_of(settings: TrainConfig, source: Any = None) -> Any:
+    """Returns what shall be planned: sites, width, and the model that is read, as shapes alone.
+
+    Args:
+        settings: of the run.
+        source: its rows, if they are open already.
+    """
     from difffract_jax.loading import PARTS, abstract_pipeline
     from difffract_jax.transcoders.plan import TrainingWorkload
     from difffract_jax.transcoders.sites import parse_sites
 
     if settings.rows is not None:
-        rows = rows_in(settings, "train")
+        rows = source or rows_in(settings, "train")
         return TrainingWorkload(settings, rows.sites, rows.width, {})
     model = model_of(settings)
     if model == "tiny":

@@ -74,7 +74,10 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
         out = Path(line.get("out") or sets.get("out") or TrainConfig.model_fields["out"].default)
         if not (out / "train.json").is_file():
             raise UserError(f"{out} holds no run to resume; leave --resume out to begin one.")
-        line = _of_run(out) | {"out": out} | line
+        before = _of_run(out)
+        if before["model"] is None and before["rows"] is None:
+            raise UserError(f"The run in {out} trains on rows from Python; go on there, with resume=True.")
+        line = before | {"out": out} | line
     return line
 
 
@@ -125,8 +128,9 @@ def train(
     if join is not None:
         join_others(join)
     source = None if settings.rows is None else rows_in(settings, "train")
-    settings, origins = _completed(settings, source, line)
-    plan = _described(settings, source, origins)
+    work = work_of(settings, source)
+    settings, origins = _completed(settings, work.width, line, timed=source is None or source.timed)
+    plan = _described(work._replace(settings=settings), origins)
     if dry_run:
         return emit(plan, as_json=json)
     done = run_training(settings, resume, source=source, plan=plan)
@@ -142,7 +146,9 @@ def train(
         emit(result, as_json=json)
 
 
-def _completed(settings: TrainConfig, source: Any, line: Mapping[str, Any]) -> tuple[TrainConfig, dict[str, str]]:
+def _completed(
+    settings: TrainConfig, width: Any, line: Mapping[str, Any], *, timed: bool
+) -> tuple[TrainConfig, dict[str, str]]:
     """Returns the settings with what suits the rows filled in, and where each came from that is not a default."""
     from difffract_jax.transcoders.defaults import choose
 
@@ -157,24 +163,21 @@ def _completed(settings: TrainConfig, source: Any, line: Mapping[str, Any]) -> t
     origins |= {text.partition("=")[0]: "--set" for text in line["sets"] or ()}
     chosen: dict[str, str] = {}
     if file is None and not line["resume"]:
-        width = work_of(settings).width if source is None else source.width
-        settings, chosen = choose(settings, width, timed=getattr(source, "timed", True))
+        settings, chosen = choose(settings, width, timed=timed)
     return settings, {name: origin for name, origin in (chosen | origins).items() if name in TrainConfig.model_fields}
 
 
-def _described(settings: TrainConfig, source: Any, origins: Mapping[str, str]) -> dict[str, Any]:
+def _described(work: Any, origins: Mapping[str, str]) -> dict[str, Any]:
     """Returns what is shown before a run: memory that it will need, and its settings; refuses what does not fit."""
+    settings = work.settings
     from difffract_jax.transcoders.arrays import width_text
     from difffract_jax.transcoders.defaults import shown
-    from difffract_jax.transcoders.plan import TrainingWorkload, estimate, held_bytes
+    from difffract_jax.transcoders.plan import estimate, held_bytes
     from difffract_jax.transcoders.setup import open_mesh, set_up
     from difffract_jax.transcoders.sources import open_prompts
 
-    if source is None:
-        work = work_of(settings)
+    if settings.rows is None:
         open_prompts(settings, "train", world_of(settings))
-    else:
-        work = TrainingWorkload(settings, source.sites, source.width, {})
     setup = set_up(settings, work.sites, work.width, open_mesh(settings))
     held = held_bytes(setup, work.model)
     parts = ", ".join(f"{name} {held[name] / GIB:.2f}" for name in ("state", "buffer", "model") if held[name])

@@ -7,7 +7,7 @@ import numpy as np
 
 from difffract_jax.transcoders.evaluation import Evaluation
 
-MEASURES = {"fvu": "FVU", "l0": "L0", "dead": "dead", "recovered": "velocity recovered"}
+MEASURES = {"fvu": "FVU", "l0": "L0", "dead": "dead", "recovered": "recovered"}
 """Measure -> how tables call it. The velocity recovered is that with the site's MLP alone replaced."""
 
 
@@ -45,7 +45,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         for name, title in MEASURES.items():
             if name in row:
                 a, b, difference = (row[name][part] for part in ("a", "b", "difference"))
-                cells[f"{title}: A, B, B - A"] = f"{a:.4g}, {b:.4g}, {difference:+.2g}"
+                cells[title] = f"{a:.3g}, {b:.3g}, {difference:+.2g}"
         table.append(cells)
     return table
 

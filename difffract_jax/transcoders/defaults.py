@@ -62,7 +62,8 @@ def shown(settings: TrainConfig, width: Width, origins: Mapping[str, str]) -> li
     sparsity = {"relu": ("l1", "l1_txt"), "jumprelu": ("target_l0",)}.get(settings.activation, ("k",))
     source = ("rows",) if settings.rows is not None else ("model", "prompts", "sites", "tokens_per_step")
     names = (*source, "role", "activation", "expansion", *sparsity, "time_embed", "lr", "batch", "steps", "buffer_rows")
-    others = [name for name in origins if name not in names and origins[name] != "default"]
+    unread = {"k", "target_l0", "l1", "l1_txt"} - {*sparsity}
+    others = [name for name in origins if name not in {*names, *unread, "out"}]
     rows = []
     for name in (*names, *others):
         value = getattr(settings, name)

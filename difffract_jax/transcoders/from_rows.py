@@ -14,7 +14,7 @@ from difffract_jax.config import UserError, provenance, resolve
 from difffract_jax.transcoders import training
 from difffract_jax.transcoders.defaults import choose
 from difffract_jax.transcoders.harvest import RowSource
-from difffract_jax.transcoders.own_rows import ArrayRows, BatchRows, rows_of
+from difffract_jax.transcoders.own_rows import rows_of
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.training import Trained, Watch
 
@@ -53,10 +53,11 @@ def train(
         raise UserError(f"{', '.join(choices)}: choices and `settings` exclude each other; change the settings.")
     directory = {"rows": str(rows)} if isinstance(rows, str) or hasattr(rows, "__fspath__") else {}
     made = settings or resolve(TrainConfig, choices | directory)
+    timed = True
     if source is None:
         source = rows_of(rows, "train", made.validation_share, made.seed, sae=made.role == "sae")
+        timed = source.timed
     if settings is None:
-        timed = source.timed if isinstance(source, ArrayRows | BatchRows) else True
         made, _ = choose(made, source.width, timed=timed)
     written = record or provenance("train", made, rows=directory.get("rows", "Python"))
     log = logging.getLogger(__name__)

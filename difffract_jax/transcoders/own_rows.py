@@ -23,11 +23,11 @@ import numpy as np
 
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.arrays import Shard, check_alike, check_values, float_rows, read_directory, shard_of
-from difffract_jax.transcoders.harvest import Chunk, RowSource
+from difffract_jax.transcoders.harvest import Chunk
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import Split
 from difffract_jax.transcoders.sites import ROWS, SiteSet
-from difffract_jax.transcoders.store import open_store
+from difffract_jax.transcoders.store import StoredRows, open_store
 
 BLOCK_ROWS = 1024
 """Consecutive rows that are read together."""
@@ -238,6 +238,10 @@ def _blocks(batches: Iterator[Any], first: Shard) -> Iterator[tuple[np.ndarray, 
         yield tuple(np.concatenate(part) for part in zip(*held, strict=True))
 
 
+Rows = ArrayRows | BatchRows | StoredRows
+"""Sources of rows that are there already; all say whether their rows have times (`timed`)."""
+
+
 def _batch(value: Any, number: int) -> Shard:
     """Reads what an iterator gave: a pair, a triple, or a mapping of x, y and t."""
     name = f"batch {number} of the rows"
@@ -248,7 +252,7 @@ def _batch(value: Any, number: int) -> Shard:
     return shard_of(dict(zip("xyt", value, strict=False)), name)
 
 
-def rows_of(rows: Any, split: Split | None, share: float, seed: int, *, sae: bool = False) -> RowSource:
+def rows_of(rows: Any, split: Split | None, share: float, seed: int, *, sae: bool = False) -> Rows:
     """Returns as a source whatever rows may be given as in Python.
 
     Args:
@@ -276,7 +280,7 @@ def rows_of(rows: Any, split: Split | None, share: float, seed: int, *, sae: boo
     )
 
 
-def open_rows(directory: Path, split: Split | None, share: float, seed: int, *, sae: bool = False) -> RowSource:
+def open_rows(directory: Path, split: Split | None, share: float, seed: int, *, sae: bool = False) -> Rows:
     """Opens one split of a directory of rows, harvested ones or arrays of any origin; arguments as of `rows_of`.
 
     Raises:

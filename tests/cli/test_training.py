@@ -100,7 +100,7 @@ def test_a_run_of_rows_stops_early_exports_and_goes_on_without_its_settings(trai
     assert row["site"] == "rows/0" and row.keys() == {"site", "fvu", "l0", "dead"} and table["rows"] == str(rows)
     assert row["fvu"]["difference"] == row["fvu"]["b"] - row["fvu"]["a"] != 0
     shown = run_command(monkeypatch, capsys, "evaluate", tmp_path / "early", run).out
-    assert "FVU: A, B, B - A" in shown and not (run / "report").exists()
+    assert "sites: A, B, B - A" in shown and "│ FVU" in shown.replace("┃", "│") and not (run / "report").exists()
     one = done(run_json(monkeypatch, capsys, "evaluate", run, "--rows", rows))
     assert one.keys() == {"report", "fvu", "l0", "dead"} and "rows/0" in (run / "report" / "report.md").read_text()
 

@@ -29,9 +29,10 @@ def test_rows_without_times_get_no_conditioning_unless_it_was_asked_for():
 
 
 def test_the_table_says_where_every_value_came_from():
-    made, why = choose(TrainConfig(model="organism", batch=7, steps=3, l1=0.5), 64, timed=True)
-    rows = {row["setting"]: row for row in shown(made, 64, why | {"batch": "--batch", "l1": "run.yaml"})}
+    made, why = choose(TrainConfig(model="organism", batch=7, steps=3, seed=5), 64, timed=True)
+    rows = {row["setting"]: row for row in shown(made, 64, why | {"batch": "--batch", "seed": "run.yaml"})}
     assert rows["expansion"] == {"setting": "expansion", "value": "16.0 (1024 features)", "from": "default"}
     assert rows["prompts"] == {"setting": "prompts", "value": "world", "from": "default"}
-    assert (rows["batch"]["from"], rows["l1"]["from"]) == ("--batch", "run.yaml")
+    assert (rows["batch"]["from"], rows["seed"]["from"]) == ("--batch", "run.yaml")
+    assert not {"target_l0", "l1", "out"} & rows.keys(), "what this activation does not read is not shown"
     assert rows["k"] == {"setting": "k", "value": "16", "from": "default for a width of 64"}

@@ -148,7 +148,8 @@ def test_directories_that_hold_no_rows_are_one_sentence(tmp_path):
             open_rows(rows, "train", 0.1, 0)
         assert "\n" not in str(error.value)
         (rows / name).unlink()
-    np.save(rows / "x.npy", np.array([{}, {}]), allow_pickle=True)
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (2,), }\n"
+    (rows / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(16))
     with pytest.raises(UserError, match="x.npy cannot be read as a NumPy array of numbers"):
         open_rows(rows, "train", 0.1, 0)
     (rows / "x.npy").unlink()
@@ -244,6 +245,15 @@ def test_transcoders_of_rows_fit_no_model_and_no_pt_file(run, tmp_path):
     assert not (tmp_path / "pt").exists()
     with pytest.raises(UserError, match="The rows are 4 to 6 channels wide, but the transcoder 6 to 4"):
         evaluate_rows(tcs, make(10)[1::-1])
+
+
+def test_a_run_on_batches_goes_on_where_it_stopped(tmp_path):
+    choices = SMALL | {"rows": lambda: batches([200] * 3), "skip": True}
+    whole = train(out=tmp_path / "whole", **choices)
+    stopped = train(out=tmp_path / "run", **choices, max_minutes=1e-9)
+    assert (stopped.step, stopped.transcoders) == (1, None)
+    resumed = train(out=tmp_path / "run", **choices, resume=True)
+    assert resumed.step == 6 and whole.transcoders.source == resumed.transcoders.source
 
 
 @pytest.mark.parametrize(
