@@ -36,11 +36,7 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return
-    _print(result, Console(soft_wrap=True))
-
-
-def _print(result: Mapping[str, Any], console: Console) -> None:
-    """Prints the plain values of a result as one table, and each list of rows as another."""
+    console = Console(soft_wrap=True)
     plain = Table(show_header=False, box=None, pad_edge=False)
     plain.add_column()
     plain.add_column(overflow="fold")  # an address or a path is wrapped, not cut
@@ -82,13 +78,10 @@ def stages() -> Iterator[Callable[..., None]]:
 @contextmanager
 def training_progress(
     *, shown: bool = True
-) -> Iterator[
-    tuple[Callable[[int, int, Mapping[str, float]], None], Callable[[str], None], Callable[[Mapping[str, Any]], None]]
-]:
+) -> Iterator[tuple[Callable[[int, int, Mapping[str, float]], None], Callable[[str], None]]]:
     """Shows on stderr how training goes: a bar with time left, rows per second, FVU, L0 and share of dead features.
 
-    Hands out `advance(done, total, values)`, and what prints above the bar: `note(sentence)` and `show(result)`, which
-    prints tables as `emit` does.
+    Hands out `advance(done, total, values)` and `note(sentence)`, which prints above the bar.
 
     Args:
         shown: whether to show anything; of several processes one does.
@@ -104,10 +97,7 @@ def training_progress(
             )
             bar.update(task, completed=done, total=total, values=shown)
 
-        def note(sentence: str) -> None:
-            bar.console.print(f"Note: {sentence}", soft_wrap=True, highlight=False)
-
-        yield advance, note, lambda result: _print(result, bar.console)
+        yield advance, lambda sentence: bar.console.print(f"Note: {sentence}", soft_wrap=True, highlight=False)
 
 
 def planned(plans: Sequence[Any], smallest: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@
 
 import logging
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,7 +133,8 @@ def train(
     plan = _described(work._replace(settings=settings), origins)
     if dry_run:
         return emit(plan, as_json=json)
-    done = run_training(settings, resume, source=source, plan=plan)
+    shown = is_first() and not json
+    done = run_training(settings, resume, source=source, begin=lambda: shown and emit(plan))
     result: dict[str, Any] = {"run": str(settings.out), "step": done.step} | done.metrics
     if done.transcoders is None:
         out = shlex.quote(str(settings.out))
@@ -190,14 +191,16 @@ def _described(work: Any, origins: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def run_training(settings: TrainConfig, resume: bool, *, source: Any = None, plan: Any = None) -> Any:
+def run_training(
+    settings: TrainConfig, resume: bool, *, source: Any = None, begin: Callable[[], Any] = lambda: None
+) -> Any:
     """Trains with a progress bar, saves what was made, and returns how the run ended.
 
     Args:
         settings: of the run.
         resume: go on with the run in `settings.out`.
         source: rows that are open already; opened as the settings say if left out.
-        plan: what to show before the first row is read.
+        begin: called before the first row is read, once everything fits.
     """
     from difffract_jax.cli.output import training_progress
     from difffract_jax.loading import save_transcoders
@@ -213,8 +216,8 @@ def run_training(settings: TrainConfig, resume: bool, *, source: Any = None, pla
     else:
         source, sources = _sampler(settings, open_mesh(settings))
     record = provenance("train", settings, **sources)
-    with training_progress(shown=is_first()) as (advance, note, show):
-        done = run(settings, source, record, Watch(advance, note, lambda: plan and show(plan)), resume=resume)
+    with training_progress(shown=is_first()) as (advance, note):
+        done = run(settings, source, record, Watch(advance, note, begin), resume=resume)
     made = done.transcoders
     if made is not None:
         record |= {"step": done.step}

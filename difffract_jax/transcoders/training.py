@@ -101,7 +101,7 @@ class Watch(NamedTuple):
 
     progress: Callable[[int, int, Mapping[str, float]], None]
     note: Callable[[str], None]
-    begin: Callable[[], None] = lambda: None
+    begin: Callable[[], Any] = lambda: None
 
 
 class _Run(NamedTuple):
