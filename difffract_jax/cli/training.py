@@ -47,6 +47,8 @@ Join = Annotated[
 SWITCHED_OFF = ("scale_rows", "project_decoder")
 """Settings that are on unless `--set` says otherwise, for which an option could only say what is so anyway."""
 GIB = 2**30
+LARGE = 8 * GIB
+"""Models that take more than this in float32 are read in bfloat16, unless told otherwise."""
 
 
 def register(app: typer.Typer) -> None:
@@ -129,7 +131,9 @@ def train(
         join_others(join)
     source = None if settings.rows is None else rows_in(settings, "train")
     work = work_of(settings, source)
-    settings, origins = _completed(settings, work.width, line, timed=source is None or source.timed)
+    settings, origins = _completed(work, line, timed=source is None or source.timed)
+    if settings.model_dtype != work.settings.model_dtype:
+        work = work_of(settings, source)
     plan = _described(work._replace(settings=settings), origins)
     if dry_run:
         return emit(plan, as_json=json)
@@ -147,13 +151,12 @@ def train(
         emit(result, as_json=json)
 
 
-def _completed(
-    settings: TrainConfig, width: Any, line: Mapping[str, Any], *, timed: bool
-) -> tuple[TrainConfig, dict[str, str]]:
+def _completed(work: Any, line: Mapping[str, Any], *, timed: bool) -> tuple[TrainConfig, dict[str, str]]:
     """Returns the settings with what suits the rows filled in, and where each came from that is not a default."""
     from difffract_jax.transcoders.defaults import choose
+    from difffract_jax.transcoders.plan import bytes_per_chip
 
-    file, origins = line["file"], {}
+    settings, file, origins = work.settings, line["file"], {}
     if file is not None:
         origins |= dict.fromkeys(read_yaml(file), str(file))
     elif line["resume"]:
@@ -164,7 +167,8 @@ def _completed(
     origins |= {text.partition("=")[0]: "--set" for text in line["sets"] or ()}
     chosen: dict[str, str] = {}
     if file is None and not line["resume"]:
-        settings, chosen = choose(settings, width, timed=timed)
+        large = bytes_per_chip(work.model) > LARGE
+        settings, chosen = choose(settings, work.width, timed=timed, large=large)
     return settings, {name: origin for name, origin in (chosen | origins).items() if name in TrainConfig.model_fields}
 
 

@@ -3,6 +3,7 @@
     k, target_l0        32, but at most a quarter of the narrower width: few of a row's directions
     lr                  2e-4 / sqrt(features / 2^14), the law that EleutherAI's sparsify follows
     tokens_per_step     64, so that the buffer holds many prompts
+    model_dtype         bf16 for a large model, as FLUX's own files are
     conditioning        none, where rows have no times
 
 All others are those of `settings.TrainConfig`, whatever is trained. A file of settings is complete: beside it nothing
@@ -21,13 +22,16 @@ RATE, RATE_FEATURES = 2e-4, 2**14
 TOKENS = 64
 
 
-def choose(settings: TrainConfig, width: Width, *, timed: bool) -> tuple[TrainConfig, dict[str, str]]:
+def choose(
+    settings: TrainConfig, width: Width, *, timed: bool, large: bool = False
+) -> tuple[TrainConfig, dict[str, str]]:
     """Fills in what nobody set.
 
     Args:
         settings: as they were given; what was set stays.
         width: channels of a row.
         timed: whether rows have times.
+        large: whether the model that is read is one that would hardly fit in float32.
 
     Returns:
         The settings, and for each that was chosen why.
@@ -42,6 +46,8 @@ def choose(settings: TrainConfig, width: Width, *, timed: bool) -> tuple[TrainCo
     }
     if settings.rows is None and settings.model is not None:
         changes["tokens_per_step"] = TOKENS, "default"
+    if large:
+        changes["model_dtype"] = "bf16", "default for a large model"
     if not timed and not settings.model_fields_set & {"conditioning", "time_embed"}:
         changes |= {"conditioning": ("none", "rows have no t"), "time_embed": (0, "rows have no t")}
     left = {name: value for name, value in changes.items() if name not in settings.model_fields_set}
@@ -61,7 +67,19 @@ def shown(settings: TrainConfig, width: Width, origins: Mapping[str, str]) -> li
     features = round(settings.expansion * widths(width)[0])
     sparsity = {"relu": ("l1", "l1_txt"), "jumprelu": ("target_l0",)}.get(settings.activation, ("k",))
     source = ("rows",) if settings.rows is not None else ("model", "prompts", "sites", "tokens_per_step")
-    names = (*source, "role", "activation", "expansion", *sparsity, "time_embed", "lr", "batch", "steps", "buffer_rows")
+    names = (
+        *source,
+        "role",
+        "activation",
+        "expansion",
+        *sparsity,
+        "time_embed",
+        "lr",
+        "batch",
+        "steps",
+        "buffer_rows",
+        "model_dtype",
+    )
     unread = {"k", "target_l0", "l1", "l1_txt"} - {*sparsity}
     others = [name for name in origins if name not in {*names, *unread, "out"}]
     rows = []

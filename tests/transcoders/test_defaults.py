@@ -15,6 +15,12 @@ def test_sparsity_and_rate_follow_from_the_width(width, k, lr):
     assert why["k"].startswith("default for a width of ") and made.conditioning == "film"
 
 
+def test_a_large_model_is_read_in_bfloat16_unless_it_was_said_how():
+    made, why = choose(TrainConfig(model="m", prompts="p"), 64, timed=True, large=True)
+    assert (made.model_dtype, why["model_dtype"]) == ("bf16", "default for a large model")
+    assert choose(TrainConfig(model="m", model_dtype="f32"), 64, timed=True, large=True)[0].model_dtype == "f32"
+
+
 def test_what_was_set_stays():
     given = {"model": "m", "prompts": "p", "k": 5, "lr": 0.1, "target_l0": 3.0, "tokens_per_step": None}
     made, why = choose(TrainConfig(**given), 64, timed=True)
