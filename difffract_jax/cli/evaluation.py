@@ -29,7 +29,7 @@ Ks = Annotated[
 Others = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[OTHER]...",
+        metavar="OTHER",
         help="A second run or directory of transcoders, to compare the first with. Before both may stand a model.",
     ),
 ]

@@ -174,13 +174,13 @@ def _completed(work: Any, line: Mapping[str, Any], *, timed: bool) -> tuple[Trai
 
 def _described(work: Any, origins: Mapping[str, str]) -> dict[str, Any]:
     """Returns what is shown before a run: memory that it will need, and its settings; refuses what does not fit."""
-    settings = work.settings
     from difffract_jax.transcoders.arrays import width_text
     from difffract_jax.transcoders.defaults import shown
     from difffract_jax.transcoders.plan import estimate, held_bytes
     from difffract_jax.transcoders.setup import open_mesh, set_up
     from difffract_jax.transcoders.sources import open_prompts
 
+    settings = work.settings
     if settings.rows is None:
         open_prompts(settings, "train", world_of(settings))
     setup = set_up(settings, work.sites, work.width, open_mesh(settings))
@@ -255,7 +255,7 @@ def _export(run: Path, out: Path) -> dict[str, Any]:
     if shape is None:
         work = work_of(settings)
         shape = work.sites, work.width
-    made = newest_transcoders(run, *shape)
+    made = newest_transcoders(run, shape)
     for sentence in made.passed:
         typer.echo(f"Note: {sentence}; exporting checkpoint {made.step}.", err=True)
     save_transcoders(made.transcoders, out, overwrite=mine, provenance=made.record)

@@ -32,6 +32,7 @@ _HOME = {
     "train": "difffract_jax.transcoders.from_rows",
     "evaluate": "difffract_jax.transcoders.evaluation",
     "evaluate_rows": "difffract_jax.transcoders.row_evaluation",
+    "newest_transcoders": "difffract_jax.transcoders.exporting",
     "Sampler": "difffract_jax.transcoders.harvest",
     "reduced_codes": "difffract_jax.transcoders.codes",
     "estimate": "difffract_jax.transcoders.plan",

@@ -40,20 +40,24 @@ def shape_of_run(run: Path) -> tuple[SiteSet, Width] | None:
     return sites_of(shape["sites"]), (x, y)
 
 
-def newest_transcoders(run: Path, sites: SiteSet, width: Width) -> Exported:
+def newest_transcoders(run: str | Path, shape: tuple[SiteSet, Width] | None = None) -> Exported:
     """Returns the transcoders of a run's newest checkpoint that can be used.
 
     Args:
         run: directory of the run.
-        sites: that it trains.
-        width: channels of its rows.
+        shape: sites that it trains, and channels of its rows; if left out, as the run wrote them down.
 
     Raises:
-        UserError: if it is no run, or has no such checkpoint.
+        UserError: if it is not a run, or has no such checkpoint.
     """
+    run = Path(run)
     record = run_record(run)
     if newest(run) < 0:
         raise UserError(f"The run in {run} has no checkpoint yet, so that there is nothing to export; let it go on.")
+    known = shape or shape_of_run(run)
+    if known is None:
+        raise UserError(f"The run in {run} does not say its shape; export it with difffract train --export {run}.")
+    sites, width = known
     alone = run_settings(run).model_copy(update={"mesh": "data=1", "parallel": "jit", "sparse_code": "off"})
     setup = set_up(alone, sites, width, open_mesh(alone))
     checkpoints = open_checkpoints(run, keep=None)

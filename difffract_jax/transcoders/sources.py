@@ -29,8 +29,8 @@ def open_prompts(settings: RowSettings, split: Split, caption: Caption | None = 
     """
     if settings.prompts is None:
         raise UserError(
-            f"There are no prompts to run {settings.model} on; give --prompts FILE, a .txt, .jsonl or .parquet file, "
-            "or hf:OWNER/NAME."
+            f"There are no prompts to run {settings.model} on; give --prompts FILE, or `prompts` in the settings: a "
+            ".txt, .jsonl or .parquet file, or hf:OWNER/NAME."
         )
     if settings.prompts != WORLD:
         return split_prompts(read_prompts(settings.prompts), settings.validation_share, settings.seed)[split]

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from difffract_jax.config import UserError
 from difffract_jax.loading import convert_transcoders, load_transcoders, save_transcoders
 from difffract_jax.models.tiny import TINY
-from difffract_jax.transcoders.exporting import newest_transcoders, shape_of_run
+from difffract_jax.transcoders.exporting import newest_transcoders
 from difffract_jax.transcoders.from_rows import train
 from difffract_jax.transcoders.own_rows import BLOCK_ROWS, open_rows, rows_of
 from difffract_jax.transcoders.row_evaluation import evaluate_rows, times_of
@@ -229,7 +229,7 @@ def test_rows_of_two_widths_train_save_load_and_are_measured(run, tmp_path):
 
 def test_a_checkpoint_exports_the_transcoders_of_its_step(run):
     out, _, done = run
-    made = newest_transcoders(out, *shape_of_run(out))
+    made = newest_transcoders(out)
     assert (made.step, made.record["step"], made.record["settings"]["steps"]) == (6, 6, 6)
     for a, b in zip(*(jax.tree.leaves(one.stacks) for one in (made.transcoders, done.transcoders)), strict=True):
         assert np.array_equal(a, b)
