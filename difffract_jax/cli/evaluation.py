@@ -179,7 +179,9 @@ def _compare(settings: EvaluateConfig, model: str | None, names: list[Path]) -> 
     if opened[0].foreign:
         base = opened[0]
         results = [_on_rows(settings, one._replace(trained=base.trained)) for one in opened]
-        where = {"rows": str(settings.rows or base.trained.rows)}  # `_on_rows` refuses where there is neither
+        where = {
+            "rows": str(settings.rows or (base.trained and base.trained.rows))
+        }  # one is there, else it was refused
     else:
         trained = _on_model(settings, model, opened)
         pipe, caption = pipeline_of(trained)

@@ -91,11 +91,12 @@ class ArrayRows:
         shard = self.shards[block.shard]
         check_values(shard, block.begin, block.end)
         most = max(one.end - one.begin for one in self.blocks)
-        return _chunk(*float_rows(shard, block.begin, block.end), most, self.sae)
+        return _chunk(float_rows(shard, block.begin, block.end), most, self.sae)
 
 
-def _chunk(x: np.ndarray, y: np.ndarray, t: np.ndarray, size: int, sae: bool) -> Chunk:
-    """Returns rows as a chunk of one site, filled up to `size` rows."""
+def _chunk(arrays: tuple[np.ndarray, ...], size: int, sae: bool) -> Chunk:
+    """Returns x, y and t as a chunk of one site, filled up to `size` rows."""
+    x, y, t = arrays
     missing = size - len(t)
     wide = [np.pad(a, ((0, missing), (0, 0)))[None] for a in ((y if sae else x), y)]
     rows = ActivationRows(*map(jnp.asarray, (*wide, np.pad(t, (0, missing)))))
@@ -186,7 +187,7 @@ class BatchRows:
             rows = next(self._blocks)
             self._next += 1
             if self._next > number:
-                return _chunk(*rows, BLOCK_ROWS, self.sae)
+                return _chunk(rows, BLOCK_ROWS, self.sae)
 
     def _cut(self, batches: Iterator[Any]) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields rows in blocks of one size, the last of an epoch smaller, without end."""
@@ -202,9 +203,7 @@ class BatchRows:
             if not self._again:
                 break
             if blocks == before:
-                raise UserError(
-                    "The function of rows returned an iterator without batches; return a new one each time."
-                )
+                raise UserError("The function of rows returned an empty iterator; return a new one each time.")
             batches = self._begin()
         if size > KEPT_BYTES:
             raise UserError(
@@ -272,7 +271,8 @@ def rows_of(rows: Any, split: Split | None, share: float, seed: int, *, sae: boo
         shard = _batch(rows, 0)._replace(name="the rows")
         return array_rows((shard,), split, share, seed, sae=sae)
     if callable(rows):
-        return BatchRows(lambda: iter(rows()), True, sae=sae)
+        begin: Any = rows
+        return BatchRows(lambda: iter(begin()), True, sae=sae)
     if isinstance(rows, Iterable):
         return BatchRows(lambda: iter(rows), not isinstance(rows, Iterator), sae=sae)
     raise UserError(

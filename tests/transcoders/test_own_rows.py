@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from difffract_jax.config import UserError
 from difffract_jax.loading import convert_transcoders, load_transcoders, save_transcoders
 from difffract_jax.models.tiny import TINY
+from difffract_jax.transcoders import own_rows
 from difffract_jax.transcoders.exporting import newest_transcoders
 from difffract_jax.transcoders.from_rows import train
 from difffract_jax.transcoders.own_rows import BLOCK_ROWS, open_rows, rows_of
@@ -191,6 +192,26 @@ def test_batches_of_any_size_are_served_in_their_order_epoch_after_epoch(again):
 def test_batches_that_are_none_are_one_sentence(rows, said):
     with pytest.raises(UserError, match=said):
         rows_of(rows, "train", 0.1, 0).chunk(0)
+
+
+def test_an_sae_reads_what_it_returns():
+    x, y, t = make(10)
+    source = rows_of((x, y, t), None, 0.5, 0, sae=True)
+    assert source.width == (Y, Y)
+    assert np.array_equal(ordered(served(source, [0])), ordered(np.c_[y, y, t]))
+
+
+def test_iterators_that_end_too_early_are_one_sentence(monkeypatch):
+    once = iter([list(batches([2000]))])
+    source = rows_of(lambda: iter(next(once, [])), "train", 0.1, 0)
+    served(source, range(2))
+    with pytest.raises(UserError, match="returned an empty iterator; return a new one each time"):
+        source.chunk(2)
+    monkeypatch.setattr(own_rows, "KEPT_BYTES", 1000)
+    source = rows_of(batches([2000]), "train", 0.1, 0)
+    served(source, range(2))
+    with pytest.raises(UserError, match="The iterator of rows ended after .* GiB, more than is kept"):
+        source.chunk(2)
 
 
 SMALL = {"steps": 6, "batch": 32, "buffer_rows": 128, "expansion": 2, "k": 3, "time_embed": 4, "log_every": 3}
