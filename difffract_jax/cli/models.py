@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, resolve
 from difffract_jax.transcoders.settings import RowSettings, TrainConfig
 
 CAPTION_SEED = 40_000
@@ -70,6 +70,18 @@ def rows_in(settings: TrainConfig, split: Any) -> Any:
     assert settings.rows is not None  # else a model is read
     sae = settings.role == "sae"
     return open_rows(settings.rows, split, settings.validation_share, settings.seed, sae=sae)
+
+
+def with_origin(settings: TrainConfig) -> TrainConfig:
+    """Returns settings that say which model and prompts harvested rows came from, so that `evaluate` knows it, too."""
+    from difffract_jax.storage.checkpoint import read_config
+
+    if settings.rows is None or settings.model is not None or not (settings.rows / "config.json").is_file():
+        return settings
+    harvested = read_config(settings.rows).get("provenance", {}).get("settings", {})
+    names = RowSettings.model_fields.keys() - settings.model_fields_set - {"seed"}
+    known = {name: harvested[name] for name in names if harvested.get(name) is not None}
+    return resolve(TrainConfig, known | settings.model_dump(exclude_unset=True))
 
 
 def work_of(settings: TrainConfig, source: Any = None) -> Any:

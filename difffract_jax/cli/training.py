@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.models import model_of, pipeline_of, rows_in, work_of, world_of
+from difffract_jax.cli.models import model_of, pipeline_of, rows_in, with_origin, work_of, world_of
 from difffract_jax.config import UserError, provenance, read_yaml
 from difffract_jax.transcoders.settings import TrainConfig
 
@@ -129,6 +129,7 @@ def train(
         return emit(_export(export, settings.out), as_json=json)
     if join is not None:
         join_others(join)
+    settings = with_origin(settings)
     source = None if settings.rows is None else rows_in(settings, "train")
     work = work_of(settings, source)
     settings, origins = _completed(work, line, timed=source is None or source.timed)

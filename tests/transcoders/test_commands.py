@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from commands import run_command
 
+from difffract_jax.cli.models import with_origin
 from difffract_jax.loading import load_transcoders
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sweep import parse_ks, sweep_settings
@@ -34,6 +35,8 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
     small = [each for each in SMALL if each.split("=")[0] in ("tokens_per_step", "steps_per_image", "height", "width")]
     status, out, _ = difffract("harvest", "configs/smoke.yaml", "--json", sets=(*small, "prompts_at_once=2", *more))
     assert status == 0 and json.loads(out)["sites"] == 8
+    known = with_origin(TrainConfig(rows=rows, seed=3))
+    assert (known.model, known.prompts, known.validation_share, known.seed) == ("tiny", "configs/prompts.txt", 0.2, 3)
     for source in ((), (f"rows={rows}",)):
         place = run if not source else tmp_path / "stored"
         status, out, err = difffract("train", "configs/smoke.yaml", "--json", sets=(*SMALL, f"out={place}", *source))
