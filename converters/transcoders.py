@@ -12,7 +12,6 @@
 """
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +22,13 @@ import numpy as np
 from flax import nnx
 
 from converters.mapping import ArraySource, ConversionError, Rule, load_tree, same, save_tree, transpose
+from converters.repositories import SITE
 from converters.state_dicts import NotFound, unwrapped
 from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import atomic_directory, cap, tree_hash
 from difffract_jax.storage.files import DTYPES, TensorFile
-from difffract_jax.transcoders.sites import is_chosen, sites_of
+from difffract_jax.transcoders.sites import ROWS, is_chosen, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
 _LOG = logging.getLogger(__name__)
@@ -49,10 +49,6 @@ TRANSCODER_TORCH = (
 )
 """The reference's `TemporalAwareTranscoder` and its SAE, which is the same module."""
 
-_NAME = re.compile(
-    r"(transcoder|sae)_(img|txt)_(\d+)(?:_(?:final|best|last|latest|ema|(?:step|epoch|iter)_?\d+))?"
-    r"\.(?:pt|pth|bin|ckpt|safetensors)"
-)
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WANTED = "encoder.weight"
 """The key that every file has, and that tells the sizes."""
@@ -80,7 +76,7 @@ def is_torch_directory(directory: Path) -> bool:
     """Says whether a directory holds files of the reference, or pickles that might be some."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     pickles = any(name.endswith(PICKLES) and not name.startswith(".") for name in names)
-    return any(map(_NAME.fullmatch, names)) or (pickles and "config.json" not in names)
+    return any(map(SITE.fullmatch, names)) or (pickles and "config.json" not in names)
 
 
 def transcoders_from_torch(
@@ -145,8 +141,12 @@ def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool =
         )
         if value != wanted
     ]
-    if set(tcs.stacks) - set(STREAMS):
+    if config.d_out is not None:
+        differs.append(f"{config.d_model} channels in and {config.d_out} out (the reference has as many in as out)")
+    if set(tcs.stacks) - {*STREAMS, ROWS.name}:
         differs.append("sites in single-stream blocks (the reference has none)")
+    if ROWS.name in tcs.stacks:
+        differs.append("a site that belongs to no block (the reference has img and txt)")
     if differs:
         raise UserError(
             f"These transcoders cannot be written as `.pt` files, as they have {', '.join(differs)}; "
@@ -170,7 +170,7 @@ def _list_files(directory: Path) -> tuple[list[SiteFile], list[str]]:
     """Returns the files in order of stream and layer, and what is wrong with their names; logs those left aside."""
     # A link that leads nowhere is kept: left out without a word, its site would be missing.
     paths = [path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
-    matches = {path: _NAME.fullmatch(path.name) for path in paths}
+    matches = {path: SITE.fullmatch(path.name) for path in paths}
     files = [SiteFile(m[1], m[2], int(m[3]), path) for path, m in matches.items() if m is not None]
     others = [path.name for path, m in matches.items() if m is None]
     if not files:

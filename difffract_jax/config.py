@@ -374,6 +374,8 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
             problems.append(f"`{key}` is not a setting{nearest(key, _keys(cls))}")
         elif item["type"] == "missing":
             problems.append(f"`{key}` is missing")
+        elif not key:
+            problems.append(item["msg"].removeprefix("Value error, "))  # of several settings together
         else:
             # pydantic says this before the words of a validator of ours.
             reason = item["msg"].removeprefix("Value error, ")

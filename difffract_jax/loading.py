@@ -299,7 +299,8 @@ def save_transcoders(
     """
     record = {
         "kind": "transcoders",
-        "config": dataclasses.asdict(tcs.config),
+        # Without what is left at "as the input", so that releases which know square transcoders alone read these.
+        "config": {name: value for name, value in dataclasses.asdict(tcs.config).items() if value is not None},
         "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
     } | _told_origin(tcs.origin)

@@ -18,11 +18,13 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from difffract_jax import __version__
+from difffract_jax.cli import evaluation as cli_evaluation
 from difffract_jax.cli import explain as cli_explain
 from difffract_jax.cli import graphs as cli_graphs
 from difffract_jax.cli import options as opt
 from difffract_jax.cli import steer as cli_steer
 from difffract_jax.cli import study as cli_study
+from difffract_jax.cli import training as cli_training
 from difffract_jax.cli import transcoders as cli_transcoders
 from difffract_jax.cli import validate as cli_validate
 from difffract_jax.cli.organism import organism
@@ -50,6 +52,8 @@ app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
 cli_graphs.register(app)
 cli_transcoders.register(app)
+cli_training.register(app)
+cli_evaluation.register(app)
 cli_steer.register(app)
 cli_study.register(app)
 cli_explain.register(app)

@@ -77,11 +77,12 @@ def command(
     instead: Mapping[str, Any] | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     fills: str | None = None,
+    renamed: bool = True,
 ) -> Callable[[Command], Command]:
     """Makes a command for Typer of a function of settings.
 
     The function takes the resolved settings first, and what else it needs of the command line as keyword arguments:
-    options of SHARED, and options of its own, annotated for Typer.
+    options of SHARED, options of its own, annotated for Typer, and `line`: all that was given, by name.
 
     Args:
         cls: settings of the command. Every field is an option, but for one that holds further settings.
@@ -93,6 +94,7 @@ def command(
         instead: field -> annotation for Typer, where the option holds something else than the field.
         prepare: changes what was given, by name, before it is merged.
         fills: field of the directory, if any, that the command writes several files into; it has one writer at a time.
+        renamed: whether errors of the library shall name options; not where settings come from a file as a rule.
 
     Example:
         >>> from difffract_jax.config import PruneConfig
@@ -107,7 +109,8 @@ def command(
     }
 
     def decorate(function: Command) -> Command:
-        wanted = dict(list(inspect.signature(function).parameters.items())[1:])
+        parameters = dict(list(inspect.signature(function).parameters.items())[1:])
+        wanted = {name: one for name, one in parameters.items() if name != "line"}
         special = {name: (one.annotation, one.default) for name, one in wanted.items() if name not in SHARED}
         shared = {name: declaration for name, declaration in SHARED.items() if name in wanted or name in layers}
         placed = _placed([name for name in (*fields, *special) if name not in arguments], before or {})
@@ -115,14 +118,14 @@ def command(
 
         @functools.wraps(function)
         def run(**given: Any) -> None:
-            further = {name: given[name] for name in wanted}
+            further = {name: given[name] if name in wanted else dict(given) for name in parameters}
             settings = settings_of(cls, given if prepare is None else prepare(given))
             filled = None if fills is None else getattr(settings, fills)
             try:
                 with nullcontext() if filled is None else sole_writer(filled):
                     function(settings, **further)
             except UserError as error:
-                sentence = in_options(str(error), fields, arguments)
+                sentence = in_options(str(error), fields, arguments) if renamed else str(error)
                 if sentence == str(error):
                     raise
                 raise UserError(sentence) from error
@@ -183,8 +186,9 @@ def field(cls: type[Settings], name: str) -> dict[str, Any]:
     """Returns the help of a setting, with its default, for `typer.Option` or `typer.Argument`."""
     info = cls.model_fields[name]
     silent = info.is_required() or info.default in (None, False, ())
+    value = " ".join(map(str, info.default)) if isinstance(info.default, tuple) else info.default
     # As code, since help is Markdown, to which */* is emphasis.
-    default = "" if silent else f" Default: `{info.default}`."
+    default = "" if silent else f" Default: `{value}`."
     return {"help": " ".join((info.description or "").split()) + default, "show_default": False}
 
 

@@ -4,10 +4,14 @@ transcoder      the module: time-conditioned sparse code of an MLP's input, deco
 sites           which MLP sublayers have one
 settings        of the commands; setup, recipe: from settings to what is run
 prompts         an order of prompts; sources, harvest, store, buffer: rows to train on
+arrays          rows of any other origin, from files; own_rows: as a source, also from Python; from_rows: train on them
 objective       losses; active: codes of few features; state, step: one update
-training        a run, its checkpoints and logs; processes: of several hosts; sweep: of several recipes
+defaults        what suits the rows, where nobody said
+training        a run, its checkpoints and logs; processes: of several hosts; sweep: of several recipes;
+                exporting: what one has made so far
 codes           what features do over many prompts
 replaced        the model with MLPs replaced; evaluation: how faithful that is
+row_evaluation  the same on rows alone; comparison: of two sets
 plan            will a run fit a topology?
 
 The names below are public: `from difffract_jax import transcoders`, then `transcoders.train`; loaded on first use.
@@ -25,8 +29,10 @@ _HOME = {
     "sites_of": "difffract_jax.transcoders.sites",
     "TrainConfig": "difffract_jax.transcoders.settings",
     "EvaluateConfig": "difffract_jax.transcoders.settings",
-    "train": "difffract_jax.transcoders.training",
+    "train": "difffract_jax.transcoders.from_rows",
     "evaluate": "difffract_jax.transcoders.evaluation",
+    "evaluate_rows": "difffract_jax.transcoders.row_evaluation",
+    "newest_transcoders": "difffract_jax.transcoders.exporting",
     "Sampler": "difffract_jax.transcoders.harvest",
     "reduced_codes": "difffract_jax.transcoders.codes",
     "estimate": "difffract_jax.transcoders.plan",

@@ -21,20 +21,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from difffract_jax.address import GROUPS
 from difffract_jax.config import UserError
 from difffract_jax.seeds import random_generator
 from difffract_jax.transcoders.harvest import RowSource
-from difffract_jax.transcoders.objective import ActivationRows
-from difffract_jax.transcoders.sites import SiteSet
+from difffract_jax.transcoders.objective import ActivationRows, Width, widths
+from difffract_jax.transcoders.sites import KNOWN_GROUPS, SiteSet
 
 Store = dict[str, ActivationRows]
-"""By group of sites: x and y [site capacity d_model], t [capacity]."""
+"""By group of sites: x [site capacity d_model], y [site capacity d_model_out], t [capacity]."""
 
 
 def groups_of(store: Store) -> tuple[str, ...]:
     """Returns a buffer's groups in the order of the stack; a dictionary that went through JAX has lost it."""
-    return tuple(group.name for group in GROUPS if group.name in store)
+    return tuple(group.name for group in KNOWN_GROUPS if group.name in store)
 
 
 class Position(NamedTuple):
@@ -80,7 +79,7 @@ def plan_buffer(capacity: int, batch: int, refresh: float, seed: int) -> BufferS
     return BufferSizes(capacity, batch, max(1, round(capacity * refresh / batch)), seed)
 
 
-def abstract_store(sites: SiteSet, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
+def abstract_store(sites: SiteSet, width: Width, capacity: int, dtype: Any, mesh: Mesh) -> Store:
     """Returns shape, type and place of a buffer's arrays: capacity over `data`, sites over `site`, where even."""
 
     def describe(shape: tuple[int, ...], kind: Any, axes: tuple[str, ...]) -> Any:
@@ -89,12 +88,12 @@ def abstract_store(sites: SiteSet, width: int, capacity: int, dtype: Any, mesh: 
 
     store = {}
     for name, layers in sites.groups.items():
-        x, y = (describe((len(layers), capacity, width), dtype, ("site", "data")) for _ in range(2))
+        x, y = (describe((len(layers), capacity, each), dtype, ("site", "data")) for each in widths(width))
         store[name] = ActivationRows(x, y, describe((capacity,), jnp.float32, ("data",)))
     return store
 
 
-def empty_store(sites: SiteSet, width: int, capacity: int, dtype: Any, mesh: Mesh) -> Store:
+def empty_store(sites: SiteSet, width: Width, capacity: int, dtype: Any, mesh: Mesh) -> Store:
     """Makes a buffer without rows."""
     abstract = abstract_store(sites, width, capacity, dtype, mesh)
     return jax.tree.map(lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), abstract)

@@ -1,8 +1,8 @@
 """Checkpoints of a run (Orbax, written in the background), and the directory that they live in.
 
 1. `locked` lets one process at a time work in a run's directory; the lock goes with the process, however it ends.
-   `stop_signal` turns SIGTERM into a question that the run asks itself between two steps; `writing` turns a full disk
-   into a sentence.
+   `stop_signal` turns SIGTERM and Ctrl-C into a question that the run asks itself between two steps; `writing` turns a
+   full disk into a sentence.
 2. `save` writes state and buffer under their paths, and a record of plain values: where the data are, the last metrics,
    and a fingerprint of every array. Orbax shows a checkpoint under its name only when it is complete.
 3. `restore` takes the newest checkpoint that can be read and whose arrays have their fingerprints, and tells which ones
@@ -109,9 +109,10 @@ def intact(step: int) -> str:
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Turns SIGTERM into an answer: the function handed out, to be asked after every step, says whether it has come.
+    """Turns SIGTERM and Ctrl-C into an answer: the function handed out, asked after every step, says if one has come.
 
-    Of several processes each may be told at another step; JAX then chooses one that none has passed, for all.
+    A second Ctrl-C interrupts at once, as ever. Of several processes each may be told, by SIGTERM alone, at another
+    step; JAX then chooses one that none has passed, for all.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
@@ -120,20 +121,32 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: came.is_set()
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: Any) -> None:
+        del frame
+        came.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield lambda step: came.is_set()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def open_checkpoints(directory: Path, keep: int) -> Checkpointer:
+def open_checkpoints(directory: Path, keep: int | None) -> Checkpointer:
     """Opens the checkpoints of a run; to be closed, which waits for what is being written.
 
     Args:
         directory: of the run.
-        keep: how many of the newest to keep.
+        keep: how many of the newest to keep; None to read alone, also while the run is going on.
     """
+    if keep is None:
+        return _TRAINING.Checkpointer((directory / CHECKPOINTS).absolute())
     return _TRAINING.Checkpointer(
         (directory / CHECKPOINTS).absolute(),
         preservation_policy=_TRAINING.preservation_policies.LatestN(keep),

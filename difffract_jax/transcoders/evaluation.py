@@ -9,8 +9,7 @@
 """
 
 import dataclasses
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from scipy.ndimage import uniform_filter
 
-from difffract_jax.config import UserError, resolve
+from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import (
     EncodedPrompt,
     Pipeline,
@@ -37,8 +36,9 @@ from difffract_jax.transcoders.objective import ActivationRows, Objective, encod
 from difffract_jax.transcoders.objective import decode_codes as decode_rows
 from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
+from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.sources import Caption, open_sampler
-from difffract_jax.transcoders.training import SETTINGS
+from difffract_jax.transcoders.training import SETTINGS, run_settings
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)
@@ -74,11 +74,11 @@ class Evaluation(NamedTuple):
 
     Attributes:
         role: `transcoder` or `sae`.
-        sigmas: noise level of every step.
+        sigmas: noise level of every step; of foreign rows, the times that they were sorted by.
         steps: one row per site and step.
         sites: one row per site.
-        velocity: one row per step: what is recovered with all MLPs replaced.
-        alone: one row per site: the same with that MLP alone, over all steps.
+        velocity: one row per step: what is recovered with all MLPs replaced; empty where there is no model.
+        alone: one row per site: the same with that MLP alone, over all steps; empty where there is no model.
         images: one row per prompt.
         scored: shares of images that show what was asked; empty but for the organism.
         density: by site, counts of features in `DENSITY_EDGES`.
@@ -97,7 +97,8 @@ class Evaluation(NamedTuple):
     def summary(self) -> dict[str, float]:
         """Returns the means that one looks at first."""
         means = {name: float(np.mean([row[name] for row in self.sites])) for name in ("fvu", "l0", "dead")}
-        means["least velocity recovered"] = min(row["recovered"] for row in self.velocity)
+        if self.velocity:
+            means["least velocity recovered"] = min(row["recovered"] for row in self.velocity)
         if self.images:
             means["psnr"] = float(np.mean([row["psnr"] for row in self.images]))
         if self.scored:
@@ -107,17 +108,17 @@ class Evaluation(NamedTuple):
 
 
 def read_run(directory: Path) -> TrainConfig:
-    """Returns the settings of a finished training run.
+    """Returns the settings of a training run that has transcoders.
 
     Raises:
-        UserError: if it is none, or not finished.
+        UserError: if it is none, or has neither finished nor been exported.
     """
-    path = directory / SETTINGS
-    if not path.exists():
-        raise UserError(f"{directory} holds no training run; give the `out` of difffract train.")
-    if not (directory / "transcoders" / "config.json").exists():
-        raise UserError(f"The run in {directory} has not finished; go on with difffract train --resume.")
-    return resolve(TrainConfig, json.loads(path.read_text(encoding="utf-8"))["settings"])
+    if (directory / SETTINGS).is_file() and not (directory / "transcoders" / "config.json").exists():
+        raise UserError(
+            f"The run in {directory} has not finished; go on with difffract train --resume --out {directory}, or "
+            f"export what there is with difffract train --export {directory}."
+        )
+    return run_settings(directory)
 
 
 Judge = Callable[[Pipeline, TranscoderSet, int, Callable[[int], None]], list[dict[str, Any]]]
@@ -167,12 +168,9 @@ def evaluate(
     if judge is not None and images_judged:
         judged = judge(pipe, tcs, images_judged, lambda done: progress(total - images_judged + done, total))
     progress(total, total)
-    names = sites.names
-    by_step = [row for name in sites.groups for row in _step_rows(sites, name, sums[name], source.run.sigmas)]
-    per_site = [row for name in sites.groups for row in _site_rows(sites, name, sums[name])]
-    density = {n: row.pop("density") for n, row in zip(names, per_site, strict=True)}
+    times = source.run.sigmas[:-1].tolist()
     return Evaluation(
-        tcs.config.role, source.run.sigmas[:-1].tolist(), by_step, per_site, velocity, alone, images, judged, density
+        tcs.config.role, times, *tables_of(sites, sums, times), velocity, alone, images, judged, densities(sites, sums)
     )
 
 
@@ -227,30 +225,45 @@ def measures(sums: Any, where: Any) -> dict[str, float]:
     }
 
 
-def _names(sites: Any, group: str) -> list[str]:
-    return list(sites.names[sites.slices[group]])
+def tables_of(
+    sites: SiteSet, sums: dict[str, Sums], times: list[float]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns what sums over rows say: one row per site and step, and one row per site.
 
-
-def _step_rows(sites: Any, group: str, sums: Sums, sigmas: Any) -> list[dict[str, Any]]:
-    rows = []
-    for i, name in enumerate(_names(sites, group)):
-        one = jax.tree.map(lambda a, i=i: np.asarray(a[i]), sums)
-        rows += [
-            {"site": name, "step": step, "sigma": float(sigmas[step])} | measures(one, slice(step, step + 1))
-            for step in range(len(sigmas) - 1)
+    Args:
+        sites: that were measured.
+        sums: by group.
+        times: denoising time of every step.
+    """
+    by_step, by_site = [], []
+    for name, one in _each_site(sites, sums):
+        by_step += [
+            {"site": name, "step": step, "sigma": time} | measures(one, slice(step, step + 1))
+            for step, time in enumerate(times)
         ]
-    return rows
+        by_site.append({"site": name} | measures(one, slice(None)) | {"dead": float(np.mean(_firing(one) == 0))})
+    return by_step, by_site
 
 
-def _site_rows(sites: Any, group: str, sums: Sums) -> list[dict[str, Any]]:
-    rows = []
-    for i, name in enumerate(_names(sites, group)):
-        one = jax.tree.map(lambda a, i=i: np.asarray(a[i]), sums)
-        share = one.fired / max(float(one.rows.sum()), 1)
-        counts, _ = np.histogram(np.log10(np.maximum(share[share > 0], 1e-6)), DENSITY_EDGES)
-        dead = {"dead": float(np.mean(share == 0)), "density": counts.tolist()}
-        rows.append({"site": name} | measures(one, slice(None)) | dead)
-    return rows
+def densities(sites: SiteSet, sums: dict[str, Sums]) -> dict[str, list[int]]:
+    """Returns by site how many features fire how often, counted in `DENSITY_EDGES`; dead ones are left out."""
+    counts = {}
+    for name, one in _each_site(sites, sums):
+        share = _firing(one)
+        counts[name] = np.histogram(np.log10(np.maximum(share[share > 0], 1e-6)), DENSITY_EDGES)[0].tolist()
+    return counts
+
+
+def _each_site(sites: SiteSet, sums: dict[str, Sums]) -> Iterator[tuple[str, Any]]:
+    """Yields every site's name and its sums."""
+    for group, at in sites.slices.items():
+        for i, name in enumerate(sites.names[at]):
+            yield name, jax.tree.map(lambda a, i=i: np.asarray(a[i]), sums[group])
+
+
+def _firing(one: Any) -> np.ndarray:
+    """Returns the share of rows in which each feature of a site fires."""
+    return one.fired / max(float(one.rows.sum()), 1)
 
 
 class _Builder(NamedTuple):

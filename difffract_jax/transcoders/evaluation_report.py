@@ -54,16 +54,15 @@ def report_page(name: str, results: Mapping[str, Evaluation]) -> str:
         results: name -> what was measured.
     """
     first = results[name]
-    alone = {row["site"]: row["recovered"] for row in first.alone}
-    sites = [row | {"velocity recovered, alone": alone[row["site"]]} for row in first.sites]
+    alone = {row["site"]: {"velocity recovered, alone": row["recovered"]} for row in first.alone}
+    sites = [row | alone.get(row["site"], {}) for row in first.sites]
     parts = [
         f"# How faithful the {first.role}s of `{name}` are",
         MEASURES,
         "## By site",
         _table(sites),
-        "## All MLPs replaced at once, by step",
         f"Mean L0 over sites: {np.mean([row['l0'] for row in first.sites]):.1f}.",
-        _table(first.velocity),
+        *(["## All MLPs replaced at once, by step", _table(first.velocity)] if first.velocity else []),
         "## By site and step",
         "![FVU by step](fvu_by_step.png)",
         _table(first.steps),
@@ -118,7 +117,8 @@ def _density_figure(one: Evaluation) -> Figure:
 def _pareto_figure(results: Mapping[str, Evaluation]) -> Figure:
     figure = Figure(figsize=(9, 4), layout="constrained")
     rows = sorted(points(results), key=lambda row: row["l0"])
-    for axes, name in zip(figure.subplots(1, 2), ("fvu", "least velocity recovered"), strict=True):
+    names = [name for name in ("fvu", "least velocity recovered") if name in rows[0]]
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for role in dict.fromkeys(row["role"] for row in rows):
             mine = [row for row in rows if row["role"] == role]
             axes.plot([row["l0"] for row in mine], [row[name] for row in mine], marker="o", label=role)

@@ -28,7 +28,7 @@ from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.stacks import Visit, per_group, sequences
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.seeds import random_generator, random_key
-from difffract_jax.transcoders.objective import ActivationRows
+from difffract_jax.transcoders.objective import ActivationRows, Width
 from difffract_jax.transcoders.prompts import Prompts
 from difffract_jax.transcoders.sites import SiteSet
 
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     """Rows of some prompts, by group of sites.
 
     Attributes:
-        rows: x and y [site rows d_model], t [rows]; in a group all sites have the same tokens.
+        rows: x [site rows d_model], y [site rows d_model_out], t [rows]; in a group all sites have the same tokens.
         valid: which rows count; the others are filling.
     """
 
@@ -47,7 +47,7 @@ class Chunk(NamedTuple):
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Where rows come from: the sampler, or a store on disk."""
+    """Where rows come from: the sampler, a store on disk, or arrays of any other origin."""
 
     @property
     def sites(self) -> SiteSet:
@@ -55,8 +55,8 @@ class RowSource(Protocol):
         ...
 
     @property
-    def width(self) -> int:
-        """Channels of a row."""
+    def width(self) -> Width:
+        """Channels of a row; of x and y, where they differ."""
         ...
 
     def chunk(self, number: int) -> Chunk:

@@ -44,8 +44,17 @@ class ActivationRows(NamedTuple):
     """
 
     x: Float[Array, "*site rows d_model"]
-    y: Float[Array, "*site rows d_model"]
+    y: Float[Array, "*site rows d_model_out"]
     t: Float[Array, "*site rows"]
+
+
+Width = int | tuple[int, int]
+"""Channels of a row: of x and of y, or one number where both have as many."""
+
+
+def widths(width: Width) -> tuple[int, int]:
+    """Returns the channels of x and of y."""
+    return (width, width) if isinstance(width, int) else width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +94,7 @@ class Coded(NamedTuple):
         cutoff: of `batchtopk`; else 0.
     """
 
-    y: Float[Array, "rows d_model"]
+    y: Float[Array, "rows d_model_out"]
     l1: Float[Array, ""]
     l0: Float[Array, ""]
     fired: Bool[Array, "feat"]
@@ -245,7 +254,7 @@ def sparse_codes(
 
 def decode_codes(
     tc: Transcoder, z: Float[Array, "rows feat"], x: Float[Array, "rows d_model"], objective: Objective
-) -> Float[Array, "rows d_model"]:
+) -> Float[Array, "rows d_model_out"]:
     """Returns y^ of codes; see `Transcoder.decode`."""
     assert tc.dec.bias is not None  # made with one
     y = matmul(z, tc.dec.kernel[...], objective.bf16) + tc.dec.bias[None, :]
@@ -266,7 +275,7 @@ def _lift(
 def _aux(
     revived: Callable[..., Array],
     u: Float[Array, "rows feat"],
-    residual: Float[Array, "rows d_model"],
+    residual: Float[Array, "rows d_model_out"],
     silent: Int[Array, "feat"],
     objective: Objective,
     mean: Callable[[Array], Array],
@@ -283,7 +292,7 @@ def _aux(
 
 def _revived(
     tc: Transcoder, u: Float[Array, "rows feat"], most: int, objective: Objective
-) -> Float[Array, "rows d_model"]:
+) -> Float[Array, "rows d_model_out"]:
     """Returns what the `most` largest of u decode to, by dense products."""
     values, index = jax.lax.top_k(u, most)
     z = jnp.zeros_like(u).at[jnp.arange(u.shape[0])[:, None], index].set(jax.nn.relu(values))
@@ -292,7 +301,7 @@ def _revived(
 
 def _revived_active(
     tc: Transcoder, encoded: Float[Array, "rows d_model"], u: Float[Array, "rows feat"], most: int, objective: Objective
-) -> Float[Array, "rows d_model"]:
+) -> Float[Array, "rows d_model_out"]:
     """Returns the same by products at these features."""
     assert tc.enc.bias is not None  # made with one
     u = jax.lax.stop_gradient(u)

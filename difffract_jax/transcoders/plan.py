@@ -24,6 +24,7 @@ from jax.experimental import topologies
 from difffract_jax.config import UserError, nearest
 from difffract_jax.sharding import make_mesh, pipeline_shardings
 from difffract_jax.transcoders.buffer import abstract_store
+from difffract_jax.transcoders.objective import Width, widths
 from difffract_jax.transcoders.recipe import row_flops
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import Setup, abstract_rows, abstract_state, set_up, split_sizes
@@ -75,13 +76,13 @@ class TrainingWorkload(NamedTuple):
     Attributes:
         settings: of the run.
         sites: that get a transcoder.
-        width: channels of a row.
+        width: channels of a row; of x and y, where they differ.
         model: part -> abstract tree of the model that runs beside the training; empty where rows come from disk.
     """
 
     settings: TrainConfig
     sites: SiteSet
-    width: int
+    width: Width
     model: Mapping[str, Any]
 
 
@@ -228,11 +229,12 @@ def estimate(work: TrainingWorkload, shape: Mapping[str, int]) -> float:
     what the compiler said when it refused steps of FLUX's size.
     """
     settings, sizes = work.settings, split_sizes(work.settings, work.sites, work.width)
-    weights = 4 * 2 * sizes["site"] * work.width * sizes["feature"] / (shape["site"] * shape["feature"])
+    channels = sum(widths(work.width))
+    weights = 4 * sizes["site"] * channels * sizes["feature"] / (shape["site"] * shape["feature"])
     whole = 4 * sizes["site"] * sizes["data"] * sizes["feature"] / (shape["site"] * shape["data"])
     sorts = settings.activation == "topk" or (settings.activation == "batchtopk" and settings.aux_weight > 0)
     model = bytes_per_chip(work.model) / shape["feature"]
-    rows = settings.buffer_rows * sizes["site"] * work.width * (4 if settings.model_dtype == "bf16" else 8)
+    rows = settings.buffer_rows * sizes["site"] * channels * (2 if settings.model_dtype == "bf16" else 4)
     # The buffer keeps img and txt sites apart, and each part must divide by itself.
     even = all(len(layers) % shape["site"] == 0 for layers in work.sites.groups.values())
     buffer = rows / (shape["data"] * (shape["site"] if even else 1))

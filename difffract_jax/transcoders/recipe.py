@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from difffract_jax.config import UserError
-from difffract_jax.transcoders.objective import Objective
+from difffract_jax.transcoders.objective import Objective, Width, widths
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.step import Recipe
@@ -34,11 +34,22 @@ def recipe_of(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh, round_
     return Recipe(objective=objective, cycle=round_batches, **constants)
 
 
-def shape_of(settings: TrainConfig, width: int) -> TranscoderConfig:
-    """Returns the shape of each transcoder on rows of a width."""
+def shape_of(settings: TrainConfig, width: Width) -> TranscoderConfig:
+    """Returns the shape of each transcoder on rows of a width.
+
+    Raises:
+        UserError: if it would have no feature, or k does not fit.
+    """
+    d_model, d_out = widths(width)
+    features = round(settings.expansion * d_model)
+    if not features:
+        raise UserError(
+            f"expansion is {settings.expansion}, which leaves no feature at a width of {d_model}; raise it."
+        )
     return TranscoderConfig(
-        d_model=width,
-        features=round(settings.expansion * width),
+        d_model=d_model,
+        d_out=d_out,
+        features=features,
         k=settings.k if "topk" in settings.activation else 0,
         **settings.model_dump(include={"time_embed", "conditioning", "activation", "skip", "role"}),
     )
@@ -85,5 +96,5 @@ def row_flops(shape: TranscoderConfig, recipe: Recipe) -> int:
     # Encoder and decoder forward, and three products backward; one more, to x, where FiLM learns from it.
     products = 5 + (shape.conditioning != "none")
     if recipe.objective.sparse:
-        return 2 * shape.d_model * (shape.features + products * shape.k)
-    return 2 * products * shape.d_model * shape.features
+        return 2 * shape.d_model * shape.features + products * (shape.d_model + shape.d_model_out) * shape.k
+    return products * (shape.d_model + shape.d_model_out) * shape.features

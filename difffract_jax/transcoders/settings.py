@@ -6,7 +6,7 @@ dictionary-learning updates. `SAME_RUN` lists the fields that a resumed run may 
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,24 +14,29 @@ from difffract_jax.config import Seed, Settings, UserError
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
-    *("mesh", "parallel", "sparse_code"),
+    *("mesh", "parallel", "sparse_code", "max_minutes"),
 )
 """Fields that change how a run is executed or watched, but not what it computes beyond rounding."""
+
+
+WORLD = "world"
+"""What `prompts` says for the endless captions of a model's own world, as the organism's."""
 
 
 class RowSettings(Settings):
     """Which rows: model, prompts, schedule, sites."""
 
-    model: str
+    model: str | None = None
     """Model whose MLPs are read: `organism`, a converted or diffusers directory, a repository on the hub,
     hf:OWNER/NAME[@REVISION][/FOLDER], or `tiny`, random weights."""
-    prompts: str
+    prompts: str | None = None
     """Prompts: a `.txt`, `.jsonl[:FIELD]` or `.parquet[:COLUMN]` file, a data set on the hub,
-    `hf:OWNER/NAME[:SPLIT[:COLUMN]]`, or `world`, the organism's."""
+    `hf:OWNER/NAME[:SPLIT[:COLUMN]]`, or `world`, the organism's captions, which it gets when left out."""
     sites: tuple[str, ...] = ("*/*",)
-    """MLP sublayers, as in img/3, txt/0-5, single/*, or */* for all."""
+    """MLP sublayers, as in img/3, txt/0-5, `single/*`, or `*/*` for all."""
     validation_share: float = Field(0.05, gt=0, lt=1)
-    """Share of prompts, by the hash of their text, that training never sees."""
+    """Share of prompts, by the hash of their text, that training never sees; of a directory of arrays, the share at the
+    end of each."""
     include_padding: bool = False
     """Also take rows of T5's padding, as [DF] does."""
     tokens_per_step: int | None = Field(None, ge=1)
@@ -52,6 +57,12 @@ class RowSettings(Settings):
     seed: Seed = 0
     """Seed of prompts' order, noise, choice of tokens, weights and batches."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _organism_has_captions(cls, given: Any) -> Any:
+        mine = isinstance(given, dict) and given.get("model") == "organism" and given.get("prompts") is None
+        return {**given, "prompts": WORLD} if mine else given
+
 
 class HarvestConfig(RowSettings):
     """Settings of `difffract harvest`: rows on disk, for training to read."""
@@ -67,10 +78,11 @@ class HarvestConfig(RowSettings):
 class TrainConfig(RowSettings):
     """Settings of `difffract train`: transcoders or SAEs of a model's MLPs."""
 
-    out: Path
+    out: Path = Path("run")
     """Directory of the run: checkpoints, metrics, settings and, at the end, `transcoders`."""
     rows: Path | None = None
-    """Store of harvested rows to train on instead of running the model; then sites, prompts and sizes are its own."""
+    """Rows to train on instead of running a model: what `difffract harvest` wrote, or a directory of your own arrays x,
+    y and t as `.npy`, `.npz` or `.safetensors` files; sites, prompts and sizes are then its own."""
     role: Literal["transcoder", "sae"] = "transcoder"
     """`transcoder` maps an MLP's input to its output; `sae` its output to itself."""
     activation: Literal["relu", "topk", "batchtopk", "jumprelu"] = "batchtopk"
@@ -134,6 +146,8 @@ class TrainConfig(RowSettings):
     """Rows of every site per step. [DF]: 4096."""
     steps: int = Field(10_000, ge=1)
     """Steps to train. [DF]: about 62,000."""
+    max_minutes: float | None = Field(None, gt=0)
+    """Minutes of training after which to stop as Ctrl-C does: the step is finished and saved, to go on or to export."""
     matmul: Literal["f32", "bf16"] = "f32"
     """Precision of the matrix products; weights, optimiser and sums are float32 in any case."""
     sparse_code: Literal["auto", "on", "off"] = "auto"
@@ -175,7 +189,11 @@ class EvaluateConfig(Settings):
     """Settings of `difffract evaluate`: how faithful transcoders are, on prompts that training never saw."""
 
     run: Path
-    """Directory of a finished `difffract train` run."""
+    """Directory of a finished `difffract train` run, or of transcoders."""
+    prompts: str | None = None
+    """Prompts to measure on, where the transcoders do not say what they were trained on."""
+    rows: Path | None = None
+    """Directory of arrays to measure on, for transcoders that were trained on such; all of its rows count."""
     out: Path | None = None
     """Directory of the report; `report` inside the run when left out."""
     prompts_count: int = Field(256, ge=1)

@@ -17,7 +17,7 @@ from difffract_jax.config import UserError
 from difffract_jax.seeds import random_key
 from difffract_jax.sharding import make_mesh, parse_mesh
 from difffract_jax.transcoders import buffer as buffers
-from difffract_jax.transcoders.objective import ActivationRows
+from difffract_jax.transcoders.objective import ActivationRows, Width
 from difffract_jax.transcoders.recipe import recipe_of, shape_of, sparsities
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import SiteSet
@@ -32,7 +32,7 @@ class Setup(NamedTuple):
     Attributes:
         settings: of the run.
         sites: that have a transcoder.
-        width: channels of a row.
+        width: channels of a row; of x and y, where they differ.
         mesh: devices.
         recipe: constants of the step.
         plan: sizes of the buffer.
@@ -41,7 +41,7 @@ class Setup(NamedTuple):
 
     settings: TrainConfig
     sites: SiteSet
-    width: int
+    width: Width
     mesh: Mesh
     recipe: Recipe
     plan: buffers.BufferSizes
@@ -53,7 +53,7 @@ class Setup(NamedTuple):
         return jnp.bfloat16 if self.settings.model_dtype == "bf16" else jnp.float32
 
 
-def set_up(settings: TrainConfig, sites: SiteSet, width: int, mesh: Mesh) -> Setup:
+def set_up(settings: TrainConfig, sites: SiteSet, width: Width, mesh: Mesh) -> Setup:
     """Lays settings over sites of a width.
 
     Raises:
@@ -85,11 +85,13 @@ def _check_processes(settings: TrainConfig, mesh: Mesh) -> None:
             f"The mesh has {mesh.size} devices, but the {jax.process_count()} processes together have "
             f"{jax.device_count()}; a run of several processes must use all, so change the mesh."
         )
+    if settings.max_minutes is not None:
+        raise UserError("max_minutes is for one process, as clocks differ; stop a run of several with SIGTERM.")
     if settings.parallel == "pmap":
         raise UserError("parallel: pmap is for one process; use parallel: jit, which spreads a run over several.")
 
 
-def split_sizes(settings: TrainConfig, sites: SiteSet, width: int) -> dict[str, int]:
+def split_sizes(settings: TrainConfig, sites: SiteSet, width: Width) -> dict[str, int]:
     """Returns what each axis of the mesh splits, and must divide: rows of a batch, sites, features."""
     return {"data": settings.batch, "site": len(sites.names), "feature": shape_of(settings, width).features}
 
@@ -109,9 +111,8 @@ def first_state(setup: Setup, moments: Moments) -> TrainState:
 def abstract_state(setup: Setup) -> TrainState:
     """Returns shape, type and place of every array of the state, without making one."""
     sites = len(setup.sites.names)
-    mean = jax.ShapeDtypeStruct((sites, setup.width), jnp.float32)
-    scale = jax.ShapeDtypeStruct((sites,), jnp.float32)
-    moments = Moments(*cast(Any, (mean, mean, scale, scale)))
+    shapes = (sites, setup.shape.d_model), (sites, setup.shape.d_model_out), (sites,), (sites,)
+    moments = Moments(*cast(Any, (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
     state = jax.eval_shape(lambda moments: first_state(setup, moments), moments)
     return jax.tree.map(_with_sharding, state, state_shardings(state, setup.mesh))
 
@@ -119,7 +120,7 @@ def abstract_state(setup: Setup) -> TrainState:
 def abstract_rows(setup: Setup) -> ActivationRows:
     """Returns the same of what a step is given: a batch of every site, as `buffer.gather` makes it."""
     sites, batch = len(setup.sites.names), setup.settings.batch
-    shapes = (sites, batch, setup.width), (sites, batch, setup.width), (sites, batch)
+    shapes = (sites, batch, setup.shape.d_model), (sites, batch, setup.shape.d_model_out), (sites, batch)
     rows = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
     return jax.tree.map(_with_sharding, ActivationRows(*cast(Any, rows)), rows_sharding(setup.mesh))
 

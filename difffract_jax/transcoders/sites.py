@@ -10,8 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from difffract_jax.address import GROUPS, Group, Layout
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, nearest
 
+ROWS = Group("rows", "rows", ())
+"""The one site, rows/0, of rows that come from no model of this package."""
+KNOWN_GROUPS = (*GROUPS, ROWS)
+"""Groups that transcoders may be of: FLUX's, and that of foreign rows."""
+_LAYERS = re.compile(r"\*|\d+(-\d+)?")
 _PATTERN = re.compile(r"(\w+|\*)/(\*|\d+(?:-\d+)?)")
 
 
@@ -66,12 +71,12 @@ class SiteSet(NamedTuple):
         return tuple(found)
 
 
-def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = GROUPS) -> SiteSet:
+def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = KNOWN_GROUPS) -> SiteSet:
     """Returns the sites of these numbers.
 
     Args:
         numbers: name of a group -> its sites' numbers; none for a group that is left out.
-        groups: that there are, in the model's order; FLUX's if left out.
+        groups: that there are, in the model's order; FLUX's, and that of foreign rows, if left out.
 
     Raises:
         UserError: if there is no such group.
@@ -82,6 +87,33 @@ def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = GRO
         raise UserError(f"There are no sites called {unknown[0]!r}; the model has {', '.join(known)}.")
     members = ((group, tuple(sorted(numbers.get(name, ())))) for name, group in known.items())
     return SiteSet(tuple((group, each) for group, each in members if each))
+
+
+def layer_patterns(layers: str | None, streams: str | None) -> tuple[str, ...]:
+    """Returns sites in short: the blocks of some streams, for `parse_sites`.
+
+    Args:
+        layers: numbers of blocks and ranges of them, as in 6,12,18 or 0-5; all if left out.
+        streams: labels of sites, as in img,txt; if left out, those that work on one stream, as double-stream blocks do.
+
+    Raises:
+        UserError: if either is of another form.
+
+    Example:
+        >>> layer_patterns("6,12-13", None)
+        ('img/6', 'img/12-13', 'txt/6', 'txt/12-13')
+    """
+    known = [group.label for group in GROUPS]
+    labels = [group.label for group in GROUPS if len(group.streams) == 1]
+    if streams is not None:
+        labels = [part.strip() for part in streams.split(",")]
+    blocks = ["*"] if layers is None else [part.strip() for part in layers.split(",")]
+    for label in labels:
+        if label not in known:
+            raise UserError(f"`--streams {streams}` names no streams: `{label}` is not one{nearest(label, known)}")
+    if not all(map(_LAYERS.fullmatch, blocks)):
+        raise UserError(f"`--layers {layers}` names no blocks; write their numbers, as in 6,12,18 or 0-5.")
+    return tuple(f"{label}/{block}" for label in labels for block in blocks)
 
 
 def parse_sites(patterns: Sequence[str], layout: Layout) -> SiteSet:

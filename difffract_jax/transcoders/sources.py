@@ -13,10 +13,9 @@ from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline, plan_run
 from difffract_jax.transcoders.harvest import Sampler
 from difffract_jax.transcoders.prompts import Prompts, PromptWorld, Split, read_prompts, split_prompts
-from difffract_jax.transcoders.settings import RowSettings
+from difffract_jax.transcoders.settings import WORLD, RowSettings
 from difffract_jax.transcoders.sites import parse_sites
 
-WORLD = "world"
 Caption = Callable[[int], str]
 
 
@@ -28,6 +27,11 @@ def open_prompts(settings: RowSettings, split: Split, caption: Caption | None = 
         split: training or validation.
         caption: caption number i of a world; needed for `prompts: world`.
     """
+    if settings.prompts is None:
+        raise UserError(
+            f"There are no prompts to run {settings.model} on; give --prompts FILE, or `prompts` in the settings: a "
+            ".txt, .jsonl or .parquet file, or hf:OWNER/NAME."
+        )
     if settings.prompts != WORLD:
         return split_prompts(read_prompts(settings.prompts), settings.validation_share, settings.seed)[split]
     if caption is None:

@@ -3,7 +3,8 @@
 1. `init_state` makes the weights of all sites at once. Decoder vectors are random; the encoder starts as their
    transpose. Kind `reference`: Kaiming-uniform, and the encoder is copied before the vectors get unit norm, biases 0.
    Kind `tied`: both from unit vectors, b_dec the mean of y, and b_enc such that the mean of x gives u = 0 (as
-   EleutherAI's sparsify does). The FiLM head starts at 0, so that time does nothing yet.
+   EleutherAI's sparsify does). The FiLM head starts at 0, so that time does nothing yet. Where x and y differ in width
+   nothing can be transposed: the encoder's vectors are then random too, unit ones for `tied`.
 2. Rows are divided by one number per site for x and one for y, so that their root mean square is 1.
 3. `export_transcoders` undoes 2 in the weights, exactly, and turns `batchtopk` into `jumprelu`: the cut-off is the
    threshold.
@@ -67,7 +68,7 @@ class Moments(NamedTuple):
     """
 
     x_mean: Float[Array, "site d_model"]
-    y_mean: Float[Array, "site d_model"]
+    y_mean: Float[Array, "site d_model_out"]
     x_scale: Float[Array, "site"]
     y_scale: Float[Array, "site"]
 
@@ -101,7 +102,12 @@ def init_params(key: Array, config: TranscoderConfig, kind: Init, moments: Momen
         vectors = jax.random.uniform(key, tc.dec.kernel.shape, minval=-bound, maxval=bound)
         unit = unit_rows(vectors)
         tc.dec.kernel[...] = unit
-        tc.enc.kernel[...] = (vectors if kind == "reference" else unit).T
+        reads = vectors
+        if config.d_out is not None:
+            reads = jax.random.uniform(
+                jax.random.fold_in(key, 1), tc.enc.kernel.shape[::-1], minval=-bound, maxval=bound
+            )
+        tc.enc.kernel[...] = (reads if kind == "reference" else unit_rows(reads)).T
         if config.time_embed:
             tc.film.kernel[...] = jnp.zeros_like(tc.film.kernel[...])
         if config.skip:

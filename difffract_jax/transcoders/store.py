@@ -111,6 +111,11 @@ class StoredRows:
     rows: tuple[dict[str, int], ...]
     sae: bool = False
 
+    @property
+    def timed(self) -> bool:
+        """Whether rows have times of their own; those of a model do."""
+        return True
+
     def chunk(self, number: int) -> Chunk:
         """Reads shard `number` of the order; rows are filled up to those of the largest, so that shapes stay."""
         order: Any = grain.MapDataset.range(len(self.rows)).seed(self.seed).shuffle().repeat()

@@ -6,6 +6,7 @@
 A sweep that stops goes on where it was: a finished run is left alone, one that has begun is resumed.
 """
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +51,13 @@ def is_done(settings: TrainConfig) -> bool:
     """
     if is_begun(settings):
         check_directory(settings, resume=True)
-    return made(settings).exists()
+    if not made(settings).exists():
+        return False
+    # Transcoders that were exported early say after which step; those of before this was written down are finished.
+    return (
+        json.loads(made(settings).read_text(encoding="utf-8"))["provenance"].get("step", settings.steps)
+        == settings.steps
+    )
 
 
 def made(settings: TrainConfig) -> Path:

@@ -7,7 +7,8 @@
 1. Take the directory's lock. Begin, or with `resume` go on from the newest good checkpoint, which gives bit for bit
    what an uninterrupted run would have.
 2. Until the last step: a batch from the buffer, a step; at the end of a round, new rows.
-3. Every `checkpoint_every` steps, at SIGTERM and at the end: check that the losses are finite, and save.
+3. Every `checkpoint_every` steps, when told to stop and at the end: check that the losses are finite, and save. It is
+   told by SIGTERM, Ctrl-C or `max_minutes`.
 
 One random seed and the numbers in a `Position` decide everything that is drawn: there are no generator states to keep.
 """
@@ -22,7 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, resolve
 from difffract_jax.storage.checkpoint import atomic_file, tree_hash
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.buffer import Position
@@ -47,6 +48,7 @@ from difffract_jax.transcoders.logs import (
     profiled,
     write_metrics,
 )
+from difffract_jax.transcoders.objective import widths
 from difffract_jax.transcoders.processes import is_first, together, whole
 from difffract_jax.transcoders.recipe import row_flops
 from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
@@ -94,10 +96,12 @@ class Watch(NamedTuple):
     Attributes:
         progress: called with (steps done, steps in all, means over sites).
         note: called with a sentence.
+        begin: called once everything fits and the directory is this run's, before the first row is read.
     """
 
     progress: Callable[[int, int, Mapping[str, float]], None]
     note: Callable[[str], None]
+    begin: Callable[[], Any] = lambda: None
 
 
 class _Run(NamedTuple):
@@ -128,6 +132,7 @@ def train(
     together(lambda: check_directory(settings, resume))
     with writing(settings.out), locked(settings.out):
         together(lambda: check_directory(settings, resume))
+        watch.begin()
         checkpoints = open_checkpoints(settings.out, settings.keep)
         try:
             begun = resume and checkpoints.latest is not None
@@ -146,13 +151,39 @@ def check_directory(settings: TrainConfig, resume: bool) -> None:
         return
     if not path.exists():
         raise UserError(f"{settings.out} holds no run to resume; leave --resume out to begin one.")
-    before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    changed = changed_fields(before, settings.model_dump(mode="json"))
+    before = run_settings(settings.out)
+    changed = changed_fields(before.model_dump(mode="json"), settings.model_dump(mode="json"))
     if changed:
         raise UserError(
             f"The run in {settings.out} was begun with other settings ({'; '.join(changed)}); "
             "resume with the same, or begin another run."
         )
+
+
+def run_record(directory: Path) -> dict[str, Any]:
+    """Returns what a run wrote down when it began: command, settings, versions, sources, shape.
+
+    Raises:
+        UserError: if the directory holds no run.
+    """
+    path = directory / SETTINGS
+    if not path.is_file():
+        raise UserError(f"{directory} holds no training run; give the `out` of difffract train.")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["settings"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged; copy it again from where the run was made.") from None
+    return record
+
+
+def run_settings(directory: Path) -> TrainConfig:
+    """Returns the settings of a run.
+
+    Raises:
+        UserError: if the directory holds no run.
+    """
+    return resolve(TrainConfig, run_record(directory)["settings"])
 
 
 def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
@@ -163,7 +194,8 @@ def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
     count = min((MEASURED_ROWS, *position.counts))
     rows = buffers.gather(store, {name: np.arange(count, dtype=np.int32) for name in store})
     state = first_state(setup, measure_moments(rows, settings.scale_rows))
-    together(lambda: _write_settings(settings.out, record))
+    shape = {"sites": setup.sites.to_json(), "width": list(widths(setup.width))}
+    together(lambda: _write_settings(settings.out, {**record, "shape": shape}))
     return _Run(place(state, state_shardings(state, setup.mesh)), store, position)
 
 
@@ -198,6 +230,7 @@ def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer,
     first = step = int(run.state.step)
     saved, means, clock = step if step else -1, {}, _clock(setup)
     with stop_signal() as asked, profiled(settings.out, settings.profile, first) as profile:
+        ends = time.monotonic() + 60 * (settings.max_minutes or float("inf"))
         stopped = asked(step)
         while step < settings.steps and not stopped:
             if position.served == setup.plan.round_batches:
@@ -205,7 +238,7 @@ def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer,
             rows = _batch(setup, store, position)
             state, metrics = step_function(state, rows)
             step, position = step + 1, position._replace(served=position.served + 1)
-            stopped = asked(step)
+            stopped = asked(step) or time.monotonic() >= ends
             profile(step, metrics)
             if step % settings.log_every == 0 or step == settings.steps:
                 means = _log(setup, step, metrics, clock, sinks)

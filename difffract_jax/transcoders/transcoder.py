@@ -48,7 +48,7 @@ class TranscoderConfig:
     """Shape of a transcoder.
 
     Attributes:
-        d_model: channels of the MLP sublayer's input and output.
+        d_model: channels of the MLP sublayer's input, and of its output unless `d_out` says otherwise.
         features: features of the code.
         time_embed: channels of the time embedding; 0 without conditioning.
         conditioning: how time enters. `film`: embedded as the model does, 1000 t, so that steps are far apart;
@@ -57,6 +57,8 @@ class TranscoderConfig:
         skip: whether an affine path leads around the code.
         role: `transcoder` maps x to y, `sae` y to y.
         k: active features per row of `topk`, and on average of `batchtopk`; 0 for the others.
+        d_out: channels of the output where they are other than those of the input, as in rows of another kind of model;
+            else None.
     """
 
     d_model: int
@@ -67,8 +69,16 @@ class TranscoderConfig:
     skip: bool = False
     role: Literal["transcoder", "sae"] = "transcoder"
     k: int = 0
+    d_out: int | None = None
+
+    @property
+    def d_model_out(self) -> int:
+        """Channels of the output."""
+        return self.d_model if self.d_out is None else self.d_out
 
     def __post_init__(self) -> None:
+        if self.d_out == self.d_model:
+            object.__setattr__(self, "d_out", None)  # one way to say it, so that equal shapes are equal
         for name, known in (("conditioning", get_args(Conditioning)), ("activation", get_args(Activation))):
             if getattr(self, name) not in known:
                 raise UserError(f"{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}.")
@@ -95,18 +105,18 @@ class Transcoder(nnx.Module):
     __repr__ = brief
 
     def __init__(self, config: TranscoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
-        d_model, time = config.d_model, config.time_embed
+        d_model, d_model_out, time = config.d_model, config.d_model_out, config.time_embed
         self.config = config
         if time:
             self.time_in = nnx.Linear(time, time, param_dtype=dtype, rngs=rngs)
             self.time_out = nnx.Linear(time, time, param_dtype=dtype, rngs=rngs)
             self.film = nnx.Linear(time, 2 * d_model, param_dtype=dtype, rngs=rngs)
         self.enc = nnx.Linear(d_model, config.features, param_dtype=dtype, rngs=rngs)
-        self.dec = nnx.Linear(config.features, d_model, param_dtype=dtype, rngs=rngs)
+        self.dec = nnx.Linear(config.features, d_model_out, param_dtype=dtype, rngs=rngs)
         if config.activation == "jumprelu":
             self.threshold = nnx.Param(jnp.zeros(config.features, dtype))
         if config.skip:
-            self.skip = nnx.Linear(d_model, d_model, use_bias=False, param_dtype=dtype, rngs=rngs)
+            self.skip = nnx.Linear(d_model, d_model_out, use_bias=False, param_dtype=dtype, rngs=rngs)
 
     def scale_shift(self, t: Float[Array, ""]) -> tuple[Float[Array, "d_model"], Float[Array, "d_model"]]:
         """Returns alpha and beta at a denoising time.
@@ -156,7 +166,7 @@ class Transcoder(nnx.Module):
             case _:
                 return above(u, self.threshold[None, :])
 
-    def decode(self, z: Float[Array, "rows feat"], x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+    def decode(self, z: Float[Array, "rows feat"], x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model_out"]:
         """Returns y^ from a code, and from the input where there is a skip.
 
         Args:
@@ -166,7 +176,7 @@ class Transcoder(nnx.Module):
         y = self.dec(z)
         return y + self.skip(x) if self.config.skip else y
 
-    def __call__(self, x: Float[Array, "rows d_model"], t: Float[Array, ""]) -> Float[Array, "rows d_model"]:
+    def __call__(self, x: Float[Array, "rows d_model"], t: Float[Array, ""]) -> Float[Array, "rows d_model_out"]:
         """Returns y^ of every row; arguments as `preactivation`."""
         return self.decode(self.encode(x, t), x)
 
@@ -232,7 +242,8 @@ class TranscoderSet(NamedTuple):
         """Returns what it shows of itself: a title and facts."""
         config, sites = self.config, [f"{label}/{spans(numbers)}" for label, numbers in self.sites.labels.items()]
         kind = "Transcoders" if config.role == "transcoder" else "SAEs"
-        shape = f"{config.features} features each, width {config.d_model}, activation {config.activation}"
+        width = f"{config.d_model}" if config.d_out is None else f"{config.d_model} to {config.d_out}"
+        shape = f"{config.features} features each, width {width}, activation {config.activation}"
         return f"{kind} of {len(self.sites.names)} MLPs", {
             "sites": ", ".join(sites),
             "shape": f"{shape}, conditioning {config.conditioning}{', skip' if config.skip else ''}",
@@ -278,9 +289,10 @@ def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
     Raises:
         UserError: naming what does not fit.
     """
-    if tcs.config.d_model != config.d_model:
+    if {tcs.config.d_model, tcs.config.d_model_out} != {config.d_model}:
+        width = f"{tcs.config.d_model}" if tcs.config.d_out is None else f"{tcs.config.d_model} to {tcs.config.d_out}"
         raise UserError(
-            f"The transcoders are {tcs.config.d_model} wide, but the model is {config.d_model} wide; "
+            f"The transcoders are {width} wide, but the model is {config.d_model} wide; "
             "give transcoders that were trained on this model."
         )
     if tcs.config.activation == "batchtopk":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from commands import run_command
 
+from difffract_jax.cli.models import with_origin
 from difffract_jax.loading import load_transcoders
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sweep import parse_ks, sweep_settings
@@ -34,6 +35,8 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
     small = [each for each in SMALL if each.split("=")[0] in ("tokens_per_step", "steps_per_image", "height", "width")]
     status, out, _ = difffract("harvest", "configs/smoke.yaml", "--json", sets=(*small, "prompts_at_once=2", *more))
     assert status == 0 and json.loads(out)["sites"] == 8
+    known = with_origin(TrainConfig(rows=rows, seed=3))
+    assert (known.model, known.prompts, known.validation_share, known.seed) == ("tiny", "configs/prompts.txt", 0.2, 3)
     for source in ((), (f"rows={rows}",)):
         place = run if not source else tmp_path / "stored"
         status, out, err = difffract("train", "configs/smoke.yaml", "--json", sets=(*SMALL, f"out={place}", *source))
@@ -44,7 +47,15 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
         assert json.loads((place / "transcoders" / "config.json").read_text())["provenance"]["command"] == "train"
     status, out, err = difffract("evaluate", run, "--prompts-count", 2, "--velocity-count", 2, "--images", 1, "--json")
     assert status == 0, err
-    assert np.isfinite(json.loads(out)["fvu"]) and "By site" in (run / "report" / "report.md").read_text()
+    alone = json.loads(out)
+    assert np.isfinite(alone["fvu"]) and "By site" in (run / "report" / "report.md").read_text()
+    few, other = ("--prompts-count", 2, "--velocity-count", 2, "--json"), tmp_path / "stored" / "transcoders"
+    status, out, err = difffract("evaluate", "tiny", run, other, "--out", tmp_path / "both", *few)
+    assert status == 0, err
+    *sites, mean = json.loads(out)["sites"]
+    assert len(sites) == 8 and mean["site"] == "mean" and mean["fvu"]["a"] == pytest.approx(alone["fvu"])
+    assert all(row["recovered"]["difference"] == row["recovered"]["b"] - row["recovered"]["a"] for row in sites)
+    assert (tmp_path / "both" / "report.md").is_file() and not (tmp_path / "stored" / "report").exists()
 
 
 @pytest.mark.parametrize(

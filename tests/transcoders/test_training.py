@@ -16,6 +16,7 @@ import pytest
 
 from difffract_jax.config import UserError, provenance
 from difffract_jax.transcoders.checkpoints import CHECKPOINTS, locked
+from difffract_jax.transcoders.exporting import newest_transcoders
 from difffract_jax.transcoders.harvest import Chunk
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.settings import TrainConfig
@@ -110,9 +111,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, sto
     assert steps == [2, 4, 6, 8, 10, 12]
 
 
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_step_saves_and_leaves_the_signals_as_they_were(whole, tmp_path, sent):
+    config = settings(tmp_path / "run", checkpoint_every=100)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    watch = Watch(lambda done, total, values: done == 4 and os.kill(os.getpid(), sent), print)
+    stopped = train(config, Synthetic(), provenance("train", config), watch)
+    assert (stopped.step, stopped.transcoders) == (5, None)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    early = newest_transcoders(config.out)
+    assert (early.step, early.transcoders.sites) == (5, whole[1].transcoders.sites)
+    assert same(run(config, resume=True), whole[1])
+
+
 def test_a_run_that_the_first_release_began_goes_on(whole, tmp_path):
     """0.1.0 wrote `training-v1` with these settings and stopped after step 4; bits may differ by the compiler."""
     shutil.copytree(FORMATS / "training-v1", tmp_path / "run")
+    with pytest.raises(UserError, match="does not say its shape; export it with difffract train --export"):
+        newest_transcoders(tmp_path / "run")
+    early = newest_transcoders(tmp_path / "run", (Synthetic.sites, WIDTH))
+    assert early.step == 4 and early.transcoders.config == whole[1].transcoders.config
     done = run(settings(tmp_path / "run", checkpoint_every=4, keep=1), resume=True)
     assert relative_error(*(np.concatenate([a.ravel() for a in leaves(d)]) for d in (done, whole[1]))) <= TOL.f32_run
 

@@ -1,0 +1,107 @@
+"""What the commands that make transcoders read: a model and its world's captions, or rows; or their shapes alone."""
+
+from typing import Any
+
+from difffract_jax.config import UserError, resolve
+from difffract_jax.transcoders.settings import RowSettings, TrainConfig
+
+CAPTION_SEED = 40_000
+"""World of the captions that transcoders are trained on: another than those of the model's training and scores."""
+AT_ONCE = 8
+"""Captions drawn together."""
+
+
+def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
+    """Returns the model, spread over a mesh if one is given, and its world's captions if it has a world."""
+    from difffract_jax.loading import load_pipeline
+    from difffract_jax.sharding import pipeline_shardings
+
+    model, dtype = model_of(settings), dtype_of(settings)
+    if model == "tiny":
+        from difffract_jax.models.tiny import random_pipeline
+
+        return random_pipeline(dtype=dtype), None
+    sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh)
+    return load_pipeline(model, dtype=dtype, sharding=sharding), world_of(settings)
+
+
+def model_of(settings: RowSettings) -> str:
+    """Returns the name of the model that shall be read.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if settings.model is None:
+        raise UserError(
+            "There is no model to read: `model` is missing; give `organism`, a converted or diffusers directory, or "
+            "rows of your own (--rows)."
+        )
+    return settings.model
+
+
+def dtype_of(settings: RowSettings) -> Any:
+    """Returns the type of the model's weights."""
+    return dtype_named(settings.model_dtype)
+
+
+def dtype_named(name: str) -> Any:
+    """Returns the type called f32 or bf16."""
+    import jax.numpy as jnp
+
+    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
+
+
+def world_of(settings: RowSettings) -> Any:
+    """Returns the organism's captions by number, drawn apart from those that it was trained and is scored on."""
+    if settings.model != "organism":
+        return None
+    from difffract_jax.organism.world import scenes
+
+    def caption(number: int) -> str:
+        return scenes(CAPTION_SEED + settings.seed, number // AT_ONCE, AT_ONCE).captions[number % AT_ONCE]
+
+    return caption
+
+
+def rows_in(settings: TrainConfig, split: Any) -> Any:
+    """Opens one split of the directory of rows that the settings name."""
+    from difffract_jax.transcoders.own_rows import open_rows
+
+    assert settings.rows is not None  # else a model is read
+    sae = settings.role == "sae"
+    return open_rows(settings.rows, split, settings.validation_share, settings.seed, sae=sae)
+
+
+def with_origin(settings: TrainConfig) -> TrainConfig:
+    """Returns settings that say which model and prompts harvested rows came from, so that `evaluate` knows it, too."""
+    from difffract_jax.storage.checkpoint import read_config
+
+    if settings.rows is None or settings.model is not None or not (settings.rows / "config.json").is_file():
+        return settings
+    harvested = read_config(settings.rows).get("provenance", {}).get("settings", {})
+    names = RowSettings.model_fields.keys() - settings.model_fields_set - {"seed"}
+    known = {name: harvested[name] for name in names if harvested.get(name) is not None}
+    return resolve(TrainConfig, known | settings.model_dump(exclude_unset=True))
+
+
+def work_of(settings: TrainConfig, source: Any = None) -> Any:
+    """Returns what shall be planned: sites, width, and the model that is read, as shapes alone.
+
+    Args:
+        settings: of the run.
+        source: its rows, if they are open already.
+    """
+    from difffract_jax.loading import PARTS, abstract_pipeline
+    from difffract_jax.transcoders.plan import TrainingWorkload
+    from difffract_jax.transcoders.sites import parse_sites
+
+    if settings.rows is not None:
+        rows = source or rows_in(settings, "train")
+        return TrainingWorkload(settings, rows.sites, rows.width, {})
+    model = model_of(settings)
+    if model == "tiny":
+        pipe, _ = pipeline_of(settings)
+        config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
+    else:
+        config, parts = abstract_pipeline(model, dtype_of(settings))
+    return TrainingWorkload(settings, parse_sites(settings.sites, config.layout), config.d_model, parts)
