@@ -2,7 +2,8 @@
 
 1. Each line that begins with `difffract`, fenced or indented, is parsed: its command, options and values exist.
 2. A fenced block is run, in its page's order and in one directory a page, unless a comment before it says what it
-   needs: `<!-- needs FLUX -->`, `<!-- needs a pod -->`, or `<!-- test command -->`, which `.ci/run` runs.
+   needs: `<!-- needs FLUX -->`, `<!-- needs a pod -->`, `<!-- needs libtpu -->`, or `<!-- test command -->`, which
+   `.ci/run` runs. Only counts and times are made smaller: `SHORTER`.
 """
 
 import re
@@ -19,7 +20,15 @@ from difffract_jax.cli.main import app
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "difffract_jax/organism/weights/README.md"]
 FENCED = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
-MARKS = {"needs FLUX", "needs a pod", "test command"}
+MARKS = {"needs FLUX", "needs a pod", "needs libtpu", "test command"}
+SHORTER = {
+    r"--max-minutes \S+": "--max-minutes 0.05",
+    r"--steps 300": "--steps 20",
+    r"steps=200": "steps=4",
+    r"--k 2,4,8,16": "--k 2,4",
+    r"--images 200": "--images 8",
+}
+"""What is written otherwise for the test, so that it takes a minute a page."""
 ELSEWHERE = ("pip ", "hf ", "pytest", "HYPOTHESIS_PROFILE", "XLA_FLAGS", "python benchmarks/", "mkdocs ")
 """Commands that are not this package's."""
 
@@ -92,6 +101,8 @@ def test_what_a_page_shows_runs_as_it_stands(page, tmp_path, monkeypatch, capsys
         for line in lines(block.code) if block.kind == "bash" else ():
             if line.startswith(ELSEWHERE) or line.startswith("#"):
                 continue
+            for pattern, smaller in SHORTER.items():
+                line = re.sub(pattern, smaller, line)
             name, *arguments = words(line)
             assert name == "difffract", line
             result = run_command(monkeypatch, capsys, *arguments)
