@@ -44,6 +44,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         GeneratedImage(np.zeros((32, 32, 3), np.uint8), trace.record.latents, PROMPT),
     )
     shown: dict[str, Any] = {
+        "enable_compile_cache": folder / "programs",  # of a test run, it is set already
         "make_mesh": dfx.make_mesh({"data": 1}, jax.devices()[:1]),
         "load_pipeline": pipe,
         "save_pipeline": dfx.save_pipeline(pipe, folder / "pipeline"),
