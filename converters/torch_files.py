@@ -13,6 +13,7 @@
 import importlib
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,18 @@ from jaxtyping import Float32, Int
 from converters.state_dicts import NotFound, find_state
 from difffract_jax.config import UserError
 from difffract_jax.seeds import LOW_HALF, check_seed
+
+DAMAGED = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    TypeError,
+    struct.error,
+)
+"""What PyTorch raises for files that are damaged, or are no pickles at all."""
 
 
 class TextRecord(NamedTuple):
@@ -110,13 +123,19 @@ def read_state(path: str | Path, wanted: str = "") -> dict[str, np.ndarray]:
     try:
         with torch.serialization.safe_globals(_numbers()):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except DAMAGED as error:
         raise UserError(_unreadable(path, str(error) or type(error).__name__)) from None
     try:
         state = find_state(content, lambda value: isinstance(value, torch.Tensor), wanted)
     except NotFound as error:
         raise UserError(f"{path} {error}; save one with torch.save(module.state_dict(), path).") from None
-    return {key: _array(torch, value.detach()) for key, value in state.items()}
+    try:
+        return {key: _array(torch, value.detach()) for key, value in state.items()}
+    except (TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} holds tensors that are not plain arrays, as sparse or quantised ones ({_first_line(error)}); "
+            "save dense floating point weights."
+        ) from None
 
 
 def _numbers() -> list[Any]:
@@ -134,8 +153,19 @@ def _unreadable(path: str | Path, reason: str) -> str:
             f"{path} holds an object of class {classes[1]}, which is not opened, as that could run any program; save "
             "the tensors alone with torch.save(module.state_dict(), path)."
         )
-    first = reason.splitlines()[0][:120]
+    if "TorchScript" in reason:
+        return (
+            f"{path} is a program of TorchScript, which is not opened; save the tensors alone with "
+            "torch.save(module.state_dict(), path)."
+        )
+    # PyTorch puts advice before the reason, to open the file in an unsafe way.
+    own = re.search(r"WeightsUnpickler error: (.+)", reason)
+    first = _first_line(own[1] if own else reason)
     return f"{path} is truncated or not a state dict of tensors ({first}); download or copy it again."
+
+
+def _first_line(reason: object) -> str:
+    return (str(reason).splitlines() or [""])[0][:120]
 
 
 def write_state(path: str | Path, state: Mapping[str, np.ndarray]) -> None:

@@ -61,6 +61,19 @@ def test_anything_but_tensors_by_name_is_refused_and_nothing_is_executed(tmp_pat
     assert "executed" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("beginning", [b".", b"s", b"h\x05.", b"cos\nsystem\n.", b"hello", b"\x80\x02}q\x00."])
+def test_what_is_not_a_pickle_of_tensors_is_one_sentence(tmp_path, beginning):
+    (tmp_path / "a.pt").write_bytes(beginning)
+    with pytest.raises(UserError, match="a.pt is truncated or not a state dict|a.pt holds no state dict"):
+        read_state(tmp_path / "a.pt")
+
+
+def test_tensors_that_are_not_plain_arrays_are_refused(tmp_path):
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt holds tensors that are not plain arrays, as sparse"):
+        read_state(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2"])
 def test_every_float_is_read_exactly(tmp_path, name):
     values = torch.tensor([0.5, -2.0, 0.0625, 448.0]).to(getattr(torch, name))
