@@ -51,8 +51,12 @@ def _unsound(document: Mapping[str, Any]) -> str | None:
         return f"two nodes are called {twice[0]}"
     if not _fits(document["config"]["step"], 15):
         return f"its step is {document['config']['step']}"
-    if document["target"]["id"] not in ids:
-        return f"its target {document['target']['id']} is not among its nodes"
+    target = document["target"]
+    if target["id"] not in ids:
+        return f"its target {target['id']} is not among its nodes"
+    for name in ("preactivation", "encoder_bias"):
+        if not is_number(target[name]):
+            return f"the {name} of its target is {target[name]}, which is not a finite number"
     for node in document["nodes"]:
         if node["type"] not in KIND_OF or node["stream"] not in STREAMS:
             return f"the node {node['id']} has the type {node['type']!r} and the stream {node['stream']!r}"
