@@ -9,6 +9,7 @@ Everything here looks at paths alone; `where` is what messages call the reposito
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from converters.pipelines import FOLDERS
@@ -105,7 +106,11 @@ def transformer_files_of(paths: Collection[str], where: str, variant: str | None
     """
     files = _one_precision(paths, variant)
     if not files:
-        raise UserError(f"{where} holds no safetensors, so nothing was downloaded; give another repository.")
+        named = ", ".join(sorted(path for path in paths if path.endswith(".safetensors"))) or "none"
+        raise UserError(
+            f"{where} holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, so nothing was downloaded (its "
+            f"safetensors: {named}); give one of these files, or another repository."
+        )
     return ["config.json", *files]
 
 
@@ -132,13 +137,23 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
     if not wanted:
         held = ", ".join(sorted({f"{match[2]}/{int(match[3])}" for match in matches}))
         raise UserError(f"{where} holds none of the sites {', '.join(sites or ())}; it has {held}.")
-    counts = {suffix: sum(match[4] == suffix for match in wanted) for suffix in SITE_SUFFIXES}
-    suffix = max(SITE_SUFFIXES, key=lambda one: counts[one])
-    return [match[0] for match in wanted if match[4] == suffix]
+    return _one_format(wanted)
+
+
+def _one_format(matches: Sequence[re.Match[str]]) -> list[str]:
+    """Returns the files of every site in the format that most sites have; a site without it, in one that it has."""
+    counts = Counter(match[4] for match in matches)
+    order = sorted(SITE_SUFFIXES, key=lambda suffix: -counts[suffix])
+    formats: dict[tuple[str, int], set[str]] = {}
+    for match in matches:
+        formats.setdefault((match[2], int(match[3])), set()).add(match[4])
+    chosen = {site: min(suffixes, key=order.index) for site, suffixes in formats.items()}
+    return [match[0] for match in matches if match[4] == chosen[match[2], int(match[3])]]
 
 
 def _one_precision(names: Iterable[str], variant: str | None = None) -> list[str]:
     """Returns the weights of a folder in one precision: shards and their index, or the whole file."""
+    names = list(names)
     sets: dict[tuple[str, str], list[str]] = {}
     for match in filter(None, map(_WEIGHTS.fullmatch, names)):
         key = match["variant"] or match["late"] or match["of"] or "", match["stem"] or match["indexed"]
@@ -149,7 +164,8 @@ def _one_precision(names: Iterable[str], variant: str | None = None) -> list[str
             return [name for name in sets[key] if name not in whole]  # the whole file would be the same weights again
         if whole:
             return whole  # without the index, which leads to no shards
-    return []
+    others = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    return others if len(others) == 1 else []  # as `converters.weight_files` takes it in a directory
 
 
 def _rank(key: tuple[str, str]) -> tuple[int, str, int]:

@@ -92,12 +92,12 @@ def load_pipeline(
     Raises:
         UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
     """
-    _refuse_whole(model, base)
+    _refuse_whole(model, base, revision)
     home = None if base is None else base_directory(base, variant=variant)
     if home is None:
         given = pipeline_directory(model, revision=revision, variant=variant)
     else:
-        given = checkpoint(model, revision=revision, variant=variant)
+        given = checkpoint(model, revision=revision, variant=variant, completed=True)
     path, origin = given.path, given.origin
     check_sums(path)
     if home is not None or is_diffusers_directory(path):
@@ -218,7 +218,7 @@ def convert_flux(
     _refuse_whole(source, base)
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
-        given = checkpoint(source, variant=variant)
+        given = checkpoint(source, variant=variant, completed=base is not None)
         home = None if base is None else base_directory(base, variant=variant).path
         if home is not None or (given.path.is_dir() and not is_transformer_directory(given.path)):
             pipe = convert_pipeline(given.path, base=home, dtype=dtype, sharding=sharding, variant=variant)
@@ -254,9 +254,9 @@ def load_transcoders(
         sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
-    directory, origin, _ = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
+    directory, origin, files = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
     if is_torch_directory(directory):
-        made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites)
+        made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites, files=files)
         return made._replace(origin=origin)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
@@ -357,9 +357,9 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
 
 
-def _refuse_whole(source: str | Path, base: str | Path | None) -> None:
+def _refuse_whole(source: str | Path, base: str | Path | None, revision: str | None = None) -> None:
     """Refuses a base for a pipeline that has all parts."""
-    if base is not None and is_whole_pipeline(source):
+    if base is not None and is_whole_pipeline(source, revision=revision):
         raise UserError(f"--base completes a transformer, but {source} is a directory with all parts; leave it out.")
 
 

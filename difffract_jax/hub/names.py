@@ -68,6 +68,8 @@ def parse_hub_name(text: str, *, revision: str | None = None, subfolder: str | N
     """
     address = _ADDRESS.fullmatch(text)
     if address is not None:
+        if address[1].startswith(("datasets/", "spaces/")):
+            raise UserError(f"{text} is not the address of a model; give a repository of a model as hf:OWNER/NAME.")
         raise UserError(f"{text} is an address; write {PREFIX}{address[1]} for that repository.")
     if text.startswith(PREFIX):
         name = _read(text)

@@ -54,6 +54,8 @@ def test_of_the_release_everything_is_read_but_second_copies_and_pictures() -> N
             ],
         ),
         (["transformer/model.safetensors", f"{TRANSFORMER}.safetensors"], [f"{TRANSFORMER}.safetensors"]),
+        (["transformer/flux-fp8.safetensors", "transformer/config.json"], ["transformer/flux-fp8.safetensors"]),
+        (["transformer/b.safetensors", f"{TRANSFORMER}.fp16.safetensors"], [f"{TRANSFORMER}.fp16.safetensors"]),
     ],
 )
 def test_a_part_is_read_in_one_precision_and_one_copy(held, read) -> None:
@@ -80,6 +82,9 @@ def test_of_transcoders_the_files_of_the_wanted_sites_are_read_in_one_format() -
     assert transcoder_files(["sae_img_007.safetensors"], ["img/7"], "it") == ["sae_img_007.safetensors"]
     both = [*files, "transcoder_img_0.pth"]
     assert transcoder_files(both, ["*/0"], "it") == [files[0], files[3]]
+    # A site that only another format has is not left out.
+    mixed = [*files, "transcoder_img_2.safetensors", "transcoder_img_3.safetensors"]
+    assert transcoder_files(mixed, None, "it") == [*files, "transcoder_img_3.safetensors"]
     with pytest.raises(UserError, match="holds none of the sites img/9; it has img/0, img/1, img/2, txt/0"):
         transcoder_files(files, ["img/9"], "it")
 

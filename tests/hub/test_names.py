@@ -41,6 +41,7 @@ def test_a_name_says_repository_revision_and_folder_and_is_written_back(text, na
         ("hf:someone/captions:train:text", "would be a data set of prompts"),
         ("hf://someone/flux", "write hf:someone/flux for"),
         ("https://huggingface.co/someone/flux/tree/main", "write hf:someone/flux for"),
+        ("https://huggingface.co/datasets/someone/captions", "is not the address of a model"),
     ],
 )
 def test_what_only_looks_like_a_name_is_refused_with_the_right_form(text, words) -> None:
