@@ -87,18 +87,19 @@ def transformer_of(source: Source) -> tuple[Source, Layout]:
     Raises:
         UserError: in one sentence that says what it is instead.
     """
-    found = find_transformer(source)
-    check_weights(found[0] if found else source, adapters=found is not None)
-    what = describe(list(source), beside_transformer=found is not None)
+    part_and_layout = find_transformer(source)
+    has_transformer = part_and_layout is not None
+    check_weights(part_and_layout[0] if part_and_layout else source, adapters=has_transformer)
+    what = describe(list(source), beside_transformer=has_transformer)
     if what is not None:
         raise UserError(f"{source.name} is {what}; FLUX.1's transformer is wanted here.")
-    if found is None:
+    if part_and_layout is None:
         beginnings = sorted({key.split(".")[0] for key in source})[:5]
         raise UserError(
             f"{source.name} is not a FLUX.1 transformer: it holds neither {LAYOUTS[0].anchor} nor {LAYOUTS[1].anchor}, "
             f"under any prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1."
         )
-    return found
+    return part_and_layout
 
 
 def without_prefix(source: Source, *anchors: str) -> Source:

@@ -191,8 +191,10 @@ def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -
     check_weights(source)
     if name == "transformer":
         # A file of another layout or prefix may stand under diffusers' name.
-        found = find_transformer(source)
-        part, rules = (source, FLUX_DIFFUSERS) if found is None else (found[0], found[1].rules)
+        part_and_layout = find_transformer(source)
+        part, rules = source, FLUX_DIFFUSERS
+        if part_and_layout is not None:
+            part, rules = part_and_layout[0], part_and_layout[1].rules
         return part, PartRules(abstract_module(MMDiT, config.transformer, dtype), rules)
     if name == "t5":
         source = without_prefix(source, "encoder.final_layer_norm.weight")
@@ -220,9 +222,9 @@ def _complete(source: Path, base: Path, dtype: Any, sharding: Sharding | None, v
     folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
     _check_variant(f"{source} and {base}", folders, variant)
     axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
-    transformer, found = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)
-    check_fit(f"{source} and {base}", found, t5, clip, vae)
-    scheduler = scheduler_of((source, base), found)
-    config = PipelineConfig(found, t5, clip, vae, scheduler, defaults_of(base, found))
+    transformer, shape = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)
+    check_fit(f"{source} and {base}", shape, t5, clip, vae)
+    scheduler = scheduler_of((source, base), shape)
+    config = PipelineConfig(shape, t5, clip, vae, scheduler, defaults_of(base, shape))
     others = _convert_parts(config, base, dtype, sharding, ("t5", "clip", "vae"), variant)
     return Pipeline(transformer=transformer, **others, tokenizers=tokenizers, config=config)

@@ -109,9 +109,9 @@ def _check_complete(path: Path, choice: Choice) -> None:
 
 def _choices(path: Path) -> list[Choice]:
     """Returns what there is to choose from: of the usual stems, or of the only other one."""
-    found = [*_indexed(path), *_plain(path)]
-    there = [choice for choice in found if any((path / name).exists() for name in choice.names)]
-    usable = there or found
+    choices = [*_indexed(path), *_plain(path)]
+    present = [choice for choice in choices if any((path / name).exists() for name in choice.names)]
+    usable = present or choices
     usual = [choice for choice in usable if choice.stem in STEMS]
     return usual or (usable if len({choice.stem for choice in usable}) == 1 else [])
 
@@ -207,5 +207,5 @@ def _read_index(index: Path) -> dict[str, str]:
         if not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError
         return listed
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{index} is not a valid index of shards; download it again.") from None
