@@ -147,7 +147,7 @@ def _numbers() -> list[Any]:
 
 def _unreadable(path: str | Path, reason: str) -> str:
     """Says why PyTorch did not read a file."""
-    classes = re.search(r"GLOBAL (\S+) was not an allowed", reason)
+    classes = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", reason)
     if classes:
         return (
             f"{path} holds an object of class {classes[1]}, which is not opened, as that could run any program; save "
@@ -159,7 +159,7 @@ def _unreadable(path: str | Path, reason: str) -> str:
             "torch.save(module.state_dict(), path)."
         )
     # PyTorch puts advice before the reason, to open the file in an unsafe way.
-    own = re.search(r"WeightsUnpickler error: (.+)", reason)
+    own = re.search(r"WeightsUnpickler error:\s*(.+)", reason)
     first = _first_line(own[1] if own else reason)
     return f"{path} is truncated or not a state dict of tensors ({first}); download or copy it again."
 

@@ -61,10 +61,19 @@ def test_anything_but_tensors_by_name_is_refused_and_nothing_is_executed(tmp_pat
     assert "executed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("beginning", [b".", b"s", b"h\x05.", b"cos\nsystem\n.", b"hello", b"\x80\x02}q\x00."])
+@pytest.mark.parametrize("beginning", [b".", b"s", b"h\x05.", b"hello", b"\x80\x02}q\x00."])
 def test_what_is_not_a_pickle_of_tensors_is_one_sentence(tmp_path, beginning):
     (tmp_path / "a.pt").write_bytes(beginning)
     with pytest.raises(UserError, match="a.pt is truncated or not a state dict|a.pt holds no state dict"):
+        read_state(tmp_path / "a.pt")
+
+
+def test_the_reason_is_given_and_not_pytorch_s_advice_to_open_it_unsafely(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b'{"a": 1}')
+    with pytest.raises(UserError, match=r"not a state dict of tensors \(Unsupported operand 123\)"):
+        read_state(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n.")
+    with pytest.raises(UserError, match="holds an object of class os.system, which is not opened"):
         read_state(tmp_path / "a.pt")
 
 
