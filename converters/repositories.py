@@ -36,8 +36,6 @@ _WEIGHTS = re.compile(
     rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?(?:\.(?P<late>\w+))?\.safetensors"
     rf"|(?P<indexed>{'|'.join(STEMS)})\.safetensors\.index(?:\.(?P<of>\w+))?\.json"
 )
-VARIANTS = ("", "bf16", "fp32", "fp16")
-"""Precisions in the order in which they are taken, before all others; no name is the release's own."""
 
 
 def is_diffusers_listing(paths: Collection[str]) -> bool:
@@ -72,16 +70,17 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
         paths: of the repository.
         parts: "transformer", "t5", "clip" or "vae".
         where: the repository, for messages.
-        variant: precision that is taken where a part has it, as in fp16; the first of `VARIANTS` if left out.
+        variant: precision that is taken where a part has it, as in fp16; else the release's own, which no name tells,
+            or the only one that there is.
 
     Raises:
-        UserError: naming every part that has no safetensors.
+        UserError: naming every part that has no safetensors, or one that has several precisions to choose from.
     """
     chosen: list[str] = []
     lacking = []
     for part in parts:
-        names = [path.removeprefix(f"{FOLDERS[part]}/") for path in paths if path.startswith(f"{FOLDERS[part]}/")]
-        files = _one_precision(names, variant)
+        names = _inside(paths, part)
+        files = _one_precision(names, f"{where}/{FOLDERS[part]}", variant)
         chosen += [f"{FOLDERS[part]}/{name}" for name in files]
         if not files:
             lacking.append(f"{FOLDERS[part]}/ (found {', '.join(sorted(names)) or 'nothing'})")
@@ -91,6 +90,21 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
             "revision of it, that has the weights as safetensors."
         )
     return chosen
+
+
+def check_variant(paths: Collection[str], parts: Iterable[str], where: str, variant: str | None) -> None:
+    """Refuses a variant that no part of a pipeline has, most likely a slip; arguments as for `weight_files`."""
+    known = {of for part in parts for of, _ in _sets(_inside(paths, part))} - {""}
+    if variant is not None and variant not in known:
+        raise UserError(
+            f"{where} has no files of the variant {variant} (only {', '.join(sorted(known)) or 'plain files only'}); "
+            "leave --variant out, or name another."
+        )
+
+
+def _inside(paths: Iterable[str], part: str) -> list[str]:
+    """Returns the paths in a part's folder."""
+    return [path.removeprefix(f"{FOLDERS[part]}/") for path in paths if path.startswith(f"{FOLDERS[part]}/")]
 
 
 def transformer_files_of(paths: Collection[str], where: str, variant: str | None = None) -> list[str]:
@@ -104,7 +118,7 @@ def transformer_files_of(paths: Collection[str], where: str, variant: str | None
     Raises:
         UserError: if there are no safetensors.
     """
-    files = _one_precision(paths, variant)
+    files = _one_precision(paths, where, variant)
     if not files:
         named = ", ".join(sorted(path for path in paths if path.endswith(".safetensors"))) or "none"
         raise UserError(
@@ -151,24 +165,33 @@ def _one_format(matches: Sequence[re.Match[str]]) -> list[str]:
     return [match[0] for match in matches if match[4] == chosen[match[2], int(match[3])]]
 
 
-def _one_precision(names: Iterable[str], variant: str | None = None) -> list[str]:
-    """Returns the weights of a folder in one precision: shards and their index, or the whole file."""
-    names = list(names)
-    sets: dict[tuple[str, str], list[str]] = {}
+def _one_precision(names: Collection[str], where: str, variant: str | None = None) -> list[str]:
+    """Returns the weights of a folder in one precision: shards and their index, or the whole file.
+
+    It is the choice that `converters.weight_files` makes in a directory, so that what else is cached changes nothing.
+    """
+    sets = _sets(names)
+    variants = sorted({of for of, _ in sets} - {""})
+    if not any(of == "" for of, _ in sets) and variant not in variants and len(variants) > (variant is None):
+        raise UserError(
+            f"{where} holds its weights in the variants {' and '.join(variants)} alone; choose one with "
+            f'--variant {variants[0]} (in Python: variant="{variants[0]}").'
+        )
+    if sets:
+        return sets[min(sets, key=lambda key: (key[0] != variant, key[0], STEMS.index(key[1])))]
+    others = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    return others if len(others) == 1 else []
+
+
+def _sets(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Returns the files of every precision and stem, of each the shards or the whole file."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for match in filter(None, map(_WEIGHTS.fullmatch, names)):
         key = match["variant"] or match["late"] or match["of"] or "", match["stem"] or match["indexed"]
-        sets.setdefault(key, []).append(match[0])
-    for key in sorted(sets, key=lambda key: (key[0] != variant, *_rank(key))):
-        whole = [name for name in sets[key] if name.endswith(".safetensors") and "-of-" not in name]
-        if any("-of-" in name for name in sets[key]):
-            return [name for name in sets[key] if name not in whole]  # the whole file would be the same weights again
-        if whole:
-            return whole  # without the index, which leads to no shards
-    others = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    return others if len(others) == 1 else []  # as `converters.weight_files` takes it in a directory
-
-
-def _rank(key: tuple[str, str]) -> tuple[int, str, int]:
-    """Orders precisions and stems; precisions of other names come last, by the alphabet."""
-    variant, stem = key
-    return VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS), variant, STEMS.index(stem)
+        groups.setdefault(key, []).append(match[0])
+    sets = {}
+    for key, group in groups.items():
+        whole = [name for name in group if name.endswith(".safetensors") and "-of-" not in name]
+        # Beside shards, the whole file would be the same weights again; without them, an index leads nowhere.
+        sets[key] = [name for name in group if name not in whole] if any("-of-" in name for name in group) else whole
+    return {key: files for key, files in sets.items() if files}

@@ -23,6 +23,7 @@ from converters.configurations import (
 from converters.contents import transformer_files, transformer_of
 from converters.pipelines import FOLDERS
 from converters.repositories import (
+    check_variant,
     describing_files,
     is_diffusers_listing,
     is_own_listing,
@@ -90,6 +91,7 @@ def pipeline_directory(
         raise UserError(_alone(str(name), "DIR"))
     repository = open_repository(name)
     if is_diffusers_listing(repository.files):
+        check_variant(repository.files, FOLDERS, str(name), variant)
         path = fetch(repository, describing_files(repository.files), quiet=True)
         check_architecture(path)
         pipeline_config(path)

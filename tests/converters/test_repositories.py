@@ -2,7 +2,8 @@
 
 import pytest
 
-from converters.repositories import describing_files, own_files, transcoder_files, weight_files
+from converters.repositories import check_variant, describing_files, own_files, transcoder_files, weight_files
+from converters.weight_files import locate
 from difffract_jax.config import UserError
 
 TRANSFORMER = "transformer/diffusion_pytorch_model"
@@ -40,7 +41,6 @@ def test_of_the_release_everything_is_read_but_second_copies_and_pictures() -> N
         ([f"{TRANSFORMER}.safetensors", f"{TRANSFORMER}.fp16.safetensors"], [f"{TRANSFORMER}.safetensors"]),
         ([*SHARDS, INDEX, f"{TRANSFORMER}.safetensors"], [*SHARDS, INDEX]),
         ([INDEX, f"{TRANSFORMER}.safetensors"], [f"{TRANSFORMER}.safetensors"]),
-        ([f"{TRANSFORMER}.fp16.safetensors", f"{TRANSFORMER}.bf16.safetensors"], [f"{TRANSFORMER}.bf16.safetensors"]),
         ([f"{TRANSFORMER}.fp8.safetensors", f"{TRANSFORMER}.bin"], [f"{TRANSFORMER}.fp8.safetensors"]),
         (
             [
@@ -60,6 +60,23 @@ def test_of_the_release_everything_is_read_but_second_copies_and_pictures() -> N
 )
 def test_a_part_is_read_in_one_precision_and_one_copy(held, read) -> None:
     assert sorted(weight_files(held, ("transformer",), "it")) == sorted(read)
+
+
+def test_a_precision_is_chosen_as_in_a_directory_here(tmp_path) -> None:
+    names = [f"{TRANSFORMER}.{variant}.safetensors" for variant in ("fp16", "bf16")]
+    assert weight_files(names, ("transformer",), "it", "fp16") == names[:1]
+    (tmp_path / "transformer").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    for variant in (None, "fp8"):
+        with pytest.raises(UserError, match="it/transformer holds its weights in the variants bf16 and fp16 alone"):
+            weight_files(names, ("transformer",), "it", variant)
+        with pytest.raises(UserError):
+            locate(tmp_path / "transformer", variant)
+    with pytest.raises(UserError, match=r"it has no files of the variant fp61 \(only bf16, fp16\)"):
+        check_variant(names, ("transformer", "vae"), "it", "fp61")
+    check_variant(names, ("transformer", "vae"), "it", "bf16")
+    check_variant([], ("vae",), "it", None)
 
 
 def test_parts_without_safetensors_are_told_together() -> None:
