@@ -37,7 +37,7 @@ from converters.contents import (
 from converters.flux import FLUX_DIFFUSERS, flux_config_from_shapes
 from converters.mapping import ConversionError, Ignored, Rule, Source, load_tree
 from converters.text_encoders import CLIP_PREFIX, clip_tables, t5_tables
-from converters.weight_files import variants
+from converters.weight_files import check_variant, variants
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
@@ -98,7 +98,7 @@ def convert_pipeline(
     check_architecture(source)
     config = pipeline_config(source)
     tokenizers = load_tokenizers(source)
-    _check_variant(source, [source / folder for folder in FOLDERS.values()], variant)
+    check_variant(source, _variants([source / folder for folder in FOLDERS.values()]), variant)
     modules = _convert_parts(config, source, dtype, sharding, tuple(FOLDERS), variant)
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
 
@@ -176,14 +176,8 @@ def _convert_parts(
     return modules
 
 
-def _check_variant(what: str | Path, folders: Sequence[Path], variant: str | None) -> None:
-    """Refuses a variant that no part has: most likely it is misspelt."""
-    known = sorted(set[str]().union(*(variants(folder) for folder in folders)))
-    if variant is not None and variant not in known:
-        raise UserError(
-            f"{what} has no files of the variant {variant} (only {', '.join(known) or 'plain files only'}); "
-            "leave --variant out, or name another."
-        )
+def _variants(folders: Sequence[Path]) -> set[str]:
+    return set[str]().union(*(variants(folder) for folder in folders))
 
 
 def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -> tuple[Source, PartRules]:
@@ -220,7 +214,7 @@ def _complete(source: Path, base: Path, dtype: Any, sharding: Sharding | None, v
     tokenizers = load_tokenizers(base)
     path = _transformer_path(source)
     folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
-    _check_variant(f"{source} and {base}", folders, variant)
+    check_variant(f"{source} and {base}", _variants(folders), variant)
     axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
     transformer, shape = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)
     check_fit(f"{source} and {base}", shape, t5, clip, vae)

@@ -92,14 +92,9 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
     return chosen
 
 
-def check_variant(paths: Collection[str], parts: Iterable[str], where: str, variant: str | None) -> None:
-    """Refuses a variant that no part of a pipeline has, most likely a slip; arguments as for `weight_files`."""
-    known = {of for part in parts for of, _ in _sets(_inside(paths, part))} - {""}
-    if variant is not None and variant not in known:
-        raise UserError(
-            f"{where} has no files of the variant {variant} (only {', '.join(sorted(known)) or 'plain files only'}); "
-            "leave --variant out, or name another."
-        )
+def listed_variants(paths: Collection[str]) -> set[str]:
+    """Returns the variants that parts of a pipeline have, without the plain one."""
+    return {of for part in FOLDERS for of, _ in _sets(_inside(paths, part))} - {""}
 
 
 def _inside(paths: Iterable[str], part: str) -> list[str]:

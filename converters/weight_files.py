@@ -12,6 +12,7 @@
 import json
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +89,24 @@ def locate(path: Path, variant: str | None = None) -> WeightFiles:
 def variants(path: Path) -> set[str]:
     """Returns the variants that a directory holds, without the plain one."""
     return {choice.variant for choice in _choices(path)} - {""} if path.is_dir() else set()
+
+
+def check_variant(what: str | Path, known: Collection[str], variant: str | None) -> None:
+    """Refuses a variant that no part of a model has: most likely it is misspelt.
+
+    Args:
+        what: the model, for messages.
+        known: variants that its parts have.
+        variant: the one that is wanted, None for any.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    if variant is not None and variant not in known:
+        held = f"those of {' and '.join(sorted(known))}" if known else "plain ones alone"
+        raise UserError(
+            f"{what} has no files of the variant {variant}, but {held}; leave --variant out, or name another."
+        )
 
 
 def _set_of(file: Path) -> tuple[str, ...]:

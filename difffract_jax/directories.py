@@ -23,17 +23,18 @@ from converters.configurations import (
 from converters.contents import transformer_files, transformer_of
 from converters.pipelines import FOLDERS
 from converters.repositories import (
-    check_variant,
     describing_files,
     is_diffusers_listing,
     is_own_listing,
     is_reference_listing,
+    listed_variants,
     own_files,
     transcoder_files,
     transformer_files_of,
     weight_files,
 )
 from converters.source import Source
+from converters.weight_files import check_variant
 from difffract_jax.config import UserError
 from difffract_jax.hub.names import HubName, parse_hub_name
 from difffract_jax.hub.repository import Repository, fetch, open_repository
@@ -91,7 +92,7 @@ def pipeline_directory(
         raise UserError(_alone(str(name), "DIR"))
     repository = open_repository(name)
     if is_diffusers_listing(repository.files):
-        check_variant(repository.files, FOLDERS, str(name), variant)
+        check_variant(str(name), listed_variants(repository.files), variant)
         path = fetch(repository, describing_files(repository.files), quiet=True)
         check_architecture(path)
         pipeline_config(path)
@@ -157,7 +158,7 @@ def checkpoint(
     name = parse_hub_name(str(source), revision=revision)
     if name is None:
         _refuse_beside(source, revision=revision)
-        return Directory(Path(source))
+        return Directory(_embedded_or_path(source))
     repository = open_repository(name)
     if name.folder.endswith(CHECKPOINT_SUFFIX):
         file = Path(name.folder).name
@@ -183,7 +184,7 @@ def base_directory(base: str | Path, *, variant: str | None = None) -> Directory
     """
     name = parse_hub_name(str(base))
     if name is None:
-        return Directory(Path(base))
+        return Directory(_embedded_or_path(base))
     repository = open_repository(name)
     described = describing_files(repository.files)
     if not described:
@@ -202,7 +203,8 @@ def is_whole_pipeline(source: str | Path, *, revision: str | None = None) -> boo
     """
     name, parts = parse_hub_name(str(source), revision=revision), (*CLASSES, *TOKENIZERS)
     if name is None:
-        return is_diffusers_directory(Path(source)) and all((Path(source) / part).is_dir() for part in parts)
+        path = _embedded_or_path(source)
+        return is_diffusers_directory(path) and all((path / part).is_dir() for part in parts)
     if name.folder.endswith(CHECKPOINT_SUFFIX):
         return False
     paths = open_repository(name).files
@@ -228,6 +230,10 @@ def _pipeline_here(path: Path) -> Path:
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
         raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
     return _directory(path)
+
+
+def _embedded_or_path(model: str | Path) -> Path:
+    return ORGANISM if str(model) == "organism" else Path(model)
 
 
 def _alone(transformer: str, base: str) -> str:

@@ -333,7 +333,7 @@ def convert_transcoders(
     return tcs
 
 
-def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> PipelineConfig:
+def pipeline_config_from_json(record: Any, path: Path) -> PipelineConfig:
     """Rebuilds a pipeline's configuration from `config.json`."""
     parts = {
         "transformer": FluxConfig,
@@ -343,13 +343,17 @@ def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> Pipeline
         "scheduler": SchedulerConfig,
         "defaults": GenerationDefaults,
     }
-    if record.keys() != parts.keys():
+    if not isinstance(record, Mapping) or record.keys() != parts.keys():
         raise UserError(f"The config.json in {path} does not describe the parts {', '.join(parts)}; convert it again.")
     return PipelineConfig(**{name: from_json(cls, record[name], path) for name, cls in parts.items()})
 
 
-def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
+def from_json(cls: type[C], record: Any, path: Path) -> C:
     """Rebuilds a frozen dataclass of plain values; JSON has turned its tuples into lists."""
+    if not isinstance(record, Mapping):
+        raise UserError(
+            f"The config.json in {path} has {record!r} in place of the values of {cls.__name__}; convert it again."
+        )
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     try:
         return cls(**values)

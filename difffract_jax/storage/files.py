@@ -214,7 +214,7 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     index = directory / f"{name}.safetensors.index.json"
     names = {f"{name}.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
+        names = _names_in(index)
     absent = sorted(shard for shard in names if not (directory / shard).exists())
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
@@ -223,6 +223,13 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     if cut:
         raise UserError(f"Truncated: {', '.join(cut)}; copy the directory again.")
     return files
+
+
+def _names_in(index: Path) -> set[str]:
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{index} is not a valid index of shards; copy the directory again.") from None
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], values: Iterable[Any]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from converters.repositories import check_variant, describing_files, own_files, transcoder_files, weight_files
+from converters.repositories import describing_files, listed_variants, own_files, transcoder_files, weight_files
 from converters.weight_files import locate
 from difffract_jax.config import UserError
 
@@ -73,10 +73,7 @@ def test_a_precision_is_chosen_as_in_a_directory_here(tmp_path) -> None:
             weight_files(names, ("transformer",), "it", variant)
         with pytest.raises(UserError):
             locate(tmp_path / "transformer", variant)
-    with pytest.raises(UserError, match=r"it has no files of the variant fp61 \(only bf16, fp16\)"):
-        check_variant(names, ("transformer", "vae"), "it", "fp61")
-    check_variant(names, ("transformer", "vae"), "it", "bf16")
-    check_variant([], ("vae",), "it", None)
+    assert listed_variants([*names, "vae/model.safetensors"]) == {"bf16", "fp16"}
 
 
 def test_parts_without_safetensors_are_told_together() -> None:

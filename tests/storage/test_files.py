@@ -110,6 +110,13 @@ def test_missing_and_truncated_shards_are_named(tmp_path, monkeypatch):
         open_shards(tmp_path, "model")
 
 
+@pytest.mark.parametrize("content", ["x", "{}", "[]", '{"weight_map": 1}'])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="model.safetensors.index.json is not a valid index of shards"):
+        open_shards(tmp_path, "model")
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_directory_leaves_nothing(tmp_path, error):
     with pytest.raises(error), atomic_directory(tmp_path / "sub" / "out") as partial:
