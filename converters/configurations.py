@@ -2,7 +2,7 @@
 
 1. `model_index.json` must name a `FluxPipeline` and the classes of its parts, and the parts must be there; a base,
    which completes a transformer, needs the other parts alone.
-2. Every part's configuration is read by its allow-list; the problems of all are told together.
+2. Every part's configuration is read by its allow-list; the problems of all are reported together.
 3. The parts must fit one another.
 """
 
@@ -132,7 +132,7 @@ def pipeline_config(home: Path) -> PipelineConfig:
 
 
 def read_configs(home: Path, parts: Sequence[str]) -> list[Any]:
-    """Reads the configurations of the named folders; the problems of all are told together."""
+    """Reads the configurations of the named folders; the problems of all are reported together."""
     configs: list[Any] = []
     problems: list[str] = []
     for folder in parts:

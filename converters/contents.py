@@ -1,4 +1,4 @@
-"""What a checkpoint's keys say it is: FLUX's transformer under some prefix, or something else that is told by name.
+"""What a checkpoint's keys say it is: FLUX's transformer under some prefix, or another model, which is named.
 
 1. `find_transformer` looks for the one key that each layout begins with, whatever stands before it: ComfyUI's
    `model.diffusion_model.`, the trainers' `transformer.` and `module.`, or nothing. Keys of other parts, the text
@@ -161,7 +161,7 @@ def describe(keys: list[str], *, beside_transformer: bool = False) -> str | None
     Args:
         keys: all keys.
         beside_transformer: whether they hold what looks like FLUX.1's transformer, so that only what resembles it is
-            told.
+            named.
 
     Example:
         >>> describe(["text_model.encoder.layers.0.mlp.fc1.weight"])
@@ -200,7 +200,7 @@ def _prefixes(keys: list[str], layout: Layout) -> list[str]:
 
 
 def _tell_rest(source: Source, part: Source) -> None:
-    """Tells what is left aside, in one line."""
+    """Logs in one line what is left aside."""
     rest = set(source.names()) - set(part.names())
     named = sorted({name.split(".")[0] for name in rest} - {"scaled_fp8"})
     if named:

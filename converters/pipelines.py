@@ -1,7 +1,7 @@
 """Whole FLUX.1 pipelines from diffusers directories, and transformers from single files.
 
 1. `configurations` says what the directory holds.
-2. The parts are converted in turn, leaf by leaf; the problems of all weights are told together.
+2. The parts are converted in turn, leaf by leaf; the problems of all weights are reported together.
 3. `convert_transformer` converts a transformer alone: a single file in either layout, or a directory with one. With a
    `base` directory, which gives the text encoders, the autoencoder and the tokenizers, it becomes a pipeline.
 """

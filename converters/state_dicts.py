@@ -74,7 +74,7 @@ def unwrapped(state: Mapping[str, V], wanted: str) -> dict[str, V]:
     """
     plain = {key.replace(COMPILED, ""): value for key, value in state.items()}
     if len(plain) < len(state):
-        plain = dict(state)  # the same module compiled and not: its keys are told as they are
+        plain = dict(state)  # the same module compiled and not: its keys are reported as they are
     prefixes = [key.removesuffix(wanted) for key in plain if _is_key(key, wanted)]
     if len(prefixes) > 1:
         names = [prefix.removesuffix(".") or "its top level" for prefix in prefixes]

@@ -2,8 +2,8 @@
 
 1. Files are named `{transcoder|sae}_{img|txt}_{layer}.pt`, perhaps with `_final` or the like before the suffix, which
    may also be .pth, .bin, .ckpt or .safetensors; one directory holds one role. What is named otherwise is left aside.
-2. A file is a state dict, perhaps within a record of training, and under the keys of a wrapper (`state_dicts`). What it
-   is tells its content: safetensors, which need no PyTorch, or a pickle.
+2. A file is a state dict, perhaps within a record of training, and under the keys of a wrapper (`state_dicts`). Its
+   content shows what it is: safetensors, which need no PyTorch, or a pickle.
 3. Widths are read off the first file; every other file must agree, and all that do not are reported together.
 4. `TRANSCODER_TORCH` maps one file; `{site}` is the file's name without `.pt`, stacked over a stream's layers.
 5. The reference feeds its transcoders t in [0, 1], so they load with `conditioning` "film_raw_t"

@@ -224,7 +224,7 @@ def is_transformer_directory(path: Path) -> bool:
 def _pipeline_here(path: Path) -> Path:
     """Returns the directory of a pipeline; a transformer alone is refused, with what completes it."""
     if path.is_file():
-        transformer_of(Source(path))  # what is given by mistake is told by name
+        transformer_of(Source(path))  # names what is given by mistake
     if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
         raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):

@@ -183,7 +183,7 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         overwrite: replace an existing directory.
     """
     trees = {name: getattr(pipe, name) for name in PARTS}
-    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | _told_origin(pipe.origin)
+    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | _origin_entry(pipe.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
@@ -226,7 +226,7 @@ def convert_flux(
             save_pipeline(pipe, partial)
             return pipe
         transformer, config = convert_transformer(given.path, dtype=dtype, sharding=sharding, variant=variant)
-        record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _told_origin(given.origin)
+        record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _origin_entry(given.origin)
         save_trees({"transformer": transformer}, partial, record)
         return transformer
 
@@ -303,7 +303,7 @@ def save_transcoders(
         "config": {name: value for name, value in dataclasses.asdict(tcs.config).items() if value is not None},
         "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
-    } | _told_origin(tcs.origin)
+    } | _origin_entry(tcs.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         return save_trees(tcs.stacks, partial, record)
 
@@ -367,7 +367,7 @@ def _refuse_whole(source: str | Path, base: str | Path | None, revision: str | N
         raise UserError(f"--base completes a transformer, but {source} is a directory with all parts; leave it out.")
 
 
-def _told_origin(origin: str) -> dict[str, str]:
+def _origin_entry(origin: str) -> dict[str, str]:
     """Returns what a directory of ours says of the repository that it was converted from."""
     return {"origin": origin} if origin else {}
 

@@ -1,7 +1,7 @@
 """What went wrong with a repository on the hub, in one sentence that says what to do.
 
 `explained` turns every error that the client raises into a `UserError`. Errors that have another error as their cause
-are told by that cause: the client wraps a connection that failed into "the file is not in the cache".
+are explained by that cause: the client wraps a connection that failed into "the file is not in the cache".
 """
 
 import errno

@@ -9,6 +9,8 @@ from difffract_jax.graphs.files.json_text import INTEGER, LIST, NUMBER, OBJECT, 
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT
 
 VERSION = 2
+DIGITS = 10
+"""Digits of the largest position that a graph holds."""
 KIND_OF = {"feature": FEATURE, "error": ERROR, "input": INPUT}
 DOCUMENT_FIELDS: dict[str, tuple[str, ...]] = {
     "version": (NUMBER, TEXT),
@@ -61,7 +63,9 @@ def _unsound(document: Mapping[str, Any]) -> str | None:
         if node["type"] not in KIND_OF or node["stream"] not in STREAMS:
             return f"the node {node['id']} has the type {node['type']!r} and the stream {node['stream']!r}"
         entries = node["activation_map"].items()
-        if not all(position.isdecimal() and is_number(value) for position, value in entries):
+        if not all(
+            position.isdecimal() and len(position) <= DIGITS and is_number(value) for position, value in entries
+        ):
             return f"the activation map of the node {node['id']} is not finite numbers by position"
         positions = map(int, node["activation_map"])
         if not (_fits(node["layer"], 15) and _fits(node["feat_idx"], 31) and all(_fits(p, 31) for p in positions)):
