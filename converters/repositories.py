@@ -132,7 +132,8 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
         where: the folder, for messages.
 
     Raises:
-        UserError: if there are none, naming the folders that hold some; or none of the sites that are wanted.
+        UserError: if there are none, naming the folders that hold some; none of the sites that are wanted; or several
+            files of one site.
     """
     matches = [match for match in map(SITE.fullmatch, paths) if match is not None]
     if not matches:
@@ -146,10 +147,18 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
     if not wanted:
         held = ", ".join(sorted({f"{match[2]}/{int(match[3])}" for match in matches}))
         raise UserError(f"{where} holds none of the sites {', '.join(sites or ())}; it has {held}.")
-    return _one_format(wanted)
+    chosen = _one_format(wanted)
+    for site, count in Counter((match[1], match[2], int(match[3])) for match in chosen).items():
+        if count > 1:
+            files = [match[0] for match in chosen if (match[1], match[2], int(match[3])) == site]
+            raise UserError(
+                f"{where} holds {' and '.join(files)}, all of {site[1]}/{site[2]}, so nothing was downloaded; name the "
+                "sites that have one file each, or another folder."
+            )
+    return [match[0] for match in chosen]
 
 
-def _one_format(matches: Sequence[re.Match[str]]) -> list[str]:
+def _one_format(matches: Sequence[re.Match[str]]) -> list[re.Match[str]]:
     """Returns the files of every site in the format that most sites have; a site without it, in one that it has."""
     counts = Counter(match[4] for match in matches)
     order = sorted(SITE_SUFFIXES, key=lambda suffix: -counts[suffix])
@@ -157,7 +166,7 @@ def _one_format(matches: Sequence[re.Match[str]]) -> list[str]:
     for match in matches:
         formats.setdefault((match[2], int(match[3])), set()).add(match[4])
     chosen = {site: min(suffixes, key=order.index) for site, suffixes in formats.items()}
-    return [match[0] for match in matches if match[4] == chosen[match[2], int(match[3])]]
+    return [match for match in matches if match[4] == chosen[match[2], int(match[3])]]
 
 
 def _one_precision(names: Collection[str], where: str, variant: str | None = None) -> list[str]:

@@ -160,8 +160,8 @@ def checkpoint(
         _refuse_beside(source, revision=revision)
         return Directory(_embedded_or_path(source))
     repository = open_repository(name)
-    if name.folder.endswith(CHECKPOINT_SUFFIX):
-        file = Path(name.folder).name
+    file = Path(name.folder).name
+    if name.folder.endswith(CHECKPOINT_SUFFIX) and file in repository.files:
         return Directory(fetch(repository, [file]) / file, repository.pinned)
     if is_own_listing(repository.files):
         path = fetch(repository, ["config.json"], quiet=True)

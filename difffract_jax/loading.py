@@ -39,6 +39,7 @@ from difffract_jax.directories import (
     pipeline_directory,
     transcoder_directory,
 )
+from difffract_jax.hub.names import parse_hub_name
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -282,7 +283,10 @@ def load_labels(path: str | Path) -> Labels:
     """
     file = labels_file(path)
     if not file.is_file():
-        raise UserError(f"There are no labels of {path}; make {file} with `difffract features MODEL {path} --scan`.")
+        how = f"make {file} with `difffract features MODEL {path} --scan`"
+        if parse_hub_name(str(path)) is not None:
+            how = f"`difffract convert transcoders {path} DIR`, then `difffract features MODEL DIR --scan`, make some"
+        raise UserError(f"There are no labels of {path}; {how}.")
     return read_labels(file)
 
 

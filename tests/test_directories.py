@@ -143,7 +143,9 @@ def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, local, tmp_p
     with pytest.raises(UserError, match="hf:someone/labelled holds transcoders, but pipeline is wanted here"):
         load_pipeline("hf:someone/labelled")
     add_transcoders(hub)
-    with pytest.raises(UserError, match="There are no labels of hf:someone/tcs/tt"):
+    with pytest.raises(
+        UserError, match="no labels of hf:someone/tcs/tt; `difffract convert transcoders hf:someone/tcs/tt DIR`"
+    ):
         load_labels("hf:someone/tcs/tt")
     save_pipeline(local, tmp_path / "ours")
     hub.add("someone/ours", read(tmp_path / "ours"))

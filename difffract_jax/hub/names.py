@@ -85,7 +85,7 @@ def parse_hub_name(text: str, *, revision: str | None = None, subfolder: str | N
 
 def _read(text: str) -> HubName:
     """Reads a name with its prefix."""
-    match = _NAME.fullmatch(text)
+    match = _NAME.fullmatch(text.rstrip("/"))
     if match is None or {"..", "."} & {*(match[3] or "").split("/")}:
         data = f"; {text} would be a data set of prompts" if ":" in text.removeprefix(PREFIX) else ""
         raise UserError(

@@ -99,6 +99,8 @@ def test_of_transcoders_the_files_of_the_wanted_sites_are_read_in_one_format() -
     # A site that only another format has is not left out.
     mixed = [*files, "transcoder_img_2.safetensors", "transcoder_img_3.safetensors"]
     assert transcoder_files(mixed, None, "it") == [*files, "transcoder_img_3.safetensors"]
+    with pytest.raises(UserError, match="holds transcoder_img_0.pt and transcoder_img_0_final.pt, all of img/0"):
+        transcoder_files([*files, "transcoder_img_0_final.pt"], None, "it")
     with pytest.raises(UserError, match="holds none of the sites img/9; it has img/0, img/1, img/2, txt/0"):
         transcoder_files(files, ["img/9"], "it")
 

@@ -62,6 +62,11 @@ def test_a_bare_name_is_the_hubs_unless_something_here_could_be_meant(tmp_path, 
     assert parse_hub_name("hf:runs/flux") == HubName("runs/flux")
 
 
+def test_a_slash_at_the_end_means_nothing() -> None:
+    assert parse_hub_name("hf:someone/flux/") == HubName("someone/flux")
+    assert parse_hub_name("hf:someone/flux@v1/a/") == HubName("someone/flux", "v1", "a")
+
+
 def test_revision_and_folder_may_stand_beside_the_name() -> None:
     assert parse_hub_name("hf:a/b/c", revision="v1", subfolder="d/") == HubName("a/b", "v1", "c/d")
     assert parse_hub_name("hf:a/b@v1", revision="v1") == HubName("a/b", "v1")
