@@ -161,7 +161,7 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
 def _one_format(matches: Sequence[re.Match[str]]) -> list[re.Match[str]]:
     """Returns the files of every site in the format that most sites have; a site without it, in one that it has."""
     counts = Counter(match[4] for match in matches)
-    order = sorted(SITE_SUFFIXES, key=lambda suffix: -counts[suffix])
+    order: list[str] = sorted(SITE_SUFFIXES, key=lambda suffix: -counts[suffix])
     formats: dict[tuple[str, int], set[str]] = {}
     for match in matches:
         formats.setdefault((match[2], int(match[3])), set()).add(match[4])

@@ -127,8 +127,8 @@ def transcoders_from_torch(
             problems += error.problems
     if problems:
         raise ConversionError(str(directory), problems)
-    sites = sites_of({stream: [file.layer for file in states if file.stream == stream] for stream in STREAMS})
-    return TranscoderSet(stacks, sites, config, tree_hash(stacks))
+    held = sites_of({stream: [file.layer for file in states if file.stream == stream] for stream in STREAMS})
+    return TranscoderSet(stacks, held, config, tree_hash(stacks))
 
 
 def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> None:

@@ -134,7 +134,7 @@ def _from_sentencepiece(home: Path) -> Tokenizer:
     # What the converter asks of a tokenizer; T5 closes a text with a token that its model has.
     stand_in = SimpleNamespace(vocab_file=str(file), _extra_ids=extra_ids)
     try:
-        converter = T5Converter(stand_in)
+        converter: Any = T5Converter(stand_in)
     except DecodeError:
         raise UserError(f"{file} is not a SentencePiece model; copy it again from the pipeline.") from None
     ids = {piece.piece: number for number, piece in enumerate(converter.proto.pieces)}
