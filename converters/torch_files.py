@@ -14,6 +14,7 @@ import importlib
 import pickle
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +122,9 @@ def read_state(path: str | Path, wanted: str = "") -> dict[str, np.ndarray]:
     """
     torch = load_module("torch")
     try:
-        with torch.serialization.safe_globals(_numbers()):
+        with torch.serialization.safe_globals(_numbers()), warnings.catch_warnings():
+            # Of TorchScript and of pickles of later protocols it warns; what cannot be read is an error below.
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
     except DAMAGED as error:
         raise UserError(_unreadable(path, str(error) or type(error).__name__)) from None
@@ -157,6 +160,11 @@ def _unreadable(path: str | Path, reason: str) -> str:
         return (
             f"{path} is a program of TorchScript, which is not opened; save the tensors alone with "
             "torch.save(module.state_dict(), path)."
+        )
+    if f"Unsupported operand {pickle.FRAME[0]}" in reason:
+        return (
+            f"{path} is pickled by protocol 4 or later, which PyTorch does not open safely; save it with torch.save "
+            "and without pickle_protocol."
         )
     # PyTorch puts advice before the reason, to open the file in an unsafe way.
     own = re.search(r"WeightsUnpickler error:\s*(.+)", reason)

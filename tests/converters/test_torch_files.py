@@ -1,6 +1,7 @@
 """PyTorch's side: state dicts, the noise of a seed, and a clear sentence where torch is missing or a file is broken."""
 
 import importlib
+import zipfile
 from argparse import Namespace
 
 import ml_dtypes
@@ -35,6 +36,18 @@ def test_state_dicts_come_back_identical(tmp_path):
 def test_state_dicts_of_old_pytorch_are_read(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     assert np.array_equal(read_state(tmp_path / "a.pt")["a"], [1, 1])
+
+
+def test_pickles_of_later_protocols_and_torchscript_are_named(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="a.pt is pickled by protocol 4 or later"):
+        read_state(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:  # what PyTorch takes for TorchScript
+        archive.writestr("b/constants.pkl", b"")
+        archive.writestr("b/data.pkl", b"")
+        archive.writestr("b/version", b"3")
+    with pytest.raises(UserError, match="b.pt is a program of TorchScript, which is not opened"):
+        read_state(tmp_path / "b.pt")
 
 
 class Surprise:
