@@ -60,6 +60,11 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
         for name, values in allow.fixed.items()
         if name in attributes and attributes[name] not in values
     ]
+    unsupported += [
+        f"{name}={attributes[name]!r} (a whole number or a list is needed)"
+        for name, default in allow.read.items()
+        if name in attributes and not _is_possible(attributes[name], default)
+    ]
     found = {"missing": missing, "not understood": unknown, "unsupported": unsupported}
     problems = [f"{kind}: {', '.join(names)}" for kind, names in found.items() if names]
     if problems:
@@ -68,6 +73,13 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
             "Convert a pipeline of the FLUX.1 architecture, without these attributes."
         )
     return {name: attributes.get(name, default) for name, default in allow.read.items()}
+
+
+def _is_possible(value: object, default: object) -> bool:
+    """Says whether a value is of a type that a size, which has no default, or a list of sizes may have."""
+    if default is REQUIRED:
+        return isinstance(value, list) or (type(value) is int and value >= 0)
+    return isinstance(value, list) or not isinstance(default, tuple)
 
 
 def _quantisation(config: object) -> str:

@@ -2,7 +2,7 @@
 
 1. `model_index.json` must name a `FluxPipeline` and the classes of its parts, and the parts must be there; a base,
    which completes a transformer, needs the other parts alone.
-2. Every part's configuration is read by its allow-list; the problems of all are told together.
+2. Every part's configuration is read by its allow-list; the problems of all are reported together.
 3. The parts must fit one another.
 """
 
@@ -72,7 +72,7 @@ def check_architecture(home: Path) -> None:
     name = index.get("_class_name")
     if name != "FluxPipeline":
         raise UserError(f"{home} is a {name}, but only FluxPipeline (FLUX.1-schnell, FLUX.1-dev) can be converted.")
-    unnamed = [part for part in CLASSES if (index.get(part) or (None, None))[1] is None]
+    unnamed = [part for part in CLASSES if _class_named(index, part) is None]
     lacking = [part for part in (*CLASSES, *TOKENIZERS) if part in unnamed or not (home / part).is_dir()]
     if lacking == ["transformer"]:
         raise UserError(
@@ -86,12 +86,18 @@ def check_architecture(home: Path) -> None:
     _check_classes(home, index, tuple(CLASSES))
 
 
+def _class_named(index: Mapping[str, Any], part: str) -> str | None:
+    """Returns the class of a part, as in ["diffusers", "AutoencoderKL"]; None where there is none."""
+    entry = index.get(part)
+    return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None else None
+
+
 def _check_classes(home: Path, index: Mapping[str, Any], parts: tuple[str, ...]) -> None:
-    classes = {part: (index.get(part) or (None, None))[1] for part in parts}
+    classes = {part: _class_named(index, part) for part in parts}
     wrong = [
-        f"{part} is {found} instead of {' or '.join(CLASSES[part])}"
-        for part, found in classes.items()
-        if found is not None and found not in CLASSES[part]
+        f"{part} is {name} instead of {' or '.join(CLASSES[part])}"
+        for part, name in classes.items()
+        if name is not None and name not in CLASSES[part]
     ]
     if wrong:
         raise UserError(f"{home} is not a plain FLUX.1 pipeline: {'; '.join(wrong)}.")
@@ -126,7 +132,7 @@ def pipeline_config(home: Path) -> PipelineConfig:
 
 
 def read_configs(home: Path, parts: Sequence[str]) -> list[Any]:
-    """Reads the configurations of the named folders; the problems of all are told together."""
+    """Reads the configurations of the named folders; the problems of all are reported together."""
     configs: list[Any] = []
     problems: list[str] = []
     for folder in parts:
@@ -167,7 +173,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows write a mark first
     except FileNotFoundError:
         raise UserError(f"{path} does not exist, so {path.parent} is not {what}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); download it again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object; download it again.")
@@ -190,12 +196,14 @@ def defaults_of(home: Path, transformer: FluxConfig) -> GenerationDefaults:
     The autoencoder's `sample_size` is the side of its training images; schnell is distilled to 4 steps and 256 text
     tokens, dev to a guidance scale of 3.5 and used with 28 steps and 512 tokens.
     """
-    size = read_json(home / "vae" / "config.json", "an autoencoder").get("sample_size", 1024)
-    longest = read_json(home / "tokenizer_2" / "tokenizer_config.json", "a tokenizer").get("model_max_length", 512)
+    size = read_json(home / "vae" / "config.json", "an autoencoder").get("sample_size")
+    size = size if isinstance(size, int) else 1024
+    tokenizer = home / "tokenizer_2" / "tokenizer_config.json"
+    longest = read_json(tokenizer, "a tokenizer").get("model_max_length") if tokenizer.is_file() else None
     tokens, steps, guidance = (512, 28, 3.5) if transformer.guidance else (256, 4, 0.0)
-    return GenerationDefaults(
-        height=size, width=size, text_tokens=int(min(longest, tokens)), steps=steps, guidance=guidance
-    )
+    if isinstance(longest, int | float):  # transformers writes 1e30 for no limit
+        tokens = int(min(longest, tokens))
+    return GenerationDefaults(height=size, width=size, text_tokens=tokens, steps=steps, guidance=guidance)
 
 
 def rope_axes_beside(path: Path) -> tuple[int, ...] | None:

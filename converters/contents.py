@@ -1,4 +1,4 @@
-"""What a checkpoint's keys say it is: FLUX's transformer under some prefix, or something else that is told by name.
+"""What a checkpoint's keys say it is: FLUX's transformer under some prefix, or another model, which is named.
 
 1. `find_transformer` looks for the one key that each layout begins with, whatever stands before it: ComfyUI's
    `model.diffusion_model.`, the trainers' `transformer.` and `module.`, or nothing. Keys of other parts, the text
@@ -87,18 +87,19 @@ def transformer_of(source: Source) -> tuple[Source, Layout]:
     Raises:
         UserError: in one sentence that says what it is instead.
     """
-    found = find_transformer(source)
-    check_weights(found[0] if found else source, adapters=found is not None)
-    what = describe(list(source), beside_transformer=found is not None)
+    part_and_layout = find_transformer(source)
+    has_transformer = part_and_layout is not None
+    check_weights(part_and_layout[0] if part_and_layout else source, adapters=has_transformer)
+    what = describe(list(source), beside_transformer=has_transformer)
     if what is not None:
         raise UserError(f"{source.name} is {what}; FLUX.1's transformer is wanted here.")
-    if found is None:
+    if part_and_layout is None:
         beginnings = sorted({key.split(".")[0] for key in source})[:5]
         raise UserError(
             f"{source.name} is not a FLUX.1 transformer: it holds neither {LAYOUTS[0].anchor} nor {LAYOUTS[1].anchor}, "
             f"under any prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1."
         )
-    return found
+    return part_and_layout
 
 
 def without_prefix(source: Source, *anchors: str) -> Source:
@@ -160,7 +161,7 @@ def describe(keys: list[str], *, beside_transformer: bool = False) -> str | None
     Args:
         keys: all keys.
         beside_transformer: whether they hold what looks like FLUX.1's transformer, so that only what resembles it is
-            told.
+            named.
 
     Example:
         >>> describe(["text_model.encoder.layers.0.mlp.fc1.weight"])
@@ -199,7 +200,7 @@ def _prefixes(keys: list[str], layout: Layout) -> list[str]:
 
 
 def _tell_rest(source: Source, part: Source) -> None:
-    """Tells what is left aside, in one line."""
+    """Logs in one line what is left aside."""
     rest = set(source.names()) - set(part.names())
     named = sorted({name.split(".")[0] for name in rest} - {"scaled_fp8"})
     if named:

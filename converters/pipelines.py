@@ -1,7 +1,7 @@
 """Whole FLUX.1 pipelines from diffusers directories, and transformers from single files.
 
 1. `configurations` says what the directory holds.
-2. The parts are converted in turn, leaf by leaf; the problems of all weights are told together.
+2. The parts are converted in turn, leaf by leaf; the problems of all weights are reported together.
 3. `convert_transformer` converts a transformer alone: a single file in either layout, or a directory with one. With a
    `base` directory, which gives the text encoders, the autoencoder and the tokenizers, it becomes a pipeline.
 """
@@ -37,7 +37,7 @@ from converters.contents import (
 from converters.flux import FLUX_DIFFUSERS, flux_config_from_shapes
 from converters.mapping import ConversionError, Ignored, Rule, Source, load_tree
 from converters.text_encoders import CLIP_PREFIX, clip_tables, t5_tables
-from converters.weight_files import variants
+from converters.weight_files import check_variant, variants
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
@@ -98,7 +98,7 @@ def convert_pipeline(
     check_architecture(source)
     config = pipeline_config(source)
     tokenizers = load_tokenizers(source)
-    _check_variant(source, [source / folder for folder in FOLDERS.values()], variant)
+    check_variant(source, _variants([source / folder for folder in FOLDERS.values()]), variant)
     modules = _convert_parts(config, source, dtype, sharding, tuple(FOLDERS), variant)
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
 
@@ -176,14 +176,8 @@ def _convert_parts(
     return modules
 
 
-def _check_variant(what: str | Path, folders: Sequence[Path], variant: str | None) -> None:
-    """Refuses a variant that no part has: most likely it is misspelt."""
-    known = sorted(set[str]().union(*(variants(folder) for folder in folders)))
-    if variant is not None and variant not in known:
-        raise UserError(
-            f"{what} has no files of the variant {variant} (only {', '.join(known) or 'plain files only'}); "
-            "leave --variant out, or name another."
-        )
+def _variants(folders: Sequence[Path]) -> set[str]:
+    return set[str]().union(*(variants(folder) for folder in folders))
 
 
 def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -> tuple[Source, PartRules]:
@@ -191,8 +185,10 @@ def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -
     check_weights(source)
     if name == "transformer":
         # A file of another layout or prefix may stand under diffusers' name.
-        found = find_transformer(source)
-        part, rules = (source, FLUX_DIFFUSERS) if found is None else (found[0], found[1].rules)
+        part_and_layout = find_transformer(source)
+        part, rules = source, FLUX_DIFFUSERS
+        if part_and_layout is not None:
+            part, rules = part_and_layout[0], part_and_layout[1].rules
         return part, PartRules(abstract_module(MMDiT, config.transformer, dtype), rules)
     if name == "t5":
         source = without_prefix(source, "encoder.final_layer_norm.weight")
@@ -218,11 +214,11 @@ def _complete(source: Path, base: Path, dtype: Any, sharding: Sharding | None, v
     tokenizers = load_tokenizers(base)
     path = _transformer_path(source)
     folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
-    _check_variant(f"{source} and {base}", folders, variant)
+    check_variant(f"{source} and {base}", _variants(folders), variant)
     axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
-    transformer, found = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)
-    check_fit(f"{source} and {base}", found, t5, clip, vae)
-    scheduler = scheduler_of((source, base), found)
-    config = PipelineConfig(found, t5, clip, vae, scheduler, defaults_of(base, found))
+    transformer, shape = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)
+    check_fit(f"{source} and {base}", shape, t5, clip, vae)
+    scheduler = scheduler_of((source, base), shape)
+    config = PipelineConfig(shape, t5, clip, vae, scheduler, defaults_of(base, shape))
     others = _convert_parts(config, base, dtype, sharding, ("t5", "clip", "vae"), variant)
     return Pipeline(transformer=transformer, **others, tokenizers=tokenizers, config=config)

@@ -8,7 +8,7 @@
 4. A scale beside a weight that is not fp8 is refused unless it is 1. ComfyUI multiplies such a weight too, but a
    program that has widened an fp8 file may have multiplied already or not, and nothing in the file says which.
    Multiplying twice, or never, gives white images.
-5. Every other kind is told by the names that its library gives to its tensors, or by a type of fewer than 8 bits.
+5. Every other kind is recognised by the names that its library gives to its tensors, or by a type of fewer than 8 bits.
 """
 
 import re

@@ -9,6 +9,7 @@ Everything here looks at paths alone; `where` is what messages call the reposito
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 from converters.pipelines import FOLDERS
@@ -35,8 +36,6 @@ _WEIGHTS = re.compile(
     rf"(?P<stem>{'|'.join(STEMS)})(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?(?:\.(?P<late>\w+))?\.safetensors"
     rf"|(?P<indexed>{'|'.join(STEMS)})\.safetensors\.index(?:\.(?P<of>\w+))?\.json"
 )
-VARIANTS = ("", "bf16", "fp32", "fp16")
-"""Precisions in the order in which they are taken, before all others; no name is the release's own."""
 
 
 def is_diffusers_listing(paths: Collection[str]) -> bool:
@@ -71,16 +70,17 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
         paths: of the repository.
         parts: "transformer", "t5", "clip" or "vae".
         where: the repository, for messages.
-        variant: precision that is taken where a part has it, as in fp16; the first of `VARIANTS` if left out.
+        variant: precision that is taken where a part has it, as in fp16; else the release's own, which no name tells,
+            or the only one that there is.
 
     Raises:
-        UserError: naming every part that has no safetensors.
+        UserError: naming every part that has no safetensors, or one that has several precisions to choose from.
     """
     chosen: list[str] = []
     lacking = []
     for part in parts:
-        names = [path.removeprefix(f"{FOLDERS[part]}/") for path in paths if path.startswith(f"{FOLDERS[part]}/")]
-        files = _one_precision(names, variant)
+        names = _inside(paths, part)
+        files = _one_precision(names, f"{where}/{FOLDERS[part]}", variant)
         chosen += [f"{FOLDERS[part]}/{name}" for name in files]
         if not files:
             lacking.append(f"{FOLDERS[part]}/ (found {', '.join(sorted(names)) or 'nothing'})")
@@ -90,6 +90,16 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
             "revision of it, that has the weights as safetensors."
         )
     return chosen
+
+
+def listed_variants(paths: Collection[str]) -> set[str]:
+    """Returns the variants that parts of a pipeline have, without the plain one."""
+    return {of for part in FOLDERS for of, _ in _sets(_inside(paths, part))} - {""}
+
+
+def _inside(paths: Iterable[str], part: str) -> list[str]:
+    """Returns the paths in a part's folder."""
+    return [path.removeprefix(f"{FOLDERS[part]}/") for path in paths if path.startswith(f"{FOLDERS[part]}/")]
 
 
 def transformer_files_of(paths: Collection[str], where: str, variant: str | None = None) -> list[str]:
@@ -103,9 +113,13 @@ def transformer_files_of(paths: Collection[str], where: str, variant: str | None
     Raises:
         UserError: if there are no safetensors.
     """
-    files = _one_precision(paths, variant)
+    files = _one_precision(paths, where, variant)
     if not files:
-        raise UserError(f"{where} holds no safetensors, so nothing was downloaded; give another repository.")
+        named = ", ".join(sorted(path for path in paths if path.endswith(".safetensors"))) or "none"
+        raise UserError(
+            f"{where} holds no {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, so nothing was downloaded (its "
+            f"safetensors: {named}); give one of these files, or another repository."
+        )
     return ["config.json", *files]
 
 
@@ -118,7 +132,8 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
         where: the folder, for messages.
 
     Raises:
-        UserError: if there are none, naming the folders that hold some; or none of the sites that are wanted.
+        UserError: if there are none, naming the folders that hold some; none of the sites that are wanted; or several
+            files of one site.
     """
     matches = [match for match in map(SITE.fullmatch, paths) if match is not None]
     if not matches:
@@ -132,27 +147,55 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
     if not wanted:
         held = ", ".join(sorted({f"{match[2]}/{int(match[3])}" for match in matches}))
         raise UserError(f"{where} holds none of the sites {', '.join(sites or ())}; it has {held}.")
-    counts = {suffix: sum(match[4] == suffix for match in wanted) for suffix in SITE_SUFFIXES}
-    suffix = max(SITE_SUFFIXES, key=lambda one: counts[one])
-    return [match[0] for match in wanted if match[4] == suffix]
+    chosen = _one_format(wanted)
+    for site, count in Counter((match[1], match[2], int(match[3])) for match in chosen).items():
+        if count > 1:
+            files = [match[0] for match in chosen if (match[1], match[2], int(match[3])) == site]
+            raise UserError(
+                f"{where} holds {' and '.join(files)}, all of {site[1]}/{site[2]}, so nothing was downloaded; name the "
+                "sites that have one file each, or another folder."
+            )
+    return [match[0] for match in chosen]
 
 
-def _one_precision(names: Iterable[str], variant: str | None = None) -> list[str]:
-    """Returns the weights of a folder in one precision: shards and their index, or the whole file."""
-    sets: dict[tuple[str, str], list[str]] = {}
+def _one_format(matches: Sequence[re.Match[str]]) -> list[re.Match[str]]:
+    """Returns the files of every site in the format that most sites have; a site without it, in one that it has."""
+    counts = Counter(match[4] for match in matches)
+    order: list[str] = sorted(SITE_SUFFIXES, key=lambda suffix: -counts[suffix])
+    formats: dict[tuple[str, int], set[str]] = {}
+    for match in matches:
+        formats.setdefault((match[2], int(match[3])), set()).add(match[4])
+    chosen = {site: min(suffixes, key=order.index) for site, suffixes in formats.items()}
+    return [match for match in matches if match[4] == chosen[match[2], int(match[3])]]
+
+
+def _one_precision(names: Collection[str], where: str, variant: str | None = None) -> list[str]:
+    """Returns the weights of a folder in one precision: shards and their index, or the whole file.
+
+    It is the choice that `converters.weight_files` makes in a directory, so that what else is cached changes nothing.
+    """
+    sets = _sets(names)
+    variants = sorted({of for of, _ in sets} - {""})
+    if not any(of == "" for of, _ in sets) and variant not in variants and len(variants) > (variant is None):
+        raise UserError(
+            f"{where} holds its weights in the variants {' and '.join(variants)} alone; choose one with "
+            f'--variant {variants[0]} (in Python: variant="{variants[0]}").'
+        )
+    if sets:
+        return sets[min(sets, key=lambda key: (key[0] != variant, key[0], STEMS.index(key[1])))]
+    others = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    return others if len(others) == 1 else []
+
+
+def _sets(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Returns the files of every precision and stem, of each the shards or the whole file."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for match in filter(None, map(_WEIGHTS.fullmatch, names)):
         key = match["variant"] or match["late"] or match["of"] or "", match["stem"] or match["indexed"]
-        sets.setdefault(key, []).append(match[0])
-    for key in sorted(sets, key=lambda key: (key[0] != variant, *_rank(key))):
-        whole = [name for name in sets[key] if name.endswith(".safetensors") and "-of-" not in name]
-        if any("-of-" in name for name in sets[key]):
-            return [name for name in sets[key] if name not in whole]  # the whole file would be the same weights again
-        if whole:
-            return whole  # without the index, which leads to no shards
-    return []
-
-
-def _rank(key: tuple[str, str]) -> tuple[int, str, int]:
-    """Orders precisions and stems; precisions of other names come last, by the alphabet."""
-    variant, stem = key
-    return VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS), variant, STEMS.index(stem)
+        groups.setdefault(key, []).append(match[0])
+    sets = {}
+    for key, group in groups.items():
+        whole = [name for name in group if name.endswith(".safetensors") and "-of-" not in name]
+        # Beside shards, the whole file would be the same weights again; without them, an index leads nowhere.
+        sets[key] = [name for name in group if name not in whole] if any("-of-" in name for name in group) else whole
+    return {key: files for key, files in sets.items() if files}

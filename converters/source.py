@@ -166,7 +166,7 @@ class Source:
             for weight, scale in readable.items()
             if not self.is_float(scale) or not quantised.scale_fits(self.shape(weight) or (), self.shape(scale) or ())
         ]
-        # What is told here stops the load, but other tensors are still checked until then, without these scales.
+        # What is reported here stops the load, but other tensors are still checked until then, without these scales.
         self._scales = {weight: scale for weight, scale in readable.items() if weight not in misfit}
         doubtful = [
             weight

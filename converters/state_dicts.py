@@ -34,10 +34,10 @@ def find_state(content: Any, is_tensor: Callable[[Any], bool], wanted: str) -> d
     Raises:
         NotFound: if it has none, or several that could be meant.
     """
-    found = {path: _tensors(one, is_tensor) for path, one in _mappings(content, ())}
-    found = {path: state for path, state in found.items() if state}
-    fitting = {path: state for path, state in found.items() if any(_is_key(key, wanted) for key in state)}
-    chosen = fitting or found
+    tensors = {path: _tensors(one, is_tensor) for path, one in _mappings(content, ())}
+    states = {path: state for path, state in tensors.items() if state}
+    fitting = {path: state for path, state in states.items() if any(_is_key(key, wanted) for key in state)}
+    chosen = fitting or states
     if not chosen:
         raise NotFound("holds no state dict of tensors")
     if len(chosen) > 1:
@@ -74,7 +74,7 @@ def unwrapped(state: Mapping[str, V], wanted: str) -> dict[str, V]:
     """
     plain = {key.replace(COMPILED, ""): value for key, value in state.items()}
     if len(plain) < len(state):
-        plain = dict(state)  # the same module compiled and not: its keys are told as they are
+        plain = dict(state)  # the same module compiled and not: its keys are reported as they are
     prefixes = [key.removesuffix(wanted) for key in plain if _is_key(key, wanted)]
     if len(prefixes) > 1:
         names = [prefix.removesuffix(".") or "its top level" for prefix in prefixes]

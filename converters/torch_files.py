@@ -13,6 +13,8 @@
 import importlib
 import pickle
 import re
+import struct
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,18 @@ from jaxtyping import Float32, Int
 from converters.state_dicts import NotFound, find_state
 from difffract_jax.config import UserError
 from difffract_jax.seeds import LOW_HALF, check_seed
+
+DAMAGED = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    TypeError,
+    struct.error,
+)
+"""What PyTorch raises for files that are damaged, or are no pickles at all."""
 
 
 class TextRecord(NamedTuple):
@@ -108,15 +122,23 @@ def read_state(path: str | Path, wanted: str = "") -> dict[str, np.ndarray]:
     """
     torch = load_module("torch")
     try:
-        with torch.serialization.safe_globals(_numbers()):
+        with torch.serialization.safe_globals(_numbers()), warnings.catch_warnings():
+            # Of TorchScript and of pickles of later protocols it warns; what cannot be read is an error below.
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(Path(path)))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except DAMAGED as error:
         raise UserError(_unreadable(path, str(error) or type(error).__name__)) from None
     try:
         state = find_state(content, lambda value: isinstance(value, torch.Tensor), wanted)
     except NotFound as error:
         raise UserError(f"{path} {error}; save one with torch.save(module.state_dict(), path).") from None
-    return {key: _array(torch, value.detach()) for key, value in state.items()}
+    try:
+        return {key: _array(torch, value.detach()) for key, value in state.items()}
+    except (TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path} holds tensors that are not plain arrays, as sparse or quantised ones ({_first_line(error)}); "
+            "save dense floating point weights."
+        ) from None
 
 
 def _numbers() -> list[Any]:
@@ -128,14 +150,30 @@ def _numbers() -> list[Any]:
 
 def _unreadable(path: str | Path, reason: str) -> str:
     """Says why PyTorch did not read a file."""
-    classes = re.search(r"GLOBAL (\S+) was not an allowed", reason)
+    classes = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", reason)
     if classes:
         return (
             f"{path} holds an object of class {classes[1]}, which is not opened, as that could run any program; save "
             "the tensors alone with torch.save(module.state_dict(), path)."
         )
-    first = reason.splitlines()[0][:120]
+    if "TorchScript" in reason:
+        return (
+            f"{path} is a program of TorchScript, which is not opened; save the tensors alone with "
+            "torch.save(module.state_dict(), path)."
+        )
+    if f"Unsupported operand {pickle.FRAME[0]}" in reason:
+        return (
+            f"{path} is pickled by protocol 4 or later, which PyTorch does not open safely; save it with torch.save "
+            "and without pickle_protocol."
+        )
+    # PyTorch puts advice before the reason, to open the file in an unsafe way.
+    own = re.search(r"WeightsUnpickler error:\s*(.+)", reason)
+    first = _first_line(own[1] if own else reason)
     return f"{path} is truncated or not a state dict of tensors ({first}); download or copy it again."
+
+
+def _first_line(reason: object) -> str:
+    return (str(reason).splitlines() or [""])[0][:120]
 
 
 def write_state(path: str | Path, state: Mapping[str, np.ndarray]) -> None:

@@ -2,8 +2,8 @@
 
 1. Files are named `{transcoder|sae}_{img|txt}_{layer}.pt`, perhaps with `_final` or the like before the suffix, which
    may also be .pth, .bin, .ckpt or .safetensors; one directory holds one role. What is named otherwise is left aside.
-2. A file is a state dict, perhaps within a record of training, and under the keys of a wrapper (`state_dicts`). What it
-   is tells its content: safetensors, which need no PyTorch, or a pickle.
+2. A file is a state dict, perhaps within a record of training, and under the keys of a wrapper (`state_dicts`). Its
+   content shows what it is: safetensors, which need no PyTorch, or a pickle.
 3. Widths are read off the first file; every other file must agree, and all that do not are reported together.
 4. `TRANSCODER_TORCH` maps one file; `{site}` is the file's name without `.pt`, stacked over a stream's layers.
 5. The reference feeds its transcoders t in [0, 1], so they load with `conditioning` "film_raw_t"
@@ -12,7 +12,7 @@
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,26 +80,32 @@ def is_torch_directory(directory: Path) -> bool:
 
 
 def transcoders_from_torch(
-    directory: str | Path, *, sites: Sequence[str] | None = None, dtype: Any = jnp.float32, sharding: Any = None
+    directory: str | Path,
+    *,
+    sites: Sequence[str] | None = None,
+    files: Collection[str] = (),
+    dtype: Any = jnp.float32,
+    sharding: Any = None,
 ) -> TranscoderSet:
     """Converts a directory of the reference's files.
 
     Args:
         directory: holds the files; those of other names are left aside, and a line in the log names them.
         sites: those wanted, as in img/0-3; all if left out.
+        files: names of those to read; all if left out.
         dtype: type of the weights.
         sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
 
     Raises:
         ConversionError: naming every file and tensor that does not fit.
     """
-    files, problems = _list_files(Path(directory))
+    site_files, problems = _list_files(Path(directory), files)
     if sites is not None:
-        files = _chosen(files, sites, Path(directory))
+        site_files = _chosen(site_files, sites, Path(directory))
     if problems:
         raise ConversionError(str(directory), problems)
     states: dict[SiteFile, State] = {}
-    for file in files:
+    for file in site_files:
         try:
             states[file] = _read(file.path)
         except UserError as error:
@@ -121,8 +127,8 @@ def transcoders_from_torch(
             problems += error.problems
     if problems:
         raise ConversionError(str(directory), problems)
-    sites = sites_of({stream: [file.layer for file in states if file.stream == stream] for stream in STREAMS})
-    return TranscoderSet(stacks, sites, config, tree_hash(stacks))
+    held = sites_of({stream: [file.layer for file in states if file.stream == stream] for stream in STREAMS})
+    return TranscoderSet(stacks, held, config, tree_hash(stacks))
 
 
 def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> None:
@@ -166,10 +172,11 @@ def stacked_transcoders(config: TranscoderConfig, count: int, dtype: Any) -> Any
     return jax.eval_shape(lambda: jax.vmap(build)(jax.random.split(jax.random.key(0), count)))
 
 
-def _list_files(directory: Path) -> tuple[list[SiteFile], list[str]]:
+def _list_files(directory: Path, names: Collection[str] = ()) -> tuple[list[SiteFile], list[str]]:
     """Returns the files in order of stream and layer, and what is wrong with their names; logs those left aside."""
     # A link that leads nowhere is kept: left out without a word, its site would be missing.
     paths = [path for path in sorted(directory.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
+    paths = [path for path in paths if not names or path.name in names]
     matches = {path: SITE.fullmatch(path.name) for path in paths}
     files = [SiteFile(m[1], m[2], int(m[3]), path) for path, m in matches.items() if m is not None]
     others = [path.name for path, m in matches.items() if m is None]
@@ -255,7 +262,7 @@ def _transposed(states: Mapping[SiteFile, State]) -> list[str]:
                 guilty.setdefault(file.path.name, []).append(key)
     if not guilty:
         return []
-    keys = list(dict.fromkeys(key for found in guilty.values() for key in found))
+    keys = list(dict.fromkeys(key for transposed in guilty.values() for key in transposed))
     return [
         f"{', '.join(keys)} of {', '.join(cap(list(guilty)))} are transposed, as the lengths of the biases show; store "
         "them outputs first, as torch.nn.Linear does"

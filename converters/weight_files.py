@@ -12,6 +12,7 @@
 import json
 import re
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,24 @@ def variants(path: Path) -> set[str]:
     return {choice.variant for choice in _choices(path)} - {""} if path.is_dir() else set()
 
 
+def check_variant(what: str | Path, known: Collection[str], variant: str | None) -> None:
+    """Refuses a variant that no part of a model has: most likely it is misspelt.
+
+    Args:
+        what: the model, for messages.
+        known: variants that its parts have.
+        variant: the one that is wanted, None for any.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    if variant is not None and variant not in known:
+        held = f"those of {' and '.join(sorted(known))}" if known else "plain ones alone"
+        raise UserError(
+            f"{what} has no files of the variant {variant}, but {held}; leave --variant out, or name another."
+        )
+
+
 def _set_of(file: Path) -> tuple[str, ...]:
     """Returns the names of all shards of which a file is one; its own where it is whole."""
     for choice in _plain(file.parent):
@@ -109,9 +128,9 @@ def _check_complete(path: Path, choice: Choice) -> None:
 
 def _choices(path: Path) -> list[Choice]:
     """Returns what there is to choose from: of the usual stems, or of the only other one."""
-    found = [*_indexed(path), *_plain(path)]
-    there = [choice for choice in found if any((path / name).exists() for name in choice.names)]
-    usable = there or found
+    choices = [*_indexed(path), *_plain(path)]
+    present = [choice for choice in choices if any((path / name).exists() for name in choice.names)]
+    usable = present or choices
     usual = [choice for choice in usable if choice.stem in STEMS]
     return usual or (usable if len({choice.stem for choice in usable}) == 1 else [])
 
@@ -207,5 +226,5 @@ def _read_index(index: Path) -> dict[str, str]:
         if not listed or not all(isinstance(name, str) for name in listed.values()):
             raise ValueError
         return listed
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{index} is not a valid index of shards; download it again.") from None

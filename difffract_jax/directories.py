@@ -27,12 +27,14 @@ from converters.repositories import (
     is_diffusers_listing,
     is_own_listing,
     is_reference_listing,
+    listed_variants,
     own_files,
     transcoder_files,
     transformer_files_of,
     weight_files,
 )
 from converters.source import Source
+from converters.weight_files import check_variant
 from difffract_jax.config import UserError
 from difffract_jax.hub.names import HubName, parse_hub_name
 from difffract_jax.hub.repository import Repository, fetch, open_repository
@@ -51,8 +53,8 @@ class Directory(NamedTuple):
     Attributes:
         path: where it lies.
         origin: its name on the hub, commit included; "" for what does not come from there.
-        weights: of a pipeline of diffusers from the hub, the files that are read; others may lie beside them, as other
-            tools share the cache.
+        weights: of a pipeline of diffusers, or of the reference's transcoders, from the hub, the files that are read;
+            others may lie beside them, as other tools share the cache.
     """
 
     path: Path
@@ -72,13 +74,15 @@ def pipeline_directory(
     Args:
         model: "organism", a directory, or a repository on the hub.
         revision: branch, tag or commit of a repository; the default branch if left out.
-        parts: whose weights are needed; of a repository, those of others are not downloaded.
+        parts: whose weights are needed; of a repository of diffusers, those of others are not downloaded. Of one that
+            this package wrote, all weights are, or none for ().
         variant: which weights to download where there are several, as in fp16.
 
     Raises:
         UserError: if it is neither, or cannot be downloaded.
     """
     if str(model) == "organism":
+        _refuse_beside(model, revision=revision)
         return Directory(ORGANISM)
     name = parse_hub_name(str(model), revision=revision)
     if name is None:
@@ -88,12 +92,13 @@ def pipeline_directory(
         raise UserError(_alone(str(name), "DIR"))
     repository = open_repository(name)
     if is_diffusers_listing(repository.files):
+        check_variant(str(name), listed_variants(repository.files), variant)
         path = fetch(repository, describing_files(repository.files), quiet=True)
         check_architecture(path)
         pipeline_config(path)
         weights = weight_files(repository.files, parts, str(name), variant)
         return Directory(fetch(repository, weights) if weights else path, repository.pinned, tuple(weights))
-    return _own(repository, "pipeline")
+    return _own(repository, "pipeline", weights=bool(parts))
 
 
 def transcoder_directory(
@@ -121,7 +126,8 @@ def transcoder_directory(
     paths = list(repository.files)
     if is_own_listing(paths) and not is_reference_listing(paths):
         return _own(repository, "transcoders")
-    return Directory(fetch(repository, transcoder_files(paths, sites, str(name))), repository.pinned)
+    files = transcoder_files(paths, sites, str(name))
+    return Directory(fetch(repository, files), repository.pinned, tuple(files))
 
 
 def labels_file(path: str | Path) -> Path:
@@ -137,27 +143,35 @@ def labels_file(path: str | Path) -> Path:
     return fetch(repository, [LABELS]) / LABELS if LABELS in repository.files else Path(str(name)) / LABELS
 
 
-def checkpoint(source: str | Path, *, revision: str | None = None, variant: str | None = None) -> Directory:
+def checkpoint(
+    source: str | Path, *, revision: str | None = None, variant: str | None = None, completed: bool = False
+) -> Directory:
     """Returns a checkpoint that is to be converted: a pipeline, or a transformer alone.
 
     Args:
         source: a file, a directory, or a repository on the hub, a folder or a file in it.
         revision: branch, tag or commit of a repository.
         variant: which weights to download where there are several, as in fp16.
+        completed: whether a base has the parts beside the transformer; of a pipeline, the transformer alone is then
+            downloaded.
     """
     name = parse_hub_name(str(source), revision=revision)
     if name is None:
         _refuse_beside(source, revision=revision)
-        return Directory(Path(source))
+        return Directory(_embedded_or_path(source))
     repository = open_repository(name)
-    if name.folder.endswith(CHECKPOINT_SUFFIX):
-        file = Path(name.folder).name
+    file = Path(name.folder).name
+    if name.folder.endswith(CHECKPOINT_SUFFIX) and file in repository.files:
         return Directory(fetch(repository, [file]) / file, repository.pinned)
     if is_own_listing(repository.files):
         path = fetch(repository, ["config.json"], quiet=True)
         if read_json(path / "config.json", "a transformer").get("_class_name") in CLASSES["transformer"]:
             weights = transformer_files_of(repository.files, str(name), variant)
             return Directory(fetch(repository, weights), repository.pinned, tuple(weights))
+    if completed and is_diffusers_listing(repository.files):
+        weights = weight_files(repository.files, ("transformer",), str(name), variant)
+        path = fetch(repository, [*describing_files(repository.files), *weights])
+        return Directory(path, repository.pinned, tuple(weights))
     return pipeline_directory(source, revision=revision, variant=variant)
 
 
@@ -170,7 +184,7 @@ def base_directory(base: str | Path, *, variant: str | None = None) -> Directory
     """
     name = parse_hub_name(str(base))
     if name is None:
-        return Directory(Path(base))
+        return Directory(_embedded_or_path(base))
     repository = open_repository(name)
     described = describing_files(repository.files)
     if not described:
@@ -180,13 +194,21 @@ def base_directory(base: str | Path, *, variant: str | None = None) -> Directory
     return Directory(fetch(repository, weights), repository.pinned, tuple(weights))
 
 
-def is_whole_pipeline(source: str | Path) -> bool:
-    """Says whether a checkpoint is a pipeline of diffusers with all its parts; on the hub, by its list of files."""
-    name = parse_hub_name(str(source))
+def is_whole_pipeline(source: str | Path, *, revision: str | None = None) -> bool:
+    """Says whether a checkpoint is a pipeline of diffusers with all its parts; on the hub, by its list of files.
+
+    Args:
+        source: as for `checkpoint`.
+        revision: of a repository.
+    """
+    name, parts = parse_hub_name(str(source), revision=revision), (*CLASSES, *TOKENIZERS)
     if name is None:
-        parts = (*CLASSES, *TOKENIZERS)
-        return is_diffusers_directory(Path(source)) and all((Path(source) / part).is_dir() for part in parts)
-    return not name.folder.endswith(CHECKPOINT_SUFFIX) and is_diffusers_listing(open_repository(name).files)
+        path = _embedded_or_path(source)
+        return is_diffusers_directory(path) and all((path / part).is_dir() for part in parts)
+    if name.folder.endswith(CHECKPOINT_SUFFIX):
+        return False
+    paths = open_repository(name).files
+    return is_diffusers_listing(paths) and {*parts} <= {path.partition("/")[0] for path in paths}
 
 
 def is_transformer_directory(path: Path) -> bool:
@@ -202,12 +224,16 @@ def is_transformer_directory(path: Path) -> bool:
 def _pipeline_here(path: Path) -> Path:
     """Returns the directory of a pipeline; a transformer alone is refused, with what completes it."""
     if path.is_file():
-        transformer_of(Source(path))  # what is given by mistake is told by name
+        transformer_of(Source(path))  # names what is given by mistake
     if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
         raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
         raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
     return _directory(path)
+
+
+def _embedded_or_path(model: str | Path) -> Path:
+    return ORGANISM if str(model) == "organism" else Path(model)
 
 
 def _alone(transformer: str, base: str) -> str:
@@ -230,7 +256,7 @@ def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tup
     return None, Directory(_directory(Path(path) / (subfolder or "")))
 
 
-def _own(repository: Repository, kind: str) -> Directory:
+def _own(repository: Repository, kind: str, *, weights: bool = True) -> Directory:
     """Fetches a directory of a kind that this package wrote, its `config.json` first: other tools' have one too."""
     name, hint = repository.name, "give another repository, or folder in it"
     if not is_own_listing(repository.files):
@@ -241,13 +267,14 @@ def _own(repository: Repository, kind: str) -> Directory:
             f"{name} holds no {kind}: neither model_index.json, as diffusers writes it, nor config.json, as difffract "
             f"does; {hint}."
         )
-    record = read_json(fetch(repository, ["config.json"], quiet=True) / "config.json", "a directory of difffract")
+    path = fetch(repository, ["config.json"], quiet=True)
+    record = read_json(path / "config.json", "a directory of difffract")
     if record.get("_class_name") in CLASSES["transformer"]:
         raise UserError(_alone(str(name), "DIR"))
     if "format_version" not in record or record.get("kind") != kind:
-        found = record.get("kind") if "format_version" in record else "files of another tool"
-        raise UserError(f"{name} holds {found}, but {kind} is wanted here; {hint}.")
-    return Directory(fetch(repository, own_files(repository.files)), repository.pinned)
+        held = record.get("kind") if "format_version" in record else "files of another tool"
+        raise UserError(f"{name} holds {held}, but {kind} is wanted here; {hint}.")
+    return Directory(fetch(repository, own_files(repository.files)) if weights else path, repository.pinned)
 
 
 def _refuse_beside(path: str | Path, **given: str | None) -> None:

@@ -39,6 +39,7 @@ from difffract_jax.directories import (
     pipeline_directory,
     transcoder_directory,
 )
+from difffract_jax.hub.names import parse_hub_name
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
@@ -92,12 +93,12 @@ def load_pipeline(
     Raises:
         UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
     """
-    _refuse_whole(model, base)
+    _refuse_whole(model, base, revision)
     home = None if base is None else base_directory(base, variant=variant)
     if home is None:
         given = pipeline_directory(model, revision=revision, variant=variant)
     else:
-        given = checkpoint(model, revision=revision, variant=variant)
+        given = checkpoint(model, revision=revision, variant=variant, completed=True)
     path, origin = given.path, given.origin
     check_sums(path)
     if home is not None or is_diffusers_directory(path):
@@ -183,7 +184,7 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         overwrite: replace an existing directory.
     """
     trees = {name: getattr(pipe, name) for name in PARTS}
-    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | _told_origin(pipe.origin)
+    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | _origin_entry(pipe.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
@@ -218,7 +219,7 @@ def convert_flux(
     _refuse_whole(source, base)
     # Entered first, so that an occupied target is refused before hours of work.
     with atomic_directory(out, overwrite=overwrite) as partial:
-        given = checkpoint(source, variant=variant)
+        given = checkpoint(source, variant=variant, completed=base is not None)
         home = None if base is None else base_directory(base, variant=variant).path
         if home is not None or (given.path.is_dir() and not is_transformer_directory(given.path)):
             pipe = convert_pipeline(given.path, base=home, dtype=dtype, sharding=sharding, variant=variant)
@@ -226,7 +227,7 @@ def convert_flux(
             save_pipeline(pipe, partial)
             return pipe
         transformer, config = convert_transformer(given.path, dtype=dtype, sharding=sharding, variant=variant)
-        record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _told_origin(given.origin)
+        record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _origin_entry(given.origin)
         save_trees({"transformer": transformer}, partial, record)
         return transformer
 
@@ -254,9 +255,9 @@ def load_transcoders(
         sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
-    directory, origin, _ = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
+    directory, origin, files = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
     if is_torch_directory(directory):
-        made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites)
+        made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites, files=files)
         return made._replace(origin=origin)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
@@ -282,7 +283,10 @@ def load_labels(path: str | Path) -> Labels:
     """
     file = labels_file(path)
     if not file.is_file():
-        raise UserError(f"There are no labels of {path}; make {file} with `difffract features MODEL {path} --scan`.")
+        how = f"make {file} with `difffract features MODEL {path} --scan`"
+        if parse_hub_name(str(path)) is not None:
+            how = f"`difffract convert transcoders {path} DIR`, then `difffract features MODEL DIR --scan`, make some"
+        raise UserError(f"There are no labels of {path}; {how}.")
     return read_labels(file)
 
 
@@ -303,7 +307,7 @@ def save_transcoders(
         "config": {name: value for name, value in dataclasses.asdict(tcs.config).items() if value is not None},
         "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
-    } | _told_origin(tcs.origin)
+    } | _origin_entry(tcs.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         return save_trees(tcs.stacks, partial, record)
 
@@ -333,7 +337,7 @@ def convert_transcoders(
     return tcs
 
 
-def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> PipelineConfig:
+def pipeline_config_from_json(record: Any, path: Path) -> PipelineConfig:
     """Rebuilds a pipeline's configuration from `config.json`."""
     parts = {
         "transformer": FluxConfig,
@@ -343,13 +347,17 @@ def pipeline_config_from_json(record: Mapping[str, Any], path: Path) -> Pipeline
         "scheduler": SchedulerConfig,
         "defaults": GenerationDefaults,
     }
-    if record.keys() != parts.keys():
+    if not isinstance(record, Mapping) or record.keys() != parts.keys():
         raise UserError(f"The config.json in {path} does not describe the parts {', '.join(parts)}; convert it again.")
     return PipelineConfig(**{name: from_json(cls, record[name], path) for name, cls in parts.items()})
 
 
-def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
+def from_json(cls: type[C], record: Any, path: Path) -> C:
     """Rebuilds a frozen dataclass of plain values; JSON has turned its tuples into lists."""
+    if not isinstance(record, Mapping):
+        raise UserError(
+            f"The config.json in {path} has {record!r} in place of the values of {cls.__name__}; convert it again."
+        )
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     try:
         return cls(**values)
@@ -357,13 +365,13 @@ def from_json(cls: type[C], record: Mapping[str, Any], path: Path) -> C:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
 
 
-def _refuse_whole(source: str | Path, base: str | Path | None) -> None:
+def _refuse_whole(source: str | Path, base: str | Path | None, revision: str | None = None) -> None:
     """Refuses a base for a pipeline that has all parts."""
-    if base is not None and is_whole_pipeline(source):
+    if base is not None and is_whole_pipeline(source, revision=revision):
         raise UserError(f"--base completes a transformer, but {source} is a directory with all parts; leave it out.")
 
 
-def _told_origin(origin: str) -> dict[str, str]:
+def _origin_entry(origin: str) -> dict[str, str]:
     """Returns what a directory of ours says of the repository that it was converted from."""
     return {"origin": origin} if origin else {}
 

@@ -71,7 +71,7 @@ def random_key(seed: int) -> Key[Array, ""]:
         [1, 5]
     """
     number = check_seed(seed)
-    words = np.array([number >> HALF_BITS, number & LOW_HALF], np.uint32)
+    words: Any = np.array([number >> HALF_BITS, number & LOW_HALF], np.uint32)
     return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 

@@ -4,7 +4,7 @@
 2. `lines_of` ends lines at LF, CRLF and CR alone. `str.splitlines` also does at U+2028, form feeds and others, which
    JSON strings and captions may hold.
 3. `unicode_problem` finds lone surrogates: halves of characters, which no tokenizer takes. Python makes them of broken
-   JSON escapes, and of the command line's bytes that the locale cannot decode.
+   JSON escapes, and of the command line's bytes that the locale cannot decode. `unicode_replaced` takes them out.
 
 No imports of this package, so that settings too can be read through it.
 """
@@ -76,3 +76,16 @@ def unicode_problem(text: str) -> str | None:
             "set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
         )
     return f"holds {match[0]!r}, half of a character, as a broken JSON escape leaves it; write the character itself"
+
+
+def unicode_replaced(text: str) -> str:
+    """Returns a text with U+FFFD in place of every lone surrogate.
+
+    Args:
+        text: any string of Python.
+
+    Example:
+        >>> unicode_replaced("a \\ud83d fox") == "a \\ufffd fox"
+        True
+    """
+    return _SURROGATE.sub("\ufffd", text)

@@ -143,11 +143,21 @@ def test_directories_of_ours_are_read_from_the_hub_with_labels(hub, local, tmp_p
     with pytest.raises(UserError, match="hf:someone/labelled holds transcoders, but pipeline is wanted here"):
         load_pipeline("hf:someone/labelled")
     add_transcoders(hub)
-    with pytest.raises(UserError, match="There are no labels of hf:someone/tcs/tt"):
+    with pytest.raises(
+        UserError, match="no labels of hf:someone/tcs/tt; `difffract convert transcoders hf:someone/tcs/tt DIR`"
+    ):
         load_labels("hf:someone/tcs/tt")
     save_pipeline(local, tmp_path / "ours")
     hub.add("someone/ours", read(tmp_path / "ours"))
+    config, _ = abstract_pipeline("hf:someone/ours")
+    assert config == local.config.transformer and "t5.safetensors" not in hub.downloaded
     assert_equal(load_pipeline("hf:someone/ours")[:4], local[:4])
+
+
+def test_other_formats_of_a_site_in_the_cache_do_not_matter(hub) -> None:
+    add_transcoders(hub).files["tt/transcoder_img_0.safetensors"] = b"unread"
+    fetch(open_repository(HubName("someone/tcs")), ["tt/transcoder_img_0.safetensors"])
+    assert_equal(load_transcoders("hf:someone/tcs/tt").stacks, load_transcoders(TRANSCODERS).stacks)
 
 
 def test_other_files_in_the_cache_do_not_change_what_large_weights_are_called(hub) -> None:
@@ -160,7 +170,10 @@ def test_other_files_in_the_cache_do_not_change_what_large_weights_are_called(hu
 
 
 def test_what_only_a_repository_has_is_refused_elsewhere() -> None:
-    for load, given in ((load_pipeline, PIPELINE), (load_transcoders, TRANSCODERS), (load_transcoders, "organism")):
+    for load, given in (
+        *((load_pipeline, model) for model in (PIPELINE, "organism")),
+        *((load_transcoders, tcs) for tcs in (TRANSCODERS, "organism")),
+    ):
         with pytest.raises(UserError, match="does not lie on the hub, so it takes no revision; leave revision out"):
             load(given, revision="main")
 
@@ -224,6 +237,18 @@ def test_a_transformer_on_the_hub_is_loaded_with_a_base(hub, local) -> None:
     pipe = load_pipeline("hf:someone/flux/transformer", base="hf:someone/flux")
     assert_equal(pipe[:4], local[:4])
     assert pipe.origin.endswith("/transformer")
+
+
+def test_a_pipeline_on_the_hub_without_some_parts_is_completed_by_a_base(hub, local) -> None:
+    add_pipeline(hub)
+    held = {path: content for path, content in read(PIPELINE).items() if not path.startswith("text_encoder")}
+    hub.add("someone/half", held)
+    with pytest.raises(UserError, match="lacks text_encoder, text_encoder_2; copy these folders.*, with --base"):
+        load_pipeline("hf:someone/half")
+    assert not [path for path in hub.downloaded if path.endswith(".safetensors")]
+    pipe = load_pipeline("hf:someone/half", base="hf:someone/flux", revision="main")
+    assert_equal(pipe[:4], local[:4])
+    assert pipe.source == local.source
 
 
 def test_a_variant_on_the_hub_is_downloaded_where_it_is_asked_for(hub) -> None:

@@ -162,6 +162,13 @@ def test_what_is_no_model_is_refused(model, message):
         load_pipeline(model)
 
 
+def test_the_embedded_model_is_known_as_base_and_as_whole():
+    with pytest.raises(UserError, match="--base completes a transformer, but organism is a directory with all parts"):
+        load_pipeline("organism", base=PIPELINE)
+    with pytest.raises(UserError, match="do not fit one another"):
+        load_pipeline(PIPELINE / "transformer", base="organism")
+
+
 def test_a_model_and_transcoders_are_not_confused(saved, tcs, tmp_path):
     save_transcoders(tcs, tmp_path / "tcs")
     with pytest.raises(UserError, match="holds transcoders, but pipeline is wanted"):
@@ -191,6 +198,12 @@ def test_a_configuration_that_does_not_fit_is_refused(copy):
     extra["config"]["vae"]["colour"] = 1
     path.write_text(json.dumps(extra))
     with pytest.raises(UserError, match="does not fit AutoencoderConfig"):
+        load_pipeline(copy)
+    path.write_text(json.dumps(record | {"config": record["config"] | {"vae": 5}}))
+    with pytest.raises(UserError, match="has 5 in place of the values of AutoencoderConfig"):
+        load_pipeline(copy)
+    path.write_text(json.dumps(record | {"config": None}))
+    with pytest.raises(UserError, match="does not describe the parts"):
         load_pipeline(copy)
     del record["config"]["vae"]
     path.write_text(json.dumps(record))

@@ -115,7 +115,7 @@ def _told_of_compiling(show: Callable[[str], None]) -> Iterator[None]:
     # JAX tells when a stage ends: when a program has been lowered, its compilation begins.
     after = {"jaxpr_to_mlir_module_duration": " (compiling)", "backend_compile_duration": ""}
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         text = after.get(event.rsplit("/", 1)[-1])
         if text is not None:
             show(text)

@@ -21,17 +21,17 @@ class UnclearLinks:
 
     def sentences(self) -> list[str]:
         """Returns what to tell of them, a sentence for each kind that there is."""
-        told = []
+        sentences = []
         if self.left_out:
             absent = _listed(self.absent, "or")
-            told.append(f"{_counted(self.left_out)} left out, as the document has no node {absent}.")
+            sentences.append(f"{_counted(self.left_out)} left out, as the document has no node {absent}.")
         if self.in_doubt:
             links = _counted(self.in_doubt, f" from {_listed(self.shared, 'and')}")
-            told.append(
+            sentences.append(
                 f"{links} given to an error or to a feature, which share that name: two into one node go by the order "
                 "of the nodes, one alone goes to the feature."
             )
-        return told
+        return sentences
 
 
 def _counted(links: int, which: str = "") -> str:

@@ -1,7 +1,7 @@
 """What went wrong with a repository on the hub, in one sentence that says what to do.
 
 `explained` turns every error that the client raises into a `UserError`. Errors that have another error as their cause
-are told by that cause: the client wraps a connection that failed into "the file is not in the cache".
+are explained by that cause: the client wraps a connection that failed into "the file is not in the cache".
 """
 
 import errno
@@ -55,7 +55,8 @@ def is_unreachable(error: BaseException) -> bool:
     """Says whether an error means that the hub cannot be reached or does not work now, not that it refuses."""
     errors = client("errors")
     if isinstance(error, errors.HfHubHTTPError):
-        return error.response.status_code >= 500 or error.response.status_code == 429
+        status = _response(error).status_code
+        return status >= 500 or status == 429
     return isinstance(error, errors.HTTPError | ConnectionError | TimeoutError | json.JSONDecodeError)
 
 
@@ -78,13 +79,18 @@ def sentence(error: BaseException, name: HubName, downloading: bool) -> str:
             f"https://huggingface.co/{repository}/tree/main."
         )
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        path = str(error.response.url).partition("/resolve/")[2].partition("/")[2].partition("?")[0]
+        path = str(_response(error).url).partition("/resolve/")[2].partition("/")[2].partition("?")[0]
         return f"{repository} has no file {path or name.folder}, though the hub lists it; give another revision."
     if isinstance(error, errors.HfHubHTTPError):
         return _refused(error, repository)
     if isinstance(error, errors.HFValidationError):
         return f"{repository} is not a possible name of a repository ({_brief(error)}); write hf:OWNER/NAME."
     return _broken(error, repository, downloading)
+
+
+def _response(error: Any) -> Any:
+    """Returns the hub's answer; type checkers do not know the client, which is optional."""
+    return error.response
 
 
 def _gated(repository: str) -> str:

@@ -68,6 +68,8 @@ def parse_hub_name(text: str, *, revision: str | None = None, subfolder: str | N
     """
     address = _ADDRESS.fullmatch(text)
     if address is not None:
+        if address[1].startswith(("datasets/", "spaces/")):
+            raise UserError(f"{text} is not the address of a model; give a repository of a model as hf:OWNER/NAME.")
         raise UserError(f"{text} is an address; write {PREFIX}{address[1]} for that repository.")
     if text.startswith(PREFIX):
         name = _read(text)
@@ -83,7 +85,7 @@ def parse_hub_name(text: str, *, revision: str | None = None, subfolder: str | N
 
 def _read(text: str) -> HubName:
     """Reads a name with its prefix."""
-    match = _NAME.fullmatch(text)
+    match = _NAME.fullmatch(text.rstrip("/"))
     if match is None or {"..", "."} & {*(match[3] or "").split("/")}:
         data = f"; {text} would be a data set of prompts" if ":" in text.removeprefix(PREFIX) else ""
         raise UserError(

@@ -162,9 +162,9 @@ def _within(files: Mapping[str, HubFile], name: HubName) -> dict[str, HubFile]:
     inside = {path.removeprefix(prefix): file for path, file in files.items() if path.startswith(prefix)}
     if not inside:
         folders = sorted({path.rpartition("/")[0] for path in files} - {""})
+        held = f"its folders are {_some(folders)}" if folders else "it has no folders"
         raise UserError(
-            f"{name.repository} has no folder or file {name.folder or '/'} at {name.revision or 'main'}; its folders "
-            f"are {_some(folders) or 'none'}."
+            f"{name.repository} has no folder or file {name.folder or '/'} at {name.revision or 'main'}; {held}."
         )
     return inside
 

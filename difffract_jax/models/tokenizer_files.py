@@ -111,21 +111,30 @@ def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
 def _named(kind: type[T], home: Path, origin: Path) -> T:
     """Returns what transformers makes of a directory."""
     try:
-        return kind.from_pretrained(home, local_files_only=True)
+        made = kind.from_pretrained(home, local_files_only=True)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise UserError(
             f"transformers cannot load {origin} as a {kind.__name__} ({_brief(error)}); copy it again."
         ) from None
+    if made.pad_token_id is None:
+        raise UserError(f"The tokenizer in {origin} names no token for padding in its {CONFIG}; copy it again.")
+    if not isinstance(made.model_max_length, int | float):
+        raise UserError(
+            f"{origin / CONFIG} has model_max_length={made.model_max_length!r} instead of a number; copy it again."
+        )
+    return made
 
 
 def _from_sentencepiece(home: Path) -> Tokenizer:
     """Converts T5's SentencePiece model."""
     config = json.loads((home / CONFIG).read_text(encoding="utf-8")) if (home / CONFIG).is_file() else {}
-    file = home / SPIECE
+    file, extra_ids = home / SPIECE, config.get("extra_ids", EXTRA_IDS)
+    if type(extra_ids) is not int:
+        raise UserError(f"{home / CONFIG} has extra_ids={extra_ids!r} instead of a whole number; copy it again.")
     # What the converter asks of a tokenizer; T5 closes a text with a token that its model has.
-    stand_in = SimpleNamespace(vocab_file=str(file), _extra_ids=config.get("extra_ids", EXTRA_IDS))
+    stand_in = SimpleNamespace(vocab_file=str(file), _extra_ids=extra_ids)
     try:
-        converter = T5Converter(stand_in)
+        converter: Any = T5Converter(stand_in)
     except DecodeError:
         raise UserError(f"{file} is not a SentencePiece model; copy it again from the pipeline.") from None
     ids = {piece.piece: number for number, piece in enumerate(converter.proto.pieces)}

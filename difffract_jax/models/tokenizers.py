@@ -74,7 +74,7 @@ def load_tokenizers(directory: str | Path) -> Tokenizers:
     """
     clip_home, t5_home = Path(directory) / "tokenizer", Path(directory) / "tokenizer_2"
     clip, t5 = load_clip(clip_home), load_t5(t5_home)
-    if clip.model_max_length > LONGEST_CLIP:
+    if not 2 <= clip.model_max_length <= LONGEST_CLIP:
         raise UserError(
             f"{clip_home} does not say how long CLIP's prompts are; "
             "a tokenizer_config.json with model_max_length (77 in FLUX.1) is needed there."

@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -108,9 +109,11 @@ def publish(own: Path, shared: Path) -> None:
 
 def sweep(root: Path) -> None:
     """Removes the folders of this machine's processes that were killed."""
-    for own in root.glob(f"{_RUNS}{platform.node()}-*"):
-        process = own.name.removeprefix(f"{_RUNS}{platform.node()}-").split("-")[0]
-        if process.isdecimal() and not _runs(int(process)):
+    # The whole name is looked at: another machine may be called like this one with a number behind it.
+    ours = re.compile(rf"{re.escape(f'{_RUNS}{platform.node()}')}-(\d+)-[^-]+")
+    for own in root.glob(f"{_RUNS}*"):
+        match = ours.fullmatch(own.name)
+        if match is not None and not _runs(int(match[1])):
             shutil.rmtree(own, ignore_errors=True)
 
 

@@ -110,8 +110,11 @@ class TensorFile:
 
 def _described(beginning: bytes) -> str:
     """Says what a file is that is not a safetensors file, and what to do, by its first bytes."""
-    known = (text for magic, text in _BEGINNINGS if beginning.lstrip().startswith(magic))
-    return next(known, "is truncated or not a safetensors file; download or copy it again")
+    known = [text for magic, text in _BEGINNINGS if beginning.lstrip().startswith(magic)]
+    # A header's length, as any byte, may be that of another format; but the header itself opens with a brace.
+    if known and (beginning[8:9] != b"{" or beginning.startswith(b"GGUF")):
+        return known[0]
+    return "is truncated or not a safetensors file; download or copy it again"
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
@@ -123,10 +126,12 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
             for name, entry in header.items()
         }
         for info in tensors.values():
+            if not all(type(number) is int and number >= 0 for number in (*info.shape, info.begin, info.end)):
+                raise ValueError("a size is not a whole number, or negative")
             if info.dtype in DTYPES and info.end - info.begin != _size(DTYPES[info.dtype], info.shape):
                 raise ValueError("a tensor's bytes do not match its shape")
         return tensors
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} has no valid safetensors header; download or copy it again.") from None
 
 
@@ -209,7 +214,7 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     index = directory / f"{name}.safetensors.index.json"
     names = {f"{name}.safetensors"}
     if index.exists():
-        names = set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values())
+        names = _names_in(index)
     absent = sorted(shard for shard in names if not (directory / shard).exists())
     if absent:
         raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
@@ -218,6 +223,13 @@ def open_shards(directory: Path, name: str) -> list[TensorFile]:
     if cut:
         raise UserError(f"Truncated: {', '.join(cut)}; copy the directory again.")
     return files
+
+
+def _names_in(index: Path) -> set[str]:
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{index} is not a valid index of shards; copy the directory again.") from None
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], values: Iterable[Any]) -> None:

@@ -29,7 +29,8 @@ def check_sums(directory: Path) -> None:
     if not (directory / SUMS).is_file():
         return
     problems = []
-    for line in (directory / SUMS).read_text(encoding="utf-8").splitlines():
+    # A byte that is not UTF-8 is of a name that is then missed.
+    for line in (directory / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         wanted, _, name = line.partition("  ")
         path = directory / name
         if not path.is_file():

@@ -12,6 +12,19 @@ def test_read_attributes_come_back_with_their_defaults():
     assert read_attributes({"size": 3, "kind": "flat", "version": "9"}, ALLOW) == {"size": 3, "eps": 1e-6}
 
 
+@pytest.mark.parametrize("size", ["3", None, -1, 1.5, True])
+def test_a_size_is_a_whole_number(size):
+    with pytest.raises(UserError, match=rf"unsupported: size={size!r} \(a whole number or a list is needed\)"):
+        read_attributes({"size": size}, ALLOW)
+
+
+def test_a_list_of_sizes_is_a_list():
+    allow = ALLOW._replace(read={"axes": (1, 2)})
+    assert read_attributes({"axes": [3, 4]}, allow) == {"axes": [3, 4]}
+    with pytest.raises(UserError, match="unsupported: axes=None"):
+        read_attributes({"axes": None}, allow)
+
+
 def test_all_problems_are_told_in_one_sentence():
     with pytest.raises(UserError) as error:
         read_attributes({"kind": "square", "colour": "red"}, ALLOW)

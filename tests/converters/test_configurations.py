@@ -1,10 +1,12 @@
 """Configurations of a pipeline's parts, those aside that `test_pipelines.py` reads with the weights."""
 
+import json
 import shutil
 
 import pytest
 
 from converters.configurations import (
+    check_architecture,
     pipeline_config,
     rope_axes_beside,
     scheduler_config_from_diffusers,
@@ -24,12 +26,31 @@ def test_the_scheduler_s_configuration_is_read():
         scheduler_config_from_diffusers({"time_shift_type": "linear"})
 
 
+@pytest.mark.parametrize("entry", ["AutoencoderKL", {"class": "AutoencoderKL"}, [], [None, None]])
+def test_an_index_that_names_no_class_of_a_part_is_one_sentence(tmp_path, entry):
+    shutil.copytree(PIPELINE, tmp_path / "pipeline", copy_function=shutil.copyfile)
+    index = tmp_path / "pipeline" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": entry}))
+    with pytest.raises(UserError, match="lacks vae; copy these folders, and their lines of model_index.json"):
+        check_architecture(tmp_path / "pipeline")
+
+
 def test_where_there_is_no_scheduler_it_is_that_of_the_release(tmp_path):
     dev, schnell = (scheduler_of((tmp_path,), PRESETS[f"flux-{name}"]) for name in ("dev", "schnell"))
     assert (dev.shift, dev.use_dynamic_shifting, dev.base_shift, dev.max_shift) == (3.0, True, 0.5, 1.15)
     assert (schnell.shift, schnell.use_dynamic_shifting) == (1.0, False)
     shutil.copytree(PIPELINE / "scheduler", tmp_path / "scheduler")
     assert scheduler_of((tmp_path,), PRESETS["flux-dev"]) == pipeline_config(PIPELINE).scheduler
+
+
+@pytest.mark.parametrize("longest", [None, 1e30, 16])
+def test_a_tokenizer_may_name_no_longest_prompt(tmp_path, longest):
+    shutil.copytree(PIPELINE, tmp_path / "pipeline", copy_function=shutil.copyfile)
+    named = tmp_path / "pipeline" / "tokenizer_2" / "tokenizer_config.json"
+    named.write_text(json.dumps({"model_max_length": longest}))
+    assert pipeline_config(tmp_path / "pipeline").defaults.text_tokens == (longest if longest == 16 else 256)
+    named.unlink()
+    assert pipeline_config(tmp_path / "pipeline").defaults.text_tokens == 256
 
 
 def test_axes_are_read_beside_the_weights_if_a_transformer_s_configuration_lies_there(tmp_path):

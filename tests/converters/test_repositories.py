@@ -2,7 +2,8 @@
 
 import pytest
 
-from converters.repositories import describing_files, own_files, transcoder_files, weight_files
+from converters.repositories import describing_files, listed_variants, own_files, transcoder_files, weight_files
+from converters.weight_files import locate
 from difffract_jax.config import UserError
 
 TRANSFORMER = "transformer/diffusion_pytorch_model"
@@ -40,7 +41,6 @@ def test_of_the_release_everything_is_read_but_second_copies_and_pictures() -> N
         ([f"{TRANSFORMER}.safetensors", f"{TRANSFORMER}.fp16.safetensors"], [f"{TRANSFORMER}.safetensors"]),
         ([*SHARDS, INDEX, f"{TRANSFORMER}.safetensors"], [*SHARDS, INDEX]),
         ([INDEX, f"{TRANSFORMER}.safetensors"], [f"{TRANSFORMER}.safetensors"]),
-        ([f"{TRANSFORMER}.fp16.safetensors", f"{TRANSFORMER}.bf16.safetensors"], [f"{TRANSFORMER}.bf16.safetensors"]),
         ([f"{TRANSFORMER}.fp8.safetensors", f"{TRANSFORMER}.bin"], [f"{TRANSFORMER}.fp8.safetensors"]),
         (
             [
@@ -54,10 +54,26 @@ def test_of_the_release_everything_is_read_but_second_copies_and_pictures() -> N
             ],
         ),
         (["transformer/model.safetensors", f"{TRANSFORMER}.safetensors"], [f"{TRANSFORMER}.safetensors"]),
+        (["transformer/flux-fp8.safetensors", "transformer/config.json"], ["transformer/flux-fp8.safetensors"]),
+        (["transformer/b.safetensors", f"{TRANSFORMER}.fp16.safetensors"], [f"{TRANSFORMER}.fp16.safetensors"]),
     ],
 )
 def test_a_part_is_read_in_one_precision_and_one_copy(held, read) -> None:
     assert sorted(weight_files(held, ("transformer",), "it")) == sorted(read)
+
+
+def test_a_precision_is_chosen_as_in_a_directory_here(tmp_path) -> None:
+    names = [f"{TRANSFORMER}.{variant}.safetensors" for variant in ("fp16", "bf16")]
+    assert weight_files(names, ("transformer",), "it", "fp16") == names[:1]
+    (tmp_path / "transformer").mkdir()
+    for name in names:
+        (tmp_path / name).touch()
+    for variant in (None, "fp8"):
+        with pytest.raises(UserError, match="it/transformer holds its weights in the variants bf16 and fp16 alone"):
+            weight_files(names, ("transformer",), "it", variant)
+        with pytest.raises(UserError):
+            locate(tmp_path / "transformer", variant)
+    assert listed_variants([*names, "vae/model.safetensors"]) == {"bf16", "fp16"}
 
 
 def test_parts_without_safetensors_are_told_together() -> None:
@@ -80,6 +96,11 @@ def test_of_transcoders_the_files_of_the_wanted_sites_are_read_in_one_format() -
     assert transcoder_files(["sae_img_007.safetensors"], ["img/7"], "it") == ["sae_img_007.safetensors"]
     both = [*files, "transcoder_img_0.pth"]
     assert transcoder_files(both, ["*/0"], "it") == [files[0], files[3]]
+    # A site that only another format has is not left out.
+    mixed = [*files, "transcoder_img_2.safetensors", "transcoder_img_3.safetensors"]
+    assert transcoder_files(mixed, None, "it") == [*files, "transcoder_img_3.safetensors"]
+    with pytest.raises(UserError, match="holds transcoder_img_0.pt and transcoder_img_0_final.pt, all of img/0"):
+        transcoder_files([*files, "transcoder_img_0_final.pt"], None, "it")
     with pytest.raises(UserError, match="holds none of the sites img/9; it has img/0, img/1, img/2, txt/0"):
         transcoder_files(files, ["img/9"], "it")
 

@@ -1,6 +1,7 @@
 """PyTorch's side: state dicts, the noise of a seed, and a clear sentence where torch is missing or a file is broken."""
 
 import importlib
+import zipfile
 from argparse import Namespace
 
 import ml_dtypes
@@ -37,6 +38,18 @@ def test_state_dicts_of_old_pytorch_are_read(tmp_path):
     assert np.array_equal(read_state(tmp_path / "a.pt")["a"], [1, 1])
 
 
+def test_pickles_of_later_protocols_and_torchscript_are_named(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt", pickle_protocol=4)
+    with pytest.raises(UserError, match="a.pt is pickled by protocol 4 or later"):
+        read_state(tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "b.pt", "w") as archive:  # what PyTorch takes for TorchScript
+        archive.writestr("b/constants.pkl", b"")
+        archive.writestr("b/data.pkl", b"")
+        archive.writestr("b/version", b"3")
+    with pytest.raises(UserError, match="b.pt is a program of TorchScript, which is not opened"):
+        read_state(tmp_path / "b.pt")
+
+
 class Surprise:
     def __reduce__(self):
         return (print, ("executed",))
@@ -59,6 +72,28 @@ def test_anything_but_tensors_by_name_is_refused_and_nothing_is_executed(tmp_pat
     with pytest.raises(UserError, match=f"a.pt {told}"):
         read_state(tmp_path / "a.pt", "a")
     assert "executed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("beginning", [b".", b"s", b"h\x05.", b"hello", b"\x80\x02}q\x00."])
+def test_what_is_not_a_pickle_of_tensors_is_one_sentence(tmp_path, beginning):
+    (tmp_path / "a.pt").write_bytes(beginning)
+    with pytest.raises(UserError, match="a.pt is truncated or not a state dict|a.pt holds no state dict"):
+        read_state(tmp_path / "a.pt")
+
+
+def test_the_reason_is_given_and_not_pytorch_s_advice_to_open_it_unsafely(tmp_path):
+    (tmp_path / "a.pt").write_bytes(b'{"a": 1}')
+    with pytest.raises(UserError, match=r"not a state dict of tensors \(Unsupported operand 123\)"):
+        read_state(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"cos\nsystem\n.")
+    with pytest.raises(UserError, match="holds an object of class os.system, which is not opened"):
+        read_state(tmp_path / "a.pt")
+
+
+def test_tensors_that_are_not_plain_arrays_are_refused(tmp_path):
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="a.pt holds tensors that are not plain arrays, as sparse"):
+        read_state(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float64", "float8_e4m3fn", "float8_e5m2"])

@@ -41,6 +41,7 @@ def test_a_name_says_repository_revision_and_folder_and_is_written_back(text, na
         ("hf:someone/captions:train:text", "would be a data set of prompts"),
         ("hf://someone/flux", "write hf:someone/flux for"),
         ("https://huggingface.co/someone/flux/tree/main", "write hf:someone/flux for"),
+        ("https://huggingface.co/datasets/someone/captions", "is not the address of a model"),
     ],
 )
 def test_what_only_looks_like_a_name_is_refused_with_the_right_form(text, words) -> None:
@@ -59,6 +60,11 @@ def test_a_bare_name_is_the_hubs_unless_something_here_could_be_meant(tmp_path, 
     assert parse_hub_name("runs/flux") is None
     assert parse_hub_name("runs/fluks") is None  # a slip in a path does not ask the hub
     assert parse_hub_name("hf:runs/flux") == HubName("runs/flux")
+
+
+def test_a_slash_at_the_end_means_nothing() -> None:
+    assert parse_hub_name("hf:someone/flux/") == HubName("someone/flux")
+    assert parse_hub_name("hf:someone/flux@v1/a/") == HubName("someone/flux", "v1", "a")
 
 
 def test_revision_and_folder_may_stand_beside_the_name() -> None:

@@ -236,12 +236,22 @@ def test_a_broken_sentencepiece_model_is_named(spiece, content, told):
         ("tokenizer_config.json", "[1]", "tokenizer_config.json holds no JSON object"),
         ("tokenizer_config.json", '{"pad_token": "<none>"}', r"lacks tokens that its .* names: <none> \(pad_token\)"),
         ("tokenizer_config.json", '{"eos_token": 3}', "transformers cannot load .* as a T5Tokenizer"),
+        ("tokenizer_config.json", '{"pad_token": null}', "names no token for padding"),
+        ("tokenizer_config.json", '{"model_max_length": "512"}', "model_max_length='512' instead of a number"),
     ],
 )
 def test_files_that_are_not_of_a_tokenizer_are_named(pipeline, file, content, told):
     (pipeline / "tokenizer_2" / file).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=told):
         load_tokenizers(pipeline)
+
+
+@pytest.mark.parametrize("extra_ids", ["null", '"5"'])
+def test_a_number_of_sentinels_that_is_none_is_refused(spiece, extra_ids):
+    config = spiece / "tokenizer_2" / "tokenizer_config.json"
+    config.write_text(f'{{"extra_ids": {extra_ids}}}', encoding="utf-8")
+    with pytest.raises(UserError, match="tokenizer_config.json has extra_ids=.* instead of a whole number"):
+        load_tokenizers(spiece)
 
 
 def test_clip_s_tokenizer_in_t5_s_place_is_named(pipeline):

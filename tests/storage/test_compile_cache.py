@@ -86,11 +86,11 @@ def test_what_killed_processes_leave_is_swept_and_what_running_ones_hold_stays(s
     over = subprocess.Popen([sys.executable, "-c", ""])
     over.wait()
     killed = root / f".run-{platform.node()}-{over.pid}-x"
-    elsewhere = root / f".run-not{platform.node()}-{over.pid}-x"
-    for folder in (killed, elsewhere):
+    elsewhere = [root / f".run-not{platform.node()}-{over.pid}-x", root / f".run-{platform.node()}-{over.pid}-1-x"]
+    for folder in (killed, *elsewhere):
         folder.mkdir()
     sweep(root)
-    assert running.exists() and elsewhere.exists() and not killed.exists()
+    assert running.exists() and all(folder.exists() for folder in elsewhere) and not killed.exists()
 
 
 @pytest.mark.parametrize("name", ["JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"])

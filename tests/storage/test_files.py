@@ -1,5 +1,6 @@
 """Files: whole or not at all, and a safetensors format that the safetensors library agrees with."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -82,6 +83,21 @@ def test_a_header_that_contradicts_its_shapes_is_refused(tmp_path):
         TensorFile(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(("shape", "offsets"), [([-2, -2], [0, 16]), ([4], [-16, 0]), ([4.0], [0, 16])])
+def test_a_header_of_sizes_that_cannot_be_is_refused(tmp_path, shape, offsets):
+    header = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": offsets}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(UserError, match="no valid safetensors header"):
+        TensorFile(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("length", [0x280, 0x8020, 0x203C])
+def test_a_header_that_is_cut_off_is_not_taken_for_another_format(tmp_path, length):
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + b'{"a": ')
+    with pytest.raises(UserError, match="is truncated or not a safetensors file"):
+        TensorFile(tmp_path / "a.safetensors")
+
+
 def test_missing_and_truncated_shards_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SHARD_BYTES", 50)
     write(tmp_path)
@@ -91,6 +107,13 @@ def test_missing_and_truncated_shards_are_named(tmp_path, monkeypatch):
         open_shards(tmp_path, "model")
     second.unlink()
     with pytest.raises(UserError, match="lacks model-00002-of-00002.safetensors"):
+        open_shards(tmp_path, "model")
+
+
+@pytest.mark.parametrize("content", ["x", "{}", "[]", '{"weight_map": 1}'])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(UserError, match="model.safetensors.index.json is not a valid index of shards"):
         open_shards(tmp_path, "model")
 
 

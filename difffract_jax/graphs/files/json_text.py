@@ -1,6 +1,7 @@
 """JSON files of other tools: their text in whatever encoding, and their entries held against a table of fields.
 
-1. `load_json` reads a file: UTF-8, UTF-16 and UTF-32, with a byte order mark or without, gzipped or not.
+1. `load_json` reads a file: UTF-8, UTF-16 and UTF-32, with a byte order mark or without, gzipped or not. Halves of
+   characters, as broken escapes leave them, become U+FFFD.
 2. `wrong_field` finds the first field of an entry that is missing, or not of its type.
 
 Python's JSON has numbers that JSON has not, NaN and Infinity; `is_number` leaves them out, and what float32 cannot
@@ -9,6 +10,7 @@ hold.
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from difffract_jax.config import UserError
+from difffract_jax.text_files import unicode_replaced
 
 GZIP = b"\x1f\x8b"
 TEXT, INTEGER, NUMBER, LIST, OBJECT = "text", "a whole number", "a number", "a list", "an object"
@@ -28,6 +31,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     OBJECT: (dict,),
 }
 """What a field may hold, as messages call it, and Python's types of that."""
+_HALF = re.compile(r"[\ud800-\udfff]|\\u[dD][89a-fA-F]")
+"""What JSON with lone surrogates has in it, as they are or escaped."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -50,9 +55,22 @@ def load_json(path: Path) -> Any:
         raise UserError(f"{path} is not a graph file: it is empty; export the graph again.")
     try:
         # Of bytes, Python's reader finds the encoding by their mark, or by where the zeros stand.
-        return json.loads(content)
+        text = content.decode(json.detect_encoding(content), "surrogatepass")
+        document = json.loads(text)
+        return _whole_characters(document) if _HALF.search(text) else document
     except (ValueError, RecursionError) as error:
         raise UserError(_not_json(path, content, error)) from None
+
+
+def _whole_characters(value: Any) -> Any:
+    """Returns a JSON value with U+FFFD for lone surrogates, halves of characters that no file of ours can hold."""
+    if isinstance(value, str):
+        return unicode_replaced(value)
+    if isinstance(value, list):
+        return [_whole_characters(entry) for entry in value]
+    if isinstance(value, dict):
+        return {_whole_characters(name): _whole_characters(entry) for name, entry in value.items()}
+    return value
 
 
 def _not_json(path: Path, content: bytes, error: Exception) -> str:

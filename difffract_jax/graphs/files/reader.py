@@ -1,4 +1,4 @@
-"""Any graph file as a graph: what it is tells its content, never its name.
+"""Any graph file as a graph: its content shows of which format it is, never its name.
 
 1. A zip archive is an `.npz` of ours (`graph.Graph.load`).
 2. Anything else is JSON (`json_text`): nodes and links make a document of circuit-tracer or Neuronpedia

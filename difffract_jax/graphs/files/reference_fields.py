@@ -9,6 +9,8 @@ from difffract_jax.graphs.files.json_text import INTEGER, LIST, NUMBER, OBJECT, 
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT
 
 VERSION = 2
+DIGITS = 10
+"""Digits of the largest position that a graph holds."""
 KIND_OF = {"feature": FEATURE, "error": ERROR, "input": INPUT}
 DOCUMENT_FIELDS: dict[str, tuple[str, ...]] = {
     "version": (NUMBER, TEXT),
@@ -51,13 +53,19 @@ def _unsound(document: Mapping[str, Any]) -> str | None:
         return f"two nodes are called {twice[0]}"
     if not _fits(document["config"]["step"], 15):
         return f"its step is {document['config']['step']}"
-    if document["target"]["id"] not in ids:
-        return f"its target {document['target']['id']} is not among its nodes"
+    target = document["target"]
+    if target["id"] not in ids:
+        return f"its target {target['id']} is not among its nodes"
+    for name in ("preactivation", "encoder_bias"):
+        if not is_number(target[name]):
+            return f"the {name} of its target is {target[name]}, which is not a finite number"
     for node in document["nodes"]:
         if node["type"] not in KIND_OF or node["stream"] not in STREAMS:
             return f"the node {node['id']} has the type {node['type']!r} and the stream {node['stream']!r}"
         entries = node["activation_map"].items()
-        if not all(position.isdecimal() and is_number(value) for position, value in entries):
+        if not all(
+            position.isdecimal() and len(position) <= DIGITS and is_number(value) for position, value in entries
+        ):
             return f"the activation map of the node {node['id']} is not finite numbers by position"
         positions = map(int, node["activation_map"])
         if not (_fits(node["layer"], 15) and _fits(node["feat_idx"], 31) and all(_fits(p, 31) for p in positions)):

@@ -9,8 +9,10 @@
 A document has no biases: of its targets the sums of the edges in it are known, their pre-activations are not (NaN).
 """
 
+import itertools
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from difffract_jax.graphs.files.viewer_links import resolve_links
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, KINDS, OUTPUT, Graph
 from difffract_jax.graphs.provenance import Provenance
 
+DIGITS = 40
+"""Digits of a number that is read; a graph holds at most ten."""
 _LARGEST = {"layer": 2**15 - 2, "column": 2**31 - 1, "feature": 2**31 - 1}
 """What the types of a graph's arrays can hold; outputs stand one above the highest layer."""
 
@@ -97,11 +101,21 @@ def _weight(node: Mapping[str, Any]) -> float:
 
 
 def _supernodes(document: Mapping[str, Any], ids: list[str], kind: np.ndarray) -> dict[str, list[int]]:
-    """Returns groups of nodes by name; a name that an error shares stands for the other node."""
+    """Returns groups of nodes by name, numbered if there are several; a name that an error shares is the other node."""
     number = {name: node for node, name in enumerate(ids) if kind[node] == ERROR}
     number |= {name: node for node, name in enumerate(ids) if kind[node] != ERROR}
-    groups = document["qParams"].get("supernodes") or []
-    return {name: [number[n] for n in members if n in number] for name, *members in groups}
+    groups: dict[str, list[int]] = {}
+    for name, *members in document["qParams"].get("supernodes") or []:
+        group = list(dict.fromkeys(number[member] for member in members if member in number))
+        if group:
+            groups[_unused(name, groups)] = group
+    return groups
+
+
+def _unused(name: str, names: Collection[str]) -> str:
+    """Returns a name, numbered if it is in use."""
+    numbered = (f"{name} ({number})" for number in itertools.count(2))
+    return name if name not in names else next(one for one in numbered if one not in names)
 
 
 def _activation(node: Mapping[str, Any], kind: int) -> float:
@@ -116,11 +130,13 @@ def _identity(node: Mapping[str, Any], raw: bool, source: str) -> list[int]:
         return _own_identity(node, source)
     if kind in ("bias", "unknown"):
         raise UserError(f"In {source}, the node {name} is of type {kind!r}, which a graph of ours cannot hold.")
-    layer, feature = -1, -1
+    layer: int | None = -1
+    feature = -1
     if kind not in ("logit", "embedding"):
-        if not str(node["layer"]).isdecimal():
-            raise UserError(f"In {source}, the node {name} has the layer {node['layer']!r}, which is not a number.")
-        layer = int(node["layer"])
+        layer = _number(str(node["layer"]))
+        if layer is None:
+            shown = json.dumps(node["layer"])[:40]
+            raise UserError(f"In {source}, the node {name[:40]} has the layer {shown}, which is not a number.")
         feature = -1 if is_error(node) else _feature(node, raw, source)
     for what, number in (("layer", layer), ("column", column), ("feature", feature)):
         if not -1 <= number <= _LARGEST[what]:
@@ -130,6 +146,11 @@ def _identity(node: Mapping[str, Any], raw: bool, source: str) -> list[int]:
             )
     code = {"logit": OUTPUT, "embedding": INPUT}.get(kind, ERROR if is_error(node) else FEATURE)
     return [code, 0, TXT, layer, column, feature]
+
+
+def _number(text: str) -> int | None:
+    """Returns the number that a text is, None if it is none; Python refuses to read very long ones."""
+    return int(text) if text.isdecimal() and len(text) <= DIGITS else None
 
 
 def _own_identity(node: Mapping[str, Any], source: str) -> list[int]:
@@ -149,7 +170,7 @@ def _own_identity(node: Mapping[str, Any], source: str) -> list[int]:
 def _feature(node: Mapping[str, Any], raw: bool, source: str) -> int:
     """Returns a feature's index within its layer."""
     number, parts = node["feature"], node["node_id"].split("_")
-    named = int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else None
+    named = _number(parts[1]) if len(parts) == 3 else None
     if number is None and named is not None:
         return named
     if number is None or number < 0:

@@ -87,6 +87,26 @@ def test_documents_of_the_reference_are_known_by_nodes_and_edges(tmp_path, versi
         read_graph(tmp_path / "g.json")
 
 
+@pytest.mark.parametrize("name", ["preactivation", "encoder_bias"])
+def test_a_target_of_the_reference_has_finite_numbers(tmp_path, name):
+    graph = to_document(random_graph(0))
+    graph["target"][name] = float("nan")
+    (tmp_path / "g.json").write_text(json.dumps(graph))
+    with pytest.raises(UserError, match=f"the {name} of its target is nan, which is not a finite number"):
+        read_graph(tmp_path / "g.json")
+
+
+def test_a_prompt_with_half_a_character_is_read_saved_and_read_again(tmp_path):
+    base = document()
+    base["metadata"]["prompt"] = "a \ud83d fox"
+    (tmp_path / "g.json").write_text(json.dumps(base))
+    read_graph(tmp_path / "g.json").save(tmp_path / "g.npz")
+    assert read_graph(tmp_path / "g.npz").provenance.viewer["prompt"] == "a \ufffd fox"
+    base["metadata"]["prompt"] = "a \U0001f98a fox"
+    (tmp_path / "g.json").write_text(json.dumps(base))
+    assert read_graph(tmp_path / "g.json").provenance.viewer["prompt"] == "a \U0001f98a fox"
+
+
 VALUES = (None, "", 0, -1, 1.5, float("nan"), True, [], {}, "x", "1", 2**70, -(2**70), [1], {"a": 1}, "0_0_1", 1e300)
 
 

@@ -70,9 +70,10 @@ def test_an_error_and_a_feature_of_one_name_are_two_nodes():
 def test_nodes_that_a_graph_cannot_hold_are_refused():
     for wrong, sentence in (
         (node("b", "bias", 1, 1, None), "In g, the node b is of type 'bias', which a graph of ours cannot hold"),
-        (node("e", ERROR, "E", 1, -1), "In g, the node e has the layer 'E', which is not a number"),
+        (node("e", ERROR, "E", 1, -1), 'In g, the node e has the layer "E", which is not a number'),
         (node("f", FEATURE, "0", 1, None), "In g, the node f of type 'cross layer transcoder' has the feature None"),
         (node("f", FEATURE, "0", 1, -4), "has the feature -4"),
+        (node("f", FEATURE, "9" * 5000, 1, 4), 'the node f has the layer "9{39}, which is not a number'),
         (node("f", FEATURE, "40000", 1, 4), "has the layer 40000, but those of a graph lie in"),
         (node("f", FEATURE, "0", -2, 4), "has the column -2, but those of a graph lie in"),
         (node("f", FEATURE, "0", 2**40, 4), "has the column 1099511627776, but"),
@@ -101,6 +102,12 @@ def test_supernodes_name_the_feature_of_a_shared_name():
     base = changed([node("0_0_1", FEATURE, "0", 1, 0)])
     base["qParams"] = {"supernodes": [["red", "0_0_1", "0_928_1", "nowhere"]]}
     assert read(base).supernodes == {"red": [5, 2]}
+
+
+def test_supernodes_of_one_name_are_all_kept_and_empty_ones_go():
+    base = document()
+    base["qParams"] = {"supernodes": [["a", "0_928_1", "0_928_1"], ["a", "1_57794_1"], ["b", "nowhere"], ["c"]]}
+    assert read(base).supernodes == {"a": [2], "a (2)": [3]}
 
 
 def test_the_sample_s_duplicates_are_refused_and_its_links_read():
