@@ -10,11 +10,12 @@ Everything here looks at paths alone; `where` is what messages call the reposito
 
 import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import compress
 
 from converters.pipelines import FOLDERS
 from converters.weight_files import STEMS
 from difffract_jax.config import UserError
-from difffract_jax.transcoders.sites import is_chosen
+from difffract_jax.transcoders.sites import are_chosen
 
 INDEX = "model_index.json"
 DESCRIBING = re.compile(
@@ -118,7 +119,7 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
         where: the folder, for messages.
 
     Raises:
-        UserError: if there are none, naming the folders that hold some; or none of the sites that are wanted.
+        UserError: if there are none, naming the folders that hold some; or none of some sites that are wanted.
     """
     matches = [match for match in map(SITE.fullmatch, paths) if match is not None]
     if not matches:
@@ -128,10 +129,9 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
             f"{where} holds no files of transcoders such as transcoder_img_0.pt; "
             f"{hint if folders else 'give another repository, or folder in it'}."
         )
-    wanted = [match for match in matches if sites is None or is_chosen(sites, match[2], int(match[3]))]
-    if not wanted:
-        held = ", ".join(sorted({f"{match[2]}/{int(match[3])}" for match in matches}))
-        raise UserError(f"{where} holds none of the sites {', '.join(sites or ())}; it has {held}.")
+    held = [(match[2], int(match[3])) for match in matches]
+    chosen = [True] * len(held) if sites is None else are_chosen(sites, held, where)
+    wanted = list(compress(matches, chosen))
     counts = {suffix: sum(match[4] == suffix for match in wanted) for suffix in SITE_SUFFIXES}
     suffix = max(SITE_SUFFIXES, key=lambda one: counts[one])
     return [match[0] for match in wanted if match[4] == suffix]
