@@ -60,6 +60,9 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
     """Turns the command line into settings."""
     line = {name: value for name, value in given.items() if value not in (None, [])}
     if given["export"] is not None:
+        others = [name for name, value in line.items() if value is not False and name not in ("export", "out", "json")]
+        if others:
+            raise UserError(f"--export trains nothing and takes --out alone; leave {_as_written(others[0], line)} out.")
         return _of_run(given["export"]) | {"out": line.get("out", given["export"] / "transcoders")}
     if given["layers"] is not None or given["streams"] is not None:
         if "sites" in line or "rows" in line:
@@ -81,6 +84,11 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"The run in {out} trains on rows from Python; go on there, with resume=True.")
         line = before | {"out": out} | line
     return line
+
+
+def _as_written(name: str, line: Mapping[str, Any]) -> str:
+    """Returns an option as it stands on the command line, or the file of settings."""
+    return str(line["file"]) if name == "file" else "--set" if name == "sets" else f"--{name.replace('_', '-')}"
 
 
 def _of_run(run: Path) -> dict[str, Any]:
@@ -244,12 +252,13 @@ def _sampler(settings: TrainConfig, mesh: Any) -> tuple[Any, dict[str, str]]:
 def _export(run: Path, out: Path) -> dict[str, Any]:
     """Writes the transcoders of a run's newest checkpoint, and returns what to tell of them."""
     from difffract_jax.loading import save_transcoders
+    from difffract_jax.storage.files import is_occupied
     from difffract_jax.transcoders.exporting import newest_transcoders, shape_of_run
     from difffract_jax.transcoders.training import run_settings
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     mine = out == run / "transcoders"
-    if not mine and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not mine and is_occupied(out):
         raise UserError(f"{out} exists already; name another --out.")
     settings = run_settings(run)
     shape = shape_of_run(run)

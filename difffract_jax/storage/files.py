@@ -153,7 +153,8 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _occupied(target: Path) -> bool:
+def is_occupied(target: Path) -> bool:
+    """Says whether something is there already: a file, or a directory that is not empty."""
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
@@ -166,7 +167,7 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
     try:
         partial.rename(target)
     except OSError:
-        taken = _occupied(target)
+        taken = is_occupied(target)
         if replaced.exists() and not target.exists():
             replaced.rename(target)
         if not taken:
@@ -186,7 +187,7 @@ def _token() -> str:
 
 def check_vacant(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuses an output directory that exists and is not empty, unless `overwrite` is given; for use before work."""
-    if _occupied(Path(path)) and not overwrite:
+    if is_occupied(Path(path)) and not overwrite:
         raise UserError(f"{path} exists already; name another output, or pass --overwrite to replace it.")
 
 
