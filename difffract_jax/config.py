@@ -86,7 +86,8 @@ class GenerateConfig(Settings):
     dtype: Literal["f32", "bf16"] = "f32"
     """Precision of weights and activations."""
     base: Path | None = None
-    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts."""
+    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts, or
+    hf:OWNER/NAME."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
 
@@ -152,7 +153,8 @@ class TraceConfig(Settings):
     transcoder_dtype: Literal["f32", "bf16"] = "f32"
     """Type of the transcoders' weights in memory; bf16 rounds them, and takes half the memory."""
     base: Path | None = None
-    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts."""
+    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts, or
+    hf:OWNER/NAME."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
     precision: Literal["f32", "bf16"] = "f32"
