@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,15 @@ def publish(own: Path, shared: Path) -> None:
 
 def _is_whole(program: Path) -> bool:
     """Says whether JAX can unpack a program that it has written."""
-    unpack = getattr(sys.modules.get("jax._src.compilation_cache"), "decompress_executable", None)
+    packer: Any = sys.modules.get("jax._src.compilation_cache")
+    unpack = getattr(packer, "decompress_executable", None)
     if unpack is None:
         return True
+    zstd = getattr(packer, "zstd", None) or getattr(packer, "zstandard", None)  # if it is installed; else zlib packs
+    errors = (zlib.error,) if zstd is None else (zlib.error, zstd.ZstdError)
     try:
         unpack(program.read_bytes())
-    except Exception:  # which kind depends on the library that packs
+    except errors:
         return False
     return True
 
