@@ -86,11 +86,23 @@ def main() -> None:
         if "--debug" in first:
             raise
         _fail(sentence_of(error))
-    except (RuntimeError, AssertionError):
-        sentence = _missing_device()
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        sentence = _missing_memory(error) or _missing_device()
         if "--debug" in first or sentence is None:
             raise
         _fail(sentence)
+
+
+def _missing_memory(error: Exception) -> str | None:
+    """Says that the host or the device has not enough memory, if that is what an error tells."""
+    said = str(error)
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
+        return None
+    reason = " ".join(said.removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0].split())[:200].rstrip(".")
+    return (
+        f"There is not enough memory for this ({reason or 'no more is said'}); make the image, the text or the batch "
+        "smaller, or keep weights in bf16."
+    )
 
 
 def _missing_device() -> str | None:
@@ -160,6 +172,8 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
     from difffract_jax.cli.demo import run
     from difffract_jax.cli.output import emit, progress, replacing
 
+    if settings.out.exists() and not settings.out.is_dir():
+        raise UserError(f"{settings.out} is a file, but the demonstration is a directory; give another --out.")
     with replacing(settings.out), progress("Tracing") as advance:
         result = run(settings, advance)
     emit(result, as_json=json)
