@@ -181,7 +181,7 @@ def _check_variant(what: str | Path, folders: Sequence[Path], variant: str | Non
     known = sorted(set[str]().union(*(variants(folder) for folder in folders)))
     if variant is not None and variant not in known:
         raise UserError(
-            f"{what} has no files of the variant {variant} (only {', '.join(known) or 'plain files only'}); "
+            f"{what} has no files of the variant {variant} (only {', '.join(known) or 'plain files'}); "
             "leave --variant out, or name another."
         )
 

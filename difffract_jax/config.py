@@ -110,7 +110,7 @@ class TraceConfig(Settings):
     """Model to trace: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
     repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
-    """Transcoders of its MLPs: a converted directory, a directory of `.pt` files, or
+    """Transcoders of its MLPs: `organism`, a converted directory, a directory of `.pt` files, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
     prompt: str
     """Prompt of the run that is traced."""
@@ -314,7 +314,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text in UTF-8; save it in that encoding.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+        said = " ".join(str(error).replace(' in "<unicode string>"', "").split())
+        raise UserError(f"{file} is not valid YAML: {said}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

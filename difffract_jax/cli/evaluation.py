@@ -153,6 +153,11 @@ def _opened(path: Path) -> Opened:
             return Opened(str(path), known, load_transcoders(path))
         if is_reference_listing([file.name for file in place.iterdir()]):
             return Opened(str(path), None, load_transcoders(path))
+    if not (path / SETTINGS).is_file():
+        raise UserError(
+            f"{path} holds neither a training run nor transcoders; give the `out` of difffract train, or a directory "
+            "of transcoders."
+        )
     trained = read_run(path)
     return Opened(str(path), trained, load_transcoders(path / "transcoders"))
 

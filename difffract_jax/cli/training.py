@@ -73,6 +73,10 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
 
         line["sites"] = layer_patterns(given["layers"], given["streams"])
     if given["file"] is not None:
+        if not given["file"].exists():
+            raise UserError(
+                f"{given['file']} does not exist; give a YAML file of settings, or a model as --model NAME."
+            )
         return line | {"config": given["file"]}
     if given["resume"]:
         sets = dict(text.partition("=")[::2] for text in given["sets"] or ())
@@ -125,6 +129,8 @@ def train(
     """Train transcoders, or SAEs, of a model's MLPs, or of rows of your own.
 
     Ctrl-C and SIGTERM finish the step, save and exit with 0; `--resume` goes on, `--export` writes what there is.
+    Without a file of settings, `--k`, `--target-l0`, `--lr`, `--tokens-per-step` and `--model-dtype` suit the rows,
+    instead of the defaults below; `--dry-run` shows them.
 
     Example: `difffract train --model organism --layers 0,1 --steps 200 --out run`; by a file,
     `difffract train configs/smoke.yaml --set out=run`; on arrays, `difffract train --rows DIR --out run`

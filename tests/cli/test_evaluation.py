@@ -35,7 +35,7 @@ def evaluate(monkeypatch, capsys, tmp_path):
         (("tiny", "sites", "sites"), "There are no prompts to run tiny on; give --prompts FILE"),
         (("rows",), "rows was trained on rows from Python; give some to measure on with --rows DIR"),
         (("rows", "--rows", "nowhere"), "nowhere is not a directory of rows"),
-        (("sites", "nowhere"), "nowhere holds no training run"),
+        (("sites", "nowhere"), "nowhere holds neither a training run nor transcoders"),
         (("organism", "sites"), "The transcoders are 32 wide, but the model is 64 wide"),
         (("rows", "--pareto", "sites"), "rows belongs to rows and sites to a model's sites; they cannot be compared"),
         (("rows", "--rows", "nowhere", "--prompts", "x"), "rows belongs to rows, which have no prompts"),

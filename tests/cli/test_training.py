@@ -62,6 +62,7 @@ def test_a_file_of_settings_means_the_same_with_and_without_flags_beside_it(trai
         (("--model", "organism", "--layers", "6;x"), "`--layers 6;x` names no blocks; write their numbers, as in"),
         (("--model", "organism", "--streams", "imgs"), "`imgs` is not one; did you mean `img`?"),
         (("--model", "organism", "--layers", "0", "--sites", "img/0"), "leave out --sites"),
+        (("organism",), "organism does not exist; give a YAML file of settings, or a model as --model NAME"),
         (("--model", "organism", "--steps", "0"), "`steps` was 0, but input should be greater than or equal to 1"),
         (("--model", "organism", "--time-embed", "0"), "time_embed must be 0 exactly where conditioning is none"),
         (("--model", "organism", "--resume"), "run holds no run to resume; leave --resume out to begin one"),
