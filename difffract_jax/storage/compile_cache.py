@@ -25,6 +25,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -183,6 +184,8 @@ def _set_by_user() -> bool:
 def _tell_jax(own: Path) -> None:
     """Sets JAX's cache: by its environment, which processes started from here inherit, and in JAX if it is loaded."""
     settings = _SETTINGS | {"jax_compilation_cache_dir": str(own)}
+    # On a full disk there would be two lines for every program.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     os.environ |= {name.upper(): str(value) for name, value in settings.items()}
     jax: Any = sys.modules.get("jax")
     if jax is None:
