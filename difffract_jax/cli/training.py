@@ -168,14 +168,14 @@ def train(
 
 def _completed(work: Any, line: Mapping[str, Any], *, timed: bool) -> tuple[TrainConfig, dict[str, str]]:
     """Returns the settings with what suits the rows filled in, and where each came from that is not a default."""
-    from difffract_jax.transcoders.defaults import choose
+    from difffract_jax.transcoders.defaults import RESUMED, choose
     from difffract_jax.transcoders.plan import bytes_per_chip
 
     settings, file, origins = work.settings, line["file"], {}
     if file is not None:
         origins |= dict.fromkeys(read_yaml(file), str(file))
     elif line["resume"]:
-        origins |= dict.fromkeys(TrainConfig.model_fields, "the run")
+        origins |= dict.fromkeys(TrainConfig.model_fields, RESUMED)
     origins |= {name: f"--{name.replace('_', '-')}" for name, value in line.items() if value not in (None, [], False)}
     if line["layers"] is not None or line["streams"] is not None:
         origins["sites"] = "--layers" if line["layers"] is not None else "--streams"
