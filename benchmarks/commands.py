@@ -63,7 +63,6 @@ COMMANDS = (
             "0..3",
             "--out",
             "steered",
-            "--overwrite",
         ),
         None,
         10,

@@ -11,11 +11,12 @@ Everything here looks at paths alone; `where` is what messages call the reposito
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from itertools import compress
 
 from converters.pipelines import FOLDERS
 from converters.weight_files import STEMS
 from difffract_jax.config import UserError
-from difffract_jax.transcoders.sites import is_chosen
+from difffract_jax.transcoders.sites import are_chosen
 
 INDEX = "model_index.json"
 DESCRIBING = re.compile(
@@ -132,7 +133,7 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
         where: the folder, for messages.
 
     Raises:
-        UserError: if there are none, naming the folders that hold some; none of the sites that are wanted; or several
+        UserError: if there are none, naming the folders that hold some; none of some sites that are wanted; or several
             files of one site.
     """
     matches = [match for match in map(SITE.fullmatch, paths) if match is not None]
@@ -143,11 +144,9 @@ def transcoder_files(paths: Collection[str], sites: Sequence[str] | None, where:
             f"{where} holds no files of transcoders such as transcoder_img_0.pt; "
             f"{hint if folders else 'give another repository, or folder in it'}."
         )
-    wanted = [match for match in matches if sites is None or is_chosen(sites, match[2], int(match[3]))]
-    if not wanted:
-        held = ", ".join(sorted({f"{match[2]}/{int(match[3])}" for match in matches}))
-        raise UserError(f"{where} holds none of the sites {', '.join(sites or ())}; it has {held}.")
-    chosen = _one_format(wanted)
+    held = [(match[2], int(match[3])) for match in matches]
+    are_wanted = [True] * len(held) if sites is None else are_chosen(sites, held, where)
+    chosen = _one_format(list(compress(matches, are_wanted)))
     for site, count in Counter((match[1], match[2], int(match[3])) for match in chosen).items():
         if count > 1:
             files = [match[0] for match in chosen if (match[1], match[2], int(match[3])) == site]

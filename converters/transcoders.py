@@ -13,6 +13,7 @@
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import atomic_directory, cap, tree_hash
 from difffract_jax.storage.files import DTYPES, TensorFile
-from difffract_jax.transcoders.sites import ROWS, is_chosen, sites_of
+from difffract_jax.transcoders.sites import ROWS, are_chosen, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
 _LOG = logging.getLogger(__name__)
@@ -271,11 +272,8 @@ def _transposed(states: Mapping[SiteFile, State]) -> list[str]:
 
 def _chosen(files: list[SiteFile], sites: Sequence[str], directory: Path) -> list[SiteFile]:
     """Returns the files of the sites that are wanted."""
-    chosen = [file for file in files if is_chosen(sites, file.stream, file.layer)]
-    if files and not chosen:
-        held = ", ".join(f"{file.stream}/{file.layer}" for file in files)
-        raise UserError(f"{directory} holds none of the sites {', '.join(sites)}; it has {held}.")
-    return chosen
+    held = [(file.stream, file.layer) for file in files]
+    return list(compress(files, are_chosen(sites, held, str(directory)))) if files else []
 
 
 def _config(first: SiteFile, state: State) -> TranscoderConfig:

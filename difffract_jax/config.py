@@ -86,7 +86,8 @@ class GenerateConfig(Settings):
     dtype: Literal["f32", "bf16"] = "f32"
     """Precision of weights and activations."""
     base: Path | None = None
-    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts."""
+    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts, or
+    hf:OWNER/NAME."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
 
@@ -109,7 +110,7 @@ class TraceConfig(Settings):
     """Model to trace: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
     repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
-    """Transcoders of its MLPs: a converted directory, a directory of `.pt` files, or
+    """Transcoders of its MLPs: `organism`, a converted directory, a directory of `.pt` files, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
     prompt: str
     """Prompt of the run that is traced."""
@@ -152,7 +153,8 @@ class TraceConfig(Settings):
     transcoder_dtype: Literal["f32", "bf16"] = "f32"
     """Type of the transcoders' weights in memory; bf16 rounds them, and takes half the memory."""
     base: Path | None = None
-    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts."""
+    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts, or
+    hf:OWNER/NAME."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
     precision: Literal["f32", "bf16"] = "f32"
@@ -312,7 +314,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text in UTF-8; save it in that encoding.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from None
+        said = " ".join(str(error).replace(' in "<unicode string>"', "").split())
+        raise UserError(f"{file} is not valid YAML: {said}.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""The benchmark of attribution counts what it says, and its largest size runs, made small."""
+"""The benchmark of attribution counts what it says, and its largest size runs, made small; commands timed exist."""
 
 import dataclasses
 import importlib.util
@@ -7,17 +7,24 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import typer
 
 from difffract_jax.circuits.frozen.replacement import prepare_step
+from difffract_jax.cli.main import app
 from difffract_jax.models.tiny import TINY
+
+
+def benchmark(name):
+    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
 def attribution(monkeypatch):
-    path = Path(__file__).parents[1] / "benchmarks" / "attribution.py"
-    spec = importlib.util.spec_from_file_location("attribution_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("attribution")
     monkeypatch.setattr(module.ARGS, "nodes", 6)
     monkeypatch.setattr(module.ARGS, "expansion_batch", 2)
     monkeypatch.setattr(module.ARGS, "repeats", 1)
@@ -63,9 +70,13 @@ def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
 
 @pytest.mark.slow
 def test_the_laws_among_the_bars_hold():
-    path = Path(__file__).parents[1] / "benchmarks" / "bars.py"
-    spec = importlib.util.spec_from_file_location("bars_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    rows = list(module.laws())
+    rows = list(benchmark("bars").laws())
     assert len(rows) == 3 and all(row.measured <= row.bar for row in rows)
+
+
+def test_the_commands_that_are_timed_have_the_options_that_they_are_given():
+    main = typer.main.get_command(app)
+    for timed in benchmark("commands").COMMANDS:
+        if timed.name != "python":
+            context = main.commands[timed.name].make_context(timed.name, list(timed.arguments))
+            assert context.params["out" if "--out" in timed.arguments else "json"] is not None

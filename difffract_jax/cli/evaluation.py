@@ -64,6 +64,8 @@ def _swept(given: dict[str, Any]) -> dict[str, Any]:
     """Trains the sweep that --k asks for, and puts its runs in place of the file of settings."""
     if given["k"] is None:
         return given
+    if given["run"] is not None:
+        raise UserError(f"--k trains the runs that it measures, so that {given['run']} has no place; leave it out.")
     first, *others = _sweep(given["k"], given["pareto"] or [], given["out"], given["sets"])
     return given | {"run": first, "pareto": others, "out": Path(given["out"]) / "report", "sets": None}
 
@@ -80,8 +82,10 @@ def evaluate(settings: EvaluateConfig, *, others: Others = None, k: Ks = None, j
     """
     from difffract_jax.cli.output import emit
     from difffract_jax.transcoders.comparison import comparison_table
-    from difffract_jax.transcoders.evaluation_report import points, write_evaluation_report
+    from difffract_jax.transcoders.evaluation_report import check_place, points, write_evaluation_report
 
+    if settings.out is not None:
+        check_place(settings.out)
     model, names = _split([settings.run, *(others or ())])
     if len(names) == 2:
         if settings.pareto:
@@ -94,6 +98,7 @@ def evaluate(settings: EvaluateConfig, *, others: Others = None, k: Ks = None, j
             result["sites: A, B, B - A"] = comparison_table(result.pop("sites"))
         return emit(result, as_json=json)
     opened = [_opened(path) for path in (names[0], *settings.pareto)]
+    _check_kinds(settings, opened)
     results, sources = _measured(settings, model, opened)
     out = settings.out or (names[0] / "report" if (names[0] / "train.json").is_file() else None)
     report = {}
@@ -148,6 +153,11 @@ def _opened(path: Path) -> Opened:
             return Opened(str(path), known, load_transcoders(path))
         if is_reference_listing([file.name for file in place.iterdir()]):
             return Opened(str(path), None, load_transcoders(path))
+    if not (path / SETTINGS).is_file():
+        raise UserError(
+            f"{path} holds neither a training run nor transcoders; give the `out` of difffract train, or a directory "
+            "of transcoders."
+        )
     trained = read_run(path)
     return Opened(str(path), trained, load_transcoders(path / "transcoders"))
 
@@ -182,16 +192,12 @@ def _compare(settings: EvaluateConfig, model: str | None, names: list[Path]) -> 
     from difffract_jax.transcoders.evaluation import evaluate as measure
 
     opened = [_opened(path) for path in names]
-    if opened[0].foreign != opened[1].foreign:
-        mine, others = sorted(opened, key=lambda one: not one.foreign)
-        raise UserError(f"{mine.name} belongs to rows and {others.name} to a model's sites; they cannot be compared.")
+    _check_kinds(settings, opened)
     results = []
     if opened[0].foreign:
-        base = opened[0]
-        results = [_on_rows(settings, one._replace(trained=base.trained)) for one in opened]
-        where = {
-            "rows": str(settings.rows or (base.trained and base.trained.rows))
-        }  # one is there, else it was refused
+        held_out = _held_out(opened)
+        results = [_on_rows(settings, one._replace(trained=held_out)) for one in opened]
+        where = {"rows": str(settings.rows or (held_out and held_out.rows))}  # one is there, else it was refused
     else:
         trained = _on_model(settings, model, opened)
         pipe, caption = pipeline_of(trained)
@@ -206,6 +212,28 @@ def _compare(settings: EvaluateConfig, model: str | None, names: list[Path]) -> 
     apart = {title: sites for title, sites in only.items() if sites}
     names_apart = ("A", "B") if opened[0].name == opened[1].name else (opened[0].name, opened[1].name)
     return result | apart, dict(zip(names_apart, results, strict=True))
+
+
+def _check_kinds(settings: EvaluateConfig, opened: list[Opened]) -> None:
+    """Refuses sets of which some belong to rows and some to a model, and what one kind or the other does not take."""
+    apart = sorted(opened, key=lambda one: not one.foreign)
+    if apart[0].foreign != apart[-1].foreign:
+        raise UserError(
+            f"{apart[0].name} belongs to rows and {apart[-1].name} to a model's sites; they cannot be compared."
+        )
+    if apart[0].foreign and settings.prompts is not None:
+        raise UserError(f"{apart[0].name} belongs to rows, which have no prompts; leave --prompts out.")
+    if not apart[0].foreign and settings.rows is not None:
+        raise UserError(f"{apart[0].name} belongs to a model's sites and is measured on prompts; leave --rows out.")
+
+
+def _held_out(opened: list[Opened]) -> TrainConfig | None:
+    """Returns the training whose held-out rows no set has seen; None if none names its rows.
+
+    They are the ends of the shards: those of the smaller share are of the larger one, too.
+    """
+    known = [one.trained for one in opened if one.trained is not None and one.trained.rows is not None]
+    return min(known, key=lambda one: one.validation_share, default=None)
 
 
 def _on_rows(settings: EvaluateConfig, one: Opened) -> Any:

@@ -174,14 +174,14 @@ def compare(a: opt.FirstGraph, b: opt.SecondGraph, json: opt.Json = False) -> No
     from difffract_jax.cli.output import emit
     from difffract_jax.graphs.comparison import compare as hold
 
-    found = hold(read(a), read(b))._asdict()
-    emit(found if json else _figures_first(found), as_json=json)
+    comparison = hold(read(a), read(b))._asdict()
+    emit(comparison if json else _figures_first(comparison), as_json=json)
 
 
-def _figures_first(found: dict[str, Any]) -> dict[str, Any]:
+def _figures_first(comparison: dict[str, Any]) -> dict[str, Any]:
     """Returns a comparison for people: its figures, then of each list of names how many there are, and the first."""
-    lists = {key: names for key, names in found.items() if isinstance(names, list)}
-    figures = {key: value for key, value in found.items() if key not in lists}
+    lists = {key: names for key, names in comparison.items() if isinstance(names, list)}
+    figures = {key: value for key, value in comparison.items() if key not in lists}
     return figures | {key: _first(names) for key, names in lists.items()}
 
 

@@ -13,7 +13,7 @@ Functions import what they use when they run, and only here, so that `difffract 
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -27,6 +27,7 @@ from difffract_jax.cli import study as cli_study
 from difffract_jax.cli import training as cli_training
 from difffract_jax.cli import transcoders as cli_transcoders
 from difffract_jax.cli import validate as cli_validate
+from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.organism import organism
 from difffract_jax.config import (
     ConvertConfig,
@@ -70,9 +71,10 @@ class _Notes(logging.Handler):
 
 def main() -> None:
     """Runs the command line; the entry point `difffract`."""
-    notes = logging.getLogger("converters")
-    notes.handlers = [_Notes()]
-    notes.setLevel(logging.INFO)
+    for package in ("converters", "difffract_jax"):
+        notes = logging.getLogger(package)
+        notes.handlers = [_Notes()]
+        notes.setLevel(logging.INFO)
     # Typer takes the options of `_root` before the command's name alone.
     first = [argument for argument in sys.argv[1:] if argument in ANYWHERE]
     others = [argument for argument in sys.argv[1:] if argument not in ANYWHERE]
@@ -84,11 +86,23 @@ def main() -> None:
         if "--debug" in first:
             raise
         _fail(sentence_of(error))
-    except (RuntimeError, AssertionError):
-        sentence = _missing_device()
+    except (RuntimeError, AssertionError, MemoryError) as error:
+        sentence = _missing_memory(error) or _missing_device()
         if "--debug" in first or sentence is None:
             raise
         _fail(sentence)
+
+
+def _missing_memory(error: Exception) -> str | None:
+    """Says that the host or the device has not enough memory, if that is what an error tells."""
+    said = str(error)
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
+        return None
+    reason = " ".join(said.removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0].split())[:200].rstrip(".")
+    return (
+        f"There is not enough memory for this ({reason or 'no more is said'}); make the image, the text or the batch "
+        "smaller, or keep weights in bf16."
+    )
 
 
 def _missing_device() -> str | None:
@@ -158,6 +172,8 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
     from difffract_jax.cli.demo import run
     from difffract_jax.cli.output import emit, progress, replacing
 
+    if settings.out.exists() and not settings.out.is_dir():
+        raise UserError(f"{settings.out} is a file, but the demonstration is a directory; give another --out.")
     with replacing(settings.out), progress("Tracing") as advance:
         result = run(settings, advance)
     emit(result, as_json=json)
@@ -180,7 +196,7 @@ def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
         settings.out,
         base=settings.base,
         variant=settings.variant,
-        dtype=_dtype(settings.dtype),
+        dtype=dtype_named(settings.dtype),
         sharding=placed,
         overwrite=settings.overwrite,
     )
@@ -209,7 +225,7 @@ def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, j
         settings.out,
         sites=None if settings.sites is None else settings.sites.split(","),
         to_torch=to_torch,
-        dtype=_dtype(settings.dtype),
+        dtype=dtype_named(settings.dtype),
         overwrite=settings.overwrite,
     )
     sites = {f"{name} layers": numbers for name, numbers in tcs.sites.to_json().items()}
@@ -266,7 +282,9 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     from difffract_jax.loading import load_pipeline
     from difffract_jax.models import pipeline
 
-    pipe = load_pipeline(settings.model, base=settings.base, variant=settings.variant, dtype=_dtype(settings.dtype))
+    pipe = load_pipeline(
+        settings.model, base=settings.base, variant=settings.variant, dtype=dtype_named(settings.dtype)
+    )
     with progress("Denoising") as advance:
         result = pipeline.generate(
             pipe,
@@ -303,7 +321,7 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
 
     asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
-    types = _dtype(settings.model_dtype), _dtype(settings.transcoder_dtype)
+    types = dtype_named(settings.model_dtype), dtype_named(settings.transcoder_dtype)
     pipe = load_pipeline(settings.model, base=settings.base, variant=settings.variant, dtype=types[0])
     tcs = load_transcoders(settings.transcoders, dtype=types[1])
     captured = _recorded(pipe, tcs, settings, asked, traced)
@@ -356,12 +374,6 @@ def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], step
 
 def _listed(value: str | tuple[str, ...]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
-
-
-def _dtype(name: Literal["f32", "bf16"]) -> Any:
-    import jax.numpy as jnp
-
-    return {"f32": jnp.float32, "bf16": jnp.bfloat16}[name]
 
 
 def _warn(cut: str, graph: Any) -> None:

@@ -24,6 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -45,7 +46,7 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps(result, indent=2) + "\n")
         return
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, emoji=False)  # names and prompts may hold [brackets] and :colons:
     plain = Table(show_header=False, box=None, pad_edge=False)
     plain.add_column()
     plain.add_column(overflow="fold")  # an address or a path is wrapped, not cut
@@ -102,6 +103,7 @@ def progress(description: str) -> Iterator[Advance]:
     console = Console(stderr=True)
     # Where there is no terminal, a bar would only leave an empty line beside what else is told.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        description = escape(description)
         task = bar.add_task(description, total=None)
         with _told_of_compiling(lambda text: bar.update(task, description=f"{description}{text}")):
             yield lambda done, total: bar.update(task, completed=done, total=total)
@@ -165,7 +167,12 @@ def training_progress(
             )
             bar.update(task, completed=done, total=total, values=shown)
 
-        yield advance, lambda sentence: bar.console.print(f"Note: {sentence}", soft_wrap=True, highlight=False)
+        yield (
+            advance,
+            lambda sentence: bar.console.print(
+                f"Note: {sentence}", soft_wrap=True, highlight=False, markup=False, emoji=False
+            ),
+        )
 
 
 def planned(plans: Sequence[Any], smallest: Any) -> dict[str, Any]:

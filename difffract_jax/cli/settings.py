@@ -50,8 +50,11 @@ class RunSettings(Settings):
     @classmethod
     def _are_seeds(cls, seeds: str) -> str:
         ranges = _ranges(seeds) if _SEEDS.fullmatch(seeds) else []
-        if not ranges or any(first > last for first, last in ranges):
+        if not ranges:
             raise ValueError("seeds are numbers and ranges, as in 0..9 or 0,3,7")
+        backwards = [(first, last) for first, last in ranges if first > last]
+        if backwards:
+            raise ValueError("{1}..{0} is how a range is written: it counts up".format(*backwards[0]))
         if max(last for _, last in ranges) >= SEEDS:
             raise ValueError(f"a seed lies in 0..{SEEDS - 1}")
         if sum(last - first + 1 for first, last in ranges) > MOST_SEEDS:

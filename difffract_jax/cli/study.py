@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from inspect import getdoc
 from pathlib import Path
 
 import typer
@@ -15,7 +16,7 @@ _LIST = "\n\n".join(f"`{name}` {question}" for name, question in QUESTIONS.items
 
 def register(app: typer.Typer) -> None:
     """Adds the command to the command line."""
-    app.command(help=f"{study.__doc__}\n\n{_LIST}")(study)
+    app.command(help=f"{getdoc(study)}\n\n{_LIST}")(study)
 
 
 @opt.command(StudyConfig, arguments=("name",), fills="out")

@@ -60,6 +60,9 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
     """Turns the command line into settings."""
     line = {name: value for name, value in given.items() if value not in (None, [])}
     if given["export"] is not None:
+        others = [name for name, value in line.items() if value is not False and name not in ("export", "out", "json")]
+        if others:
+            raise UserError(f"--export trains nothing and takes --out alone; leave {_as_written(others[0], line)} out.")
         return _of_run(given["export"]) | {"out": line.get("out", given["export"] / "transcoders")}
     if given["layers"] is not None or given["streams"] is not None:
         if "sites" in line or "rows" in line:
@@ -70,6 +73,10 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
 
         line["sites"] = layer_patterns(given["layers"], given["streams"])
     if given["file"] is not None:
+        if not given["file"].exists():
+            raise UserError(
+                f"{given['file']} does not exist; give a YAML file of settings, or a model as --model NAME."
+            )
         return line | {"config": given["file"]}
     if given["resume"]:
         sets = dict(text.partition("=")[::2] for text in given["sets"] or ())
@@ -81,6 +88,11 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"The run in {out} trains on rows from Python; go on there, with resume=True.")
         line = before | {"out": out} | line
     return line
+
+
+def _as_written(name: str, line: Mapping[str, Any]) -> str:
+    """Returns an option as it stands on the command line, or the file of settings."""
+    return str(line["file"]) if name == "file" else "--set" if name == "sets" else f"--{name.replace('_', '-')}"
 
 
 def _of_run(run: Path) -> dict[str, Any]:
@@ -117,6 +129,8 @@ def train(
     """Train transcoders, or SAEs, of a model's MLPs, or of rows of your own.
 
     Ctrl-C and SIGTERM finish the step, save and exit with 0; `--resume` goes on, `--export` writes what there is.
+    Without a file of settings, `--k`, `--target-l0`, `--lr`, `--tokens-per-step` and `--model-dtype` suit the rows,
+    instead of the defaults below; `--dry-run` shows them.
 
     Example: `difffract train --model organism --layers 0,1 --steps 200 --out run`; by a file,
     `difffract train configs/smoke.yaml --set out=run`; on arrays, `difffract train --rows DIR --out run`
@@ -154,14 +168,14 @@ def train(
 
 def _completed(work: Any, line: Mapping[str, Any], *, timed: bool) -> tuple[TrainConfig, dict[str, str]]:
     """Returns the settings with what suits the rows filled in, and where each came from that is not a default."""
-    from difffract_jax.transcoders.defaults import choose
+    from difffract_jax.transcoders.defaults import RESUMED, choose
     from difffract_jax.transcoders.plan import bytes_per_chip
 
     settings, file, origins = work.settings, line["file"], {}
     if file is not None:
         origins |= dict.fromkeys(read_yaml(file), str(file))
     elif line["resume"]:
-        origins |= dict.fromkeys(TrainConfig.model_fields, "the run")
+        origins |= dict.fromkeys(TrainConfig.model_fields, RESUMED)
     origins |= {name: f"--{name.replace('_', '-')}" for name, value in line.items() if value not in (None, [], False)}
     if line["layers"] is not None or line["streams"] is not None:
         origins["sites"] = "--layers" if line["layers"] is not None else "--streams"
@@ -244,12 +258,13 @@ def _sampler(settings: TrainConfig, mesh: Any) -> tuple[Any, dict[str, str]]:
 def _export(run: Path, out: Path) -> dict[str, Any]:
     """Writes the transcoders of a run's newest checkpoint, and returns what to tell of them."""
     from difffract_jax.loading import save_transcoders
+    from difffract_jax.storage.files import is_occupied
     from difffract_jax.transcoders.exporting import newest_transcoders, shape_of_run
     from difffract_jax.transcoders.training import run_settings
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     mine = out == run / "transcoders"
-    if not mine and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not mine and is_occupied(out):
         raise UserError(f"{out} exists already; name another --out.")
     settings = run_settings(run)
     shape = shape_of_run(run)

@@ -1,6 +1,7 @@
-"""The commands that make transcoders, besides `train`: `harvest` and `plan`; registered by `cli.py`.
+"""The commands that make transcoders, besides `train`: `harvest` and `plan`; registered by `main`.
 
-They follow its rules: settings in, artefacts and a short table out; progress on stderr; imports when a command runs.
+They follow the rules there: settings in, artefacts and a short table out; progress on stderr; imports when a command
+runs.
 """
 
 import os
@@ -36,7 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = False) -> None:
-    """Write the inputs and outputs of a model's MLPs to disk, for `train --set rows=DIR` to read.
+    """Write the inputs and outputs of a model's MLPs to disk, for `train --rows DIR` to read.
 
     Example: `difffract harvest configs/smoke.yaml --set out=rows`
     """

@@ -4,9 +4,11 @@
    for each version of JAX and kind of processor. JAX's own key covers the program, how it is compiled and for which
    device.
 2. A process works on a folder of its own, filled with hard links, and links what it has compiled into the shared folder
-   when it ends. A link is there whole or not at all, so that processes at once, or killed ones, never show one another
-   half a program. JAX's own bounded cache writes in place and holds a lock for every program that it looks up.
-3. The shared folders hold at most `MOST_BYTES`; what was used longest ago goes first.
+   when it ends, but not what a full disk or Ctrl-C has cut off. A link is there whole or not at all, so that processes
+   at once, or killed ones, never show one another half a program. JAX's own bounded cache writes in place and holds a
+   lock for every program that it looks up.
+3. The shared folders hold at most `MOST_BYTES`; what was used longest ago goes first. What killed processes left goes
+   too: those of this machine at once, those of others, as where a home is shared, when it is a month old.
 4. Whatever fails costs time, never a result: without a home that can be written, everything is compiled.
 5. Whoever has set `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE` is left to it.
 
@@ -19,10 +21,12 @@ import hashlib
 import importlib
 import os
 import platform
-import re
 import shutil
 import sys
 import tempfile
+import time
+import warnings
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,8 @@ _SETTINGS = {
     "jax_persistent_cache_enable_xla_caches": "none",  # XLA's own caches put the folder's name into every key
 }
 _RUNS = ".run-"
+_ABANDONED = 30 * 24 * 3600
+"""Seconds without a new program after which the folder of another machine's process counts as left behind."""
 
 
 def enable_compile_cache(folder: str | Path | None = None) -> Path | None:
@@ -53,14 +59,14 @@ def enable_compile_cache(folder: str | Path | None = None) -> Path | None:
     """
     if _set_by_user():
         return None
-    root = user_cache() / "programs" if folder is None else Path(folder)
-    shared = root / f"jax-{version('jax')}-{processor()}"
     try:
+        root = user_cache() / "programs" if folder is None else Path(folder)
+        shared = root / f"jax-{version('jax')}-{processor()}"
         shared.mkdir(parents=True, exist_ok=True)
         sweep(root)
         bound(root)
         own = link_programs(shared)
-    except OSError:
+    except (OSError, RuntimeError):  # of the latter kind: a user without a home
         return None
     atexit.register(_publish_and_remove, own, shared, os.getpid())
     _tell_jax(own)
@@ -68,8 +74,14 @@ def enable_compile_cache(folder: str | Path | None = None) -> Path | None:
 
 
 def user_cache() -> Path:
-    """Returns the directory of this package in the user's cache directory; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "difffract"
+    """Returns the directory of this package in the user's cache directory; it need not exist.
+
+    Raises:
+        RuntimeError: if the user has no home.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # Relative paths do not count, says the specification of base directories: they would mean a folder per directory.
+    return (given if given.is_absolute() else Path("~/.cache").expanduser()) / "difffract"
 
 
 def processor() -> str:
@@ -89,7 +101,7 @@ def link_programs(shared: Path) -> Path:
     Raises:
         OSError: if the file system has no hard links, or cannot be written.
     """
-    own = Path(tempfile.mkdtemp(prefix=f"{_RUNS}{platform.node()}-{os.getpid()}-", dir=shared.parent))
+    own = Path(tempfile.mkdtemp(prefix=f"{_RUNS}{_numbering()}-{os.getpid()}-", dir=shared.parent))
     try:
         for program in shared.glob(PROGRAMS):
             with contextlib.suppress(FileNotFoundError):  # another process has just made room
@@ -101,25 +113,60 @@ def link_programs(shared: Path) -> Path:
 
 
 def publish(own: Path, shared: Path) -> None:
-    """Links the programs of a process, all of them whole, into the shared folder; what is there already stays."""
+    """Links the programs of a process that are whole into the shared folder; what is there already stays."""
     for program in own.glob(PROGRAMS):
-        with contextlib.suppress(FileExistsError):
-            os.link(program, shared / program.name)
+        if program.stat().st_nlink == 1 and _is_whole(program):  # others came from the shared folder
+            with contextlib.suppress(FileExistsError):
+                os.link(program, shared / program.name)
+
+
+def _is_whole(program: Path) -> bool:
+    """Says whether JAX can unpack a program that it has written."""
+    packer: Any = sys.modules.get("jax._src.compilation_cache")
+    unpack = getattr(packer, "decompress_executable", None)
+    if unpack is None:
+        return True
+    zstd = getattr(packer, "zstd", None) or getattr(packer, "zstandard", None)  # if it is installed; else zlib packs
+    errors = (zlib.error,) if zstd is None else (zlib.error, zstd.ZstdError)
+    try:
+        unpack(program.read_bytes())
+    except errors:
+        return False
+    return True
 
 
 def sweep(root: Path) -> None:
-    """Removes the folders of this machine's processes that were killed."""
-    # The whole name is looked at: another machine may be called like this one with a number behind it.
-    ours = re.compile(rf"{re.escape(f'{_RUNS}{platform.node()}')}-(\d+)-[^-]+")
+    """Removes the folders of processes that were killed; those of other machines when they are old."""
     for own in root.glob(f"{_RUNS}*"):
-        match = ours.fullmatch(own.name)
-        if match is not None and not _runs(int(match[1])):
+        if _is_abandoned(own):
             shutil.rmtree(own, ignore_errors=True)
+
+
+def _is_abandoned(own: Path) -> bool:
+    numbering, _, process = own.name.removeprefix(_RUNS).rpartition("-")[0].rpartition("-")
+    if numbering == _numbering():
+        return not _runs(int(process))
+    try:
+        return time.time() - own.stat().st_mtime > _ABANDONED
+    except FileNotFoundError:  # another process has just removed it
+        return False
+
+
+def _numbering() -> str:
+    """Returns a short name of what gives processes their numbers: this start of this machine, or a container on it."""
+    known = [platform.node()]
+    with contextlib.suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256(" ".join(known).encode()).hexdigest()[:8]
 
 
 def bound(root: Path, most: int = MOST_BYTES) -> None:
     """Removes programs, least recently used first, until all folders together hold at most so many bytes."""
-    held = [(path.stat(), path) for path in root.glob(f"[!.]*/{PROGRAMS}")]
+    held = []
+    for path in root.glob(f"[!.]*/{PROGRAMS}"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            held.append((path.stat(), path))
     size = sum(stat.st_size for stat, _ in held)
     for stat, path in sorted(held, key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime)):
         if size <= most:
@@ -137,6 +184,8 @@ def _set_by_user() -> bool:
 def _tell_jax(own: Path) -> None:
     """Sets JAX's cache: by its environment, which processes started from here inherit, and in JAX if it is loaded."""
     settings = _SETTINGS | {"jax_compilation_cache_dir": str(own)}
+    # On a full disk there would be two lines for every program.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
     os.environ |= {name.upper(): str(value) for name, value in settings.items()}
     jax: Any = sys.modules.get("jax")
     if jax is None:

@@ -52,6 +52,7 @@ DTYPES: dict[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _BEGINNINGS = (
+    (b"\x93NUMPY", "is an array of NumPy, and no weights of a model; give a .safetensors file"),
     (b"GGUF", "is a GGUF file, quantised; take safetensors in bf16, as huggingface.co/black-forest-labs has them"),
     (b"PK\x03\x04", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
     (b"\x80", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
@@ -94,7 +95,7 @@ class TensorFile:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 file.seek(0)
-                raise UserError(f"{path} {_described(file.read(32))}.")
+                raise UserError(f"{path} {_described(file.read(80))}.")
             self.tensors = _parse_header(path, file.read(length))
         self._start = 8 + length
         promised = max((info.end for info in self.tensors.values()), default=0)
@@ -110,6 +111,8 @@ class TensorFile:
 
 def _described(beginning: bytes) -> str:
     """Says what a file is that is not a safetensors file, and what to do, by its first bytes."""
+    if beginning.startswith(b"PK") and b".npy" in beginning:
+        return "is an .npz file of NumPy, as of a graph, and no weights of a model; give a .safetensors file"
     known = [text for magic, text in _BEGINNINGS if beginning.lstrip().startswith(magic)]
     # A header's length, as any byte, may be that of another format; but the header itself opens with a brace.
     if known and (beginning[8:9] != b"{" or beginning.startswith(b"GGUF")):
@@ -158,7 +161,8 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _occupied(target: Path) -> bool:
+def is_occupied(target: Path) -> bool:
+    """Says whether something is there already: a file, or a directory that is not empty."""
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
@@ -171,7 +175,7 @@ def _publish(partial: Path, target: Path, overwrite: bool) -> None:
     try:
         partial.rename(target)
     except OSError:
-        taken = _occupied(target)
+        taken = is_occupied(target)
         if replaced.exists() and not target.exists():
             replaced.rename(target)
         if not taken:
@@ -191,7 +195,7 @@ def _token() -> str:
 
 def check_vacant(path: str | Path, *, overwrite: bool = False) -> None:
     """Refuses an output directory that exists and is not empty, unless `overwrite` is given; for use before work."""
-    if _occupied(Path(path)) and not overwrite:
+    if is_occupied(Path(path)) and not overwrite:
         raise UserError(f"{path} exists already; name another output, or pass --overwrite to replace it.")
 
 

@@ -20,6 +20,8 @@ from difffract_jax.transcoders.settings import TrainConfig
 ACTIVE = 32
 RATE, RATE_FEATURES = 2e-4, 2**14
 TOKENS = 64
+RESUMED = "the run"
+"""Where settings come from that a resumed run was begun with: all of them, of which `shown` names the usual ones."""
 
 
 def choose(
@@ -81,11 +83,11 @@ def shown(settings: TrainConfig, width: Width, origins: Mapping[str, str]) -> li
         "model_dtype",
     )
     unread = {"k", "target_l0", "l1", "l1_txt"} - {*sparsity}
-    others = [name for name in origins if name not in {*names, *unread, "out"}]
+    others = [name for name, origin in origins.items() if origin != RESUMED and name not in {*names, *unread, "out"}]
     rows = []
     for name in (*names, *others):
         value = getattr(settings, name)
-        text = " ".join(map(str, value)) if isinstance(value, tuple) else value if value is None else str(value)
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else "-" if value is None else str(value)
         more = f" ({features} features)" if name == "expansion" else ""
         rows.append({"setting": name, "value": f"{text}{more}", "from": origins.get(name, "default")})
     return rows

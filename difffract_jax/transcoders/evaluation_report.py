@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import atomic_directory
+from difffract_jax.storage.files import is_occupied
 from difffract_jax.transcoders.evaluation import DENSITY_EDGES, Evaluation
 
 MEASURES = (
@@ -22,17 +24,37 @@ MEASURES = (
 )
 
 
+NUMBERS = "evaluation.json"
+
+
+def check_place(out: Path) -> None:
+    """Refuses a directory that holds something else than an earlier report, which would be lost.
+
+    Args:
+        out: directory of the report.
+
+    Raises:
+        UserError: if it does.
+    """
+    if is_occupied(out) and not (out / NUMBERS).is_file():
+        raise UserError(f"{out} exists already and is not a report of difffract evaluate; name another --out.")
+
+
 def write_evaluation_report(results: Mapping[str, Evaluation], out: Path, record: Mapping[str, Any]) -> Path:
     """Writes the report of one or several sets of transcoders; the first is described in full.
 
     Args:
         results: name -> what was measured.
-        out: directory to write, replaced if it exists.
+        out: directory to write; an earlier report there is replaced.
         record: how it was made.
 
     Returns:
         Path of the page.
+
+    Raises:
+        UserError: if the directory holds something else.
     """
+    check_place(out)
     name, first = next(iter(results.items()))
     with atomic_directory(out, overwrite=True) as partial:
         _by_step_figure(first).savefig(partial / "fvu_by_step.png", dpi=120)
@@ -42,7 +64,7 @@ def write_evaluation_report(results: Mapping[str, Evaluation], out: Path, record
         (partial / "report.md").write_text(report_page(name, results), encoding="utf-8")
         numbers = {key: value._asdict() for key, value in results.items()}
         text = json.dumps({"provenance": record, "points": points(results), "results": numbers}, indent=2)
-        (partial / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+        (partial / NUMBERS).write_text(text + "\n", encoding="utf-8")
     return out / "report.md"
 
 

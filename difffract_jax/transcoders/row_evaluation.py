@@ -16,6 +16,7 @@ from difffract_jax.transcoders.arrays import width_text
 from difffract_jax.transcoders.evaluation import Evaluation, Sums, densities, row_sums, tables_of
 from difffract_jax.transcoders.own_rows import ArrayRows, rows_of
 from difffract_jax.transcoders.sites import ROWS
+from difffract_jax.transcoders.store import StoredRows
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 BINS = 8
@@ -38,8 +39,10 @@ def evaluate_rows(
     """
     if ROWS.name not in tcs.stacks:
         raise UserError("These transcoders are of a model's sites, not of rows; measure them on their model.")
-    if not isinstance(rows, ArrayRows):
+    if not isinstance(rows, ArrayRows | StoredRows):
         rows = rows_of(rows, None, 0.0, 0, sae=tcs.config.role == "sae")
+    if isinstance(rows, StoredRows):
+        raise UserError("These rows were harvested from a model's sites; give arrays, or a directory of them.")
     if not isinstance(rows, ArrayRows):
         raise UserError("Rows are measured on each once; give arrays or a directory of them.")
     width = tcs.config.d_model, tcs.config.d_model_out

@@ -195,7 +195,7 @@ class EvaluateConfig(Settings):
     rows: Path | None = None
     """Directory of arrays to measure on, for transcoders that were trained on such; all of its rows count."""
     out: Path | None = None
-    """Directory of the report; `report` inside the run when left out."""
+    """Directory of the report, `report` inside the run when left out; an earlier report there is replaced."""
     prompts_count: int = Field(256, ge=1)
     """Validation prompts whose rows are measured; the more there are, the fewer rare features look dead."""
     velocity_count: int = Field(32, ge=1)

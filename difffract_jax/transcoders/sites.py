@@ -171,3 +171,25 @@ def is_chosen(patterns: Sequence[str], label: str, number: int) -> bool:
         inside = first == "*" or int(first) <= number <= int(last or first)
         meant = meant or (match[1] in ("*", label) and inside)
     return meant
+
+
+def are_chosen(patterns: Sequence[str], held: Sequence[tuple[str, int]], where: str) -> list[bool]:
+    """Says for each site that there is whether it is among those meant.
+
+    Args:
+        patterns: as for `parse_sites`.
+        held: label and number of each site that there is.
+        where: what holds them, for the message.
+
+    Raises:
+        UserError: if a pattern is of another form, or means none of them.
+
+    Example:
+        >>> are_chosen(["img/0-3"], [("img", 2), ("img", 5)], "a set")
+        [True, False]
+    """
+    for pattern in patterns:
+        if not any(is_chosen([pattern], *site) for site in held):
+            names = ", ".join(f"{label}/{number}" for label, number in sorted(set(held)))
+            raise UserError(f"{where} holds none of the sites {pattern}; it has {names}.")
+    return [is_chosen(patterns, *site) for site in held]

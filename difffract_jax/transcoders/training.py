@@ -145,6 +145,8 @@ def train(
 def check_directory(settings: TrainConfig, resume: bool) -> None:
     """Refuses to begin where a run has begun, or to go on where none has or with other settings."""
     path = settings.out / SETTINGS
+    if settings.out.exists() and not settings.out.is_dir():
+        raise UserError(f"{settings.out} is a file, but a run is a directory; name another out.")
     if not resume:
         if path.exists():
             raise UserError(f"{settings.out} holds a run already; pass --resume to go on with it, or name another out.")

@@ -34,7 +34,7 @@ from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
 from difffract_jax.seeds import random_key
 from difffract_jax.storage.checkpoint import tree_hash
-from difffract_jax.transcoders.sites import SiteSet, is_chosen, sites_of
+from difffract_jax.transcoders.sites import SiteSet, are_chosen, sites_of
 from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
@@ -260,17 +260,12 @@ def chosen_sites(tcs: TranscoderSet, patterns: Sequence[str]) -> TranscoderSet:
         patterns: the sites wanted, as in img/0-3.
 
     Raises:
-        UserError: if a pattern is of another form, or there is no transcoder of these sites.
+        UserError: if a pattern is of another form, or there is no transcoder of its sites.
     """
-    labels = {group.name: group.label for group, _ in tcs.sites.members}
-    places = {
-        name: [place for place, number in enumerate(numbers) if is_chosen(patterns, labels[name], number)]
-        for name, numbers in tcs.sites.groups.items()
-    }
-    kept = {name: np.array(chosen) for name, chosen in places.items() if chosen}
-    if not kept:
-        names = ", ".join(tcs.sites.names)
-        raise UserError(f"There is no transcoder of the sites {', '.join(patterns)}; there are {names}.")
+    held = [(group.label, number) for group, numbers in tcs.sites.members for number in numbers]
+    chosen = are_chosen(patterns, held, "The set of transcoders")
+    places = {name: np.flatnonzero(chosen[at]) for name, at in tcs.sites.slices.items()}
+    kept = {name: place for name, place in places.items() if place.size}
     numbers = {name: [tcs.sites.groups[name][place] for place in chosen] for name, chosen in kept.items()}
     if numbers == {name: [*held] for name, held in tcs.sites.groups.items()}:
         return tcs

@@ -42,6 +42,12 @@ def test_people_get_every_value_in_a_table(capsys):
     assert all(text in out for text in ("name", "0.1235", "rows", "from", "img/0/f1", "1.5"))
 
 
+def test_names_and_prompts_are_shown_as_they_were_given(capsys):
+    emit({"prompt": "a [red] fox :cat: [/b]", "[bold] rows": [{"[x]": "run[new]/y"}]})
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("a [red] fox :cat: [/b]", "[bold] rows", "[x]", "run[new]/y"))
+
+
 def test_words_that_a_newcomer_asks_for_are_explained_where_they_stand(capsys):
     emit({"nodes": {"feature": 3, "rest": 2}, "scores": [{"of": "pinned"}], "strongest": "an interest"})
     out = capsys.readouterr().out

@@ -102,7 +102,7 @@ def test_of_transcoders_the_files_of_the_wanted_sites_are_read_in_one_format() -
     with pytest.raises(UserError, match="holds transcoder_img_0.pt and transcoder_img_0_final.pt, all of img/0"):
         transcoder_files([*files, "transcoder_img_0_final.pt"], None, "it")
     with pytest.raises(UserError, match="holds none of the sites img/9; it has img/0, img/1, img/2, txt/0"):
-        transcoder_files(files, ["img/9"], "it")
+        transcoder_files(files, ["img/1", "img/9"], "it")
 
 
 def test_where_transcoders_lie_in_folders_these_are_named() -> None:

@@ -1,15 +1,18 @@
 """Compiled programs that are kept: linked, published whole, bounded, swept; and used by the next process."""
 
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from jax._src.compilation_cache import compress_executable
 
 from difffract_jax.storage import compile_cache
-from difffract_jax.storage.compile_cache import enable_compile_cache, link_programs, publish, sweep
+from difffract_jax.storage.compile_cache import enable_compile_cache, link_programs, publish, sweep, user_cache
+
+PROGRAM = compress_executable(b"program" * 1000)
 
 COUNT_HITS = """
 import sys, warnings
@@ -23,6 +26,7 @@ assert dfx.enable_compile_cache(sys.argv[1]) is None, "once is enough"
 import jax, jax.numpy as jnp
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if name.endswith("cache_hits") else None)
+warnings.warn("Error writing persistent compilation cache entry for 'f': No space left on device")
 print(float(jax.jit(lambda x: jnp.tanh(x @ x).sum())(jnp.ones((5, 5)))), len(hits))
 """
 
@@ -63,34 +67,53 @@ def test_the_next_process_reads_what_one_has_compiled(tmp_path):
 def test_a_process_sees_finished_programs_and_publishes_whole_ones(shared):
     one, other = link_programs(shared), link_programs(shared)
     assert (one / "old-cache").read_bytes() == b"old"
-    (one / "new-cache").write_bytes(b"half")
+    (one / "new-cache").write_bytes(PROGRAM[:10])
     assert not (shared / "new-cache").exists() and not (other / "new-cache").exists()
-    (one / "new-cache").write_bytes(b"whole")
+    (one / "new-cache").write_bytes(PROGRAM)
     publish(one, shared)
-    assert (shared / "new-cache").read_bytes() == b"whole"
+    assert (shared / "new-cache").read_bytes() == PROGRAM
+
+
+def test_half_a_program_as_a_full_disk_or_an_interrupt_leaves_it_is_not_published(shared):
+    own = link_programs(shared)
+    for length in (0, 1, len(PROGRAM) - 1):
+        (own / f"cut-{length}-cache").write_bytes(PROGRAM[:length])
+    (own / "whole-cache").write_bytes(PROGRAM)
+    publish(own, shared)
+    assert sorted(path.name for path in shared.iterdir()) == ["old-cache", "whole-cache"]
 
 
 def test_processes_that_end_at_once_publish_all_their_programs(shared):
     owns = [link_programs(shared) for _ in range(8)]
     for number, own in enumerate(owns):
         for name in ("same", f"own{number}"):
-            (own / f"{name}-cache").write_bytes(b"program" * 1000)
+            (own / f"{name}-cache").write_bytes(PROGRAM)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda own: publish(own, shared), owns))
     assert len(list(shared.iterdir())) == 2 + len(owns)
-    assert {path.read_bytes() for path in shared.glob("*own*")} == {b"program" * 1000}
+    assert {path.read_bytes() for path in shared.glob("*own*")} == {PROGRAM}
 
 
 def test_what_killed_processes_leave_is_swept_and_what_running_ones_hold_stays(shared):
     root, running = shared.parent, link_programs(shared)
     over = subprocess.Popen([sys.executable, "-c", ""])
     over.wait()
-    killed = root / f".run-{platform.node()}-{over.pid}-x"
-    elsewhere = [root / f".run-not{platform.node()}-{over.pid}-x", root / f".run-{platform.node()}-{over.pid}-1-x"]
-    for folder in (killed, *elsewhere):
-        folder.mkdir()
+    numbering = running.name.split("-")[1]
+    killed = root / f".run-{numbering}-{over.pid}-x"
+    killed.mkdir()
     sweep(root)
-    assert running.exists() and all(folder.exists() for folder in elsewhere) and not killed.exists()
+    assert running.exists() and not killed.exists()
+
+
+@pytest.mark.parametrize("other", ["0123abcd", "login-1", "login"])
+def test_folders_of_other_machines_and_containers_that_share_a_home_go_when_they_are_old(shared, other):
+    recent, old = (shared.parent / f".run-{other}-1-{age}" for age in ("recent", "old"))
+    for folder in (recent, old):
+        folder.mkdir()
+    month = 31 * 24 * 3600
+    os.utime(old, (old.stat().st_mtime - month,) * 2)
+    sweep(shared.parent)
+    assert recent.exists() and not old.exists()
 
 
 @pytest.mark.parametrize("name", ["JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"])
@@ -105,6 +128,21 @@ def test_a_home_that_cannot_be_written_is_done_without(unset, monkeypatch, tmp_p
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert enable_compile_cache() is None
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_a_user_without_a_home_is_done_without(unset, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", refuse)
+    assert enable_compile_cache() is None
+
+
+def test_a_relative_cache_directory_does_not_count(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    assert user_cache() == tmp_path / ".cache" / "difffract"
 
 
 def test_a_file_system_without_links_is_done_without(unset, monkeypatch, tmp_path):

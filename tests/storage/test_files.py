@@ -274,6 +274,7 @@ def test_one_array_is_read_and_nothing_else(tmp_path):
     [
         (b"GGUF\x03" + bytes(99), "is a GGUF file, quantised; take safetensors in bf16"),
         (b"PK\x03\x04\x00\x00\x08\x08" + bytes(99), "is a PyTorch file"),
+        (b"PK\x03\x04" + bytes(26) + b"node_kind.npy" + bytes(99), "is an .npz file of NumPy"),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9" + bytes(99), "is a PyTorch file"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "is a placeholder of Git LFS"),
         (b"\n<!DOCTYPE html><html>", "is a web page"),

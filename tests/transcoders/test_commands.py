@@ -152,6 +152,6 @@ def test_processes_that_cannot_be_joined_are_told(difffract, tmp_path):
 
 
 def test_a_run_that_is_none_or_unfinished_is_not_evaluated(difffract, tmp_path):
-    assert "holds no training run" in difffract("evaluate", tmp_path)[2]
+    assert "holds neither a training run nor transcoders" in difffract("evaluate", tmp_path)[2]
     (tmp_path / "train.json").write_text("{}")
     assert "has not finished; go on with difffract train --resume" in difffract("evaluate", tmp_path)[2]

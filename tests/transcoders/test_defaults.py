@@ -2,7 +2,7 @@
 
 import pytest
 
-from difffract_jax.transcoders.defaults import choose, shown
+from difffract_jax.transcoders.defaults import RESUMED, choose, shown
 from difffract_jax.transcoders.settings import TrainConfig
 
 
@@ -42,3 +42,12 @@ def test_the_table_says_where_every_value_came_from():
     assert (rows["batch"]["from"], rows["seed"]["from"]) == ("--batch", "run.yaml")
     assert not {"target_l0", "l1", "out"} & rows.keys(), "what this activation does not read is not shown"
     assert rows["k"] == {"setting": "k", "value": "16", "from": "default for a width of 64"}
+
+
+def test_the_table_of_a_resumed_run_names_the_usual_settings_and_what_the_line_changed():
+    made = TrainConfig(model="organism")
+    begun = shown(made, 64, {})
+    resumed = shown(made, 64, dict.fromkeys(TrainConfig.model_fields, RESUMED) | {"keep": "--keep"})
+    assert [row["setting"] for row in resumed] == [*(row["setting"] for row in begun), "keep"]
+    assert {row["from"] for row in resumed} == {RESUMED, "--keep"}
+    assert {row["setting"]: row["value"] for row in begun}["tokens_per_step"] == "-"

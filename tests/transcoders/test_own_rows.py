@@ -18,6 +18,7 @@ from difffract_jax.transcoders.from_rows import train
 from difffract_jax.transcoders.own_rows import BLOCK_ROWS, open_rows, rows_of
 from difffract_jax.transcoders.row_evaluation import evaluate_rows, times_of
 from difffract_jax.transcoders.settings import TrainConfig
+from difffract_jax.transcoders.store import StoredRows
 from difffract_jax.transcoders.transcoder import check_fit
 
 X, Y = 6, 4
@@ -266,6 +267,8 @@ def test_transcoders_of_rows_fit_no_model_and_no_pt_file(run, tmp_path):
     assert not (tmp_path / "pt").exists()
     with pytest.raises(UserError, match="The rows are 4 to 6 channels wide, but the transcoder 6 to 4"):
         evaluate_rows(tcs, make(10)[1::-1])
+    with pytest.raises(UserError, match="These rows were harvested from a model's sites; give arrays"):
+        evaluate_rows(tcs, StoredRows(tmp_path, "train", 0, tcs.sites, 6, ({"img": 1},)))
 
 
 def test_a_run_on_batches_goes_on_where_it_stopped(tmp_path):

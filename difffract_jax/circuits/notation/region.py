@@ -53,7 +53,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
         UserError: if it is not a picture, has another size, or is all dark.
     """
     if not path.is_file():
-        raise UserError(f"The mask {path} does not exist; give an image file of {size[1]} x {size[0]} pixels.")
+        raise UserError(f"The mask {path} is not a file; give an image file of {size[1]} x {size[0]} pixels.")
     try:
         with Image.open(path) as picture:
             grey = np.asarray(picture.convert("L"))
