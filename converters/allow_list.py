@@ -78,8 +78,8 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
 def _is_possible(value: object, default: object) -> bool:
     """Says whether a value is of a type that a size, which has no default, or a list of sizes may have."""
     if default is REQUIRED:
-        return isinstance(value, list) or (type(value) is int and value >= 0)
-    return isinstance(value, list) or not isinstance(default, tuple)
+        return isinstance(value, list | tuple) or (type(value) is int and value >= 0)
+    return isinstance(value, list | tuple) or not isinstance(default, tuple)
 
 
 def _quantisation(config: object) -> str:
