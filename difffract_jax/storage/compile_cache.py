@@ -49,7 +49,7 @@ def enable_compile_cache(folder: str | Path | None = None) -> Path | None:
 
     The commands call it; in Python call it once, before the first computation. It changes JAX's settings
     `jax_compilation_cache_dir`, `jax_persistent_cache_min_compile_time_secs` and
-    `jax_persistent_cache_enable_xla_caches`.
+    `jax_persistent_cache_enable_xla_caches`, and leaves out its warnings on programs that cannot be read or kept.
 
     Args:
         folder: where programs are kept; None for `difffract/programs` in the user's cache directory.

@@ -52,7 +52,7 @@ DTYPES: dict[str, np.dtype] = {
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _BEGINNINGS = (
-    (b"\x93NUMPY", "is an array of NumPy, and no weights of a model; give a .safetensors file"),
+    (b"\x93NUMPY", "is an array of NumPy, not the weights of a model; give a .safetensors file"),
     (b"GGUF", "is a GGUF file, quantised; take safetensors in bf16, as huggingface.co/black-forest-labs has them"),
     (b"PK\x03\x04", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
     (b"\x80", "is a PyTorch file; load it with PyTorch and write its tensors with safetensors.torch.save_file"),
@@ -112,7 +112,7 @@ class TensorFile:
 def _described(beginning: bytes) -> str:
     """Says what a file is that is not a safetensors file, and what to do, by its first bytes."""
     if beginning.startswith(b"PK") and b".npy" in beginning:
-        return "is an .npz file of NumPy, as of a graph, and no weights of a model; give a .safetensors file"
+        return "is an .npz file of NumPy, such as a graph, not the weights of a model; give a .safetensors file"
     known = [text for magic, text in _BEGINNINGS if beginning.lstrip().startswith(magic)]
     # A header's length, as any byte, may be that of another format; but the header itself opens with a brace.
     if known and (beginning[8:9] != b"{" or beginning.startswith(b"GGUF")):
