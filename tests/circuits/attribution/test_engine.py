@@ -251,7 +251,7 @@ def test_what_is_no_target_is_refused(text, sentence):
         ("pixels:color=red,box=1,2,3", "A box is X0,Y0,X1,Y1 in whole pixels"),
         ("pixels:color=red,box=0,0,64,8", "leaves the image, which is 32 x 24 pixels"),
         ("pixels:color=red,box=4,4,4,8", "is empty or leaves the image"),
-        ("velocity:mask=absent.png", "The mask absent.png does not exist"),
+        ("velocity:mask=absent.png", "The mask absent.png is not a file; give an image file of 32 x 24 pixels"),
         ('velocity:contrast="a red circle"', "give the same velocity in the region"),
     ],
 )
