@@ -74,9 +74,9 @@ COMMANDS = (
 )
 
 
-def ten_lines() -> str:
-    """Returns the README's example in Python."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def ten_lines(tree: Path) -> str:
+    """Returns the example in Python of a checkout's README."""
+    (code,) = re.findall(r"```python\n(.*?)```", (tree / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     return code
 
 
@@ -89,7 +89,7 @@ def seconds(command: Command, tree: Path, cache: Path, folder: Path) -> float:
         cache: the user's cache directory, for this run.
         folder: where it runs.
     """
-    code = [ten_lines()] if command.name == "python" else [RUN, command.name, *command.arguments]
+    code = [ten_lines(tree)] if command.name == "python" else [RUN, command.name, *command.arguments]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
     given = kept | {"PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(cache), "PYTHONDONTWRITEBYTECODE": "1"}
     began = time.perf_counter()

@@ -9,11 +9,11 @@
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from difffract_jax.address import STREAMS
 from difffract_jax.display import number_text, text_of
 from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.correlation import pearson, spearman
 from difffract_jax.graphs.graph import ERROR, INPUT, KINDS, REST, Graph
 
 Node = tuple[int, int, int, int, int, int]
@@ -104,8 +104,8 @@ def compare(a: Graph, b: Graph) -> Comparison:
         edges_only_in_b=len(edges_b) - len(common),
         largest_edge=largest,
         largest_error=error / largest if largest else 0.0,
-        pearson=_correlation(x, y),
-        spearman=_correlation(_ranks(x), _ranks(y)),
+        pearson=pearson(x, y),
+        spearman=spearman(x, y),
         summed_over_positions=summed,
         links_left_out_of_a=_left_out(a),
         links_left_out_of_b=_left_out(b),
@@ -138,16 +138,3 @@ def _name(node: Node) -> str:
     kind, step, stream, block, position, feature = node
     place = STREAMS[stream] + ("" if kind == INPUT else f"/{block}") + (f"/f{feature}" if feature >= 0 else "")
     return f"{KINDS[kind]} {place}{f'@{position}' if position >= 0 else ''}#{step}"
-
-
-def _correlation(x: NDArray[np.floating], y: NDArray[np.floating]) -> float | None:
-    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])
-
-
-def _ranks(values: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Returns ranks, ties by their mean."""
-    # SciPy's would do, but its import takes longer than all else that `compare` does.
-    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[place]
