@@ -27,6 +27,8 @@ What is used less often lies in the namespaces `dfx.graphs`, `dfx.circuits`, `df
 The names below are loaded on first use, so that importing this package costs nothing.
 """
 
+import logging
+
 from difffract_jax.namespaces import lazy
 
 __version__ = "0.1.0"
@@ -65,6 +67,8 @@ _HOME = {
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+# transformers, of which tokenizers alone are used, says when it is imported that PyTorch is missing; nothing needs it.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 __getattr__, _names = lazy(__name__, _HOME)
 
 

@@ -1,5 +1,6 @@
 """The namespaces give every name they list, lazily, each with a docstring."""
 
+import logging
 import subprocess
 import sys
 from importlib import import_module
@@ -41,3 +42,13 @@ def test_what_the_commands_do_has_a_name() -> None:
 def test_naming_a_namespace_loads_no_jax() -> None:
     code = "import sys, difffract_jax as dfx; dfx.graphs.prune; dfx.circuits; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_that_pytorch_is_missing_is_not_told_and_other_warnings_are(caplog):
+    logger = logging.getLogger("transformers")
+    with caplog.at_level("WARNING", "transformers"):
+        logger.addHandler(caplog.handler)
+        logger.warning("PyTorch was not found. Models won't be available.")
+        logger.warning("something else")
+        logger.removeHandler(caplog.handler)
+    assert {record.getMessage() for record in caplog.records} == {"something else"}
