@@ -17,7 +17,7 @@ Tables are read with `transforms.py` beside them; `source.py` reads the checkpoi
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -50,8 +50,10 @@ __all__ = [
     "check_coverage",
     "conv",
     "expand",
+    "fill_slice",
     "fuse_qkv",
     "is_ignored",
+    "load_leaves",
     "linear_from_conv1x1",
     "load_tree",
     "same",
@@ -248,6 +250,37 @@ def load_tree(
     Raises:
         ConversionError: naming every missing, unknown, doubly used, misshapen, unreadable or non-finite tensor.
     """
+    options = {"ignored": ignored, "labels": labels, "dtype": dtype, "sharding": sharding}
+    arrays = load_leaves(source, rules, abstract, lambda path: True, **options)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in leaf_paths(abstract)])
+
+
+def load_leaves(
+    source: Source | ArraySource,
+    rules: Sequence[Rule],
+    abstract: Any,
+    wanted: Callable[[str], bool],
+    *,
+    ignored: Sequence[Ignored] = (),
+    labels: Labels | None = None,
+    dtype: Any = None,
+    sharding: Any = None,
+) -> dict[str, jax.Array]:
+    """Converts some leaves of a checkpoint, after it has been checked as a whole.
+
+    Args:
+        source: this and the rest as for `load_tree`.
+        rules: its table.
+        abstract: the whole tree's shapes.
+        wanted: says of a path whether its leaf is.
+        ignored: keys that may be left over.
+        labels: names of stacked layers.
+        dtype: type of the leaves.
+        sharding: where leaves go.
+
+    Returns:
+        The leaves by path.
+    """
     assignments, leaves, target = expand(rules, abstract, labels), leaf_paths(abstract), placement(sharding)
     used = [key for item in assignments for keys in item.sources for key in keys if source.readable(key)]
     problems = [*source.problems, *check_coverage(source.shapes(), rules, abstract, ignored, labels)]
@@ -257,6 +290,8 @@ def load_tree(
     arrays: dict[str, jax.Array] = {}
     for assignment in assignments:
         for place, path in enumerate(assignment.targets):
+            if not wanted(path):
+                continue
             buffer = np.empty(leaves[path].shape, leaves[path].dtype if dtype is None else dtype)
             problems += _fill_leaf(buffer, source, assignment, place)
             # Once something is wrong the tree will not be used: only the check goes on.
@@ -264,7 +299,7 @@ def load_tree(
                 arrays[path] = jax.device_put(buffer, target(path))
     if problems:
         raise ConversionError(source.name, dict.fromkeys(problems))
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in leaves])
+    return arrays
 
 
 def _fill_leaf(buffer: np.ndarray, source: Source | ArraySource, assignment: Assignment, place: int) -> list[str]:
@@ -279,6 +314,31 @@ def _fill_leaf(buffer: np.ndarray, source: Source | ArraySource, assignment: Ass
             guilty = _not_finite(source, keys)
             problems += guilty or [f"{' + '.join(keys)} holds values too large for {buffer.dtype}"]
     return problems
+
+
+def fill_slice(
+    parts: Sequence[np.ndarray], source: Source | ArraySource, assignment: Assignment, number: int, *, check: bool
+) -> list[str]:
+    """Fills the slices of all leaves of an assignment at one index of its stack.
+
+    Args:
+        parts: one array per target.
+        source: the checkpoint.
+        assignment: from `expand`.
+        number: of the index, in row-major order.
+        check: whether to look for values that are not finite.
+
+    Returns:
+        Which tensors hold such values.
+    """
+    keys = assignment.sources[number]
+    with np.errstate(over="ignore"):
+        made = assignment.rule.transform.forward(_of_one_type([source[key] for key in keys]))
+        for part, value in zip(parts, made, strict=True):
+            part[...] = value
+    if not check or all(np.isfinite(part).all() for part in parts):
+        return []
+    return _not_finite(source, keys) or [f"{' + '.join(keys)} holds values too large for {parts[0].dtype}"]
 
 
 def _of_one_type(tensors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

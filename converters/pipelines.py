@@ -36,6 +36,7 @@ from converters.contents import (
 )
 from converters.flux import FLUX_DIFFUSERS, flux_config_from_shapes
 from converters.mapping import ConversionError, Ignored, Rule, Source, load_tree
+from converters.streaming import stream_module
 from converters.text_encoders import CLIP_PREFIX, clip_tables, t5_tables
 from converters.weight_files import check_variant, variants
 from difffract_jax.config import UserError
@@ -43,6 +44,7 @@ from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import Pipeline, PipelineConfig
+from difffract_jax.models.streaming import Weights
 from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
 
@@ -51,6 +53,9 @@ Sharding = Callable[[str, Any], Any]
 
 ROPE_AXES = (16, 56, 56)
 """How FLUX.1 divides a head's dimensions among the axes of position."""
+
+LAYERED_PARTS = ("transformer", "t5")
+"""Parts with stacks that can stay elsewhere than on the device."""
 
 FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}
 """Part of a pipeline -> the folder of a diffusers directory that holds it."""
@@ -77,6 +82,7 @@ def convert_pipeline(
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
     variant: str | None = None,
+    weights: Weights = "device",
 ) -> Pipeline:
     """Converts a pipeline.
 
@@ -87,6 +93,7 @@ def convert_pipeline(
         sharding: where the leaves go, see `Sharding`.
         variant: which files to take where there are several, as in fp16 for `model.fp16.safetensors`; parts that have
             none of this variant are read from their plain files. The only variant there is need not be named.
+        weights: where the blocks stay; see `models.streaming`.
 
     Raises:
         UserError: when it is not a FLUX.1 pipeline or a configuration is not understood.
@@ -94,12 +101,12 @@ def convert_pipeline(
     """
     source = Path(source)
     if base is not None:
-        return _complete(source, Path(base), dtype, sharding, variant)
+        return _complete(source, Path(base), _Loading(dtype, sharding, weights), variant)
     check_architecture(source)
     config = pipeline_config(source)
     tokenizers = load_tokenizers(source)
     check_variant(source, _variants([source / folder for folder in FOLDERS.values()]), variant)
-    modules = _convert_parts(config, source, dtype, sharding, tuple(FOLDERS), variant)
+    modules = _convert_parts(config, source, _Loading(dtype, sharding, weights), tuple(FOLDERS), variant)
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
 
 
@@ -110,6 +117,7 @@ def convert_transformer(
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
     variant: str | None = None,
+    weights: Weights = "device",
 ) -> tuple[MMDiT, FluxConfig]:
     """Converts a transformer alone.
 
@@ -122,6 +130,7 @@ def convert_transformer(
         dtype: type of the weights.
         sharding: where the leaves go.
         variant: which files to take, see `convert_pipeline`.
+        weights: where the blocks stay.
 
     Raises:
         UserError: when it is not a FLUX.1 transformer; the message says what it is.
@@ -131,7 +140,7 @@ def convert_transformer(
     part, layout = transformer_of(Source(path, variant=variant))
     config = flux_config_from_shapes(part.shapes(), ROPE_AXES if axes is None else axes)
     rules = PartRules(abstract_module(MMDiT, config, dtype), layout.rules)
-    return _load_part("transformer", part, rules, sharding), config
+    return _load_part("transformer", part, rules, _Loading(dtype, sharding, weights)), config
 
 
 def _transformer_path(path: Path) -> Path:
@@ -154,8 +163,7 @@ def abstract_module(module: Callable[..., Any], config: Any, dtype: Any = jnp.fl
 def _convert_parts(
     config: PipelineConfig,
     home: Path,
-    dtype: Any,
-    sharding: Sharding | None,
+    loading: "_Loading",
     names: tuple[str, ...],
     variant: str | None,
 ) -> dict[str, Any]:
@@ -165,8 +173,8 @@ def _convert_parts(
     problems: list[str] = []
     for name, path in files.items():
         try:
-            source, rules = _part_rules(name, config, Source(path, variant=variant), dtype)
-            modules[name] = _load_part(name, source, rules, sharding)
+            source, rules = _part_rules(name, config, Source(path, variant=variant), loading.dtype)
+            modules[name] = _load_part(name, source, rules, loading)
         except ConversionError as error:
             problems += [f"{path.name}: {problem}" for problem in error.problems]
         except UserError as error:
@@ -202,12 +210,22 @@ def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -
     return source, PartRules(abstract_module(Autoencoder, config.vae, dtype), AUTOENCODER_DIFFUSERS)
 
 
-def _load_part(name: str, source: Source, part: PartRules, sharding: Sharding | None) -> Any:
-    target = None if sharding is None else sharding(name, part.abstract)
+class _Loading(NamedTuple):
+    """How weights are loaded: their type, where leaves go, and where stacks stay."""
+
+    dtype: Any
+    sharding: Sharding | None
+    weights: Weights
+
+
+def _load_part(name: str, source: Source, part: PartRules, loading: _Loading) -> Any:
+    if loading.weights != "device" and name in LAYERED_PARTS:
+        return stream_module(source, part.rules, part.abstract, part.ignored, loading.weights)
+    target = None if loading.sharding is None else loading.sharding(name, part.abstract)
     return load_tree(source, part.rules, part.abstract, ignored=part.ignored, sharding=target)
 
 
-def _complete(source: Path, base: Path, dtype: Any, sharding: Sharding | None, variant: str | None) -> Pipeline:
+def _complete(source: Path, base: Path, loading: _Loading, variant: str | None) -> Pipeline:
     """Makes a pipeline of a transformer and the other parts of a base directory."""
     check_base(base)
     t5, clip, vae = read_configs(base, ("text_encoder_2", "text_encoder", "vae"))
@@ -216,9 +234,9 @@ def _complete(source: Path, base: Path, dtype: Any, sharding: Sharding | None, v
     folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
     check_variant(f"{source} and {base}", _variants(folders), variant)
     axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
-    transformer, shape = convert_transformer(path, rope_axes=axes, dtype=dtype, sharding=sharding, variant=variant)
+    transformer, shape = convert_transformer(path, rope_axes=axes, variant=variant, **loading._asdict())
     check_fit(f"{source} and {base}", shape, t5, clip, vae)
     scheduler = scheduler_of((source, base), shape)
     config = PipelineConfig(shape, t5, clip, vae, scheduler, defaults_of(base, shape))
-    others = _convert_parts(config, base, dtype, sharding, ("t5", "clip", "vae"), variant)
+    others = _convert_parts(config, base, loading, ("t5", "clip", "vae"), variant)
     return Pipeline(transformer=transformer, **others, tokenizers=tokenizers, config=config)

@@ -102,6 +102,11 @@ class Source:
         scale = self._scales.get(key)
         return quantised.widen(tensor, None if scale is None else self._tensor(scale))
 
+    def check_unchanged(self) -> None:
+        """Raises `UserError` if a file has changed or gone since it was opened."""
+        for file in {id(file): file for file in self._files.values() if file is not None}.values():
+            file.check_unchanged()
+
     def _tensor(self, key: str) -> np.ndarray:
         file = self._files[self._raw[key]]
         assert file is not None, key
@@ -209,6 +214,9 @@ class ArraySource:
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """Returns every key's shape."""
         return {key: array.shape for key, array in self._arrays.items()}
+
+    def check_unchanged(self) -> None:
+        """Does nothing: what is in memory does not change."""
 
     def dtype(self, key: str) -> str:
         """Returns an array's type."""

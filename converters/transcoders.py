@@ -25,10 +25,12 @@ from flax import nnx
 from converters.mapping import ArraySource, ConversionError, Rule, load_tree, same, save_tree, transpose
 from converters.repositories import SITE
 from converters.state_dicts import NotFound, unwrapped
+from converters.streaming import stream_stack
 from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
-from difffract_jax.storage.checkpoint import atomic_directory, cap, tree_hash
-from difffract_jax.storage.files import DTYPES, TensorFile
+from difffract_jax.models.streaming import Weights, whole, whole_bytes
+from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, atomic_directory, cap, tree_hash
+from difffract_jax.storage.files import DTYPES, TensorFile, sample_hash
 from difffract_jax.transcoders.sites import ROWS, are_chosen, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
@@ -87,6 +89,7 @@ def transcoders_from_torch(
     files: Collection[str] = (),
     dtype: Any = jnp.float32,
     sharding: Any = None,
+    weights: Weights = "device",
 ) -> TranscoderSet:
     """Converts a directory of the reference's files.
 
@@ -96,6 +99,7 @@ def transcoders_from_torch(
         files: names of those to read; all if left out.
         dtype: type of the weights.
         sharding: where the leaves of each stream's stack go: None, one sharding, or a function of the path.
+        weights: where the stacks stay; see `models.streaming`.
 
     Raises:
         ConversionError: naming every file and tensor that does not fit.
@@ -123,13 +127,15 @@ def transcoders_from_torch(
         chosen = {file: state for file, state in states.items() if file.stream == stream}
         try:
             if chosen:
-                stacks[stream] = _load_stream(str(directory), chosen, config, dtype, sharding)
+                stacks[stream] = _load_stream(str(directory), chosen, config, dtype, sharding, weights)
         except ConversionError as error:
             problems += error.problems
     if problems:
         raise ConversionError(str(directory), problems)
     held = sites_of({stream: [file.layer for file in states if file.stream == stream] for stream in STREAMS})
-    return TranscoderSet(stacks, held, config, tree_hash(stacks))
+    if weights != "device" and sum(map(whole_bytes, stacks.values())) >= VERIFY_BELOW_BYTES:
+        return TranscoderSet(stacks, held, config, sample_hash(Path(directory), [file.path.name for file in states]))
+    return TranscoderSet(stacks, held, config, tree_hash({name: whole(stack) for name, stack in stacks.items()}))
 
 
 def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> None:
@@ -293,16 +299,14 @@ def _config(first: SiteFile, state: State) -> TranscoderConfig:
 
 
 def _load_stream(
-    name: str, states: Mapping[SiteFile, State], config: TranscoderConfig, dtype: Any, sharding: Any
-) -> Transcoder:
+    name: str, states: Mapping[SiteFile, State], config: TranscoderConfig, dtype: Any, sharding: Any, weights: Weights
+) -> Any:
     arrays = {f"{file.path.stem}.{key}": array for file, state in states.items() for key, array in state.items()}
-    return load_tree(
-        ArraySource(name, arrays),
-        TRANSCODER_TORCH,
-        stacked_transcoders(config, len(states), dtype),
-        labels={"site": [file.path.stem for file in states]},
-        sharding=sharding,
-    )
+    source, like = ArraySource(name, arrays), stacked_transcoders(config, len(states), dtype)
+    labels = {"site": [file.path.stem for file in states]}
+    if weights != "device":
+        return stream_stack(source, TRANSCODER_TORCH, like, labels, weights)
+    return load_tree(source, TRANSCODER_TORCH, like, labels=labels, sharding=sharding)
 
 
 def _write_stream(directory: Path, role: str, stream: str, stack: Any, layers: Sequence[int]) -> None:

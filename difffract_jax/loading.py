@@ -30,7 +30,6 @@ from converters.transcoders import (
 from difffract_jax.circuits.notation.labels import Labels, read_labels
 from difffract_jax.config import UserError
 from difffract_jax.directories import (
-    Directory,
     base_directory,
     checkpoint,
     is_transformer_directory,
@@ -46,18 +45,16 @@ from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
 from difffract_jax.models.presets import PRESETS
 from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.streaming import Weights
 from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
+from difffract_jax.parts import identity, load_part, load_stack
 from difffract_jax.storage.checkpoint import (
-    VERIFY_BELOW_BYTES,
     atomic_directory,
-    leaf_paths,
-    load_tree,
     read_config,
     save_trees,
-    tree_hash,
 )
-from difffract_jax.storage.files import check_vacant, sample_hash
+from difffract_jax.storage.files import check_vacant
 from difffract_jax.storage.sums import check_sums
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, chosen_sites
@@ -74,6 +71,7 @@ def load_pipeline(
     variant: str | None = None,
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
+    weights: Weights = "device",
     verify: bool | None = None,
 ) -> Pipeline:
     """Loads a FLUX pipeline.
@@ -88,6 +86,8 @@ def load_pipeline(
         variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights in memory.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
+        weights: where the blocks of the transformer and of T5 stay: on the `device`; or in `host` memory or on `disk`,
+            from where each is fetched for its turn. Results are the same but for rounding.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
 
     Raises:
@@ -103,16 +103,15 @@ def load_pipeline(
     check_sums(path)
     if home is not None or is_diffusers_directory(path):
         base = None if home is None else home.path
-        pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant)
-        return identified(pipe, given, base=home, variant=variant)._replace(origin=origin)
+        pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant, weights=weights)
+        parts = {name: getattr(pipe, name) for name in PARTS}
+        return pipe._replace(source=identity(parts, given, base=home, variant=variant), origin=origin)
     if variant is not None:
         raise UserError(f"{path} is not a diffusers directory, and its weights have no variants; leave --variant out.")
     record = _read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
-        name: load_tree(
-            path, abstract, name=name, sharding=None if sharding is None else sharding(name, abstract), verify=verify
-        )
+        name: load_part(path, name, abstract, weights=weights, sharding=sharding, verify=verify)
         for name, abstract in _abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
     origin = origin or record.get("origin", "")
@@ -151,28 +150,6 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     else:
         config = pipeline_config_from_json(_read_kind(path, "pipeline")["config"], path)
     return {name: getattr(config, name) for name in PARTS}
-
-
-def identified(
-    pipe: Pipeline, given: Directory, *, base: Directory | None = None, variant: str | None = None
-) -> Pipeline:
-    """Gives a pipeline that was converted in memory the identity that images and graphs record.
-
-    Args:
-        pipe: the pipeline.
-        given: where its weights came from.
-        base: where those of the parts beside the transformer came from, if from elsewhere.
-        variant: which of several files were taken.
-
-    Returns:
-        The pipeline; its `source` is the content hash it would be saved under, or for weights too large to hash in
-        passing, that of their files' names, sizes, beginnings and ends.
-    """
-    parts = {name: getattr(pipe, name) for name in PARTS}
-    if sum(leaf.nbytes for tree in parts.values() for leaf in leaf_paths(tree).values()) < VERIFY_BELOW_BYTES:
-        return pipe._replace(source=tree_hash(parts))
-    hashes = [sample_hash(home.path, home.weights) for home in (given, base) if home is not None]
-    return pipe._replace(source=":".join(["sampled", *hashes, *([variant] if variant else [])]))
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -240,6 +217,7 @@ def load_transcoders(
     sites: Sequence[str] | None = None,
     dtype: Any = jnp.float32,
     sharding: Any = None,
+    weights: Weights = "device",
     verify: bool | None = None,
 ) -> TranscoderSet:
     """Loads the transcoders or SAEs of a model's MLPs.
@@ -253,21 +231,23 @@ def load_transcoders(
         sites: those wanted, as in ("img/0-3", "txt/*"); all if left out. Files of others are not downloaded.
         dtype: type of the weights in memory.
         sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
+        weights: where the stacks stay: on the `device`; or in `host` memory or on `disk`, from where each transcoder is
+            fetched when it is needed.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.
     """
     directory, origin, files = transcoder_directory(path, revision=revision, subfolder=subfolder, sites=sites)
     if is_torch_directory(directory):
-        made = transcoders_from_torch(directory, dtype=dtype, sharding=sharding, sites=sites, files=files)
+        made = transcoders_from_torch(
+            directory, dtype=dtype, sharding=sharding, sites=sites, files=files, weights=weights
+        )
         return made._replace(origin=origin)
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
     held = sites_of(record["layers"])
-    stacks = {
-        name: load_tree(
-            directory, stacked_transcoders(config, len(numbers), dtype), name=name, sharding=sharding, verify=verify
-        )
-        for name, numbers in held.groups.items()
-    }
+    stacks = {}
+    for name, numbers in held.groups.items():
+        like = stacked_transcoders(config, len(numbers), dtype)
+        stacks[name] = load_stack(directory, name, like, weights=weights, sharding=sharding, verify=verify)
     whole = TranscoderSet(stacks, held, config, record["content_hash"], origin or record.get("origin", ""))
     return whole if sites is None else chosen_sites(whole, sites)
 

@@ -16,7 +16,6 @@ from difffract_jax.directories import Directory
 from difffract_jax.loading import (
     convert_flux,
     convert_transcoders,
-    identified,
     load_pipeline,
     load_transcoders,
     save_pipeline,
@@ -24,6 +23,7 @@ from difffract_jax.loading import (
 )
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.tokenizers import encode_prompt
+from difffract_jax.parts import identity
 from difffract_jax.sharding import make_mesh, pipeline_shardings
 from difffract_jax.storage.files import sample_hash
 from difffract_jax.transcoders.sites import sites_of
@@ -70,12 +70,12 @@ def test_a_saved_pipeline_is_the_converted_one(pipe, saved):
 
 
 def test_large_weights_are_identified_by_samples_of_their_files(pipe, monkeypatch):
-    monkeypatch.setattr("difffract_jax.loading.VERIFY_BELOW_BYTES", 1000)
-    sample = sample_hash(PIPELINE)
-    assert identified(pipe, Directory(PIPELINE)).source == f"sampled:{sample}"
-    assert identified(pipe, Directory(PIPELINE), variant="fp16").source == f"sampled:{sample}:fp16"
+    monkeypatch.setattr("difffract_jax.parts.VERIFY_BELOW_BYTES", 1000)
+    sample, parts = sample_hash(PIPELINE), {"transformer": pipe.transformer}
+    assert identity(parts, Directory(PIPELINE)) == f"sampled:{sample}"
+    assert identity(parts, Directory(PIPELINE), variant="fp16") == f"sampled:{sample}:fp16"
     vae = PIPELINE / "vae" / "diffusion_pytorch_model.safetensors"
-    assert identified(pipe, Directory(vae), base=Directory(PIPELINE)).source == f"sampled:{sample_hash(vae)}:{sample}"
+    assert identity(parts, Directory(vae), base=Directory(PIPELINE)) == f"sampled:{sample_hash(vae)}:{sample}"
 
 
 def test_a_pipeline_loads_in_the_type_that_is_asked_for(saved):

@@ -167,8 +167,20 @@ class Block(Protocol):
         """Returns the output of the block's own MLP sublayer of a group."""
         ...
 
-    def gates(self, cond: Cond) -> tuple[Float[Array, "d_model"], ...]:
-        """Returns the factor between each group's MLP output and its residual stream."""
+    def gates(self, cond: Cond, frozen: Any = None) -> tuple[Float[Array, "d_model"], ...]:
+        """Returns the factor between each group's MLP output and its residual stream.
+
+        Args:
+            cond: what the evaluation's blocks share.
+            frozen: record to take it from; computed if left out.
+        """
+        ...
+
+    def slim(self) -> "Block":
+        """Returns the block without what it does not read when its MLPs are replaced and all else comes from a record.
+
+        Queries and keys, modulations and MLPs are not in it, so that it is a tenth as large.
+        """
         ...
 
     def entry(self, cond: Cond, frozen: Any) -> Entry:
@@ -227,6 +239,25 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.scale[...])
 
 
+class QKV(nnx.Linear):
+    """The projection to queries, keys and values, side by side.
+
+    Attributes:
+        first: the first of the columns that are there; those of a slim block are the values' alone.
+    """
+
+    first: int = 0
+
+    def from_column(self, first: int) -> "QKV":
+        """Returns the projection without the columns before `first`."""
+        assert self.bias is not None
+        rest = jax.tree.map(lambda leaf: leaf, self)
+        rest.kernel = nnx.Param(self.kernel[..., first - self.first :])
+        rest.bias = nnx.Param(self.bias[..., first - self.first :])
+        rest.first = first
+        return rest
+
+
 def split_heads(x: Float[Array, "rows width"], head_dim: int) -> Float[Array, "rows heads head_dim"]:
     """Cuts the columns into heads."""
     return x.reshape(x.shape[0], -1, head_dim)
@@ -247,14 +278,17 @@ def split(joint: Float[Array, "seq *rest"], text_tokens: int) -> Streams:
     return Streams(img=joint[text_tokens:], txt=joint[:text_tokens])
 
 
-def project(layer: nnx.Linear, x: Float[Array, "rows d_model"], columns: slice) -> Float[Array, "rows columns"]:
-    """Applies some columns of a linear layer."""
+def project(layer: QKV, x: Float[Array, "rows d_model"], columns: slice) -> Float[Array, "rows columns"]:
+    """Applies some columns of the projection to queries, keys and values."""
     assert layer.bias is not None
-    return x @ layer.kernel[:, columns] + layer.bias[None, columns]
+    begin = 0 if columns.start is None else columns.start
+    assert begin >= layer.first, "a slim block has no queries and keys"
+    part = slice(begin - layer.first, None if columns.stop is None else columns.stop - layer.first)
+    return x @ layer.kernel[:, part] + layer.bias[None, part]
 
 
 def head_of_row(
-    qkv: nnx.Linear,
+    qkv: QKV,
     norm: RMSNorm,
     cond: Cond,
     modulation: tuple[Float[Array, "d_model"], Float[Array, "d_model"]],

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from difffract_jax.address import IMAGE, TEXT, Group
 from difffract_jax.models.blocks import (
+    QKV,
     BlockActs,
     Cond,
     Entry,
@@ -53,12 +54,14 @@ class Frozen(NamedTuple):
         k: its keys.
         inv_std1: 1/sqrt(var + eps) of the norm before attention, [txt] and [img].
         inv_std2: the same of the norm before the MLP.
+        mod: modulations of both streams, [6 d_model]; None to compute them from what conditions the evaluation.
     """
 
     q: Float[Array, "seq heads head_dim"]
     k: Float[Array, "seq heads head_dim"]
     inv_std1: Streams
     inv_std2: Streams
+    mod: Streams | None = None
 
 
 class Attention(nnx.Module):
@@ -66,7 +69,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         d_model = config.d_model
-        self.qkv = nnx.Linear(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
+        self.qkv = QKV(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(config.head_dim, dtype=dtype)
         self.k_norm = RMSNorm(config.head_dim, dtype=dtype)
         self.proj = nnx.Linear(d_model, d_model, param_dtype=dtype, rngs=rngs)
@@ -114,7 +117,7 @@ class DoubleBlock(nnx.Module):
         heads: Float[Array, "heads"] | None = None,
     ) -> tuple[Streams, BlockActs]:
         """Runs the block on the image and the text stream."""
-        h, mod = Streams(*h), self._modulations(cond)
+        h, mod = Streams(*h), self._modulations(cond, frozen)
         scales = Streams(None, None) if frozen is None else frozen.inv_std1
         normed = both(layer_norm, h, scales)
         m = both(lambda n, c: film(n[0], c[1], c[0]), normed, mod)
@@ -134,20 +137,28 @@ class DoubleBlock(nnx.Module):
         run = self.run_mlp if mlp is None else mlp
         y = Streams(run(0, x.img), run(1, x.txt))
         h = both(lambda r, c, o: r + c[5] * o, h, mod, y)
-        used = Frozen(q, k, both(lambda n: n[1], normed), both(lambda n: n[1], normed2))
+        used = Frozen(q, k, both(lambda n: n[1], normed), both(lambda n: n[1], normed2), mod)
         return h, BlockActs(used, x, y, h)
 
     def run_mlp(self, group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
         """Returns the output of the image stream's MLP, group 0, or the text stream's, group 1."""
         return (self.img, self.txt)[group].mlp(x)
 
-    def gates(self, cond: Cond) -> tuple[Float[Array, "d_model"], ...]:
+    def gates(self, cond: Cond, frozen: Frozen | None = None) -> tuple[Float[Array, "d_model"], ...]:
         """Returns gate2 of both streams."""
-        return tuple(both(lambda mod: mod[5], self._modulations(cond)))
+        return tuple(both(lambda mod: mod[5], self._modulations(cond, frozen)))
+
+    def slim(self) -> "DoubleBlock":
+        """Returns the block with the values' columns, the output projections and the heads' width alone."""
+        slim = jax.tree.map(lambda leaf: leaf, self)
+        for stream in (slim.img, slim.txt):
+            stream.attn.qkv = stream.attn.qkv.from_column(2 * stream.attn.qkv.in_features)
+            stream.mod = stream.mlp = None
+        return slim
 
     def entry(self, cond: Cond, frozen: Frozen) -> Entry:
         """Returns the function that pulls gradients at single rows of x back through the block; see the module."""
-        mod = self._modulations(cond)
+        mod = self._modulations(cond, frozen)
         return partial(_enter, self, frozen, mod)
 
     @staticmethod
@@ -169,18 +180,16 @@ class DoubleBlock(nnx.Module):
     ) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:
         """Returns one head's rotated query or key of a residual row, and 1 / its root mean square."""
         stream, inv_std = (self.img, self.txt)[group], frozen.inv_std1[group][row]
-        shift, scale = _modulation(stream, cond)[:2]
+        shift, scale = self._modulations(cond, frozen)[group][:2]
         place = row + (0 if group == 1 else frozen.inv_std1.txt.shape[0])
         norm = (stream.attn.q_norm, stream.attn.k_norm)[part]
         return head_of_row(stream.attn.qkv, norm, cond, (shift, scale), part, head, place, h, inv_std, denominator)
 
-    def _modulations(self, cond: Cond) -> Streams:
-        """Returns shift1, scale1, gate1, shift2, scale2, gate2 of both streams."""
-        return both(lambda stream: _modulation(stream, cond), self)
-
-
-def _modulation(stream: DoubleStream, cond: Cond) -> Float[Array, "6 d_model"]:
-    return stream.mod(jax.nn.silu(cond.vec)).reshape(6, -1)
+    def _modulations(self, cond: Cond, frozen: Frozen | None) -> Streams:
+        """Returns shift1, scale1, gate1, shift2, scale2, gate2 of both streams; the recorded ones where there are."""
+        if frozen is not None and frozen.mod is not None:
+            return frozen.mod
+        return both(lambda stream: stream.mod(jax.nn.silu(cond.vec)).reshape(6, -1), self)
 
 
 def _queries_keys(block: DoubleBlock, m: Streams, cond: Cond) -> tuple[Array, Array]:

@@ -23,6 +23,7 @@ from difffract_jax.models.blocks import Cond, FluxConfig, Streams
 from difffract_jax.models.double import DoubleBlock
 from difffract_jax.models.single import SingleBlock
 from difffract_jax.models.stacks import Tap, Write, drop, run_stacks
+from difffract_jax.models.streaming import streams_layers
 from difffract_jax.ops import film, layer_norm, rope_table, sinusoid, widen
 from difffract_jax.trees import brief
 
@@ -116,9 +117,14 @@ class MMDiT(nnx.Module):
         return streams, Cond(vec, jnp.asarray(cos, wide), jnp.asarray(sin, wide))
 
     @property
+    def layered(self) -> tuple[str, ...]:
+        """Attributes whose leaves have a leading layer axis: the stacks' names."""
+        return tuple(stack.name for stack in self.config.layout.stacks)
+
+    @property
     def stacks(self) -> tuple[Any, ...]:
         """The stacks of blocks, in the order of `config.layout`."""
-        return tuple(getattr(self, stack.name) for stack in self.config.layout.stacks)
+        return tuple(getattr(self, name) for name in self.layered)
 
     def __call__(self, inputs: Inputs, grid: tuple[int, int]) -> Float[Array, "img outputs"]:
         """Returns the velocity of one example."""
@@ -149,9 +155,22 @@ def forward(
     Returns:
         The velocity, and each stack's reports.
     """
-    h, cond = model.embed(inputs, grid)
+    # Where blocks are programs of their own, so is what stands before and behind them.
+    embed, final = (_EMBED, _FINAL) if streams_layers(model) else (_embed, _final)
+    h, cond = embed(model, inputs, grid)
     h, reports = run_stacks(model.stacks, h, cond, write=write, fixed=fixed, layers=layers, tap=tap)
-    return model.final(h.img, cond), reports
+    return final(model, h.img, cond), reports
+
+
+def _embed(model: Any, inputs: Inputs, grid: tuple[int, int]) -> tuple[Streams, Cond]:
+    return model.embed(inputs, grid)
+
+
+def _final(model: Any, h: Float[Array, "img d_model"], cond: Cond) -> Float[Array, "img outputs"]:
+    return model.final(h, cond)
+
+
+_EMBED, _FINAL = jax.jit(_embed, static_argnames="grid"), jax.jit(_final)
 
 
 def _stack(block: Callable[..., Any], config: FluxConfig, depth: int, rngs: nnx.Rngs, dtype: DTypeLike) -> Any:

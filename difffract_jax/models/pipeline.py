@@ -28,6 +28,7 @@ from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
 from difffract_jax.models.sampler import PATCH, SchedulerConfig
 from difffract_jax.models.shown import pipeline_facts
+from difffract_jax.models.streaming import jit_resident
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers, encode_prompt
 from difffract_jax.ops import widen
@@ -214,13 +215,18 @@ def encode(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
         text_tokens: length of the text sequence.
     """
     ids = encode_prompt(pipe.tokenizers, prompt, text_tokens)
-    text, pooled = _encode(pipe.t5, pipe.clip, ids.t5_ids, ids.clip_ids)
+    text, pooled = _encode_text(pipe.t5, jnp.asarray(ids.t5_ids)), _pool(pipe.clip, jnp.asarray(ids.clip_ids))
     return EncodedPrompt(text, pooled, ids.t5_mask, ids.cut)
 
 
+@jit_resident
+def _encode_text(t5: T5Encoder, ids: Array) -> Float[Array, "txt text_width"]:
+    return t5(ids)
+
+
 @jax.jit
-def _encode(t5: T5Encoder, clip: CLIPTextEncoder, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
-    return t5(t5_ids), clip(clip_ids)[1]
+def _pool(clip: CLIPTextEncoder, ids: Array) -> Float[Array, "pooled_width"]:
+    return clip(ids)[1]
 
 
 def initial_noise(pipe: Pipeline, run: Run, seed: int, latents: Any = None) -> Float[Array, "img channels"]:
@@ -255,7 +261,7 @@ def model_velocity(model: MMDiT, inputs: Inputs, step: Array, grid: tuple[int, i
     return model(inputs, grid)
 
 
-@partial(jax.jit, static_argnames=("velocity", "grid"))
+@partial(jit_resident, static_argnames=("velocity", "grid"))
 def euler_step(
     velocity: Velocity, params: Any, inputs: Inputs, sigma_next: Array, step: Array, grid: tuple[int, int]
 ) -> Float[Array, "img channels"]:

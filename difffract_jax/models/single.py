@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from difffract_jax.address import JOINT, Group
 from difffract_jax.models.blocks import (
+    QKV,
     BlockActs,
     Cond,
     Entry,
@@ -30,11 +31,19 @@ from difffract_jax.ops import attend, film, layer_norm, rotate
 
 
 class SingleFrozen(NamedTuple):
-    """What is held in one single-stream block: queries, keys, and the scale of its one norm, [seq]."""
+    """What is held in one single-stream block.
+
+    Attributes:
+        q: queries of the joint sequence.
+        k: its keys.
+        inv_std: scale of its one norm.
+        mod: its modulation; None to compute it from what conditions the evaluation.
+    """
 
     q: Float[Array, "seq heads head_dim"]
     k: Float[Array, "seq heads head_dim"]
     inv_std: Float[Array, "seq"]
+    mod: Float[Array, "3 d_model"] | None = None
 
 
 class SingleBlock(nnx.Module):
@@ -46,7 +55,7 @@ class SingleBlock(nnx.Module):
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         d_model = config.d_model
         self.mod = nnx.Linear(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
-        self.qkv = nnx.Linear(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
+        self.qkv = QKV(d_model, 3 * d_model, param_dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(config.head_dim, dtype=dtype)
         self.k_norm = RMSNorm(config.head_dim, dtype=dtype)
         self.up = nnx.Linear(d_model, config.d_ff, param_dtype=dtype, rngs=rngs)
@@ -64,7 +73,7 @@ class SingleBlock(nnx.Module):
     ) -> tuple[tuple[Array], BlockActs]:
         """Runs the block on the joint sequence, its one group."""
         (joint,) = h
-        shift, scale, gate = self._modulation(cond)
+        shift, scale, gate = mod = self._modulation(cond, frozen)
         normed, inv_std = layer_norm(joint, None if frozen is None else frozen.inv_std)
         x = film(normed, scale, shift)
         head_dim, width = self.q_norm.scale.shape[-1], joint.shape[1]
@@ -81,20 +90,28 @@ class SingleBlock(nnx.Module):
         y = self.run_mlp(0, x) if mlp is None else mlp(0, x)
         assert self.mlp_out.bias is not None
         joint = joint + gate[None, :] * (self.attn_out(merge_heads(mixed)) + y + self.mlp_out.bias[None, :])
-        return (joint,), BlockActs(SingleFrozen(q, k, inv_std), (x,), (y,), (joint,))
+        return (joint,), BlockActs(SingleFrozen(q, k, inv_std, mod), (x,), (y,), (joint,))
 
     def run_mlp(self, group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
         """Returns the output of the block's MLP, without the bias that it shares with attention."""
         del group  # there is one
         return jax.nn.gelu(self.up(x), approximate=True) @ self.mlp_out.kernel[...]
 
-    def gates(self, cond: Cond) -> tuple[Float[Array, "d_model"], ...]:
+    def gates(self, cond: Cond, frozen: SingleFrozen | None = None) -> tuple[Float[Array, "d_model"], ...]:
         """Returns the block's one gate."""
-        return (self._modulation(cond)[2],)
+        return (self._modulation(cond, frozen)[2],)
+
+    def slim(self) -> "SingleBlock":
+        """Returns the block with the values' columns, attention's output and the heads' width alone."""
+        slim = jax.tree.map(lambda leaf: leaf, self)
+        slim.qkv = slim.qkv.from_column(2 * slim.qkv.in_features)
+        slim.mod = slim.up = None
+        slim.mlp_out.kernel = None
+        return slim
 
     def entry(self, cond: Cond, frozen: SingleFrozen) -> Entry:
         """Returns the function that pulls gradients at single rows of x back to the stream before the block."""
-        scale = self._modulation(cond)[1]
+        scale = self._modulation(cond, frozen)[1]
 
         def enter(gradients: Array, group: Array, row: Array) -> tuple[Array, ...]:
             del group  # there is one
@@ -125,10 +142,12 @@ class SingleBlock(nnx.Module):
     ) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:
         """Returns one head's rotated query or key of a residual row, and 1 / its root mean square."""
         del group  # there is one
-        shift, scale = self._modulation(cond)[:2]
+        shift, scale = self._modulation(cond, frozen)[:2]
         norm = (self.q_norm, self.k_norm)[part]
         return head_of_row(self.qkv, norm, cond, (shift, scale), part, head, row, h, frozen.inv_std[row], denominator)
 
-    def _modulation(self, cond: Cond) -> Float[Array, "3 d_model"]:
-        """Returns shift, scale and gate."""
+    def _modulation(self, cond: Cond, frozen: SingleFrozen | None) -> Float[Array, "3 d_model"]:
+        """Returns shift, scale and gate; the recorded ones where there are."""
+        if frozen is not None and frozen.mod is not None:
+            return frozen.mod
         return self.mod(jax.nn.silu(cond.vec)).reshape(3, -1)

@@ -4,6 +4,7 @@
 2. `run_stack` scans the stack. Where `write` is given it stands in for every MLP sublayer; where records are given the
    blocks run frozen; `tap` picks what each block reports, so that a caller keeps only what it reduces to.
 3. `run_stacks` does this for one stack after the other.
+4. A stack that is not in memory (`streaming.Streamed`) is run in a loop on the host, a compiled program per block.
 
 A model is a tuple of stacks and what stands around them: `embed` before the first, the last norm and projection behind
 the last. "Per group" is a tuple over the groups of a stack, or of all stacks in order (`address.Layout`).
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 
 from difffract_jax.address import Group
 from difffract_jax.models.blocks import BlockActs, Cond, Streams
+from difffract_jax.models.streaming import Streamed, is_streamed, no_layers, stack_trees
 
 UNROLLED = 4
 """Stacks of at most so many blocks run without a loop; a training step of the organism then takes a third less time."""
@@ -54,14 +56,19 @@ def slice_layer(stack: Any, layer: Any) -> Any:
 
     Args:
         stack: tree of arrays.
-        layer: number of the layer, also a traced one; or a slice of layers.
+        layer: number of the layer, also a traced one; or a slice of layers, as it must be of a streamed stack.
     """
-    return jax.tree.map(lambda leaf: leaf[layer], stack)
+
+    def take(leaf: Any) -> Any:
+        return leaf.layers(layer) if isinstance(leaf, Streamed) else leaf[layer]
+
+    return jax.tree.map(take, stack, is_leaf=is_streamed)
 
 
 def depth_of(stack: Any) -> int:
     """Returns the number of layers of anything with a leading layer axis."""
-    return jax.tree.leaves(stack)[0].shape[0]
+    first = jax.tree.leaves(stack, is_leaf=is_streamed)[0]
+    return first.depth if isinstance(first, Streamed) else first.shape[0]
 
 
 def group_slices(stacks: Sequence[Any]) -> tuple[slice, ...]:
@@ -122,12 +129,13 @@ def run_stack(
     """Applies a stack's blocks in order.
 
     Args:
-        stack: blocks with a leading layer axis.
+        stack: blocks with a leading layer axis, or streamed ones.
         h: the residual stream of each group's sequence.
         cond: what the evaluation's blocks share.
         frozen: records with a leading layer axis; None to run live.
-        write: stands in for every MLP sublayer.
-        fixed: per group, what `write` gets whole.
+        write: stands in for every MLP sublayer. Where blocks are streamed this and `tap` are static: named functions
+            compile once.
+        fixed: per group, what `write` gets whole; what is streamed in it comes a layer at a time.
         layers: per group, what `write` gets a slice of; trees with a leading layer axis.
         tap: what each block reports; stacked on a leading layer axis.
         unroll: whether a stack of at most `UNROLLED` blocks is written out, where a loop costs more than it saves.
@@ -138,23 +146,76 @@ def run_stack(
     """
     count = len(stack.groups)
     fixed, layers = (tuple(one or (None,) * count) for one in (fixed, layers))
-
-    def step(h: tuple[Array, ...], layer: tuple[Any, Any, Any]) -> tuple[tuple[Array, ...], Any]:
-        block, record, parts = layer
-        reports: list[Any] = []
-
-        def stand_in(group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
-            assert write is not None
-            y, report = write(fixed[group], parts[group], x, partial(block.run_mlp, group, x))
-            reports.append(report)
-            return y
-
-        after, acts = block(h, cond, frozen=record, mlp=None if write is None else stand_in)
-        return tuple(after), tap(Visit(h, acts, tuple(reports)))
-
+    if isinstance(stack, Streamed):
+        return _run_streamed(stack, tuple(h), cond, frozen, write, fixed, layers, tap)
+    step = partial(_run_block, write=write, tap=tap, cond=cond, fixed=fixed)
     depth = depth_of(stack)
     body = jax.checkpoint(step) if remat else step
     return jax.lax.scan(body, tuple(h), (stack, frozen, layers), unroll=unroll and depth <= UNROLLED)
+
+
+def _run_block(
+    h: tuple[Array, ...],
+    layer: tuple[Any, Any, tuple[Any, ...]],
+    *,
+    write: Write | None,
+    tap: Tap,
+    cond: Cond,
+    fixed: tuple[Any, ...],
+) -> tuple[tuple[Array, ...], Any]:
+    """Runs one block: its weights, its record or None, and per group its slice of `layers`."""
+    block, record, parts = layer
+    reports: list[Any] = []
+
+    def stand_in(group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
+        assert write is not None
+        y, report = write(fixed[group], parts[group], x, partial(block.run_mlp, group, x))
+        reports.append(report)
+        return y
+
+    after, acts = block(h, cond, frozen=record, mlp=None if write is None else stand_in)
+    return tuple(after), tap(Visit(h, acts, tuple(reports)))
+
+
+_run_block_alone = jax.jit(_run_block, static_argnames=("write", "tap"))
+
+
+def _run_streamed(
+    stack: Streamed,
+    h: tuple[Array, ...],
+    cond: Cond,
+    frozen: Any,
+    write: Write | None,
+    fixed: tuple[Any, ...],
+    layers: tuple[Any, ...],
+    tap: Tap,
+) -> tuple[tuple[Array, ...], Any]:
+    """Applies the blocks of a stack that is not in memory; arguments as for `run_stack`."""
+    given = {"write": write, "tap": tap, "cond": cond}
+    kept = []
+    for number, block in stack.fetched(range(stack.depth)):
+        here = jax.tree.map(lambda leaf, at=number: _fetch_fixed(leaf, at), fixed, is_leaf=is_streamed)
+        h, report = _run_block_alone(h, (block, *slice_layer((frozen, layers), number)), fixed=here, **given)
+        _wait(h)
+        kept.append(report)
+        del block, here  # before the one after next is fetched
+    if kept:
+        return h, stack_trees(kept)
+    like = (
+        stack.abstract(),
+        *jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (frozen, layers)),
+    )
+    return h, no_layers(jax.eval_shape(partial(_run_block, fixed=fixed, **given), h, like)[1])
+
+
+def _fetch_fixed(leaf: Any, layer: int) -> Any:
+    """Returns what stands for every block, or of one that is streamed along with the blocks, this block's part."""
+    return leaf.fetch(layer) if isinstance(leaf, Streamed) else leaf
+
+
+def _wait(tree: Any) -> None:
+    """Waits until a block is done, so that those to come do not pile up; what `jax.vmap` hands out cannot wait."""
+    jax.block_until_ready([leaf for leaf in jax.tree.leaves(tree) if not isinstance(leaf, jax.core.Tracer)])
 
 
 def run_stacks(

@@ -15,7 +15,7 @@ No matrix has a bias. Norms and softmax are computed in at least float32 whateve
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from difffract_jax.address import Group
+from difffract_jax.models.streaming import Streamed
 from difffract_jax.ops import attend, widen
 from difffract_jax.trees import brief
 
@@ -117,7 +119,13 @@ class T5FeedForward(nnx.Module):
 
 
 class T5Block(nnx.Module):
-    """One layer: attention, then feed-forward, each on the normalised residual stream."""
+    """One layer: attention, then feed-forward, each on the normalised residual stream.
+
+    Attributes:
+        groups: of MLP sublayers that can be replaced: none.
+    """
+
+    groups: ClassVar[tuple[Group, ...]] = ()
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.attn_norm = T5RMSNorm(config.d_model, config.eps, dtype=dtype)
@@ -141,6 +149,7 @@ class T5Encoder(nnx.Module):
     """
 
     __repr__ = brief
+    layered: ClassVar[tuple[str, ...]] = ("blocks",)
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.config = config
@@ -160,18 +169,25 @@ class T5Encoder(nnx.Module):
             One vector per token, padding included, in the dtype of the weights.
         """
         bias = self._bias(len(ids))
-
-        def step(x: Float[Array, "txt t5_width"], block: T5Block) -> tuple[Float[Array, "txt t5_width"], None]:
-            return block(x, bias), None
-
         # Not `self.embed(ids)`, which would cast to the dtype the module was built with, whatever its weights are now.
         x = jnp.take(self.embed.embedding[...], jnp.asarray(ids), axis=0)
-        x, _ = jax.lax.scan(step, x, self.blocks)
+        if isinstance(self.blocks, Streamed):
+            for block in self.blocks:
+                x = jax.block_until_ready(_run_layer(x, block, bias))
+                del block  # before the one after next is fetched
+        else:
+            x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
         return self.final_norm(x)
 
     def _bias(self, length: int) -> Float[Array, "heads txt txt"]:
         buckets = relative_buckets(length, self.config.buckets, self.config.max_distance)
         return jnp.moveaxis(widen(self.relative_bias.embedding[...])[buckets], -1, 0)
+
+
+@jax.jit
+def _run_layer(x: Float[Array, "txt t5_width"], block: T5Block, bias: Array) -> Float[Array, "txt t5_width"]:
+    """Runs one layer as a program of its own."""
+    return block(x, bias)
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> Int[np.ndarray, "query key"]:

@@ -42,6 +42,7 @@ __all__ = [
     "content_hash",
     "leaf_paths",
     "load_tree",
+    "open_tree",
     "placement",
     "read_config",
     "save_tree",
@@ -157,6 +158,28 @@ def load_tree(
         sharding: where the leaves go, see `placement`.
         verify: compare the content hash; left out, it is compared for weights under `VERIFY_BELOW_BYTES`.
     """
+    tensors, target = open_tree(directory, abstract, name=name, verify=verify), placement(sharding)
+    # `np.array` copies out of the map: a zero-copy `device_put` would keep the weights tied to the file.
+    arrays = [
+        jax.device_put(np.array(tensors[p][p], dtype=leaf.dtype), target(p)) for p, leaf in leaf_paths(abstract).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+def open_tree(
+    directory: Path, abstract: Any, *, name: str = "model", verify: bool | None = None
+) -> dict[str, TensorFile]:
+    """Finds the tensors of a tree that `save_tree` or `save_trees` wrote, and checks them; reads none.
+
+    Args:
+        directory: this and the rest as for `load_tree`.
+        abstract: the whole tree.
+        name: of the tree's file.
+        verify: compare the content hash.
+
+    Returns:
+        By path the file that holds it.
+    """
     recorded = read_config(directory).get("content_hashes", {}).get(name)
     files = open_shards(directory, name)
     tensors = {key: file for file in files for key in file.tensors}
@@ -170,10 +193,7 @@ def load_tree(
         raise UserError(
             f"The weights in {directory / name}.safetensors differ from their recorded hash; copy them again."
         )
-    target = placement(sharding)
-    # `np.array` copies out of the map: a zero-copy `device_put` would keep the weights tied to the file.
-    arrays = [jax.device_put(np.array(tensors[p][p], dtype=leaf.dtype), target(p)) for p, leaf in leaves.items()]
-    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+    return tensors
 
 
 def cap(problems: list[str], most: int = 12) -> list[str]:

@@ -90,6 +90,7 @@ class TensorFile:
     def __init__(self, path: Path):
         """Reads the header; raises `UserError` when even that is cut off, or the file is of another format."""
         self.path = path
+        self._stamp = _stamp(path.stat())
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -107,6 +108,30 @@ class TensorFile:
         info = self.tensors[name]
         raw = self._bytes[self._start + info.begin : self._start + info.end]
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+    def check_unchanged(self) -> None:
+        """Refuses a file that has gone or become another since it was opened: to read on in its map ends the process.
+
+        Raises:
+            UserError: saying which of the two.
+        """
+        try:
+            now = _stamp(self.path.stat())
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be read any more ({error.strerror}), but its weights are read bit by bit; put it "
+                "back, and run the command again."
+            ) from None
+        if now != self._stamp:
+            raise UserError(
+                f"{self.path} has changed while its weights were read bit by bit; let the program that writes it "
+                "finish, and run the command again."
+            )
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Returns what tells one state of a file from another."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _described(beginning: bytes) -> str:
@@ -320,7 +345,7 @@ def sample_hash(directory: Path, files: Sequence[str] = ()) -> str:
     """
     digest = hashlib.sha256()
     home = directory.parent if directory.is_file() else directory
-    chosen = [directory] if directory.is_file() else [home / name for name in files if name.endswith(".safetensors")]
+    chosen = [directory] if directory.is_file() else [home / name for name in files if not name.endswith(".json")]
     for path in sorted(chosen or home.rglob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(home).as_posix()} {size}\n".encode())

@@ -14,6 +14,7 @@ Rows of `dec.kernel` are the features' decoder vectors; the reference's have uni
 y in place of x. A module is for one site and one denoising time; `TranscoderSet` stacks those of a group of sites.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,14 +32,17 @@ from difffract_jax.address import Layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.blocks import FluxConfig
+from difffract_jax.models.streaming import Streamed, is_streamed, whole, whole_bytes
 from difffract_jax.ops import film, sinusoid, widen
 from difffract_jax.seeds import random_key
-from difffract_jax.storage.checkpoint import tree_hash
+from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, tree_hash
 from difffract_jax.transcoders.sites import SiteSet, are_chosen, sites_of
 from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
 Activation = Literal["relu", "topk", "batchtopk", "jumprelu"]
+FEATURE_AXES = {"enc.kernel": 1, "enc.bias": 0, "threshold": 0, "dec.kernel": 0}
+"""Leaf of a transcoder -> the axis along which its features lie."""
 CUTOFF_HALVINGS = 40
 """Halvings of the interval that holds BatchTopK's cut-off: more than float32 resolves."""
 
@@ -214,21 +218,21 @@ class TranscoderSet(NamedTuple):
     """The transcoders of a model's MLPs, one stack per group of sites.
 
     Attributes:
-        stacks: name of a group, as img, txt or joint -> its transcoders, stacked over its sites; only groups that have
-            any.
+        stacks: name of a group, as img, txt or joint -> its transcoders, stacked over its sites, or streamed; only
+            groups that have any.
         sites: which sites these are.
         config: shape of each transcoder.
         source: content hash of the weights.
         origin: the repository on the hub that they came from, commit included; "" if they did not.
     """
 
-    stacks: dict[str, Transcoder]
+    stacks: dict[str, Any]
     sites: SiteSet
     config: TranscoderConfig
     source: str
     origin: str = ""
 
-    def per_group(self, layout: Layout) -> tuple[Transcoder | None, ...]:
+    def per_group(self, layout: Layout) -> tuple[Any, ...]:
         """Returns the stack of every group of a model; None where there is none."""
         return tuple(self.stacks.get(group.name) for group in layout.groups)
 
@@ -269,9 +273,16 @@ def chosen_sites(tcs: TranscoderSet, patterns: Sequence[str]) -> TranscoderSet:
     numbers = {name: [tcs.sites.groups[name][place] for place in chosen] for name, chosen in kept.items()}
     if numbers == {name: [*held] for name, held in tcs.sites.groups.items()}:
         return tcs
-    stacks = {name: jax.tree.map(itemgetter(chosen), tcs.stacks[name]) for name, chosen in kept.items()}
+    stacks = {
+        name: stack.pick(chosen) if isinstance(stack, Streamed) else jax.tree.map(itemgetter(chosen), stack)
+        for name, chosen, stack in ((name, chosen, tcs.stacks[name]) for name, chosen in kept.items())
+    }
     sites = sites_of(numbers, tuple(group for group, _ in tcs.sites.members))
-    return tcs._replace(stacks=stacks, sites=sites, source=tree_hash(stacks))
+    small = sum(map(whole_bytes, stacks.values())) < VERIFY_BELOW_BYTES
+    # Too large to hash in passing, they are known by where they come from.
+    named = f"{tcs.source} {' '.join(sites.names)}".encode()
+    source = tree_hash(jax.tree.map(whole, stacks, is_leaf=is_streamed)) if small else hashlib.sha256(named).hexdigest()
+    return tcs._replace(stacks=stacks, sites=sites, source=source)
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:

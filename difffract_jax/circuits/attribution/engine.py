@@ -138,7 +138,7 @@ def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...
     """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
     zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
     zeros = zeros._replace(values=tuple(v[:, :, :0] for v in zeros.values))
-    cut = (s._replace(layers=s.layers._replace(index=s.layers.index[:, :, :0])) for s in prepared.sites)
+    cut = (s._replace(layers=s.layers.without_features()) for s in prepared.sites)
     return zeros, tuple(cut)
 
 

@@ -164,7 +164,8 @@ def pull_target(replacement: Replacement, target: Targets) -> Float[Array, "sour
     sizes = Sizes(pull=1, enter=1, contract=(1,), batch=1, gather=gather_bytes(jax.default_backend()))
     spare = jnp.zeros((1, layout_of(replacement).inputs), replacement.record.boundary.img.dtype)
     with jax.default_matmul_precision("highest"):
-        pulled = _pull_on_one_device(sizes, *replacement, one, None, spare)
+        gradients = target_gradients(replacement.record, replacement.sites, one)
+        pulled = _pull_on_one_device(sizes, *replacement, one, gradients, None, spare)
     return jnp.concatenate([pulled.edges, input_edges(pulled.boundary, replacement.sources.boundary)], axis=1)[0]
 
 
@@ -204,7 +205,8 @@ def pull(
         split = None if options.mesh is None else NamedSharding(options.mesh, PartitionSpec("data"))
         spare = jnp.zeros(shape, dtype, device=split)
     with jax.default_matmul_precision(PRECISIONS[options.precision]):
-        pulled = _pull_back(*replacement, filled, direction, spare, sizes, options)
+        gradients = target_gradients(replacement.record, replacement.sites, filled)
+        pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
     if not more and np.array_equal(order, np.arange(whole)):
         return pulled
     back = np.argsort(order)[:count]
@@ -230,7 +232,9 @@ def lower_pull(replacement: Replacement, count: int, platform: str, directed: bo
     direction = Streams(*(like(sizes.batch, *h.shape) for h in boundary)) if directed else None
     spare = spare_rows(replacement, count, platform)
     with jax.default_matmul_precision(PRECISIONS[precision]):
-        return _pull_back.lower(*replacement, targets, direction, spare, sizes, PullOptions(precision=precision))
+        gradients = like(sizes.batch, boundary.img.shape[1])
+        given = (targets, gradients, direction, spare, sizes)
+        return _pull_back.lower(*replacement, *given, PullOptions(precision=precision))
 
 
 def spare_rows(replacement: Replacement, count: int, platform: str) -> jax.ShapeDtypeStruct:
@@ -296,6 +300,7 @@ def _pull_back(
     sites: tuple[ReplacedSites, ...],
     sources: Sources,
     targets: Targets,
+    gradients: Float[Array, "batch d_model"],
     direction: Streams | None,
     spare: Float[Array, "batch source"],
     sizes: Sizes,
@@ -311,11 +316,11 @@ def _pull_back(
         pull_one = jax.shard_map(
             pull_one,
             mesh=options.mesh,
-            in_specs=(same, same, same, split, split, split),
+            in_specs=(same, same, same, split, split, split, split),
             out_specs=split,
             check_vma=False,
         )
-    return pull_one(record, sites, sources, targets, direction, spare)
+    return pull_one(record, sites, sources, targets, gradients, direction, spare)
 
 
 def _pull_on_one_device(
@@ -324,12 +329,13 @@ def _pull_on_one_device(
     sites: tuple[ReplacedSites, ...],
     sources: Sources,
     targets: Targets,
+    gradients: Float[Array, "batch d_model"],
     direction: Streams | None,
     spare: Float[Array, "batch source"],
 ) -> Pulled:
     """Pulls sorted targets back on one device."""
     layout, stacks = layout_of(Replacement(record, sites, sources)), record.weights.stacks
-    gradients, edges = target_gradients(record, sites, targets), spare
+    edges = spare
     cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), gradients.dtype), sources.boundary)
     if direction is not None:
         cotangent = both(jnp.add, cotangent, direction)

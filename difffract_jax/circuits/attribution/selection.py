@@ -5,7 +5,6 @@ from jaxtyping import Float64
 
 from difffract_jax.address import STREAMS
 from difffract_jax.circuits.attribution.engine import Engine, make_engine
-from difffract_jax.circuits.frozen.encoding import site
 from difffract_jax.circuits.frozen.replacement import Prepared
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
@@ -101,9 +100,7 @@ def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
         known = ", ".join(map(str, numbers)) or "none"
         raise UserError(f"There is no transcoder at {target.stream}/{target.block}; blocks with one: {known}.")
     group, record = layout.group_of(target.stream, target.block), engine.steps[0].record
-    stack = engine.steps[0].sites[group].stack
-    assert stack is not None  # as the site has a transcoder
-    features = stack.config.features
+    features = engine.steps[0].sites[group].features
     if target.feature >= features:
         raise UserError(f"{target} does not exist: the transcoders have features 0 to {features - 1}.")
     side = STREAMS.index(target.side or layout.streams_of(target.stream)[-1])
@@ -165,7 +162,6 @@ def site_preactivations(engine: Engine, info: TraceInfo, target: Feature) -> Flo
     block = info.layout.block_of(target.stream, target.block)
     layer = block - info.recorded[0] - prepared.record.first_layers[group]
     sites = prepared.sites[group]
-    assert sites.stack is not None  # checked before
-    transcoder = site(sites.stack, sites.layers.slot[layer])
+    transcoder = sites.transcoder(sites.layers.slot[layer])
     u = transcoder.preactivation(prepared.record.mlp_in[group][layer], prepared.record.t)[:, target.feature]
     return np.where(np.asarray(sites.layers.live[layer]), np.asarray(u, np.float64), -np.inf)

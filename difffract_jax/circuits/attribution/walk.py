@@ -129,7 +129,7 @@ def block_at(
         return tuple(block(h, record.cond, frozen=frozen, mlp=lambda i, x: skip(at[i], x))[0])
 
     return BlockAt(
-        at, values, errors, block.gates(record.cond), _puller(forward, errors), block.entry(record.cond, frozen)
+        at, values, errors, block.gates(record.cond, frozen), _puller(forward, errors), block.entry(record.cond, frozen)
     )
 
 
@@ -279,7 +279,7 @@ def contract_block(
     for sites, values, written, gate in zip(block.sites, block.values, cotangent, block.gates, strict=True):
         if sites.stack is not None:
             decoder, layers = sites.stack.dec.kernel[...], sites.layers
-            place = layers.slot, layers.index, values
+            place = layers.slot, layers.decoder_rows, values
             edges = contract(edges, (row, column), decoder, *place, written, gate, count, gather)
         column += values.size
     from_errors = [

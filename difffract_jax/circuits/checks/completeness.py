@@ -36,7 +36,7 @@ from difffract_jax.circuits.attribution.engine import Engine
 from difffract_jax.circuits.checks.rerun import Rerun
 from difffract_jax.circuits.checks.variants import AT_ONCE, entering, read_variants, recorded_latents, round_up
 from difffract_jax.circuits.effects.readings import Mode, edited
-from difffract_jax.circuits.frozen.encoding import ReplacedSites, site
+from difffract_jax.circuits.frozen.encoding import site
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
 from difffract_jax.graphs.aggregation import aggregate
@@ -144,7 +144,7 @@ def rank(engine: Engine, units: Units, order: np.ndarray, number: int) -> tuple[
     first = engine.steps[0]
     per_group = zip(first.sites, first.sources.errors, first.record.side_lengths, strict=True)
     for group, (sites, errors, lengths) in enumerate(per_group):
-        places = np.full((errors.shape[0], len(lengths), _features(sites)), NEVER, np.int32)
+        places = np.full((errors.shape[0], len(lengths), sites.features), NEVER, np.int32)
         chosen = np.flatnonzero((units.group[order] == group) & (units.number[order] == number))
         at = order[chosen]
         places[units.layer[at], units.side[at], units.feature[at]] = chosen
@@ -240,10 +240,6 @@ def _run_sets(
         return preactivations_at(prepared.record, prepared.sites, readouts, found.mlp_in), found.velocity
 
     return jax.lax.map(one, (sets, latents), batch_size=FEW)
-
-
-def _features(sites: ReplacedSites) -> int:
-    return 0 if sites.stack is None else sites.stack.config.features
 
 
 def curve(

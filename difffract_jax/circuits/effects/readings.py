@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers, site
+from difffract_jax.circuits.frozen.encoding import SiteLayers, site
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE, Graph
@@ -146,14 +146,10 @@ def factors_for(
     made = []
     for group, (sites, like) in enumerate(zip(prepared.sites, prepared.sources.errors, strict=True)):
         first = info.recorded[0] + prepared.record.first_layers[group]
-        made.append(np.ones((like.shape[0], _features(sites)), like.dtype))
+        made.append(np.ones((like.shape[0], sites.features), like.dtype))
         for node in nodes[groups[nodes] == group]:
             made[-1][graph.node_block[node] - first, graph.node_feature[node]] = factor
     return tuple(jnp.asarray(one) for one in made)
-
-
-def _features(sites: ReplacedSites) -> int:
-    return 0 if sites.stack is None else sites.stack.config.features
 
 
 def predict(graph: Graph, factors: Float64[np.ndarray, "node"]) -> Float64[np.ndarray, "target"]:

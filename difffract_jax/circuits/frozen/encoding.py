@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.models.stacks import slice_layer
+from difffract_jax.models.streaming import Streamed
 from difffract_jax.transcoders.transcoder import Transcoder
 from difffract_jax.trees import brief
 
@@ -30,23 +31,52 @@ class SiteLayers(NamedTuple):
         slot: place in the stack of each block's transcoder; 0, and nothing live, where there is none.
         live: positions that are replaced.
         index: features of every position that can be sources: the active ones, filled up with inactive ones.
+        row: of the decoder rows in the stack, that of each; None where the stack holds those of all features.
     """
 
     slot: Int[Array, "layer"]
     live: Bool[Array, "layer rows"]
     index: Int[Array, "layer rows active"]
+    row: Int[Array, "layer rows active"] | None = None
+
+    @property
+    def decoder_rows(self) -> Int[Array, "*layer rows active"]:
+        """The decoder row of each feature in `index`."""
+        return self.index if self.row is None else self.row
+
+    def without_features(self) -> "SiteLayers":
+        """Returns the same sites with no places for features."""
+        return self._replace(index=self.index[..., :0], row=None if self.row is None else self.row[..., :0])
 
 
 class ReplacedSites(NamedTuple):
     """One group's MLP sublayers in the replacement.
 
     Attributes:
-        stack: the group's transcoders; None if it has none.
+        stack: the group's transcoders; None if it has none. Of streamed ones, what the affine map reads.
         layers: where they stand.
+        streamed: the transcoders of the same sites, as they are fetched; None where they lie in `stack`.
     """
 
     stack: Transcoder | None
     layers: SiteLayers
+    streamed: Streamed | None = None
+
+    @property
+    def features(self) -> int:
+        """Features of each transcoder; 0 if there is none."""
+        if self.streamed is not None:
+            return self.streamed.abstract().config.features
+        return 0 if self.stack is None else self.stack.config.features
+
+    def transcoder(self, slot: Any) -> Transcoder:
+        """Returns the whole transcoder of one of the sites; fetched, if they are streamed.
+
+        Args:
+            slot: from `SiteLayers.slot`.
+        """
+        assert self.stack is not None
+        return site(self.stack, slot) if self.streamed is None else self.streamed.fetch(int(slot))
 
     __repr__ = brief
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from difffract_jax.circuits.frozen.encoding import GroupRecord, ReplacedSites, SiteLayers, encode_group, site
+from difffract_jax.circuits.frozen.streamed_sites import encode_sites
 from difffract_jax.circuits.trace.capture import Span, Trace
 from difffract_jax.circuits.trace.record import Record, RunOutputs
 from difffract_jax.config import UserError
@@ -25,6 +26,7 @@ from difffract_jax.display import hash_text
 from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import Visit, per_group, run_stacks
+from difffract_jax.models.streaming import Streamed
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 from difffract_jax.trees import brief
 
@@ -170,7 +172,7 @@ def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | No
         )
     with jax.default_matmul_precision("highest"):
         parts = [
-            encode_group(
+            (encode_sites if isinstance(stack, Streamed) else encode_group)(
                 stack,
                 [slots[i].get(block) for block in info.recorded if block in info.layout.blocks_of(i)],
                 GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
@@ -280,5 +282,5 @@ def write(
         y = y + transcoder.skip(x) if stack.config.skip else y
         return error + jnp.where(layer.live[:, None], y, 0)
     rows = jnp.arange(x.shape[0])[:, None]
-    z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.index].add(values)
+    z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.decoder_rows].add(values)
     return error + jnp.where(layer.live[:, None], transcoder.decode(z, x), 0)

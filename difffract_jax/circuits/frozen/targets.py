@@ -16,7 +16,9 @@ from jaxtyping import Array, Float, Float64, Int
 
 from difffract_jax.circuits.frozen.encoding import ReplacedSites, site
 from difffract_jax.circuits.frozen.replacement import Replacement
+from difffract_jax.circuits.frozen.streamed_sites import encoder_terms
 from difffract_jax.circuits.trace.record import Record
+from difffract_jax.models.streaming import jit_resident
 from difffract_jax.ops import widen
 from difffract_jax.transcoders.transcoder import Transcoder
 
@@ -47,6 +49,7 @@ class Targets(NamedTuple):
         return jnp.where(self.layer < 0, -1, 2 * self.layer + jnp.where(self.group == DIRECTION, 0, 1))
 
 
+@jit_resident
 def target_gradients(
     record: Record, sites: Sequence[ReplacedSites], targets: Targets
 ) -> Float[Array, "target d_model"]:
@@ -76,7 +79,7 @@ def preactivations(replacement: Replacement, targets: Targets, x: Sequence[Array
         return preactivations_at(replacement.record, replacement.sites, targets, x)
 
 
-@jax.jit
+@jit_resident
 def preactivations_at(record: Record, sites: Sequence[ReplacedSites], targets: Targets, x: Sequence[Array]) -> Array:
     """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
     gradients, here, constant = _encoder_terms(record, sites, targets, x)
@@ -123,7 +126,7 @@ def _encoder_terms(
     return gradients, here, constant
 
 
-_terms = jax.jit(_encoder_terms)
+_terms = jit_resident(_encoder_terms)
 
 
 def _group_layer(record: Record, targets: Targets, group: int) -> Int[Array, "target"]:
@@ -135,6 +138,8 @@ def _encoder_rows(
     sites: ReplacedSites, record: Record, targets: Targets, group: int
 ) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
     """Returns (1 + alpha) * w_f, and b_f + w_f . beta, of every target as if it were of this group."""
+    if sites.streamed is not None:
+        return _streamed_rows(sites, record, targets, group)
     if sites.stack is None:
         none = jnp.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), record.boundary.img.dtype)
         return none, none[:, 0]
@@ -147,3 +152,18 @@ def _encoder_rows(
     vectors, factor = widen(stack.enc.kernel[slot, :, targets.feature]), widen(1 + alpha[layer])
     constant = widen(stack.enc.bias[slot, targets.feature]) + jnp.sum(vectors * widen(beta[layer]), axis=1)
     return vectors * factor, constant
+
+
+def _streamed_rows(
+    sites: ReplacedSites, record: Record, targets: Targets, group: int
+) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
+    """Returns what `_encoder_rows` does, zeros for targets of other groups; what is needed is read on the host."""
+    dtype = record.boundary.img.dtype
+    vectors = np.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), dtype)
+    constants = np.zeros(vectors.shape[0], dtype)
+    mine = np.flatnonzero(np.asarray(targets.group) == group)
+    if mine.size:
+        layer = np.asarray(_group_layer(record, targets, group))[mine]
+        slot, feature = np.asarray(sites.layers.slot)[layer], np.asarray(targets.feature)[mine]
+        vectors[mine], constants[mine] = encoder_terms(sites, slot, feature, record.t)
+    return jnp.asarray(vectors), jnp.asarray(constants)

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from difffract_jax.circuits.trace.record import Blocks, Record, Weights, read_live, record_step, take_weights
+from difffract_jax.circuits.trace.record import Blocks, Record, read_live, record_step, take_weights
+from difffract_jax.circuits.trace.sweep import record_sweep
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.graphs.provenance import TraceInfo
@@ -37,6 +38,7 @@ from difffract_jax.models.pipeline import (
     sample,
     step_inputs,
 )
+from difffract_jax.models.streaming import streams_layers
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 from difffract_jax.trees import tree_text
@@ -207,10 +209,7 @@ def _capture(
     mask = np.ones_like(encoded.mask) if include_padding else encoded.mask
     with jax.default_matmul_precision("highest"):
         z = sample(model_velocity, pipe.transformer, run, encoded, initial_noise(pipe, run, seed, latents), stop=first)
-        weights = take_weights(pipe.transformer, blocks)
-        records = _record_steps(
-            pipe, run, blocks, weights, encoded, empty, jnp.asarray(mask), z, range(first, last + 1)
-        )
+        records = _record_steps(pipe, run, blocks, encoded, empty, jnp.asarray(mask), z, range(first, last + 1))
     config, ids = pipe.config.transformer, encode_prompt(pipe.tokenizers, prompt, run.text_tokens)
     infos = (
         TraceInfo(
@@ -239,7 +238,6 @@ def _record_steps(
     pipe: Pipeline,
     run: Run,
     blocks: Blocks,
-    weights: Weights,
     encoded: EncodedPrompt,
     empty: EncodedPrompt,
     mask: Bool[Array, "txt"],
@@ -247,14 +245,21 @@ def _record_steps(
     steps: range,
 ) -> list[Record]:
     """Records steps one after the other; the run without the prompt's pooled embedding goes its own way beside it."""
-    records, other = [], z
+    records, other, weights = [], z, None
+    model = pipe.transformer
     for step in steps:
         inputs = step_inputs(run, encoded, z, step)
         unpooled = step_inputs(run, encoded._replace(pooled=empty.pooled), other, step)
-        reading = read_live(pipe.transformer, weights, unpooled, run.grid, blocks)
-        record = record_step(pipe.transformer, weights, inputs, mask, run.grid, blocks)
-        # The weights come back as they went in: one copy for all steps.
-        records.append(record._replace(weights=weights, unpooled=reading))
+        if streams_layers(model):
+            record = record_sweep(model, inputs, unpooled, mask, run.grid, blocks, weights)
+        else:
+            weights = take_weights(model, blocks) if weights is None else weights
+            reading = read_live(model, weights, unpooled, run.grid, blocks)
+            record = record_step(model, weights, inputs, mask, run.grid, blocks)._replace(unpooled=reading)
+        # One copy of the weights for all steps.
+        weights = record.weights if weights is None else weights
+        records.append(record._replace(weights=weights))
+        reading = record.unpooled
         if step < steps[-1]:
             # The recorded velocities are those that the graph adds up, whatever the type of the model's weights.
             step_of = jnp.asarray(run.sigmas[step + 1], z.dtype) - jnp.asarray(run.sigmas[step], z.dtype)

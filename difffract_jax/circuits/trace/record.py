@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from difffract_jax.models.blocks import Cond, Streams
 from difffract_jax.models.mmdit import Final, Inputs
 from difffract_jax.models.stacks import Visit, depth_of, per_group, run_stack, sequences, slice_layer, streams
+from difffract_jax.models.streaming import Streamed
 from difffract_jax.ops import layer_norm, widen
 from difffract_jax.trees import brief
 
@@ -28,12 +29,19 @@ class Weights(NamedTuple):
         final: the last norm and projection; None unless the velocity is recorded.
         img_in: projection of packed latents into the image stream.
         txt_in: projection of the text embedding into the text stream.
+        streamed: the recorded blocks as they are fetched, where those of `stacks` are slim (`sweep`); else ().
     """
 
     stacks: tuple[Any, ...]
     final: Final | None
     img_in: nnx.Linear
     txt_in: nnx.Linear
+    streamed: tuple[Streamed, ...] = ()
+
+    @property
+    def live(self) -> tuple[Any, ...]:
+        """The recorded blocks with all that is in them."""
+        return self.streamed or self.stacks
 
     __repr__ = brief
 

@@ -1,0 +1,172 @@
+"""Sites whose transcoders do not lie in memory: one at a time encodes, and what an affine map reads of it is kept.
+
+1. `encode_sites` fetches the transcoder of one site after the other, finds the active features of every position, and
+   keeps of the transcoder the decoder rows of those that are active anywhere, in the order of their numbers.
+2. `SiteLayers.row` says which of the kept rows is whose; `SiteLayers.index` still numbers features as the transcoder
+   does.
+3. `encoder_terms` reads the encoder columns of single features when they are targets.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from difffract_jax.circuits.frozen.encoding import BY_EIGHTS, GroupRecord, ReplacedSites, SiteLayers
+from difffract_jax.models.streaming import Streamed, stack_trees
+from difffract_jax.ops import widen
+from difffract_jax.transcoders.transcoder import FEATURE_AXES, Transcoder
+
+ROWS_STEP = 256
+"""The number of decoder rows that are kept is rounded up to a multiple of this, so that programs are shared."""
+
+
+def encode_sites(
+    stack: Streamed,
+    slots: Sequence[int | None],
+    record: GroupRecord,
+    most: int | None,
+    tell: Callable[[], None] = lambda: None,
+) -> tuple[ReplacedSites, Array, Array]:
+    """Encodes one group's sites, a transcoder at a time; arguments and results as for `encoding.encode_group`.
+
+    Args:
+        stack: the group's transcoders.
+        slots: of each recorded block, the place of its transcoder; None where it has none.
+        record: what encoding reads of a trace.
+        most: places for features per position; as many as are needed if None.
+        tell: called after each site.
+    """
+    count, rows, _ = record.mlp_in.shape
+    used = [(layer, place) for layer, place in enumerate(slots) if place is not None]
+    index, values, errors, kept = [], [], list(record.mlp_out), []
+    for (layer, _), (_, transcoder) in zip(used, stack.fetched(place for _, place in used), strict=True):
+        code = _encode(transcoder, record.mlp_in[layer], record.replaceable, record.t)
+        places = _places(int(_most_active(code))) if most is None else most
+        chosen, value, errors[layer] = _split(
+            transcoder, code, record.mlp_in[layer], record.mlp_out[layer], record.replaceable, places
+        )
+        index.append(np.asarray(chosen))
+        values.append(value)
+        active = np.unique(index[-1][np.asarray(value) > 0])
+        kept.append((active, _take(transcoder, jnp.asarray(_padded(active)))))
+        jax.block_until_ready(kept[-1][1])
+        del transcoder, code
+        tell()
+    return _joined(stack, used, (count, rows), record, (index, values, errors, kept))
+
+
+def _places(active: int) -> int:
+    """Rounds the places for features up: by eights, and where there are many to a power of two, to compile seldom."""
+    size = max(active, 1)
+    return -(-size // BY_EIGHTS) * BY_EIGHTS if size <= 8 * BY_EIGHTS else 1 << (size - 1).bit_length()
+
+
+def _padded(active: Int[np.ndarray, "kept"]) -> Int[np.ndarray, "padded"]:
+    """Repeats the last number, so that few lengths occur."""
+    size = max(1, -(-active.size // ROWS_STEP)) * ROWS_STEP
+    return np.pad(active, (0, size - active.size), mode="edge") if active.size else np.zeros(size, active.dtype)
+
+
+@jax.jit
+def _encode(transcoder: Transcoder, x: Array, live: Array, t: Array) -> Float[Array, "rows feat"]:
+    return jnp.where(live[:, None], transcoder.encode(x, t), 0)
+
+
+@jax.jit
+def _most_active(code: Float[Array, "rows feat"]) -> Int[Array, ""]:
+    return jnp.max(jnp.sum(code > 0, axis=1, dtype=jnp.int32))
+
+
+@partial(jax.jit, static_argnames="most")
+def _split(
+    transcoder: Transcoder, code: Array, x: Array, y: Array, live: Bool[Array, "rows"], most: int
+) -> tuple[Int[Array, "rows active"], Float[Array, "rows active"], Float[Array, "rows d_model"]]:
+    """Returns every position's active features, strongest first, their values, and the error."""
+    value, index = jax.lax.top_k(code, min(most, code.shape[1]))
+    return index, value, y - jnp.where(live[:, None], transcoder.decode(code, x), 0)
+
+
+@jax.jit
+def _take(transcoder: Transcoder, chosen: Int[Array, "kept"]) -> Transcoder:
+    """Returns what an affine map reads of a transcoder: some decoder rows, their bias, and the skip."""
+    kept, config = jax.tree.map(lambda leaf: leaf, transcoder), transcoder.config
+    timed = ("time_in", "time_out", "film") if config.time_embed else ()
+    for name in ("enc", *timed, *(("threshold",) if config.activation == "jumprelu" else ())):
+        delattr(kept, name)
+    kept.dec.kernel = nnx.Param(transcoder.dec.kernel[chosen])
+    plain = {"activation": "relu", "k": 0, "conditioning": "none", "time_embed": 0}
+    kept.config = replace(config, features=chosen.shape[0], **plain)
+    return kept
+
+
+def _joined(
+    stack: Streamed, used: list[tuple[int, int]], shape: tuple[int, int], record: GroupRecord, parts: Any
+) -> tuple[ReplacedSites, Array, Array]:
+    """Puts the sites on a layer axis: all have as many places and rows as the one with most."""
+    index, values, errors, kept = parts
+    (count, rows), dtype = shape, record.mlp_in.dtype
+    places, size = max(one.shape[1] for one in index), max(one.dec.kernel.shape[0] for _, one in kept)
+    slot = np.zeros(count, np.int32)
+    whole, row = np.zeros((count, rows, places), np.int32), np.zeros((count, rows, places), np.int32)
+    value, live = [jnp.zeros((rows, places), dtype)] * count, np.zeros((count, rows), bool)
+    trees = []
+    for number, (layer, _) in enumerate(used):
+        width, (active, decoder) = index[number].shape[1], kept[number]
+        slot[layer], live[layer] = number, np.asarray(record.replaceable)
+        whole[layer, :, :width] = index[number]
+        found = np.minimum(np.searchsorted(active, index[number]), max(active.size - 1, 0))
+        row[layer, :, :width] = found  # of a place that fills up some row: its value is 0
+        value[layer] = jnp.pad(values[number], ((0, 0), (0, places - width)))
+        more = size - decoder.dec.kernel.shape[0]
+        decoder.dec.kernel = nnx.Param(jnp.pad(decoder.dec.kernel[...], ((0, more), (0, 0))))
+        decoder.config = replace(decoder.config, features=size)
+        trees.append(decoder)
+    kept.clear()
+    layers = SiteLayers(*map(jnp.asarray, (slot, live, whole, row)))
+    sites = ReplacedSites(stack_trees(trees), layers, stack.pick(place for _, place in used))
+    return sites, jnp.stack(value), jnp.stack(errors)
+
+
+def encoder_terms(
+    sites: ReplacedSites,
+    slot: Int[np.ndarray, "target"],
+    feature: Int[np.ndarray, "target"],
+    t: Float[Array, ""],
+) -> tuple[Float[np.ndarray, "target d_model"], Float[np.ndarray, "target"]]:
+    """Returns (1 + alpha) * w_f and b_f + w_f . beta of some features, read from where the transcoders lie.
+
+    Args:
+        sites: from `encode_sites`.
+        slot: of each feature's site, as `SiteLayers.slot` has it.
+        feature: its number in the transcoder.
+        t: denoising time.
+    """
+    assert sites.streamed is not None
+    source, found = sites.streamed.source, [np.zeros((0, 0))] * feature.size
+    constants = np.zeros(feature.size, np.promote_types(t.dtype, np.float32))
+    for number in np.unique(slot):
+        mine = np.flatnonzero(slot == number)
+        chosen = np.resize(feature[mine], -(-mine.size // BY_EIGHTS) * BY_EIGHTS)
+        take = {name: (axis, chosen) for name, axis in FEATURE_AXES.items()}
+        part = source.read(sites.streamed.numbers[number], take)
+        vectors, constant = (np.asarray(one) for one in _terms(part, t))
+        constants[mine] = constant[: mine.size]
+        for place, at in enumerate(mine):
+            found[at] = vectors[place]
+    return np.stack(found), constants
+
+
+@jax.jit
+def _terms(part: Transcoder, t: Array) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
+    alpha, beta = part.scale_shift(t)
+    # Widened where `film` and the encoder widen them, so that bfloat16 transcoders read as they encode.
+    vectors = widen(part.enc.kernel[...]).T
+    assert part.enc.bias is not None
+    return vectors * widen(1 + alpha)[None], widen(part.enc.bias[...]) + jnp.sum(vectors * widen(beta)[None], axis=1)

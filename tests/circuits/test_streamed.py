@@ -1,0 +1,115 @@
+"""A streamed model and streamed transcoders give what resident ones give: images, records, graphs, spans."""
+
+import jax
+import numpy as np
+import pytest
+
+from difffract_jax import attribute, capture, random_pipeline, random_transcoders, strongest_feature
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
+from difffract_jax.circuits.trace.capture import capture_steps
+from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline, save_transcoders
+from difffract_jax.models.pipeline import generate
+from difffract_jax.models.streaming import Streamed, streams_layers
+from difffract_jax.storage.checkpoint import leaf_paths
+from tolerances import TOL
+
+PROMPT = "a red circle"
+SAME_EDGES = 1e-6
+"""Of the largest edge: float32 sums in another order, since blocks are programs of their own."""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    home = tmp_path_factory.mktemp("streamed")
+    pipe = random_pipeline()
+    save_pipeline(pipe, home / "model")
+    save_transcoders(random_transcoders(pipe.config.transformer), home / "transcoders")
+    return home
+
+
+@pytest.fixture(scope="module")
+def resident(saved):
+    return load_pipeline(saved / "model"), load_transcoders(saved / "transcoders")
+
+
+@pytest.fixture(scope="module", params=["disk", "host"])
+def streamed(saved, request):
+    pipe = load_pipeline(saved / "model", weights=request.param)
+    tcs = load_transcoders(saved / "transcoders", weights=request.param)
+    assert streams_layers(pipe.transformer) and streams_layers(pipe.t5) and streams_layers(tcs.stacks)
+    return pipe, tcs
+
+
+def close(ours, theirs, tolerance):
+    ours, theirs = (np.asarray(one, np.float64) for one in (ours, theirs))
+    assert ours.shape == theirs.shape
+    assert np.max(np.abs(ours - theirs), initial=0) <= tolerance * max(np.max(np.abs(theirs), initial=0), 1e-30)
+
+
+def test_identity_does_not_depend_on_where_weights_stay(resident, streamed):
+    assert resident[0].source == streamed[0].source
+    assert resident[1].source == streamed[1].source
+
+
+def test_images_are_the_same(resident, streamed):
+    theirs, ours = (generate(pipe, PROMPT, seed=3) for pipe in (resident[0], streamed[0]))
+    np.testing.assert_array_equal(ours.image, theirs.image)
+    close(ours.latents, theirs.latents, 1e-5)
+
+
+@pytest.mark.parametrize("output", [False, True])
+def test_records_are_the_same(resident, streamed, output):
+    theirs, ours = (capture(*pair, PROMPT, step=1, output=output).record for pair in (resident, streamed))
+    ours, theirs = (leaf_paths(one._replace(weights=None)) for one in (ours, theirs))
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        close(leaf, theirs[path], 1e-5)
+
+
+def test_a_slim_record_keeps_a_fraction_of_the_blocks(resident, streamed):
+    theirs, ours = (capture(*pair, PROMPT).record.weights for pair in (resident, streamed))
+    size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
+    assert size(ours.stacks) < 0.2 * size(theirs.stacks)
+    assert all(isinstance(stack, Streamed) for stack in ours.live)
+
+
+@pytest.mark.parametrize("target", ["feature", "velocity"])
+def test_graphs_are_the_same(resident, streamed, target):
+    graphs = []
+    for pipe, tcs in (resident, streamed):
+        trace = capture(pipe, tcs, PROMPT, output=target == "velocity")
+        wanted = strongest_feature(trace, tcs, "img", 2)
+        if target == "velocity":
+            wanted = resolve_target(pipe, trace, parse_target("velocity:contrast=a blue square"))
+        graphs.append(attribute(trace, tcs, target=wanted, max_nodes=8, min_attribution=0.0))
+    same_graphs(*graphs)
+
+
+def test_spans_are_the_same(resident, streamed):
+    graphs = []
+    for pipe, tcs in (resident, streamed):
+        trace = capture_steps(pipe, tcs, PROMPT, first=0, last=1)
+        graphs.append(attribute(trace, tcs, target=strongest_feature(trace, tcs, "txt", 1), max_nodes=6))
+    same_graphs(*graphs)
+
+
+def same_graphs(theirs, ours):
+    def edges(graph):
+        columns = ("kind", "step", "stream", "block", "position", "feature")
+        names = list(zip(*(getattr(graph, f"node_{column}").tolist() for column in columns), strict=True))
+        ends = zip(graph.edge_source.tolist(), graph.edge_target.tolist(), strict=True)
+        return {
+            (names[a], names[b]): value for (a, b), value in zip(ends, graph.edge_attribution.tolist(), strict=True)
+        }
+
+    expected, found = edges(theirs), edges(ours)
+    largest = max(map(abs, expected.values()))
+    for pair in expected.keys() | found.keys():
+        # One that is not there lies below the threshold, next to which an edge may fall on either side.
+        within = SAME_EDGES * largest if pair in expected and pair in found else 1.01 * theirs_threshold(theirs)
+        assert abs(expected.get(pair, 0) - found.get(pair, 0)) <= within, pair
+    assert ours.largest_conservation_error <= 2 * max(TOL.conservation_f32, theirs.largest_conservation_error)
+
+
+def theirs_threshold(graph):
+    return graph.provenance.attribution.min_attribution
