@@ -3,6 +3,7 @@
 Packages and modules, each importing only from those above it:
 
     config address ops display    settings; the order of streams, blocks, sites and rows; pure maths; how objects show
+    memory                        what this machine and its limits allow
     storage hub                   files written whole or not at all, trees of arrays in them; repositories on the hub
     graphs                        what a circuit is once it is traced: pruned, grouped, compared, exported (NumPy only)
     sharding                      meshes and sharding rules

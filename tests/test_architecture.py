@@ -23,6 +23,7 @@ ORDER = (
     ("difffract_jax.namespaces", "difffract_jax.text_files"),
     ("difffract_jax", "difffract_jax.config"),
     ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display", "difffract_jax.seeds"),
+    ("difffract_jax.memory",),
     ("difffract_jax.storage", "difffract_jax.hub"),
     ("difffract_jax.trees", "difffract_jax.graphs"),
     ("difffract_jax.sharding",),
@@ -42,6 +43,7 @@ ORDER = (
 LIGHT = (
     "difffract_jax",
     "difffract_jax.address",
+    "difffract_jax.memory",
     "difffract_jax.cli.main",
     *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output")),
     "difffract_jax.storage.compile_cache",
