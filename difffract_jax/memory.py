@@ -4,7 +4,8 @@
 2. `host_memory` is the least of what the machine has, what the control groups of this process allow (a container's
    `--memory`, Slurm's, systemd's), and what its own limits allow (`ulimit -d`, `prlimit --data`, `ulimit -v`).
 3. `device_memory` is what an accelerator's allocator says; None for a CPU, whose memory is the host's.
-4. `free_disk` is the space at a path that need not exist yet.
+4. `share_memory` lets JAX take more of a GPU than it does by itself, before it is loaded.
+5. `free_disk` is the space at a path that need not exist yet.
 
 Memory that holds file pages is free for this purpose: the system drops them when it needs room. Nothing here imports
 JAX.
@@ -13,7 +14,7 @@ JAX.
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,10 @@ except ImportError:  # not a Unix: a process has no limits of its own there
 from difffract_jax.config import UserError
 from difffract_jax.display import size_text
 
+GPU_SHARE = 0.92
+"""Share of a GPU's memory that commands let JAX take; its own default is 0.75, which leaves 6 of 24 GB unused."""
+SHARE_SETTINGS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Environment variables that set it, the second the older name; XLA refuses both at once."""
 _UNITS = {"": 1} | {
     f"{prefix}{middle}": base ** (place + 1)
     for middle, base in (("", 1000), ("i", 1024))
@@ -112,6 +117,16 @@ def memory_for(device: Any) -> Memory:
         device: one of `jax.devices()`.
     """
     return device_memory(device) or host_memory()
+
+
+def share_memory(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Lets JAX take `GPU_SHARE` of a GPU's memory when it starts, unless the user has set a share.
+
+    Args:
+        environment: of this process, before JAX is loaded.
+    """
+    if not any(environment.get(name) for name in SHARE_SETTINGS):
+        environment[SHARE_SETTINGS[0]] = str(GPU_SHARE)
 
 
 def free_disk(path: str | Path) -> int:

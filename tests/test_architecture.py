@@ -35,7 +35,7 @@ ORDER = (
     ("difffract_jax.circuits.attribution",),
     ("difffract_jax.circuits.effects", "difffract_jax.circuits.editing"),
     ("difffract_jax.circuits.checks",),
-    ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.directories"),
+    ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.directories", "difffract_jax.estimate"),
     ("difffract_jax.loading",),
     ("difffract_jax.studies",),
     ("difffract_jax.cli",),

@@ -2,7 +2,7 @@
 
 1. `main` runs one command and turns its end into an exit status: 0 done, 1 failed with one sentence, 2 wrong usage,
    130 interrupted. `--debug`, anywhere on the line, shows the traceback instead of the sentence;
-   `--no-compile-cache` compiles every program anew.
+   `--no-compile-cache` compiles every program anew, `--no-preflight` tries what by count does not fit.
 2. A command merges its options into settings: defaults, then `--config FILE`, then options, then `--set`.
 3. What can be refused cheaply is refused before weights are read; the work itself is the package's own functions.
 4. Progress goes to stderr, results to stdout: a table for people, one JSON object with `--json` for machines.
@@ -23,6 +23,8 @@ from difffract_jax.cli import evaluation as cli_evaluation
 from difffract_jax.cli import explain as cli_explain
 from difffract_jax.cli import graphs as cli_graphs
 from difffract_jax.cli import options as opt
+from difffract_jax.cli import plan as cli_plan
+from difffract_jax.cli import preflight
 from difffract_jax.cli import steer as cli_steer
 from difffract_jax.cli import study as cli_study
 from difffract_jax.cli import training as cli_training
@@ -40,9 +42,10 @@ from difffract_jax.config import (
     provenance,
     sentence_of,
 )
+from difffract_jax.memory import share_memory
 from difffract_jax.storage.compile_cache import enable_compile_cache
 
-ANYWHERE = ("--debug", "--no-compile-cache")
+ANYWHERE = ("--debug", "--no-compile-cache", preflight.OFF)
 STYLE: dict[str, Any] = {
     "no_args_is_help": True,
     "add_completion": False,
@@ -55,6 +58,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
 cli_graphs.register(app)
 cli_transcoders.register(app)
+cli_plan.register(app)
 cli_training.register(app)
 cli_evaluation.register(app)
 cli_steer.register(app)
@@ -81,6 +85,9 @@ def main() -> None:
     first = [argument for argument in sys.argv[1:] if argument in ANYWHERE]
     others = [argument for argument in sys.argv[1:] if argument not in ANYWHERE]
     compiles = _compiles(others)
+    preflight.switched_off = preflight.OFF in first
+    if compiles:
+        share_memory()
     if "--no-compile-cache" not in first and compiles:
         enable_compile_cache()
     options = _options_of(others) if compiles else ()
@@ -137,10 +144,19 @@ NoCompileCache = Annotated[
         "--no-compile-cache", help="Neither use nor keep compiled programs (~/.cache/difffract); anywhere on the line."
     ),
 ]
+NoPreflight = Annotated[
+    bool,
+    typer.Option(preflight.OFF, help="Load even what by count does not fit the memory; anywhere on the line."),
+]
 
 
 @app.callback()
-def _root(version: Version = False, debug: Debug = False, no_compile_cache: NoCompileCache = False) -> None:
+def _root(
+    version: Version = False,
+    debug: Debug = False,
+    no_compile_cache: NoCompileCache = False,
+    no_preflight: NoPreflight = False,
+) -> None:
     """Trace circuits in FLUX diffusion transformers, in JAX.
 
     Start with `difffract demo`. Exit status: 0 done, 1 failed with one sentence on stderr, 2 wrong usage.
