@@ -3,6 +3,7 @@
 Packages and modules, each importing only from those above it:
 
     config address ops display    settings; the order of streams, blocks, sites and rows; pure maths; how objects show
+    memory                        what this machine and its limits allow
     storage hub                   files written whole or not at all, trees of arrays in them; repositories on the hub
     graphs                        what a circuit is once it is traced: pruned, grouped, compared, exported (NumPy only)
     sharding                      meshes and sharding rules
@@ -11,6 +12,7 @@ Packages and modules, each importing only from those above it:
     converters                    PyTorch checkpoints -> ours, by rule tables (a package beside this one)
     circuits                      a run recorded, frozen, attributed; features edited; graphs checked
     organism dashboards           the embedded model and its world; reports
+    estimate                      what a command needs, counted from shapes before anything is loaded
     directories loading           models and transcoders by name: embedded, in a directory, or on the hub
     studies                       the paper's questions as experiments on the organism
     cli                           the `difffract` command

@@ -39,14 +39,14 @@ from difffract_jax.directories import (
     transcoder_directory,
 )
 from difffract_jax.hub.names import parse_hub_name
-from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
-from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
-from difffract_jax.models.presets import PRESETS
+from difffract_jax.models.presets import PRESETS, preset_config
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.streaming import Weights
-from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
+from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.parts import identity, load_part, load_stack
 from difffract_jax.storage.checkpoint import (
@@ -142,14 +142,22 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     Args:
         model: as for `abstract_pipeline`.
     """
+    config = described_pipeline(model)
+    return {name: getattr(config, name) for name in PARTS}
+
+
+def described_pipeline(model: str | Path) -> PipelineConfig:
+    """Returns the shapes of a pipeline's parts and its defaults, without reading weights.
+
+    Args:
+        model: as for `abstract_pipeline`.
+    """
     if str(model) in PRESETS and not Path(model).is_dir():
-        return {"transformer": PRESETS[str(model)], "t5": T5_XXL, "clip": CLIP_L, "vae": FLUX_VAE}
+        return preset_config(str(model))
     path = pipeline_directory(model, parts=()).path
     if is_diffusers_directory(path):
-        config = pipeline_config(path)
-    else:
-        config = pipeline_config_from_json(_read_kind(path, "pipeline")["config"], path)
-    return {name: getattr(config, name) for name in PARTS}
+        return pipeline_config(path)
+    return pipeline_config_from_json(_read_kind(path, "pipeline")["config"], path)
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:

@@ -2,7 +2,7 @@
 
 1. `main` runs one command and turns its end into an exit status: 0 done, 1 failed with one sentence, 2 wrong usage,
    130 interrupted. `--debug`, anywhere on the line, shows the traceback instead of the sentence;
-   `--no-compile-cache` compiles every program anew.
+   `--no-compile-cache` compiles every program anew, `--no-preflight` tries what by count does not fit.
 2. A command merges its options into settings: defaults, then `--config FILE`, then options, then `--set`.
 3. What can be refused cheaply is refused before weights are read; the work itself is the package's own functions.
 4. Progress goes to stderr, results to stdout: a table for people, one JSON object with `--json` for machines.
@@ -13,6 +13,7 @@ Functions import what they use when they run, and only here, so that `difffract 
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -22,11 +23,14 @@ from difffract_jax.cli import evaluation as cli_evaluation
 from difffract_jax.cli import explain as cli_explain
 from difffract_jax.cli import graphs as cli_graphs
 from difffract_jax.cli import options as opt
+from difffract_jax.cli import plan as cli_plan
+from difffract_jax.cli import preflight
 from difffract_jax.cli import steer as cli_steer
 from difffract_jax.cli import study as cli_study
 from difffract_jax.cli import training as cli_training
 from difffract_jax.cli import transcoders as cli_transcoders
 from difffract_jax.cli import validate as cli_validate
+from difffract_jax.cli.failures import sentence_for, told_when_terminated
 from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.organism import organism
 from difffract_jax.config import (
@@ -38,9 +42,10 @@ from difffract_jax.config import (
     provenance,
     sentence_of,
 )
+from difffract_jax.memory import share_memory
 from difffract_jax.storage.compile_cache import enable_compile_cache
 
-ANYWHERE = ("--debug", "--no-compile-cache")
+ANYWHERE = ("--debug", "--no-compile-cache", preflight.OFF)
 STYLE: dict[str, Any] = {
     "no_args_is_help": True,
     "add_completion": False,
@@ -53,6 +58,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
 cli_graphs.register(app)
 cli_transcoders.register(app)
+cli_plan.register(app)
 cli_training.register(app)
 cli_evaluation.register(app)
 cli_steer.register(app)
@@ -78,49 +84,35 @@ def main() -> None:
     # Typer takes the options of `_root` before the command's name alone.
     first = [argument for argument in sys.argv[1:] if argument in ANYWHERE]
     others = [argument for argument in sys.argv[1:] if argument not in ANYWHERE]
-    if "--no-compile-cache" not in first and _compiles(others):
+    compiles = _compiles(others)
+    preflight.switched_off = preflight.OFF in first
+    if compiles:
+        share_memory()
+    if "--no-compile-cache" not in first and compiles:
         enable_compile_cache()
+    options = _options_of(others) if compiles else ()
     try:
-        app(first + others, prog_name="difffract")
-    except (ValueError, OSError) as error:
+        with told_when_terminated(options, others) if compiles else nullcontext():
+            app(first + others, prog_name="difffract")
+    except (ValueError, OSError, RuntimeError, AssertionError, MemoryError, ImportError) as error:
         if "--debug" in first:
             raise
-        _fail(sentence_of(error))
-    except (RuntimeError, AssertionError, MemoryError) as error:
-        sentence = _missing_memory(error) or _missing_device()
-        if "--debug" in first or sentence is None:
+        sentence = sentence_for(error, options, others)
+        if sentence is None and isinstance(error, ValueError | OSError):
+            sentence = sentence_of(error)
+        if sentence is None:
             raise
         _fail(sentence)
 
 
-def _missing_memory(error: Exception) -> str | None:
-    """Says that the host or the device has not enough memory, if that is what an error tells."""
-    said = str(error)
-    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in said:
-        return None
-    reason = " ".join(said.removeprefix("RESOURCE_EXHAUSTED: ").split("\n")[0].split())[:200].rstrip(".")
-    return (
-        f"There is not enough memory for this ({reason or 'no more is said'}); make the image, the text or the batch "
-        "smaller, or keep weights in bf16."
-    )
-
-
-def _missing_device() -> str | None:
-    """Says what is wrong if JAX cannot start on the device that it was told to use; None if it can."""
-    jax: Any = sys.modules.get("jax")
-    if jax is None:
-        return None
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError) as error:
-        named = jax.config.jax_platforms
-        reasons = [f"JAX_PLATFORMS={named} names none that it can use"] if named else []
-        reasons += filter(None, [str(error).split("\n")[0].split(" (set JAX_PLATFORMS")[0]])
-        return (
-            f"JAX finds no device: {'; '.join(reasons)}. Unset JAX_PLATFORMS to use what there is, or install the "
-            "device's own JAX: pip install 'difffract_jax[cuda]' or 'difffract_jax[tpu]'."
-        )
-    return None
+def _options_of(arguments: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the options of the command that a command line names; none if it names none."""
+    command: Any = typer.main.get_command(app)
+    for name in arguments:
+        if name not in getattr(command, "commands", {}):
+            break
+        command = command.commands[name]
+    return tuple(one.name for one in getattr(command, "params", ()))
 
 
 def _compiles(arguments: Sequence[str]) -> bool:
@@ -152,10 +144,19 @@ NoCompileCache = Annotated[
         "--no-compile-cache", help="Neither use nor keep compiled programs (~/.cache/difffract); anywhere on the line."
     ),
 ]
+NoPreflight = Annotated[
+    bool,
+    typer.Option(preflight.OFF, help="Load even what by count does not fit the memory; anywhere on the line."),
+]
 
 
 @app.callback()
-def _root(version: Version = False, debug: Debug = False, no_compile_cache: NoCompileCache = False) -> None:
+def _root(
+    version: Version = False,
+    debug: Debug = False,
+    no_compile_cache: NoCompileCache = False,
+    no_preflight: NoPreflight = False,
+) -> None:
     """Trace circuits in FLUX diffusion transformers, in JAX.
 
     Start with `difffract demo`. Exit status: 0 done, 1 failed with one sentence on stderr, 2 wrong usage.

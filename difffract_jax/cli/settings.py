@@ -1,15 +1,15 @@
 """Settings of the commands that find and edit features, and explain and check circuits.
 
-They are `steer`, `features`, `effects`, `heads` and `validate`.
+They are `steer`, `features`, `effects`, `heads` and `validate`; and what `plan` takes for granted of a command.
 """
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from difffract_jax.config import SEEDS, Seed, Settings
 
@@ -185,6 +185,39 @@ class EffectsConfig(Settings):
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+
+
+class PlanConfig(Settings):
+    """Settings of `difffract plan COMMAND --device ...`: what the command shall do, as far as memory depends on it."""
+
+    model: str = "flux-schnell"
+    """Model: `flux-schnell` or `flux-dev`, of which nothing need be here, or whatever the command takes."""
+    transcoders: str | None = None
+    """Transcoders, a converted directory or `organism`; left out, those that `sites` and `expansion` describe."""
+    sites: tuple[str, ...] = ("img/*", "txt/*")
+    """MLPs that have a transcoder, or are used of those in `transcoders`, as in img/3-18, txt/*, single/*."""
+    expansion: float = Field(16.0, gt=0)
+    """Features of a transcoder over channels of the model."""
+    active: int = Field(256, ge=1)
+    """Places for features per position: the most that are active at any position; a trace counts them."""
+    height: int | None = Field(None, ge=1)
+    """Image height in pixels; the model's own default when left out."""
+    width: int | None = Field(None, ge=1)
+    """Image width in pixels, as the height."""
+    text_tokens: int | None = Field(None, ge=1)
+    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    step: Annotated[str, BeforeValidator(str)] = Field("0", pattern=r"^\d+(-\d+)?$")
+    """Denoising step that is recorded, or steps, as in 0-3."""
+    dtype: Literal["f32", "bf16"] = "bf16"
+    """Type of the model's weights in memory."""
+    transcoder_dtype: Literal["f32", "bf16"] = "f32"
+    """Type of the transcoders' weights in memory."""
+    batch: int = Field(1, ge=1)
+    """Images, or prompts, computed together."""
+    expansion_batch: int = Field(50, ge=1)
+    """Targets pulled back together."""
+    output: bool = False
+    """Whether an output is traced, so that all blocks up to the last are recorded."""
 
 
 class RerunSettings(Settings):

@@ -130,26 +130,6 @@ def test_base_and_variant_reach_the_model(
     assert difffract(*command, "--base", "b", "--variant", "fp16").err == "Error: m b fp16\n"
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError("Unable to allocate 74.5 GiB for an array"),
-        RuntimeError("RESOURCE_EXHAUSTED: Unable to allocate 74.5 GiB for an array.\nBy the way"),
-    ],
-)
-def test_too_little_memory_is_one_sentence(
-    error: Exception, difffract: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load(model: str, **options: object) -> None:
-        raise error
-
-    monkeypatch.setattr("difffract_jax.loading.load_pipeline", load)
-    monkeypatch.chdir(tmp_path)
-    run = difffract("generate", "m", "p")
-    said = "There is not enough memory for this (Unable to allocate 74.5 GiB for an array); make the image, the text"
-    assert run.status == 1 and said in run.err and run.err.count("\n") == 1
-
-
 def test_debug_shows_the_traceback(difffract: Callable[..., Run]) -> None:
     with pytest.raises(ValueError, match="must end in .png"):
         difffract("generate", "m", "p", "--out", "image.bmp", "--debug")

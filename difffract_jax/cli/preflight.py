@@ -1,0 +1,90 @@
+"""A look before a command loads anything: what cannot fit is told in a sentence, with what would.
+
+1. The command's work is counted from `config.json` files (`workloads`, `estimate`), which takes a second or two.
+2. What it holds throughout is exact: if that alone is more than there is, the command ends here.
+3. What it needs in between is an estimate: if the two together are more than there is, a note says so.
+
+Nothing is counted of the embedded model, which fits everywhere, nor of models on the hub, which are not here yet, nor
+where weights are spread over a mesh. `--no-preflight` leaves the look out.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from difffract_jax.config import Settings, UserError
+from difffract_jax.memory import Memory, memory_for, parse_bytes, text_of_bytes
+
+SMALL = ("organism", "tiny")
+OFF = "--no-preflight"
+switched_off = False
+"""Set by `main` where `--no-preflight` is given."""
+
+
+def check_fits(command: str, settings: Settings, **known: Any) -> None:
+    """Refuses a command that cannot fit the memory there is.
+
+    Args:
+        command: its name.
+        settings: of it.
+        known: what a graph says of its run, by the names of `PlanConfig`.
+
+    Raises:
+        UserError: if what it holds is more than the device, or the host where it computes, has.
+    """
+    given = {name: value for name, value in settings.model_dump().items() if value is not None} | known
+    if switched_off or str(given.get("model")) in SMALL or given.get("mesh") or given.get("base"):
+        return
+    from difffract_jax.hub.names import parse_hub_name
+
+    if parse_hub_name(str(given["model"])) is not None:
+        return
+    import jax
+
+    from difffract_jax.cli.workloads import asked_of, workload
+    from difffract_jax.estimate.counts import count
+
+    device = jax.devices()[0]
+    there = _capped(memory_for(device), given)
+    # Where a command may stream its weights, that is what it needs at least.
+    streamed = given.get("weights", "device") != "device"
+    try:
+        asked = asked_of(command, {"dtype": "f32", "sites": ("*/*",)} | given)
+        work = workload(command, asked, host=device.platform == "cpu", streamed=streamed)
+    except UserError:
+        return  # loading tells it better
+    needed = count(work)
+    if needed.held > there.available:
+        from difffract_jax.cli.workloads import changes
+
+        raise UserError(_refusal(command, work, there, changes(asked, tuple(type(settings).model_fields))))
+    if needed.needed > there.available:
+        sys.stderr.write(
+            f"Note: {command} needs about {text_of_bytes(needed.needed)}, most to {needed.largest.name}, of "
+            f"{text_of_bytes(there.available)} that are free on {there.bound}; it may not fit.\n"
+        )
+
+
+def _capped(there: Memory, given: Mapping[str, Any]) -> Memory:
+    """Returns the memory there is, or what `--memory` allows of it."""
+    if given.get("memory") is None:
+        return there
+    most = parse_bytes(given["memory"], "--memory")
+    return Memory(most, most, "--memory") if most < there.available else there
+
+
+def _refusal(command: str, work: Any, there: Memory, ways: Any) -> str:
+    from difffract_jax.estimate.counts import count, remedies
+
+    estimate = count(work)
+    phase = max(estimate.phases, key=lambda one: sum(one.held.values()))
+    parts = ", ".join(f"{name} {text_of_bytes(size)}" for name, size in phase.held.items() if size)
+    taken, needed = remedies(work, there.available, ways)
+    advice = f"with {', '.join(taken)} it needs about {text_of_bytes(needed)}" if taken else "nothing makes it fit here"
+    if taken and needed > there.available:
+        advice += ", which is more still"
+    return (
+        f"{command} needs at least {text_of_bytes(estimate.held)} to {phase.name} ({parts}), but of {there.bound} "
+        f"{text_of_bytes(there.available)} are free; {advice}; `difffract plan {command}` counts other sizes "
+        f"and devices, and {OFF} tries all the same."
+    )

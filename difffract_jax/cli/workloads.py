@@ -1,0 +1,139 @@
+"""What a command shall do, as shapes alone: for `plan`, and for the look that commands take before they load anything.
+
+1. `asked_of` boils a command's settings down to those that its memory depends on, `PlanConfig`.
+2. `workload` makes shapes of them: of a model and of transcoders that are here, or of a published model and of
+   transcoders as `PlanConfig` describes them.
+3. `changes` are what a user could write to make the command smaller, in the order in which they cost least.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from difffract_jax.circuits.trace.record import Blocks
+from difffract_jax.cli.models import dtype_named
+from difffract_jax.cli.requests import read_steps
+from difffract_jax.cli.settings import PlanConfig
+from difffract_jax.config import UserError, resolve
+from difffract_jax.directories import SHIPPED
+from difffract_jax.estimate.counts import COMMANDS
+from difffract_jax.estimate.weights import Transcoders
+from difffract_jax.estimate.work import Work
+from difffract_jax.loading import PARTS, described_pipeline, from_json
+from difffract_jax.models.pipeline import plan_run
+from difffract_jax.storage.checkpoint import read_config
+from difffract_jax.transcoders.sites import SiteSet, are_chosen, parse_sites, sites_of
+from difffract_jax.transcoders.transcoder import TranscoderConfig
+
+WITHOUT_TRANSCODERS = ("generate", "encode", "convert")
+RECORDING = ("trace", "heads", "effects", "validate")
+SMALLEST = 256
+"""Pixels of a side below which no smaller image is advised."""
+
+
+def asked_of(command: str, given: Mapping[str, Any]) -> PlanConfig:
+    """Returns the settings that memory depends on, of a command's settings by name.
+
+    Args:
+        command: its name.
+        given: those that are set; a trace's `plan` and `model_dtype` count as what `plan` calls them.
+    """
+    values = dict(given) | dict(given.get("plan") or {})
+    if "model_dtype" in values:
+        values["dtype"] = values["model_dtype"]
+    if isinstance(values.get("sites"), str):
+        values["sites"] = tuple(values["sites"].split(","))
+    names = PlanConfig.model_fields.keys() - (set() if command in RECORDING else {"step"})
+    known = {name: values[name] for name in names if values.get(name) is not None}
+    return resolve(PlanConfig, known)
+
+
+def workload(command: str, asked: PlanConfig, *, host: bool = False, streamed: bool = False) -> Work:
+    """Returns a command's work.
+
+    Args:
+        command: one of `estimate.counts.COMMANDS`.
+        asked: its settings.
+        host: whether a processor computes.
+        streamed: whether weights pass through memory block by block.
+
+    Raises:
+        UserError: if the model or transcoders are neither here nor known, or a size does not divide.
+    """
+    if command not in COMMANDS:
+        raise UserError(f"{command} is no command that can be planned; there are {', '.join(COMMANDS)} and train.")
+    config = described_pipeline(asked.model)
+    run = plan_run(config, height=asked.height, width=asked.width, text_tokens=asked.text_tokens)
+    shapes, layout = {name: getattr(config, name) for name in PARTS}, config.transformer.layout
+    first, last = read_steps(asked.step)
+    steps = last - first + 1
+    work = Work(command, shapes, dtype_named(asked.dtype), run.grid, run.text_tokens, host=host, streamed=streamed)
+    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps)
+    if command in WITHOUT_TRANSCODERS:
+        return work
+    tcs = _transcoders(asked, config.transformer)
+    held = [block for placed in tcs.sites.slots(layout) for block in placed]
+    through = asked.output or steps > 1 or command == "effects"
+    blocks = Blocks(0 if steps > 1 else min(held), layout.depth if through else max(held) + 1, through)
+    return work._replace(tcs=tcs, recorded=(blocks.first, blocks.end))
+
+
+def _transcoders(asked: PlanConfig, model: Any) -> Transcoders:
+    """Returns the shape of the transcoders that are named and here, or else of those that the settings describe."""
+    itemsize = dtype_named(asked.transcoder_dtype).dtype.itemsize
+    path = Path(SHIPPED.get(str(asked.transcoders), asked.transcoders or ""))
+    if asked.transcoders is not None and (path / "config.json").is_file():
+        record = read_config(path)
+        config, held = from_json(TranscoderConfig, record["config"], path), sites_of(record["layers"])
+        sites = _some(held, asked.sites, str(path)) if "sites" in asked.model_fields_set else held
+    else:
+        features = round(model.d_model * asked.expansion)
+        config = TranscoderConfig(d_model=model.d_model, features=features, time_embed=256)
+        sites = parse_sites(asked.sites, model.layout)
+    return Transcoders(config, sites, itemsize, min(asked.active, config.features))
+
+
+def _some(held: SiteSet, patterns: Sequence[str], where: str) -> SiteSet:
+    """Returns the sites of a set that are wanted."""
+    flat = [(group, number) for group, numbers in held.members for number in numbers]
+    chosen = are_chosen(patterns, [(group.label, number) for group, number in flat], where)
+    numbers: dict[str, list[int]] = {}
+    for (group, number), wanted in zip(flat, chosen, strict=True):
+        if wanted:
+            numbers.setdefault(group.name, []).append(number)
+    return sites_of(numbers, tuple(group for group, _ in held.members))
+
+
+def changes(asked: PlanConfig, options: Sequence[str]) -> list[tuple[str, Callable[[Work], Work]]]:
+    """Returns what could be written to make a command smaller, and what each makes of its work.
+
+    Args:
+        asked: the command's settings.
+        options: names of the options that it has.
+    """
+    narrow, found = dtype_named("bf16"), []
+
+    def add(name: str, words: str, change: Callable[[Work], Work]) -> None:
+        if name in options:
+            found.append((words, change))
+
+    def narrower(work: Work) -> Work:
+        return work if work.tcs is None else work._replace(tcs=work.tcs._replace(itemsize=narrow.dtype.itemsize))
+
+    def smaller(work: Work) -> Work:
+        rows, columns = work.grid
+        return work._replace(grid=(max(1, rows // 2), max(1, columns // 2)))
+
+    add("weights", "--weights disk", lambda work: work._replace(streamed=True))
+    for name in ("dtype", "model_dtype"):
+        if asked.dtype == "f32":
+            add(name, f"--{name.replace('_', '-')} bf16", lambda work: work._replace(dtype=narrow))
+    if asked.transcoder_dtype == "f32":
+        add("transcoder_dtype", "--transcoder-dtype bf16", narrower)
+    if asked.batch > 1:
+        add("batch", "--batch 1", lambda work: work._replace(batch=1))
+    config = described_pipeline(asked.model)
+    height, width = asked.height or config.defaults.height, asked.width or config.defaults.width
+    if min(height, width) >= 2 * SMALLEST:
+        add("height", f"--height {height // 2} --width {width // 2}", smaller)
+    return found
