@@ -20,6 +20,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models import sampler
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run, Velocity, decode_raw, encode, model_velocity, plan_run
+from difffract_jax.models.streaming import jit_resident, streams_layers
 
 
 def generate_batch(
@@ -111,7 +112,7 @@ def sample_batch(
     return _sample(velocity, params, text, pooled, noise, jnp.asarray(run.sigmas), run.grid, run.guidance)
 
 
-@partial(jax.jit, static_argnames=("velocity", "grid", "guidance"))
+@partial(jit_resident, static_argnames=("velocity", "grid", "guidance"))
 def _sample(
     velocity: Velocity,
     params: Any,
@@ -130,7 +131,7 @@ def _sample(
 
         return jax.vmap(one)(latents, text, pooled), None
 
-    return sampler.euler_scan(evaluate, noise, sigmas)[0]
+    return sampler.euler_scan(evaluate, noise, sigmas, streamed=streams_layers(params))[0]
 
 
 @partial(jax.jit, static_argnames="grid")

@@ -78,6 +78,7 @@ class Pipeline(NamedTuple):
         config: shapes, schedule, defaults.
         source: content hash of the weights; "" if not known.
         origin: the repository on the hub that it came from, commit included; "" if it did not.
+        known: embeddings of some prompts, from `embeddings.read_embeddings`; then there are no text encoders.
     """
 
     transformer: MMDiT
@@ -88,6 +89,7 @@ class Pipeline(NamedTuple):
     config: PipelineConfig
     source: str = ""
     origin: str = ""
+    known: Any = None
 
     def plan(self, **sizes: Any) -> "Run":
         """Fixes the sizes and the schedule of a run; keyword arguments as for `plan_run`."""
@@ -213,10 +215,33 @@ def encode(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
         pipe: the pipeline.
         prompt: any text, also the empty one.
         text_tokens: length of the text sequence.
+
+    Raises:
+        UserError: if the pipeline has embeddings from a file, but not those of this prompt or length.
     """
+    if pipe.known is not None:
+        return _known(pipe, prompt, text_tokens)
     ids = encode_prompt(pipe.tokenizers, prompt, text_tokens)
     text, pooled = _encode_text(pipe.t5, jnp.asarray(ids.t5_ids)), _pool(pipe.clip, jnp.asarray(ids.clip_ids))
     return EncodedPrompt(text, pooled, ids.t5_mask, ids.cut)
+
+
+def _known(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
+    """Returns the embeddings of a prompt from the pipeline's file."""
+    known = pipe.known
+    if prompt not in known.prompts:
+        others = ", ".join(f'"{one}"' for one in list(known.prompts)[:3] if one)
+        raise UserError(
+            f'{known.path} holds no embedding of the prompt "{prompt}", but of {others}; encode it too, or leave '
+            "--embeddings out."
+        )
+    if known.text_tokens != text_tokens:
+        raise UserError(
+            f"{known.path} holds embeddings of {known.text_tokens} text tokens, but the run has {text_tokens}; give "
+            f"--text-tokens {known.text_tokens}, or encode again."
+        )
+    found = known.prompts[prompt]
+    return found._replace(text=jnp.asarray(found.text), pooled=jnp.asarray(found.pooled))
 
 
 @jit_resident

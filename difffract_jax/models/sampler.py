@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from difffract_jax.config import UserError
+from difffract_jax.models.streaming import stack_trees
 from difffract_jax.seeds import random_key
 
 PATCH = 2
@@ -110,6 +111,8 @@ def euler_scan(
     noise: Float[Array, "*batch img channels"],
     levels: Float[Array, "step_and_end"],
     per_step: Any = None,
+    *,
+    streamed: bool = False,
 ) -> tuple[Float[Array, "*batch img channels"], Any]:
     """Takes all Euler steps in one scan, of one example or of many together; for use inside compiled programs.
 
@@ -119,6 +122,7 @@ def euler_scan(
         noise: packed starting noise.
         levels: noise level entering every step, and the final 0.
         per_step: tree with a leading step axis.
+        streamed: whether `evaluate` runs a streamed model; then the steps are a loop on the host.
 
     Returns:
         Packed latents after the last step, and the reports, stacked on a leading step axis.
@@ -130,7 +134,14 @@ def euler_scan(
         return z + (after - sigma) * v.astype(z.dtype), report
 
     numbers = jnp.arange(levels.shape[0] - 1)
-    return jax.lax.scan(step, noise, (levels[:-1], levels[1:], numbers, per_step))
+    over = levels[:-1], levels[1:], numbers, per_step
+    if not streamed:
+        return jax.lax.scan(step, noise, over)
+    reports = []
+    for number in range(numbers.size):
+        noise, report = step(noise, jax.tree.map(lambda leaf, i=number: leaf[i], over))
+        reports.append(report)
+    return noise, stack_trees(reports)
 
 
 def scale_for_decoder(latent: Float[Array, "h w latent"], scaling: float, shift: float) -> Float[Array, "h w latent"]:

@@ -18,6 +18,7 @@ from difffract_jax.address import Group, Tokens
 from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
+from difffract_jax.models.streaming import Streamed, jit_resident, stack_trees, streams_layers
 from difffract_jax.transcoders.harvest import tapped_velocity
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
@@ -56,7 +57,7 @@ def reduced_codes(
     return _scan(pipe.transformer, tcs.stacks, text, pooled, noise, sigmas, extra, *fixed)
 
 
-@partial(jax.jit, static_argnames=("grid", "guidance", "sites", "reduce"))
+@partial(jit_resident, static_argnames=("grid", "guidance", "sites", "reduce"))
 def _scan(
     model: MMDiT,
     stacks: dict[str, Transcoder],
@@ -77,14 +78,9 @@ def _scan(
     def one(z: Array, txt: Array, vec: Array, extra: Any, t: Array) -> tuple[Array, dict[str, Any]]:
         v, rows = tapped_velocity(model, Inputs(z, txt, vec, t, scale), tokens, grid=grid, sites=sites)
 
-        def at_site(group: Group, site: tuple[Transcoder, Array, Array]) -> Any:
-            tc, x, y = site
-            read = (y if tc.config.role == "sae" else x).astype(tc.enc.kernel.dtype)
-            return reduce(group, tc.encode(read, t), extra)
-
         kept = {
-            group.name: jax.lax.map(
-                partial(at_site, group), (stacks[group.name], rows[group.name].x, rows[group.name].y)
+            group.name: _each_site(
+                group, reduce, stacks[group.name], (rows[group.name].x, rows[group.name].y), t, extra
             )
             for group, _ in sites.members
         }
@@ -94,8 +90,29 @@ def _scan(
         del number
         return jax.vmap(one, in_axes=(0, 0, 0, 0, None))(z, text, pooled, extra, sigma)
 
-    latents, kept = euler_scan(evaluate, noise, sigmas, extra)
+    latents, kept = euler_scan(evaluate, noise, sigmas, extra, streamed=streams_layers(model, stacks))
     return kept, latents
+
+
+def _each_site(group: Group, reduce: Reduce, stack: Any, rows: tuple[Array, Array], t: Array, extra: Any) -> Any:
+    """Reduces the codes of a group's sites, one after the other."""
+    if not isinstance(stack, Streamed):
+        return jax.lax.map(lambda site: _at_site(group, reduce, site[0], site[1], t, extra), (stack, rows))
+    kept = []
+    for number, transcoder in stack.fetched(range(stack.depth)):
+        here = jax.tree.map(lambda leaf, i=number: leaf[i], rows)
+        kept.append(_at_site_alone(group, reduce, transcoder, here, t, extra))
+        del transcoder  # before the one after next is fetched
+    return stack_trees(kept)
+
+
+def _at_site(group: Group, reduce: Reduce, tc: Transcoder, rows: tuple[Array, Array], t: Array, extra: Any) -> Any:
+    x, y = rows
+    read = (y if tc.config.role == "sae" else x).astype(tc.enc.kernel.dtype)
+    return reduce(group, tc.encode(read, t), extra)
+
+
+_at_site_alone = jax.jit(_at_site, static_argnames=("group", "reduce"))
 
 
 def repeat_steps(extra: Any, steps: int) -> Any:

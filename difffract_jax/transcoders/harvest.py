@@ -26,6 +26,7 @@ from difffract_jax.models.mmdit import Inputs, MMDiT, forward
 from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.stacks import Visit, per_group, sequences
+from difffract_jax.models.streaming import jit_resident, streams_layers
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.seeds import random_generator, random_key
 from difffract_jax.transcoders.objective import ActivationRows, Width
@@ -148,7 +149,7 @@ class Sampler:
         return tokens, valid
 
 
-@jax.jit
+@jit_resident
 def _encode_many(t5: Any, clip: Any, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
     return jax.vmap(t5)(t5_ids), jax.vmap(lambda ids: clip(ids)[1])(clip_ids)
 
@@ -161,7 +162,7 @@ def _noise(
     return jax.vmap(lambda number: draw(jax.random.fold_in(key, number)))(numbers)
 
 
-@partial(jax.jit, static_argnames=("grid", "sites"))
+@partial(jit_resident, static_argnames=("grid", "sites"))
 def sample_rows(
     model: MMDiT,
     inputs: Inputs,
@@ -192,7 +193,7 @@ def sample_rows(
         del number
         return over_prompts(inputs._replace(latents=z, t=sigma), places)
 
-    _, reported = euler_scan(evaluate, inputs.latents, sigmas, tokens)
+    _, reported = euler_scan(evaluate, inputs.latents, sigmas, tokens, streamed=streams_layers(model))
 
     def flatten(a: Float[Array, "step prompt site place d_model"]) -> Float[Array, "site rows d_model"]:
         return a.transpose(2, 0, 1, 3, 4).reshape(a.shape[2], -1, a.shape[4])

@@ -1,12 +1,22 @@
 """A streamed model and streamed transcoders give what resident ones give: images, records, graphs, spans."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 from difffract_jax import attribute, capture, random_pipeline, random_transcoders, strongest_feature
+from difffract_jax.circuits.attribution.engine import make_engine
 from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
+from difffract_jax.circuits.attribution.selection import target_row
+from difffract_jax.circuits.editing.interventions import steer
+from difffract_jax.circuits.editing.ranking import rank_features
+from difffract_jax.circuits.editing.sweeps import sweep
+from difffract_jax.circuits.effects.attention import head_loadings, score_parts
+from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.trace.capture import capture_steps
+from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline, save_transcoders
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.streaming import Streamed, streams_layers
@@ -113,3 +123,41 @@ def same_graphs(theirs, ours):
 
 def theirs_threshold(graph):
     return graph.provenance.attribution.min_attribution
+
+
+def test_edited_images_are_the_same(resident, streamed):
+    edits = [Edit.parse("img/1/f3=add:2"), Edit.parse("txt/0/f5=zero")]
+    for form in ("delta", "replace"):
+        pipes = resident[0], streamed[0]
+        theirs, ours = (steer(pipe, resident[1], PROMPT, edits, form=form, seed=2) for pipe in pipes)
+        close(ours.latents, theirs.latents, 1e-5)
+    swept = [sweep(pipe, resident[1], PROMPT, edits, (0.0, 2.0), seeds=(1, 2)) for pipe in (resident[0], streamed[0])]
+    close(swept[1].norms, swept[0].norms, 1e-5)
+    np.testing.assert_allclose(swept[1].images.astype(int), swept[0].images.astype(int), atol=1)
+
+
+def test_features_are_ranked_the_same(resident, streamed):
+    theirs, ours = (rank_features(pipe, tcs, PROMPT, seeds=(1, 2), top=3) for pipe, tcs in (resident, streamed))
+    assert {label: [row.feature for row in rows] for label, rows in ours.items()} == {
+        label: [row.feature for row in rows] for label, rows in theirs.items()
+    }
+
+
+def test_heads_and_scores_are_the_same(resident, streamed):
+    loadings, scores = [], []
+    for pipe, tcs in (resident, streamed):
+        trace = capture(pipe, tcs, PROMPT)
+        engine = make_engine(trace, tcs)
+        row = target_row(engine, strongest_feature(trace, tcs, "img", 2))
+        loadings.append(head_loadings(engine, row).loading)
+        scores.append(score_parts(engine, 1, 0, ("img", 3), ("txt", 1)).score)
+    close(loadings[1], loadings[0], SAME_EDGES)
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_a_file_that_changes_is_told(saved, tmp_path):
+    shutil.copytree(saved / "model", tmp_path / "model")
+    pipe = load_pipeline(tmp_path / "model", weights="disk")
+    (tmp_path / "model" / "transformer.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot be read any more"):
+        generate(pipe, PROMPT)

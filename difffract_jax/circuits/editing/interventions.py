@@ -36,7 +36,7 @@ from difffract_jax.models.pipeline import (
     model_velocity,
     sample,
 )
-from difffract_jax.models.stacks import slice_layer
+from difffract_jax.models.stacks import Visit, slice_layer
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
 FORMS = ("delta", "replace")
@@ -200,27 +200,30 @@ def edited_velocity(
         The velocity; and the sum of squares, over sites, positions and channels, of W_dec (z' - z): what editing
         changed of the MLPs' outputs, without the reconstruction error that form `replace` brings in besides.
     """
-    form_of = _delta if form == "delta" else _replace
-
-    def write(stack: Any, layer: Any, x: Array, true: Callable[[], Array]) -> tuple[Array, Array]:
-        untouched = true(), jnp.zeros((), jnp.float32)
-        if layer is None:
-            return untouched
-        tc: Transcoder = slice_layer(stack, layer.slot)
-        edited = partial(form_of, tc, layer, x, untouched[0], inputs.t, step)
-        return jax.lax.cond(layer.touched, edited, lambda: untouched)
-
-    nothing = jnp.zeros((), jnp.float32)
     velocity, sizes = forward(
         params.model,
         inputs,
         grid,
-        write=write,
-        fixed=params.stacks,
+        write=_WRITES[form],
+        fixed=[None if stack is None else (stack, inputs.t, step) for stack in params.stacks],
         layers=params.layers,
-        tap=lambda visit: sum(visit.reports, nothing),
+        tap=_sum_reports,
     )
-    return velocity, sum(map(jnp.sum, sizes), nothing)
+    return velocity, sum(map(jnp.sum, sizes), jnp.zeros((), jnp.float32))
+
+
+def _sum_reports(visit: Visit) -> Float[Array, ""]:
+    return sum(visit.reports, jnp.zeros((), jnp.float32))
+
+
+def _write(form_of: Any, fixed: Any, layer: Any, x: Array, true: Callable[[], Array]) -> tuple[Array, Array]:
+    """Stands in for one MLP sublayer; `fixed` is its group's transcoders, the time and the step."""
+    untouched = true(), jnp.zeros((), jnp.float32)
+    if layer is None:
+        return untouched
+    stack, t, step = fixed
+    edited = partial(form_of, slice_layer(stack, layer.slot), layer, x, untouched[0], t, step)
+    return jax.lax.cond(layer.touched, edited, lambda: untouched)
 
 
 def _delta(tc: Transcoder, layer: EditLayers, x: Any, y: Any, t: Array, step: Array) -> tuple[Array, Array]:
@@ -235,6 +238,10 @@ def _replace(tc: Transcoder, layer: EditLayers, x: Any, y: Any, t: Array, step: 
     edited = apply_edits(layer.edits, z, step)
     stood_in = tc.decode(edited, read).astype(y.dtype)
     return jnp.where(layer.live[:, None], stood_in, y), _square((edited - z) @ tc.dec.kernel[...])
+
+
+_WRITES = {"delta": partial(_write, _delta), "replace": partial(_write, _replace)}
+"""What stands in for MLP sublayers, by the form of the edits."""
 
 
 def _square(write: Array) -> Float[Array, ""]:

@@ -31,6 +31,7 @@ from difffract_jax.models.batch import pixels
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
 from difffract_jax.models.sampler import euler_scan
+from difffract_jax.models.streaming import jit_resident, streams_layers
 from difffract_jax.seeds import check_distinct
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 from difffract_jax.trees import brief
@@ -172,7 +173,7 @@ def _tables(
     return params, live, tables
 
 
-@partial(jax.jit, static_argnames=("grid", "guidance", "form"))
+@partial(jit_resident, static_argnames=("grid", "guidance", "form"))
 def _sample(
     params: EditedModel,
     live: PerGroup,
@@ -199,7 +200,7 @@ def _sample(
 
         return jax.vmap(one)(latents, text, pooled, live, tables)
 
-    latents, sizes = euler_scan(evaluate, noise, sigmas.astype(noise.dtype))
+    latents, sizes = euler_scan(evaluate, noise, sigmas.astype(noise.dtype), streamed=streams_layers(params))
     return latents, jnp.sqrt(jnp.sum(sizes, axis=0))
 
 

@@ -37,6 +37,7 @@ from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import OUTPUT
 from difffract_jax.models.blocks import Streams, both
 from difffract_jax.models.stacks import group_slices, sequences, slice_layer, streams
+from difffract_jax.models.streaming import Streamed
 
 
 class HeadLoadings(NamedTuple):
@@ -312,7 +313,8 @@ def _side(
     """Returns every source's part of a query (part 0) or key (1), its constant, and its value in the trace."""
     record, sites, sources = prepared
     within = layer - record.first_layers[group]
-    block, frozen = slice_layer((record.weights.stacks[stack], record.frozen[stack]), within)
+    live, frozen = record.weights.live[stack], slice_layer(record.frozen[stack], within)
+    block = live.fetch(within) if isinstance(live, Streamed) else slice_layer(live, within)
     own_group = group - group_slices(record.weights.stacks)[stack].start
     true_row = residuals(record, sites, sources)[group][within, row]
     project = partial(block.query_or_key, record.cond, frozen, part, head, own_group, row)

@@ -1,0 +1,136 @@
+"""Prompt embeddings in a file: what T5 and CLIP make of some prompts, so that a run need not load them.
+
+A file is one `.npz`: `text` [prompt txt text_width], `pooled` [prompt pooled_width], `mask` [prompt txt], `metadata`:
+JSON with the prompts, what was cut of each, the model's content hash and the versions. The empty prompt is always among
+them, since a trace reports what its pooled embedding changes.
+"""
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from difffract_jax.config import UserError
+from difffract_jax.models.pipeline import EncodedPrompt, Pipeline, encode
+from difffract_jax.storage.files import atomic_file
+
+FORMAT_VERSION = 1
+NARROW = "bfloat16"
+
+
+class Embeddings(NamedTuple):
+    """Embeddings of some prompts.
+
+    Attributes:
+        path: of the file; "" if they are not from one.
+        model: content hash of the model that made them.
+        prompts: prompt -> its embeddings; all of one length.
+    """
+
+    path: str
+    model: str
+    prompts: Mapping[str, EncodedPrompt]
+
+    @property
+    def text_tokens(self) -> int:
+        """Length of the text sequence."""
+        return next(iter(self.prompts.values())).text.shape[0]
+
+
+def embed_prompts(pipe: Pipeline, prompts: Sequence[str], text_tokens: int, progress: Any = None) -> Embeddings:
+    """Encodes prompts, and the empty one.
+
+    Args:
+        pipe: the pipeline.
+        prompts: each once.
+        text_tokens: length of the text sequence.
+        progress: called with (prompts done, prompts in all).
+    """
+    made: dict[str, EncodedPrompt] = {}
+    wanted = tuple(dict.fromkeys((*prompts, "")))
+    for number, prompt in enumerate(wanted, 1):
+        made[prompt] = encode(pipe, prompt, text_tokens)
+        if progress is not None:
+            progress(number, len(wanted))
+    return Embeddings("", pipe.source, made)
+
+
+def write_embeddings(embeddings: Embeddings, path: str | Path, record: Mapping[str, Any] | None = None) -> None:
+    """Writes a file of embeddings.
+
+    Args:
+        embeddings: from `embed_prompts`.
+        path: file to write; it appears only when it is complete.
+        record: how they were made, from `config.provenance`.
+    """
+    rows = list(embeddings.prompts.values())
+    text, pooled = (np.stack([np.asarray(getattr(one, name)) for one in rows]) for name in ("text", "pooled"))
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model": embeddings.model,
+        "prompts": list(embeddings.prompts),
+        "cut": [one.cut for one in rows],
+        "dtype": text.dtype.name,
+        "provenance": dict(record or {}),
+    }
+    with atomic_file(path) as partial:
+        # NumPy's files have no bfloat16: its bits are kept.
+        arrays = {name: _bits(array) for name, array in {"text": text, "pooled": pooled}.items()}
+        mask = np.stack([np.asarray(one.mask) for one in rows])
+        np.savez(partial, **arrays, mask=mask, metadata=np.array(json.dumps(metadata)))
+
+
+def read_embeddings(path: str | Path) -> Embeddings:
+    """Reads a file that `write_embeddings` wrote.
+
+    Raises:
+        UserError: if it is not one, or of another format version.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            metadata = json.loads(str(file["metadata"][()]))
+            arrays = {name: _numbers(file[name], metadata["dtype"]) for name in ("text", "pooled")}
+            mask = file["mask"].astype(bool)
+        version = metadata["format_version"]
+        columns = zip(metadata["prompts"], arrays["text"], arrays["pooled"], mask, metadata["cut"], strict=True)
+        prompts = {str(prompt): EncodedPrompt(*row) for prompt, *row in columns}
+        found = Embeddings(str(path), str(metadata["model"]), prompts)
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path}; write it with `difffract encode`.") from None
+    except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile):
+        raise UserError(f"{path} is not a file of prompt embeddings; write one with `difffract encode`.") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format_version {version}, but this release reads {FORMAT_VERSION}; encode again.")
+    if not prompts or not all(np.isfinite(array.astype(np.float32)).all() for array in arrays.values()):
+        raise UserError(f"{path} holds no prompts, or values that are not finite; encode again.")
+    return found
+
+
+def with_embeddings(pipe: Pipeline, embeddings: Embeddings) -> Pipeline:
+    """Returns a pipeline that takes the embeddings of prompts from a file, and has no text encoders any more.
+
+    Args:
+        pipe: the pipeline.
+        embeddings: of its model.
+
+    Raises:
+        UserError: if they are another model's.
+    """
+    if embeddings.model != pipe.source:
+        raise UserError(
+            f"{embeddings.path or 'The embeddings'} were made by another model: its content hash is "
+            f"{embeddings.model[:12]}..., but this one has {pipe.source[:12]}...; encode the prompts with this model."
+        )
+    return pipe._replace(t5=None, clip=None, known=embeddings)
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+
+
+def _numbers(array: np.ndarray, dtype: str) -> np.ndarray:
+    return array.view(ml_dtypes.bfloat16) if dtype == NARROW else array.astype(dtype)
