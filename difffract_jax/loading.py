@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from converters.configurations import is_diffusers_directory, pipeline_config
-from converters.pipelines import Sharding, abstract_module, convert_pipeline, convert_transformer
+from converters.pipelines import Sharding, convert_pipeline, convert_transformer
 from converters.transcoders import (
     export_transcoders,
     is_torch_directory,
@@ -39,14 +39,15 @@ from difffract_jax.directories import (
     pipeline_directory,
     transcoder_directory,
 )
+from difffract_jax.estimate.weights import abstract_parts
 from difffract_jax.hub.names import parse_hub_name
-from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.autoencoder import AutoencoderConfig
+from difffract_jax.models.clip import CLIPConfig
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
 from difffract_jax.models.presets import PRESETS, preset_config
 from difffract_jax.models.sampler import SchedulerConfig
-from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.models.t5 import T5Config
 from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.storage.checkpoint import (
     VERIFY_BELOW_BYTES,
@@ -59,8 +60,8 @@ from difffract_jax.storage.checkpoint import (
 )
 from difffract_jax.storage.files import check_vacant, sample_hash
 from difffract_jax.storage.sums import check_sums
-from difffract_jax.transcoders.sites import sites_of
-from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, chosen_sites
+from difffract_jax.transcoders.sites import sites_of, some_sites
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 
 C = TypeVar("C")
 PARTS = ("transformer", "t5", "clip", "vae")
@@ -113,7 +114,7 @@ def load_pipeline(
         name: load_tree(
             path, abstract, name=name, sharding=None if sharding is None else sharding(name, abstract), verify=verify
         )
-        for name, abstract in _abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
+        for name, abstract in abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
     origin = origin or record.get("origin", "")
     tokenizers = load_tokenizers(path)
@@ -134,15 +135,11 @@ def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[Flux
         UserError: as `load_pipeline`, if it is none of these.
     """
     shapes = pipeline_shapes(model)
-    return shapes["transformer"], _abstract_parts(shapes, dtype)
+    return shapes["transformer"], abstract_parts(shapes, dtype)
 
 
 def pipeline_shapes(model: str | Path) -> dict[str, Any]:
-    """Returns the shape of every part of a pipeline.
-
-    Args:
-        model: as for `abstract_pipeline`.
-    """
+    """Returns the shape of every part of a pipeline; `model` as for `abstract_pipeline`."""
     config = described_pipeline(model)
     return {name: getattr(config, name) for name in PARTS}
 
@@ -270,14 +267,20 @@ def load_transcoders(
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
     held = sites_of(record["layers"])
+    kept, places = (held, {}) if sites is None else some_sites(held, sites, str(directory))
     stacks = {
         name: load_tree(
-            directory, stacked_transcoders(config, len(numbers), dtype), name=name, sharding=sharding, verify=verify
+            directory,
+            stacked_transcoders(config, len(held.groups[name]), dtype),
+            name=name,
+            sharding=sharding,
+            verify=verify,
+            layers=None if kept == held else places[name],
         )
-        for name, numbers in held.groups.items()
+        for name in kept.groups
     }
-    whole = TranscoderSet(stacks, held, config, record["content_hash"], origin or record.get("origin", ""))
-    return whole if sites is None else chosen_sites(whole, sites)
+    source = record["content_hash"] if kept == held else tree_hash(stacks)
+    return TranscoderSet(stacks, kept, config, source, origin or record.get("origin", ""))
 
 
 def load_labels(path: str | Path) -> Labels:
@@ -393,8 +396,3 @@ def _read_kind(path: Path, kind: str) -> dict[str, Any]:
     if found != kind:
         raise UserError(f"{path} holds {found or 'something else'}, but {kind} is wanted here; give another directory.")
     return record
-
-
-def _abstract_parts(shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    modules = {"transformer": MMDiT, "t5": T5Encoder, "clip": CLIPTextEncoder, "vae": Autoencoder}
-    return {name: abstract_module(module, shapes[name], dtype) for name, module in modules.items()}

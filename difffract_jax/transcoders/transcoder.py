@@ -17,7 +17,6 @@ y in place of x. A module is for one site and one denoising time; `TranscoderSet
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -33,8 +32,7 @@ from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.ops import film, sinusoid, widen
 from difffract_jax.seeds import random_key
-from difffract_jax.storage.checkpoint import tree_hash
-from difffract_jax.transcoders.sites import SiteSet, are_chosen, sites_of
+from difffract_jax.transcoders.sites import SiteSet, sites_of
 from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
@@ -250,28 +248,6 @@ class TranscoderSet(NamedTuple):
             "weights": tree_text(self.stacks),
             "source": hash_text(self.source),
         } | ({"from": self.origin} if self.origin else {})
-
-
-def chosen_sites(tcs: TranscoderSet, patterns: Sequence[str]) -> TranscoderSet:
-    """Returns the transcoders of some sites; their `source` says of which set and sites they are.
-
-    Args:
-        tcs: the set.
-        patterns: the sites wanted, as in img/0-3.
-
-    Raises:
-        UserError: if a pattern is of another form, or there is no transcoder of its sites.
-    """
-    held = [(group.label, number) for group, numbers in tcs.sites.members for number in numbers]
-    chosen = are_chosen(patterns, held, "The set of transcoders")
-    places = {name: np.flatnonzero(chosen[at]) for name, at in tcs.sites.slices.items()}
-    kept = {name: place for name, place in places.items() if place.size}
-    numbers = {name: [tcs.sites.groups[name][place] for place in chosen] for name, chosen in kept.items()}
-    if numbers == {name: [*held] for name, held in tcs.sites.groups.items()}:
-        return tcs
-    stacks = {name: jax.tree.map(itemgetter(chosen), tcs.stacks[name]) for name, chosen in kept.items()}
-    sites = sites_of(numbers, tuple(group for group, _ in tcs.sites.members))
-    return tcs._replace(stacks=stacks, sites=sites, source=tree_hash(stacks))
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
