@@ -118,6 +118,9 @@ class TraceConfig(Settings):
     """What is explained: a feature, STREAM/BLOCK/fN[@POSITION][#STEP], as in img/2/f401@12 or single/1/f9@txt3, where
     it is strongest unless told otherwise; velocity:contrast="other prompt"[,box=X0,Y0,X1,Y1|mask=FILE.png]; or
     pixels:color=NAME[,minus=NAME][,box=...|mask=...]. May be given several times."""
+    sites: str | None = None
+    """MLPs that are replaced by their transcoders, as in img/16-18,txt/16-18; when left out, all that have one and can
+    bear on the target. Only these transcoders are loaded; all other MLPs are held as they ran."""
     weight: tuple[float, ...] | None = None
     """Share of a target in the influence, one per target in their order; equal when left out."""
     step: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = Field(

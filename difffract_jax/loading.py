@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from converters.configurations import is_diffusers_directory, pipeline_config
-from converters.pipelines import Sharding, abstract_module, convert_pipeline, convert_transformer
+from converters.pipelines import Sharding, convert_pipeline, convert_transformer
 from converters.transcoders import (
     export_transcoders,
     is_torch_directory,
@@ -38,15 +38,16 @@ from difffract_jax.directories import (
     pipeline_directory,
     transcoder_directory,
 )
+from difffract_jax.estimate.weights import abstract_parts
 from difffract_jax.hub.names import parse_hub_name
-from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.autoencoder import AutoencoderConfig
+from difffract_jax.models.clip import CLIPConfig
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
 from difffract_jax.models.presets import PRESETS, preset_config
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.streaming import Weights
-from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.models.t5 import T5Config
 from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.parts import identity, load_part, load_stack
 from difffract_jax.storage.checkpoint import (
@@ -56,8 +57,8 @@ from difffract_jax.storage.checkpoint import (
 )
 from difffract_jax.storage.files import check_vacant
 from difffract_jax.storage.sums import check_sums
-from difffract_jax.transcoders.sites import sites_of
-from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, chosen_sites
+from difffract_jax.transcoders.sites import sites_of, some_sites
+from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, source_of_some
 
 C = TypeVar("C")
 PARTS = ("transformer", "t5", "clip", "vae")
@@ -112,7 +113,7 @@ def load_pipeline(
     config = pipeline_config_from_json(record["config"], path)
     modules = {
         name: load_part(path, name, abstract, weights=weights, sharding=sharding, verify=verify)
-        for name, abstract in _abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
+        for name, abstract in abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
     origin = origin or record.get("origin", "")
     tokenizers = load_tokenizers(path)
@@ -133,15 +134,11 @@ def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[Flux
         UserError: as `load_pipeline`, if it is none of these.
     """
     shapes = pipeline_shapes(model)
-    return shapes["transformer"], _abstract_parts(shapes, dtype)
+    return shapes["transformer"], abstract_parts(shapes, dtype)
 
 
 def pipeline_shapes(model: str | Path) -> dict[str, Any]:
-    """Returns the shape of every part of a pipeline.
-
-    Args:
-        model: as for `abstract_pipeline`.
-    """
+    """Returns the shape of every part of a pipeline; `model` as for `abstract_pipeline`."""
     config = described_pipeline(model)
     return {name: getattr(config, name) for name in PARTS}
 
@@ -252,12 +249,20 @@ def load_transcoders(
     record = _read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
     held = sites_of(record["layers"])
-    stacks = {}
-    for name, numbers in held.groups.items():
-        like = stacked_transcoders(config, len(numbers), dtype)
-        stacks[name] = load_stack(directory, name, like, weights=weights, sharding=sharding, verify=verify)
-    whole = TranscoderSet(stacks, held, config, record["content_hash"], origin or record.get("origin", ""))
-    return whole if sites is None else chosen_sites(whole, sites)
+    kept, places = (held, {}) if sites is None else some_sites(held, sites, str(directory))
+    options = {"weights": weights, "sharding": sharding, "verify": verify}
+    stacks = {
+        name: load_stack(
+            directory,
+            name,
+            stacked_transcoders(config, len(held.groups[name]), dtype),
+            layers=None if kept == held else places[name],
+            **options,
+        )
+        for name in kept.groups
+    }
+    source = record["content_hash"] if kept == held else source_of_some(record["content_hash"], kept, stacks)
+    return TranscoderSet(stacks, kept, config, source, origin or record.get("origin", ""))
 
 
 def load_labels(path: str | Path) -> Labels:
@@ -373,8 +378,3 @@ def _read_kind(path: Path, kind: str) -> dict[str, Any]:
     if found != kind:
         raise UserError(f"{path} holds {found or 'something else'}, but {kind} is wanted here; give another directory.")
     return record
-
-
-def _abstract_parts(shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
-    modules = {"transformer": MMDiT, "t5": T5Encoder, "clip": CLIPTextEncoder, "vae": Autoencoder}
-    return {name: abstract_module(module, shapes[name], dtype) for name, module in modules.items()}

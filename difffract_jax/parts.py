@@ -1,6 +1,6 @@
 """One part of a pipeline, as the transformer or T5, from a directory of ours; and the identity of what was loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def load_stack(
     weights: Weights = "device",
     sharding: Any = None,
     verify: bool | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Any:
     """Loads a stack that is a file of its own, as a group of transcoders is.
 
@@ -62,11 +63,12 @@ def load_stack(
         weights: where it stays.
         sharding: where leaves go that are loaded.
         verify: compare the content hash.
+        layers: those wanted; all if left out.
     """
     if weights == "device":
-        return load_tree(directory, like, name=name, sharding=sharding, verify=verify)
+        return load_tree(directory, like, name=name, sharding=sharding, verify=verify, layers=layers)
     files = FileLayers(open_tree(directory, like, name=name, verify=verify), "", like, aligned)
-    return streamed(files, (), weights)
+    return streamed(files, (), weights, layers)
 
 
 def identity(

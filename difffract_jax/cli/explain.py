@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.preflight import check_fits, check_graph_fits
 from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
 from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli.validate import rerun
@@ -40,13 +41,16 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     from difffract_jax.circuits.effects.attention import score_parts
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit
+    from difffract_jax.cli.used import load_for_graph
     from difffract_jax.graphs.names import node_names
-    from difffract_jax.loading import load_pipeline, load_transcoders
+    from difffract_jax.loading import load_pipeline
 
     asked = None if settings.score is None else by_head.parse_score(settings.score)
     graph = read(settings.graph)
     node = by_head.target_node(graph, settings.target)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    check_graph_fits("heads", settings, graph)
+    pipe = load_pipeline(settings.model)
+    tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph)
     again = rerun(pipe, tcs, graph, settings)
     labels, engine = labels_of(settings.transcoders, tcs.source), again.engine
     # The score first: what it names may not be there, and heads take longer.
@@ -156,6 +160,8 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
             f"{asked} is a feature, but total effects are those on an output, pixels:... or velocity:...; "
             "`difffract trace` explains features."
         )
+    last = (settings.steps or 4) - 1 if settings.step is None else settings.step
+    check_fits("effects", settings, step=f"0-{last}", output=True)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
     span, inside = _recorded(pipe, tcs, settings)
     output = resolve_target(pipe, span, asked)

@@ -283,6 +283,7 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     from difffract_jax.loading import load_pipeline
     from difffract_jax.models import pipeline
 
+    preflight.check_fits("generate", settings)
     pipe = load_pipeline(
         settings.model, base=settings.base, variant=settings.variant, dtype=dtype_named(settings.dtype)
     )
@@ -315,16 +316,21 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
         opt.check_out(settings.export_json, ".json")
     from difffract_jax.circuits.attribution.attribute import attribute
     from difffract_jax.circuits.attribution.outputs import parse_target
+    from difffract_jax.circuits.notation.feature import Feature
     from difffract_jax.cli.output import emit, graph_summary, progress, replacing
     from difffract_jax.cli.requests import read_steps, read_weights, resolve_all
+    from difffract_jax.cli.used import load_used, up_to_targets
     from difffract_jax.graphs.files.reference_json import write_reference_json
-    from difffract_jax.loading import load_pipeline, load_transcoders
+    from difffract_jax.loading import load_pipeline
 
     asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
     types = dtype_named(settings.model_dtype), dtype_named(settings.transcoder_dtype)
+    outputs = [one for one in asked if not isinstance(one, Feature)]
+    preflight.check_fits("trace", settings, output=bool(outputs), targets=asked)
     pipe = load_pipeline(settings.model, base=settings.base, variant=settings.variant, dtype=types[0])
-    tcs = load_transcoders(settings.transcoders, dtype=types[1])
+    used = up_to_targets(pipe.config.transformer.layout, asked, traced)
+    tcs = load_used(settings.transcoders, used, sites=settings.sites, dtype=types[1])
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})

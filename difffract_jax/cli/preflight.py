@@ -27,12 +27,14 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     Args:
         command: its name.
         settings: of it.
-        known: what a graph says of its run, by the names of `PlanConfig`.
+        known: what a graph says of its run, by the names of `PlanConfig`, and `grid`; of a trace its `targets`.
 
     Raises:
         UserError: if what it holds is more than the device, or the host where it computes, has.
     """
-    given = {name: value for name, value in settings.model_dump().items() if value is not None} | known
+    set_here = settings.model_dump(exclude={"plan"})
+    given = {name: value for name, value in set_here.items() if value is not None} | known
+    grid, targets = given.pop("grid", None), given.pop("targets", ())
     if switched_off or str(given.get("model")) in SMALL or given.get("mesh") or given.get("base"):
         return
     from difffract_jax.hub.names import parse_hub_name
@@ -41,7 +43,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
         return
     import jax
 
-    from difffract_jax.cli.workloads import asked_of, workload
+    from difffract_jax.cli.workloads import asked_of, up_to, workload
     from difffract_jax.estimate.counts import count
 
     device = jax.devices()[0]
@@ -51,6 +53,8 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     try:
         asked = asked_of(command, {"dtype": "f32", "sites": ("*/*",)} | given)
         work = workload(command, asked, host=device.platform == "cpu", streamed=streamed)
+        work = work if grid is None else work._replace(grid=grid)
+        work = work if "sites" in given else up_to(work, targets)
     except UserError:
         return  # loading tells it better
     needed = count(work)
@@ -63,6 +67,25 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
             f"Note: {command} needs about {text_of_bytes(needed.needed)}, most to {needed.largest.name}, of "
             f"{text_of_bytes(there.available)} that are free on {there.bound}; it may not fit.\n"
         )
+
+
+def check_graph_fits(command: str, settings: Settings, graph: Any) -> None:
+    """Refuses a command that cannot fit the memory there is, of one that captures a graph's run anew.
+
+    Args:
+        command: its name.
+        settings: of it.
+        graph: position by position; one that does not tell its run is refused later.
+    """
+    from difffract_jax.graphs.graph import OUTPUT
+
+    told, steps = graph.provenance, graph.provenance.steps
+    if str(settings.model_dump()["model"]) in SMALL or told.run is None or not steps:
+        return
+    rows, columns = told.run.grid
+    known: dict[str, Any] = {"grid": (rows, columns), "text_tokens": told.run.text_tokens}
+    known |= {"step": f"{min(steps)}-{max(steps)}", "output": bool((graph.node_kind == OUTPUT).any())}
+    check_fits(command, settings, **known)
 
 
 def _capped(there: Memory, given: Mapping[str, Any]) -> Memory:

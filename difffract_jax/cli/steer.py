@@ -13,6 +13,7 @@ import typer
 
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.preflight import check_fits
 from difffract_jax.cli.settings import EffectsConfig, FeaturesConfig, RunSettings, SteerConfig
 from difffract_jax.config import GenerateConfig, TraceConfig, UserError, provenance
 
@@ -48,11 +49,13 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     edits = [Edit.parse(text) for text in settings.edit]
     check_directory(settings.out)
     from difffract_jax.cli.output import emit, replacing
-    from difffract_jax.loading import load_pipeline, load_transcoders
+    from difffract_jax.cli.used import edited, load_used
+    from difffract_jax.loading import load_pipeline
     from difffract_jax.studies.metrics import sweep_table
 
     meant = _intent(settings)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    check_fits("steer", settings, sites=tuple(dict.fromkeys(_patterns(edits))))
+    pipe, tcs = load_pipeline(settings.model), load_used(settings.transcoders, edited(edits))
     run = run_of(pipe, settings)
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
@@ -62,6 +65,12 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
         files = _write(made, rows, record, settings.out)
     shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}
     emit(files | {"metrics": rows} if json else shown, as_json=json)
+
+
+def _patterns(edits: Sequence[Edit]) -> list[str]:
+    """Returns the sites that edits name, as patterns."""
+    parts = [part for edit in edits for part in edit.parts]
+    return [f"{part.stream}/{'*' if part.block is None else part.block}" for part in parts]
 
 
 def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, settings: SteerConfig) -> Any:
@@ -107,9 +116,15 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> Non
         raise typer.BadParameter("PROMPT missing; see --help.")
     from difffract_jax.circuits.editing.ranking import rank_features
     from difffract_jax.cli.output import emit, progress
-    from difffract_jax.loading import load_pipeline, load_transcoders
+    from difffract_jax.cli.used import load_used, matching
+    from difffract_jax.loading import load_pipeline
+    from difffract_jax.transcoders.sites import parse_sites
 
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    sites = settings.sites.split(",")
+    check_fits("features", settings)
+    pipe = load_pipeline(settings.model)
+    parse_sites(sites, pipe.config.transformer.layout)  # what is no pattern is told before more is loaded
+    tcs = load_used(settings.transcoders, matching(sites))
     run = run_of(pipe, settings)
     with progress("Sampling") as advance:
         found = rank_features(
@@ -118,7 +133,7 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> Non
             settings.prompt,
             mask=region_of(pipe, run, settings),
             seeds=settings.seed_list,
-            sites=settings.sites.split(","),
+            sites=sites,
             run=run,
             **settings.model_dump(include={"contrast", "by", "step", "top", "batch"}),
             progress=advance,

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.preflight import check_graph_fits
 from difffract_jax.cli.settings import RerunSettings, ValidateConfig
 from difffract_jax.cli.steer import check_directory, torch_latents
 from difffract_jax.config import UserError, provenance
@@ -45,10 +46,13 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     from difffract_jax.circuits.checks.validation import validate as hold
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit, progress, replacing
-    from difffract_jax.loading import load_pipeline, load_transcoders
+    from difffract_jax.cli.used import load_for_graph
+    from difffract_jax.loading import load_pipeline
 
     graph = read(settings.graph)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    check_graph_fits("validate", settings, graph)
+    pipe = load_pipeline(settings.model)
+    tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph)
     again = rerun(pipe, tcs, graph, settings)
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})
     with progress("Validating") as advance:

@@ -14,6 +14,7 @@ from difffract_jax.circuits.trace.record import Blocks
 from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.requests import read_steps
 from difffract_jax.cli.settings import PlanConfig
+from difffract_jax.cli.used import up_to_targets
 from difffract_jax.config import UserError, resolve
 from difffract_jax.directories import SHIPPED
 from difffract_jax.estimate.counts import COMMANDS
@@ -22,7 +23,7 @@ from difffract_jax.estimate.work import Work
 from difffract_jax.loading import PARTS, described_pipeline, from_json
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.storage.checkpoint import read_config
-from difffract_jax.transcoders.sites import SiteSet, are_chosen, parse_sites, sites_of
+from difffract_jax.transcoders.sites import parse_sites, sites_of, some_sites
 from difffract_jax.transcoders.transcoder import TranscoderConfig
 
 WITHOUT_TRANSCODERS = ("generate", "encode", "convert")
@@ -78,6 +79,23 @@ def workload(command: str, asked: PlanConfig, *, host: bool = False, streamed: b
     return work._replace(tcs=tcs, recorded=(blocks.first, blocks.end))
 
 
+def up_to(work: Work, targets: Sequence[Any]) -> Work:
+    """Returns a trace's work with the sites alone that can bear on its targets, as the command loads them.
+
+    Args:
+        work: of a trace.
+        targets: features or outputs; none leaves all sites.
+    """
+    layout = work.shapes["transformer"].layout
+    wanted = up_to_targets(layout, targets, (0, work.steps - 1)) if targets and work.tcs is not None else None
+    if wanted is None or work.tcs is None:
+        return work
+    kept = {group.name: [n for n in numbers if wanted(group.label, n)] for group, numbers in work.tcs.sites.members}
+    sites = sites_of(kept, tuple(group for group, _ in work.tcs.sites.members))
+    held = [block for placed in sites.slots(layout) for block in placed]
+    return work._replace(tcs=work.tcs._replace(sites=sites), recorded=(min(held), max(held) + 1)) if held else work
+
+
 def _transcoders(asked: PlanConfig, model: Any) -> Transcoders:
     """Returns the shape of the transcoders that are named and here, or else of those that the settings describe."""
     itemsize = dtype_named(asked.transcoder_dtype).dtype.itemsize
@@ -85,23 +103,12 @@ def _transcoders(asked: PlanConfig, model: Any) -> Transcoders:
     if asked.transcoders is not None and (path / "config.json").is_file():
         record = read_config(path)
         config, held = from_json(TranscoderConfig, record["config"], path), sites_of(record["layers"])
-        sites = _some(held, asked.sites, str(path)) if "sites" in asked.model_fields_set else held
+        sites = some_sites(held, asked.sites, str(path))[0] if "sites" in asked.model_fields_set else held
     else:
         features = round(model.d_model * asked.expansion)
         config = TranscoderConfig(d_model=model.d_model, features=features, time_embed=256)
         sites = parse_sites(asked.sites, model.layout)
     return Transcoders(config, sites, itemsize, min(asked.active, config.features))
-
-
-def _some(held: SiteSet, patterns: Sequence[str], where: str) -> SiteSet:
-    """Returns the sites of a set that are wanted."""
-    flat = [(group, number) for group, numbers in held.members for number in numbers]
-    chosen = are_chosen(patterns, [(group.label, number) for group, number in flat], where)
-    numbers: dict[str, list[int]] = {}
-    for (group, number), wanted in zip(flat, chosen, strict=True):
-        if wanted:
-            numbers.setdefault(group.name, []).append(number)
-    return sites_of(numbers, tuple(group for group, _ in held.members))
 
 
 def changes(asked: PlanConfig, options: Sequence[str]) -> list[tuple[str, Callable[[Work], Work]]]:

@@ -240,16 +240,21 @@ def with_sources(abstract: Any, sources: Mapping[str, LayerSource], weights: Wei
     return made
 
 
-def streamed(files: LayerSource, groups: tuple[Group, ...], weights: Weights) -> Streamed:
-    """Returns a stack of all layers of files.
+def streamed(
+    files: LayerSource, groups: tuple[Group, ...], weights: Weights, layers: Iterable[int] | None = None
+) -> Streamed:
+    """Returns a stack of layers of files.
 
     Args:
         files: gives the layers from disk.
         groups: of the MLP sublayers of each.
-        weights: `host` to read all layers now and keep them there, `disk` not to.
+        weights: `host` to read the layers now and keep them there, `disk` not to.
+        layers: those wanted, by number; all if left out.
     """
-    source = HostLayers(map(files.read, range(files.depth))) if weights == "host" else files
-    return Streamed(source, groups, tuple(range(source.depth)))
+    chosen = tuple(range(files.depth)) if layers is None else tuple(layers)
+    if weights == "host":
+        return Streamed(HostLayers(map(files.read, chosen)), groups, tuple(range(len(chosen))))
+    return Streamed(files, groups, chosen)
 
 
 def whole(tree: Any) -> Any:

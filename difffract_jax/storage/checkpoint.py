@@ -15,7 +15,7 @@ sharded.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,13 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def load_tree(
-    directory: Path, abstract: Any, *, name: str = "model", sharding: Any = None, verify: bool | None = None
+    directory: Path,
+    abstract: Any,
+    *,
+    name: str = "model",
+    sharding: Any = None,
+    verify: bool | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Any:
     """Loads one tree that `save_tree` or `save_trees` wrote.
 
@@ -157,11 +163,13 @@ def load_tree(
         name: name of the tree's file.
         sharding: where the leaves go, see `placement`.
         verify: compare the content hash; left out, it is compared for weights under `VERIFY_BELOW_BYTES`.
+        layers: places on the leading axis of every array that are wanted; others are not read, but to compare the hash.
     """
     tensors, target = open_tree(directory, abstract, name=name, verify=verify), placement(sharding)
-    # `np.array` copies out of the map: a zero-copy `device_put` would keep the weights tied to the file.
+    # What is copied out of the map is: a zero-copy `device_put` would keep the weights tied to the file.
     arrays = [
-        jax.device_put(np.array(tensors[p][p], dtype=leaf.dtype), target(p)) for p, leaf in leaf_paths(abstract).items()
+        jax.device_put(_copied(tensors[p][p], leaf.dtype, layers), target(p))
+        for p, leaf in leaf_paths(abstract).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
 
@@ -194,6 +202,10 @@ def open_tree(
             f"The weights in {directory / name}.safetensors differ from their recorded hash; copy them again."
         )
     return tensors
+
+
+def _copied(array: np.ndarray, dtype: Any, layers: Sequence[int] | None) -> np.ndarray:
+    return np.array(array, dtype) if layers is None else array[np.array(layers)].astype(dtype, copy=False)
 
 
 def cap(problems: list[str], most: int = 12) -> list[str]:

@@ -193,3 +193,25 @@ def are_chosen(patterns: Sequence[str], held: Sequence[tuple[str, int]], where: 
             names = ", ".join(f"{label}/{number}" for label, number in sorted(set(held)))
             raise UserError(f"{where} holds none of the sites {pattern}; it has {names}.")
     return [is_chosen(patterns, *site) for site in held]
+
+
+def some_sites(held: SiteSet, patterns: Sequence[str], where: str) -> tuple[SiteSet, dict[str, list[int]]]:
+    """Returns those of a set's sites that are meant, and the places of each group's in its stack.
+
+    Args:
+        held: the set's sites.
+        patterns: as for `parse_sites`.
+        where: what holds them, for the message.
+
+    Raises:
+        UserError: if a pattern is of another form, or means none of them.
+
+    Example:
+        >>> some_sites(sites_of({"img": (0, 2, 5)}), ["img/2-9"], "a set")[1]
+        {'img': [1, 2]}
+    """
+    chosen = are_chosen(patterns, [(group.label, n) for group, numbers in held.members for n in numbers], where)
+    kept = {name: [place for place, wanted in enumerate(chosen[at]) if wanted] for name, at in held.slices.items()}
+    places = {name: each for name, each in kept.items() if each}
+    numbers = {name: [held.groups[name][place] for place in each] for name, each in places.items()}
+    return sites_of(numbers, tuple(group for group, _ in held.members)), places

@@ -18,7 +18,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -32,11 +31,11 @@ from difffract_jax.address import Layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, html_of, spans, text_of
 from difffract_jax.models.blocks import FluxConfig
-from difffract_jax.models.streaming import Streamed, is_streamed, whole, whole_bytes
+from difffract_jax.models.streaming import whole, whole_bytes
 from difffract_jax.ops import film, sinusoid, widen
 from difffract_jax.seeds import random_key
 from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, tree_hash
-from difffract_jax.transcoders.sites import SiteSet, are_chosen, sites_of
+from difffract_jax.transcoders.sites import SiteSet, sites_of
 from difffract_jax.trees import brief, tree_text
 
 Conditioning = Literal["film", "film_raw_t", "none"]
@@ -256,33 +255,17 @@ class TranscoderSet(NamedTuple):
         } | ({"from": self.origin} if self.origin else {})
 
 
-def chosen_sites(tcs: TranscoderSet, patterns: Sequence[str]) -> TranscoderSet:
-    """Returns the transcoders of some sites; their `source` says of which set and sites they are.
+def source_of_some(source: str, sites: SiteSet, stacks: Mapping[str, Any]) -> str:
+    """Returns what identifies some transcoders of a set: their content hash, or of large ones where they come from.
 
     Args:
-        tcs: the set.
-        patterns: the sites wanted, as in img/0-3.
-
-    Raises:
-        UserError: if a pattern is of another form, or there is no transcoder of its sites.
+        source: content hash of the set.
+        sites: which transcoders these are.
+        stacks: the transcoders.
     """
-    held = [(group.label, number) for group, numbers in tcs.sites.members for number in numbers]
-    chosen = are_chosen(patterns, held, "The set of transcoders")
-    places = {name: np.flatnonzero(chosen[at]) for name, at in tcs.sites.slices.items()}
-    kept = {name: place for name, place in places.items() if place.size}
-    numbers = {name: [tcs.sites.groups[name][place] for place in chosen] for name, chosen in kept.items()}
-    if numbers == {name: [*held] for name, held in tcs.sites.groups.items()}:
-        return tcs
-    stacks = {
-        name: stack.pick(chosen) if isinstance(stack, Streamed) else jax.tree.map(itemgetter(chosen), stack)
-        for name, chosen, stack in ((name, chosen, tcs.stacks[name]) for name, chosen in kept.items())
-    }
-    sites = sites_of(numbers, tuple(group for group, _ in tcs.sites.members))
-    small = sum(map(whole_bytes, stacks.values())) < VERIFY_BELOW_BYTES
-    # Too large to hash in passing, they are known by where they come from.
-    named = f"{tcs.source} {' '.join(sites.names)}".encode()
-    source = tree_hash(jax.tree.map(whole, stacks, is_leaf=is_streamed)) if small else hashlib.sha256(named).hexdigest()
-    return tcs._replace(stacks=stacks, sites=sites, source=source)
+    if sum(map(whole_bytes, stacks.values())) < VERIFY_BELOW_BYTES:
+        return tree_hash({name: whole(stack) for name, stack in stacks.items()})
+    return hashlib.sha256(f"{source} {' '.join(sites.names)}".encode()).hexdigest()
 
 
 def check_fit(tcs: TranscoderSet, config: FluxConfig) -> None:
