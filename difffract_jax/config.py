@@ -57,12 +57,23 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 """A seed of random numbers, in [0, 2**64)."""
 
 
-class GenerateConfig(Settings):
-    """Settings of `difffract generate`: prompt to image."""
+class ModelSettings(Settings):
+    """What commands share that run a model."""
 
     model: str
     """Model to run: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
     repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
+    weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
+    memory: str | None = None
+    """Most memory to use, as in 16GB; what there is when left out."""
+    embeddings: Path | None = None
+    """File of prompt embeddings, from `difffract encode`, to take instead of running the text encoders."""
+
+
+class GenerateConfig(ModelSettings):
+    """Settings of `difffract generate`: prompt to image."""
+
     prompt: str
     """What the image shall show."""
     out: Path = Path("image.png")
@@ -83,11 +94,10 @@ class GenerateConfig(Settings):
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
-    dtype: Literal["f32", "bf16"] = "f32"
-    """Precision of weights and activations."""
+    dtype: Literal["f32", "bf16"] | None = None
+    """Precision of weights and activations; that of the files when left out."""
     base: Path | None = None
-    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts, or
-    hf:OWNER/NAME."""
+    """For a MODEL that is a transformer alone: diffusers directory with the other parts, or hf:OWNER/NAME."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
 
@@ -103,12 +113,9 @@ class PlannedTrace(Settings):
     """Places for features per position: the most that are active at any position; a trace counts them."""
 
 
-class TraceConfig(Settings):
+class TraceConfig(ModelSettings):
     """Settings of `difffract trace`: the circuit of one or several targets, at one denoising step or over several."""
 
-    model: str
-    """Model to trace: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
-    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
     """Transcoders of its MLPs: `organism`, a converted directory, a directory of `.pt` files, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
@@ -150,14 +157,12 @@ class TraceConfig(Settings):
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
-    model_dtype: Literal["f32", "bf16"] = "f32"
-    """Type of the model's weights in memory; what is recorded and traced is float32 either way. FLUX's own files hold
-    bfloat16, so that bf16 loses nothing and takes half the memory."""
+    model_dtype: Literal["f32", "bf16"] | None = None
+    """Type of the model's weights in memory, that of the files when left out; what is traced is float32 either way."""
     transcoder_dtype: Literal["f32", "bf16"] = "f32"
     """Type of the transcoders' weights in memory; bf16 rounds them, and takes half the memory."""
     base: Path | None = None
-    """For a MODEL that is a transformer alone, as a safetensors file: diffusers directory with the other parts, or
-    hf:OWNER/NAME."""
+    """For a MODEL that is a transformer alone: diffusers directory with the other parts, or hf:OWNER/NAME."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
     precision: Literal["f32", "bf16"] = "f32"

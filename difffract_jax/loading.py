@@ -49,7 +49,7 @@ from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.streaming import Weights
 from difffract_jax.models.t5 import T5Config
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.parts import identity, load_part, load_stack
+from difffract_jax.parts import identity, load_part, load_stack, stored_dtype
 from difffract_jax.storage.checkpoint import (
     atomic_directory,
     read_config,
@@ -85,7 +85,7 @@ def load_pipeline(
         base: diffusers directory, or repository, with the text encoders, the autoencoder and the tokenizers for a
             transformer alone.
         variant: which weights of a diffusers directory to take where it has several, as in fp16.
-        dtype: type of the weights in memory.
+        dtype: type of the weights in memory; None for that of the files, see `parts.stored_dtype`.
         sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
         weights: where the blocks of the transformer and of T5 stay: on the `device`; or in `host` memory or on `disk`,
             from where each is fetched for its turn. Results are the same but for rounding.
@@ -102,6 +102,7 @@ def load_pipeline(
         given = checkpoint(model, revision=revision, variant=variant, completed=True)
     path, origin = given.path, given.origin
     check_sums(path)
+    dtype = stored_dtype(path) if dtype is None else dtype
     if home is not None or is_diffusers_directory(path):
         base = None if home is None else home.path
         pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant, weights=weights)

@@ -7,12 +7,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from converters.configurations import is_diffusers_directory
 from converters.pipelines import LAYERED_PARTS, Sharding
 from difffract_jax.directories import Directory
 from difffract_jax.models.streaming import Weights, aligned, streamed, whole, whole_bytes, with_sources
 from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, leaf_paths, load_tree, open_tree, tree_hash
-from difffract_jax.storage.files import sample_hash
+from difffract_jax.storage.files import TensorFile, sample_hash
 from difffract_jax.storage.layers import FileLayers
+
+
+def stored_dtype(directory: Path) -> Any:
+    """Returns the type of a model's weights in its files: bfloat16 where those of the transformer all are.
+
+    Args:
+        directory: of ours, or of diffusers'; anything else counts as float32.
+    """
+    folder = directory / "transformer" if is_diffusers_directory(directory) else directory
+    files = sorted(folder.glob("*.safetensors" if folder != directory else "transformer*.safetensors"))
+    if not files or not directory.is_dir():
+        return jnp.float32
+    kinds = {info.dtype for file in files for info in TensorFile(file).tensors.values()}
+    return jnp.bfloat16 if kinds == {"BF16"} else jnp.float32
 
 
 def load_part(

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from difffract_jax import __version__
+from difffract_jax.cli import encoding as cli_encoding
 from difffract_jax.cli import evaluation as cli_evaluation
 from difffract_jax.cli import explain as cli_explain
 from difffract_jax.cli import graphs as cli_graphs
@@ -56,6 +57,7 @@ app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
 convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
+cli_encoding.register(app)
 cli_graphs.register(app)
 cli_transcoders.register(app)
 cli_plan.register(app)
@@ -280,13 +282,11 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     record = provenance("generate", settings)
     if dry_run:
         return emit(record, as_json=json)
-    from difffract_jax.loading import load_pipeline
+    from difffract_jax.cli.opening import open_model
     from difffract_jax.models import pipeline
 
     preflight.check_fits("generate", settings)
-    pipe = load_pipeline(
-        settings.model, base=settings.base, variant=settings.variant, dtype=dtype_named(settings.dtype)
-    )
+    pipe = open_model("generate", settings).pipe
     with progress("Denoising") as advance:
         result = pipeline.generate(
             pipe,
@@ -317,20 +317,20 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
     from difffract_jax.circuits.attribution.attribute import attribute
     from difffract_jax.circuits.attribution.outputs import parse_target
     from difffract_jax.circuits.notation.feature import Feature
+    from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit, graph_summary, progress, replacing
     from difffract_jax.cli.requests import read_steps, read_weights, resolve_all
     from difffract_jax.cli.used import load_used, up_to_targets
     from difffract_jax.graphs.files.reference_json import write_reference_json
-    from difffract_jax.loading import load_pipeline
 
     asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
-    types = dtype_named(settings.model_dtype), dtype_named(settings.transcoder_dtype)
-    outputs = [one for one in asked if not isinstance(one, Feature)]
-    preflight.check_fits("trace", settings, output=bool(outputs), targets=asked)
-    pipe = load_pipeline(settings.model, base=settings.base, variant=settings.variant, dtype=types[0])
+    outputs = any(not isinstance(one, Feature) for one in asked)
+    preflight.check_fits("trace", settings, output=outputs, targets=asked)
+    pipe, place = open_model("trace", settings, output=outputs)
     used = up_to_targets(pipe.config.transformer.layout, asked, traced)
-    tcs = load_used(settings.transcoders, used, sites=settings.sites, dtype=types[1])
+    options = {"dtype": dtype_named(settings.transcoder_dtype), "weights": place}
+    tcs = load_used(settings.transcoders, used, sites=settings.sites, **options)
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})

@@ -47,7 +47,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     from difffract_jax.estimate.counts import count
 
     device = jax.devices()[0]
-    there = _capped(memory_for(device), given)
+    there = capped(memory_for(device), given)
     # Where a command may stream its weights, that is what it needs at least.
     streamed = given.get("weights", "device") != "device"
     try:
@@ -88,8 +88,13 @@ def check_graph_fits(command: str, settings: Settings, graph: Any) -> None:
     check_fits(command, settings, **known)
 
 
-def _capped(there: Memory, given: Mapping[str, Any]) -> Memory:
-    """Returns the memory there is, or what `--memory` allows of it."""
+def capped(there: Memory, given: Mapping[str, Any]) -> Memory:
+    """Returns the memory there is, or what `--memory` allows of it.
+
+    Args:
+        there: the memory there is.
+        given: a command's settings by name.
+    """
     if given.get("memory") is None:
         return there
     most = parse_bytes(given["memory"], "--memory")

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from difffract_jax.config import SEEDS, Seed, Settings
+from difffract_jax.config import SEEDS, ModelSettings, Seed, Settings
 
 _SEEDS = re.compile(r"\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*")
 _NUMBERS = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?(?:,-?\d*\.?\d+(?:e-?\d+)?)*", re.IGNORECASE)
@@ -20,12 +20,9 @@ MOST_SEEDS = 100_000
 """Seeds of one call; more are a slip of the keyboard, and would fill the memory before anything is drawn."""
 
 
-class RunSettings(Settings):
+class RunSettings(ModelSettings):
     """What both commands share: a model, its transcoders, a prompt, seeds and sizes."""
 
-    model: str
-    """Model to run: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
-    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
     """Transcoders or SAEs of its MLPs: `organism`, `organism-saes`, a converted directory, one of `.pt` files, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
@@ -242,6 +239,10 @@ class RerunSettings(Settings):
 class HeadsConfig(RerunSettings):
     """Settings of `difffract heads`: which attention heads carry a circuit, and why they attend."""
 
+    weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
+    memory: str | None = None
+    """Most memory to use, as in 16GB; what there is when left out."""
     target: str | None = None
     """Feature or output of the graph whose edges are split by head, as tables show it, as in img/2/f401@12; the graph's
     first target when left out."""

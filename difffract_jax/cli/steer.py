@@ -48,14 +48,14 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     """
     edits = [Edit.parse(text) for text in settings.edit]
     check_directory(settings.out)
+    from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit, replacing
     from difffract_jax.cli.used import edited, load_used
-    from difffract_jax.loading import load_pipeline
     from difffract_jax.studies.metrics import sweep_table
 
     meant = _intent(settings)
     check_fits("steer", settings, sites=tuple(dict.fromkeys(_patterns(edits))))
-    pipe, tcs = load_pipeline(settings.model), load_used(settings.transcoders, edited(edits))
+    pipe, tcs = open_model("steer", settings).pipe, load_used(settings.transcoders, edited(edits))
     run = run_of(pipe, settings)
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
@@ -115,16 +115,16 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> Non
     if settings.prompt is None:
         raise typer.BadParameter("PROMPT missing; see --help.")
     from difffract_jax.circuits.editing.ranking import rank_features
+    from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit, progress
     from difffract_jax.cli.used import load_used, matching
-    from difffract_jax.loading import load_pipeline
     from difffract_jax.transcoders.sites import parse_sites
 
     sites = settings.sites.split(",")
     check_fits("features", settings)
-    pipe = load_pipeline(settings.model)
+    pipe, place = open_model("features", settings)
     parse_sites(sites, pipe.config.transformer.layout)  # what is no pattern is told before more is loaded
-    tcs = load_used(settings.transcoders, matching(sites))
+    tcs = load_used(settings.transcoders, matching(sites), weights=place)
     run = run_of(pipe, settings)
     with progress("Sampling") as advance:
         found = rank_features(

@@ -47,18 +47,19 @@ def load_used(transcoders: str, wanted: Wanted | None, *, sites: str | None = No
     return load_transcoders(transcoders, sites=used, **options)._replace(source=record["content_hash"])
 
 
-def load_for_graph(transcoders: str, layout: Layout, graph: Any) -> TranscoderSet:
+def load_for_graph(transcoders: str, layout: Layout, graph: Any, **options: Any) -> TranscoderSet:
     """Loads the transcoders that a graph's run is captured anew with: those of `trace --sites`, or of its blocks.
 
     Args:
         transcoders: as `load_transcoders` takes it.
         layout: of the model.
         graph: the graph.
+        options: of `load_transcoders`.
     """
     chosen = (graph.provenance.settings or {}).get("sites")
     if isinstance(chosen, str):
-        return load_transcoders(transcoders, sites=chosen.split(","))
-    return load_used(transcoders, of_graph(layout, graph))
+        return load_transcoders(transcoders, sites=chosen.split(","), **options)
+    return load_used(transcoders, of_graph(layout, graph), **options)
 
 
 def up_to_targets(layout: Layout, targets: Sequence[Any], steps: tuple[int, int]) -> Wanted | None:

@@ -1,0 +1,117 @@
+"""Opening the model that a command runs: in which type, where its blocks stay, and with which embeddings.
+
+`--weights auto` counts what the command needs with all weights on the device (`estimate`). If that fits, they lie
+there. Else blocks are streamed: from host memory where it can hold them beside an accelerator, or else from disk. The
+choice is told in one sentence.
+"""
+
+import sys
+from typing import Any, Literal, NamedTuple
+
+from difffract_jax.cli.models import dtype_named
+from difffract_jax.cli.preflight import SMALL, capped
+from difffract_jax.cli.workloads import asked_of, workload
+from difffract_jax.config import Settings, UserError
+from difffract_jax.directories import pipeline_directory
+from difffract_jax.estimate.counts import count
+from difffract_jax.estimate.weights import largest_block, weights_needed
+from difffract_jax.loading import load_pipeline
+from difffract_jax.memory import host_memory, memory_for, text_of_bytes
+from difffract_jax.models.embeddings import read_embeddings, with_embeddings
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.parts import stored_dtype
+
+Place = Literal["device", "host", "disk"]
+
+
+class Opened(NamedTuple):
+    """A model, and where its blocks stay; transcoders stay there, too."""
+
+    pipe: Pipeline
+    weights: Place
+
+
+def open_model(command: str, settings: Settings, *, sharding: Any = None, **known: Any) -> Opened:
+    """Loads the model that a command's settings name.
+
+    Args:
+        command: its name.
+        settings: of it; `weights`, `memory`, `embeddings`, `base`, `variant` and the type count, as far as it has them.
+        sharding: as for `load_pipeline`; then nothing is streamed.
+        known: what else memory depends on, by the names of `PlanConfig`.
+
+    Raises:
+        UserError: if one block does not fit, or the model or the embeddings cannot be loaded.
+    """
+    given = settings.model_dump()
+    embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
+    name = given.get("dtype") or given.get("model_dtype")
+    weights: Place = "device" if sharding is not None else place_of(command, settings, **known)
+    pipe = load_pipeline(
+        given["model"],
+        base=given.get("base"),
+        variant=given.get("variant"),
+        dtype=None if name is None else dtype_named(name),
+        sharding=sharding,
+        weights=weights,
+    )
+    return Opened(pipe if embeddings is None else with_embeddings(pipe, embeddings), weights)
+
+
+def place_of(command: str, settings: Settings, **known: Any) -> Place:
+    """Returns where a command's weights stay, and says so where they are streamed by our choice.
+
+    Args:
+        command: its name.
+        settings: of it.
+        known: what else memory depends on, by the names of `PlanConfig`.
+
+    Raises:
+        UserError: if the memory that is allowed does not hold two blocks, which streaming needs.
+    """
+    given = {name: value for name, value in settings.model_dump(exclude={"plan"}).items() if value is not None} | known
+    asked = given.get("weights", "device")
+    if asked == "device" or (asked == "auto" and (str(given["model"]) in SMALL or given.get("base"))):
+        return "device"
+    import jax
+
+    device = jax.devices()[0]
+    there = capped(memory_for(device), given)
+    work = _work(command, given, host=device.platform == "cpu")
+    if work is None:
+        return "device" if asked == "auto" else asked
+    _refuse_tight(work, there)
+    needed = count(work).needed
+    if asked != "auto" or needed <= there.available:
+        return "device" if asked == "auto" else asked
+    sizes = sum(weights_needed(work.shapes, work.dtype).values())
+    place: Place = "disk" if device.platform == "cpu" or sizes > 0.8 * host_memory().available else "host"
+    where = {"disk": "read from disk", "host": "kept in host memory, and fetched"}[place]
+    sys.stderr.write(
+        f"Weights: {place}. With all of them on the device, {command} needs about {text_of_bytes(needed)} of "
+        f"{text_of_bytes(there.available)} that are free on {there.bound}; blocks are {where} one at a time.\n"
+    )
+    return place
+
+
+def _work(command: str, given: dict[str, Any], *, host: bool) -> Any:
+    """Returns the command's work with weights on the device; None where it cannot be counted: loading tells why."""
+    try:
+        if "dtype" not in given and "model_dtype" not in given:
+            stored = stored_dtype(pipeline_directory(given["model"], parts=()).path)
+            given = given | {"dtype": "bf16" if stored == dtype_named("bf16") else "f32"}
+        names = {"model", "transcoders", "sites", "height", "width", "text_tokens", "step", "dtype", "model_dtype"}
+        names |= {"transcoder_dtype", "batch", "expansion_batch", "output"}
+        asked = asked_of(command, {"sites": ("*/*",)} | {name: given[name] for name in names & given.keys()})
+        return workload(command, asked, host=host)
+    except UserError:
+        return None
+
+
+def _refuse_tight(work: Any, there: Any) -> None:
+    block = largest_block(work.shapes, work.dtype)
+    if 2 * block > there.available:
+        raise UserError(
+            f"Of {there.bound}, {text_of_bytes(there.available)} may be used, but the largest block of the model takes "
+            f"{text_of_bytes(block)}, and two are in memory at a time; allow more memory, or keep weights in bf16."
+        )
