@@ -25,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from difffract_jax.address import Group
+from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import leaf_paths
 
 P, R = ParamSpec("P"), TypeVar("R")
@@ -184,7 +185,11 @@ class Streamed:
 
 def _refuse_compilation() -> None:
     # While a function is compiled, even a constant is traced; under `jax.vmap` it is not.
-    assert not isinstance(jnp.zeros(()), jax.core.Tracer), "a streamed layer would become a constant of the program"
+    if isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise UserError(
+            "This runs all layers in one program, but those of the model or the transcoders are streamed; load them "
+            'with weights="device" (--weights device).'
+        )
 
 
 def is_streamed(node: Any) -> bool:

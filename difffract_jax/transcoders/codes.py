@@ -54,13 +54,13 @@ def reduced_codes(
     """
     sigmas = jnp.asarray(run.sigmas, noise.dtype)
     fixed = run.grid, run.guidance, tcs.sites, reduce
-    return _scan(pipe.transformer, tcs.stacks, text, pooled, noise, sigmas, extra, *fixed)
+    return _scan(pipe.transformer, tcs.stacks, text, pooled, noise, sigmas, jax.tree.map(jnp.asarray, extra), *fixed)
 
 
 @partial(jit_resident, static_argnames=("grid", "guidance", "sites", "reduce"))
 def _scan(
     model: MMDiT,
-    stacks: dict[str, Transcoder],
+    stacks: dict[str, Any],
     text: Array,
     pooled: Array,
     noise: Array,

@@ -31,6 +31,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.pipeline import Pipeline, decode_raw, encode, model_velocity, plan_run, step_inputs
 from difffract_jax.models.sampler import PATCH
+from difffract_jax.models.streaming import jit_resident
 from difffract_jax.ops import widen
 
 GREY = (0.5, 0.5, 0.5)
@@ -211,7 +212,10 @@ def _other_velocity(pipe: Pipeline, trace: Trace, prompt: str) -> Float[Array, "
     )
     inputs = step_inputs(run, encode(pipe, prompt, info.text_tokens), trace.record.latents, info.step)
     with jax.default_matmul_precision("highest"):
-        return jax.jit(model_velocity, static_argnums=3)(pipe.transformer, inputs, jnp.int32(info.step), info.grid)
+        return _velocity(pipe.transformer, inputs, jnp.int32(info.step), info.grid)
+
+
+_velocity = jit_resident(model_velocity, static_argnums=3)
 
 
 def _resolve_pixels(pipe: Pipeline, trace: Trace, target: PixelTarget) -> Output:
