@@ -91,7 +91,8 @@ def read_embeddings(path: str | Path) -> Embeddings:
         UserError: if it is not one, or of another format version.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, since NumPy leaves a file open that it cannot read.
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             metadata = json.loads(str(file["metadata"][()]))
             arrays = {name: _numbers(file[name], metadata["dtype"]) for name in ("text", "pooled")}
             mask = file["mask"].astype(bool)

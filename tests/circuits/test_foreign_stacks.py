@@ -62,7 +62,7 @@ class LensBlock(nnx.Module):
     def run_mlp(self, group, x):
         return self.down(jax.nn.silu(self.up(x)))
 
-    def gates(self, cond):
+    def gates(self, cond, frozen=None):
         return (self._modulation(cond)[2],)
 
     def entry(self, cond, frozen):

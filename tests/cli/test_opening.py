@@ -1,0 +1,63 @@
+"""Where a command's weights stay: as asked, by what fits, and refused where not even two blocks do."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import run_command
+from PIL import Image
+
+from difffract_jax.loading import save_pipeline, save_transcoders
+from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.transcoders.transcoder import random_transcoders
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    home = tmp_path_factory.mktemp("opening")
+    pipe = random_pipeline()
+    save_pipeline(pipe, home / "model")
+    save_transcoders(random_transcoders(pipe.config.transformer), home / "transcoders")
+    return home
+
+
+def test_auto_streams_what_does_not_fit_and_says_so(monkeypatch, capsys, model, tmp_path):
+    images = []
+    for name, options in {"whole": (), "streamed": ("--memory", "400KB", "--no-preflight")}.items():
+        out = tmp_path / f"{name}.png"
+        run = run_command(monkeypatch, capsys, "generate", model / "model", PROMPT, "--out", out, *options)
+        assert run.status == 0, run.err
+        assert ("Weights: disk. With all of them on the device, generate needs about" in run.err) == (name != "whole")
+        images.append(np.asarray(Image.open(out)))
+    np.testing.assert_array_equal(*images)
+
+
+def test_memory_for_less_than_two_blocks_is_refused(monkeypatch, capsys, model, tmp_path):
+    tight = ("--memory", "20KB", "--no-preflight", "--out", tmp_path / "a.png")
+    run = run_command(monkeypatch, capsys, "generate", model / "model", PROMPT, *tight)
+    assert run.status == 1
+    assert "the largest block of the model takes" in run.err and "two are in memory at a time" in run.err
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_embeddings_take_the_place_of_the_encoders(monkeypatch, capsys, model, tmp_path):
+    embeddings, graph = tmp_path / "embeddings.npz", tmp_path / "graph.npz"
+    run = run_command(
+        monkeypatch, capsys, "encode", model / "model", "--prompt", PROMPT, "--out", embeddings, "--weights", "disk"
+    )
+    assert run.status == 0 and "prompts" in run.out, run.err
+    given = ("--embeddings", embeddings, "--weights", "disk", "--target", "img/1/f3", "--max-nodes", "3")
+    rest = ("--out", graph, "--min-attribution", "0")
+    arguments = (model / "model", model / "transcoders")
+    run = run_command(monkeypatch, capsys, "trace", *arguments, PROMPT, *given, *rest)
+    assert run.status == 0 or "is inactive" in run.err, run.err
+    run = run_command(monkeypatch, capsys, "trace", *arguments, "another prompt", *given, *rest)
+    assert run.status == 1 and 'holds no embedding of the prompt "another prompt"' in run.err
+
+
+def test_a_dry_run_of_encode_shows_its_settings(monkeypatch, capsys, model):
+    run = run_command(monkeypatch, capsys, "encode", model / "model", "--prompt", PROMPT, "--dry-run", "--json")
+    assert run.status == 0
+    assert json.loads(run.out)["settings"]["prompt"] == [PROMPT]
