@@ -91,13 +91,13 @@ def _activations(work: Work, itemsize: int) -> int:
 def _layer(work: Work, name: str) -> int:
     """Returns what a loop over a part's blocks needs of their weights beside them: a copy of the largest block.
 
-    On a processor, float32 copies of all bfloat16 weights; streamed, of one block's.
+    On a processor, float32 copies of all bfloat16 weights as well; streamed, of one block's.
     """
     part = abstract_parts(work.shapes, work.dtype)[name]
     narrow = work.host and np.dtype(work.dtype).itemsize < WIDE
     if work.streamed:
         return 2 * block_bytes(part) if narrow else 0
-    return 2 * sum(map(bytes_of, stacks_of(part))) if narrow else block_bytes(part)
+    return 2 * (sum(map(bytes_of, stacks_of(part))) + block_bytes(part)) if narrow else block_bytes(part)
 
 
 def _forward(work: Work) -> int:
