@@ -43,7 +43,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
         return
     import jax
 
-    from difffract_jax.cli.workloads import asked_of, up_to, workload
+    from difffract_jax.cli.workloads import asked_of, type_of, up_to, workload
     from difffract_jax.estimate.counts import count
 
     device = jax.devices()[0]
@@ -51,7 +51,8 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     # Where a command may stream its weights, that is what it needs at least.
     streamed = given.get("weights", "device") != "device"
     try:
-        asked = asked_of(command, {"dtype": "f32", "sites": ("*/*",)} | given)
+        dtype = type_of(given) if "weights" in given else "f32"
+        asked = asked_of(command, {"dtype": dtype, "sites": ("*/*",)} | given)
         work = workload(command, asked, host=device.platform == "cpu", streamed=streamed)
         work = work if grid is None else work._replace(grid=grid)
         work = work if "sites" in given else up_to(work, targets)

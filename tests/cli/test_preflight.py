@@ -44,17 +44,17 @@ def difffract(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     def load(*names: object, **options: object) -> None:
         raise FileNotFoundError(2, "was loaded", "weights")
 
-    for function in ("load_pipeline", "load_transcoders"):
-        monkeypatch.setattr(f"difffract_jax.loading.{function}", load)
+    for place in ("loading", "cli.opening"):
+        monkeypatch.setattr(f"difffract_jax.{place}.load_pipeline", load)
     monkeypatch.setattr(preflight, "memory_for", lambda device: Memory(16 * GB, 16 * GB, "the machine"))
     return partial(run_command, monkeypatch, capsys)
 
 
 LINES = {
-    "generate": ("generate", "flux", PROMPT),
-    "trace": ("trace", "flux", "transcoders", PROMPT, "--target", "img/3/f1"),
-    "steer": ("steer", "flux", "transcoders", PROMPT, "--edit", "img/3/f1=zero"),
-    "features": ("features", "flux", "transcoders", PROMPT),
+    "generate": ("generate", "flux", PROMPT, "--weights", "device"),
+    "trace": ("trace", "flux", "transcoders", PROMPT, "--weights", "device", "--target", "img/3/f1"),
+    "steer": ("steer", "flux", "transcoders", PROMPT, "--weights", "device", "--edit", "img/3/f1=zero"),
+    "features": ("features", "flux", "transcoders", PROMPT, "--weights", "device"),
     "effects": ("effects", "flux", "transcoders", PROMPT, "--target", "pixels:color=red"),
 }
 
@@ -67,6 +67,17 @@ def test_what_cannot_fit_is_refused_before_it_is_loaded(
     assert run.status == 1 and run.err.startswith(f"Error: {command} needs at least ") and run.err.count("\n") == 1
     assert "model 62.8 GiB" in run.err and "of the machine 14.9 GiB are free" in run.err
     assert f"`difffract plan {command}`" in run.err and "--no-preflight" in run.err
+
+
+def test_streaming_is_advised_and_needs_little(flux: Path, difffract: Callable[..., Run]) -> None:
+    assert "; with --weights disk" in difffract(*LINES["trace"]).err
+    run = difffract(*LINES["trace"][:4], "--weights", "disk", "--target", "img/3/f1")
+    assert run.err.endswith("Error: weights: was loaded.\n")
+
+
+def test_the_text_encoders_do_not_count_where_embeddings_are_given(flux: Path, difffract: Callable[..., Run]) -> None:
+    run = difffract(*LINES["generate"], "--embeddings", "embeddings.npz")
+    assert "model 44.6 GiB" in run.err
 
 
 def test_it_can_be_tried_all_the_same(flux: Path, difffract: Callable[..., Run]) -> None:
