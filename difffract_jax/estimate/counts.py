@@ -21,6 +21,7 @@ from difffract_jax.estimate.weights import (
     block_bytes,
     bytes_of,
     largest_leaf,
+    largest_slice,
     stacks_of,
     transcoder_bytes,
 )
@@ -259,8 +260,8 @@ def _harvest(work: Work) -> list[Phase]:
 
 
 def _convert(work: Work) -> list[Phase]:
-    """Counts `convert`: all weights, and the largest array once more."""
-    return [Phase("convert", _model(work), largest_leaf(work.shapes, work.dtype))]
+    """Counts `convert`, which holds one layer of one array at a time, as it is read and as it is written."""
+    return [Phase("convert", {"a layer, twice": 2 * largest_slice(work.shapes, work.dtype)}, 0)]
 
 
 COMMANDS: Mapping[str, Callable[[Work], list[Phase]]] = {

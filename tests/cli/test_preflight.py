@@ -112,6 +112,17 @@ def test_only_the_transcoders_that_are_used_count(
     assert chosen.err.endswith("Error: weights: was loaded.\n")
 
 
+def test_a_training_that_cannot_fit_is_refused_before_its_model_is_loaded(
+    flux: Path, difffract: Callable[..., Run]
+) -> None:
+    (flux / "prompts.txt").write_text("\n".join(f"fox number {i}" for i in range(200)), encoding="utf-8")
+    line = ("train", "--model", "flux", "--prompts", "prompts.txt", "--sites", "img/3")
+    run = difffract(*line)
+    assert run.status == 1 and run.err.startswith("Error: train needs at least ") and run.err.count("\n") == 1
+    assert "state 3.4 GiB" in run.err and "14.9 GiB are free" in run.err and "--no-preflight" in run.err
+    assert difffract(*line, "--dry-run").status == 0 and not (flux / "run").exists()
+
+
 def test_the_embedded_model_is_not_counted(difffract: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "memory_for", lambda device: Memory(1, 1, "the machine"))
     assert difffract("generate", "organism", PROMPT).err == "Error: weights: was loaded.\n"
