@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from difffract_jax import __version__
+from difffract_jax.cli import doctor as cli_doctor
 from difffract_jax.cli import encoding as cli_encoding
 from difffract_jax.cli import evaluation as cli_evaluation
 from difffract_jax.cli import explain as cli_explain
@@ -57,16 +58,11 @@ app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
 convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
-cli_encoding.register(app)
-cli_graphs.register(app)
-cli_transcoders.register(app)
-cli_plan.register(app)
-cli_training.register(app)
-cli_evaluation.register(app)
-cli_steer.register(app)
-cli_study.register(app)
-cli_explain.register(app)
-cli_validate.register(app)
+for commands in (
+    *(cli_encoding, cli_graphs, cli_transcoders, cli_plan, cli_doctor, cli_training, cli_evaluation),
+    *(cli_steer, cli_study, cli_explain, cli_validate),
+):
+    commands.register(app)
 
 
 class _Notes(logging.Handler):

@@ -10,16 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.preflight import SMALL, capped
-from difffract_jax.cli.workloads import asked_of, workload
+from difffract_jax.cli.workloads import asked_of, type_of, workload
 from difffract_jax.config import Settings, UserError
-from difffract_jax.directories import pipeline_directory
 from difffract_jax.estimate.counts import count
 from difffract_jax.estimate.weights import largest_block, weights_needed
 from difffract_jax.loading import load_pipeline
 from difffract_jax.memory import host_memory, memory_for, text_of_bytes
 from difffract_jax.models.embeddings import read_embeddings, with_embeddings
 from difffract_jax.models.pipeline import Pipeline
-from difffract_jax.parts import stored_dtype
 
 Place = Literal["device", "host", "disk"]
 
@@ -97,11 +95,9 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
 def _work(command: str, given: dict[str, Any], *, host: bool) -> Any:
     """Returns the command's work with weights on the device; None where it cannot be counted: loading tells why."""
     try:
-        if "dtype" not in given and "model_dtype" not in given:
-            stored = stored_dtype(pipeline_directory(given["model"], parts=()).path)
-            given = given | {"dtype": "bf16" if stored == dtype_named("bf16") else "f32"}
+        given = given | {"dtype": type_of(given)}
         names = {"model", "transcoders", "sites", "height", "width", "text_tokens", "step", "dtype", "model_dtype"}
-        names |= {"transcoder_dtype", "batch", "expansion_batch", "output"}
+        names |= {"transcoder_dtype", "batch", "expansion_batch", "output", "embeddings"}
         asked = asked_of(command, {"sites": ("*/*",)} | {name: given[name] for name in names & given.keys()})
         return workload(command, asked, host=host)
     except UserError:

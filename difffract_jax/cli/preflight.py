@@ -43,7 +43,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
         return
     import jax
 
-    from difffract_jax.cli.workloads import asked_of, up_to, workload
+    from difffract_jax.cli.workloads import asked_of, type_of, up_to, workload
     from difffract_jax.estimate.counts import count
 
     device = jax.devices()[0]
@@ -51,7 +51,8 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     # Where a command may stream its weights, that is what it needs at least.
     streamed = given.get("weights", "device") != "device"
     try:
-        asked = asked_of(command, {"dtype": "f32", "sites": ("*/*",)} | given)
+        dtype = type_of(given) if "weights" in given else "f32"
+        asked = asked_of(command, {"dtype": dtype, "sites": ("*/*",)} | given)
         work = workload(command, asked, host=device.platform == "cpu", streamed=streamed)
         work = work if grid is None else work._replace(grid=grid)
         work = work if "sites" in given else up_to(work, targets)
@@ -86,6 +87,36 @@ def check_graph_fits(command: str, settings: Settings, graph: Any) -> None:
     known: dict[str, Any] = {"grid": (rows, columns), "text_tokens": told.run.text_tokens}
     known |= {"step": f"{min(steps)}-{max(steps)}", "output": bool((graph.node_kind == OUTPUT).any())}
     check_fits(command, settings, **known)
+
+
+def check_training_fits(work: Any) -> None:
+    """Refuses a training whose state, buffer, model and rows are more than a device has.
+
+    Args:
+        work: a `TrainingWorkload`, with the settings that will be used.
+
+    Raises:
+        UserError: saying which takes how much.
+    """
+    if switched_off or str(work.settings.model) in SMALL:
+        return
+    from difffract_jax.transcoders.plan import held_bytes
+    from difffract_jax.transcoders.setup import open_mesh, set_up
+
+    mesh = open_mesh(work.settings)
+    held = held_bytes(set_up(work.settings, work.sites, work.width, mesh), work.model)
+    device = mesh.devices.flat[0]
+    there = memory_for(device)
+    # Devices that a processor pretends to be share its memory.
+    each = there.available // (mesh.local_mesh.size if device.platform == "cpu" else 1)
+    if sum(held.values()) > each:
+        parts = ", ".join(f"{name} {text_of_bytes(size)}" for name, size in held.items() if size)
+        raise UserError(
+            f"train needs at least {text_of_bytes(sum(held.values()))} on every device ({parts}), but of {there.bound} "
+            f"{text_of_bytes(each)} are free; train fewer --sites, or of fewer features (--expansion), keep fewer "
+            f"--buffer-rows, the model in --model-dtype bf16, or spread it with --mesh; `difffract plan train` counts, "
+            f"and {OFF} tries all the same."
+        )
 
 
 def capped(there: Memory, given: Mapping[str, Any]) -> Memory:

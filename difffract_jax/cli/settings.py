@@ -213,6 +213,8 @@ class PlanConfig(Settings):
     """Images, or prompts, computed together."""
     expansion_batch: int = Field(50, ge=1)
     """Targets pulled back together."""
+    embeddings: bool = False
+    """Whether prompt embeddings come from a file, so that no text encoder is loaded."""
     output: bool = False
     """Whether an output is traced, so that all blocks up to the last are recorded."""
 

@@ -17,6 +17,7 @@ import typer
 
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.models import model_of, pipeline_of, rows_in, with_origin, work_of, world_of
+from difffract_jax.cli.preflight import check_training_fits
 from difffract_jax.config import UserError, provenance, read_yaml
 from difffract_jax.transcoders.settings import TrainConfig
 
@@ -152,6 +153,7 @@ def train(
     plan = _described(work._replace(settings=settings), origins)
     if dry_run:
         return emit(plan, as_json=json)
+    check_training_fits(work._replace(settings=settings))
     shown = is_first() and not json
     done = run_training(settings, resume, source=source, begin=lambda: shown and emit(plan))
     result: dict[str, Any] = {"run": str(settings.out), "step": done.step} | done.metrics

@@ -16,12 +16,13 @@ from difffract_jax.cli.requests import read_steps
 from difffract_jax.cli.settings import PlanConfig
 from difffract_jax.cli.used import up_to_targets
 from difffract_jax.config import UserError, resolve
-from difffract_jax.directories import SHIPPED
+from difffract_jax.directories import SHIPPED, pipeline_directory
 from difffract_jax.estimate.counts import COMMANDS
 from difffract_jax.estimate.weights import Transcoders
 from difffract_jax.estimate.work import Work
 from difffract_jax.loading import PARTS, described_pipeline, from_json
 from difffract_jax.models.pipeline import plan_run
+from difffract_jax.parts import stored_dtype
 from difffract_jax.storage.checkpoint import read_config
 from difffract_jax.transcoders.sites import parse_sites, sites_of, some_sites
 from difffract_jax.transcoders.transcoder import TranscoderConfig
@@ -46,7 +47,21 @@ def asked_of(command: str, given: Mapping[str, Any]) -> PlanConfig:
         values["sites"] = tuple(values["sites"].split(","))
     names = PlanConfig.model_fields.keys() - (set() if command in RECORDING else {"step"})
     known = {name: values[name] for name in names if values.get(name) is not None}
+    known["embeddings"] = bool(given.get("embeddings"))
     return resolve(PlanConfig, known)
+
+
+def type_of(given: Mapping[str, Any]) -> str:
+    """Returns the type of a model's weights in memory: the one that is given, or that of its files.
+
+    Args:
+        given: settings of a command by name.
+    """
+    named = given.get("dtype") or given.get("model_dtype")
+    if named is not None:
+        return str(named)
+    stored = stored_dtype(pipeline_directory(given["model"], parts=()).path)
+    return "bf16" if stored == dtype_named("bf16") else "f32"
 
 
 def workload(command: str, asked: PlanConfig, *, host: bool = False, streamed: bool = False) -> Work:
@@ -70,6 +85,8 @@ def workload(command: str, asked: PlanConfig, *, host: bool = False, streamed: b
     steps = last - first + 1
     work = Work(command, shapes, dtype_named(asked.dtype), run.grid, run.text_tokens, host=host, streamed=streamed)
     work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps)
+    if asked.embeddings and command != "encode":
+        work = work._replace(shapes={name: shapes[name] for name in ("transformer", "vae")})
     if command in WITHOUT_TRANSCODERS:
         return work
     tcs = _transcoders(asked, config.transformer)

@@ -21,6 +21,7 @@ from difffract_jax.estimate.weights import (
     block_bytes,
     bytes_of,
     largest_leaf,
+    largest_slice,
     stacks_of,
     transcoder_bytes,
 )
@@ -91,13 +92,13 @@ def _activations(work: Work, itemsize: int) -> int:
 def _layer(work: Work, name: str) -> int:
     """Returns what a loop over a part's blocks needs of their weights beside them: a copy of the largest block.
 
-    On a processor, float32 copies of all bfloat16 weights; streamed, of one block's.
+    On a processor, float32 copies of all bfloat16 weights as well; streamed, of one block's.
     """
     part = abstract_parts(work.shapes, work.dtype)[name]
     narrow = work.host and np.dtype(work.dtype).itemsize < WIDE
     if work.streamed:
         return 2 * block_bytes(part) if narrow else 0
-    return 2 * sum(map(bytes_of, stacks_of(part))) if narrow else block_bytes(part)
+    return 2 * (sum(map(bytes_of, stacks_of(part))) + block_bytes(part)) if narrow else block_bytes(part)
 
 
 def _forward(work: Work) -> int:
@@ -105,12 +106,14 @@ def _forward(work: Work) -> int:
     return _layer(work, "transformer") + work.batch * _activations(work, np.dtype(work.dtype).itemsize)
 
 
-def _text(work: Work) -> Phase:
-    """Counts the text encoders: both sides of the hidden layer, gate included, the pattern of all heads, one layer."""
+def _text(work: Work) -> list[Phase]:
+    """Counts the text encoders, where they are loaded: a layer, its hidden columns, the pattern of all heads."""
+    if "t5" not in work.shapes:
+        return []
     held = _model(work) if not work.streamed else _model(work, "t5", "clip")
     t5, rows = work.shapes["t5"], work.text_tokens
     activations = WIDE * (rows * (4 * t5.d_model + 3 * t5.d_ff) + 2 * t5.heads * rows**2)
-    return Phase("encode the prompt", held, _layer(work, "t5") + activations)
+    return [Phase("encode the prompt", held, _layer(work, "t5") + activations)]
 
 
 def _decode(work: Work) -> Phase:
@@ -145,7 +148,7 @@ def _rows(work: Work) -> list[int]:
 
 
 def _record(work: Work) -> dict[str, int]:
-    """Returns the bytes of a record, q, k, x, y and a second run's x of every block, and copies of parts of stacks."""
+    """Returns the bytes of a record: what enters, and q, k, x, y and a second run's x of every block; and copies."""
     config, (first, end) = work.shapes["transformer"], work.recorded
     layers, wide = end - first, work.seq * config.d_model * WIDE
     copies, begin = 0, 0
@@ -154,7 +157,7 @@ def _record(work: Work) -> dict[str, int]:
         taken = max(0, min(end, begin + depth) - max(first, begin))
         copies += bytes_of(stack) * taken // depth if taken < depth else 0
         begin += depth
-    held = {"record": work.steps * 5 * layers * wide}
+    held = {"record": work.steps * (5 * layers + 1) * wide}
     return held if work.streamed else held | {"copies of recorded blocks": copies}
 
 
@@ -195,22 +198,21 @@ def _recorded_weights(work: Work) -> dict[str, int]:
 
 def _generate(work: Work) -> list[Phase]:
     denoise = Phase("denoise", _model(work, *(("transformer",) if work.streamed else ())), _forward(work))
-    return [_load(work), _text(work), denoise, _decode(work)]
+    return [_load(work), *_text(work), denoise, _decode(work)]
 
 
 def _encode(work: Work) -> list[Phase]:
     """Counts `encode`: the text encoders alone."""
-    return [_text(work._replace(shapes={name: work.shapes[name] for name in ("t5", "clip")}))]
+    return _text(work._replace(shapes={name: work.shapes[name] for name in ("t5", "clip")}))
 
 
 def _capture(work: Work) -> list[Phase]:
     """Counts loading, the prompt, and the recording of a run."""
     own = _model(work, *(("transformer",) if work.streamed else ()))
     kept = {} if work.streamed else _transcoders(work)
-    text = _text(work)
     return [
         _load(work),
-        text._replace(held={**text.held, **kept}),
+        *(text._replace(held={**text.held, **kept}) for text in _text(work)),
         Phase("record the run", own | kept | _record(work), _forward(work._replace(batch=1))),
     ]
 
@@ -241,25 +243,25 @@ def _coded(work: Work) -> list[Phase]:
     """Counts commands that encode sites while the model runs: features, steer, evaluate."""
     one = _transcoders(work)
     own = _model(work, *(("transformer",) if work.streamed else ())) | one
-    text = _text(work)
     run = Phase("run and encode sites", own, _forward(work) + work.batch * _encoding(work))
-    phases = [_load(work), text._replace(held={**text.held, **({} if work.streamed else one)}), run]
+    kept = {} if work.streamed else one
+    phases = [_load(work), *(text._replace(held={**text.held, **kept}) for text in _text(work)), run]
     if work.command == "features":
         return phases
     decode = _decode(work)
-    return [*phases, decode._replace(held={**decode.held, **({} if work.streamed else one)})]
+    return [*phases, decode._replace(held={**decode.held, **kept})]
 
 
 def _harvest(work: Work) -> list[Phase]:
     """Counts `harvest`: x and y of every site of all prompts that run together."""
     rows = 2 * work.batch * sum(_rows(work)) * work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
     own = _model(work, *(("transformer",) if work.streamed else ()))
-    return [_load(work._replace(tcs=None)), _text(work), Phase("harvest", own | {"rows": rows}, _forward(work))]
+    return [_load(work._replace(tcs=None)), *_text(work), Phase("harvest", own | {"rows": rows}, _forward(work))]
 
 
 def _convert(work: Work) -> list[Phase]:
-    """Counts `convert`: all weights, and the largest array once more."""
-    return [Phase("convert", _model(work), largest_leaf(work.shapes, work.dtype))]
+    """Counts `convert`, which holds one layer of one array at a time, as it is read and as it is written."""
+    return [Phase("convert", {"a layer, twice": 2 * largest_slice(work.shapes, work.dtype)}, 0)]
 
 
 COMMANDS: Mapping[str, Callable[[Work], list[Phase]]] = {

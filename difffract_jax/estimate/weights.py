@@ -89,3 +89,15 @@ def block_bytes(part: Any) -> int:
 def largest_leaf(shapes: Mapping[str, Any], dtype: Any) -> int:
     """Returns the bytes of the largest array, which is put together in host memory while it is loaded."""
     return max(bytes_of(leaf) for leaf in jax.tree.leaves(list(abstract_parts(shapes, dtype).values())))
+
+
+def largest_slice(shapes: Mapping[str, Any], dtype: Any) -> int:
+    """Returns the bytes of the largest layer of an array: of a stack's a block's share, of others all of it."""
+    largest = 0
+    for part in abstract_parts(shapes, dtype).values():
+        stacks = stacks_of(part)
+        inside = {id(leaf) for stack in stacks for leaf in jax.tree.leaves(stack)}
+        layers = [bytes_of(leaf) // depth_of(stack) for stack in stacks for leaf in jax.tree.leaves(stack)]
+        around = [bytes_of(leaf) for leaf in jax.tree.leaves(part) if id(leaf) not in inside]
+        largest = max(largest, *layers, *around)
+    return largest

@@ -20,7 +20,7 @@ from random_graphs import random_output_graph
 
 COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
 COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "combine difference", "compare", "export")
-COMMANDS += ("harvest", "plan", "train", "evaluate", "steer", "features", "heads", "effects", "validate")
+COMMANDS += ("harvest", "plan", "doctor", "train", "evaluate", "steer", "features", "heads", "effects", "validate")
 
 
 @pytest.fixture

@@ -1,0 +1,90 @@
+"""`difffract plan` for devices that are counted; those that libtpu compiles have tests beside their planners."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from commands import Run, run_command
+
+from difffract_jax.estimate.counts import COMMANDS
+
+SIZE = ("--set", "height=512", "--set", "width=512", "--set", "text_tokens=512")
+
+
+@pytest.fixture
+def difffract(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """Runs `difffract ARGUMENTS` in this process."""
+    return partial(run_command, monkeypatch, capsys)
+
+
+def planned(run: Run) -> list[dict]:
+    assert run.status == 0, run.err
+    return json.loads(run.out)["counted"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_planned_for_gpus_hosts_and_tpus(command: str, difffract: Callable[..., Run]) -> None:
+    devices = ("24GB", "h100", "host:16GB") + (("v5e:2x4",) if command != "trace" else ())
+    flags = [word for name in devices for word in ("--device", name)]
+    rows = planned(difffract("plan", command, *flags, *SIZE, "--json"))
+    assert [(row["device"], row["weights"]) for row in rows] == [
+        (name, way) for name in devices for way in ("resident", "streamed")
+    ]
+    for row in rows:
+        assert row["compiled"] is False and row["fits"] == (row["needed"] <= row["usable"])
+        assert row["needed"] == max(phase["needed"] for phase in row["phases"])
+    assert all(row["fits"] for row in rows if row["weights"] == "streamed")
+
+
+def test_a_plan_says_that_it_is_counted_and_what_would_fit(
+    difffract: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    run = difffract("plan", "trace", "--device", "h100", *SIZE, "--set", "sites=[img/3-18,txt/3-18]")
+    assert run.status == 0 and "not compiled" in run.out
+    assert "--transcoder-dtype bf16" in " ".join(run.out.split()) and "copies of recorded blocks" in run.out
+
+
+def test_a_training_is_counted_phase_by_phase(difffract: Callable[..., Run]) -> None:
+    (row,) = planned(difffract("plan", "configs/train-organism.yaml", "--device", "24GB", "--json"))
+    phases = {phase["name"]: phase for phase in row["phases"]}
+    assert [*phases] == ["initialise", "harvest", "step"] and row["fits"]
+    assert {"state", "buffer", "model", "rows"} == phases["step"]["held"].keys()
+    more = planned(
+        difffract("plan", "configs/train-organism.yaml", "--device", "24GB", "--set", "expansion=64", "--json")
+    )
+    assert more[0]["needed"] > row["needed"]
+
+
+def test_a_models_own_transcoders_are_read(difffract: Callable[..., Run]) -> None:
+    sets = ("--set", "transcoders=organism", "--set", "sites=[img/*]")
+    rows = planned(difffract("plan", "trace", "organism", "--device", "host:4GB", *sets, "--json"))
+    whole = planned(
+        difffract("plan", "trace", "organism", "--device", "host:4GB", "--set", "transcoders=organism", "--json")
+    )
+    held = [row[0]["phases"][0]["held"]["transcoders"] for row in (rows, whole)]
+    assert 0 < held[0] < held[1] < 2**25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("sing", "--device", "24GB"), "neither a YAML file nor a command"),
+        (("generate", "--device", "hal9000"), "is no device"),
+        (("generate", "--device", "24GB", "--set", "height=500"), "multiples of 16"),
+        (("generate", "--device", "24GB", "--set", "colour=red"), "colour"),
+        (("generate", "--topology", "v5e:2x4"), "give it as --device"),
+        (("generate", "nowhere", "--device", "24GB"), "nowhere is not a directory"),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_told_in_a_sentence(
+    arguments: tuple[str, ...], told: str, difffract: Callable[..., Run]
+) -> None:
+    run = difffract("plan", *arguments)
+    assert run.status == 1 and told in run.err and run.err.count("\n") == 1
+
+
+def test_a_plan_needs_a_device(difffract: Callable[..., Run]) -> None:
+    run = difffract("plan", "generate")
+    assert run.status == 2 and "--device" in run.err

@@ -1,0 +1,174 @@
+"""Bytes that are counted from shapes, held against arrays, recorded runs and what the compiler says."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from converters.transcoders import stacked_transcoders
+from difffract_jax.circuits.frozen.replacement import prepare
+from difffract_jax.circuits.trace.capture import capture
+from difffract_jax.estimate.counts import COMMANDS, PROGRAM, count, remedies
+from difffract_jax.estimate.weights import (
+    Transcoders,
+    bytes_of,
+    largest_block,
+    largest_leaf,
+    transcoder_bytes,
+    weights_needed,
+)
+from difffract_jax.estimate.work import Work
+from difffract_jax.loading import PARTS, described_pipeline
+from difffract_jax.models import pipeline
+from difffract_jax.models.mmdit import FluxConfig, Inputs
+from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.transcoders.sites import parse_sites
+from difffract_jax.transcoders.transcoder import TranscoderConfig, random_transcoders
+
+GIB = 2**30
+FLUX = described_pipeline("flux-schnell")
+SHAPES = {name: getattr(FLUX, name) for name in PARTS}
+# Wide enough that arrays, not the odd kilobyte, make up what the compiler needs.
+MIDDLE = FluxConfig(
+    depth_double=6,  # loops of more than `UNROLLED` blocks, as all real models have
+    depth_single=6,
+    heads=8,
+    head_dim=64,
+    rope_axes=(16, 24, 24),
+    in_channels=16,
+    out_channels=16,
+    text_width=256,
+    pooled_width=64,
+    guidance=False,
+)
+
+
+def shapes_of(pipe: pipeline.Pipeline) -> dict:
+    return {name: getattr(pipe.config, name) for name in PARTS}
+
+
+def traced(sites: tuple[str, ...] = ("img/3-18", "txt/3-18"), **changes) -> Work:
+    """The trace of 16 double blocks of FLUX at 512 px whose programs docs/performance.md compiles."""
+    config = TranscoderConfig(d_model=3072, features=49_152, time_embed=256)
+    tcs = Transcoders(config, parse_sites(sites, FLUX.transformer.layout), 4)
+    work = Work("trace", SHAPES, jnp.bfloat16, (32, 32), 512, tcs, (3, 19), targets=25)
+    return work._replace(**changes)
+
+
+def test_weights_are_those_of_the_arrays() -> None:
+    pipe = random_pipeline()
+    parts = {name: getattr(pipe, name) for name in PARTS}
+    assert weights_needed(shapes_of(pipe)) == {name: bytes_of(part) for name, part in parts.items()}
+    leaves = [leaf.nbytes for leaf in jax.tree.leaves(parts)]
+    assert largest_leaf(shapes_of(pipe), jnp.float32) == max(leaves)
+    block = jax.tree.map(lambda leaf: leaf[0], pipe.transformer.double)
+    assert largest_block({"transformer": pipe.config.transformer}) == bytes_of(block)
+
+
+def test_half_the_type_is_half_the_weights() -> None:
+    full, half = (weights_needed(SHAPES, dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert {name: size // 2 for name, size in full.items()} == half
+    assert sum(half.values()) == pytest.approx(31.4 * GIB, rel=1e-3)
+    assert largest_block(SHAPES, jnp.bfloat16) == pytest.approx(0.633 * GIB, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"conditioning": "none", "time_embed": 0}, {"activation": "jumprelu"}, {"skip": True}]
+)
+def test_a_transcoder_takes_what_its_arrays_take(shape: dict) -> None:
+    config = TranscoderConfig(**{"d_model": 24, "features": 96, "time_embed": 16} | shape)
+    each = transcoder_bytes(Transcoders(config, parse_sites(["img/0"], FLUX.transformer.layout), 4))
+    assert 3 * each == bytes_of(stacked_transcoders(config, 3, jnp.float32))
+
+
+def test_a_record_takes_what_was_recorded() -> None:
+    pipe = random_pipeline(transformer=MIDDLE)
+    tcs = random_transcoders(MIDDLE, features=64, sites={"img": (0, 1), "txt": (0, 1)})
+    trace = capture(pipe, tcs, "a red fox", run=pipe.plan(height=64, width=64, text_tokens=32, steps=2))
+    prepared = prepare(trace, tcs).steps[0]
+    active = prepared.sources.values[0].shape[-1]
+    work = Work(
+        "trace", shapes_of(pipe), jnp.float32, (8, 8), 32, Transcoders(tcs.config, tcs.sites, 4, active), (0, 2)
+    )
+    phase = next(phase for phase in count(work).phases if phase.name == "encode sites")
+    record = bytes_of(trace.record._replace(weights=None))
+    assert phase.held["record"] == pytest.approx(record, rel=0.1)
+    codes = bytes_of((prepared.sources.values, prepared.sources.errors, [site.layers.index for site in prepared.sites]))
+    assert phase.held["codes and errors"] == pytest.approx(codes, rel=0.01)
+
+
+@pytest.mark.parametrize(("pixels", "text"), [(128, 64), (512, 256)])
+def test_what_a_step_needs_in_between_bounds_the_compilers(pixels: int, text: int) -> None:
+    pipe = random_pipeline(transformer=MIDDLE)
+    unit = 2 * pipe.config.vae.factor
+    grid = (pixels // unit, pixels // unit)
+
+    def shape(*axes: int, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(axes, dtype)
+
+    inputs = Inputs(shape(grid[0] * grid[1], 16), shape(text, 256), shape(64), shape())
+    model = jax.eval_shape(lambda: pipe.transformer)
+    step = (pipeline.model_velocity, model, inputs, shape(), shape(dtype=jnp.int32), grid)
+    compiled = pipeline.euler_step.lower(*step).compile().memory_analysis().temp_size_in_bytes
+    work = Work("generate", shapes_of(pipe), jnp.float32, grid, text)
+    counted = next(phase for phase in count(work).phases if phase.name == "denoise").passing
+    assert compiled <= counted <= 3 * compiled
+
+
+def test_a_processor_widens_all_bfloat16_weights_at_once() -> None:
+    pipe = random_pipeline(transformer=MIDDLE, dtype=jnp.bfloat16)
+
+    def shape(*axes: int, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(axes, dtype)
+
+    inputs = Inputs(shape(64, 16), shape(32, 256), shape(64), shape())
+    step = (pipeline.model_velocity, pipe.transformer, inputs, shape(), shape(dtype=jnp.int32), (8, 8))
+    compiled = pipeline.euler_step.lower(*step).compile().memory_analysis().temp_size_in_bytes
+    work = Work("generate", shapes_of(pipe), jnp.bfloat16, (8, 8), 32)
+    here, gpu = (
+        next(phase for phase in count(work._replace(host=host)).phases if phase.name == "denoise").passing
+        for host in (True, False)
+    )
+    assert gpu < compiled / 2 and here == pytest.approx(compiled, rel=0.2)
+
+
+def test_a_trace_of_flux_is_counted_as_it_was_compiled() -> None:
+    # docs/performance.md, compiled for a TPU: 79.4 GiB to record, 48.6 to encode, 58.2 to pull back, 9 of which are
+    # a copy that only that compiler makes.
+    needed = {phase.name: phase.needed / GIB for phase in count(traced()).phases}
+    assert needed["record the run"] == pytest.approx(79.4, rel=0.02)
+    assert needed["encode sites"] == pytest.approx(48.6, rel=0.02)
+    assert 48.6 < needed["pull back"] < 58.2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_counted_and_streaming_needs_less(command: str) -> None:
+    work = traced(command=command)
+    whole, streamed = count(work), count(work._replace(streamed=True))
+    assert whole.command == command and whole.phases
+    assert 0 < whole.held <= whole.needed == max(phase.needed for phase in whole.phases)
+    assert streamed.needed < whole.needed / 2 or command == "convert" and whole.needed < GIB
+    host = count(work._replace(host=True))
+    assert all(phase.held["Python and JAX"] == PROGRAM for phase in host.phases)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"grid": (64, 64)}, {"text_tokens": 1024}, {"recorded": (2, 19)}, {"steps": 2}, {"dtype": jnp.float32}],
+)
+def test_more_work_needs_more(more: dict) -> None:
+    for command in ("trace", "validate"):
+        work = traced(command=command)
+        assert count(work._replace(**more)).needed > count(work).needed
+
+
+def test_remedies_stop_where_it_fits_and_leave_out_what_helps_nothing() -> None:
+    ways = [
+        ("--batch 1", lambda work: work._replace(batch=1)),
+        ("--transcoder-dtype bf16", lambda work: work._replace(tcs=work.tcs._replace(itemsize=2))),
+        ("--weights disk", lambda work: work._replace(streamed=True)),
+    ]
+    assert remedies(traced(), 100 * GIB, ways) == ([], count(traced()).needed)
+    taken, needed = remedies(traced(), 70 * GIB, ways)
+    assert taken == ["--transcoder-dtype bf16"] and needed < 70 * GIB
+    taken, needed = remedies(traced(), GIB, ways)
+    assert taken == ["--transcoder-dtype bf16", "--weights disk"] and needed > GIB
