@@ -47,7 +47,8 @@ from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
 from difffract_jax.models.tiny import CHARACTERS, TINY
 from difffract_jax.models.tokenizers import SPACE
 from difffract_jax.storage.checkpoint import FORMAT_VERSION, content_hash, leaf_paths, tree_hash
-from difffract_jax.storage.files import TensorFile, shard, write_tensors
+from difffract_jax.storage.files import TensorFile, write_tensors
+from difffract_jax.storage.shards import shard
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig
 

@@ -22,7 +22,7 @@ from difffract_jax.models.pipeline import Pipeline, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config
 from difffract_jax.storage.checkpoint import atomic_directory, leaf_paths
-from difffract_jax.storage.files import write_sharded
+from difffract_jax.storage.shards import write_sharded
 
 INDEX = {
     "_class_name": "FluxPipeline",
