@@ -89,3 +89,17 @@ def block_bytes(part: Any) -> int:
 def largest_leaf(shapes: Mapping[str, Any], dtype: Any) -> int:
     """Returns the bytes of the largest array, which is put together in host memory while it is loaded."""
     return max(bytes_of(leaf) for leaf in jax.tree.leaves(list(abstract_parts(shapes, dtype).values())))
+
+
+def largest_slice(shapes: Mapping[str, Any], dtype: Any) -> int:
+    """Returns the bytes of the largest array, of one layer where it is stacked, which is what converting makes at once.
+
+    Args:
+        shapes: part -> shape.
+        dtype: of the weights that are written.
+    """
+    slices: list[int] = []
+    for part in abstract_parts(shapes, dtype).values():
+        depths = {id(leaf): depth_of(stack) for stack in stacks_of(part) for leaf in jax.tree.leaves(stack)}
+        slices += [bytes_of(leaf) // depths.get(id(leaf), 1) for leaf in jax.tree.leaves(part)]
+    return max(slices)
