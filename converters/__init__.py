@@ -1,6 +1,6 @@
 """PyTorch checkpoints into this package's trees of weights, and back, by tables of rules.
 
-mapping                     the engine: rules, transforms, coverage, loading leaf by leaf
+rules mapping               the engine: rules, transforms, coverage, making leaves slice by slice
 weight_files source          which files of a directory hold its weights, and their tensors, read lazily
 quantised contents          fp8 and its scales; what a file is that holds something else
 flux                        the MM-DiT's tables, of diffusers and of the original single file

@@ -4,10 +4,11 @@
 2. Each block of ours gets what PyTorch's block got, so that an error is that block's own and shows which one is wrong.
 3. Last the whole transformer, from latents to velocity, where the errors of all blocks add up.
 
-Both run in float32 on the processor, on a small image; the weights are the full ones. Errors are relative 2-norms.
+Both run in float32 on the processor, on a small image; the weights are the full ones, of which one block's are in
+memory at a time on either side. Errors are relative 2-norms.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.configurations import is_diffusers_directory, pipeline_config
+from converters.pipelines import Opened, abstract_module, sliced, stacks_of
 from converters.torch_files import (
-    BlockRecord,
     TransformerInputs,
     TransformerRecord,
     record_decoding,
@@ -25,11 +26,16 @@ from converters.torch_files import (
     record_transformer,
 )
 from difffract_jax.config import UserError
+from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.blocks import Cond, Streams
+from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.pipeline import Pipeline
-from difffract_jax.models.stacks import sequences, slice_layer, streams
+from difffract_jax.models.stacks import sequences, streams
+from difffract_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from difffract_jax.models.tokenizers import encode_prompt
+from difffract_jax.storage.checkpoint import leaf_paths
+from difffract_jax.storage.streaming import Leaf
 
 PROMPT = "a red fox at dawn, oil painting"
 GRID = 4, 6
@@ -40,6 +46,9 @@ TOLERANCE = 1e-5
 """Of one block: float32 on both sides, every product rounded in another order."""
 WHOLE = 10
 """How many times the tolerance of a block the whole transformer is allowed."""
+
+Comparisons = Iterator[tuple[str, Any, Any, int]]
+"""What is compared: its name, our result, PyTorch's, and how many tolerances it is allowed."""
 
 
 class CheckRow(NamedTuple):
@@ -58,12 +67,46 @@ class CheckRow(NamedTuple):
     equal: bool
 
 
-def check(source: str | Path, pipe: Pipeline, *, tolerance: float = TOLERANCE) -> list[CheckRow]:
+class _Part:
+    """One part of ours: what is outside its stacks, and one layer of a stack at a time, in float32."""
+
+    def __init__(self, module: Any, config: Any, leaves: Mapping[str, Leaf]):
+        self._abstract, self._leaves, self._stacks = abstract_module(module, config), leaves, stacks_of(config)
+
+    def layer(self, stack: str, number: int) -> Any:
+        """Returns one block."""
+        shapes = getattr(self._abstract, stack)
+        arrays = [_wide(self._leaves[f"{stack}.{path}"].make(number)) for path in leaf_paths(shapes)]
+        return jax.tree.unflatten(jax.tree.structure(shapes), arrays)
+
+    def outside(self) -> Any:
+        """Returns the module; its stacks hold nothing."""
+        within = tuple(f"{stack}." for stack in self._stacks)
+        nothing = np.zeros(0, np.float32)
+        return self._made(lambda path: nothing if path.startswith(within) else self._array(path))
+
+    def whole(self) -> Any:
+        """Returns the module with all of its weights."""
+        return self._made(self._array)
+
+    def _array(self, path: str) -> jax.Array:
+        return _wide(self._leaves[path].array())
+
+    def _made(self, array: Callable[[str], Any]) -> Any:
+        paths = leaf_paths(self._abstract)
+        return jax.tree.unflatten(jax.tree.structure(self._abstract), [array(path) for path in paths])
+
+
+def _wide(array: np.ndarray) -> jax.Array:
+    return jnp.asarray(array.astype(np.float32, copy=False))
+
+
+def check(source: str | Path, pipe: Pipeline | Opened, *, tolerance: float = TOLERANCE) -> list[CheckRow]:
     """Compares a pipeline with the PyTorch one that it was converted from.
 
     Args:
         source: the PyTorch pipeline, a diffusers directory.
-        pipe: ours, in float32.
+        pipe: ours, in memory, or opened.
         tolerance: largest relative error of a block.
 
     Returns:
@@ -75,10 +118,12 @@ def check(source: str | Path, pipe: Pipeline, *, tolerance: float = TOLERANCE) -
     directory = Path(source)
     if not is_diffusers_directory(directory):
         raise UserError(f"{directory} is not a diffusers directory; give the one that the pipeline was converted from.")
+    names = ("transformer", "t5", "clip", "vae")
+    if isinstance(pipe, Pipeline):
+        parts = {name: sliced(getattr(pipe.config, name), leaf_paths(getattr(pipe, name))) for name in names}
+        pipe = Opened(parts, pipe.config, pipe.tokenizers, ())
     theirs = pipeline_config(directory)
-    other = [
-        name for name in ("transformer", "t5", "clip", "vae") if getattr(theirs, name) != getattr(pipe.config, name)
-    ]
+    other = [name for name in names if getattr(theirs, name) != getattr(pipe.config, name)]
     if other:
         raise UserError(f"{directory} and the converted pipeline have different shapes in: {', '.join(other)}.")
     rows = []
@@ -95,45 +140,61 @@ def _relative_error(ours: Any, expected: Any) -> float:
     return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
 
 
-def _comparisons(directory: Path, pipe: Pipeline) -> Iterator[tuple[str, Any, Any, int]]:
-    """Yields what is compared: its name, our result, PyTorch's, and how many tolerances it is allowed."""
-    ids = encode_prompt(pipe.tokenizers, PROMPT, TEXT_TOKENS)
+def _comparisons(directory: Path, opened: Opened) -> Comparisons:
+    """Compares every part."""
+    config: Any = opened.config
+    modules = {"transformer": MMDiT, "t5": T5Encoder, "clip": CLIPTextEncoder, "vae": Autoencoder}
+    parts = {name: _Part(module, getattr(config, name), opened.parts[name]) for name, module in modules.items()}
+    ids = encode_prompt(opened.tokenizers, PROMPT, TEXT_TOKENS)
     text = record_text(directory, ids.t5_ids, ids.clip_ids)
-    yield "t5", jax.jit(_call)(pipe.t5, ids.t5_ids), text.t5, 1
-    yield "clip", jax.jit(_call)(pipe.clip, ids.clip_ids), (text.clip, text.pooled), 1
+    yield "t5", _t5(parts["t5"], config.t5, ids.t5_ids), text.t5, 1
+    yield "clip", jax.jit(_call)(parts["clip"].whole(), ids.clip_ids), (text.clip, text.pooled), 1
     rng = np.random.default_rng(0)
-    channels = pipe.config.transformer.in_channels
+    channels = config.transformer.in_channels
     latents = rng.standard_normal((GRID[0] * GRID[1], channels)).astype(np.float32)
-    guidance = GUIDANCE if pipe.config.transformer.guidance else None
+    guidance = GUIDANCE if config.transformer.guidance else None
     given = TransformerInputs(latents, text.t5, text.pooled, TIME, guidance, GRID)
-    yield from _transformer(pipe.transformer, given, record_transformer(directory, given))
-    latent = rng.standard_normal((2 * GRID[0], 2 * GRID[1], pipe.config.vae.latent_channels)).astype(np.float32)
-    yield "autoencoder", jax.jit(lambda vae, z: vae.decode(z))(pipe.vae, latent), record_decoding(directory, latent), 1
+    yield from _transformer(parts["transformer"], given, record_transformer(directory, given))
+    latent = rng.standard_normal((2 * GRID[0], 2 * GRID[1], config.vae.latent_channels)).astype(np.float32)
+    decoded = jax.jit(lambda vae, z: vae.decode(z))(parts["vae"].whole(), latent)
+    yield "autoencoder", decoded, record_decoding(directory, latent), 1
 
 
-def _call(module: Any, ids: Any) -> Any:
-    return module(ids)
+def _call(module: Any, *arguments: Any) -> Any:
+    return module(*arguments)
 
 
-def _transformer(
-    model: MMDiT, given: TransformerInputs, record: TransformerRecord
-) -> Iterator[tuple[str, Any, Any, int]]:
+def _t5(part: _Part, config: T5Config, ids: np.ndarray) -> jax.Array:
+    """Runs T5, block by block."""
+    model = part.outside()
+    buckets = relative_buckets(len(ids), config.buckets, config.max_distance)
+    bias = jnp.moveaxis(model.relative_bias.embedding[...][buckets], -1, 0)
+    x, run = jnp.take(model.embed.embedding[...], jnp.asarray(ids), axis=0), jax.jit(_call)
+    for number in range(config.layers):
+        x = run(part.layer("blocks", number), x, bias)
+    return run(model.final_norm, x)
+
+
+def _transformer(part: _Part, given: TransformerInputs, record: TransformerRecord) -> Comparisons:
     guidance = None if given.guidance is None else jnp.float32(given.guidance)
     latents, text, pooled = map(jnp.asarray, (given.latents, given.text, given.pooled))
     inputs = Inputs(latents, text, pooled, jnp.float32(given.t), guidance)
+    model = part.outside()
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
     first = record.double[0]
     yield "embeddings", (h, cond.vec), (Streams(first.img, first.txt), first.cond), 1
     run = jax.jit(_block)
-    for name, stack, blocks in (("double", model.double, record.double), ("single", model.single, record.single)):
+    for name, blocks in (("double", record.double), ("single", record.single)):
         for number, block in enumerate(blocks):
-            ours = run(stack, number, block, cond)
+            layer = part.layer(name, number)
+            theirs = Streams(jnp.asarray(block.img), jnp.asarray(block.txt))
+            ours = run(layer, theirs, cond._replace(vec=jnp.asarray(block.cond)))
             yield f"{name} {number}", ours, Streams(block.img_out, block.txt_out), 1
-    velocity = jax.jit(lambda model, inputs: model(inputs, given.grid))(model, inputs)
-    yield "whole transformer", velocity, record.velocity, WHOLE
+            h = run(layer, h, cond)
+            del layer  # before the next is made
+    yield "whole transformer", jax.jit(_call)(model.final, h.img, cond), record.velocity, WHOLE
 
 
-def _block(stack: Any, number: Any, given: BlockRecord, cond: Cond) -> Streams:
-    h = Streams(jnp.asarray(given.img), jnp.asarray(given.txt))
-    after, _ = slice_layer(stack, number)(sequences(h, stack.groups), cond._replace(vec=given.cond))
-    return streams(after, stack.groups, h)
+def _block(block: Any, h: Streams, cond: Cond) -> Streams:
+    after, _ = block(sequences(h, block.groups), cond)
+    return streams(after, block.groups, h)

@@ -18,11 +18,11 @@ from converters.mapping import Rule, save_tree, source_shapes
 from converters.text_encoders import CLIP_TRANSFORMERS, t5_tables
 from difffract_jax.models.autoencoder import AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig
-from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.pipeline import Pipeline, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Config
 from difffract_jax.storage.checkpoint import atomic_directory, leaf_paths
-from difffract_jax.storage.files import write_sharded
+from difffract_jax.storage.shards import write_sharded
 
 INDEX = {
     "_class_name": "FluxPipeline",
@@ -46,24 +46,35 @@ def export_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False)
         out: directory to write; it appears only when it is complete.
         overwrite: replace an existing directory.
     """
-    config = pipe.config
-    sample_size = max(config.defaults.height, config.defaults.width)
-    t5_rules = t5_tables([] if config.t5.gated else ["shared.weight", ".DenseReluDense.wi."]).rules
+    t5_rules = t5_tables([] if pipe.config.t5.gated else ["shared.weight", ".DenseReluDense.wi."]).rules
     with atomic_directory(out, overwrite=overwrite) as partial:
-        _write_json(partial / "model_index.json", INDEX)
-        _write_json(partial / "scheduler" / "scheduler_config.json", _scheduler(config.scheduler))
-        transformer = flux_config_to_diffusers(config.transformer)
-        _write_part(partial / "transformer", transformer, pipe.transformer, FLUX_DIFFUSERS, "diffusion_pytorch_model")
-        vae = _autoencoder(config.vae, sample_size)
-        _write_part(partial / "vae", vae, pipe.vae, AUTOENCODER_DIFFUSERS, "diffusion_pytorch_model")
-        _write_part(partial / "text_encoder", _clip(config.clip), pipe.clip, CLIP_TRANSFORMERS, "model")
-        _write_part(partial / "text_encoder_2", _t5(config.t5), pipe.t5, t5_rules, "model")
+        for name, content in descriptions(pipe.config).items():
+            write_json(partial / name, content)
+        _write_part(partial / "transformer", pipe.transformer, FLUX_DIFFUSERS, "diffusion_pytorch_model")
+        _write_part(partial / "vae", pipe.vae, AUTOENCODER_DIFFUSERS, "diffusion_pytorch_model")
+        _write_part(partial / "text_encoder", pipe.clip, CLIP_TRANSFORMERS, "model")
+        _write_part(partial / "text_encoder_2", pipe.t5, t5_rules, "model")
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
 
 
-def _write_part(directory: Path, config: dict[str, Any], module: Any, rules: Sequence[Rule], stem: str) -> None:
-    _write_json(directory / "config.json", config)
+def descriptions(config: PipelineConfig) -> dict[str, dict[str, Any]]:
+    """Returns the JSON files that describe a pipeline in its directory, by their paths; `model_index.json` comes last.
+
+    Args:
+        config: of the pipeline.
+    """
+    return {
+        "scheduler/scheduler_config.json": _scheduler(config.scheduler),
+        "transformer/config.json": flux_config_to_diffusers(config.transformer),
+        "vae/config.json": _autoencoder(config.vae, max(config.defaults.height, config.defaults.width)),
+        "text_encoder/config.json": _clip(config.clip),
+        "text_encoder_2/config.json": _t5(config.t5),
+        "model_index.json": INDEX,
+    }
+
+
+def _write_part(directory: Path, module: Any, rules: Sequence[Rule], stem: str) -> None:
     dtype = np.dtype(next(iter(leaf_paths(module).values())).dtype)
     shapes = source_shapes(rules, module)
     tensors = save_tree(module, rules)
@@ -79,7 +90,8 @@ def _next(tensors: Iterator[tuple[str, np.ndarray]], key: str) -> np.ndarray:
     return tensor
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a file of a diffusers directory; its folder is made where it is missing."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

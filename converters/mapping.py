@@ -8,22 +8,22 @@
 3. `check_coverage` compares: every source key is used exactly once or `Ignored` for a stated reason, every leaf is
    filled exactly once, every transformed shape is the leaf's shape. It needs shapes only, so a full-size model is
    proved without weights.
-4. `load_tree` fills leaf by leaf from the memory map: one host buffer of the leaf's size, slice by slice, cast, checked
-   to be finite, put onto its sharding, freed. All problems are told together in one `ConversionError`.
+4. `open_tree` checks that, and says how each leaf is made, slice by slice: read, transformed, cast, checked to be
+   finite. `load_tree` makes them all and puts each onto its sharding; others write them without holding them. All
+   problems are told together in one `ConversionError`.
 5. `save_tree` runs the same table backwards, tensor by tensor.
 
 Tables are read with `transforms.py` beside them; `source.py` reads the checkpoints.
 """
 
-import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
+from converters.rules import Assignment, ConversionError, Ignored, Labels, Rule, Shape, expand, is_ignored
 from converters.source import ArraySource, Source
 from converters.transforms import (
     Transform,
@@ -36,8 +36,8 @@ from converters.transforms import (
     swap_scale_shift,
     transpose,
 )
-from difffract_jax.config import UserError
-from difffract_jax.storage.checkpoint import cap, leaf_paths, placement
+from difffract_jax.storage.checkpoint import leaf_paths, placement
+from difffract_jax.storage.streaming import Leaf
 
 __all__ = [
     "ArraySource",
@@ -53,9 +53,11 @@ __all__ = [
     "fill_slice",
     "fuse_qkv",
     "is_ignored",
-    "load_leaves",
     "linear_from_conv1x1",
+    "load_leaves",
     "load_tree",
+    "open_tree",
+    "problems_of",
     "same",
     "save_tree",
     "source_shapes",
@@ -65,94 +67,8 @@ __all__ = [
     "transpose",
 ]
 
-Shape = tuple[int, ...]
-Labels = Mapping[str, Sequence[str]]
-
-
-class ConversionError(UserError):
-    """A checkpoint that does not fit; the message names every problem, up to a dozen.
-
-    Attributes:
-        what: the checkpoint or the part of it that was converted.
-        problems: all problems, in full.
-    """
-
-    def __init__(self, what: str, problems: Iterable[str]):
-        self.what, self.problems = what, tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(f"{what} cannot be converted, {count}: {'; '.join(cap(list(self.problems)))}.")
-
-
-class Rule(NamedTuple):
-    """One row of a table; see the module docstring for placeholders.
-
-    Attributes:
-        source: pattern of the source keys, or several that are used together.
-        target: pattern of the leaf paths, or several that are made together.
-        transform: how the ones become the others.
-    """
-
-    source: str | tuple[str, ...]
-    target: str | tuple[str, ...]
-    transform: Transform = same
-
-
-class Ignored(NamedTuple):
-    """Source keys that no rule uses, on purpose.
-
-    Attributes:
-        source: pattern of the keys; `*` stands for any text.
-        reason: why they are not needed.
-    """
-
-    source: str
-    reason: str
-
-
-class Assignment(NamedTuple):
-    """A rule at one choice of the placeholders that source and target share.
-
-    Attributes:
-        rule: the rule.
-        targets: the leaf paths it makes.
-        stack: extents of the stacked axes, () when there are none.
-        sources: for every index of `stack`, in row-major order, the source keys.
-    """
-
-    rule: Rule
-    targets: tuple[str, ...]
-    stack: Shape
-    sources: tuple[tuple[str, ...], ...]
-
-
-def expand(rules: Sequence[Rule], abstract: Any, labels: Labels | None = None) -> list[Assignment]:
-    """Applies a table to the leaves of an abstract tree: which source keys make which leaves.
-
-    A rule whose first target matches no leaf has no part in this tree (guidance in a model without guidance).
-
-    Args:
-        rules: the table.
-        abstract: the tree, or its shapes.
-        labels: placeholder of a stacked axis -> what its layers are called, where not 0, 1, 2, ...
-    """
-    leaves = leaf_paths(abstract)
-    found = []
-    for rule in rules:
-        targets = _tuple(rule.target)
-        stacked = [name for name in _placeholders(_tuple(rule.source)[0]) if name not in _placeholders(targets[0])]
-        for path, leaf in leaves.items():
-            if match := _regex(targets[0]).fullmatch(path):
-                found.append(_assign(rule, match.groupdict(), stacked, leaf.shape[: len(stacked)], labels or {}))
-    return found
-
-
-def _assign(rule: Rule, shared: Mapping[str, str], stacked: Sequence[str], stack: Shape, labels: Labels) -> Assignment:
-    sources = []
-    axes = [labels.get(name, [str(i) for i in range(size)]) for name, size in zip(stacked, stack, strict=False)]
-    for index in itertools.product(*axes):
-        values = {**shared, **dict(zip(stacked, index, strict=False))}
-        sources.append(tuple(_fill(pattern, values) for pattern in _tuple(rule.source)))
-    return Assignment(rule, tuple(_fill(pattern, shared) for pattern in _tuple(rule.target)), stack, tuple(sources))
+TILE = 128
+"""Rows and columns of a transposed matrix that are copied together."""
 
 
 def check_coverage(
@@ -221,11 +137,6 @@ def _misfit(transform: Transform, given: tuple[Shape, ...], wanted: tuple[Shape,
     return f"has shape {shown}, expected {' and '.join(str(tensor.shape) for tensor in backward)}"
 
 
-def is_ignored(key: str, ignored: Sequence[Ignored]) -> bool:
-    """Says whether one of the `ignored` patterns matches the key."""
-    return any(_regex(item.source).fullmatch(key) for item in ignored)
-
-
 def load_tree(
     source: Source | ArraySource,
     rules: Sequence[Rule],
@@ -252,7 +163,7 @@ def load_tree(
     """
     options = {"ignored": ignored, "labels": labels, "dtype": dtype, "sharding": sharding}
     arrays = load_leaves(source, rules, abstract, lambda path: True, **options)
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path in leaf_paths(abstract)])
+    return jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
 
 
 def load_leaves(
@@ -279,41 +190,105 @@ def load_leaves(
         sharding: where leaves go.
 
     Returns:
-        The leaves by path.
+        The leaves by path, in the tree's order.
     """
-    assignments, leaves, target = expand(rules, abstract, labels), leaf_paths(abstract), placement(sharding)
+    target = placement(sharding)
+    opened = open_tree(source, rules, abstract, ignored=ignored, labels=labels, dtype=dtype)
+    leaves = {path: leaf for path, leaf in opened.items() if wanted(path)}
+    try:
+        return {path: jax.device_put(leaf.array(), target(path)) for path, leaf in leaves.items()}
+    except ConversionError as error:
+        raise ConversionError(source.name, problems_of(leaves.values())) from error
+
+
+def open_tree(
+    source: Source | ArraySource,
+    rules: Sequence[Rule],
+    abstract: Any,
+    *,
+    ignored: Sequence[Ignored] = (),
+    labels: Labels | None = None,
+    dtype: Any = None,
+    mapped: bool = True,
+) -> dict[str, Leaf]:
+    """Checks a checkpoint, and says how each leaf of a tree is made of it.
+
+    Args:
+        source: the checkpoint.
+        rules: its table.
+        abstract: tree of shapes and types.
+        ignored: keys that may be left over.
+        labels: names of stacked layers.
+        dtype: type of the leaves; left out, the abstract leaves' own.
+        mapped: take tensors from the memory map; or else read each into memory, so that a file that shrinks meanwhile
+            is an error and does not end the process.
+
+    Returns:
+        Path -> leaf, in the order of `abstract`. Making one raises `ConversionError` if its values are not finite.
+
+    Raises:
+        ConversionError: naming every missing, unknown, doubly used, misshapen or unreadable tensor; of others that are
+            not finite, too.
+    """
+    assignments, leaves = expand(rules, abstract, labels), leaf_paths(abstract)
     used = [key for item in assignments for keys in item.sources for key in keys if source.readable(key)]
     problems = [*source.problems, *check_coverage(source.shapes(), rules, abstract, ignored, labels)]
     problems += [f"{key} has type {source.dtype(key)}, expected a float" for key in used if not source.is_float(key)]
     if problems:
         raise ConversionError(source.name, problems + _not_finite(source, used))
-    arrays: dict[str, jax.Array] = {}
-    for assignment in assignments:
-        for place, path in enumerate(assignment.targets):
-            if not wanted(path):
-                continue
-            buffer = np.empty(leaves[path].shape, leaves[path].dtype if dtype is None else dtype)
-            problems += _fill_leaf(buffer, source, assignment, place)
-            # Once something is wrong the tree will not be used: only the check goes on.
-            if not problems:
-                arrays[path] = jax.device_put(buffer, target(path))
-    if problems:
-        raise ConversionError(source.name, dict.fromkeys(problems))
-    return arrays
+    read = source.__getitem__ if mapped else source.read
+    made: dict[str, Leaf] = {}
+    for item in assignments:
+        for place, path in enumerate(item.targets):
+            kind = np.dtype(leaves[path].dtype if dtype is None else dtype)
+            shape = tuple(leaves[path].shape)
+            make = partial(_make_slice, source, read, item, place, shape[len(item.stack) :], kind)
+            made[path] = Leaf(kind, shape, len(item.sources), make)
+    return {path: made[path] for path in leaves}
 
 
-def _fill_leaf(buffer: np.ndarray, source: Source | ArraySource, assignment: Assignment, place: int) -> list[str]:
-    """Fills one leaf's buffer slice by slice; returns which slices hold values that are not finite."""
-    problems = []
-    slices = buffer.reshape(-1, *buffer.shape[len(assignment.stack) :])
-    for part, keys in zip(slices, assignment.sources, strict=True):
-        # An overflow in the cast leaves infinities, which are reported below with their key.
-        with np.errstate(over="ignore"):
-            part[...] = assignment.rule.transform.forward(_of_one_type([source[key] for key in keys]))[place]
-        if not np.isfinite(part).all():
-            guilty = _not_finite(source, keys)
-            problems += guilty or [f"{' + '.join(keys)} holds values too large for {buffer.dtype}"]
-    return problems
+def problems_of(leaves: Iterable[Leaf]) -> list[str]:
+    """Makes every leaf and returns what is wrong with their values, each problem once."""
+    problems: dict[str, None] = {}
+    for leaf in leaves:
+        for number in range(leaf.count):
+            try:
+                leaf.make(number)
+            except ConversionError as error:
+                problems |= dict.fromkeys(error.problems)
+    return list(problems)
+
+
+def _make_slice(
+    source: Source | ArraySource,
+    read: Callable[[str], np.ndarray],
+    assignment: Assignment,
+    place: int,
+    shape: Shape,
+    dtype: np.dtype,
+    number: int,
+) -> np.ndarray:
+    """Makes one slice of a leaf; values that are not finite are a `ConversionError` with their keys."""
+    keys = assignment.sources[number]
+    made = np.empty(shape, dtype)
+    # An overflow in the cast leaves infinities, which are reported below with their key.
+    with np.errstate(over="ignore"):
+        _fill(made, assignment.rule.transform.forward(_of_one_type([read(key) for key in keys]))[place])
+    if not np.isfinite(made).all():
+        guilty = _not_finite(source, keys)
+        raise ConversionError(source.name, guilty or [f"{' + '.join(keys)} holds values too large for {dtype}"])
+    return made
+
+
+def _fill(made: np.ndarray, values: np.ndarray) -> None:
+    """Copies values, cast; of a matrix that is transposed in tiles, so that each line of memory is read once."""
+    if made.ndim != 2 or values.flags.c_contiguous:
+        made[...] = values
+        return
+    for row in range(0, made.shape[0], TILE):
+        for column in range(0, made.shape[1], TILE):
+            tile = slice(row, row + TILE), slice(column, column + TILE)
+            made[tile] = values[tile]
 
 
 def fill_slice(
@@ -335,7 +310,7 @@ def fill_slice(
     with np.errstate(over="ignore"):
         made = assignment.rule.transform.forward(_of_one_type([source[key] for key in keys]))
         for part, value in zip(parts, made, strict=True):
-            part[...] = value
+            _fill(part, value)
     if not check or all(np.isfinite(part).all() for part in parts):
         return []
     return _not_finite(source, keys) or [f"{' + '.join(keys)} holds values too large for {parts[0].dtype}"]
@@ -375,26 +350,6 @@ def source_shapes(rules: Sequence[Rule], abstract: Any) -> dict[str, Shape]:
         for keys in assignment.sources:
             shapes |= {key: tensor.shape for key, tensor in zip(keys, tensors, strict=True)}
     return shapes
-
-
-def _tuple(patterns: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (patterns,) if isinstance(patterns, str) else patterns
-
-
-@cache
-def _placeholders(pattern: str) -> list[str]:
-    return list(dict.fromkeys(re.findall(r"\{(\w+)\}", pattern)))
-
-
-@cache  # every rule is held against every leaf, and one pattern is translated in 20 microseconds
-def _regex(pattern: str) -> re.Pattern[str]:
-    """Translates a pattern: a placeholder is one part of a dotted name, `*` any text."""
-    text = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>[^.]+)", re.escape(pattern))
-    return re.compile(text.replace(r"\*", ".*"))
-
-
-def _fill(pattern: str, values: Mapping[str, str]) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: values[match[1]], pattern)
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

@@ -4,15 +4,17 @@
 2. The parts are converted in turn, leaf by leaf; the problems of all weights are reported together.
 3. `convert_transformer` converts a transformer alone: a single file in either layout, or a directory with one. With a
    `base` directory, which gives the text encoders, the autoencoder and the tokenizers, it becomes a pipeline.
+4. `open_pipeline` and `open_transformer` check the same, and say how each leaf is made, without making any.
 """
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from converters.autoencoder import AUTOENCODER_DIFFUSERS
@@ -35,7 +37,8 @@ from converters.contents import (
     without_prefix,
 )
 from converters.flux import FLUX_DIFFUSERS, flux_config_from_shapes
-from converters.mapping import ConversionError, Ignored, Rule, Source, load_tree
+from converters.mapping import ConversionError, Ignored, Rule, Source, load_tree, open_tree
+from converters.source import stored_dtype
 from converters.streaming import stream_module
 from converters.text_encoders import CLIP_PREFIX, clip_tables, t5_tables
 from converters.weight_files import check_variant, variants
@@ -46,8 +49,10 @@ from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import Pipeline, PipelineConfig
 from difffract_jax.models.streaming import Weights
 from difffract_jax.models.t5 import T5Encoder
-from difffract_jax.models.tokenizers import load_tokenizers
+from difffract_jax.models.tokenizers import Tokenizers, load_tokenizers
+from difffract_jax.storage.streaming import Leaf
 
+M = TypeVar("M")
 Sharding = Callable[[str, Any], Any]
 """Part ("transformer", "t5", "clip" or "vae") and its abstract tree -> where its leaves go, as `placement` takes it."""
 
@@ -75,6 +80,26 @@ class PartRules(NamedTuple):
     ignored: tuple[Ignored, ...] = ()
 
 
+class Opened(NamedTuple):
+    """A checkpoint that is fit to be converted, before any of its weights is read.
+
+    Attributes:
+        parts: part of the pipeline -> path of each of its leaves, in order, and what makes it.
+        config: shapes of all parts, or of the transformer where it is alone.
+        tokenizers: None for a transformer alone.
+        files: that the weights are read from.
+    """
+
+    parts: dict[str, dict[str, Leaf]]
+    config: PipelineConfig | FluxConfig
+    tokenizers: Tokenizers | None
+    files: tuple[Path, ...]
+
+
+Use = Callable[[str, Source, PartRules], M]
+"""What becomes of a part: its name, its weights, and how they are converted."""
+
+
 def convert_pipeline(
     source: str | Path,
     *,
@@ -99,15 +124,34 @@ def convert_pipeline(
         UserError: when it is not a FLUX.1 pipeline or a configuration is not understood.
         ConversionError: naming every problem of the weights of all parts.
     """
-    source = Path(source)
-    if base is not None:
-        return _complete(source, Path(base), _Loading(dtype, sharding, weights), variant)
-    check_architecture(source)
-    config = pipeline_config(source)
-    tokenizers = load_tokenizers(source)
-    check_variant(source, _variants([source / folder for folder in FOLDERS.values()]), variant)
-    modules = _convert_parts(config, source, _Loading(dtype, sharding, weights), tuple(FOLDERS), variant)
+    modules, tokenizers, config = _pipeline(Path(source), base, variant, dtype, _loading(sharding, weights))
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
+
+
+def open_pipeline(
+    source: str | Path, *, base: str | Path | None = None, dtype: Any = None, variant: str | None = None
+) -> Opened:
+    """Checks a pipeline as `convert_pipeline` does, and says how its leaves are made.
+
+    Args:
+        source: as there.
+        base: as there.
+        dtype: type of the weights; left out, bfloat16 for parts whose weights all are, float32 for others.
+        variant: as there.
+
+    Raises:
+        ConversionError: naming every problem of the weights of all parts that can be seen without reading them.
+    """
+    files: list[Path] = []
+    parts, tokenizers, config = _pipeline(Path(source), base, variant, jnp.float32, _opening(dtype, files))
+    return Opened(parts, config, tokenizers, tuple(files))
+
+
+def open_transformer(source: str | Path, *, dtype: Any = None, variant: str | None = None) -> Opened:
+    """Checks a transformer alone as `convert_transformer` does; arguments as for `open_pipeline`."""
+    files: list[Path] = []
+    leaves, config = _transformer(Path(source), None, variant, jnp.float32, _opening(dtype, files))
+    return Opened({"transformer": leaves}, config, None, tuple(files))
 
 
 def convert_transformer(
@@ -135,12 +179,73 @@ def convert_transformer(
     Raises:
         UserError: when it is not a FLUX.1 transformer; the message says what it is.
     """
-    path = _transformer_path(Path(source))
+    return _transformer(Path(source), rope_axes, variant, dtype, _loading(sharding, weights))
+
+
+def _transformer(
+    source: Path, rope_axes: tuple[int, ...] | None, variant: str | None, dtype: Any, use: Use[M]
+) -> tuple[M, FluxConfig]:
+    """Makes what is wanted of a transformer alone."""
+    path = _transformer_path(source)
     axes = rope_axes if rope_axes is not None else rope_axes_beside(path)
     part, layout = transformer_of(Source(path, variant=variant))
     config = flux_config_from_shapes(part.shapes(), ROPE_AXES if axes is None else axes)
-    rules = PartRules(abstract_module(MMDiT, config, dtype), layout.rules)
-    return _load_part("transformer", part, rules, _Loading(dtype, sharding, weights)), config
+    return use("transformer", part, PartRules(abstract_module(MMDiT, config, dtype), layout.rules)), config
+
+
+def _loading(sharding: Sharding | None, weights: Weights) -> Use[Any]:
+    """Returns what loads a part, whole or all but its stacks."""
+
+    def load(name: str, source: Source, part: PartRules) -> Any:
+        if weights != "device" and name in LAYERED_PARTS:
+            return stream_module(source, part.rules, part.abstract, part.ignored, weights)
+        target = None if sharding is None else sharding(name, part.abstract)
+        return load_tree(source, part.rules, part.abstract, ignored=part.ignored, sharding=target)
+
+    return load
+
+
+def _opening(dtype: Any, files: list[Path]) -> Use[dict[str, Leaf]]:
+    """Returns what says how a part's leaves are made, and adds the files that they are read from to a list."""
+
+    def open_part(name: str, source: Source, part: PartRules) -> dict[str, Leaf]:
+        files.extend(file for file in source.files() if file not in files)
+        kind = stored_dtype(source.kinds()) if dtype is None else dtype
+        return open_tree(source, part.rules, part.abstract, ignored=part.ignored, dtype=kind, mapped=False)
+
+    return open_part
+
+
+def stacks_of(config: Any) -> tuple[str, ...]:
+    """Returns the names of a part's stacks, whose leaves have a leading layer axis.
+
+    Args:
+        config: shape of the part.
+    """
+    return tuple(stack.name for stack in config.layout.stacks) if isinstance(config, FluxConfig) else ("blocks",)
+
+
+def sliced(
+    config: Any, arrays: Mapping[str, Any], read: Callable[[str, int | None], np.ndarray] | None = None
+) -> dict[str, Leaf]:
+    """Returns the leaves of a part that is there already, those of its stacks layer by layer.
+
+    Args:
+        config: shape of the part.
+        arrays: path -> array, or what has its type and shape.
+        read: path and layer, or None -> values; those of `arrays` if left out.
+    """
+
+    def take(path: str, layer: int | None) -> np.ndarray:
+        return np.asarray(arrays[path] if layer is None else arrays[path][layer])
+
+    values, stacks = read or take, stacks_of(config)
+    leaves: dict[str, Leaf] = {}
+    for path, array in arrays.items():
+        shape, stacked = tuple(array.shape), path.split(".")[0] in stacks
+        make = partial(values, path) if stacked else lambda _, path=path: values(path, None)
+        leaves[path] = Leaf(np.dtype(array.dtype), shape, shape[0] if stacked else 1, make)
+    return leaves
 
 
 def _transformer_path(path: Path) -> Path:
@@ -163,18 +268,19 @@ def abstract_module(module: Callable[..., Any], config: Any, dtype: Any = jnp.fl
 def _convert_parts(
     config: PipelineConfig,
     home: Path,
-    loading: "_Loading",
+    dtype: Any,
+    use: Use[M],
     names: tuple[str, ...],
     variant: str | None,
-) -> dict[str, Any]:
-    """Converts the named parts; the problems of all are raised together."""
+) -> dict[str, M]:
+    """Makes what is wanted of the named parts; the problems of all are raised together."""
     files = {name: home / FOLDERS[name] for name in names}
-    modules: dict[str, Any] = {}
+    modules: dict[str, M] = {}
     problems: list[str] = []
     for name, path in files.items():
         try:
-            source, rules = _part_rules(name, config, Source(path, variant=variant), loading.dtype)
-            modules[name] = _load_part(name, source, rules, loading)
+            source, rules = _part_rules(name, config, Source(path, variant=variant), dtype)
+            modules[name] = use(name, source, rules)
         except ConversionError as error:
             problems += [f"{path.name}: {problem}" for problem in error.problems]
         except UserError as error:
@@ -210,23 +316,23 @@ def _part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) -
     return source, PartRules(abstract_module(Autoencoder, config.vae, dtype), AUTOENCODER_DIFFUSERS)
 
 
-class _Loading(NamedTuple):
-    """How weights are loaded: their type, where leaves go, and where stacks stay."""
-
-    dtype: Any
-    sharding: Sharding | None
-    weights: Weights
-
-
-def _load_part(name: str, source: Source, part: PartRules, loading: _Loading) -> Any:
-    if loading.weights != "device" and name in LAYERED_PARTS:
-        return stream_module(source, part.rules, part.abstract, part.ignored, loading.weights)
-    target = None if loading.sharding is None else loading.sharding(name, part.abstract)
-    return load_tree(source, part.rules, part.abstract, ignored=part.ignored, sharding=target)
+def _pipeline(
+    source: Path, base: str | Path | None, variant: str | None, dtype: Any, use: Use[M]
+) -> tuple[dict[str, M], Tokenizers, PipelineConfig]:
+    """Makes what is wanted of every part of a pipeline; returns its tokenizers and its configuration, too."""
+    if base is not None:
+        return _completed(source, Path(base), variant, dtype, use)
+    check_architecture(source)
+    config = pipeline_config(source)
+    tokenizers = load_tokenizers(source)
+    check_variant(source, _variants([source / folder for folder in FOLDERS.values()]), variant)
+    return _convert_parts(config, source, dtype, use, tuple(FOLDERS), variant), tokenizers, config
 
 
-def _complete(source: Path, base: Path, loading: _Loading, variant: str | None) -> Pipeline:
-    """Makes a pipeline of a transformer and the other parts of a base directory."""
+def _completed(
+    source: Path, base: Path, variant: str | None, dtype: Any, use: Use[M]
+) -> tuple[dict[str, M], Tokenizers, PipelineConfig]:
+    """Does what `_pipeline` does, of a transformer and the other parts of a base directory."""
     check_base(base)
     t5, clip, vae = read_configs(base, ("text_encoder_2", "text_encoder", "vae"))
     tokenizers = load_tokenizers(base)
@@ -234,9 +340,9 @@ def _complete(source: Path, base: Path, loading: _Loading, variant: str | None) 
     folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
     check_variant(f"{source} and {base}", _variants(folders), variant)
     axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
-    transformer, shape = convert_transformer(path, rope_axes=axes, variant=variant, **loading._asdict())
+    transformer, shape = _transformer(path, axes, variant, dtype, use)
     check_fit(f"{source} and {base}", shape, t5, clip, vae)
     scheduler = scheduler_of((source, base), shape)
     config = PipelineConfig(shape, t5, clip, vae, scheduler, defaults_of(base, shape))
-    others = _convert_parts(config, base, loading, ("t5", "clip", "vae"), variant)
-    return Pipeline(transformer=transformer, **others, tokenizers=tokenizers, config=config)
+    others = _convert_parts(config, base, dtype, use, ("t5", "clip", "vae"), variant)
+    return {"transformer": transformer, **others}, tokenizers, config

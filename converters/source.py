@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from converters import quantised
@@ -107,10 +108,27 @@ class Source:
         for file in {id(file): file for file in self._files.values() if file is not None}.values():
             file.check_unchanged()
 
+    def read(self, key: str) -> np.ndarray:
+        """Reads a tensor into memory, as `source[key]` is; see `TensorFile.read`."""
+        if self.dtype(key) in quantised.FP8:
+            return self[key]
+        return self._file(key).read(self._raw[key])
+
+    def kinds(self) -> set[np.dtype]:
+        """Returns the types of its floating point numbers."""
+        return {DTYPES[str(self.dtype(key))] for key in self if self.dtype(key) in FLOATS}
+
+    def files(self) -> list[Path]:
+        """Returns the files that hold the tensors."""
+        return sorted({file.path for key in self if (file := self._files[self._raw[key]])})
+
     def _tensor(self, key: str) -> np.ndarray:
+        return self._file(key)[self._raw[key]]
+
+    def _file(self, key: str) -> TensorFile:
         file = self._files[self._raw[key]]
         assert file is not None, key
-        return file[self._raw[key]]
+        return file
 
     def _select(self, raw: Mapping[str, str], prefix: str) -> None:
         """Takes the keys that begin with a prefix; `raw` is how the files call them."""
@@ -198,6 +216,16 @@ def _first(keys: list[str]) -> str:
     return keys[0] if len(keys) == 1 else f"{keys[0]} (and {len(keys) - 1} more)"
 
 
+def stored_dtype(kinds: Iterable[np.dtype]) -> np.dtype:
+    """Returns the type that weights are kept in without loss: bfloat16 where all are, or else float32.
+
+    Args:
+        kinds: type of each.
+    """
+    half = np.dtype(ml_dtypes.bfloat16)
+    return half if set(kinds) == {half} else np.dtype(np.float32)
+
+
 class ArraySource:
     """Named arrays with the interface of `Source`.
 
@@ -231,4 +259,12 @@ class ArraySource:
         return self._arrays[key].dtype in [DTYPES[code] for code in FLOATS]
 
     def __getitem__(self, key: str) -> np.ndarray:
+        return self._arrays[key]
+
+    def kinds(self) -> set[np.dtype]:
+        """Returns the types of its floating point numbers."""
+        return {self._arrays[key].dtype for key in self._arrays if self.is_float(key)}
+
+    def read(self, key: str) -> np.ndarray:
+        """Returns an array, which is in memory, or mapped, as it was given."""
         return self._arrays[key]

@@ -7,7 +7,8 @@
    lie in a record of training (`state_dicts`).
 3. `torch_noise` draws the starting latents that diffusers draws for a seed.
 4. `record_*` run one PyTorch component of a diffusers directory in float32 and return its inputs and outputs; forward
-   hooks catch every block's.
+   hooks catch every block's. The large ones, T5 and the transformer, have their blocks' weights in memory only while
+   the block runs.
 """
 
 import importlib
@@ -15,7 +16,8 @@ import pickle
 import re
 import struct
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Int
 
+from converters.source import Source
 from converters.state_dicts import NotFound, find_state
 from difffract_jax.config import UserError
 from difffract_jax.seeds import LOW_HALF, check_seed
@@ -245,10 +248,12 @@ def _tensor(torch: Any, value: np.ndarray) -> Any:
 def record_text(directory: Path, t5_ids: Int[np.ndarray, "txt"], clip_ids: Int[np.ndarray, "clip"]) -> TextRecord:
     """Runs both PyTorch text encoders on one prompt's ids."""
     torch, transformers = load_module("torch"), load_module("transformers")
-    t5 = transformers.T5EncoderModel.from_pretrained(directory / "text_encoder_2", dtype=torch.float32).eval()
+    config = transformers.T5Config.from_pretrained(directory / "text_encoder_2")
+    t5 = _by_blocks(torch, lambda: transformers.T5EncoderModel(config), directory / "text_encoder_2")
     clip = transformers.CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32).eval()
     with torch.no_grad():
         hidden = t5(torch.from_numpy(t5_ids[None].astype(np.int64))).last_hidden_state
+        del t5
         pooled = clip(torch.from_numpy(clip_ids[None].astype(np.int64)))
     return TextRecord(hidden[0].numpy(), pooled.last_hidden_state[0].numpy(), pooled.pooler_output[0].numpy())
 
@@ -267,10 +272,8 @@ def record_decoding(directory: Path, latent: Float32[np.ndarray, "h w latent"]) 
 def record_transformer(directory: Path, inputs: TransformerInputs) -> TransformerRecord:
     """Runs the PyTorch transformer once and returns what went into and came out of every block."""
     torch, diffusers = load_module("torch"), load_module("diffusers")
-    path = directory / "transformer"
-    model = diffusers.FluxTransformer2DModel.from_pretrained(
-        path, torch_dtype=torch.float32, low_cpu_mem_usage=False
-    ).eval()
+    path, kind = directory / "transformer", diffusers.FluxTransformer2DModel
+    model = _by_blocks(torch, lambda: kind.from_config(kind.load_config(path)), path)
     blocks: dict[int, BlockRecord] = {}
 
     def keep(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -289,6 +292,42 @@ def record_transformer(directory: Path, inputs: TransformerInputs) -> Transforme
     found = [blocks[id(module)] for module in modules]
     depth = len(model.transformer_blocks)
     return TransformerRecord(found[:depth], found[depth:], velocity[0].numpy())
+
+
+def _by_blocks(torch: Any, build: Callable[[], Any], folder: Path) -> Any:
+    """Returns a model whose blocks have weights while they run alone; the rest has them from the beginning.
+
+    Args:
+        torch: the module.
+        build: makes the model.
+        folder: holds its weights.
+    """
+    source = Source(folder)
+    with torch.device("meta"):  # no memory for weights
+        model = build().eval()
+    lists = (name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    stacks = [name for name in lists if not any(part.isdigit() for part in name.split("."))]
+
+    def tensor(key: str) -> Any:
+        alike = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
+        held = key if source.readable(key) else alike.get(key, key)
+        if not source.readable(held):
+            raise UserError(f"{folder} lacks {key}; download it again.")
+        return _tensor(torch, source.read(held).astype(np.float32, copy=False))
+
+    def fill(module: Any, prefix: str, keys: Iterable[str]) -> None:
+        module.load_state_dict({key: tensor(prefix + key) for key in keys}, assign=True, strict=False)
+
+    def enter(module: Any, arguments: Any, prefix: str = "") -> None:
+        fill(module, prefix, module.state_dict())
+
+    for stack in stacks:
+        for number, block in enumerate(model.get_submodule(stack)):
+            block.register_forward_pre_hook(partial(enter, prefix=f"{stack}.{number}."))
+            block.register_forward_hook(lambda module, arguments, output: module.to("meta") and None)
+    within = tuple(f"{stack}." for stack in stacks)
+    fill(model, "", [key for key in model.state_dict() if not key.startswith(within)])
+    return model
 
 
 def _arguments(torch: Any, inputs: TransformerInputs) -> dict[str, Any]:

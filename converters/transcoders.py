@@ -9,33 +9,38 @@
 5. The reference feeds its transcoders t in [0, 1], so they load with `conditioning` "film_raw_t"
    (docs/method.md, section 2).
 6. `export_transcoders` runs the table backwards, and refuses sets that the reference's module cannot compute.
+7. `open_torch` and `export_site` do the same leaf by leaf and site by site, for sets that shall not be in memory.
 """
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters.mapping import ArraySource, ConversionError, Rule, load_tree, same, save_tree, transpose
+from converters.mapping import ArraySource, ConversionError, Rule, load_tree, open_tree, same, save_tree, transpose
 from converters.repositories import SITE
+from converters.source import stored_dtype
 from converters.state_dicts import NotFound, unwrapped
 from converters.streaming import stream_stack
 from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
 from difffract_jax.models.streaming import Weights, whole, whole_bytes
 from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, atomic_directory, cap, tree_hash
-from difffract_jax.storage.files import DTYPES, TensorFile, sample_hash
-from difffract_jax.transcoders.sites import ROWS, are_chosen, sites_of
+from difffract_jax.storage.files import DTYPES, TensorFile
+from difffract_jax.storage.streaming import Leaf
+from difffract_jax.storage.sums import sample_hash
+from difffract_jax.transcoders.sites import ROWS, SiteSet, are_chosen, sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 
 _LOG = logging.getLogger(__name__)
 State = dict[str, np.ndarray]
+M = TypeVar("M")
 STREAMS = ("img", "txt")
 
 TRANSCODER_TORCH = (
@@ -52,6 +57,8 @@ TRANSCODER_TORCH = (
 )
 """The reference's `TemporalAwareTranscoder` and its SAE, which is the same module."""
 
+LABELS = {"site": ["site"]}
+"""What the one site of a stack is called."""
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 WANTED = "encoder.weight"
 """The key that every file has, and that tells the sizes."""
@@ -73,6 +80,22 @@ class SiteFile(NamedTuple):
     stream: str
     layer: int
     path: Path
+
+
+class OpenedSites(NamedTuple):
+    """A set of transcoders before any of its weights is read.
+
+    Attributes:
+        config: shape of each.
+        sites: which there are.
+        stacks: name of a group -> path of each leaf of its stack, and what makes it.
+        files: that the weights are read from.
+    """
+
+    config: TranscoderConfig
+    sites: SiteSet
+    stacks: dict[str, dict[str, Leaf]]
+    files: tuple[Path, ...]
 
 
 def is_torch_directory(directory: Path) -> bool:
@@ -104,9 +127,52 @@ def transcoders_from_torch(
     Raises:
         ConversionError: naming every file and tensor that does not fit.
     """
-    site_files, problems = _list_files(Path(directory), files)
+
+    def load(arrays: ArraySource, abstract: Any, names: list[str]) -> Any:
+        if weights != "device":
+            return stream_stack(arrays, TRANSCODER_TORCH, abstract, {"site": names}, weights)
+        return load_tree(arrays, TRANSCODER_TORCH, abstract, labels={"site": names}, sharding=sharding)
+
+    stacks, held, config, paths = _converted(Path(directory), sites, files, dtype, load)
+    if weights != "device" and sum(map(whole_bytes, stacks.values())) >= VERIFY_BELOW_BYTES:
+        return TranscoderSet(stacks, held, config, sample_hash(Path(directory), [path.name for path in paths]))
+    return TranscoderSet(stacks, held, config, tree_hash({name: whole(stack) for name, stack in stacks.items()}))
+
+
+def open_torch(
+    directory: str | Path, *, sites: Sequence[str] | None = None, files: Collection[str] = (), dtype: Any = None
+) -> OpenedSites:
+    """Checks a directory of the reference's files as `transcoders_from_torch` does, and says how leaves are made.
+
+    Args:
+        directory: as there.
+        sites: as there.
+        files: as there.
+        dtype: type of the weights; if left out, bfloat16 where all are, else float32.
+
+    Raises:
+        ConversionError: naming every file and tensor that does not fit, by its shape or type.
+    """
+
+    def open_stack(arrays: ArraySource, abstract: Any, names: list[str]) -> dict[str, Leaf]:
+        kind = stored_dtype(arrays.kinds()) if dtype is None else dtype
+        return open_tree(arrays, TRANSCODER_TORCH, abstract, labels={"site": names}, dtype=kind)
+
+    stacks, held, config, paths = _converted(Path(directory), sites, files, jnp.float32, open_stack)
+    return OpenedSites(config, held, stacks, paths)
+
+
+def _converted(
+    directory: Path,
+    sites: Sequence[str] | None,
+    names: Collection[str],
+    dtype: Any,
+    use: Callable[[ArraySource, Any, list[str]], M],
+) -> tuple[dict[str, M], SiteSet, TranscoderConfig, tuple[Path, ...]]:
+    """Reads the files' headers and makes what is wanted of each stream; returns the files, too."""
+    site_files, problems = _list_files(directory, names)
     if sites is not None:
-        site_files = _chosen(site_files, sites, Path(directory))
+        site_files = _chosen(site_files, sites, directory)
     if problems:
         raise ConversionError(str(directory), problems)
     states: dict[SiteFile, State] = {}
@@ -122,20 +188,20 @@ def transcoders_from_torch(
     if common or not states:
         raise ConversionError(str(directory), [*common, *dict.fromkeys(problems)])
     config = _config(*next(iter(states.items())))
-    stacks: dict[str, Transcoder] = {}
+    stacks: dict[str, M] = {}
     for stream in STREAMS:
-        chosen = {file: state for file, state in states.items() if file.stream == stream}
+        chosen = {file.path.stem: state for file, state in states.items() if file.stream == stream}
+        arrays = {f"{stem}.{key}": array for stem, state in chosen.items() for key, array in state.items()}
         try:
             if chosen:
-                stacks[stream] = _load_stream(str(directory), chosen, config, dtype, sharding, weights)
+                abstract = stacked_transcoders(config, len(chosen), dtype)
+                stacks[stream] = use(ArraySource(str(directory), arrays), abstract, list(chosen))
         except ConversionError as error:
             problems += error.problems
     if problems:
         raise ConversionError(str(directory), problems)
     held = sites_of({stream: [file.layer for file in states if file.stream == stream] for stream in STREAMS})
-    if weights != "device" and sum(map(whole_bytes, stacks.values())) >= VERIFY_BELOW_BYTES:
-        return TranscoderSet(stacks, held, config, sample_hash(Path(directory), [file.path.name for file in states]))
-    return TranscoderSet(stacks, held, config, tree_hash({name: whole(stack) for name, stack in stacks.items()}))
+    return stacks, held, config, tuple(file.path for file in states)
 
 
 def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool = False) -> None:
@@ -144,7 +210,35 @@ def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool =
     Raises:
         UserError: when the set has parts that the reference's module lacks.
     """
-    config = tcs.config
+    refuse_foreign_parts(tcs.config, tcs.stacks)
+    with atomic_directory(out, overwrite=overwrite) as partial:
+        for stream, layers in tcs.sites.groups.items():
+            for place, layer in enumerate(layers):
+                one = jax.tree.map(lambda leaf, i=place: leaf[i : i + 1], tcs.stacks[stream])
+                _write_site(partial / f"{tcs.config.role}_{stream}_{layer}.pt", one)
+
+
+def export_site(leaves: Mapping[str, Leaf], place: int, path: Path) -> None:
+    """Writes the `.pt` file of one site of a stack.
+
+    Args:
+        leaves: of the stack.
+        place: of the site in the stack.
+        path: the file.
+    """
+    _write_site(path, {name: leaf.make(place)[None] for name, leaf in leaves.items()})
+
+
+def refuse_foreign_parts(config: TranscoderConfig, groups: Collection[str]) -> None:
+    """Refuses sets that the reference's module cannot compute.
+
+    Args:
+        config: shape of each transcoder.
+        groups: names of the groups of sites.
+
+    Raises:
+        UserError: naming what it lacks.
+    """
     differs = [
         f"{name}={value!r} (the reference has {wanted!r})"
         for name, value, wanted in (
@@ -156,18 +250,15 @@ def export_transcoders(tcs: TranscoderSet, out: str | Path, *, overwrite: bool =
     ]
     if config.d_out is not None:
         differs.append(f"{config.d_model} channels in and {config.d_out} out (the reference has as many in as out)")
-    if set(tcs.stacks) - {*STREAMS, ROWS.name}:
+    if set(groups) - {*STREAMS, ROWS.name}:
         differs.append("sites in single-stream blocks (the reference has none)")
-    if ROWS.name in tcs.stacks:
+    if ROWS.name in groups:
         differs.append("a site that belongs to no block (the reference has img and txt)")
     if differs:
         raise UserError(
             f"These transcoders cannot be written as `.pt` files, as they have {', '.join(differs)}; "
             "save them in this package's own format."
         )
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        for stream, layers in tcs.sites.groups.items():
-            _write_stream(partial, config.role, stream, tcs.stacks[stream], layers)
 
 
 def stacked_transcoders(config: TranscoderConfig, count: int, dtype: Any) -> Any:
@@ -298,21 +389,6 @@ def _config(first: SiteFile, state: State) -> TranscoderConfig:
     )
 
 
-def _load_stream(
-    name: str, states: Mapping[SiteFile, State], config: TranscoderConfig, dtype: Any, sharding: Any, weights: Weights
-) -> Any:
-    arrays = {f"{file.path.stem}.{key}": array for file, state in states.items() for key, array in state.items()}
-    source, like = ArraySource(name, arrays), stacked_transcoders(config, len(states), dtype)
-    labels = {"site": [file.path.stem for file in states]}
-    if weights != "device":
-        return stream_stack(source, TRANSCODER_TORCH, like, labels, weights)
-    return load_tree(source, TRANSCODER_TORCH, like, labels=labels, sharding=sharding)
-
-
-def _write_stream(directory: Path, role: str, stream: str, stack: Any, layers: Sequence[int]) -> None:
-    """Writes one file per layer; only one layer's tensors are in memory at a time."""
-    for number, layer in enumerate(layers):
-        stem = f"{role}_{stream}_{layer}"
-        one = jax.tree.map(lambda leaf, i=number: leaf[i : i + 1], stack)
-        state = dict(save_tree(one, TRANSCODER_TORCH, labels={"site": [stem]}))
-        write_state(directory / f"{stem}.pt", {key.removeprefix(f"{stem}."): value for key, value in state.items()})
+def _write_site(path: Path, one: Any) -> None:
+    """Writes one site's file, from a stack of it alone."""
+    write_state(path, {key.removeprefix("site."): value for key, value in save_tree(one, TRANSCODER_TORCH, LABELS)})

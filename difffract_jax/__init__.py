@@ -14,6 +14,7 @@ Packages and modules, each importing only from those above it:
     organism dashboards           the embedded model and its world; reports
     estimate                      what a command needs, counted from shapes before anything is loaded
     directories loading           models and transcoders by name: embedded, in a directory, or on the hub
+    conversion                    checkpoints into directories of ours, and back, leaf by leaf
     studies                       the paper's questions as experiments on the organism
     cli                           the `difffract` command
 

@@ -268,10 +268,8 @@ class ConvertConfig(Settings):
     """Sites to convert, as in img/0-3,txt/0; all when left out. From the hub, files of others are not downloaded."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
-    dtype: Literal["f32", "bf16"] = "f32"
-    """Precision of the weights that are written."""
-    mesh: str | None = None
-    """Devices to spread the weights over, as in data=1,feature=8; one device when left out."""
+    dtype: Literal["f32", "bf16"] | None = None
+    """Precision of the weights that are written; when left out, bf16 for parts whose weights all are, else f32."""
     overwrite: bool = False
     """Replace the output directory if it exists; the old one stays until the new one is complete."""
 

@@ -8,7 +8,7 @@
    part; a pipeline's also its tokenizers. They are written whole or not at all.
 
     kind "pipeline"      transformer t5 clip vae .safetensors, tokenizer/ tokenizer_2/
-    kind "transformer"   transformer.safetensors; a single file that was converted without `base`
+    kind "transformer"   transformer.safetensors; a single file that was converted without `base` (`conversion`)
     kind "transcoders"   a .safetensors file per group of sites, img txt joint, stacked over its sites
 """
 
@@ -20,9 +20,8 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from converters.configurations import is_diffusers_directory, pipeline_config
-from converters.pipelines import Sharding, convert_pipeline, convert_transformer
+from converters.pipelines import Sharding, convert_pipeline
 from converters.transcoders import (
-    export_transcoders,
     is_torch_directory,
     stacked_transcoders,
     transcoders_from_torch,
@@ -32,7 +31,6 @@ from difffract_jax.config import UserError
 from difffract_jax.directories import (
     base_directory,
     checkpoint,
-    is_transformer_directory,
     is_whole_pipeline,
     labels_file,
     pipeline_directory,
@@ -42,7 +40,7 @@ from difffract_jax.estimate.weights import abstract_parts
 from difffract_jax.hub.names import parse_hub_name
 from difffract_jax.models.autoencoder import AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig
-from difffract_jax.models.mmdit import FluxConfig, MMDiT
+from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
 from difffract_jax.models.presets import PRESETS, preset_config
 from difffract_jax.models.sampler import SchedulerConfig
@@ -55,7 +53,6 @@ from difffract_jax.storage.checkpoint import (
     read_config,
     save_trees,
 )
-from difffract_jax.storage.files import check_vacant
 from difffract_jax.storage.sums import check_sums
 from difffract_jax.transcoders.sites import sites_of, some_sites
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, source_of_some
@@ -94,7 +91,7 @@ def load_pipeline(
     Raises:
         UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
     """
-    _refuse_whole(model, base, revision)
+    refuse_whole(model, base, revision)
     home = None if base is None else base_directory(base, variant=variant)
     if home is None:
         given = pipeline_directory(model, revision=revision, variant=variant)
@@ -110,7 +107,7 @@ def load_pipeline(
         return pipe._replace(source=identity(parts, given, base=home, variant=variant), origin=origin)
     if variant is not None:
         raise UserError(f"{path} is not a diffusers directory, and its weights have no variants; leave --variant out.")
-    record = _read_kind(path, "pipeline")
+    record = read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
     modules = {
         name: load_part(path, name, abstract, weights=weights, sharding=sharding, verify=verify)
@@ -155,7 +152,7 @@ def described_pipeline(model: str | Path) -> PipelineConfig:
     path = pipeline_directory(model, parts=()).path
     if is_diffusers_directory(path):
         return pipeline_config(path)
-    return pipeline_config_from_json(_read_kind(path, "pipeline")["config"], path)
+    return pipeline_config_from_json(read_kind(path, "pipeline")["config"], path)
 
 
 def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> str:
@@ -167,52 +164,11 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         overwrite: replace an existing directory.
     """
     trees = {name: getattr(pipe, name) for name in PARTS}
-    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | _origin_entry(pipe.origin)
+    record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | origin_entry(pipe.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
         return save_trees(trees, partial, record)
-
-
-def convert_flux(
-    source: str | Path,
-    out: str | Path,
-    *,
-    base: str | Path | None = None,
-    variant: str | None = None,
-    dtype: Any = jnp.float32,
-    sharding: Sharding | None = None,
-    overwrite: bool = False,
-) -> Pipeline | MMDiT:
-    """Converts a diffusers directory, or a transformer alone, into a directory of ours.
-
-    Args:
-        source: the directory or `.safetensors` file, here or on the hub.
-        out: directory to write; it appears only when it is complete.
-        base: for a transformer alone, the diffusers directory with the other parts; without it only the transformer is
-            converted.
-        variant: which weights of a diffusers directory to take where it has several, as in fp16.
-        dtype: type of the weights that are written.
-        sharding: where the weights go meanwhile, see `load_pipeline`.
-        overwrite: replace an existing directory.
-
-    Returns:
-        What was written: the pipeline, or the transformer alone.
-    """
-    _refuse_whole(source, base)
-    # Entered first, so that an occupied target is refused before hours of work.
-    with atomic_directory(out, overwrite=overwrite) as partial:
-        given = checkpoint(source, variant=variant, completed=base is not None)
-        home = None if base is None else base_directory(base, variant=variant).path
-        if home is not None or (given.path.is_dir() and not is_transformer_directory(given.path)):
-            pipe = convert_pipeline(given.path, base=home, dtype=dtype, sharding=sharding, variant=variant)
-            pipe = pipe._replace(origin=given.origin)
-            save_pipeline(pipe, partial)
-            return pipe
-        transformer, config = convert_transformer(given.path, dtype=dtype, sharding=sharding, variant=variant)
-        record = {"kind": "transformer", "config": dataclasses.asdict(config)} | _origin_entry(given.origin)
-        save_trees({"transformer": transformer}, partial, record)
-        return transformer
 
 
 def load_transcoders(
@@ -247,7 +203,7 @@ def load_transcoders(
             directory, dtype=dtype, sharding=sharding, sites=sites, files=files, weights=weights
         )
         return made._replace(origin=origin)
-    record = _read_kind(directory, "transcoders")
+    record = read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
     held = sites_of(record["layers"])
     kept, places = (held, {}) if sites is None else some_sites(held, sites, str(directory))
@@ -297,38 +253,22 @@ def save_transcoders(
     """
     record = {
         "kind": "transcoders",
-        # Without what is left at "as the input", so that releases which know square transcoders alone read these.
-        "config": {name: value for name, value in dataclasses.asdict(tcs.config).items() if value is not None},
+        "config": kept_config(tcs.config),
         "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
-    } | _origin_entry(tcs.origin)
+    } | origin_entry(tcs.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         return save_trees(tcs.stacks, partial, record)
 
 
-def convert_transcoders(
-    source: str | Path,
-    out: str | Path,
-    *,
-    sites: Sequence[str] | None = None,
-    to_torch: bool = False,
-    dtype: Any = jnp.float32,
-    overwrite: bool = False,
-) -> TranscoderSet:
-    """Converts the reference's `.pt` files into a directory of ours, or back.
+def kept_config(config: TranscoderConfig) -> dict[str, Any]:
+    """Returns what a directory of transcoders says of their shape.
 
     Args:
-        source: directory to read, of either kind, or a repository on the hub that holds it.
-        out: directory to write; it appears only when it is complete.
-        sites: those wanted, as in ("img/0-3", "txt/*"); all if left out.
-        to_torch: write `.pt` files instead of our format.
-        dtype: type of the weights that are written.
-        overwrite: replace an existing directory.
+        config: the shape.
     """
-    check_vacant(out, overwrite=overwrite)  # before anything is downloaded
-    tcs = load_transcoders(source, sites=sites, dtype=dtype)
-    (export_transcoders if to_torch else save_transcoders)(tcs, out, overwrite=overwrite)
-    return tcs
+    # Without what is left at "as the input", so that releases which know square transcoders alone read these.
+    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
 
 
 def pipeline_config_from_json(record: Any, path: Path) -> PipelineConfig:
@@ -359,19 +299,30 @@ def from_json(cls: type[C], record: Any, path: Path) -> C:
         raise UserError(f"The config.json in {path} does not fit {cls.__name__} ({error}); convert it again.") from None
 
 
-def _refuse_whole(source: str | Path, base: str | Path | None, revision: str | None = None) -> None:
-    """Refuses a base for a pipeline that has all parts."""
+def refuse_whole(source: str | Path, base: str | Path | None, revision: str | None = None) -> None:
+    """Refuses a base for a pipeline that has all parts.
+
+    Args:
+        source: the pipeline.
+        base: the base, or None.
+        revision: of a repository.
+    """
     if base is not None and is_whole_pipeline(source, revision=revision):
         raise UserError(f"--base completes a transformer, but {source} is a directory with all parts; leave it out.")
 
 
-def _origin_entry(origin: str) -> dict[str, str]:
+def origin_entry(origin: str) -> dict[str, str]:
     """Returns what a directory of ours says of the repository that it was converted from."""
     return {"origin": origin} if origin else {}
 
 
-def _read_kind(path: Path, kind: str) -> dict[str, Any]:
-    """Reads our `config.json` and checks that it is of the kind that is wanted."""
+def read_kind(path: Path, kind: str) -> dict[str, Any]:
+    """Reads our `config.json` and checks that it is of the kind that is wanted.
+
+    Args:
+        path: the directory.
+        kind: as in pipeline or transcoders.
+    """
     record = read_config(path)
     found = record.get("kind")
     if found == "transformer":

@@ -12,8 +12,9 @@ from converters.pipelines import LAYERED_PARTS, Sharding
 from difffract_jax.directories import Directory
 from difffract_jax.models.streaming import Weights, aligned, streamed, whole, whole_bytes, with_sources
 from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, leaf_paths, load_tree, open_tree, tree_hash
-from difffract_jax.storage.files import TensorFile, sample_hash
+from difffract_jax.storage.files import TensorFile
 from difffract_jax.storage.layers import FileLayers
+from difffract_jax.storage.sums import sample_hash
 
 
 def stored_dtype(directory: Path) -> Any:

@@ -38,6 +38,7 @@ ORDER = (
     ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.directories", "difffract_jax.estimate"),
     ("difffract_jax.parts",),
     ("difffract_jax.loading",),
+    ("difffract_jax.conversion",),
     ("difffract_jax.studies",),
     ("difffract_jax.cli",),
 )

@@ -1,4 +1,4 @@
-"""The benchmark of attribution counts what it says, and its largest size runs, made small; commands timed exist."""
+"""The benchmarks count what they say, and what they make is sound, made small; commands timed exist."""
 
 import dataclasses
 import importlib.util
@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import typer
 
+from converters.export import export_pipeline
 from difffract_jax.circuits.frozen.replacement import prepare_step
 from difffract_jax.cli.main import app
-from difffract_jax.models.tiny import TINY
+from difffract_jax.conversion import convert_flux
+from difffract_jax.loading import load_pipeline, load_transcoders
+from difffract_jax.models.pipeline import generate
+from difffract_jax.models.tiny import TINY, random_pipeline
+from difffract_jax.storage.files import TensorFile
 
 
 def benchmark(name):
@@ -80,3 +85,75 @@ def test_the_commands_that_are_timed_have_the_options_that_they_are_given():
         if timed.name != "python":
             context = main.commands[timed.name].make_context(timed.name, list(timed.arguments))
             assert context.params["out" if "--out" in timed.arguments else "json"] is not None
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory):
+    module, home = benchmark("full_size_checkpoint"), tmp_path_factory.mktemp("fake")
+    return module, home, module.make(home, module.SMALL)
+
+
+def test_the_fake_checkpoint_has_the_files_of_the_published_one(fake, tmp_path):
+    _, home, _ = fake
+    export_pipeline(random_pipeline(), tmp_path / "exported")
+    made = {path.relative_to(home / "diffusers").as_posix() for path in (home / "diffusers").rglob("*.*")}
+    once = {path.relative_to(tmp_path / "exported").as_posix() for path in (tmp_path / "exported").rglob("*.*")}
+    sharded = {"transformer/diffusion_pytorch_model": 3, "text_encoder_2/model": 2}
+    for stem, count in sharded.items():
+        once -= {f"{stem}.safetensors"}
+        once |= {f"{stem}-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)}
+        once |= {f"{stem}.safetensors.index.json"}
+    assert made == once
+    kinds = {
+        info.dtype for path in home.rglob("diffusers/*/*.safetensors") for info in TensorFile(path).tensors.values()
+    }
+    assert kinds == {"BF16"}
+
+
+def test_the_fake_checkpoint_has_the_published_number_of_parameters(fake):
+    module = fake[0]
+    published = {"transformer": 11_891_178_560, "text_encoder_2": 4_762_310_656, "text_encoder": 123_060_480}
+    counts = {
+        part.folder: sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(module.abstract_module(*part.module)))
+        for part in module.parts(module.FULL)
+    }
+    assert counts | published == counts
+    keys = module.source_shapes(module.FLUX_DIFFUSERS, module.abstract_module(*module.parts(module.FULL)[0].module))
+    assert len(keys) == 1156
+
+
+def test_the_fake_checkpoint_runs_and_no_block_is_another(fake, tmp_path):
+    _, home, record = fake
+    made = convert_flux(home / "diffusers", tmp_path / "model")
+    pipe = load_pipeline(tmp_path / "model")
+    assert 2 * sum(made.parameters.values()) == record["diffusers"]["bytes"]
+    assert set(made.dtypes.values()) == {"bfloat16"} and pipe.config.transformer == TINY
+    image = generate(pipe, "a red fox at dawn", seed=0, run=pipe.plan(steps=2)).image
+    assert 20 < image.std() < 110 and 60 < image.mean() < 195  # neither grey nor black and white
+    for stack in (pipe.transformer.double, pipe.transformer.single, pipe.t5.blocks, pipe.clip.blocks):
+        for leaf in jax.tree.leaves(stack):
+            for layer in range(1, len(leaf)):
+                assert not np.array_equal(leaf[0], leaf[layer])
+
+
+def test_the_fake_site_has_about_as_many_active_features_as_it_says(fake):
+    module, home, record = fake
+    tcs = load_transcoders(home / "transcoders", verify=True)
+    assert tcs.sites.names == (record["transcoders"]["stored"],)
+    one = jax.tree.map(lambda leaf: leaf[0], tcs.stacks["img"])
+    x = module.INPUT_RMS * jax.random.normal(jax.random.key(0), (200, tcs.config.d_model))
+    share = float(np.mean(np.asarray(one.encode(x, jax.numpy.asarray(0.5))) > 0))
+    assert share == pytest.approx(record["transcoders"]["active_share"], rel=0.5)
+
+
+def test_an_interrupted_fake_checkpoint_is_continued(fake, tmp_path):
+    module, home, _ = fake
+    said = []
+    victim = home / "diffusers" / "text_encoder_2" / "model-00002-of-00002.safetensors"
+    whole = victim.read_bytes()
+    victim.unlink()
+    victim.with_name(f".{victim.name}.partial").write_bytes(whole[:100])
+    module.make(home, module.SMALL, say=said.append)
+    assert victim.read_bytes() == whole
+    assert [text for text in said if "is written" in text] == [f"{victim} is written, {len(whole):,} bytes"]
+    assert not list(home.rglob("*.partial"))

@@ -12,14 +12,13 @@ from safetensors.numpy import save_file
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import save_tree
 from difffract_jax.config import UserError
+from difffract_jax.conversion import convert_flux, convert_transcoders
 from difffract_jax.directories import SHIPPED, pipeline_directory
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.hub.names import HubName
 from difffract_jax.hub.repository import fetch, open_repository
 from difffract_jax.loading import (
     abstract_pipeline,
-    convert_flux,
-    convert_transcoders,
     load_labels,
     load_pipeline,
     load_transcoders,
@@ -27,7 +26,7 @@ from difffract_jax.loading import (
 )
 from difffract_jax.models.pipeline import GeneratedImage
 from difffract_jax.storage.checkpoint import read_config
-from difffract_jax.storage.files import sample_hash
+from difffract_jax.storage.sums import sample_hash
 from tolerances import REFERENCE
 
 PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
@@ -119,7 +118,7 @@ def test_sites_are_chosen_in_every_format(tmp_path) -> None:
     whole = load_transcoders(TRANSCODERS)
     for tcs in (
         load_transcoders(REFERENCE, subfolder="transcoders", sites=["img/0", "txt/1-2"]),
-        convert_transcoders(TRANSCODERS, tmp_path / "ours", sites=["img/0", "txt/1-2"]),
+        load_transcoders(convert_transcoders(TRANSCODERS, tmp_path / "ours", sites=["img/0", "txt/1-2"]).path),
         load_transcoders(tmp_path / "ours", sites=["*/*"]),
     ):
         assert tcs.sites.names == ("txt/1", "txt/2", "img/0") or tcs.sites.names == ("img/0", "txt/1", "txt/2")
@@ -222,8 +221,8 @@ def test_a_file_on_the_hub_is_completed_by_another_repository(hub, local, tmp_pa
     add_pipeline(hub)
     hub.add("someone/tuned", {"flux1.safetensors": (tmp_path / "flux1.safetensors").read_bytes(), "README.md": b"#"})
     made = convert_flux("hf:someone/tuned/flux1.safetensors", tmp_path / "out", base="hf:someone/flux")
-    assert_equal(made[:4], local[:4])
-    assert read_config(tmp_path / "out")["content_hash"] == local.source
+    assert_equal(load_pipeline(made.path)[:4], local[:4])
+    assert read_config(tmp_path / "out")["content_hash"] == local.source == made.source
     assert "transformer/config.json" in hub.downloaded and "flux1.safetensors" in hub.downloaded
     assert "transformer/diffusion_pytorch_model.safetensors" not in hub.downloaded
     with pytest.raises(UserError, match="--base completes a transformer, but hf:someone/flux is a directory"):

@@ -32,11 +32,11 @@ from difffract_jax.cli import study as cli_study
 from difffract_jax.cli import training as cli_training
 from difffract_jax.cli import transcoders as cli_transcoders
 from difffract_jax.cli import validate as cli_validate
+from difffract_jax.cli.convert import convert
 from difffract_jax.cli.failures import sentence_for, told_when_terminated
 from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.organism import organism
 from difffract_jax.config import (
-    ConvertConfig,
     DemoConfig,
     GenerateConfig,
     TraceConfig,
@@ -55,7 +55,6 @@ STYLE: dict[str, Any] = {
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 app = typer.Typer(name="difffract", pretty_exceptions_enable=False, **STYLE)
-convert = typer.Typer(help="Convert PyTorch checkpoints into this package's files, and check the result.", **STYLE)
 app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
 for commands in (
@@ -134,7 +133,6 @@ def _print_version(wanted: bool) -> bool:
 Version = Annotated[
     bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
 ]
-ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a failure's traceback; anywhere on the line.")]
 NoCompileCache = Annotated[
     bool,
@@ -176,90 +174,6 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
     with replacing(settings.out), progress("Tracing") as advance:
         result = run(settings, advance)
     emit(result, as_json=json)
-
-
-@convert.command("flux")
-@opt.command(ConvertConfig, arguments=("source", "out"), layers=(), without=("sites",))
-def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
-    """Convert a FLUX pipeline: a diffusers directory, or a transformer in one safetensors file, here or on the hub.
-
-    Example: `difffract convert flux hf:black-forest-labs/FLUX.1-schnell flux-schnell --dtype bf16`
-    """
-    from difffract_jax import loading
-    from difffract_jax.cli.output import emit, parameter_counts
-    from difffract_jax.sharding import make_mesh, parse_mesh, pipeline_shardings
-
-    placed = pipeline_shardings(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
-    made = loading.convert_flux(
-        settings.source,
-        settings.out,
-        base=settings.base,
-        variant=settings.variant,
-        dtype=dtype_named(settings.dtype),
-        sharding=placed,
-        overwrite=settings.overwrite,
-    )
-    emit({"converted": str(settings.out)} | parameter_counts(made), as_json=json)
-
-
-@convert.command("transcoders")
-@opt.command(
-    ConvertConfig,
-    arguments=("source", "out"),
-    layers=(),
-    without=("base", "variant", "dtype", "mesh"),
-    before={"overwrite": ("to_torch",)},
-)
-def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, json: bool) -> None:
-    """Convert a directory of the reference's `.pt` transcoders or SAEs (needs the extra `torch`), or back.
-
-    Example: `difffract convert transcoders checkpoints/transcoders transcoders`; from the hub, some sites alone:
-    `... transcoders hf:Artalmaz31/DifFRACT/temporal-aware-transcoders transcoders --sites img/0-3,txt/0-3`
-    """
-    from difffract_jax import loading
-    from difffract_jax.cli.output import emit
-
-    tcs = loading.convert_transcoders(
-        settings.source,
-        settings.out,
-        sites=None if settings.sites is None else settings.sites.split(","),
-        to_torch=to_torch,
-        dtype=dtype_named(settings.dtype),
-        overwrite=settings.overwrite,
-    )
-    sites = {f"{name} layers": numbers for name, numbers in tcs.sites.to_json().items()}
-    emit({"converted": str(settings.out)} | sites | {"features": tcs.config.features}, as_json=json)
-
-
-@convert.command("check")
-def convert_check(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="The PyTorch pipeline, a diffusers directory or hf:OWNER/NAME.")
-    ],
-    converted: Annotated[
-        str | None,
-        typer.Argument(metavar="CONVERTED", help="Our directory of it; SOURCE converted in memory if left out."),
-    ] = None,
-    tolerance: Annotated[float, typer.Option("--tolerance", min=0, help="Largest relative error of a block.")] = 1e-5,
-    json: opt.Json = False,
-) -> None:
-    """Compare a converted pipeline with the PyTorch one, block by block (needs the extra `torch`).
-
-    Example: `difffract convert check FLUX.1-schnell flux-schnell`
-    """
-    from converters.check import check
-    from difffract_jax.cli.output import emit
-    from difffract_jax.directories import checkpoint
-    from difffract_jax.loading import load_pipeline
-
-    rows = check(checkpoint(source).path, load_pipeline(converted or source), tolerance=tolerance)
-    emit({"blocks": [row._asdict() for row in rows]}, as_json=json)
-    wrong = [row.part for row in rows if not row.equal]
-    if wrong:
-        raise UserError(
-            f"{len(wrong)} of {len(rows)} parts differ from PyTorch's: {', '.join(wrong)}; convert the source again, "
-            "or allow for --dtype bf16 with --tolerance 2e-2."
-        )
 
 
 @app.command()

@@ -25,7 +25,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from difffract_jax.graphs.graph import FEATURE, Graph
@@ -107,6 +116,16 @@ def progress(description: str) -> Iterator[Advance]:
         task = bar.add_task(description, total=None)
         with _told_of_compiling(lambda text: bar.update(task, description=f"{description}{text}")):
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def byte_progress(description: str) -> Iterator[Advance]:
+    """Shows a bar on stderr that counts bytes, with their rate and the time left."""
+    console = Console(stderr=True)
+    columns = (TextColumn(escape(description)), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager

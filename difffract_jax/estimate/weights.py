@@ -92,12 +92,14 @@ def largest_leaf(shapes: Mapping[str, Any], dtype: Any) -> int:
 
 
 def largest_slice(shapes: Mapping[str, Any], dtype: Any) -> int:
-    """Returns the bytes of the largest layer of an array: of a stack's a block's share, of others all of it."""
-    largest = 0
+    """Returns the bytes of the largest array, of one layer where it is stacked, which is what converting makes at once.
+
+    Args:
+        shapes: part -> shape.
+        dtype: of the weights that are written.
+    """
+    slices: list[int] = []
     for part in abstract_parts(shapes, dtype).values():
-        stacks = stacks_of(part)
-        inside = {id(leaf) for stack in stacks for leaf in jax.tree.leaves(stack)}
-        layers = [bytes_of(leaf) // depth_of(stack) for stack in stacks for leaf in jax.tree.leaves(stack)]
-        around = [bytes_of(leaf) for leaf in jax.tree.leaves(part) if id(leaf) not in inside]
-        largest = max(largest, *layers, *around)
-    return largest
+        depths = {id(leaf): depth_of(stack) for stack in stacks_of(part) for leaf in jax.tree.leaves(stack)}
+        slices += [bytes_of(leaf) // depths.get(id(leaf), 1) for leaf in jax.tree.leaves(part)]
+    return max(slices)

@@ -23,15 +23,8 @@ import jax
 import numpy as np
 
 from difffract_jax.config import UserError
-from difffract_jax.storage.files import (
-    DTYPES,
-    TensorFile,
-    atomic_directory,
-    atomic_file,
-    open_shards,
-    raw_bytes,
-    write_sharded,
-)
+from difffract_jax.storage.files import DTYPES, TensorFile, atomic_directory, atomic_file, raw_bytes
+from difffract_jax.storage.shards import open_shards, write_sharded
 
 __all__ = [
     "FORMAT_VERSION",
@@ -40,6 +33,7 @@ __all__ = [
     "atomic_file",
     "cap",
     "content_hash",
+    "heading",
     "leaf_paths",
     "load_tree",
     "open_tree",
@@ -48,6 +42,7 @@ __all__ = [
     "save_tree",
     "save_trees",
     "tree_hash",
+    "write_config",
 ]
 
 FORMAT_VERSION = 1
@@ -116,7 +111,19 @@ def save_trees(trees: Mapping[str, Any], directory: Path, config: Mapping[str, A
         The content hash over all trees.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    hashes = {name: _write_shards(leaf_paths(tree), directory, name) for name, tree in trees.items()}
+    return write_config(
+        directory, {name: _write_shards(leaf_paths(tree), directory, name) for name, tree in trees.items()}, config
+    )
+
+
+def write_config(directory: Path, hashes: Mapping[str, str], config: Mapping[str, Any]) -> str:
+    """Writes the `config.json` of a directory whose weights are written; returns the content hash over all.
+
+    Args:
+        directory: the directory.
+        hashes: name of each tree -> its content hash.
+        config: facts to store.
+    """
     total = _combine(hashes)
     record = {"format_version": FORMAT_VERSION, "content_hash": total, "content_hashes": hashes, **config}
     with atomic_file(directory / "config.json") as partial:
@@ -191,8 +198,7 @@ def open_tree(
     recorded = read_config(directory).get("content_hashes", {}).get(name)
     files = open_shards(directory, name)
     tensors = {key: file for file in files for key in file.tensors}
-    leaves = leaf_paths(abstract)
-    problems = _compare(tensors, leaves)
+    problems = _compare(tensors, leaf_paths(abstract))
     if problems:
         raise UserError(f"{directory / name}.safetensors does not fit its config: {'; '.join(cap(problems))}.")
     if verify is None:
@@ -225,9 +231,14 @@ def content_hash(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]
-        digest.update(f"{name} {np.dtype(value.dtype).name} {tuple(value.shape)}\n".encode())
+        digest.update(heading(name, np.dtype(value.dtype), tuple(value.shape)))
         digest.update(raw_bytes(value))
     return digest.hexdigest()
+
+
+def heading(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """Returns what the content hash takes in before an array's bytes."""
+    return f"{name} {dtype.name} {shape}\n".encode()
 
 
 def tree_hash(trees: Mapping[str, Any]) -> str:

@@ -4,20 +4,19 @@
    writer at a time, see `locks.py`.
 2. `TensorFile` memory-maps a safetensors file: eight bytes of header length, a JSON header (name -> type, shape, byte
    range), then the bytes. A tensor costs no memory until it is read.
-3. `write_tensors` writes that format from an iterator, so that one tensor is in memory at a time; `write_sharded`
-   splits large sets into numbered shards with the `STEM.safetensors.index.json` that all readers expect.
+3. `write_tensors` writes that format from an iterator, so that one tensor is in memory at a time; `shards.py` splits
+   large sets into several files.
 
 NumPy only: nothing here knows about JAX.
 """
 
-import hashlib
 import json
 import math
 import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +27,6 @@ import numpy as np
 from difffract_jax.config import UserError
 from difffract_jax.storage.locks import sole_writer
 
-SHARD_BYTES = 4 * 2**30
-SAMPLE_BYTES = 2**20
 LONGEST_HEADER = 10**8
 """Bytes; the format's own limit, which the first bytes of files of other formats exceed when read as a length."""
 
@@ -109,6 +106,31 @@ class TensorFile:
         raw = self._bytes[self._start + info.begin : self._start + info.end]
         return raw.view(DTYPES[info.dtype]).reshape(info.shape)
 
+    def dtype(self, name: str) -> np.dtype:
+        """Returns a tensor's type, which must be one that is understood."""
+        return DTYPES[self.tensors[name].dtype]
+
+    def read(self, name: str, number: int | None = None) -> np.ndarray:
+        """Reads a tensor into memory; of a file that has become shorter, the map would end the process.
+
+        Args:
+            name: of the tensor.
+            number: which slice along its first axis; all if left out.
+
+        Raises:
+            UserError: if the file is gone, or shorter than it was.
+        """
+        info = self.tensors[name]
+        shape = info.shape if number is None else info.shape[1:]
+        count, start = size_of(DTYPES[info.dtype], shape), self._start + info.begin
+        try:
+            raw = np.fromfile(self.path, np.uint8, count, offset=start + (number or 0) * count)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read any more ({error.strerror}); put it back.") from None
+        if len(raw) < count:
+            raise UserError(f"{self.path} has become shorter while it was read; download or copy it again.")
+        return raw.view(DTYPES[info.dtype]).reshape(shape)
+
     def check_unchanged(self) -> None:
         """Refuses a file that has gone or become another since it was opened: to read on in its map ends the process.
 
@@ -156,7 +178,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
         for info in tensors.values():
             if not all(type(number) is int and number >= 0 for number in (*info.shape, info.begin, info.end)):
                 raise ValueError("a size is not a whole number, or negative")
-            if info.dtype in DTYPES and info.end - info.begin != _size(DTYPES[info.dtype], info.shape):
+            if info.dtype in DTYPES and info.end - info.begin != size_of(DTYPES[info.dtype], info.shape):
                 raise ValueError("a tensor's bytes do not match its shape")
         return tensors
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -181,7 +203,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False) -> Iterator[P
         partial.mkdir()
         try:
             yield partial
-            _publish(partial, target, overwrite)
+            publish(partial, target, overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -191,8 +213,14 @@ def is_occupied(target: Path) -> bool:
     return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
-def _publish(partial: Path, target: Path, overwrite: bool) -> None:
-    """Gives a complete directory its name by one rename, which fails where another process has filled the target."""
+def publish(partial: Path, target: Path, overwrite: bool) -> None:
+    """Gives a complete directory its name by one rename, which fails where another process has filled the target.
+
+    Args:
+        partial: the directory.
+        target: its name.
+        overwrite: replace what has that name.
+    """
     replaced = partial.with_suffix(".replaced")
     if overwrite:
         with suppress(FileNotFoundError):
@@ -238,29 +266,6 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def open_shards(directory: Path, name: str) -> list[TensorFile]:
-    """Opens the file or shards of one tree; raises `UserError` naming all that are missing or cut off."""
-    index = directory / f"{name}.safetensors.index.json"
-    names = {f"{name}.safetensors"}
-    if index.exists():
-        names = _names_in(index)
-    absent = sorted(shard for shard in names if not (directory / shard).exists())
-    if absent:
-        raise UserError(f"{directory} lacks {', '.join(absent)}; copy the directory again.")
-    files = [TensorFile(directory / shard) for shard in sorted(names)]
-    cut = [f"{file.path} (by {file.missing_bytes} bytes)" for file in files if file.missing_bytes]
-    if cut:
-        raise UserError(f"Truncated: {', '.join(cut)}; copy the directory again.")
-    return files
-
-
-def _names_in(index: Path) -> set[str]:
-    try:
-        return {str(name) for name in json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{index} is not a valid index of shards; copy the directory again.") from None
-
-
 def write_tensors(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]], values: Iterable[Any]) -> None:
     """Writes a safetensors file one tensor at a time.
 
@@ -269,54 +274,30 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, np.dtype, tuple[int, 
         tensors: name, type and shape of each tensor, in order.
         values: the tensors themselves, in the same order; an iterator may make each when it is asked for.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, dtype, shape in tensors:
-        size = _size(dtype, shape)
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data must start at a multiple of 8 bytes
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(beginning_of_file(tensors)[0])
         for value in values:
             file.write(raw_bytes(value))
 
 
-def shard(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Groups names, in order, so that each group holds at most `limit` bytes; a larger tensor stands alone."""
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    return groups
-
-
-def write_sharded(
-    directory: Path, stem: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], value: Callable[[str], Any]
-) -> None:
-    """Writes `STEM.safetensors`, or numbered shards of at most `SHARD_BYTES` with the index that readers expect.
+def beginning_of_file(tensors: Iterable[tuple[str, np.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """Returns what a safetensors file begins with, and where in the file each tensor does.
 
     Args:
-        directory: where to.
-        stem: name of the file.
-        tensors: type and shape of each tensor.
-        value: returns a tensor by name; called once for each.
+        tensors: name, type and shape of each tensor, in order.
     """
-    sizes = {name: _size(*kind) for name, kind in tensors.items()}
-    groups = shard(sizes, SHARD_BYTES)
-    weight_map = {}
-    for number, names in enumerate(groups, 1):
-        file = f"{stem}.safetensors" if len(groups) == 1 else f"{stem}-{number:05}-of-{len(groups):05}.safetensors"
-        write_tensors(directory / file, [(name, *tensors[name]) for name in names], map(value, names))
-        weight_map |= dict.fromkeys(names, file)
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
+    offset = 0
+    for name, dtype, shape in tensors:
+        size = size_of(dtype, shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        places[name] = offset
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data must start at a multiple of 8 bytes
+    beginning = len(text).to_bytes(8, "little") + text
+    return beginning, {name: len(beginning) + place for name, place in places.items()}
 
 
 def raw_bytes(value: Any) -> memoryview:
@@ -335,26 +316,6 @@ def read_array(path: Path) -> np.ndarray:
     return array
 
 
-def sample_hash(directory: Path, files: Sequence[str] = ()) -> str:
-    """Returns a hash of the names, sizes, first and last MiB of safetensors files.
-
-    Args:
-        directory: holds them; or a file, whose own it is.
-        files: their paths in the directory; all that there are if left out. Others, as the indices of shards, do not
-            matter.
-    """
-    digest = hashlib.sha256()
-    home = directory.parent if directory.is_file() else directory
-    chosen = [directory] if directory.is_file() else [home / name for name in files if not name.endswith(".json")]
-    for path in sorted(chosen or home.rglob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(home).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE_BYTES))
-            file.seek(max(0, size - SAMPLE_BYTES))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+def size_of(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of an array."""
     return math.prod(shape) * dtype.itemsize

@@ -10,6 +10,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from difffract_jax.cli.output import (
+    byte_progress,
     emit,
     expanded_by_step,
     graph_summary,
@@ -68,6 +69,15 @@ def test_progress_goes_to_the_error_stream(capsys, monkeypatch):
         advance(1, 2)
     out, err = capsys.readouterr()
     assert out == "" and "Working" in err
+
+
+def test_a_bar_of_bytes_counts_them(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with byte_progress("Converting") as advance:
+        advance(1_500_000, 6_000_000)
+    out, err = capsys.readouterr()
+    assert out == "" and "Converting" in err and "1.5/6.0 MB" in re.sub(r"\x1b\[[\d;?]*\w", "", err)
 
 
 def test_a_bar_says_when_a_program_is_compiled(monkeypatch):

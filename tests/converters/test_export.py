@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 
 from converters.export import export_pipeline
 from converters.pipelines import convert_pipeline
-from difffract_jax.storage import files
+from difffract_jax.storage import shards
 from tolerances import REFERENCE
 
 PIPELINE = REFERENCE / "pipeline"
@@ -54,7 +54,7 @@ def test_the_libraries_load_what_is_written(exported):
 
 
 def test_converting_what_was_exported_is_the_identity_also_in_shards(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SHARD_BYTES", 10**5)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10**5)
     export_pipeline(pipe, tmp_path / "out")
     assert len(list((tmp_path / "out" / "transformer").glob("*.safetensors"))) > 1
     again = convert_pipeline(tmp_path / "out")

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from difffract_jax.config import UserError
 from difffract_jax.sharding import make_mesh
-from difffract_jax.storage import files
+from difffract_jax.storage import shards
 from difffract_jax.storage.checkpoint import (
     leaf_paths,
     load_tree,
@@ -58,7 +58,7 @@ def test_paths_are_dotted_names_without_the_parameter_s_value(abstract):
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 100])
 def test_load_after_save_is_the_identity(tree, abstract, tmp_path, monkeypatch, shard_bytes):
-    monkeypatch.setattr(files, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(shards, "SHARD_BYTES", shard_bytes)
     save_tree(tree, tmp_path, {"note": "x"})
     loaded = load_tree(tmp_path, abstract)
     assert jax.tree.structure(loaded) == jax.tree.structure(tree)
@@ -70,7 +70,7 @@ def test_load_after_save_is_the_identity(tree, abstract, tmp_path, monkeypatch, 
 
 def test_the_hash_ignores_sharding_and_notices_one_bit(tree, tmp_path, monkeypatch):
     first = save_tree(tree, tmp_path / "a", {})
-    monkeypatch.setattr(files, "SHARD_BYTES", 100)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
     assert save_tree(tree, tmp_path / "b", {}) == first == tree_hash({"model": tree})
     changed = jax.tree.map(lambda leaf: leaf, tree)
     changed.scale = nnx.Param(jnp.arange(5.0).at[4].set(np.nextafter(np.float32(4), np.float32(5))))

@@ -13,17 +13,11 @@ import pytest
 from safetensors import numpy as official
 
 from difffract_jax.config import UserError
-from difffract_jax.storage import files, locks
-from difffract_jax.storage.files import (
-    TensorFile,
-    atomic_directory,
-    atomic_file,
-    open_shards,
-    read_array,
-    sample_hash,
-    write_sharded,
-)
+from difffract_jax.storage import locks, shards, sums
+from difffract_jax.storage.files import TensorFile, atomic_directory, atomic_file, read_array
 from difffract_jax.storage.locks import sole_writer
+from difffract_jax.storage.shards import open_shards, write_sharded
+from difffract_jax.storage.sums import sample_hash
 
 TENSORS = {
     "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -58,14 +52,14 @@ def test_what_the_safetensors_library_writes_is_read(tmp_path):
 
 
 def test_large_sets_are_split_into_shards_with_an_index(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SHARD_BYTES", 50)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 50)
     write(tmp_path)
-    shards = open_shards(tmp_path, "model")
-    assert [shard.path.name for shard in shards] == [
+    opened = open_shards(tmp_path, "model")
+    assert [shard.path.name for shard in opened] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
-    assert {name for shard in shards for name in shard.tensors} == TENSORS.keys()
+    assert {name for shard in opened for name in shard.tensors} == TENSORS.keys()
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\xff" * 40, (2).to_bytes(8, "little") + b"[]", bytes(8)])
@@ -99,7 +93,7 @@ def test_a_header_that_is_cut_off_is_not_taken_for_another_format(tmp_path, leng
 
 
 def test_missing_and_truncated_shards_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SHARD_BYTES", 50)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 50)
     write(tmp_path)
     second = tmp_path / "model-00002-of-00002.safetensors"
     second.write_bytes(second.read_bytes()[:-2])
@@ -241,7 +235,7 @@ def test_an_old_directory_stays_where_the_new_one_cannot_take_its_place(tmp_path
 
 
 def test_a_sampled_hash_knows_names_sizes_beginnings_and_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SAMPLE_BYTES", 16)
+    monkeypatch.setattr(sums, "SAMPLE_BYTES", 16)
     (tmp_path / "part").mkdir()
     write(tmp_path / "part")
     path, seen = tmp_path / "part" / "model.safetensors", {sample_hash(tmp_path)}

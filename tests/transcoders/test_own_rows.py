@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from difffract_jax.config import UserError
-from difffract_jax.loading import convert_transcoders, load_transcoders, save_transcoders
+from difffract_jax.conversion import convert_transcoders
+from difffract_jax.loading import load_transcoders, save_transcoders
 from difffract_jax.models.tiny import TINY
 from difffract_jax.transcoders import own_rows
 from difffract_jax.transcoders.exporting import newest_transcoders
