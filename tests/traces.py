@@ -4,16 +4,15 @@ import json
 from functools import cache
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from converters.torch_files import torch_noise
 from difffract_jax.circuits.frozen.replacement import Replacement, prepare_step
 from difffract_jax.circuits.trace.capture import Trace, capture
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import pack
+from difffract_jax.models.shapes import abstract_stack
 from difffract_jax.models.tiny import random_pipeline, random_weights
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
@@ -69,9 +68,7 @@ def make_transcoders(
     chosen = sites_of({"img": img, "txt": txt, "joint": joint})
     stacks = {}
     for number, (name, layers) in enumerate((("img", img), ("txt", txt), ("joint", joint))):
-        keys = jax.random.split(jax.random.key(0), max(len(layers), 1))
-        build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
-        stack = random_weights(jax.eval_shape(build, keys), 3 * seed + number)
+        stack = random_weights(abstract_stack(Transcoder, shape, max(len(layers), 1), dtype), 3 * seed + number)
         stack.enc.bias[...] = stack.enc.bias[...] - 1
         if shape.activation == "jumprelu":
             stack.threshold[...] = 0.2 + jnp.abs(stack.threshold[...])
