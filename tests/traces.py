@@ -119,12 +119,12 @@ def make_exact(
 
 
 VARIANTS = {
-    "padding replaced": {"include_padding": True},
-    "a threshold, raw time, no first block": {
-        "activation": "jumprelu",
-        "conditioning": "film_raw_t",
-        "img": (1, 2),
-        "txt": (2,),
+    "padding replaced, a gap, through to the velocity": {
+        "include_padding": True,
+        "img": (0, 2),
+        "txt": (1,),
+        "joint": (1,),
+        "output": True,
     },
     "the largest few, no time, no text": {
         "activation": "topk",
@@ -133,12 +133,26 @@ VARIANTS = {
         "conditioning": "none",
         "txt": (),
     },
-    "single-stream sites alone": {"img": (), "txt": (), "joint": (1,)},
-    "through to the velocity": {"img": (0, 2), "txt": (1,), "joint": (1,), "output": True},
+    "a threshold, raw time, single-stream sites alone": {
+        "activation": "jumprelu",
+        "conditioning": "film_raw_t",
+        "img": (),
+        "txt": (),
+        "joint": (1,),
+    },
 }
 """What is replaced, and how: together these hold every way there is."""
 MORE_VARIANTS = {
     "every site": {},
+    "padding replaced": {"include_padding": True},
+    "a threshold, raw time, no first block": {
+        "activation": "jumprelu",
+        "conditioning": "film_raw_t",
+        "img": (1, 2),
+        "txt": (2,),
+    },
+    "single-stream sites alone": {"img": (), "txt": (), "joint": (1,)},
+    "through to the velocity": {"img": (0, 2), "txt": (1,), "joint": (1,), "output": True},
     "a skip": {"skip": True},
     "raw time": {"conditioning": "film_raw_t"},
     "no time": {"conditioning": "none"},
