@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, sto
     assert steps == [2, 4, 6, 8, 10, 12]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_finishes_the_step_saves_and_leaves_the_signals_as_they_were(whole, tmp_path, sent):
     config = settings(tmp_path / "run", checkpoint_every=100)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
