@@ -34,7 +34,6 @@ from converters.autoencoder import AUTOENCODER_DIFFUSERS
 from converters.export import descriptions, write_json
 from converters.flux import FLUX_DIFFUSERS
 from converters.mapping import Rule, source_shapes
-from converters.pipelines import abstract_module
 from converters.text_encoders import CLIP_PREFIX, T5_TRANSFORMERS, clip_tables
 from converters.transcoders import stacked_transcoders
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
@@ -43,6 +42,7 @@ from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.pipeline import GenerationDefaults, PipelineConfig
 from difffract_jax.models.presets import PRESETS
 from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
 from difffract_jax.models.tiny import CHARACTERS, TINY
 from difffract_jax.models.tokenizers import SPACE

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from converters.pipelines import abstract_module
 from difffract_jax.circuits.attribution.pullback import layout_of, lower_pull
 from difffract_jax.circuits.frozen import streamed_sites
 from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers
@@ -25,6 +24,7 @@ from difffract_jax.circuits.trace import sweep
 from difffract_jax.circuits.trace.record import Blocks, record_step, take_weights
 from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.presets import PRESETS
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.stacks import sequences, slice_layer
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders.plan import bytes_per_chip, compile_unkept, memory_of, open_topology

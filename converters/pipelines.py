@@ -8,14 +8,12 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from converters.autoencoder import AUTOENCODER_DIFFUSERS
 from converters.configurations import (
@@ -47,6 +45,7 @@ from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import Pipeline, PipelineConfig
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.streaming import Weights
 from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers, load_tokenizers
@@ -257,12 +256,6 @@ def _transformer_path(path: Path) -> Path:
     files = transformer_files(path)
     # Shards are found by their names in the directory.
     return files[0] if len(files) == 1 and not (path / "config.json").is_file() else path
-
-
-@cache
-def abstract_module(module: Callable[..., Any], config: Any, dtype: Any = jnp.float32) -> Any:
-    """Returns a module's shapes without making its weights; traced once, so nothing may write into them."""
-    return jax.eval_shape(lambda: module(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def _convert_parts(

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from converters.mapping import ArraySource, ConversionError, Rule, load_tree, open_tree, same, save_tree, transpose
 from converters.repositories import SITE
@@ -30,6 +29,7 @@ from converters.state_dicts import NotFound, unwrapped
 from converters.streaming import stream_stack
 from converters.torch_files import read_state, write_state
 from difffract_jax.config import UserError
+from difffract_jax.models.shapes import abstract_stack
 from difffract_jax.models.streaming import Weights, whole, whole_bytes
 from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, atomic_directory, cap, tree_hash
 from difffract_jax.storage.files import DTYPES, TensorFile
@@ -263,11 +263,7 @@ def refuse_foreign_parts(config: TranscoderConfig, groups: Collection[str]) -> N
 
 def stacked_transcoders(config: TranscoderConfig, count: int, dtype: Any) -> Any:
     """Returns the shapes of `count` stacked transcoders."""
-
-    def build(key: jax.Array) -> Transcoder:
-        return Transcoder(config, rngs=nnx.Rngs(key), dtype=dtype)
-
-    return jax.eval_shape(lambda: jax.vmap(build)(jax.random.split(jax.random.key(0), count)))
+    return abstract_stack(Transcoder, config, count, dtype)
 
 
 def _list_files(directory: Path, names: Collection[str] = ()) -> tuple[list[SiteFile], list[str]]:

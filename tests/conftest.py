@@ -11,15 +11,23 @@
 7. Hypothesis draws the same examples every time, so that a run's outcome hangs on the code alone; to search further:
    `HYPOTHESIS_PROFILE=search pytest`.
 8. The files that take longest come first, so that the two processes end together; garbage is collected less often.
-9. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
+9. Files that set up the same things are run by one process, one after the other: `TOGETHER`.
+10. Byte code of the package and the tests is kept in `__pycache__`, also where PYTHONDONTWRITEBYTECODE is set: without
+    it every process of a run, and every command that tests start, would compile all files again.
+11. The `x64` fixture: float64 and strict dtype promotion for the laws that hold exactly in real arithmetic.
 """
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import compiled
+
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,6 +56,16 @@ MOST_MAPS = 45_000
 """Of the 65,530 that Linux grants; every compiled program holds some, and without one the compiler crashes."""
 
 
+TOGETHER = (
+    ("organism/test_train.py", "organism/test_pool.py", "organism/test_flow.py", "organism/test_images.py")
+    + ("organism/test_text.py",),
+    ("circuits/attribution/test_pullback.py", "circuits/attribution/test_attribute.py")
+    + ("circuits/frozen/test_replacement.py", "circuits/checks/test_faithfulness.py"),
+    ("circuits/effects/test_attention.py", "circuits/effects/test_heads.py"),
+    ("circuits/checks/test_validation.py", "circuits/effects/test_readings.py"),
+    ("transcoders/test_processes.py", "transcoders/test_training.py"),
+)
+"""Files that share a trace, compiled steps or a server of processes, which are made once in a process."""
 LONGEST = (
     *("test_notebooks.py", "transcoders/test_processes.py", "cli/test_explain.py"),
     *("circuits/attribution/test_pullback.py", "test_journey.py", "circuits/attribution/test_engine.py"),
@@ -63,6 +81,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     places = {here / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out files as `--dist=loadfile` does, but those of `TOGETHER` as one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    first = {f"tests/{name}": f"tests/{names[0]}" for names in TOGETHER for name in names}
+
+    class Together(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return first.get(file, file)
+
+    return Together(config, log)
 
 
 def pytest_collection_finish() -> None:

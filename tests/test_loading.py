@@ -11,7 +11,6 @@ from safetensors.numpy import save_file
 
 from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import save_tree
-from converters.pipelines import abstract_module
 from difffract_jax.config import UserError
 from difffract_jax.conversion import convert_flux
 from difffract_jax.directories import Directory
@@ -22,6 +21,7 @@ from difffract_jax.loading import (
     save_transcoders,
 )
 from difffract_jax.models.mmdit import MMDiT
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.parts import identity
 from difffract_jax.sharding import make_mesh, pipeline_shardings

@@ -4,16 +4,15 @@ import json
 from functools import cache
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from converters.torch_files import torch_noise
 from difffract_jax.circuits.frozen.replacement import Replacement, prepare_step
 from difffract_jax.circuits.trace.capture import Trace, capture
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import pack
+from difffract_jax.models.shapes import abstract_stack
 from difffract_jax.models.tiny import random_pipeline, random_weights
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
@@ -69,9 +68,7 @@ def make_transcoders(
     chosen = sites_of({"img": img, "txt": txt, "joint": joint})
     stacks = {}
     for number, (name, layers) in enumerate((("img", img), ("txt", txt), ("joint", joint))):
-        keys = jax.random.split(jax.random.key(0), max(len(layers), 1))
-        build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
-        stack = random_weights(jax.eval_shape(build, keys), 3 * seed + number)
+        stack = random_weights(abstract_stack(Transcoder, shape, max(len(layers), 1), dtype), 3 * seed + number)
         stack.enc.bias[...] = stack.enc.bias[...] - 1
         if shape.activation == "jumprelu":
             stack.threshold[...] = 0.2 + jnp.abs(stack.threshold[...])
@@ -122,12 +119,12 @@ def make_exact(
 
 
 VARIANTS = {
-    "padding replaced": {"include_padding": True},
-    "a threshold, raw time, no first block": {
-        "activation": "jumprelu",
-        "conditioning": "film_raw_t",
-        "img": (1, 2),
-        "txt": (2,),
+    "padding replaced, a gap, through to the velocity": {
+        "include_padding": True,
+        "img": (0, 2),
+        "txt": (1,),
+        "joint": (1,),
+        "output": True,
     },
     "the largest few, no time, no text": {
         "activation": "topk",
@@ -136,12 +133,26 @@ VARIANTS = {
         "conditioning": "none",
         "txt": (),
     },
-    "single-stream sites alone": {"img": (), "txt": (), "joint": (1,)},
-    "through to the velocity": {"img": (0, 2), "txt": (1,), "joint": (1,), "output": True},
+    "a threshold, raw time, single-stream sites alone": {
+        "activation": "jumprelu",
+        "conditioning": "film_raw_t",
+        "img": (),
+        "txt": (),
+        "joint": (1,),
+    },
 }
 """What is replaced, and how: together these hold every way there is."""
 MORE_VARIANTS = {
     "every site": {},
+    "padding replaced": {"include_padding": True},
+    "a threshold, raw time, no first block": {
+        "activation": "jumprelu",
+        "conditioning": "film_raw_t",
+        "img": (1, 2),
+        "txt": (2,),
+    },
+    "single-stream sites alone": {"img": (), "txt": (), "joint": (1,)},
+    "through to the velocity": {"img": (0, 2), "txt": (1,), "joint": (1,), "output": True},
     "a skip": {"skip": True},
     "raw time": {"conditioning": "film_raw_t"},
     "no time": {"conditioning": "none"},

@@ -82,8 +82,8 @@ class SteerConfig(RunSettings):
     """`delta` adds what the edit changes to the MLP's true output; `replace` puts the edited reconstruction there."""
     step: str | None = None
     """Denoising steps to edit in, as in 0,1, for edits that name none; all when left out."""
-    threshold: float | None = Field(None, ge=0)
-    """Edit only positions where the feature exceeds this share of its maximum."""
+    threshold: float | None = Field(None, ge=0, lt=1)
+    """Edit only positions where the feature exceeds this share of its maximum, as in 0.2."""
     expect: str | None = None
     """Caption that edited images of the organism shall show; the prompt when left out."""
     include_padding: bool = False

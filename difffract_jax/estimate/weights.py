@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.pipelines import abstract_module
 from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.mmdit import MMDiT
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.stacks import depth_of
 from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.transcoders.sites import SiteSet

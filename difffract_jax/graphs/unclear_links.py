@@ -12,12 +12,16 @@ class UnclearLinks:
         absent: the first such names.
         in_doubt: how many leave from a name that an error and another node share, and could leave from either.
         shared: the first such names.
+        repeated: how many join two nodes that another link joins in the same direction already.
+        pairs: the first such nodes, as in "a -> b".
     """
 
     left_out: int = 0
     absent: tuple[str, ...] = ()
     in_doubt: int = 0
     shared: tuple[str, ...] = ()
+    repeated: int = 0
+    pairs: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """Returns what to tell of them, a sentence for each kind that there is."""
@@ -30,6 +34,13 @@ class UnclearLinks:
             sentences.append(
                 f"{links} given to an error or to a feature, which share that name: two into one node go by the order "
                 "of the nodes, one alone goes to the feature."
+            )
+        if self.repeated:
+            kept = "is kept beside" if self.repeated == 1 else "are kept beside"
+            links = "1 link" if self.repeated == 1 else f"{self.repeated} links"
+            sentences.append(
+                f"{links} between nodes that another link joins already ({', '.join(self.pairs)}) {kept} it, so that "
+                "their weights add up."
             )
         return sentences
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Key
 from transformers import CLIPTokenizer, T5Tokenizer
@@ -24,6 +23,7 @@ from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers
 from difffract_jax.seeds import check_seed, random_key
@@ -89,7 +89,7 @@ def random_pipeline(
     classes = {"transformer": MMDiT, "t5": T5Encoder, "clip": CLIPTextEncoder, "vae": Autoencoder}
     parts = {}
     for number, (name, cls) in enumerate(classes.items()):
-        abstract = jax.eval_shape(lambda c=cls, n=name: c(getattr(config, n), rngs=nnx.Rngs(0), dtype=dtype))
+        abstract = abstract_module(cls, getattr(config, name), dtype)
         parts[name] = random_weights(abstract, len(classes) * check_seed(seed) + number, on_device=on_device)
     source = f"random:{seed}" if on_device else tree_hash(parts)
     return Pipeline(**parts, tokenizers=tokenizers, config=config, source=source)

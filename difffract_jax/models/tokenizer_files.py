@@ -3,13 +3,17 @@
 1. The class of transformers names the special tokens, from `tokenizer_config.json`. It would rebuild the tokenizer from
    the vocabulary alone, with the normaliser and the pre-tokeniser that the class usually has.
 2. Hence the tokenizer that does the work is `tokenizer.json` itself, as `tokenizers` reads it.
-3. Older releases have T5's SentencePiece model, `spiece.model`, instead. transformers' converter turns it into a
+3. Files that begin with a byte order mark, as an editor leaves them, are read from copies without: neither library
+   takes them.
+4. Older releases have T5's SentencePiece model, `spiece.model`, instead. transformers' converter turns it into a
    `tokenizer.json`; it needs protobuf, but not the package sentencepiece. CLIP's may be `vocab.json` and `merges.txt`.
 """
 
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -21,12 +25,14 @@ from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import T5Converter
 
 from difffract_jax.config import UserError
+from difffract_jax.text_files import MARKS, decoded
 
 TOKENIZER = "tokenizer.json"
 SPIECE = "spiece.model"
 CONFIG = "tokenizer_config.json"
 NAMED_BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json")
 """Files beside the vocabulary that name special tokens."""
+TEXTS = (TOKENIZER, "vocab.json", "merges.txt", *NAMED_BESIDE)
 CLOSING = "</s>"
 UNIGRAM = 1
 """SentencePiece's number for this kind of model."""
@@ -48,9 +54,10 @@ def load_clip(home: Path) -> CLIPTokenizer:
         UserError: if files are missing or broken.
     """
     files = _require(home, (TOKENIZER,), ("vocab.json", "merges.txt"))
-    if files == (TOKENIZER,):
-        return _applied(CLIPTokenizer, home)
-    return _named(CLIPTokenizer, home, home)
+    with _unmarked(home) as folder:
+        if files == (TOKENIZER,):
+            return _applied(CLIPTokenizer, folder, origin=home)
+        return _named(CLIPTokenizer, folder, home)
 
 
 def load_t5(home: Path) -> T5Tokenizer:
@@ -62,14 +69,29 @@ def load_t5(home: Path) -> T5Tokenizer:
     Raises:
         UserError: if files are missing or broken.
     """
-    if _require(home, (TOKENIZER,), (SPIECE,)) == (TOKENIZER,):
-        return _applied(T5Tokenizer, home)
+    found = _require(home, (TOKENIZER,), (SPIECE,))
+    with _unmarked(home) as unmarked:
+        if found == (TOKENIZER,):
+            return _applied(T5Tokenizer, unmarked, origin=home)
+        with tempfile.TemporaryDirectory() as folder:
+            for name in NAMED_BESIDE:
+                if (unmarked / name).is_file():
+                    shutil.copyfile(unmarked / name, Path(folder) / name)
+            _from_sentencepiece(home).save(str(Path(folder) / TOKENIZER))
+            return _applied(T5Tokenizer, Path(folder), origin=home)
+
+
+@contextmanager
+def _unmarked(home: Path) -> Iterator[Path]:
+    """Yields a directory with the same tokenizer and without byte order marks: itself, where it has none."""
+    texts = {name: home / name for name in TEXTS if (home / name).is_file()}
+    if not any(path.read_bytes().startswith(tuple(mark for mark, _ in MARKS)) for path in texts.values()):
+        yield home
+        return
     with tempfile.TemporaryDirectory() as folder:
-        for name in NAMED_BESIDE:
-            if (home / name).is_file():
-                shutil.copyfile(home / name, Path(folder) / name)
-        _from_sentencepiece(home).save(str(Path(folder) / TOKENIZER))
-        return _applied(T5Tokenizer, Path(folder), origin=home)
+        for name, path in texts.items():
+            (Path(folder) / name).write_bytes(decoded(path.read_bytes()).encode())
+        yield Path(folder)
 
 
 def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
@@ -80,9 +102,9 @@ def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
         home: holds `tokenizer.json` and what names its special tokens.
         origin: directory that errors name, where it is another one.
     """
-    file = home / TOKENIZER
+    file, read = (origin or home) / TOKENIZER, (home / TOKENIZER).read_bytes()
     try:
-        backend = Tokenizer.from_buffer(file.read_bytes())
+        backend = Tokenizer.from_buffer(read)
     except ValueError as error:
         raise UserError(f"{file} is not a tokenizer ({_brief(error)}); copy it again from the pipeline.") from None
     if not isinstance(backend.model, MODELS[kind]):
@@ -127,7 +149,7 @@ def _named(kind: type[T], home: Path, origin: Path) -> T:
 
 def _from_sentencepiece(home: Path) -> Tokenizer:
     """Converts T5's SentencePiece model."""
-    config = json.loads((home / CONFIG).read_text(encoding="utf-8")) if (home / CONFIG).is_file() else {}
+    config = json.loads(decoded((home / CONFIG).read_bytes())) if (home / CONFIG).is_file() else {}
     file, extra_ids = home / SPIECE, config.get("extra_ids", EXTRA_IDS)
     if type(extra_ids) is not int:
         raise UserError(f"{home / CONFIG} has extra_ids={extra_ids!r} instead of a whole number; copy it again.")
@@ -156,7 +178,7 @@ def _require(home: Path, *choices: tuple[str, ...]) -> tuple[str, ...]:
     read = [*complete[0], *(name for name in NAMED_BESIDE if (home / name).is_file())]
     for path in (home / name for name in read if name.endswith(".json")):
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(decoded(path.read_bytes()))
         except ValueError as error:
             raise UserError(f"{path} is not readable as JSON ({error}); copy it again from the pipeline.") from error
         if not isinstance(content, dict):

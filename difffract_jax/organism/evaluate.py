@@ -184,7 +184,7 @@ def ablations(pipe: Pipeline, size: int, *, progress: Progress | None = None) ->
     whole = right(None, mean, "nothing")
     rows = []
     for group, layer in sites(config):
-        name = f"{config.layout.groups[group].name}/{layer}"
+        name = f"{config.layout.groups[group].label}/{layer}"
         shares = {kind: right((group, layer), value, name) for kind, value in (("mean", mean), ("zero", zero))}
         rows.append(
             {"site": name, "images": size, "whole": whole} | shares | {"points lost": 100 * (whole - shares["mean"])}

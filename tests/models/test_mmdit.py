@@ -12,11 +12,11 @@ from diffusers import FluxTransformer2DModel
 
 from converters.flux import FLUX_DIFFUSERS, flux_config_from_diffusers
 from converters.mapping import Source, load_tree
-from converters.pipelines import abstract_module
 from converters.torch_files import TransformerInputs, record_transformer
 from difffract_jax.loading import load_pipeline
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.mmdit import Inputs, MMDiT, position_ids
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.stacks import run_stacks, sequences, slice_layer, streams
 from difffract_jax.models.tiny import TINY, random_weights
 from difffract_jax.ops import rope_table

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from converters.pipelines import abstract_module
 from difffract_jax.address import IMAGE, JOINT, TEXT
 from difffract_jax.models.blocks import BlockActs, Cond, Streams
 from difffract_jax.models.mmdit import Inputs, MMDiT, forward
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.stacks import (
     UNROLLED,
     depth_of,

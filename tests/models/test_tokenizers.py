@@ -120,6 +120,27 @@ def test_a_truncated_file_is_named(pipeline):
         load_tokenizers(pipeline)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_with_a_byte_order_mark_are_the_same_tokenizer(pipeline, tokenizers, encoding):
+    for file in pipeline.glob("*/*"):
+        if file.suffix in (".json", ".txt"):
+            file.write_text(file.read_text(encoding="utf-8"), encoding=encoding)
+    ours, theirs = (encode_prompt(each, PROMPTS["p0"], 16) for each in (load_tokenizers(pipeline), tokenizers))
+    assert np.array_equal(ours.t5_ids, theirs.t5_ids) and np.array_equal(ours.clip_ids, theirs.clip_ids)
+
+
+def test_vocabulary_and_merges_may_have_marks_too(pipeline, tokenizers):
+    home = pipeline / "tokenizer"
+    held = json.loads((home / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in held["merges"]]
+    for mark in ("utf-8", "utf-8-sig"):
+        (home / "vocab.json").write_text(json.dumps(held["vocab"]), encoding=mark)
+        (home / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding=mark)
+        (home / "tokenizer.json").unlink(missing_ok=True)
+        found = encode_prompt(load_tokenizers(pipeline), PROMPTS["p0"], 16)
+        assert np.array_equal(found.clip_ids, encode_prompt(tokenizers, PROMPTS["p0"], 16).clip_ids)
+
+
 def test_a_clip_tokenizer_without_a_length_is_refused(pipeline):
     (pipeline / "tokenizer" / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="model_max_length"):

@@ -182,7 +182,7 @@ def test_every_site_is_ablated_by_mean_and_by_zero(organism, monkeypatch):
 
     monkeypatch.setattr(evaluate, "draw_images", watching)
     rows = ablations(organism, 10)
-    assert [row["site"] for row in rows] == ["img/0", "txt/0", "img/1", "txt/1", "joint/0"]
+    assert [row["site"] for row in rows] == ["img/0", "txt/0", "img/1", "txt/1", "single/0"]
     assert len(seen) == 1 + 2 * len(rows)
     assert not any(any(values) for values in seen[0][0].values())
     for number, row in enumerate(rows):

@@ -119,7 +119,9 @@ def kill(place, name, more, pause, writing, **how):
     return kept
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 24), pytest.param(10, 80, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(1, 12), *(pytest.param(*many, marks=pytest.mark.slow) for many in ((3, 24), (10, 80)))]
+)
 def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(place, kills, steps):
     whole, name = place.trained(f"whole-{kills}", steps=steps, every=steps), f"killed-{kills}"
     rng, kept = np.random.default_rng(kills), []
@@ -156,7 +158,7 @@ def test_two_processes_train_as_one(place, eight):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("devices", [2, 1])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 1])
 def test_a_checkpoint_of_eight_devices_resumes_on_fewer(place, eight, devices):
     name = f"on-{devices}"
     shutil.copytree(place.path / "eight", place.path / name)

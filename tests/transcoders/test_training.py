@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import finish, start
 
 from difffract_jax.config import UserError, provenance
 from difffract_jax.transcoders.checkpoints import CHECKPOINTS, locked
@@ -111,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, sto
     assert steps == [2, 4, 6, 8, 10, 12]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_finishes_the_step_saves_and_leaves_the_signals_as_they_were(whole, tmp_path, sent):
     config = settings(tmp_path / "run", checkpoint_every=100)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -223,27 +223,23 @@ def test_extras_that_are_missing_are_told(tmp_path, monkeypatch):
 
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
-KEEPS_NOTHING = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": str(10**9)}
-"""A process that is killed could leave half a compiled program in the cache."""
 
 
 def test_sigterm_saves_and_exits_with_0_and_sigkill_loses_nothing_before_the_last_checkpoint(tmp_path):
     sets = ["steps=100000", "checkpoint_every=5", "log_every=1", "buffer_rows=512", "batch=64", "sites=[img/0]"]
-    sets += [f"out={tmp_path / 'run'}", "k=4", "refresh=1.0"]
-    command = [sys.executable, "-c", "from difffract_jax.cli.main import main; main()", "train", str(SMOKE)]
-    command += [part for each in sets for part in ("--set", each)]
+    sets += [f"out={tmp_path / 'run'}", "k=4", "refresh=1.0", f"prompts={SMOKE.parent / 'prompts.txt'}"]
+    command = ["train", SMOKE, *(part for each in sets for part in ("--set", each))]
     metrics, seen = tmp_path / "run" / "metrics.jsonl", 0
     for sent in (signal.SIGKILL, signal.SIGTERM):
-        with (
-            (tmp_path / "err").open("w") as err,
-            subprocess.Popen(command, cwd=SMOKE.parents[1], stderr=err, env=os.environ | KEEPS_NOTHING) as process,
-        ):
-            while (now := len(metrics.read_text().splitlines()) if metrics.exists() else 0) < seen + 12:
-                assert process.poll() is None, (tmp_path / "err").read_text()
-                time.sleep(0.05)
-            seen = now
-            process.send_signal(sent)
-            assert process.wait(60) == (0 if sent == signal.SIGTERM else -signal.SIGKILL)
+        # A process that is killed could leave half a compiled program in the cache, so none is added.
+        process = start(command, tmp_path / "said", cache=os.environ["JAX_COMPILATION_CACHE_DIR"], adds=False)
+        while (now := len(metrics.read_text().splitlines()) if metrics.exists() else 0) < seen + 12:
+            assert process.is_alive(), (tmp_path / "said.err").read_text()
+            time.sleep(0.05)
+        seen = now
+        os.kill(process.pid, sent)
+        status, said = finish(process, tmp_path / "said")
+        assert status == (0 if sent == signal.SIGTERM else -signal.SIGKILL), said
         steps = [int(path.name) for path in (tmp_path / "run" / CHECKPOINTS).iterdir() if path.name.isdecimal()]
         assert max(steps) >= (seen if sent == signal.SIGTERM else seen - 10)
         if sent == signal.SIGKILL:

@@ -143,7 +143,8 @@ def _replacement(engine: Engine) -> dict[str, Any]:
         pairs = [
             (a, b)
             for ours, theirs in zip(found.mlp_in, prepared.record.mlp_in, strict=True)
-            for a, b in zip(ours, theirs, strict=True)
+            # Layer by layer in NumPy: in JAX every index would be a program of its own.
+            for a, b in zip(np.asarray(ours), np.asarray(theirs), strict=True)
         ]
         if prepared.record.velocity is not None:
             pairs.append((found.velocity, prepared.record.velocity))

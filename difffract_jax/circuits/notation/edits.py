@@ -92,7 +92,7 @@ class Edit:
         amount: see `mode`; in units of the code.
         steps: denoising steps, from 0, instead of the feature's own; all if left out.
         threshold: edit only positions whose value exceeds this share of the feature's maximum over the positions that
-            the edit names.
+            the edit names; at least 0, below 1.
         region: image tokens that the edit is confined to in the image stream and in single-stream blocks, where it
             then leaves text alone; from `region.tokens_in`. It does not bear on text-stream features.
 
@@ -117,6 +117,11 @@ class Edit:
             object.__setattr__(self, "feature", parse_what(self.feature))
         if self.steps is not None:
             object.__setattr__(self, "steps", frozenset(self.steps))
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise UserError(
+                f"A threshold is a share of a feature's maximum, at least 0 and below 1, but got {self.threshold}; "
+                "from 1 on nothing would be edited."
+            )
         if self.threshold is not None and isinstance(self.feature, WholeSite):
             raise UserError(
                 "A threshold is a share of one feature's maximum; leave it out where a whole site is edited."

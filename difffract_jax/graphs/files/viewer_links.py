@@ -6,6 +6,8 @@
    leaves the one that lies below its target, where one alone does.
 3. Where both do, and there is a link for each, they are given out in the order of the nodes, in which circuit-tracer
    writes them; a single link is the feature's, as the viewers take it. These are counted: the document does not tell.
+4. Several links may join the same two nodes. All are kept, so that their weights add up, and those after the first are
+   counted: a document that was put together by mistake looks like this.
 """
 
 from collections import Counter
@@ -18,7 +20,7 @@ from jaxtyping import Bool, Int64
 from difffract_jax.graphs.unclear_links import UnclearLinks
 
 NAMED = 3
-"""Names that are kept of links that were left out, or are not clear."""
+"""Names that are kept of links that were left out, repeat others, or are not clear."""
 
 
 class ResolvedLinks(NamedTuple):
@@ -28,7 +30,8 @@ class ResolvedLinks(NamedTuple):
         source: node of each.
         target: node of each.
         kept: the links, in the order of the document.
-        unclear: those that were left out, or whose source the document does not tell; None if there are none.
+        unclear: those that were left out, are told twice, or whose source the document does not tell; None if there
+            are none.
     """
 
     source: Int64[np.ndarray, "link"]
@@ -70,12 +73,19 @@ def resolve_links(
         else:
             node = possible[0]
         source.append(node)
+    joined = list(zip(source, target, strict=True))
+    again = [pair for pair, times in Counter(joined).items() if times > 1]
     absent = [end for link in links for end in (link["source"], link["target"]) if end not in named]
     unclear = UnclearLinks(
-        left_out=len(links) - len(kept), absent=_first(absent), in_doubt=len(doubtful), shared=_first(doubtful)
+        left_out=len(links) - len(kept),
+        absent=_first(absent),
+        in_doubt=len(doubtful),
+        shared=_first(doubtful),
+        repeated=len(joined) - len(set(joined)),
+        pairs=_first([f"{ids[a]} -> {ids[b]}" for a, b in again]),
     )
     ends = np.array(source, np.int64), np.array(target, np.int64)
-    return ResolvedLinks(*ends, kept, unclear if absent or doubtful else None)
+    return ResolvedLinks(*ends, kept, unclear if absent or doubtful or again else None)
 
 
 def _first(names: list[str]) -> tuple[str, ...]:

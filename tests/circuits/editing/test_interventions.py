@@ -52,8 +52,14 @@ def test_interventions_are_the_reference_s(golden, case):
     assert relative_error(expected, golden.forward["p0_final_latents"]) > 10 * TOL.intervention_f32
 
 
-@pytest.mark.parametrize("prompt", [0, 1])
-@pytest.mark.parametrize("role", ["transcoder", "sae"])
+@pytest.mark.parametrize(
+    ("role", "prompt"),
+    [
+        ("transcoder", 0),
+        ("sae", 1),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in (("transcoder", 1), ("sae", 0))),
+    ],
+)
 def test_replacing_every_mlp_is_the_reference_s(golden, prompt, role):
     tcs = golden.tcs if role == "transcoder" else load_transcoders(REFERENCE / "saes")
     sites = [WholeSite(label, number) for label, numbers in tcs.sites.labels.items() for number in numbers]

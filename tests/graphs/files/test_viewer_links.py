@@ -42,3 +42,20 @@ def test_links_to_absent_nodes_are_left_out_and_the_first_names_told():
     assert found.source.tolist() == [3] and len(found.kept) == 1
     assert found.unclear.left_out == 5
     assert found.unclear.sentences() == ["5 links were left out, as the document has no node a, b or c."]
+
+
+def test_links_that_repeat_others_are_kept_and_counted():
+    found = resolved(("u", "t"), ("0_3_1", "u"), ("u", "t"), ("u", "t"))
+    assert found.source.tolist() == [3, 2, 3, 3] and len(found.kept) == 4
+    assert (found.unclear.repeated, found.unclear.pairs, found.unclear.left_out) == (2, ("u -> t",), 0)
+    (told,) = found.unclear.sentences()
+    assert told == (
+        "2 links between nodes that another link joins already (u -> t) are kept beside it, so that their weights add "
+        "up."
+    )
+    (told,) = resolved(("u", "t"), ("u", "t")).unclear.sentences()
+    assert told.startswith("1 link between nodes that another link joins already (u -> t) is kept beside it")
+
+
+def test_links_of_two_nodes_of_one_name_repeat_nothing():
+    assert resolved(("0_3_1", "t"), ("0_3_1", "t")).unclear.repeated == 0
