@@ -115,8 +115,8 @@ PIPELINE = {"transformer": MMDIT, "t5": T5, "clip": CLIP, "vae": AUTOENCODER}
 
 PLACEMENT: Placement = {"heads": "feature", "d_ff": "feature", "feat": "feature", "modulation": "feature"}
 """Which logical axes are split, and across which mesh axis."""
-TRACED: Placement = dict.fromkeys(PLACEMENT, MODEL_AXES)
-"""The same where a model is evaluated once."""
+TRACED: Placement = dict.fromkeys((*PLACEMENT, "vocab"), MODEL_AXES)
+"""The same where a model is evaluated once: T5's table of tokens too, a quarter of a GiB."""
 TRACED_DECODER: Placement = {"d_model": MODEL_AXES}
 """The same of decoder vectors: positions pick some of them, which every device then has its channels of."""
 

@@ -203,4 +203,7 @@ def test_a_mesh_that_cannot_be_ends_a_command_with_a_sentence(saved, monkeypatch
     out = saved / "never.png"
     status, printed, err = run(monkeypatch, capsys, "generate", saved / "pipe", "a", "--mesh", mesh, "--out", out)
     assert (status, printed) == (1, "") and told in err and "Traceback" not in err
-    assert not out.exists()
+    asked = ("trace", saved / "pipe", saved / "tcs", "a", "--target", "img/2/f3", "--weights", "disk")
+    status, printed, err = run(monkeypatch, capsys, *asked, "--mesh", "feature=4", "--out", out.with_suffix(".npz"))
+    assert (status, printed) == (1, "") and "--mesh splits weights that lie on its devices" in err
+    assert not out.exists() and not out.with_suffix(".npz").exists()
