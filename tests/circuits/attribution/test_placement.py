@@ -34,7 +34,7 @@ SIZE = {"height": 32, "width": 32, "text_tokens": 16}
 EDGE = 1e-6
 """Largest difference of an edge over the largest edge: sums in another order."""
 ALL = {"data": 2, "site": 2, "feature": 2}
-MESHES = ({"feature": 8}, ALL)
+MESHES = (pytest.param({"feature": 8}, marks=pytest.mark.slow), ALL)
 SMALL = 8192
 """Bytes below which an array of the tiny trace may lie on every device."""
 
@@ -124,6 +124,7 @@ def test_attention_in_blocks_goes_through_heads_of_all_devices_at_once(monkeypat
     assert relative_error(velocity(split(mesh)[0]), expected) <= TOL.f32_run
 
 
+@pytest.mark.slow
 def test_a_span_of_steps_on_a_mesh_is_that_of_one_device():
     def graph(pipe, tcs, mesh=None):
         span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(**SIZE))
