@@ -192,7 +192,7 @@ def load_leaves(
     Returns:
         The leaves by path, in the tree's order.
     """
-    target = placement(sharding)
+    target = placement(sharding, abstract)
     opened = open_tree(source, rules, abstract, ignored=ignored, labels=labels, dtype=dtype)
     leaves = {path: leaf for path, leaf in opened.items() if wanted(path)}
     try:

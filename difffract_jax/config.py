@@ -100,6 +100,8 @@ class GenerateConfig(ModelSettings):
     """For a MODEL that is a transformer alone: diffusers directory with the other parts, or hf:OWNER/NAME."""
     variant: str | None = None
     """Which weights to take where a diffusers directory has several, as in fp16 for `model.fp16.safetensors`."""
+    mesh: str | None = None
+    """Devices that split the weights between them, as in feature=8; one when left out."""
 
 
 class PlannedTrace(Settings):
@@ -169,7 +171,8 @@ class TraceConfig(ModelSettings):
     """Products of the pull-back: full float32, or factors rounded to bfloat16 and sums in float32; then the error is
     measured on the first target, printed, and kept in the graph."""
     mesh: str | None = None
-    """Devices that share targets out among them, as in data=8; one when left out."""
+    """Devices by axis, as in data=2,feature=4; one when left out. `data` shares targets out, `feature` (or `site`, or
+    both together) splits weights, transcoders and records between the devices of each share."""
     plan: PlannedTrace = PlannedTrace()
     """For `difffract plan --trace` alone."""
     activations: Path | None = None

@@ -83,7 +83,8 @@ def load_pipeline(
             transformer alone.
         variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights in memory; None for that of the files, see `parts.stored_dtype`.
-        sharding: function of a part's name and abstract tree that says where its leaves go; one device if left out.
+        sharding: function of a part's name and abstract tree that says where its leaves go, as
+            `sharding.traced_pipeline` gives one; one device if left out.
         weights: where the blocks of the transformer and of T5 stay: on the `device`; or in `host` memory or on `disk`,
             from where each is fetched for its turn. Results are the same but for rounding.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
@@ -192,7 +193,8 @@ def load_transcoders(
         subfolder: folder within the directory or repository.
         sites: those wanted, as in ("img/0-3", "txt/*"); all if left out. Files of others are not downloaded.
         dtype: type of the weights in memory.
-        sharding: where the leaves of each group's stack go: None, one sharding, or a function of the path.
+        sharding: where the leaves of each group's stack go: None, one sharding, a function of the path, or
+            `sharding.traced_transcoders`.
         weights: where the stacks stay: on the `device`; or in `host` memory or on `disk`, from where each transcoder is
             fetched when it is needed.
         verify: compare the content hash of our own directories; left out, that of files under 200 MB.

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from difffract_jax.spread import ways
+
 WHOLE_PATTERN = 2**26
 """Bytes of an attention pattern that is held whole; a larger one is computed head by head, and in blocks of queries."""
 PATTERN_BLOCK = 2**24
@@ -151,8 +153,13 @@ def attend(
         )
         return mixed.reshape(-1, v.shape[1])[: q.shape[0]]
 
-    turned = (x.transpose(1, 0, 2) for x in (q, k, v))
-    return jax.lax.map(head, (*turned, rows)).transpose(1, 0, 2)
+    turned = (*(x.transpose(1, 0, 2) for x in (q, k, v)), rows)
+    together = ways(q.shape[1])
+    if together == 1:
+        return jax.lax.map(head, turned).transpose(1, 0, 2)
+    # Heads that lie on different devices go together, since a loop over a split axis would gather it.
+    parts = jax.tree.map(lambda x: x.reshape(together, -1, *x.shape[1:]).swapaxes(0, 1), turned)
+    return jax.lax.map(jax.vmap(head), parts).swapaxes(0, 1).reshape(-1, q.shape[0], v.shape[2]).transpose(1, 0, 2)
 
 
 def _in_blocks(rows: Float[Array, "rows columns"], blocks: int) -> Float[Array, "blocks block columns"]:

@@ -5,6 +5,8 @@
 2. Every parameter path has exactly one `AxisRule`, which names its axes in the words of `axes.py`: pattern -> axes.
 3. `PLACEMENT` says which logical axes lie across which mesh axis; every other axis is whole on each device.
 4. `shardings` puts 2 and 3 together for one tree of weights: path -> `NamedSharding`. `sharding_table` prints it.
+5. Where a model is evaluated once, to generate or to trace, `site` and `feature` split its layers together
+   (`traced_pipeline`, `traced_transcoders`), since layers come one after the other.
 
 Symbols: in a pattern `*` stands for one part of a path, `**` for any number of parts, `{a,b}` for a or b; a path is
 `checkpoint.leaf_paths`' key, as in `double.img.attn.qkv.kernel`.
@@ -20,9 +22,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.config import UserError, nearest
-from difffract_jax.storage.checkpoint import leaf_paths
+from difffract_jax.spread import MODEL_AXES, spread_over, ways_of
+from difffract_jax.storage.checkpoint import ShardingsOf, leaf_paths
 
 MESH_AXES = ("data", "site", "feature")
+Placement = Mapping[str, str | tuple[str, ...]]
+"""Logical axis -> the mesh axis, or axes, that split it."""
 
 
 class AxisRule(NamedTuple):
@@ -108,8 +113,12 @@ AUTOENCODER = (AxisRule("**", WHOLE),)
 PIPELINE = {"transformer": MMDIT, "t5": T5, "clip": CLIP, "vae": AUTOENCODER}
 """The rules of each module of a pipeline."""
 
-PLACEMENT: Mapping[str, str] = {"heads": "feature", "d_ff": "feature", "feat": "feature", "modulation": "feature"}
+PLACEMENT: Placement = {"heads": "feature", "d_ff": "feature", "feat": "feature", "modulation": "feature"}
 """Which logical axes are split, and across which mesh axis."""
+TRACED: Placement = dict.fromkeys((*PLACEMENT, "vocab"), MODEL_AXES)
+"""The same where a model is evaluated once: T5's table of tokens too, a quarter of a GiB."""
+TRACED_DECODER: Placement = {"d_model": MODEL_AXES}
+"""The same of decoder vectors: positions pick some of them, which every device then has its channels of."""
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -151,7 +160,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return shape
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT) -> Any:
     """Returns a tree like `tree` whose leaves are the `NamedSharding`s of its arrays.
 
     Args:
@@ -170,8 +179,67 @@ def pipeline_shardings(mesh: Mesh) -> Callable[[str, Any], Any]:
     return lambda module, tree: shardings(tree, mesh, PIPELINE[module])
 
 
+def traced_pipeline(mesh: Mesh) -> Callable[[str, Any], Any]:
+    """Returns what `pipeline_shardings` does, for a model that is evaluated once: to generate, or to trace.
+
+    Args:
+        mesh: whose axes `site` and `feature` split the model's layers together.
+
+    Raises:
+        UserError: by the function, for a transformer that these axes do not divide.
+    """
+
+    def placed(module: str, tree: Any) -> Any:
+        found = shardings(tree, mesh, PIPELINE[module], TRACED)
+        if module == "transformer" and ways_of(mesh) > 1:
+            _refuse_undivided(tree.config, found, mesh)
+        return found
+
+    return placed
+
+
+def traced_transcoders(mesh: Mesh) -> ShardingsOf:
+    """Returns where the transcoders of a group of sites live in a trace."""
+
+    def placed(stack: Any) -> Any:
+        encoding, decoding = (partition_specs(stack, mesh, TRANSCODER, way) for way in (TRACED, TRACED_DECODER))
+        specs = encoding | {"dec.kernel": decoding["dec.kernel"]}
+        return jax.tree.unflatten(jax.tree.structure(stack), [NamedSharding(mesh, spec) for spec in specs.values()])
+
+    return ShardingsOf(placed)
+
+
+def traced_stack(name: str, stack: Any, mesh: Mesh) -> Any:
+    """Returns where the blocks of a stack live in a trace; those of a kind without rules are split by last axis.
+
+    Args:
+        name: of the stack, as in `double`.
+        stack: its weights, or their shapes.
+        mesh: to place them on.
+    """
+    leaves = []
+    for path, leaf in leaf_paths(stack).items():
+        rules = [rule for rule in MMDIT if _regex(rule.pattern).fullmatch(f"{name}.{path}")]
+        last = leaf.ndim > 1 and leaf.shape[-1] % ways_of(mesh) == 0
+        by_last = spread_over(leaf.ndim, leaf.ndim - 1) if last else PartitionSpec()
+        spec = _partition_spec(path, leaf.shape, rules[0].axes, mesh, TRACED) if rules else by_last
+        leaves.append(NamedSharding(mesh, spec))
+    return jax.tree.unflatten(jax.tree.structure(stack), leaves)
+
+
+def _refuse_undivided(config: Any, found: Any, mesh: Mesh) -> None:
+    """Refuses a mesh whose model axes split none of a transformer's heads or MLP columns."""
+    if any(not place.is_fully_replicated for place in jax.tree.leaves(found)):
+        return
+    sizes = ", ".join(str(n) for n in range(2, config.heads + 1) if config.heads % n == 0 and config.d_ff % n == 0)
+    raise UserError(
+        f"The mesh splits the model {ways_of(mesh)} ways (site x feature), which divides neither its {config.heads} "
+        f"heads nor its {config.d_ff} MLP columns; make that {sizes or 1}, and use other devices along data."
+    )
+
+
 def partition_specs(
-    tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT
+    tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT
 ) -> dict[str, PartitionSpec]:
     """Returns the `PartitionSpec` of every path of `tree`, in the tree's order."""
     return {
@@ -189,7 +257,7 @@ def match(path: str, rules: Sequence[AxisRule]) -> AxisRule:
     return found[0]
 
 
-def sharding_table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> str:
+def sharding_table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT) -> str:
     """Returns one line per parameter: path, shape, logical axes, mesh axes."""
     specs = partition_specs(tree, mesh, rules, placement)
     lines = []
@@ -214,7 +282,7 @@ def initialize_distributed(
 
 
 def _partition_spec(
-    path: str, shape: tuple[int, ...], axes: tuple[str, ...] | None, mesh: Mesh, placement: Mapping[str, str]
+    path: str, shape: tuple[int, ...], axes: tuple[str, ...] | None, mesh: Mesh, placement: Placement
 ) -> PartitionSpec:
     if axes is None:
         return PartitionSpec()
@@ -227,10 +295,11 @@ def _partition_spec(
     return PartitionSpec(*entries)
 
 
-def _mesh_axis(axis: str, size: int, mesh: Mesh, placement: Mapping[str, str]) -> str | None:
-    """Returns the mesh axis that splits `axis`, or None: an axis that does not divide evenly stays whole."""
-    name = placement.get(axis)
-    return name if name is not None and mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
+def _mesh_axis(axis: str, size: int, mesh: Mesh, placement: Placement) -> str | tuple[str, ...] | None:
+    """Returns what splits `axis` of the mesh's axes, or None: an axis that does not divide evenly stays whole."""
+    name = placement.get(axis, ())
+    parts = prod(mesh.shape[one] for one in ((name,) if isinstance(name, str) else name))
+    return name if parts > 1 and size % parts == 0 else None
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -23,6 +23,7 @@ PACKAGES = ("difffract_jax", "converters")
 ORDER = (
     ("difffract_jax.namespaces", "difffract_jax.text_files"),
     ("difffract_jax", "difffract_jax.config"),
+    ("difffract_jax.spread",),
     ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display", "difffract_jax.seeds"),
     ("difffract_jax.memory",),
     ("difffract_jax.storage", "difffract_jax.hub"),

@@ -170,3 +170,13 @@ MORE_VARIANTS = {
 def variant(name: str) -> Exact:
     """Makes one of the variants, as `make_exact` does."""
     return make_exact(seed=len(name), **(VARIANTS | MORE_VARIANTS)[name])
+
+
+def same_graph(ours, expected, tolerance):
+    """The same nodes, and edges that differ by at most `tolerance` of the largest."""
+    for name in ("kind", "step", "stream", "block", "position", "feature"):
+        assert np.array_equal(getattr(ours, f"node_{name}"), getattr(expected, f"node_{name}")), name
+    assert np.array_equal(ours.edge_source, expected.edge_source)
+    assert np.array_equal(ours.edge_target, expected.edge_target)
+    error = np.abs(ours.edge_attribution - expected.edge_attribution).max() / np.abs(expected.edge_attribution).max()
+    assert error <= tolerance, error

@@ -34,7 +34,7 @@ from difffract_jax.cli import transcoders as cli_transcoders
 from difffract_jax.cli import validate as cli_validate
 from difffract_jax.cli.convert import convert
 from difffract_jax.cli.failures import sentence_for, told_when_terminated
-from difffract_jax.cli.models import dtype_named
+from difffract_jax.cli.models import dtype_named, mesh_for, spread_model
 from difffract_jax.cli.organism import organism
 from difffract_jax.config import (
     DemoConfig,
@@ -196,7 +196,7 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     from difffract_jax.models import pipeline
 
     preflight.check_fits("generate", settings)
-    pipe = open_model("generate", settings).pipe
+    pipe = open_model("generate", settings, sharding=spread_model(mesh_for(settings.mesh))).pipe
     with progress("Denoising") as advance:
         result = pipeline.generate(
             pipe,
@@ -232,14 +232,16 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
     from difffract_jax.cli.requests import read_steps, read_weights, resolve_all
     from difffract_jax.cli.used import load_used, up_to_targets
     from difffract_jax.graphs.files.reference_json import write_reference_json
+    from difffract_jax.sharding import traced_transcoders
 
-    asked, devices = [parse_target(text) for text in _listed(settings.target)], _devices(settings)
+    asked, devices = [parse_target(text) for text in _listed(settings.target)], mesh_for(settings.mesh)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
     outputs = any(not isinstance(one, Feature) for one in asked)
     preflight.check_fits("trace", settings, output=outputs, targets=asked)
-    pipe, place = open_model("trace", settings, output=outputs)
+    pipe, place = open_model("trace", settings, sharding=spread_model(devices), output=outputs)
     used = up_to_targets(pipe.config.transformer.layout, asked, traced)
     options = {"dtype": dtype_named(settings.transcoder_dtype), "weights": place}
+    options |= {} if devices is None else {"sharding": traced_transcoders(devices)}
     tcs = load_used(settings.transcoders, used, sites=settings.sites, **options)
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
@@ -257,14 +259,6 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
         if settings.export_json:
             write_reference_json(graph, settings.export_json)
     emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
-
-
-def _devices(settings: TraceConfig) -> Any:
-    """Returns the mesh that the settings ask for; None for one device."""
-    from difffract_jax.circuits.attribution.attribute import usable
-    from difffract_jax.sharding import make_mesh, parse_mesh
-
-    return usable(make_mesh(parse_mesh(settings.mesh))) if settings.mesh else None
 
 
 def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], steps: tuple[int, int]) -> Any:

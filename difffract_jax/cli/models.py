@@ -25,6 +25,25 @@ def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     return load_pipeline(model, dtype=dtype, sharding=sharding), world_of(settings)
 
 
+def mesh_for(text: str | None) -> Any:
+    """Returns the mesh that a setting names; None for one device.
+
+    Raises:
+        UserError: if it names none, or more devices than there are.
+    """
+    from difffract_jax.sharding import make_mesh, parse_mesh
+
+    mesh = None if text is None else make_mesh(parse_mesh(text))
+    return None if mesh is None or mesh.size == 1 else mesh
+
+
+def spread_model(mesh: Any) -> Any:
+    """Returns where `load_pipeline` puts a model that is evaluated on a mesh; None for one device."""
+    from difffract_jax.sharding import traced_pipeline
+
+    return None if mesh is None else traced_pipeline(mesh)
+
+
 def model_of(settings: RowSettings) -> str:
     """Returns the name of the model that shall be read.
 

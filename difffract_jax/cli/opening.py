@@ -44,6 +44,11 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
     given = settings.model_dump()
     embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
     name = given.get("dtype") or given.get("model_dtype")
+    if sharding is not None and given.get("weights") in ("host", "disk"):
+        raise UserError(
+            f"--mesh splits weights that lie on its devices, but --weights is {given['weights']}, from where they are "
+            "fetched one block at a time; leave one of the two out."
+        )
     weights: Place = "device" if sharding is not None else place_of(command, settings, **known)
     pipe = load_pipeline(
         given["model"],

@@ -56,8 +56,8 @@ Mesh = Annotated[
     str | None,
     typer.Option(
         "--mesh",
-        help="Of a training on TPUs, devices by axis, as in data=4,site=2,feature=8; `auto` chooses. Default: the "
-        "config's.",
+        help="Of a training or a trace on TPUs, devices by axis, as in data=4,site=2,feature=8; `auto` chooses a "
+        "training's. Default: the config's.",
     ),
 ]
 Settings = Annotated[Path | None, typer.Option("--config", help="YAML file of settings of the command.")]
@@ -88,8 +88,9 @@ def plan(
     Training and traces on TPUs are compiled, which needs the extra `tpu`, but no TPU and no weights: chips are v5e, v5p
     and v6e, shapes such as v5e:8x8 or v5p:2x2x1. If neither `--mesh` nor the config's `mesh` says how to spread a
     training, the meshes that should need least memory are compiled, until one fits. A step of FLUX's size that fits
-    takes minutes to compile; one that does not, seconds. Of a trace, every chip holds the same, and takes its share of
-    the targets; its transcoders are those of the settings' `plan`.
+    takes minutes to compile; one that does not, seconds. Of a trace, every chip holds the same and takes its share of
+    the targets, unless a mesh's `feature` or `site` splits what they hold; its transcoders are those of the settings'
+    `plan`.
 
     Example: `difffract plan trace --device 24GB --device h100 --set height=512 --set width=512`; training on TPUs:
     `difffract plan configs/train-flux-schnell.yaml --topology v5p:2x2x1 --topology v5e:8x8`; a trace:
@@ -99,8 +100,8 @@ def plan(
     from difffract_jax.cli.output import emit
 
     sets, is_file = sets or [], what is not None and (Path(what).suffix in (".yaml", ".yml") or Path(what).is_file())
-    if trace is not None and (is_file or mesh is not None):
-        raise UserError("Plan a training by its CONFIG or a trace by --trace, without --mesh, not both at once.")
+    if trace is not None and is_file:
+        raise UserError("Plan a training by its CONFIG or a trace by --trace, not both at once.")
     command = "trace" if trace is not None else "train" if is_file or what is None else str(what)
     file = trace or (Path(str(what)) if is_file else config)
     pods = [name for name in device or () if _is_pod(name)]
@@ -155,12 +156,14 @@ def _training(file: Path | None, model: str | None, sets: Sequence[str]) -> Trai
 def _compiled_trace(
     file: Path | None, model: str | None, topology: Sequence[str], mesh: str | None, sets: Sequence[str], json: bool
 ) -> dict[str, Any]:
-    """Compiles the programs of a trace for one chip of every topology."""
+    """Compiles the programs of a trace for one chip of every topology, or for a mesh of all its chips."""
     from difffract_jax.circuits.attribution.plan import plan_trace
     from difffract_jax.cli.output import planned_trace
     from difffract_jax.transcoders.plan import open_topology
 
-    settings = _traced(file, model, sets)
+    if mesh == "auto":
+        raise UserError("`auto` chooses meshes for training alone; name a trace's, as in --mesh feature=8.")
+    settings = _traced(file, model, [*sets, *([] if mesh is None else [f"mesh='{mesh}'"])])
     places, asked = [open_topology(name) for name in topology], _asked_trace(settings)
     plans = [plan_trace(asked, place, lambda sentence: typer.echo(sentence, err=True)) for place in places]
     if json:
@@ -289,6 +292,6 @@ def _asked_trace(settings: TraceConfig) -> Any:
     if height is None or width is None or text_tokens is None or height % unit or width % unit:
         raise UserError(f"A plan needs height and width, multiples of {unit}, and text_tokens; give them in its file.")
     grid = height // unit, width // unit
-    shards = parse_mesh(settings.mesh).get("data", 1) if settings.mesh else 1
-    size = (grid, text_tokens, min(taken.active, features), settings.expansion_batch, shards)
+    mesh = parse_mesh(settings.mesh) if settings.mesh else {}
+    size = (grid, text_tokens, min(taken.active, features), settings.expansion_batch, mesh)
     return TraceWorkload(config, parts, tcs, blocks_for(config, tcs, output), *size, settings.precision)

@@ -32,6 +32,7 @@ from difffract_jax.models.streaming import jit_resident
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers, encode_prompt
 from difffract_jax.ops import widen
+from difffract_jax.spread import on_mesh_of
 from difffract_jax.trees import brief
 
 
@@ -399,5 +400,6 @@ def generate(
     run = run or pipe.plan()
     encoded = encode(pipe, prompt, run.text_tokens)
     noise = initial_noise(pipe, run, seed, latents)
-    final = sample(model_velocity, pipe.transformer, run, encoded, noise, progress=progress)
+    with on_mesh_of(pipe.transformer):
+        final = sample(model_velocity, pipe.transformer, run, encoded, noise, progress=progress)
     return GeneratedImage(decode_latents(pipe, final, run.grid), final, encoded.cut)

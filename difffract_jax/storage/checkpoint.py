@@ -16,6 +16,7 @@ sharded.
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from difffract_jax.storage.shards import open_shards, write_sharded
 __all__ = [
     "FORMAT_VERSION",
     "VERIFY_BELOW_BYTES",
+    "ShardingsOf",
     "atomic_directory",
     "atomic_file",
     "cap",
@@ -77,16 +79,30 @@ def _key_text(key: Any) -> str:
             return str(key.key)
 
 
-def placement(sharding: Any) -> Callable[[str], Any]:
+@dataclass(frozen=True)
+class ShardingsOf:
+    """Stands for shardings that hang on the shapes of the weights.
+
+    Attributes:
+        tree: from an abstract tree to the tree of its shardings.
+    """
+
+    tree: Callable[[Any], Any]
+
+
+def placement(sharding: Any, abstract: Any = None) -> Callable[[str], Any]:
     """Returns the function path -> sharding for whatever stands for one.
 
     Args:
-        sharding: None (the default device), one sharding for every leaf, a function of the path, or a tree of
-            shardings with the structure of the weights.
+        sharding: None (the default device), one sharding for every leaf, a function of the path, a tree of shardings
+            with the structure of the weights, or `ShardingsOf`.
+        abstract: the weights or their shapes, which `ShardingsOf` needs.
 
     Returns:
         The function; what it returns is a `Sharding` or None.
     """
+    if isinstance(sharding, ShardingsOf):
+        sharding = sharding.tree(abstract)
     if sharding is None or isinstance(sharding, jax.sharding.Sharding):
         return lambda path: sharding
     if callable(sharding) and jax.tree_util.all_leaves([sharding]):  # a module of shardings may be callable as well
@@ -172,7 +188,7 @@ def load_tree(
         verify: compare the content hash; left out, it is compared for weights under `VERIFY_BELOW_BYTES`.
         layers: places on the leading axis of every array that are wanted; others are not read, but to compare the hash.
     """
-    tensors, target = open_tree(directory, abstract, name=name, verify=verify), placement(sharding)
+    tensors, target = open_tree(directory, abstract, name=name, verify=verify), placement(sharding, abstract)
     # What is copied out of the map is: a zero-copy `device_put` would keep the weights tied to the file.
     arrays = [
         jax.device_put(_copied(tensors[p][p], leaf.dtype, layers), target(p))

@@ -15,24 +15,13 @@ from difffract_jax.circuits.attribution.rounding import rounded
 from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.cli.output import graph_summary
-from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.sharding import make_mesh
 from tolerances import TOL, relative_error
-from traces import make_exact, make_transcoders
+from traces import make_exact, make_transcoders, same_graph
 
 SIZE = {"height": 24, "width": 32, "text_tokens": 16}
-
-
-def same_graph(ours, expected, tolerance):
-    """The same nodes, and edges that differ by at most `tolerance` of the largest."""
-    for name in ("kind", "step", "stream", "block", "position", "feature"):
-        assert np.array_equal(getattr(ours, f"node_{name}"), getattr(expected, f"node_{name}")), name
-    assert np.array_equal(ours.edge_source, expected.edge_source)
-    assert np.array_equal(ours.edge_target, expected.edge_target)
-    error = np.abs(ours.edge_attribution - expected.edge_attribution).max() / np.abs(expected.edge_attribution).max()
-    assert error <= tolerance, error
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +56,6 @@ def test_rows_on_several_devices_are_the_rows_of_one_over_several_steps(x64):
     assert len(ours.spares[0].sharding.device_set) == 4
     again = pull_rows(four, rows[::-1].copy(), 8, ours.spares)
     assert relative_error(again.edges[::-1], expected.edges) <= 1e-12
-
-
-def test_a_mesh_that_would_leave_devices_idle_is_refused(small):
-    exact, targets = small
-    with pytest.raises(UserError, match="along the mesh axis data alone, but the mesh has feature=4; write data=8"):
-        attribute(exact.trace, exact.tcs, target=targets, mesh=make_mesh({"data": 2, "feature": 4}))
 
 
 def test_bfloat16_products_tell_their_error_and_keep_what_was_recorded(small):

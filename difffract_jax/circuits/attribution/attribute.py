@@ -66,8 +66,8 @@ def attribute(
         min_attribution: smallest absolute edge kept, in units of its target; features of a smaller value are no sources
             either, as in the reference. 0 keeps all.
         target_batch: targets computed together; memory grows with it. It changes nothing else.
-        mesh: devices that share the targets out among them, along its axis `data`, from `sharding.make_mesh`. Each
-            holds all weights, transcoders and records.
+        mesh: devices, from `sharding.make_mesh`: its axis `data` shares the targets out, and `site` and `feature` split
+            weights, transcoders and records between the devices of each share. What lies elsewhere is put there.
         precision: of the pull-back's products. `bf16` rounds their factors and sums in float32; recorded values,
             attention patterns, biases and pre-activations stay in float32. Its error is measured on the first target
             and kept in the graph's provenance under `precision`.
@@ -85,7 +85,7 @@ def attribute(
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
-    options = PullOptions(usable(mesh), precision)
+    options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
     engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options)
     roots, weights = _roots(engine, wanted)
     state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
@@ -171,26 +171,6 @@ def _roots(engine: Engine, wanted: list[tuple[Target, float]]) -> tuple[Int64[np
             name = one.name if isinstance(one, Output) else one
             raise UserError(f"{name} is given twice as a target; give it once, with the weight you want.")
     return np.array(found, np.int64), np.array([weight for _, weight in wanted])
-
-
-def usable(mesh: Mesh | None) -> Mesh | None:
-    """Refuses a mesh that would leave devices idle; one device needs none.
-
-    Args:
-        mesh: of devices that shall share targets out.
-
-    Raises:
-        UserError: if the mesh has devices along another axis than `data`.
-    """
-    if mesh is None:
-        return None
-    other = [f"{axis}={size}" for axis, size in mesh.shape.items() if axis != "data" and size > 1]
-    if other:
-        raise UserError(
-            f"Attribution shares targets out along the mesh axis data alone, but the mesh has {', '.join(other)}; "
-            f"write data={mesh.size}."
-        )
-    return mesh if mesh.size > 1 else None
 
 
 def batch_size(engine: Engine, targets: int, *, limited: bool = True) -> int:

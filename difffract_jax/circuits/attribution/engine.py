@@ -24,6 +24,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Int64
 
 from difffract_jax.circuits.attribution.expansion import SourceTable
+from difffract_jax.circuits.attribution.placement import (
+    placed_steps,
+    placed_trace,
+    placed_transcoders,
+    refuse_undivided,
+)
 from difffract_jax.circuits.attribution.pullback import PullOptions, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
@@ -31,8 +37,11 @@ from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sou
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
 from difffract_jax.circuits.trace.record import RunOutputs, Weights
+from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE, OUTPUT
 from difffract_jax.models.blocks import Streams
+from difffract_jax.models.streaming import streams_layers
+from difffract_jax.spread import on_mesh_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 
@@ -93,17 +102,31 @@ def make_engine(
         trace: from `capture`, `capture_steps` or `prepare`.
         tcs: the transcoders it was captured for.
         outputs: targets that are not features.
-        options: devices and precision. Of several devices each gets all weights, transcoders and records.
+        options: devices and precision. Weights, transcoders and records are put where `placement` says.
+
+    Raises:
+        UserError: as `prepare`, or if the mesh divides nothing of the trace.
     """
+    mesh = options.mesh
+    if mesh is not None and streams_layers((trace, tcs)):
+        raise UserError(
+            "A mesh splits what lies on its devices, but these weights are streamed; keep them on the device, or leave "
+            "the mesh out."
+        )
+    if mesh is not None and not isinstance(trace, Prepared):
+        refuse_undivided(trace, tcs, mesh)
+        trace, tcs = placed_trace(trace, mesh), placed_transcoders(tcs, mesh)
     prepared = prepare(trace, tcs)
     across = isinstance(prepared.trace, Span)
     traces = prepared.trace.traces if isinstance(prepared.trace, Span) else (prepared.trace,)
     infos, steps = tuple(one.info for one in traces), prepared.steps
+    if mesh is not None:
+        refuse_undivided(prepared.trace, tcs, mesh)
+        steps = placed_steps(steps, [stack.name for stack in infos[0].layout.stacks], mesh)
     table = source_table(steps, infos, across=across, outputs=[output.step for output in outputs])
     constants = affine_constants(steps, infos, across)
-    if options.mesh is not None:
-        everywhere = NamedSharding(options.mesh, PartitionSpec())
-        steps, constants = jax.device_put((steps, constants), everywhere)
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
         outputs = tuple(
             one._replace(**jax.device_put({"velocity": one.velocity, "latents": one.latents}, everywhere))
             for one in outputs
@@ -116,7 +139,7 @@ def affine_constants(
 ) -> tuple[RunOutputs, ...]:
     """Returns what the affine map of every step gives at zero sources: what biases alone make of it."""
     found = []
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), on_mesh_of(steps):
         z = jnp.zeros_like(steps[0].record.latents)
         for prepared, info in zip(steps, infos, strict=True):
             zeros, sites = no_sources(prepared)

@@ -4,7 +4,8 @@
    places for features per position, targets pulled back together. Everything is a shape; no weight is made.
 2. `programs` lowers what `difffract trace` runs, one after the other: the recording of a step, the encoding of each
    group of sites, the affine map's constant, the pull-back of a batch of targets.
-3. Each is compiled for one chip of a topology; chips hold the same, and share out the targets (`attribution`).
+3. Each is compiled for one chip of a topology, where chips hold the same and share out the targets; or for a mesh whose
+   chips split what each share holds (`placement`).
 4. What a chip must hold = the program's peak + what lies there besides: while a step is recorded all parts of the
    model, later the recorded blocks alone; the transcoders and the record throughout.
 5. Operations are counted from the shapes, since the compiler counts a loop once: 2 per weight and row of a product.
@@ -16,24 +17,35 @@ T targets. Bytes are those of one chip; GiB = 2^30. Seconds are operations over 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.address import Tokens
 from difffract_jax.circuits.attribution.attribute import divided
-from difffract_jax.circuits.attribution.engine import no_sources, run_affine
-from difffract_jax.circuits.attribution.pullback import layout_of, lower_pull, spare_rows
+from difffract_jax.circuits.attribution.engine import run_affine
+from difffract_jax.circuits.attribution.placement import replacement_shardings
+from difffract_jax.circuits.attribution.pullback import PullOptions, layout_of, lower_pull, spare_rows
 from difffract_jax.circuits.frozen.encoding import GroupRecord, ReplacedSites, SiteLayers, find_active
 from difffract_jax.circuits.frozen.replacement import Replacement, Sources
+from difffract_jax.circuits.frozen.targets import Targets, target_gradients
 from difffract_jax.circuits.trace.record import Blocks, Record, record_step, take_weights
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.models.mmdit import Inputs
-from difffract_jax.sharding import make_mesh
-from difffract_jax.transcoders.plan import Topology, bytes_per_chip, compile_unkept, memory_asked, memory_of
+from difffract_jax.sharding import make_mesh, traced_pipeline, traced_transcoders
+from difffract_jax.spread import using, ways_of
+from difffract_jax.transcoders.plan import (
+    Topology,
+    bytes_per_chip,
+    compile_unkept,
+    memory_asked,
+    memory_of,
+    mesh_text,
+)
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 BF16_PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
@@ -54,7 +66,7 @@ class TraceWorkload(NamedTuple):
         text_tokens: length of the text sequence.
         active: places for features per position.
         targets: of an expansion.
-        shards: devices that share them out.
+        mesh: sizes of its axes.
         precision: of the pull-back's products, `f32` or `bf16`.
     """
 
@@ -66,8 +78,13 @@ class TraceWorkload(NamedTuple):
     text_tokens: int
     active: int
     targets: int
-    shards: int
+    mesh: Mapping[str, int]
     precision: str
+
+    @property
+    def shards(self) -> int:
+        """Shares into which targets are dealt."""
+        return self.mesh.get("data", 1)
 
     @property
     def seq(self) -> int:
@@ -108,18 +125,20 @@ class TracePlan(NamedTuple):
 
     Attributes:
         topology: its name.
+        mesh: sizes of its axes.
         hbm: bytes of a chip's memory that a program may use.
         model: bytes of the pipeline's parts.
         transcoders: bytes of the transcoders.
         weights: bytes of the recorded blocks, as far as they are copies.
         record: bytes of the record, codes and errors.
-        targets: pulled back together.
+        targets: of a share that are pulled back together.
         programs: each of them.
         fits: whether all do.
         seconds_per_node: of the pull-back at the chip's peak, for targets in the highest block.
     """
 
     topology: str
+    mesh: dict[str, int]
     hbm: int
     model: int
     transcoders: int
@@ -141,7 +160,7 @@ class _Lowered(NamedTuple):
 
 
 def plan_trace(asked: TraceWorkload, topology: Topology, note: Callable[[str], None] = lambda _: None) -> TracePlan:
-    """Compiles every program of a trace for one chip of a topology.
+    """Compiles every program of a trace for one chip of a topology, or for a mesh whose chips split a model.
 
     Args:
         asked: what shall be traced.
@@ -149,21 +168,21 @@ def plan_trace(asked: TraceWorkload, topology: Topology, note: Callable[[str], N
         note: called with a sentence before each compilation.
 
     Raises:
-        UserError: if the compiler fails for another reason than memory.
+        UserError: if the compiler fails for another reason than memory, or the mesh fits neither model nor topology.
     """
-    everywhere = NamedSharding(make_mesh({"data": 1}, topology.devices[:1]), PartitionSpec())
-    place = partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere))
-    model, tcs = place(dict(asked.parts)), place(asked.tcs.per_group(asked.config.layout))
-    inputs, replacement = place(_inputs(asked)), place(_replacement(asked))
+    mesh, options = _mesh(asked, topology)
+    model, tcs, inputs, replacement = _placed(asked, mesh)
     layout, itemsize = layout_of(replacement), replacement.record.boundary.img.dtype.itemsize
     asked = asked._replace(targets=divided(asked.targets, layout.size * itemsize, asked.shards) // asked.shards)
     chip, done = topology.name.partition(":")[0], []
-    for one in _programs(asked, model, tcs, inputs, replacement):
+    for one in _programs(asked, model, tcs, inputs, replacement, options):
         note(f"Compiling for {topology.name}: {one.name}")
-        done.append(_compile(one, topology, PASSES[one.precision] / BF16_PEAK.get(chip, BF16_PEAK["v5p"])))
+        with using(options.mesh):
+            done.append(_compile(one, topology, PASSES[one.precision] / BF16_PEAK.get(chip, BF16_PEAK["v5p"])))
     copies = bytes_per_chip(replacement.record.weights) - _shared(asked, replacement)
     return TracePlan(
         topology=topology.name,
+        mesh=dict(asked.mesh),
         hbm=topology.hbm,
         model=bytes_per_chip(model),
         transcoders=bytes_per_chip(tcs),
@@ -174,6 +193,36 @@ def plan_trace(asked: TraceWorkload, topology: Topology, note: Callable[[str], N
         fits=all(program.fits for program in done),
         seconds_per_node=done[-1].seconds / asked.targets,
     )
+
+
+def _mesh(asked: TraceWorkload, topology: Topology) -> tuple[Mesh, PullOptions]:
+    """Returns the devices to compile for, and the options of a pull-back there: one chip where all hold the same."""
+    if ways_of(asked.mesh) == 1:
+        return make_mesh(dict.fromkeys(asked.mesh, 1), topology.devices[:1]), PullOptions(precision=asked.precision)
+    wanted = prod(asked.mesh.values())
+    if wanted != len(topology.devices):
+        raise UserError(
+            f"The mesh {mesh_text(asked.mesh)} has {wanted} devices, but {topology.name} has {len(topology.devices)} "
+            "chips, and a trace's mesh takes all; change one of them."
+        )
+    mesh = make_mesh(asked.mesh, topology.devices)
+    return mesh, PullOptions(mesh, asked.precision)
+
+
+def _placed(asked: TraceWorkload, mesh: Mesh) -> tuple[Any, Any, Any, Replacement]:
+    """Returns the shapes of model, transcoders, inputs and replacement, each where it lives."""
+
+    def place(tree: Any, shardings: Any) -> Any:
+        return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, shardings)
+
+    spread, of_stack = traced_pipeline(mesh), traced_transcoders(mesh).tree
+    model = {name: place(tree, spread(name, tree)) for name, tree in asked.parts.items()}
+    stacks = asked.tcs.per_group(asked.config.layout)
+    tcs = tuple(None if stack is None else place(stack, of_stack(stack)) for stack in stacks)
+    inputs, replacement = _inputs(asked), _replacement(asked)
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), inputs)
+    names = [stack.name for stack in asked.config.layout.stacks]
+    return model, tcs, place(inputs, everywhere), place(replacement, replacement_shardings(replacement, names, mesh))
 
 
 def _inputs(asked: TraceWorkload) -> tuple[Inputs, Any]:
@@ -211,7 +260,12 @@ def _replacement(asked: TraceWorkload) -> Replacement:
 
 
 def _programs(
-    asked: TraceWorkload, model: Any, tcs: tuple[Any, ...], inputs: tuple[Inputs, Any], replacement: Replacement
+    asked: TraceWorkload,
+    model: Any,
+    tcs: tuple[Any, ...],
+    inputs: tuple[Inputs, Any],
+    replacement: Replacement,
+    options: PullOptions,
 ) -> Iterator[_Lowered]:
     """Yields the programs in the order in which a trace runs them."""
     record, sites, sources = replacement
@@ -230,21 +284,34 @@ def _programs(
         lower = partial(find_active.lower, stack, layers.slot, layers.live, part, None, asked.active)
         yield _Lowered(f"encode {of.label}", lower, held, count.encode(group), "f32")
     held += bytes_per_chip((sources.values, sources.errors)) + bytes_per_chip([s.layers for s in sites])
-    zeros, cut = (_placed_like(tree, record.t) for tree in jax.eval_shape(no_sources, replacement))
+    zeros, cut = _no_sources(replacement)
     lower = partial(run_affine.lower, record, cut, zeros)
     yield _Lowered("constant", lower, held + bytes_per_chip(zeros), count.constant(), "f32")
+    count_of = jax.ShapeDtypeStruct((asked.targets * asked.shards,), jnp.int32, sharding=record.t.sharding)
+    targets = Targets(*(count_of for _ in Targets._fields))
+    yield _Lowered(
+        "read targets", lambda: target_gradients.lower(record, sites, targets), held, count.read(), asked.precision
+    )
     rows = bytes_per_chip(spare_rows(replacement, asked.targets, "tpu"))
     yield _Lowered(
         f"pull back {asked.targets}",
-        lambda: lower_pull(replacement, asked.targets, "tpu", asked.blocks.output, asked.precision),
+        lambda: lower_pull(replacement, asked.targets, "tpu", asked.blocks.output, options),
         held + rows,
         count.pull(),
         asked.precision,
     )
 
 
-def _placed_like(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding), tree)
+def _no_sources(replacement: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...]]:
+    """Returns the shapes of `engine.no_sources`, placed as the replacement is."""
+    sites, sources = replacement.sites, replacement.sources
+    values = tuple(_without_places(leaf) for leaf in sources.values)
+    cut = tuple(one._replace(layers=one.layers._replace(index=_without_places(one.layers.index))) for one in sites)
+    return sources._replace(values=values), cut
+
+
+def _without_places(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct((*leaf.shape[:2], 0), leaf.dtype, sharding=leaf.sharding)
 
 
 def _shared(asked: TraceWorkload, replacement: Replacement) -> int:
@@ -289,7 +356,7 @@ def _compile(one: _Lowered, topology: Topology, seconds_per_flop: float) -> Prog
 
 
 class _Counts:
-    """Operations of the large products, from the shapes."""
+    """Operations of the large products on one chip, from the shapes."""
 
     def __init__(self, asked: TraceWorkload) -> None:
         self.asked, self.layout = asked, asked.config.layout
@@ -299,21 +366,26 @@ class _Counts:
         self.rows = [sum(getattr(tokens, stream) for stream in group.streams) for group in self.layout.groups]
         self.square = asked.seq * asked.config.d_model**2
         self.pattern = asked.seq**2 * asked.config.d_model
+        self.ways = ways_of(asked.mesh)
 
     def record(self) -> float:
         """q, k, v, the output and an MLP of twice four widths: 12 D^2 per row; scores and mixing of values: 2 S D."""
         mlp = 2 * self.asked.config.mlp_ratio
-        return float((self.before + self.layers) * (2 * (4 + mlp) * self.square + 4 * self.pattern))
+        return (self.before + self.layers) * (2 * (4 + mlp) * self.square + 4 * self.pattern) / self.ways
 
     def encode(self, group: int) -> float:
         """Encodes every row of every layer to count what is active, then again, and decodes."""
         tcs, blocks = self.asked.tcs, self.layout.blocks_of(group)
         layers = len(range(max(blocks.start, self.asked.blocks.first), min(blocks.stop, self.asked.blocks.end)))
-        return 6.0 * layers * self.rows[group] * tcs.config.features * tcs.config.d_model
+        return 6 * layers * self.rows[group] * tcs.config.features * tcs.config.d_model / self.ways
 
     def constant(self) -> float:
         """v and the output: 2 D^2 per row; scores and mixing of values."""
-        return 4.0 * self.layers * (self.square + self.pattern)
+        return 4 * self.layers * (self.square + self.pattern) / self.ways
+
+    def read(self) -> float:
+        """Scales an encoder column for every target, in every group."""
+        return 2.0 * self.asked.targets * self.asked.shards * self.asked.config.d_model * len(self.rows)
 
     def pull(self) -> float:
         """The same but for the scores, which targets share; and K decoder vectors per row of a site."""
@@ -321,4 +393,4 @@ class _Counts:
         slots = asked.tcs.sites.slots(self.layout)
         read = sum(len(placed) * rows for placed, rows in zip(slots, self.rows, strict=True))
         each = self.layers * (4 * self.square + 2 * self.pattern) + 2 * read * asked.active * asked.config.d_model
-        return float(asked.targets * each + self.layers * 2 * self.pattern)
+        return (asked.targets * each + self.layers * 2 * self.pattern) / self.ways

@@ -40,6 +40,7 @@ from difffract_jax.circuits.trace.record import Record, RunOutputs
 from difffract_jax.models.blocks import Streams, both
 from difffract_jax.models.stacks import group_slices, sequences, streams
 from difffract_jax.ops import query_blocks
+from difffract_jax.spread import in_step, on_mesh_of, spread, using, ways_of, whole
 
 PRECISIONS = {"f32": "highest", "bf16": "default"}
 """Precision of the pull-back's products -> what JAX calls it."""
@@ -111,8 +112,8 @@ class PullOptions(NamedTuple):
     """Devices and precision of a pull-back; they change no more than the rounding of the edges.
 
     Attributes:
-        mesh: devices among which they are shared out, along the axis `data`; None for one device. What is replaced must
-            lie on all of them, see `engine.make_engine`.
+        mesh: of several devices; None for one. Its axis `data` shares targets out, the others split what is replaced,
+            which must lie on it, see `engine.make_engine`.
         precision: of the products: `f32`, or `bf16` with sums in float32 and patterns as they were recorded.
     """
 
@@ -121,7 +122,7 @@ class PullOptions(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Devices among which targets are shared out."""
+        """Shares into which targets are dealt; each is one device, or several that split the model."""
         return 1 if self.mesh is None else self.mesh.shape["data"]
 
 
@@ -165,7 +166,7 @@ def pull_target(replacement: Replacement, target: Targets) -> Float[Array, "sour
     spare = jnp.zeros((1, layout_of(replacement).inputs), replacement.record.boundary.img.dtype)
     with jax.default_matmul_precision("highest"):
         gradients = target_gradients(replacement.record, replacement.sites, one)
-        pulled = _pull_on_one_device(sizes, *replacement, one, gradients, None, spare)
+        pulled = _pull_share(sizes, *replacement, one, gradients, None, spare)
     return jnp.concatenate([pulled.edges, input_edges(pulled.boundary, replacement.sources.boundary)], axis=1)[0]
 
 
@@ -204,7 +205,7 @@ def pull(
     if spare is None or spare.shape != shape or spare.dtype != dtype:
         split = None if options.mesh is None else NamedSharding(options.mesh, PartitionSpec("data"))
         spare = jnp.zeros(shape, dtype, device=split)
-    with jax.default_matmul_precision(PRECISIONS[options.precision]):
+    with jax.default_matmul_precision(PRECISIONS[options.precision]), using(options.mesh):
         gradients = target_gradients(replacement.record, replacement.sites, filled)
         pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
     if not more and np.array_equal(order, np.arange(whole)):
@@ -213,32 +214,31 @@ def pull(
     return jax.tree.map(lambda leaf: leaf[back], pulled)
 
 
-def lower_pull(replacement: Replacement, count: int, platform: str, directed: bool, precision: str) -> Any:
+def lower_pull(replacement: Replacement, count: int, platform: str, directed: bool, options: PullOptions) -> Any:
     """Lowers the pull-back of a batch of targets from shapes alone, as `jax.jit`'s `lower` does.
 
     Args:
         replacement: shapes with shardings, as `jax.ShapeDtypeStruct`.
-        count: of targets.
+        count: of targets, of one share.
         platform: to compile for: `cpu`, `gpu` or `tpu`.
         directed: whether directions of the velocity are among the targets.
-        precision: of the products, see `PRECISIONS`.
+        options: devices and precision.
     """
     sizes, boundary = _sizes(replacement, count, platform), replacement.record.boundary
+    place = boundary.img.sharding if options.mesh is None else NamedSharding(options.mesh, PartitionSpec("data"))
 
     def like(*shape: int, dtype: Any = boundary.img.dtype) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=boundary.img.sharding)
+        return jax.ShapeDtypeStruct((sizes.batch * options.shards, *shape), dtype, sharding=place)
 
-    targets = Targets(*(like(sizes.batch, dtype=jnp.int32) for _ in Targets._fields))
-    direction = Streams(*(like(sizes.batch, *h.shape) for h in boundary)) if directed else None
-    spare = spare_rows(replacement, count, platform)
-    with jax.default_matmul_precision(PRECISIONS[precision]):
-        gradients = like(sizes.batch, boundary.img.shape[1])
-        given = (targets, gradients, direction, spare, sizes)
-        return _pull_back.lower(*replacement, *given, PullOptions(precision=precision))
+    targets = Targets(*(like(dtype=jnp.int32) for _ in Targets._fields))
+    direction = Streams(*(like(*h.shape) for h in boundary)) if directed else None
+    given = (targets, like(boundary.img.shape[1]), direction, like(layout_of(replacement).inputs), sizes, options)
+    with jax.default_matmul_precision(PRECISIONS[options.precision]), using(options.mesh):
+        return _pull_back.lower(*replacement, *given)
 
 
 def spare_rows(replacement: Replacement, count: int, platform: str) -> jax.ShapeDtypeStruct:
-    """Returns the shape of the edges of a batch of targets, placed as the record is.
+    """Returns the shape of the edges of a share of targets, which each of its devices holds.
 
     Args:
         replacement: shapes with shardings.
@@ -281,7 +281,7 @@ def velocity_cotangent(replacement: Replacement, direction: Float[Array, "target
         replacement: of a trace that records the velocity.
         direction: on velocities.
     """
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), on_mesh_of(replacement.record):
         return _velocity_cotangent(replacement.record, direction)
 
 
@@ -290,7 +290,7 @@ def _velocity_cotangent(record: Record, direction: Array) -> Streams:
     final, boundary = record.weights.final, record.boundary
     assert final is not None
     _, pull_final = jax.vjp(lambda h: final(h, record.cond, record.inv_std), boundary.img)
-    img = jax.vmap(pull_final)(direction)[0]
+    img = spread(jax.vmap(pull_final)(direction)[0], 2, 1)
     return Streams(img, jnp.zeros((img.shape[0], *boundary.txt.shape), img.dtype))
 
 
@@ -306,11 +306,12 @@ def _pull_back(
     sizes: Sizes,
     options: PullOptions = PullOptions(),  # noqa: B008  (immutable)
 ) -> Pulled:
-    """Pulls sorted targets back, on each device its own; devices say nothing to one another."""
-    pull_one = partial(_pull_on_one_device, sizes)
+    """Pulls sorted targets back, each share its own; shares say nothing to one another."""
+    pull_one = partial(_pull_share, sizes)
     if options.precision == "bf16":
         pull_one = rounded(pull_one)
-    if options.mesh is not None:
+    if options.shards > 1:
+        assert options.mesh is not None
         same, split = PartitionSpec(), PartitionSpec("data")
         # Each device's loops run as often as its targets need, which the check of replicated values cannot follow.
         pull_one = jax.shard_map(
@@ -318,12 +319,13 @@ def _pull_back(
             mesh=options.mesh,
             in_specs=(same, same, same, split, split, split, split),
             out_specs=split,
+            axis_names={"data"} if ways_of(options.mesh) > 1 else set(),
             check_vma=False,
         )
     return pull_one(record, sites, sources, targets, gradients, direction, spare)
 
 
-def _pull_on_one_device(
+def _pull_share(
     sizes: Sizes,
     record: Record,
     sites: tuple[ReplacedSites, ...],
@@ -333,13 +335,14 @@ def _pull_on_one_device(
     direction: Streams | None,
     spare: Float[Array, "batch source"],
 ) -> Pulled:
-    """Pulls sorted targets back on one device."""
+    """Pulls sorted targets back, those of one device, or of the devices that share a model."""
     layout, stacks = layout_of(Replacement(record, sites, sources)), record.weights.stacks
-    edges = spare
+    edges = whole(spare)
     cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), gradients.dtype), sources.boundary)
     if direction is not None:
         cotangent = both(jnp.add, cotangent, direction)
-    top = (targets.enters[0] + 1) // 2  # layers to walk: those below where the first target enters, and its own
+    # Layers to walk: those below where the first target enters, and its own.
+    top = in_step((targets.enters[0] + 1) // 2)
     slices = group_slices(stacks)
     for i, (stack, groups) in reversed(list(enumerate(zip(stacks, slices, strict=True)))):
         first, count = sum(layout.layers[:i]), layout.layers[i]
@@ -351,7 +354,7 @@ def _pull_on_one_device(
         joined = sequences(cotangent, stack.groups)
         edges, joined = walk(stretch, above, stretch.clear(edges), joined, targets, gradients, sizes)
         cotangent = streams(joined, stack.groups, cotangent)
-    return Pulled(edges, cotangent)
+    return Pulled(whole(edges), cotangent)
 
 
 def push_forward(replacement: Replacement, change: Sources) -> RunOutputs:

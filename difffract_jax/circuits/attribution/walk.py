@@ -25,6 +25,7 @@ from difffract_jax.circuits.frozen.targets import Targets
 from difffract_jax.circuits.trace.record import Record
 from difffract_jax.models.blocks import Entry
 from difffract_jax.models.stacks import slice_layer
+from difffract_jax.spread import in_step, spread, whole
 
 PULL_BYTES = 2**20
 """Cotangents pulled through a block at a time: few enough for a processor's cache; accelerators take them all."""
@@ -219,13 +220,15 @@ def walk(
             entered = block.enter(own, some.group - stretch.first_group, some.position)
             return _put(cotangent, jax.tree.map(jnp.add, before, entered), first)
 
-        begun, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
+        own, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
+        begun, begin, waiting = in_step(jnp.stack([own, begin, -own]))
         done, edges = _in_pieces(begun, sizes.contract, contract_some, edges)
         # The pull-back writes over what the contraction reads. XLA orders by data alone, and where nothing says which
         # comes first, it copies all cotangents: hence the number to pull back comes out of the contraction.
         _, cotangent = _in_pieces(jnp.minimum(begun, done), (sizes.pull,), through, cotangent)
         last = (begin + sizes.enter - 1) // sizes.enter
-        return edges, jax.lax.fori_loop(begun // sizes.enter, last, enter_some, cotangent)
+        cotangent = jax.lax.fori_loop(-waiting // sizes.enter, last, enter_some, cotangent)
+        return edges, tuple(spread(rows, 2, 1) for rows in cotangent)
 
     return jax.lax.fori_loop(0, top - stretch.first, step, (edges, cotangent))
 
@@ -279,7 +282,7 @@ def contract_block(
     for sites, values, written, gate in zip(block.sites, block.values, cotangent, block.gates, strict=True):
         if sites.stack is not None:
             decoder, layers = sites.stack.dec.kernel[...], sites.layers
-            place = layers.slot, layers.decoder_rows, values
+            place = layers.slot, whole(layers.decoder_rows), whole(values)
             edges = contract(edges, (row, column), decoder, *place, written, gate, count, gather)
         column += values.size
     from_errors = [

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.models.stacks import slice_layer
 from difffract_jax.models.streaming import Streamed
+from difffract_jax.spread import spread
 from difffract_jax.transcoders.transcoder import Transcoder
 from difffract_jax.trees import brief
 
@@ -154,7 +155,8 @@ def count_active(stack: Transcoder, slot: Array, live: Array, record: GroupRecor
 
 
 def _code(stack: Transcoder, slot: Array, live: Array, x: Array, t: Array) -> Float[Array, "rows feat"]:
-    return jnp.where(live[:, None], site(stack, slot).encode(x, t), 0)
+    # Over several devices each takes some positions, since the largest of a row are sought among all its features.
+    return spread(jnp.where(live[:, None], site(stack, slot).encode(x, t), 0), 0)
 
 
 def _most_active(code: Float[Array, "rows feat"]) -> Int[Array, ""]:
@@ -173,7 +175,7 @@ def find_active(
         if z is None:
             z = _code(stack, slot, live, x, record.t)
         value, index = jax.lax.top_k(z, most)
-        error = y - jnp.where(live[:, None], transcoder.decode(z, x), 0)
-        return None, (index, value, error)
+        error = y - spread(jnp.where(live[:, None], transcoder.decode(z, x), 0), 0)
+        return None, (spread(index, 0), spread(value, 0), spread(error, 1, 0))
 
     return jax.lax.scan(step, None, (slot, live, record.mlp_in, record.mlp_out, codes))[1]

@@ -27,6 +27,7 @@ from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import Visit, per_group, run_stacks
 from difffract_jax.models.streaming import Streamed
+from difffract_jax.spread import on_mesh_of, spread
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 from difffract_jax.trees import brief
 
@@ -170,7 +171,7 @@ def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | No
             f"The trace recorded the blocks {info.recorded[0]} to {info.recorded[-1]}, but the transcoders have block "
             f"{outside[0]}; capture again with these transcoders."
         )
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), on_mesh_of(record):
         parts = [
             (encode_sites if isinstance(stack, Streamed) else encode_group)(
                 stack,
@@ -210,7 +211,7 @@ def run_replacement(record: Record, sites: Sequence[ReplacedSites], sources: Sou
         sites: the MLP sublayers, per group.
         sources: where to evaluate it; zeros give its constant.
     """
-    h, x = _blocks(record, sites, sources, lambda visit: tuple(visit.acts.mlp_in))
+    h, x = _blocks(record, sites, sources, lambda visit: tuple(spread(x, 1, 0) for x in visit.acts.mlp_in))
     final = record.weights.final
     velocity = None if final is None else final(h.img, record.cond, record.inv_std)
     return RunOutputs(x, velocity, record.latents)

@@ -40,6 +40,7 @@ from difffract_jax.models.pipeline import (
 )
 from difffract_jax.models.streaming import streams_layers
 from difffract_jax.models.tokenizers import encode_prompt
+from difffract_jax.spread import on_mesh_of
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 from difffract_jax.trees import tree_text
 
@@ -207,7 +208,7 @@ def _capture(
         raise UserError(f"The steps of a trace must ascend, but got {first} to {last}.")
     encoded, empty = encode(pipe, prompt, run.text_tokens), encode(pipe, "", run.text_tokens)
     mask = np.ones_like(encoded.mask) if include_padding else encoded.mask
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), on_mesh_of(pipe.transformer):
         z = sample(model_velocity, pipe.transformer, run, encoded, initial_noise(pipe, run, seed, latents), stop=first)
         records = _record_steps(pipe, run, blocks, encoded, empty, jnp.asarray(mask), z, range(first, last + 1))
     config, ids = pipe.config.transformer, encode_prompt(pipe.tokenizers, prompt, run.text_tokens)

@@ -18,6 +18,7 @@ from difffract_jax.models.mmdit import Final, Inputs
 from difffract_jax.models.stacks import Visit, depth_of, per_group, run_stack, sequences, slice_layer, streams
 from difffract_jax.models.streaming import Streamed
 from difffract_jax.ops import layer_norm, widen
+from difffract_jax.spread import spread
 from difffract_jax.trees import brief
 
 
@@ -233,4 +234,5 @@ def replaceable_rows(stacks: Sequence[Any], mask: Streams) -> tuple[Bool[Array, 
 
 
 def _keep(visit: Visit) -> tuple[Any, tuple[Array, ...], tuple[Array, ...]]:
-    return visit.acts.frozen, tuple(visit.acts.mlp_in), tuple(visit.acts.mlp_out)
+    kept = visit.acts.frozen, tuple(visit.acts.mlp_in), tuple(visit.acts.mlp_out)
+    return jax.tree.map(lambda leaf: spread(leaf, 1, 0) if leaf.ndim > 1 else leaf, kept)

@@ -11,7 +11,7 @@ import pytest
 from difffract_jax import ops
 from difffract_jax.circuits.attribution import contraction, pullback, walk
 from difffract_jax.circuits.attribution.engine import affine_constants
-from difffract_jax.circuits.attribution.pullback import pull_back, pull_target, push_forward
+from difffract_jax.circuits.attribution.pullback import PullOptions, pull_back, pull_target, push_forward
 from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.frozen.replacement import prepare_step, run_replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations
@@ -235,7 +235,8 @@ def test_in_how_many_pieces_targets_go_changes_nothing(x64, monkeypatch, sizes):
 
 def test_blocks_do_not_copy_the_cotangents_of_all_targets(x64):
     exact = make_exact(joint=(0, 1))
-    program = pullback.lower_pull(exact.replacement, 14, "cpu", directed=False, precision="f32").compile().as_text()
+    lowered = pullback.lower_pull(exact.replacement, 14, "cpu", directed=False, options=PullOptions())
+    program = lowered.compile().as_text()
     rows = [h.shape[0] for h in exact.replacement.record.boundary]
     width = exact.replacement.record.boundary.img.shape[1]
     for count in (*rows, sum(rows)):
