@@ -43,17 +43,8 @@ class Stopped(Exception):
 
 
 def run(out, stop_at=None, resume=False, **more):
-    given = {
-        "model": "m",
-        "prompts": "p",
-        "out": out,
-        "expansion": 4,
-        "k": 4,
-        "time_embed": 4,
-        "batch": 32,
-        "steps": 12,
-    }
-    given |= {"buffer_rows": 256, "checkpoint_every": 4, "log_every": 2, "lr": 3e-3, "model_dtype": "bf16"}
+    given = {"model": "m", "prompts": "p", "out": out, "expansion": 4, "k": 4, "time_embed": 4, "batch": 32}
+    given |= {"steps": 12, "buffer_rows": 256, "checkpoint_every": 4, "log_every": 2, "lr": 3e-3, "model_dtype": "bf16"}
 
     def progress(done, total, values):
         if done == stop_at:
@@ -103,11 +94,12 @@ def test_a_disk_without_room_says_so_before_the_first_row_is_read(tmp_path, monk
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def read(*_):
+        raise AssertionError("rows were read")
+
     monkeypatch.setattr(os, "posix_fallocate", full)
-    monkeypatch.setattr(Synthetic, "chunk", None)
-    with pytest.raises(
-        UserError, match=r"run cannot be written \(No space left on device\); there is no checkpoint yet"
-    ):
+    monkeypatch.setattr(Synthetic, "chunk", read)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); there is no checkpoint yet"):
         run(tmp_path / "run", buffer="disk")
     assert not (tmp_path / "run" / host_buffer.FILE).exists()
 

@@ -181,7 +181,7 @@ def test_a_cutoff_is_the_value_below_the_last_that_counts(most):
 
 
 def test_the_auxiliary_loss_multiplies_no_more_than_a_block_of_dead_features(monkeypatch):
-    """A product over all features, and the two of its gradient, would be 6 * rows * features * width operations more."""
+    """A product over all features, and two for its gradient, would be 6 * rows * features * width operations more."""
     monkeypatch.setattr(revival, "BLOCK", 4)
 
     def flops(weight):
