@@ -108,8 +108,17 @@ AUTOENCODER = (AxisRule("**", WHOLE),)
 PIPELINE = {"transformer": MMDIT, "t5": T5, "clip": CLIP, "vae": AUTOENCODER}
 """The rules of each module of a pipeline."""
 
-PLACEMENT: Mapping[str, str] = {"heads": "feature", "d_ff": "feature", "feat": "feature", "modulation": "feature"}
+Placement = Mapping[str, str | tuple[str, ...]]
+"""Logical axis -> the mesh axis, or axes, that split it."""
+PLACEMENT: Placement = {"heads": "feature", "d_ff": "feature", "feat": "feature", "modulation": "feature"}
 """Which logical axes are split, and across which mesh axis."""
+EVERYWHERE: Placement = {
+    **PLACEMENT,
+    "vocab": "feature",
+    **dict.fromkeys(("d_model", "t5_width"), ("data", "site")),
+}
+"""The same for a model that lies beside something larger: every matrix is split over the whole mesh, and a block's are
+gathered over `data` and `site` while it runs, where examples are spread."""
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -151,7 +160,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return shape
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> Any:
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT) -> Any:
     """Returns a tree like `tree` whose leaves are the `NamedSharding`s of its arrays.
 
     Args:
@@ -165,13 +174,13 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mappi
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def pipeline_shardings(mesh: Mesh) -> Callable[[str, Any], Any]:
+def pipeline_shardings(mesh: Mesh, placement: Placement = PLACEMENT) -> Callable[[str, Any], Any]:
     """Returns the function (module of a pipeline, its abstract tree) -> tree of shardings."""
-    return lambda module, tree: shardings(tree, mesh, PIPELINE[module])
+    return lambda module, tree: shardings(tree, mesh, PIPELINE[module], placement)
 
 
 def partition_specs(
-    tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT
+    tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT
 ) -> dict[str, PartitionSpec]:
     """Returns the `PartitionSpec` of every path of `tree`, in the tree's order."""
     return {
@@ -189,7 +198,7 @@ def match(path: str, rules: Sequence[AxisRule]) -> AxisRule:
     return found[0]
 
 
-def sharding_table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Mapping[str, str] = PLACEMENT) -> str:
+def sharding_table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT) -> str:
     """Returns one line per parameter: path, shape, logical axes, mesh axes."""
     specs = partition_specs(tree, mesh, rules, placement)
     lines = []
@@ -214,23 +223,26 @@ def initialize_distributed(
 
 
 def _partition_spec(
-    path: str, shape: tuple[int, ...], axes: tuple[str, ...] | None, mesh: Mesh, placement: Mapping[str, str]
+    path: str, shape: tuple[int, ...], axes: tuple[str, ...] | None, mesh: Mesh, placement: Placement
 ) -> PartitionSpec:
     if axes is None:
         return PartitionSpec()
     if len(axes) != len(shape):
         raise ValueError(f"Parameter {path} has shape {shape}, but its sharding rule names the axes {axes}.")
     entries = [_mesh_axis(axis, size, mesh, placement) for axis, size in zip(axes, shape, strict=True)]
-    used = [entry for entry in entries if entry]
+    used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"Parameter {path} would be split twice over one mesh axis: {axes} -> {entries}.")
     return PartitionSpec(*entries)
 
 
-def _mesh_axis(axis: str, size: int, mesh: Mesh, placement: Mapping[str, str]) -> str | None:
-    """Returns the mesh axis that splits `axis`, or None: an axis that does not divide evenly stays whole."""
-    name = placement.get(axis)
-    return name if name is not None and mesh.shape[name] > 1 and size % mesh.shape[name] == 0 else None
+def _mesh_axis(axis: str, size: int, mesh: Mesh, placement: Placement) -> str | tuple[str, ...] | None:
+    """Returns what splits `axis`, or None: an axis that does not divide evenly stays whole, or is split less."""
+    names = placement.get(axis, ())
+    split = [name for name in ((names,) if isinstance(names, str) else names) if mesh.shape[name] > 1]
+    while split and size % prod(mesh.shape[name] for name in split):
+        split.pop()
+    return (split[0] if len(split) == 1 else tuple(split)) if split else None
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

@@ -14,14 +14,14 @@ AT_ONCE = 8
 def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     """Returns the model, spread over a mesh if one is given, and its world's captions if it has a world."""
     from difffract_jax.loading import load_pipeline
-    from difffract_jax.sharding import pipeline_shardings
+    from difffract_jax.sharding import EVERYWHERE, pipeline_shardings
 
     model, dtype = model_of(settings), dtype_of(settings)
     if model == "tiny":
         from difffract_jax.models.tiny import random_pipeline
 
         return random_pipeline(dtype=dtype), None
-    sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh)
+    sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh, EVERYWHERE)
     return load_pipeline(model, dtype=dtype, sharding=sharding), world_of(settings)
 
 

@@ -133,7 +133,8 @@ def forward(
     write: Write | None = None,
     fixed: Sequence[Any] | None = None,
     layers: Sequence[Any] | None = None,
-    tap: Tap = drop,
+    tap: Tap | Sequence[Tap] = drop,
+    kept: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Float[Array, "img outputs"], tuple[Any, ...]]:
     """Runs the whole transformer, with MLP sublayers replaced and activations reported where asked.
 
@@ -145,12 +146,13 @@ def forward(
         fixed: per group.
         layers: per group.
         tap: what each block reports.
+        kept: per group, of which blocks reports are kept.
 
     Returns:
         The velocity, and each stack's reports.
     """
     h, cond = model.embed(inputs, grid)
-    h, reports = run_stacks(model.stacks, h, cond, write=write, fixed=fixed, layers=layers, tap=tap)
+    h, reports = run_stacks(model.stacks, h, cond, write=write, fixed=fixed, layers=layers, tap=tap, kept=kept)
     return model.final(h.img, cond), reports
 
 

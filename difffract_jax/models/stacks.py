@@ -116,6 +116,7 @@ def run_stack(
     fixed: Sequence[Any] | None = None,
     layers: Sequence[Any] | None = None,
     tap: Tap = drop,
+    kept: Sequence[Sequence[int]] | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[tuple[Array, ...], Any]:
@@ -130,6 +131,7 @@ def run_stack(
         fixed: per group, what `write` gets whole.
         layers: per group, what `write` gets a slice of; trees with a leading layer axis.
         tap: what each block reports; stacked on a leading layer axis.
+        kept: per group, the blocks whose reports are kept, ascending; all if left out. The tap then reports per group.
         unroll: whether a stack of at most `UNROLLED` blocks is written out, where a loop costs more than it saves.
         remat: whether reverse mode keeps only what enters each block, and computes the rest again.
 
@@ -154,7 +156,39 @@ def run_stack(
 
     depth = depth_of(stack)
     body = jax.checkpoint(step) if remat else step
-    return jax.lax.scan(body, tuple(h), (stack, frozen, layers), unroll=unroll and depth <= UNROLLED)
+    inputs, unrolled = (stack, frozen, layers), unroll and depth <= UNROLLED
+    if kept is None or all(len(numbers) == depth for numbers in kept):
+        return jax.lax.scan(body, tuple(h), inputs, unroll=unrolled)
+    return _scan_kept(body, tuple(h), inputs, kept, unrolled)
+
+
+def _scan_kept(
+    step: Callable[..., Any], h: tuple[Array, ...], layers: Any, kept: Sequence[Sequence[int]], unroll: bool
+) -> tuple[tuple[Array, ...], Any]:
+    """Scans with a carry that holds the reports of some blocks, so that those of the others never lie side by side."""
+    places = np.stack([np.full(depth_of(layers), len(numbers), np.int32) for numbers in kept], axis=1)
+    for group, numbers in enumerate(kept):
+        places[list(numbers), group] = np.arange(len(numbers))
+
+    def room(numbers: Sequence[int], report: Any) -> Any:
+        if not numbers:
+            return None
+        return jax.tree.map(lambda leaf: jnp.zeros((len(numbers) + 1, *leaf.shape), leaf.dtype), report)
+
+    def put(held: Any, report: Any, place: Array) -> Any:
+        if held is None:
+            return None
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, place, 0), held, report)
+
+    def both(carry: tuple[Any, Any], now: tuple[Any, Array]) -> tuple[tuple[Any, Any], None]:
+        after, reports = step(carry[0], now[0])
+        held = [put(*one) for one in zip(carry[1], reports, now[1], strict=True)]
+        return (after, held), None
+
+    shapes = jax.eval_shape(step, h, slice_layer(layers, 0))[1]
+    held = [room(numbers, report) for numbers, report in zip(kept, shapes, strict=True)]
+    (h, held), _ = jax.lax.scan(both, (h, held), (layers, jnp.asarray(places)), unroll=unroll)
+    return h, tuple(slice_layer(one, slice(len(numbers))) for numbers, one in zip(kept, held, strict=True))
 
 
 def run_stacks(
@@ -166,7 +200,8 @@ def run_stacks(
     write: Write | None = None,
     fixed: Sequence[Any] | None = None,
     layers: Sequence[Any] | None = None,
-    tap: Tap = drop,
+    tap: Tap | Sequence[Tap] = drop,
+    kept: Sequence[Sequence[int]] | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Streams, tuple[Any, ...]]:
@@ -180,7 +215,8 @@ def run_stacks(
         write: stands in for every MLP sublayer.
         fixed: per group of all stacks.
         layers: per group of all stacks.
-        tap: what each block reports.
+        tap: what each block reports; or one tap per stack.
+        kept: per group of all stacks.
         unroll: see `run_stack`.
         remat: see `run_stack`.
 
@@ -189,7 +225,8 @@ def run_stacks(
     """
     reports = []
     records = [None] * len(stacks) if frozen is None else frozen
-    for stack, record, part in zip(stacks, records, group_slices(stacks), strict=True):
+    taps = (tap,) * len(stacks) if callable(tap) else tap
+    for stack, record, part, one in zip(stacks, records, group_slices(stacks), taps, strict=True):
         joined, report = run_stack(
             stack,
             sequences(h, stack.groups),
@@ -198,7 +235,8 @@ def run_stacks(
             write=write,
             fixed=None if fixed is None else fixed[part],
             layers=None if layers is None else layers[part],
-            tap=tap,
+            tap=one,
+            kept=None if kept is None else kept[part],
             unroll=unroll,
             remat=remat,
         )

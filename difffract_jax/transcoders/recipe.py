@@ -98,6 +98,11 @@ def takes_turns(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh) -> b
     return 4 * settings.batch * shape.features / (mesh.shape["data"] * mesh.shape["feature"]) > TOGETHER_BYTES
 
 
+def encoders_on_host(settings: TrainConfig, platform: str) -> bool:
+    """Returns whether the text encoders lie on the host between uses, see `settings.text_encoders`."""
+    return platform != "cpu" if settings.text_encoders == "auto" else settings.text_encoders == "host"
+
+
 def row_flops(shape: TranscoderConfig, recipe: Recipe) -> int:
     """Counts the operations of a row's products with encoder and decoder; FiLM, skip and `aux` are left out.
 

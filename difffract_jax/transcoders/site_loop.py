@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Int
 
 
@@ -69,6 +70,11 @@ def _mapped(function: Callable[..., Any], shards: int) -> Callable[..., Any]:
     return jax.vmap(function, spmd_axis_name="site") if shards > 1 else jax.vmap(function)
 
 
+def _plain(tree: Any) -> Any:
+    """Returns a tree of arrays that lie in memory with their last axis innermost."""
+    return jax.tree.map(lambda a: with_layout_constraint(a, Layout(tuple(range(a.ndim)))), tree)
+
+
 def _one_by_one(step: Callable[[Any, Any], tuple[Any, Any]], stack: Any, given: Any) -> tuple[Any, Any]:
     return jax.lax.map(lambda both: step(*both), (stack, given))
 
@@ -82,9 +88,10 @@ def _in_place(step: Callable[[Any, Any], tuple[Any, Any]], stack: Any, given: An
 
     def turn(site: Int[Array, ""], carry: tuple[Any, Any]) -> tuple[Any, Any]:
         stack, reports = carry
-        # Before anything is written everything has been read: else the compiler keeps copies of the whole stack.
-        after, report = jax.lax.optimization_barrier(step(at(stack, site), at(given, site)))
-        return put(stack, after, site), put(reports, report, site)
+        # Before anything is written everything has been read, and a site's arrays are laid out as the stack's: else the
+        # compiler keeps copies of the whole stack.
+        after, report = jax.lax.optimization_barrier(step(_plain(at(stack, site)), at(given, site)))
+        return put(stack, _plain(after), site), put(reports, report, site)
 
     sites = jax.tree.leaves(stack)[0].shape[0]
     one = jax.eval_shape(step, at(stack, 0), at(given, 0))[1]
