@@ -104,4 +104,20 @@ def work_of(settings: TrainConfig, source: Any = None) -> Any:
         config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
     else:
         config, parts = abstract_pipeline(model, dtype_of(settings))
-    return TrainingWorkload(settings, parse_sites(settings.sites, config.layout), config.d_model, parts)
+    sites = parse_sites(settings.sites, config.layout)
+    return TrainingWorkload(settings, sites, config.d_model, parts, _run_of(settings, config, parts["vae"]))
+
+
+def _run_of(settings: TrainConfig, config: Any, vae: Any) -> Any:
+    """Returns sizes and length of the sampler's runs, as far as a plan needs them; None if the settings lack one."""
+    import numpy as np
+
+    from difffract_jax.models.pipeline import Run
+    from difffract_jax.models.sampler import PATCH
+
+    height, width, tokens, steps = (getattr(settings, n) for n in ("height", "width", "text_tokens", "steps_per_image"))
+    if None in (height, width, tokens, steps):
+        return None
+    unit = PATCH * vae.config.factor
+    sigmas = np.zeros(steps + 1, np.float32)  # a program does not depend on the levels
+    return Run((height // unit, width // unit), tokens, sigmas, 0.0 if config.guidance else None)

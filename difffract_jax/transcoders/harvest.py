@@ -109,9 +109,9 @@ class Sampler:
         masks = np.stack([np.ones_like(one.t5_mask) if self.include_padding else one.t5_mask for one in ids])
         tokens, valid = self._choose(number, masks)
         if self.encoders is None:
-            text, pooled = _encode_many(self.pipe.t5, self.pipe.clip, *self._sent(number))
+            text, pooled = encode_many(self.pipe.t5, self.pipe.clip, *self._sent(number))
         else:
-            text, pooled = self.encoders.take(number, _encode_many, self._sent)
+            text, pooled = self.encoders.take(number, encode_many, self._sent)
         noise = self.noise(np.array(numbers))
         inputs = Inputs(noise, text, pooled, jnp.zeros(()), self._guidance)
         sigmas = jnp.asarray(self.run.sigmas, noise.dtype)
@@ -174,7 +174,8 @@ def prompts_sharding(count: int, mesh: Mesh) -> NamedSharding:
 
 
 @jax.jit
-def _encode_many(t5: Any, clip: Any, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
+def encode_many(t5: Any, clip: Any, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
+    """Returns the text and the pooled embeddings of several prompts."""
     return jax.vmap(t5)(t5_ids), jax.vmap(lambda ids: clip(ids)[1])(clip_ids)
 
 

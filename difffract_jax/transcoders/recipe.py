@@ -1,5 +1,7 @@
 """From a run's settings to the constants of its step: recipe, shapes, weights of penalties, and what a row costs."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -35,7 +37,7 @@ def recipe_of(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh, round_
         **settings.model_dump(include={"aux_weight", "lift_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
     )
     constants = settings.model_dump(include={*names, "project_decoder"})
-    in_turn = takes_turns(settings, shape, mesh)
+    in_turn = takes_turns(settings, shape, mesh.shape)
     return Recipe(objective=objective, cycle=round_batches, in_turn=in_turn, **constants)
 
 
@@ -91,11 +93,11 @@ def multiplies_sparsely(settings: TrainConfig, shape: TranscoderConfig, mesh: Me
     return on_cpu and 0 < shape.k <= SPARSE_SHARE * shape.features
 
 
-def takes_turns(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh) -> bool:
+def takes_turns(settings: TrainConfig, shape: TranscoderConfig, mesh: Mapping[str, int]) -> bool:
     """Returns whether the sites of a device take their step one after another, see `settings.sites_at_once`."""
     if settings.sites_at_once != "auto":
         return settings.sites_at_once == "one"
-    return 4 * settings.batch * shape.features / (mesh.shape["data"] * mesh.shape["feature"]) > TOGETHER_BYTES
+    return 4 * settings.batch * shape.features / (mesh["data"] * mesh["feature"]) > TOGETHER_BYTES
 
 
 def encoders_on_host(settings: TrainConfig, platform: str) -> bool:

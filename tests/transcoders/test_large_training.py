@@ -136,7 +136,7 @@ def test_the_choice_goes_by_the_bytes_of_a_site_on_a_device():
     def chosen(mesh, **more):
         setup = flux_setup(mesh, batch=4096, buffer_rows=4096, **more)
         shape = replace(setup.shape, features=49_152)
-        return takes_turns(setup.settings, shape, setup.mesh)
+        return takes_turns(setup.settings, shape, setup.mesh.shape)
 
     assert chosen({}) and not chosen({}, sites_at_once="all")
     assert chosen({"data": 2, "feature": 4}) and not flux_setup({}).recipe.in_turn
