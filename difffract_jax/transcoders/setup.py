@@ -109,7 +109,7 @@ def open_mesh(settings: TrainConfig) -> Mesh:
 
 def first_state(setup: Setup, moments: Moments) -> TrainState:
     """Makes the state before the first step from the moments of rows, every array on its devices from birth."""
-    return born(setup)(jax.device_put(moments, NamedSharding(setup.mesh, PartitionSpec())))
+    return born(setup)(moments)
 
 
 def born(setup: Setup) -> Any:
