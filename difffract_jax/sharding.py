@@ -115,6 +115,13 @@ PIPELINE = {"transformer": MMDIT, "t5": T5, "clip": CLIP, "vae": AUTOENCODER}
 
 PLACEMENT: Placement = {"heads": "feature", "d_ff": "feature", "feat": "feature", "modulation": "feature"}
 """Which logical axes are split, and across which mesh axis."""
+EVERYWHERE: Placement = {
+    **PLACEMENT,
+    "vocab": "feature",
+    **dict.fromkeys(("d_model", "t5_width"), ("data", "site")),
+}
+"""The same for a model that lies beside something larger: every matrix is split over the whole mesh, and a block's are
+gathered over `data` and `site` while it runs, where examples are spread."""
 TRACED: Placement = dict.fromkeys((*PLACEMENT, "vocab"), MODEL_AXES)
 """The same where a model is evaluated once: T5's table of tokens too, a quarter of a GiB."""
 TRACED_DECODER: Placement = {"d_model": MODEL_AXES}
@@ -174,9 +181,9 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Place
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def pipeline_shardings(mesh: Mesh) -> Callable[[str, Any], Any]:
+def pipeline_shardings(mesh: Mesh, placement: Placement = PLACEMENT) -> Callable[[str, Any], Any]:
     """Returns the function (module of a pipeline, its abstract tree) -> tree of shardings."""
-    return lambda module, tree: shardings(tree, mesh, PIPELINE[module])
+    return lambda module, tree: shardings(tree, mesh, PIPELINE[module], placement)
 
 
 def traced_pipeline(mesh: Mesh) -> Callable[[str, Any], Any]:
@@ -289,17 +296,19 @@ def _partition_spec(
     if len(axes) != len(shape):
         raise ValueError(f"Parameter {path} has shape {shape}, but its sharding rule names the axes {axes}.")
     entries = [_mesh_axis(axis, size, mesh, placement) for axis, size in zip(axes, shape, strict=True)]
-    used = [entry for entry in entries if entry]
+    used = [name for entry in entries if entry for name in ((entry,) if isinstance(entry, str) else entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"Parameter {path} would be split twice over one mesh axis: {axes} -> {entries}.")
     return PartitionSpec(*entries)
 
 
 def _mesh_axis(axis: str, size: int, mesh: Mesh, placement: Placement) -> str | tuple[str, ...] | None:
-    """Returns what splits `axis` of the mesh's axes, or None: an axis that does not divide evenly stays whole."""
-    name = placement.get(axis, ())
-    parts = prod(mesh.shape[one] for one in ((name,) if isinstance(name, str) else name))
-    return name if parts > 1 and size % parts == 0 else None
+    """Returns what splits `axis`, or None: an axis that does not divide evenly stays whole, or is split less."""
+    names = placement.get(axis, ())
+    split = [name for name in ((names,) if isinstance(names, str) else names) if mesh.shape[name] > 1]
+    while split and size % prod(mesh.shape[name] for name in split):
+        split.pop()
+    return (split[0] if len(split) == 1 else tuple(split)) if split else None
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

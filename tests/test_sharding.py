@@ -11,8 +11,20 @@ from difffract_jax import sharding
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.t5 import T5Config, T5Encoder
-from difffract_jax.sharding import AxisRule, make_mesh, match, parse_mesh, partition_specs, sharding_table, shardings
+from difffract_jax.models.tiny import TINY
+from difffract_jax.sharding import (
+    EVERYWHERE,
+    AxisRule,
+    make_mesh,
+    match,
+    parse_mesh,
+    partition_specs,
+    pipeline_shardings,
+    sharding_table,
+    shardings,
+)
 from difffract_jax.storage.checkpoint import leaf_paths
 
 RULES = (AxisRule("blocks.{up,down}.kernel", ("layer", "d_model", "feat")), AxisRule("**.bias", None))
@@ -80,6 +92,30 @@ def test_placed_weights_equal_the_originals_and_are_spread() -> None:
     for path, leaf in leaf_paths(placed).items():
         np.testing.assert_array_equal(leaf, leaf_paths(TREE)[path])
     assert placed["blocks"]["up"]["kernel"].addressable_shards[0].data.shape == (2, 3, 1)
+
+
+@pytest.mark.parametrize("shape", [{"feature": 8}, {"data": 2, "site": 2, "feature": 2}, {"site": 8}], ids=str)
+def test_a_model_beside_a_training_is_split_over_the_whole_mesh(shape: dict[str, int]) -> None:
+    mesh = make_mesh(shape)
+    modules = {
+        "transformer": nnx.eval_shape(lambda: MMDiT(TINY, rngs=nnx.Rngs(0))),
+        "t5": nnx.eval_shape(
+            lambda: T5Encoder(T5Config(vocab=32, d_model=16, d_kv=4, d_ff=32, layers=2, heads=4), rngs=nnx.Rngs(0))
+        ),
+    }
+    for name, module in modules.items():
+        places = leaf_paths(pipeline_shardings(mesh, EVERYWHERE)(name, module))
+        for path, leaf in leaf_paths(module).items():
+            if path.endswith("kernel") and path.startswith(("double", "single", "blocks")):
+                assert np.prod(places[path].shard_shape(leaf.shape)) == leaf.size // 8, (path, leaf.shape)
+
+
+def test_an_axis_that_two_mesh_axes_do_not_divide_is_split_by_one() -> None:
+    tree = {"w": {"kernel": jnp.ones((6, 8))}}
+    rules, placement = (AxisRule("w.kernel", ("d_model", "feat")),), {"d_model": ("data", "site"), "feat": "feature"}
+    mesh = make_mesh({"data": 2, "site": 2, "feature": 2})
+    assert partition_specs(tree, mesh, rules, placement) == {"w.kernel": PartitionSpec("data", "feature")}
+    assert partition_specs(tree, make_mesh({"site": 2}), rules, placement) == {"w.kernel": PartitionSpec("site", None)}
 
 
 def test_the_table_has_a_line_per_parameter() -> None:

@@ -14,14 +14,14 @@ AT_ONCE = 8
 def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     """Returns the model, spread over a mesh if one is given, and its world's captions if it has a world."""
     from difffract_jax.loading import load_pipeline
-    from difffract_jax.sharding import pipeline_shardings
+    from difffract_jax.sharding import EVERYWHERE, pipeline_shardings
 
     model, dtype = model_of(settings), dtype_of(settings)
     if model == "tiny":
         from difffract_jax.models.tiny import random_pipeline
 
         return random_pipeline(dtype=dtype), None
-    sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh)
+    sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh, EVERYWHERE)
     return load_pipeline(model, dtype=dtype, sharding=sharding), world_of(settings)
 
 
@@ -123,4 +123,20 @@ def work_of(settings: TrainConfig, source: Any = None) -> Any:
         config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
     else:
         config, parts = abstract_pipeline(model, dtype_of(settings))
-    return TrainingWorkload(settings, parse_sites(settings.sites, config.layout), config.d_model, parts)
+    sites = parse_sites(settings.sites, config.layout)
+    return TrainingWorkload(settings, sites, config.d_model, parts, _run_of(settings, config, parts["vae"]))
+
+
+def _run_of(settings: TrainConfig, config: Any, vae: Any) -> Any:
+    """Returns sizes and length of the sampler's runs, as far as a plan needs them; None if the settings lack one."""
+    import numpy as np
+
+    from difffract_jax.models.pipeline import Run
+    from difffract_jax.models.sampler import PATCH
+
+    height, width, tokens, steps = (getattr(settings, n) for n in ("height", "width", "text_tokens", "steps_per_image"))
+    if None in (height, width, tokens, steps):
+        return None
+    unit = PATCH * vae.config.factor
+    sigmas = np.zeros(steps + 1, np.float32)  # a program does not depend on the levels
+    return Run((height // unit, width // unit), tokens, sigmas, 0.0 if config.guidance else None)

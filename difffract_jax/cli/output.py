@@ -203,10 +203,12 @@ def planned(plans: Sequence[Any], smallest: Any) -> dict[str, Any]:
     """
     sizes = ("state", "rows", "buffer", "model", "arguments", "outputs", "temporaries", "peak", "needed", "hbm")
     moved = sorted({kind for plan in plans for kind in plan.communication})
+    others = dict.fromkeys(name for plan in plans for name in plan.phases)
 
     def column(plan: Any) -> dict[str, str]:
         cells = {"chips": str(plan.chips), "mesh": ",".join(f"{axis}={size}" for axis, size in plan.mesh.items())}
         cells |= {f"{name}, GiB": _over(getattr(plan, name), 2**30) for name in sizes}
+        cells |= {f"{name}, GiB": _over(plan.phases.get(name), 2**30) for name in others}
         cells |= {"fits": "yes" if plan.fits else "no", "matmul TFLOP/step": _over(plan.flops, 1e12)}
         cells["compiled TFLOP/chip"] = _over(plan.compiled_flops, 1e12)
         for kind in moved:

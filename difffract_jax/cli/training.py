@@ -249,12 +249,15 @@ def run_training(
 
 def _sampler(settings: TrainConfig, mesh: Any) -> tuple[Any, dict[str, str]]:
     """Returns the model as a source of rows, and what it is."""
+    from difffract_jax.transcoders.recipe import encoders_on_host
     from difffract_jax.transcoders.sources import open_sampler
 
     model_of(settings)
     pipe, caption = pipeline_of(settings, mesh)
     sae = settings.role == "sae"
-    return open_sampler(settings, pipe, "train", caption=caption, mesh=mesh, sae=sae), opt.sources(model=pipe)
+    on_host = encoders_on_host(settings, mesh.devices.flat[0].platform)
+    sampler = open_sampler(settings, pipe, "train", caption=caption, mesh=mesh, sae=sae, encoders_on_host=on_host)
+    return sampler, opt.sources(model=pipe)
 
 
 def _export(run: Path, out: Path) -> dict[str, Any]:

@@ -139,7 +139,8 @@ def forward(
     write: Write | None = None,
     fixed: Sequence[Any] | None = None,
     layers: Sequence[Any] | None = None,
-    tap: Tap = drop,
+    tap: Tap | Sequence[Tap] = drop,
+    kept: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Float[Array, "img outputs"], tuple[Any, ...]]:
     """Runs the whole transformer, with MLP sublayers replaced and activations reported where asked.
 
@@ -151,6 +152,7 @@ def forward(
         fixed: per group.
         layers: per group.
         tap: what each block reports.
+        kept: per group, of which blocks reports are kept.
 
     Returns:
         The velocity, and each stack's reports.
@@ -158,7 +160,7 @@ def forward(
     # Where blocks are programs of their own, so is what stands before and behind them.
     embed, final = (_EMBED, _FINAL) if streams_layers(model) else (_embed, _final)
     h, cond = embed(model, inputs, grid)
-    h, reports = run_stacks(model.stacks, h, cond, write=write, fixed=fixed, layers=layers, tap=tap)
+    h, reports = run_stacks(model.stacks, h, cond, write=write, fixed=fixed, layers=layers, tap=tap, kept=kept)
     return final(model, h.img, cond), reports
 
 

@@ -128,6 +128,7 @@ def run_stack(
     fixed: Sequence[Any] | None = None,
     layers: Sequence[Any] | None = None,
     tap: Tap = drop,
+    kept: Sequence[Sequence[int]] | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[tuple[Array, ...], Any]:
@@ -143,6 +144,7 @@ def run_stack(
         fixed: per group, what `write` gets whole; what is streamed in it comes a layer at a time.
         layers: per group, what `write` gets a slice of; trees with a leading layer axis.
         tap: what each block reports; stacked on a leading layer axis.
+        kept: per group, the blocks whose reports are kept, ascending; all if left out. The tap then reports per group.
         unroll: whether a stack of at most `UNROLLED` blocks is written out, where a loop costs more than it saves.
         remat: whether reverse mode keeps only what enters each block, and computes the rest again.
 
@@ -152,11 +154,43 @@ def run_stack(
     count = len(stack.groups)
     fixed, layers = (tuple(one or (None,) * count) for one in (fixed, layers))
     if isinstance(stack, Streamed):
-        return _run_streamed(stack, tuple(h), cond, frozen, write, fixed, layers, tap)
+        return _run_streamed(stack, tuple(h), cond, frozen, write, fixed, layers, tap, kept)
     step = partial(_run_block, write=write, tap=tap, cond=cond, fixed=fixed)
     depth = depth_of(stack)
     body = jax.checkpoint(step) if remat else step
-    return jax.lax.scan(body, tuple(h), (stack, frozen, layers), unroll=unroll and depth <= UNROLLED)
+    inputs, unrolled = (stack, frozen, layers), unroll and depth <= UNROLLED
+    if kept is None or all(len(numbers) == depth for numbers in kept):
+        return jax.lax.scan(body, tuple(h), inputs, unroll=unrolled)
+    return _scan_kept(body, tuple(h), inputs, kept, unrolled)
+
+
+def _scan_kept(
+    step: Callable[..., Any], h: tuple[Array, ...], layers: Any, kept: Sequence[Sequence[int]], unroll: bool
+) -> tuple[tuple[Array, ...], Any]:
+    """Scans with a carry that holds the reports of some blocks, so that those of the others never lie side by side."""
+    places = np.stack([np.full(depth_of(layers), len(numbers), np.int32) for numbers in kept], axis=1)
+    for group, numbers in enumerate(kept):
+        places[list(numbers), group] = np.arange(len(numbers))
+
+    def room(numbers: Sequence[int], report: Any) -> Any:
+        if not numbers:
+            return None
+        return jax.tree.map(lambda leaf: jnp.zeros((len(numbers) + 1, *leaf.shape), leaf.dtype), report)
+
+    def put(held: Any, report: Any, place: Array) -> Any:
+        if held is None:
+            return None
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, place, 0), held, report)
+
+    def both(carry: tuple[Any, Any], now: tuple[Any, Array]) -> tuple[tuple[Any, Any], None]:
+        after, reports = step(carry[0], now[0])
+        held = [put(*one) for one in zip(carry[1], reports, now[1], strict=True)]
+        return (after, held), None
+
+    shapes = jax.eval_shape(step, h, slice_layer(layers, 0))[1]
+    held = [room(numbers, report) for numbers, report in zip(kept, shapes, strict=True)]
+    (h, held), _ = jax.lax.scan(both, (h, held), (layers, jnp.asarray(places)), unroll=unroll)
+    return h, tuple(slice_layer(one, slice(len(numbers))) for numbers, one in zip(kept, held, strict=True))
 
 
 def _run_block(
@@ -194,23 +228,30 @@ def _run_streamed(
     fixed: tuple[Any, ...],
     layers: tuple[Any, ...],
     tap: Tap,
+    kept: Sequence[Sequence[int]] | None,
 ) -> tuple[tuple[Array, ...], Any]:
     """Applies the blocks of a stack that is not in memory; arguments as for `run_stack`."""
     given = {"write": write, "tap": tap, "cond": cond}
-    kept = []
+    reports = []
     for number, block in stack.fetched(range(stack.depth)):
         here = jax.tree.map(lambda leaf, at=number: _fetch_fixed(leaf, at), fixed, is_leaf=is_streamed)
         h, report = _run_block_alone(h, (block, *slice_layer((frozen, layers), number)), fixed=here, **given)
         _wait(h)
-        kept.append(report)
+        reports.append(report if kept is None else _some_groups(report, kept, number))
         del block, here  # before the one after next is fetched
-    if kept:
-        return h, stack_trees(kept)
-    like = (
-        stack.abstract(),
-        *jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (frozen, layers)),
-    )
+    if kept is not None:
+        columns = [[one for one in column if one is not None] for column in zip(*reports, strict=True)]
+        return h, tuple(stack_trees(column) if column else None for column in columns)
+    if reports:
+        return h, stack_trees(reports)
+    parts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (frozen, layers))
+    like = stack.abstract(), *parts
     return h, no_layers(jax.eval_shape(partial(_run_block, fixed=fixed, **given), h, like)[1])
+
+
+def _some_groups(report: Sequence[Any], kept: Sequence[Sequence[int]], number: int) -> tuple[Any, ...]:
+    """Returns a block's reports of the groups that keep them; None of others."""
+    return tuple(one if number in numbers else None for one, numbers in zip(report, kept, strict=True))
 
 
 def _fetch_fixed(leaf: Any, layer: int) -> Any:
@@ -232,7 +273,8 @@ def run_stacks(
     write: Write | None = None,
     fixed: Sequence[Any] | None = None,
     layers: Sequence[Any] | None = None,
-    tap: Tap = drop,
+    tap: Tap | Sequence[Tap] = drop,
+    kept: Sequence[Sequence[int]] | None = None,
     unroll: bool = True,
     remat: bool = False,
 ) -> tuple[Streams, tuple[Any, ...]]:
@@ -246,7 +288,8 @@ def run_stacks(
         write: stands in for every MLP sublayer.
         fixed: per group of all stacks.
         layers: per group of all stacks.
-        tap: what each block reports.
+        tap: what each block reports; or one tap per stack.
+        kept: per group of all stacks.
         unroll: see `run_stack`.
         remat: see `run_stack`.
 
@@ -255,7 +298,8 @@ def run_stacks(
     """
     reports = []
     records = [None] * len(stacks) if frozen is None else frozen
-    for stack, record, part in zip(stacks, records, group_slices(stacks), strict=True):
+    taps = (tap,) * len(stacks) if callable(tap) else tap
+    for stack, record, part, one in zip(stacks, records, group_slices(stacks), taps, strict=True):
         joined, report = run_stack(
             stack,
             sequences(h, stack.groups),
@@ -264,7 +308,8 @@ def run_stacks(
             write=write,
             fixed=None if fixed is None else fixed[part],
             layers=None if layers is None else layers[part],
-            tap=tap,
+            tap=one,
+            kept=None if kept is None else kept[part],
             unroll=unroll,
             remat=remat,
         )

@@ -1,4 +1,4 @@
-"""The shuffle buffer: rows of many prompts and steps on the device, served in random order and replaced by parts.
+"""The shuffle buffer: rows of many prompts and steps, served in random order and replaced by parts.
 
 1. `fill_store` writes chunks until the group of sites with the most rows per prompt is full. Groups with fewer rows,
    such as the text stream, hold what came until then, and go on filling.
@@ -10,10 +10,14 @@
 
 Which row goes where is arithmetic on the host, from the seed, the number of the round and how full each group is: a
 `Position`, which is all that a resumed run needs besides the rows.
+
+The rows lie on the devices: capacity over `data`, sites over `site`, channels over what is left, so that every device
+has its share. Or they lie in this machine's memory or on disk, as NumPy's arrays (`host_buffer`).
 """
 
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from math import prod
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +27,8 @@ from jaxtyping import Array, Int
 
 from difffract_jax.config import UserError
 from difffract_jax.seeds import random_generator
+from difffract_jax.sharding import MESH_AXES
+from difffract_jax.transcoders import host_buffer
 from difffract_jax.transcoders.harvest import RowSource
 from difffract_jax.transcoders.objective import ActivationRows, Width, widths
 from difffract_jax.transcoders.sites import KNOWN_GROUPS, SiteSet
@@ -80,23 +86,33 @@ def plan_buffer(capacity: int, batch: int, refresh: float, seed: int) -> BufferS
 
 
 def abstract_store(sites: SiteSet, width: Width, capacity: int, dtype: Any, mesh: Mesh) -> Store:
-    """Returns shape, type and place of a buffer's arrays: capacity over `data`, sites over `site`, where even."""
+    """Returns shape, type and place of a buffer's arrays, spread over all devices of a mesh as far as they divide."""
 
-    def describe(shape: tuple[int, ...], kind: Any, axes: tuple[str, ...]) -> Any:
-        even = (a if n % mesh.shape[a] == 0 else None for n, a in zip(shape, axes, strict=False))
-        return jax.ShapeDtypeStruct(shape, kind, sharding=NamedSharding(mesh, PartitionSpec(*even)))
+    def describe(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spread(shape, mesh)))
 
     store = {}
     for name, layers in sites.groups.items():
-        x, y = (describe((len(layers), capacity, each), dtype, ("site", "data")) for each in widths(width))
-        store[name] = ActivationRows(x, y, describe((capacity,), jnp.float32, ("data",)))
+        x, y = (describe(len(layers), capacity, each) for each in widths(width))
+        t: Any = NamedSharding(mesh, PartitionSpec("data" if capacity % mesh.shape["data"] == 0 else None))
+        store[name] = ActivationRows(x, y, cast(Any, jax.ShapeDtypeStruct((capacity,), jnp.float32, sharding=t)))
     return store
 
 
+def spread(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns how rows [site row channel] lie on a mesh: sites and rows where they divide, channels over the rest."""
+    axes = [axis if size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, ("site", "data"), strict=False)]
+    left = [axis for axis in MESH_AXES if axis not in axes and mesh.shape[axis] > 1]
+    while left and shape[2] % prod(mesh.shape[axis] for axis in left):
+        left.pop(0)
+    return PartitionSpec(*axes, tuple(left) or None)
+
+
 def empty_store(sites: SiteSet, width: Width, capacity: int, dtype: Any, mesh: Mesh) -> Store:
-    """Makes a buffer without rows."""
+    """Makes a buffer without rows, every part where it belongs."""
     abstract = abstract_store(sites, width, capacity, dtype, mesh)
-    return jax.tree.map(lambda a: jax.device_put(jnp.zeros(a.shape, a.dtype), a.sharding), abstract)
+    places = jax.tree.map(lambda a: a.sharding, abstract)
+    return jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract), out_shardings=places)()
 
 
 def fill_store(store: Store, source: RowSource, plan: BufferSizes) -> tuple[Store, Position]:
@@ -149,7 +165,8 @@ def write_chunk(
         free = np.concatenate([np.arange(count, plan.capacity, dtype=np.int32), slots[name]])[: valid.size]
         places = np.full(chunk.valid[name].size, plan.capacity, np.int32)
         places[valid[: free.size]] = free
-        written[name] = _write(store[name], chunk.rows[name], places)
+        write = host_buffer.write if isinstance(store[name].x, np.ndarray) else _write
+        written[name] = write(store[name], chunk.rows[name], places)
         grown = min(plan.capacity - count, free.size)
         counts.append(count + grown)
         left[name] = slots[name][free.size - grown :]
@@ -186,12 +203,30 @@ def _orders(
     return orders
 
 
-@jax.jit
-def gather(store: Store, places: dict[str, Int[Array | np.ndarray, "batch"]]) -> ActivationRows:
-    """Returns a batch of every site, [site batch ...], in float32, from the given places of each group."""
+def gather(store: Store, places: dict[str, Int[Array | np.ndarray, "batch"]], shardings: Any = None) -> ActivationRows:
+    """Returns a batch of every site, [site batch ...], from the given places of each group, in the buffer's types.
+
+    Args:
+        store: the buffer.
+        places: of each group.
+        shardings: where the batch goes; left to the compiler, or the default device, if left out.
+    """
+    names = groups_of(store)
+    if isinstance(store[names[0]].x, np.ndarray):
+        rows = host_buffer.gather([(store[name], np.asarray(places[name])) for name in names])
+        return jax.device_put(rows, shardings)
+    return _gathering(shardings)(store, places)
+
+
+@lru_cache(maxsize=2)
+def _gathering(shardings: Any) -> Any:
+    return jax.jit(_gather) if shardings is None else jax.jit(_gather, out_shardings=shardings)
+
+
+def _gather(store: Store, places: dict[str, Int[Array, "batch"]]) -> ActivationRows:
     parts = []
     for name in groups_of(store):
         rows, at = store[name], places[name]
         t = jnp.broadcast_to(rows.t[at], (rows.x.shape[0], at.shape[0]))
-        parts.append(ActivationRows(rows.x[:, at].astype(jnp.float32), rows.y[:, at].astype(jnp.float32), t))
+        parts.append(ActivationRows(rows.x[:, at], rows.y[:, at], t))
     return ActivationRows(*(jnp.concatenate(part) for part in zip(*parts, strict=True)))

@@ -33,6 +33,8 @@ from difffract_jax.transcoders.processes import everywhere, together
 CHECKPOINTS = "checkpoints"
 Checkpointer = Any
 """Orbax's `training.Checkpointer`; its annotations refuse what its functions take."""
+WORDS = 2**22
+"""Words of an array in this machine's memory whose fingerprint is computed together."""
 _TRAINING: Any = ocp.training
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _SYSTEM_CODE = re.compile(r"os_error_code='(\d+)'")
@@ -167,7 +169,7 @@ def save(checkpoints: Checkpointer, step: int, trees: Mapping[str, Any], record:
     prints = {name: fingerprints(leaves) for name, leaves in flat.items()}
     if jax.default_backend() == "cpu":
         # Here an array and its NumPy view share memory, which the next step would overwrite under the writer.
-        flat = jax.tree.map(jnp.copy, flat)
+        flat = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, flat)
     # A step is written again when a run goes on from before a damaged checkpoint of it.
     checkpoints.save_checkpointables_async(
         step, flat, force=True, overwrite=True, custom_metadata={**record, "fingerprints": prints}
@@ -179,7 +181,7 @@ def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
 
     Args:
         checkpoints: from `open_checkpoints`.
-        abstract: name -> tree of shapes with the shardings wanted.
+        abstract: name -> tree of shapes with the shardings wanted; NumPy's arrays where such are wanted.
 
     Raises:
         UserError: if there is none.
@@ -213,9 +215,23 @@ def _read(checkpoints: Checkpointer, step: int, wanted: dict[str, Any]) -> tuple
     return flat, record, f"is damaged ({wrong[0]})" if wrong else None
 
 
-def fingerprints(leaves: Mapping[str, jax.Array]) -> dict[str, int]:
+def fingerprints(leaves: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:
     """Returns a number per array that changes with any of its bits: the sum of its words, each times an odd number."""
-    return {path: int(value) for path, value in _fingerprints(dict(leaves)).items()}
+    here = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, np.ndarray)}
+    there = {path: leaf for path, leaf in leaves.items() if path not in here}
+    found = {path: int(value) for path, value in _fingerprints(there).items()} if there else {}
+    return {path: found[path] if path in found else _fingerprint_here(here[path]) for path in leaves}
+
+
+def _fingerprint_here(leaf: np.ndarray) -> int:
+    """Computes the same of an array in this machine's memory, some words at a time."""
+    words = leaf.reshape(-1).view(f"u{leaf.dtype.itemsize}")
+    total = 0
+    for first in range(0, words.size, WORDS):
+        part = words[first : first + WORDS].astype(np.uint32)
+        weights = np.arange(first, first + part.size, dtype=np.uint32) * np.uint32(2) + np.uint32(1)
+        total += int(np.sum(part * weights, dtype=np.uint32))
+    return total % 2**32
 
 
 @jax.jit

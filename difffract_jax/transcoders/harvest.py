@@ -13,11 +13,13 @@ Which tokens are taken is decided on the host, where the prompts are: there it i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.address import Group, Layout
@@ -27,11 +29,12 @@ from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.stacks import Visit, per_group, sequences
 from difffract_jax.models.streaming import jit_resident, streams_layers
-from difffract_jax.models.tokenizers import encode_prompt
+from difffract_jax.models.tokenizers import TokenIds, encode_prompt
 from difffract_jax.seeds import random_generator, random_key
 from difffract_jax.transcoders.objective import ActivationRows, Width
 from difffract_jax.transcoders.prompts import Prompts
 from difffract_jax.transcoders.sites import SiteSet
+from difffract_jax.transcoders.text_encoders import HostEncoders
 
 
 class Chunk(NamedTuple):
@@ -80,6 +83,7 @@ class Sampler:
         include_padding: count T5's padding too, as the reference does.
         sae: report y for x, for an SAE.
         spread: where the prompts' arrays go, a sharding of their first axis; None for the default device.
+        encoders: the text encoders, where they lie on the host between uses; None for those of the pipeline.
     """
 
     pipe: Pipeline
@@ -92,6 +96,7 @@ class Sampler:
     include_padding: bool = False
     sae: bool = False
     spread: Any = None
+    encoders: HostEncoders | None = None
 
     @property
     def width(self) -> int:
@@ -101,11 +106,13 @@ class Sampler:
     def chunk(self, number: int) -> Chunk:
         """Runs the sampler on the prompts of chunk `number`."""
         numbers = range(number * self.prompts_at_once, (number + 1) * self.prompts_at_once)
-        ids = [encode_prompt(self.pipe.tokenizers, self.prompts(n), self.run.text_tokens) for n in numbers]
+        ids = self._ids(number)
         masks = np.stack([np.ones_like(one.t5_mask) if self.include_padding else one.t5_mask for one in ids])
         tokens, valid = self._choose(number, masks)
-        encoded = self._send(np.stack([one.t5_ids for one in ids]), np.stack([one.clip_ids for one in ids]))
-        text, pooled = _encode_many(self.pipe.t5, self.pipe.clip, *encoded)
+        if self.encoders is None:
+            text, pooled = encode_many(self.pipe.t5, self.pipe.clip, *self._sent(number))
+        else:
+            text, pooled = self.encoders.take(number, encode_many, self._sent)
         noise = self.noise(np.array(numbers))
         inputs = Inputs(noise, text, pooled, jnp.zeros(()), self._guidance)
         sigmas = jnp.asarray(self.run.sigmas, noise.dtype)
@@ -117,6 +124,16 @@ class Sampler:
         """Returns the starting noise of prompts, by their numbers."""
         channels = self.pipe.config.transformer.in_channels
         return _noise(random_key(self.seed), self._send(numbers)[0], self.run.grid, channels)
+
+    def _ids(self, number: int) -> list[TokenIds]:
+        first = number * self.prompts_at_once
+        prompts = (self.prompts(n) for n in range(first, first + self.prompts_at_once))
+        return [encode_prompt(self.pipe.tokenizers, prompt, self.run.text_tokens) for prompt in prompts]
+
+    def _sent(self, number: int) -> list[Array]:
+        """Returns the tokens of a chunk's prompts, where they are encoded."""
+        ids = self._ids(number)
+        return self._send(np.stack([one.t5_ids for one in ids]), np.stack([one.clip_ids for one in ids]))
 
     @property
     def _guidance(self) -> Array | None:
@@ -149,8 +166,17 @@ class Sampler:
         return tokens, valid
 
 
+def prompts_sharding(count: int, mesh: Mesh) -> NamedSharding:
+    """Returns how prompts that run together lie on a mesh: over `data` and `site`, or those of them that divide."""
+    split = [axis for axis in ("data", "site") if mesh.shape[axis] > 1]
+    while split and count % prod(mesh.shape[axis] for axis in split):
+        split.pop()
+    return NamedSharding(mesh, PartitionSpec(tuple(split) or None))
+
+
 @jit_resident
-def _encode_many(t5: Any, clip: Any, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
+def encode_many(t5: Any, clip: Any, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
+    """Returns the text and the pooled embeddings of several prompts."""
     return jax.vmap(t5)(t5_ids), jax.vmap(lambda ids: clip(ids)[1])(clip_ids)
 
 
@@ -218,36 +244,44 @@ def tapped_velocity(
     Returns:
         The velocity; and by group x and y [site place d_model] and t [place].
     """
-    velocity, reports = forward(model, inputs, grid, tap=_in_and_out)
-    taken = at_sites(per_group(reports), sites, model.config.layout)
+    layout = model.config.layout
+    taps = [partial(_taken, [tokens.get(group.name) for group in stack.groups]) for stack in layout.stacks]
+    velocity, reports = forward(model, inputs, grid, tap=taps, kept=site_layers(sites, layout))
     rows = {}
-    for name, places in tokens.items():
-        x, y = (a[:, places] for a in taken[name])
-        rows[name] = ActivationRows(x, y, jnp.full(places.shape, inputs.t, jnp.float32))
+    for name, (x, y) in by_group(per_group(reports), sites, layout).items():
+        rows[name] = ActivationRows(x, y, jnp.full(tokens[name].shape, inputs.t, jnp.float32))
     return velocity, rows
 
 
-def _in_and_out(visit: Visit) -> tuple[tuple[Array, Array], ...]:
-    return tuple(zip(visit.acts.mlp_in, visit.acts.mlp_out, strict=True))
+def _taken(tokens: Sequence[Int[Array, "_"] | None], visit: Visit) -> tuple[Any, ...]:
+    """Returns what a block's MLPs read and wrote at the tokens wanted, before blocks are laid side by side."""
+    both = zip(tokens, visit.acts.mlp_in, visit.acts.mlp_out, strict=True)
+    return tuple(None if at is None else (x[at], y[at]) for at, x, y in both)
 
 
-def at_sites(reports: Sequence[Any], sites: SiteSet, layout: Layout) -> dict[str, Any]:
-    """Takes from what every block reported that of the sites.
+def site_layers(sites: SiteSet, layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Returns, per group of a model, the layers of its stack that have a site."""
+    starts = (layout.blocks_of(number).start for number in range(len(layout.groups)))
+    return tuple(
+        tuple(block - start for block in slots) for start, slots in zip(starts, sites.slots(layout), strict=True)
+    )
+
+
+def by_group(reports: Sequence[Any], sites: SiteSet, layout: Layout) -> dict[str, Any]:
+    """Puts together what the sites of a group reported in several stacks.
 
     Args:
-        reports: per group, a tree with a leading axis of the stack's blocks.
-        sites: which to take.
+        reports: per group of the model, a tree with a leading axis of its sites; not read where it has none.
+        sites: that reported.
         layout: of the model.
 
     Returns:
-        Name of a group -> the same tree, with a leading axis of its sites.
+        Name of a group -> the same tree, with a leading axis of all its sites.
     """
     parts: dict[str, list[Any]] = {}
-    for number, (group, slots) in enumerate(zip(layout.groups, sites.slots(layout), strict=True)):
-        if slots:
-            layers = np.array(list(slots)) - layout.blocks_of(number).start
-            one = jax.tree.map(lambda leaf, layers=layers: leaf[layers], reports[number])
-            parts.setdefault(group.name, []).append(one)
+    for group, layers, report in zip(layout.groups, site_layers(sites, layout), reports, strict=True):
+        if layers:
+            parts.setdefault(group.name, []).append(report)
     return {name: jax.tree.map(lambda *leaves: _chain(leaves), *trees) for name, trees in parts.items()}
 
 

@@ -13,6 +13,7 @@ A feature whose pre-activations are all negative has no gradient there. `lift_we
 relu(cut-off - u) raises those until they fire (Anthropic's pre-activation loss, for dead features alone).
 
 With `sparse`, codes of topk and batchtopk are multiplied at their active features alone (`active`); the same numbers.
+`aux` is never a dense product: without `sparse` it is one over the dead features (`revival`).
 
 Rows may lie on several devices of a mapped axis. Means over rows are then means of means: variances and L0 enter as
 constants that the devices agree on, so that the mean of the devices' gradients is the gradient of the whole batch.
@@ -25,9 +26,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.transcoders import active
+from difffract_jax.transcoders.revival import matmul, revived
 from difffract_jax.transcoders.transcoder import Transcoder, above, batch_cutoff
 
 EPSILON = 1e-6
@@ -71,6 +74,7 @@ class Objective:
         bf16: multiply matrices in bfloat16, with sums in float32.
         sparse: multiply codes of topk and batchtopk at their active features alone, in float32; for rows that lie on
             one device, and dense otherwise.
+        mesh: devices that rows and features are spread over; None for a single one.
     """
 
     aux_weight: float = 0.0
@@ -81,6 +85,7 @@ class Objective:
     bandwidth: float = 0.05
     bf16: bool = False
     sparse: bool = False
+    mesh: Mesh | None = None
 
 
 class Coded(NamedTuple):
@@ -170,21 +175,17 @@ def site_loss(
                 loss = loss + objective.lift_weight * jax.lax.cond(revive, lift, lambda: jnp.zeros((), u.dtype))
             if objective.aux_weight:
                 left = jax.lax.stop_gradient(residual)
-                revived = partial(_revived_active, tc, x) if sparse else partial(_revived, tc)
-                aux = partial(_aux, revived, u, left, silent, objective, mean)
-                loss = loss + objective.aux_weight * jax.lax.cond(revive, aux, lambda: jnp.zeros((), left.dtype))
+                again = partial(_revived_active if sparse else _revived, tc, x, u)
+                dead = (silent > objective.dead_after) & revive
+                aux = partial(_aux, again, left, dead, objective, mean)
+                # Densely it does nothing where nothing is dead, and a branch would copy what it reads.
+                none = partial(jnp.zeros, (), left.dtype)
+                loss = loss + objective.aux_weight * (jax.lax.cond(revive, aux, none) if sparse else aux())
     fired = code.fired
     if axis is not None:
         fired = jax.lax.pmax(fired.astype(jnp.int32), axis) > 0
     whole = [mean(value[None]) for value in jax.lax.stop_gradient((loss, fit, code.l1))]
     return loss, Report(loss=whole[0], fvu=whole[1], l1=whole[2], l0=l0, cutoff=code.cutoff, fired=fired)
-
-
-def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"], bf16: bool) -> Float[Array, "rows columns"]:
-    """Multiplies two float32 matrices; with `bf16`, rounded to bfloat16 first, but summed in float32."""
-    if not bf16:
-        return a @ b
-    return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 
 def encoder_input(tc: Transcoder, rows: ActivationRows) -> Float[Array, "rows d_model"]:
@@ -273,17 +274,15 @@ def _lift(
 
 
 def _aux(
-    revived: Callable[..., Array],
-    u: Float[Array, "rows feat"],
+    again: Callable[..., Array],
     residual: Float[Array, "rows d_model_out"],
-    silent: Int[Array, "feat"],
+    dead: Bool[Array, "feat"],
     objective: Objective,
     mean: Callable[[Array], Array],
 ) -> Float[Array, ""]:
-    """Returns how much of the residual the dead features leave; 1 if there are none, with no gradient."""
-    dead = silent > objective.dead_after
-    most = min(objective.aux_k, u.shape[1])
-    left = residual - revived(jnp.where(dead[None], u, -jnp.inf), most, objective)
+    """Returns how much of the residual the dead features leave; 0 if there are none, with no gradient."""
+    most = min(objective.aux_k, dead.shape[0])
+    left = residual - again(dead, most, objective)
     variance = jnp.sum(mean(jnp.square(residual - mean(residual)[None]))) + EPSILON
     # With fewer dead features than places, each would get more than its share of the gradient.
     share = jnp.minimum(jnp.sum(dead) / most, 1)
@@ -291,20 +290,28 @@ def _aux(
 
 
 def _revived(
-    tc: Transcoder, u: Float[Array, "rows feat"], most: int, objective: Objective
+    tc: Transcoder,
+    encoded: Float[Array, "rows d_model"],
+    u: Float[Array, "rows feat"],
+    dead: Bool[Array, "feat"],
+    most: int,
+    objective: Objective,
 ) -> Float[Array, "rows d_model_out"]:
-    """Returns what the `most` largest of u decode to, by dense products."""
-    values, index = jax.lax.top_k(u, most)
-    z = jnp.zeros_like(u).at[jnp.arange(u.shape[0])[:, None], index].set(jax.nn.relu(values))
-    return matmul(z, tc.dec.kernel[...], objective.bf16)
+    """Returns what the `most` largest of a row's dead features decode to, by products over the dead features."""
+    return revived(u, tc.dec.kernel[...], dead, most, bf16=objective.bf16, mesh=objective.mesh)
 
 
 def _revived_active(
-    tc: Transcoder, encoded: Float[Array, "rows d_model"], u: Float[Array, "rows feat"], most: int, objective: Objective
+    tc: Transcoder,
+    encoded: Float[Array, "rows d_model"],
+    u: Float[Array, "rows feat"],
+    dead: Bool[Array, "feat"],
+    most: int,
+    objective: Objective,
 ) -> Float[Array, "rows d_model_out"]:
-    """Returns the same by products at these features."""
+    """Returns the same by products at these features, in float32; `encoded` is what the encoder read."""
     assert tc.enc.bias is not None  # made with one
-    u = jax.lax.stop_gradient(u)
+    u = jnp.where(dead[None], jax.lax.stop_gradient(u), -jnp.inf)
     pairs = active.largest_per_row(u, most)
     value = jax.nn.relu(active.at_active(encoded, tc.enc.kernel[...], tc.enc.bias[...], u, pairs))
     return active.decoded(value, tc.dec.kernel[...], pairs)

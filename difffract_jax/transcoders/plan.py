@@ -4,7 +4,9 @@
 2. A mesh is given, or `meshes` lists all that use every chip, best first: those with the least `estimate`.
 3. `setup` says what shapes the state and a batch have and where they live, `step.jit_step` is the trainer's own step.
    It is compiled from these shapes; no weight is made. That memory does not suffice is an answer of the compiler's.
-4. What a chip must hold = the compiled step's peak + its share of buffer and model, which lie there meanwhile.
+4. What a chip must hold in a step = the compiled step's peak + its share of buffer and model, which lie there
+   meanwhile. Where a step fits, the run's other programs are compiled, too (`plan_phases`); the most that any needs
+   counts.
 
 Bytes are those of one chip. GiB = 2^30.
 """
@@ -22,10 +24,13 @@ import jax
 from jax.experimental import topologies
 
 from difffract_jax.config import UserError, nearest
-from difffract_jax.sharding import make_mesh, pipeline_shardings
+from difffract_jax.models.pipeline import Run
+from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders.buffer import abstract_store
+from difffract_jax.transcoders.compiled import bytes_per_chip, communication, compile_unkept, memory_asked, memory_of
 from difffract_jax.transcoders.objective import Width, widths
-from difffract_jax.transcoders.recipe import row_flops
+from difffract_jax.transcoders.plan_phases import other_phases, placed_model, resident_parts
+from difffract_jax.transcoders.recipe import row_flops, shape_of, takes_turns
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import Setup, abstract_rows, abstract_state, set_up, split_sizes
 from difffract_jax.transcoders.sites import SiteSet
@@ -47,13 +52,6 @@ LIBTPU = {
 }
 TRIES = 3
 """Meshes that are compiled before a topology is said not to fit. One that does not fit fails in seconds."""
-WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
-_COLLECTIVE = re.compile(
-    r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", re.MULTILINE
-)
-_ARRAY = re.compile(r"\b(pred|bf16|f16|f32|f64|[su](\d+))\[([\d,]*)\]")
-_TOLD = re.compile(r"(HLO temporaries|Used) \(?([\d.]+)([KMGT])")
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Topology(NamedTuple):
@@ -78,12 +76,14 @@ class TrainingWorkload(NamedTuple):
         sites: that get a transcoder.
         width: channels of a row; of x and y, where they differ.
         model: part -> abstract tree of the model that runs beside the training; empty where rows come from disk.
+        run: sizes and schedule of the sampler; None if they are not known, and then a refresh is not planned.
     """
 
     settings: TrainConfig
     sites: SiteSet
     width: Width
     model: Mapping[str, Any]
+    run: Run | None = None
 
 
 class TrainingPlan(NamedTuple):
@@ -96,18 +96,19 @@ class TrainingPlan(NamedTuple):
         state: weights, optimiser and counters.
         rows: a batch.
         buffer: the shuffle buffer.
-        model: the model that is read.
+        model: what lies there of the model that is read while steps are taken.
         arguments: what the compiled step is given: state and rows, as laid out in memory.
         outputs: what it returns beyond the donated state.
         temporaries: what it needs in between.
         peak: its highest use of memory.
-        needed: peak, buffer and model.
+        needed: peak, buffer and model; or what another phase needs, if that is more.
         hbm: what there is.
         fits: whether needed is at most that.
         flops: of a step on all chips, in its large matrix products.
         compiled_flops: of a step on one chip, as the compiler counts; a loop counts once.
         communication: kind -> operations and bytes of their results, on one chip; a loop counts once.
         seconds: that compiling took.
+        phases: name of a phase besides the steps -> what it needs, buffer and model included.
     """
 
     topology: str
@@ -128,6 +129,7 @@ class TrainingPlan(NamedTuple):
     compiled_flops: float | None
     communication: dict[str, dict[str, int]]
     seconds: float
+    phases: dict[str, int]
 
 
 def open_topology(name: str) -> Topology:
@@ -181,7 +183,7 @@ def plan(
     tried: list[TrainingPlan] = []
     for setup in list(islice(hopeful, TRIES)) or [first]:
         note(f"Compiling for {topology.name}, mesh {mesh_text(setup.mesh.shape)}; minutes if it fits, seconds if not")
-        tried.append(compile_step(setup, topology, work.model))
+        tried.append(compile_step(setup, topology, work.model, work.run))
         if tried[-1].fits:
             break
     return min(tried, key=lambda found: (not found.fits, found.needed))
@@ -224,25 +226,30 @@ def meshes(work: TrainingWorkload, topology: Topology) -> list[dict[str, int]]:
 def estimate(work: TrainingWorkload, shape: Mapping[str, int]) -> float:
     """Returns about how many bytes a chip needs. It orders meshes; whether one fits is the compiler's to say.
 
-    Weights, moments and about 3.6 copies of the gradient; about 5 arrays of pre-activations; where the strongest
-    features of a row are sought, 2.2 of the row's features gathered from all their shards. The factors are fitted to
-    what the compiler said when it refused steps of FLUX's size.
+    Weights and moments, and a batch; of the sites that take their step together about 3.6 copies of the gradient and 5
+    arrays of pre-activations, and for `topk` 2.2 of all features of a row, gathered from their shards to be sorted. The
+    factors are fitted to what the compiler said of steps of FLUX's size.
     """
     settings, sizes = work.settings, split_sizes(work.settings, work.sites, work.width)
-    channels = sum(widths(work.width))
-    weights = 4 * sizes["site"] * channels * sizes["feature"] / (shape["site"] * shape["feature"])
-    whole = 4 * sizes["site"] * sizes["data"] * sizes["feature"] / (shape["site"] * shape["data"])
-    sorts = settings.activation == "topk" or (settings.activation == "batchtopk" and settings.aux_weight > 0)
-    model = bytes_per_chip(work.model) / shape["feature"]
-    rows = settings.buffer_rows * sizes["site"] * channels * (2 if settings.model_dtype == "bf16" else 4)
-    # The buffer keeps img and txt sites apart, and each part must divide by itself.
-    even = all(len(layers) % shape["site"] == 0 for layers in work.sites.groups.values())
-    buffer = rows / (shape["data"] * (shape["site"] if even else 1))
-    return 6.6 * weights + whole * (5 / shape["feature"] + 2.2 * sorts) + model + buffer
+    channels, chips, mine = sum(widths(work.width)), prod(shape.values()), sizes["site"] / shape["site"]
+    together = 1 if takes_turns(settings, shape_of(settings, work.width), shape) else mine
+    weights = 4 * channels * sizes["feature"] / shape["feature"]
+    whole = 4 * sizes["data"] * sizes["feature"] / shape["data"]
+    row = channels * (2 if settings.model_dtype == "bf16" else 4)
+    rows = row * sizes["data"] * mine / shape["data"]
+    buffer = row * settings.buffer_rows * sizes["site"] / chips if settings.buffer == "device" else 0
+    between = 3.6 * weights + whole * (5 / shape["feature"] + 2.2 * (settings.activation == "topk"))
+    return 3 * weights * mine + between * together + rows + buffer + bytes_per_chip(work.model) / chips
 
 
-def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> TrainingPlan:
-    """Compiles the step of a run for the mesh it was set up on.
+def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any], run: Run | None = None) -> TrainingPlan:
+    """Compiles the step of a run for the mesh it was set up on, and its other programs if that fits.
+
+    Args:
+        setup: of the run.
+        topology: of the mesh.
+        model: part -> abstract tree of the model that is read.
+        run: sizes and schedule of the sampler; None if they are not known.
 
     Raises:
         UserError: if the compiler fails for another reason than memory.
@@ -262,6 +269,10 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
         found |= memory_of(compiled)
     peak: Any = found["peak"]
     needed = (sizes["state"] + sizes["rows"] if peak is None else peak) + sizes["buffer"] + sizes["model"]
+    others = {}
+    if compiled is not None and needed <= topology.hbm:
+        others = other_phases(setup, topology.name, topology.hbm, model, run, sizes)
+        needed = max(needed, *others.values())
     return TrainingPlan(
         topology=topology.name,
         chips=len(topology.devices),
@@ -274,94 +285,20 @@ def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any]) -> 
         flops=float(row_flops(setup.shape, setup.recipe) * setup.settings.batch * len(setup.sites.names)),
         communication={} if compiled is None else communication(compiled.as_text()),
         seconds=time.perf_counter() - start,
+        phases=others,
     )
 
 
 def held_bytes(setup: Setup, model: Mapping[str, Any]) -> dict[str, int]:
     """Returns what a chip holds whatever the step needs besides: state, rows, buffer and model, in bytes."""
-    spread = pipeline_shardings(setup.mesh)
+    weights, resident = placed_model(setup, model), resident_parts(setup, model)
     store = abstract_store(setup.sites, setup.width, setup.plan.capacity, setup.dtype, setup.mesh)
     return {
         "state": bytes_per_chip(abstract_state(setup)),
         "rows": bytes_per_chip(abstract_rows(setup)),
-        "buffer": bytes_per_chip(store),
-        "model": sum(bytes_per_chip(tree, spread(name, tree)) for name, tree in model.items()),
+        "buffer": bytes_per_chip(store) if setup.settings.buffer == "device" else 0,
+        "model": sum(bytes_per_chip(weights[name]) for name in resident),
     }
-
-
-def compile_unkept(lowered: Any) -> Any:
-    """Compiles a program without writing it to JAX's compilation cache, which could not read it back without the chip.
-
-    Args:
-        lowered: what `jax.jit`'s `lower` returns.
-    """
-    setting = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, setting)
-    jax.config.update(setting, float("inf"))
-    try:
-        return lowered.compile()
-    finally:
-        jax.config.update(setting, before)
-
-
-def memory_of(compiled: Any) -> dict[str, Any]:
-    """Returns bytes and operations of a compiled program on one chip."""
-    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    given, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = given + returned + temporaries + memory.generated_code_size_in_bytes
-    names = {"arguments": given, "outputs": returned, "temporaries": temporaries, "peak": peak}
-    return names | {"compiled_flops": costs.get("flops")}
-
-
-def memory_asked(message: str, arguments: int) -> dict[str, int]:
-    """Returns what a program would have needed that the compiler refused for want of memory, as far as it says so.
-
-    Args:
-        message: of the compiler.
-        arguments: bytes of what the program is given.
-    """
-    said = {what: round(float(size) * _UNITS[unit]) for what, size, unit in _TOLD.findall(message)}
-    if "Used" in said:
-        return {"arguments": arguments, "temporaries": said["Used"] - arguments, "peak": said["Used"]}
-    if "HLO temporaries" in said:
-        temporaries = said["HLO temporaries"]
-        return {"arguments": arguments, "temporaries": temporaries, "peak": arguments + temporaries}
-    return {}
-
-
-def communication(program: str) -> dict[str, dict[str, int]]:
-    """Returns how many operations of each kind move data between chips, and the bytes of their results.
-
-    Args:
-        program: the compiled program's text, the part of one chip. What lies in a loop counts once.
-    """
-    found: dict[str, dict[str, int]] = {}
-    for result, kind in _COLLECTIVE.findall(program):
-        counts = found.setdefault(kind, {"operations": 0, "bytes": 0})
-        parts = [
-            prod(map(int, filter(None, shape.split(",")))) * (WIDTHS.get(name) or max(1, int(bits) // 8))
-            for name, bits, shape in _ARRAY.findall(result)
-        ]
-        counts["operations"] += 1
-        # An operation in two halves returns its operand beside the result; the larger of the two is what moves.
-        counts["bytes"] += sum(parts) if kind == "all-reduce" else max(parts, default=0)
-    return dict(sorted(found.items()))
-
-
-def bytes_per_chip(tree: Any, shardings: Any = None) -> int:
-    """Returns the bytes of a tree's arrays that one chip holds.
-
-    Args:
-        tree: of arrays, or their shapes.
-        shardings: of its arrays; left out, their own, and arrays without one are whole.
-    """
-    leaves = jax.tree.leaves(tree)
-    places = [getattr(leaf, "sharding", None) for leaf in leaves] if shardings is None else jax.tree.leaves(shardings)
-    return sum(
-        prod(leaf.shape if place is None else place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf, place in zip(leaves, places, strict=True)
-    )
 
 
 def _set_up(work: TrainingWorkload, topology: Topology, shape: Mapping[str, int]) -> Setup:

@@ -1,5 +1,7 @@
 """From a run's settings to the constants of its step: recipe, shapes, weights of penalties, and what a row costs."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
@@ -13,6 +15,10 @@ from difffract_jax.transcoders.transcoder import TranscoderConfig
 
 SPARSE_SHARE = 1 / 64
 """Share of active features up to which products at these alone win on a CPU, with room to spare."""
+
+
+TOGETHER_BYTES = 64 * 2**20
+"""Pre-activations of one site on one device, up to which all of a device's sites take their step together."""
 
 
 def recipe_of(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh, round_batches: int) -> Recipe:
@@ -31,7 +37,8 @@ def recipe_of(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh, round_
         **settings.model_dump(include={"aux_weight", "lift_weight", "aux_k", "dead_after", "l0_weight", "bandwidth"}),
     )
     constants = settings.model_dump(include={*names, "project_decoder"})
-    return Recipe(objective=objective, cycle=round_batches, **constants)
+    in_turn = takes_turns(settings, shape, mesh.shape)
+    return Recipe(objective=objective, cycle=round_batches, in_turn=in_turn, **constants)
 
 
 def shape_of(settings: TrainConfig, width: Width) -> TranscoderConfig:
@@ -84,6 +91,18 @@ def multiplies_sparsely(settings: TrainConfig, shape: TranscoderConfig, mesh: Me
         return settings.sparse_code == "on"
     on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     return on_cpu and 0 < shape.k <= SPARSE_SHARE * shape.features
+
+
+def takes_turns(settings: TrainConfig, shape: TranscoderConfig, mesh: Mapping[str, int]) -> bool:
+    """Returns whether the sites of a device take their step one after another, see `settings.sites_at_once`."""
+    if settings.sites_at_once != "auto":
+        return settings.sites_at_once == "one"
+    return 4 * settings.batch * shape.features / (mesh["data"] * mesh["feature"]) > TOGETHER_BYTES
+
+
+def encoders_on_host(settings: TrainConfig, platform: str) -> bool:
+    """Returns whether the text encoders lie on the host between uses, see `settings.text_encoders`."""
+    return platform != "cpu" if settings.text_encoders == "auto" else settings.text_encoders == "host"
 
 
 def row_flops(shape: TranscoderConfig, recipe: Recipe) -> int:

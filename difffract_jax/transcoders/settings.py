@@ -14,7 +14,7 @@ from difffract_jax.config import Seed, Settings, UserError
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
-    *("mesh", "parallel", "sparse_code", "max_minutes"),
+    *("mesh", "parallel", "sparse_code", "sites_at_once", "buffer", "text_encoders", "max_minutes"),
 )
 """Fields that change how a run is executed or watched, but not what it computes beyond rounding."""
 
@@ -153,8 +153,17 @@ class TrainConfig(RowSettings):
     sparse_code: Literal["auto", "on", "off"] = "auto"
     """Multiply codes of topk and batchtopk at their active features alone, not by dense products; the numbers are the
     same up to rounding. Needs a single device. `auto`: on a CPU where k is at most 1/64 of the features."""
+    sites_at_once: Literal["auto", "one", "all"] = "auto"
+    """Sites of a device that take their step together: `all` is a little faster where they are small, `one` needs what
+    lies between two steps for a single site. `auto`: one, where a site's pre-activations take more than 64 MiB."""
     buffer_rows: int = Field(65_536, ge=1)
-    """Rows of every site in the shuffle buffer on the device. [DF]: 1,000,000."""
+    """Rows of every site in the shuffle buffer. [DF]: 1,000,000."""
+    buffer: Literal["device", "host", "disk"] = "device"
+    """Where the shuffle buffer lies: on the devices, spread over all of them; in this machine's memory, from where
+    batches are sent while the step before runs; or in a file in the run's directory. The rows served are the same."""
+    text_encoders: Literal["auto", "device", "host"] = "auto"
+    """Where the text encoders lie between refreshes of the buffer: `host` moves them to the devices only while prompts
+    are encoded, many at a time. `auto`: host, beside an accelerator, and device on a CPU."""
     refresh: float = Field(0.25, gt=0, le=1)
     """Share of the buffer that is served, and then replaced by new rows, at a time. [DF]: 1."""
     mesh: str = "data=1"

@@ -2,16 +2,18 @@
 
 1. `set_up` lays the settings over sites and a width: mesh, constants of the step, shape of a transcoder, sizes of the
    buffer; and refuses what does not fit together.
-2. `first_state` makes the state from the moments of rows. `abstract_state`, `abstract_rows` and `buffer.abstract_store`
-   say what shapes the arrays have and which devices hold them: what a checkpoint is restored into, and what a step can
-   be compiled for where none of these devices is.
+2. `first_state` makes the state from the moments of rows, in one compiled program whose results lie where the mesh
+   wants them: no array that shall be split is ever whole on one device. `abstract_state`, `abstract_rows` and
+   `buffer.abstract_store` say what shapes the arrays have and which devices hold them: what a checkpoint is restored
+   into, and what a step can be compiled for where none of these devices is.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.config import UserError
 from difffract_jax.seeds import random_key
@@ -89,6 +91,10 @@ def _check_processes(settings: TrainConfig, mesh: Mesh) -> None:
         raise UserError("max_minutes is for one process, as clocks differ; stop a run of several with SIGTERM.")
     if settings.parallel == "pmap":
         raise UserError("parallel: pmap is for one process; use parallel: jit, which spreads a run over several.")
+    if settings.buffer != "device":
+        raise UserError(
+            f"buffer: {settings.buffer} is for one process; use buffer: device, spread over the devices of all."
+        )
 
 
 def split_sizes(settings: TrainConfig, sites: SiteSet, width: Width) -> dict[str, int]:
@@ -102,18 +108,33 @@ def open_mesh(settings: TrainConfig) -> Mesh:
 
 
 def first_state(setup: Setup, moments: Moments) -> TrainState:
-    """Makes the state before the first step from the moments of the sites' rows."""
-    params = init_params(random_key(setup.settings.seed), setup.shape, setup.settings.init, moments)
+    """Makes the state before the first step from the moments of rows, every array on its devices from birth."""
+    return born(setup)(moments)
+
+
+def born(setup: Setup) -> Any:
+    """Returns the compiled function from the moments of the sites' rows to the first state, spread over the mesh."""
+    shapes = jax.eval_shape(partial(_state_of, setup), abstract_moments(setup))
+    return jax.jit(partial(_state_of, setup), out_shardings=state_shardings(shapes, setup.mesh))
+
+
+def _state_of(setup: Setup, moments: Moments) -> TrainState:
+    key = random_key(setup.settings.seed)
+    params = init_params(key, setup.shape, setup.settings.init, moments, shards=setup.mesh.shape["site"])
     sparsity = jnp.asarray(sparsities(setup.settings, setup.sites))
     return init_state(params, optimizer(setup.recipe), moments, sparsity)
 
 
+def abstract_moments(setup: Setup) -> Moments:
+    """Returns shape, type and place of the moments that a state is made from: whole on every device."""
+    sites, everywhere = len(setup.sites.names), NamedSharding(setup.mesh, PartitionSpec())
+    shapes = (sites, setup.shape.d_model), (sites, setup.shape.d_model_out), (sites,), (sites,)
+    return Moments(*cast(Any, (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere) for shape in shapes)))
+
+
 def abstract_state(setup: Setup) -> TrainState:
     """Returns shape, type and place of every array of the state, without making one."""
-    sites = len(setup.sites.names)
-    shapes = (sites, setup.shape.d_model), (sites, setup.shape.d_model_out), (sites,), (sites,)
-    moments = Moments(*cast(Any, (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)))
-    state = jax.eval_shape(lambda moments: first_state(setup, moments), moments)
+    state = jax.eval_shape(partial(_state_of, setup), abstract_moments(setup))
     return jax.tree.map(_with_sharding, state, state_shardings(state, setup.mesh))
 
 
@@ -121,7 +142,8 @@ def abstract_rows(setup: Setup) -> ActivationRows:
     """Returns the same of what a step is given: a batch of every site, as `buffer.gather` makes it."""
     sites, batch = len(setup.sites.names), setup.settings.batch
     shapes = (sites, batch, setup.shape.d_model), (sites, batch, setup.shape.d_model_out), (sites, batch)
-    rows = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    kinds = setup.dtype, setup.dtype, jnp.float32
+    rows = (jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, kinds, strict=True))
     return jax.tree.map(_with_sharding, ActivationRows(*cast(Any, rows)), rows_sharding(setup.mesh))
 
 

@@ -7,14 +7,15 @@ number to a caption. The embedded organism has one.
 from collections.abc import Callable
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Pipeline, plan_run
-from difffract_jax.transcoders.harvest import Sampler
+from difffract_jax.transcoders.harvest import Sampler, prompts_sharding
 from difffract_jax.transcoders.prompts import Prompts, PromptWorld, Split, read_prompts, split_prompts
 from difffract_jax.transcoders.settings import WORLD, RowSettings
 from difffract_jax.transcoders.sites import parse_sites
+from difffract_jax.transcoders.text_encoders import HostEncoders
 
 Caption = Callable[[int], str]
 
@@ -47,6 +48,7 @@ def open_sampler(
     caption: Caption | None = None,
     mesh: Mesh | None = None,
     sae: bool = False,
+    encoders_on_host: bool = False,
 ) -> Sampler:
     """Returns the sampler as a source of rows.
 
@@ -55,8 +57,9 @@ def open_sampler(
         pipe: the model.
         split: whose prompts.
         caption: see `open_prompts`.
-        mesh: devices to spread the prompts over, by its `data` axis where that divides them.
+        mesh: devices to spread the prompts over, by its axes `data` and `site` where these divide them.
         sae: report y for x.
+        encoders_on_host: keep the text encoders, and the autoencoder, off the devices but while prompts are encoded.
     """
     run = plan_run(
         pipe.config,
@@ -67,8 +70,11 @@ def open_sampler(
     )
     spread: Any = None
     if mesh is not None:
-        even = settings.prompts_at_once % mesh.shape["data"] == 0
-        spread = NamedSharding(mesh, PartitionSpec("data") if even else PartitionSpec())
+        spread = prompts_sharding(settings.prompts_at_once, mesh)
+    encoders = None
+    if encoders_on_host:
+        encoders = HostEncoders(pipe.t5, pipe.clip)
+        pipe = pipe._replace(t5=None, clip=None, vae=None)
     return Sampler(
         pipe=pipe,
         sites=parse_sites(settings.sites, pipe.config.transformer.layout),
@@ -80,4 +86,5 @@ def open_sampler(
         include_padding=settings.include_padding,
         sae=sae,
         spread=spread,
+        encoders=encoders,
     )

@@ -15,6 +15,7 @@ unscaled rows, and decoder vectors keep their unit norm.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from difffract_jax.sharding import PLACEMENT, TRANSCODER, partition_specs
 from difffract_jax.transcoders.objective import ActivationRows
+from difffract_jax.transcoders.site_loop import make_sites
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig
 
 Init = Literal["reference", "tied"]
@@ -73,6 +75,7 @@ class Moments(NamedTuple):
     y_scale: Float[Array, "site"]
 
 
+@partial(jax.jit, static_argnames="scaled")
 def measure_moments(rows: ActivationRows, scaled: bool) -> Moments:
     """Returns the moments of rows of all sites.
 
@@ -86,17 +89,19 @@ def measure_moments(rows: ActivationRows, scaled: bool) -> Moments:
     return Moments(jnp.mean(x, axis=1), jnp.mean(y, axis=1), *scales)
 
 
-def init_params(key: Array, config: TranscoderConfig, kind: Init, moments: Moments) -> Transcoder:
-    """Makes one transcoder per site.
+def init_params(key: Array, config: TranscoderConfig, kind: Init, moments: Moments, *, shards: int = 1) -> Transcoder:
+    """Makes one transcoder per site, one after another.
 
     Args:
         key: of the random numbers.
         config: shape of each.
         kind: see the module.
         moments: of the sites' rows; their number is that of the sites.
+        shards: parts into which a mesh splits the sites.
     """
 
-    def one(key: Array, moments: Moments) -> Transcoder:
+    def one(given: tuple[Array, Moments]) -> Transcoder:
+        key, moments = given
         tc = Transcoder(config, rngs=nnx.Rngs(key))
         bound = (6 / config.features) ** 0.5
         vectors = jax.random.uniform(key, tc.dec.kernel.shape, minval=-bound, maxval=bound)
@@ -120,7 +125,7 @@ def init_params(key: Array, config: TranscoderConfig, kind: Init, moments: Momen
             tc.threshold[...] = jnp.full(config.features, 0.1, jnp.float32)
         return tc
 
-    return jax.vmap(one)(jax.random.split(key, moments.x_scale.shape[0]), moments)
+    return make_sites(one, (jax.random.split(key, moments.x_scale.shape[0]), moments), shards=shards)
 
 
 def init_state(params: Transcoder, tx: optax.GradientTransformation, moments: Moments, sparsity: Array) -> TrainState:

@@ -1,6 +1,7 @@
 """One training step of all sites at once: `state, metrics = train_step(state, rows, ...)`.
 
-1. Scale the rows of every site, and take loss and gradient of each (`objective`), mapped over the site axis.
+1. Scale the rows of every site, and take loss and gradient of each (`objective`), all sites together or one after
+   another (`site_loop`).
 2. Take away the part of a decoder vector's gradient along the vector, which normalising would undo anyway; without it
    Adam's moments hold a direction in which nothing may move. The reference does not do so.
 3. Clip each site's gradient to a norm, if asked; AdamW; decoder vectors back to unit norm; thresholds back to >= 0.
@@ -20,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.transcoders.objective import ActivationRows, Objective, site_loss
+from difffract_jax.transcoders.site_loop import update_sites
 from difffract_jax.transcoders.state import TrainState, state_shardings, unit_rows
-from difffract_jax.transcoders.transcoder import Transcoder
 
 CUTOFF_MEMORY = 0.99
 """Weight of the past in the running mean of `batchtopk`'s cut-off: about 100 steps."""
@@ -52,6 +53,8 @@ class Recipe:
         sparsity_warmup: steps over which the penalty for active features rises from 0.
         clip: largest norm of a site's gradient; 0 for any.
         project_decoder: remove the gradient along decoder vectors.
+        in_turn: take one site of a device after another, so that what lies in between exists once; sparse codes are
+            taken so in any case, as their loops are of different lengths.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -68,6 +71,7 @@ class Recipe:
     sparsity_warmup: int = 0
     clip: float = 0.0
     project_decoder: bool = False
+    in_turn: bool = False
 
 
 class Metrics(NamedTuple):
@@ -88,6 +92,22 @@ class Metrics(NamedTuple):
     l0: Float[Array, "site"]
     dead: Float[Array, "site"]
     grad_norm: Float[Array, "site"]
+
+
+class Moment(NamedTuple):
+    """What all sites have in common at a step.
+
+    Attributes:
+        revive: whether any feature of any site is dead.
+        pressure: factor of the penalty for active features.
+        memory: weight of the past in `cutoff`'s mean.
+        seen: rows of the whole batch.
+    """
+
+    revive: Bool[Array, ""]
+    pressure: Float[Array, ""]
+    memory: Float[Array, ""]
+    seen: Int[Array, ""]
 
 
 def rate(recipe: Recipe) -> Callable[[Any], Any]:
@@ -114,7 +134,13 @@ def optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def train_step(
-    state: TrainState, rows: ActivationRows, recipe: Recipe, *, axis: str | None = None
+    state: TrainState,
+    rows: ActivationRows,
+    recipe: Recipe,
+    *,
+    axis: str | None = None,
+    shards: int = 1,
+    in_place: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Takes one step.
 
@@ -123,52 +149,34 @@ def train_step(
         rows: a batch of every site, unscaled, or this device's part of it.
         recipe: constants.
         axis: mapped axis of the devices that hold the other rows; None if these are all.
+        shards: parts into which the mesh splits the sites.
+        in_place: whether sites that take turns change the donated state where it is, see `site_loop`.
 
     Returns:
         The state after the step, and what the step saw.
     """
-    objective = recipe.objective
-    dead = state.silent > objective.dead_after
-    wide = rows._replace(x=rows.x.astype(jnp.float32), y=rows.y.astype(jnp.float32), t=rows.t.astype(jnp.float32))
+    dead = state.silent > recipe.objective.dead_after
     pressure = jnp.minimum(1.0, (state.step + 1) / max(1, recipe.sparsity_warmup))
-    site = partial(_site_step, recipe=recipe, revive=jnp.any(dead), pressure=pressure, axis=axis)
-    every = state._replace(step=jnp.broadcast_to(state.step, rows.t.shape[:1]))
-    params, opt_state, report, norm = _each_site(site, every, wide, recipe)
     seen = rows.t.shape[1] * (1 if axis is None else jax.lax.axis_size(axis))
     memory = jnp.where(state.step == 0, 0, CUTOFF_MEMORY)
-    after = state._replace(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        silent=jnp.where(report.fired, 0, jnp.minimum(state.silent + seen, MOST_SILENT)),
-        cutoff=memory * state.cutoff + (1 - memory) * report.cutoff,
+    moment = Moment(jnp.any(dead), pressure, memory, jnp.asarray(seen, jnp.int32))
+    site = partial(_site_step, recipe=recipe, moment=moment, axis=axis)
+    in_turn = recipe.in_turn or recipe.objective.sparse
+    every, metrics = update_sites(
+        site, state._replace(step=()), rows, shards=shards, in_turn=in_turn, in_place=in_place
     )
-    return after, Metrics(report.loss, report.fvu, report.l1, report.l0, jnp.mean(dead, axis=1), norm)
-
-
-def _each_site(step: Callable[..., Any], state: TrainState, rows: ActivationRows, recipe: Recipe) -> Any:
-    """Maps a step over the site axis; sparse codes one site after another, as their loops are of different lengths."""
-    if not recipe.objective.sparse:
-        return jax.vmap(step)(state, rows)
-    if rows.t.shape[0] == 1:  # without the copies that a loop makes
-        alone = step(*jax.tree.map(lambda a: a[0], (state, rows)))
-        return jax.tree.map(lambda a: a[None], alone)
-    return jax.lax.map(lambda both: step(*both), (state, rows))
+    return every._replace(step=state.step + 1), metrics._replace(dead=jnp.mean(dead, axis=1))
 
 
 def _site_step(
-    state: TrainState,
-    rows: ActivationRows,
-    *,
-    recipe: Recipe,
-    revive: Bool[Array, ""],
-    pressure: Float[Array, ""],
-    axis: str | None,
-) -> tuple[Transcoder, Any, Any, Float[Array, ""]]:
-    """Returns weights and optimiser of one site after a step, its report, and its gradient's norm."""
-    scaled = ActivationRows(rows.x / state.x_scale, rows.y / state.y_scale, rows.t)
+    state: TrainState, rows: ActivationRows, *, recipe: Recipe, moment: Moment, axis: str | None
+) -> tuple[TrainState, Metrics]:
+    """Returns one site's state after a step, and what the step saw."""
+    x, y, t = (a.astype(jnp.float32) for a in rows)
+    scaled = ActivationRows(x / state.x_scale, y / state.y_scale, t)
     loss = partial(site_loss, objective=recipe.objective, axis=axis)
-    grads, report = jax.grad(loss, has_aux=True)(state.params, scaled, state.silent, state.sparsity, revive, pressure)
+    given = state.params, scaled, state.silent, state.sparsity, moment.revive, moment.pressure
+    grads, report = jax.grad(loss, has_aux=True)(*given)
     if axis is not None:
         grads = jax.lax.pmean(grads, axis)
     if recipe.project_decoder:
@@ -178,7 +186,14 @@ def _site_step(
     params.dec.kernel[...] = unit_rows(params.dec.kernel[...])
     if params.config.activation == "jumprelu":
         params.threshold[...] = jnp.maximum(params.threshold[...], 0)
-    return params, opt_state, report, optax.tree.norm(grads)
+    after = state._replace(
+        params=params,
+        opt_state=opt_state,
+        silent=jnp.where(report.fired, 0, jnp.minimum(state.silent + moment.seen, MOST_SILENT)),
+        cutoff=moment.memory * state.cutoff + (1 - moment.memory) * report.cutoff,
+    )
+    dead = jnp.zeros(())  # counted for all sites at once
+    return after, Metrics(report.loss, report.fvu, report.l1, report.l0, dead, optax.tree.norm(grads))
 
 
 def across(
@@ -205,11 +220,11 @@ def jit_step(
         state: the state, or its shapes.
     """
     if mesh.size > 1:
-        recipe = replace(recipe, objective=replace(recipe.objective, sparse=False))
-    placed = state_shardings(state, mesh)
+        recipe = replace(recipe, objective=replace(recipe.objective, sparse=False, mesh=mesh))
+    placed, in_place = state_shardings(state, mesh), mesh.devices.flat[0].platform != "cpu"
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
-        partial(train_step, recipe=recipe),
+        partial(train_step, recipe=recipe, shards=mesh.shape["site"], in_place=in_place),
         in_shardings=(placed, rows_sharding(mesh)),
         out_shardings=(placed, whole),
         donate_argnums=0,

@@ -51,24 +51,12 @@ from difffract_jax.transcoders.logs import (
 from difffract_jax.transcoders.objective import widths
 from difffract_jax.transcoders.processes import is_first, together, whole
 from difffract_jax.transcoders.recipe import row_flops
+from difffract_jax.transcoders.serving import abstract_buffer, empty_buffer, moments_sharding, restored_buffer, serving
 from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
 from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, open_mesh, set_up
 from difffract_jax.transcoders.sites import SiteSet
-from difffract_jax.transcoders.state import (
-    TrainState,
-    export_transcoders,
-    measure_moments,
-    place,
-    state_shardings,
-)
-from difffract_jax.transcoders.step import (
-    Metrics,
-    jit_step,
-    pmap_step,
-    repeat_state,
-    rows_sharding,
-    split_rows,
-)
+from difffract_jax.transcoders.state import TrainState, export_transcoders, measure_moments
+from difffract_jax.transcoders.step import Metrics, jit_step, pmap_step, repeat_state, split_rows
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 SETTINGS = "train.json"
@@ -191,14 +179,14 @@ def run_settings(directory: Path) -> TrainConfig:
 def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
     """Fills the buffer, makes the first weights, and writes down the settings: from then on there is a run."""
     settings = setup.settings
-    store = buffers.empty_store(setup.sites, setup.width, setup.plan.capacity, setup.dtype, setup.mesh)
-    store, position = buffers.fill_store(store, source, setup.plan)
+    store, position = buffers.fill_store(empty_buffer(setup), source, setup.plan)
     count = min((MEASURED_ROWS, *position.counts))
-    rows = buffers.gather(store, {name: np.arange(count, dtype=np.int32) for name in store})
+    first = {name: np.arange(count, dtype=np.int32) for name in store}
+    rows = buffers.gather(store, first, moments_sharding(setup, count))
     state = first_state(setup, measure_moments(rows, settings.scale_rows))
     shape = {"sites": setup.sites.to_json(), "width": list(widths(setup.width))}
     together(lambda: _write_settings(settings.out, {**record, "shape": shape}))
-    return _Run(place(state, state_shardings(state, setup.mesh)), store, position)
+    return _Run(state, store, position)
 
 
 def _write_settings(out: Path, record: Mapping[str, Any]) -> None:
@@ -209,16 +197,12 @@ def _write_settings(out: Path, record: Mapping[str, Any]) -> None:
 
 def _resume(setup: Setup, checkpoints: Checkpointer, watch: Watch) -> _Run:
     """Reads the newest good checkpoint onto this run's mesh."""
-    abstract = {
-        "state": abstract_state(setup),
-        "buffer": buffers.abstract_store(setup.sites, setup.width, setup.plan.capacity, setup.dtype, setup.mesh),
-    }
-    found = restore(checkpoints, abstract)
+    found = restore(checkpoints, {"state": abstract_state(setup), "buffer": abstract_buffer(setup)})
     for sentence in found.passed:
         watch.note(f"{sentence}; going on from checkpoint {found.step}.")
     together(lambda: cut_metrics(setup.settings.out, found.step))
     position = Position(**{**found.record["position"], "counts": tuple(found.record["position"]["counts"])})
-    return _Run(found.trees["state"], found.trees["buffer"], position)
+    return _Run(found.trees["state"], restored_buffer(setup, found.trees["buffer"]), position)
 
 
 def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer, watch: Watch) -> Trained:
@@ -231,14 +215,13 @@ def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer,
         state = _per_device(repeat_state(state, setup.mesh.size), setup.mesh)
     first = step = int(run.state.step)
     saved, means, clock = step if step else -1, {}, _clock(setup)
-    with stop_signal() as asked, profiled(settings.out, settings.profile, first) as profile:
+    with stop_signal() as asked, profiled(settings.out, settings.profile, first) as profile, serving(setup) as serve:
         ends = time.monotonic() + 60 * (settings.max_minutes or float("inf"))
         stopped = asked(step)
         while step < settings.steps and not stopped:
             if position.served == setup.plan.round_batches:
                 store, position = buffers.refresh(store, source, setup.plan, position)
-            rows = _batch(setup, store, position)
-            state, metrics = step_function(state, rows)
+            state, metrics = step_function(state, serve(store, position))
             step, position = step + 1, position._replace(served=position.served + 1)
             stopped = asked(step) or time.monotonic() >= ends
             profile(step, metrics)
@@ -281,14 +264,6 @@ def _step_function(setup: Setup, state: TrainState) -> Callable[..., tuple[Train
 def _per_device(tree: Any, mesh: Mesh) -> Any:
     """Returns a tree with a leading device axis spread as pmap wants it."""
     return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("data"))), tree)
-
-
-def _batch(setup: Setup, store: buffers.Store, position: Position) -> Any:
-    """Returns the next batch of the round, where the step wants it."""
-    orders = buffers.serving_orders(buffers.groups_of(store), setup.plan, position)
-    here = slice(position.served * setup.plan.batch, (position.served + 1) * setup.plan.batch)
-    rows = buffers.gather(store, {name: order[here] for name, order in orders.items()})
-    return place(rows, rows_sharding(setup.mesh))
 
 
 def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int) -> None:

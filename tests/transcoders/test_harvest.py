@@ -9,15 +9,19 @@ import pytest
 
 from difffract_jax.address import IMAGE, TEXT, Layout, Stack
 from difffract_jax.config import UserError
+from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import encode, model_velocity, plan_run, sample, step_inputs
-from difffract_jax.models.stacks import run_stacks
+from difffract_jax.models.stacks import run_stack, run_stacks
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import buffer as buffers
-from difffract_jax.transcoders.harvest import Chunk, Sampler, at_sites, collect_rows
+from difffract_jax.transcoders import text_encoders
+from difffract_jax.transcoders.harvest import Chunk, Sampler, by_group, collect_rows, site_layers
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import PromptFile, PromptWorld, in_validation, split_prompts
+from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import parse_sites, sites_of
+from difffract_jax.transcoders.sources import open_sampler
 from difffract_jax.transcoders.store import open_store, write_store
 from tolerances import TOL, relative_error
 
@@ -67,9 +71,47 @@ def test_rows_are_what_the_model_computes(pipe):
 
 def test_sites_of_several_stacks_are_taken_in_the_order_of_their_numbers():
     layout = Layout((Stack("pairs", 2, (IMAGE, TEXT)), Stack("alone", 3, (IMAGE,))))
-    reports = [jnp.arange(2), 10 + jnp.arange(2), 20 + jnp.arange(3)]
-    taken = at_sites(reports, sites_of({"img": (1, 2, 4), "txt": (0,)}), layout)
+    sites = sites_of({"img": (1, 2, 4), "txt": (0,)})
+    assert site_layers(sites, layout) == ((1,), (0,), (0, 2))
+    taken = by_group([jnp.array([1]), jnp.array([10]), jnp.array([20, 22])], sites, layout)
     assert {name: rows.tolist() for name, rows in taken.items()} == {"img": [1, 20, 22], "txt": [10]}
+
+
+@pytest.mark.parametrize("kept", [((0, 2), (1,)), ((2,), ()), ((0, 1, 2), (0, 1, 2))], ids=str)
+def test_reports_that_are_kept_are_those_of_all_blocks(pipe, kept):
+    stack, config = pipe.transformer.double, pipe.config.transformer
+    deep = jax.tree.map(lambda leaf: jnp.concatenate([leaf, 2 * leaf[:1]])[:3], stack)
+    h = tuple(jax.random.normal(jax.random.key(n), (6, config.d_model)) for n in (0, 1))
+    empty = jnp.zeros((6, config.text_width)), jnp.zeros(config.pooled_width), jnp.float32(0.5)
+    inputs = Inputs(jnp.zeros((6, config.in_channels)), *empty)
+    _, cond = pipe.transformer.embed(inputs, (2, 3))
+
+    def tap(visit):
+        return tuple(visit.acts.mlp_out)
+
+    after, every = run_stack(deep, h, cond, tap=tap)
+    ours, some = run_stack(deep, h, cond, tap=tap, kept=kept)
+    assert all(relative_error(a, b) <= TOL.f32_block for a, b in zip(ours, after, strict=True))
+    for numbers, report, expected in zip(kept, some, every, strict=True):
+        if numbers:
+            assert relative_error(report, expected[np.array(numbers)]) <= TOL.f32_block
+        else:
+            assert report is None
+
+
+def test_text_encoders_on_the_host_are_sent_for_many_chunks_and_give_the_same(pipe, monkeypatch):
+    monkeypatch.setattr(text_encoders, "CHUNKS", 2)
+    settings = TrainConfig(model="m", prompts="world", height=16, width=24, text_tokens=40, steps_per_image=2)
+    settings = settings.model_copy(update={"prompts_at_once": 2})
+    here, there = (open_sampler(settings, pipe, "train", caption=caption, encoders_on_host=h) for h in (False, True))
+    assert there.pipe.t5 is None and there.pipe.clip is None and there.pipe.vae is None
+    held = jax.tree.leaves(there.encoders._encoders)
+    assert {leaf.sharding.memory_kind for leaf in held} == {"pinned_host"}
+    for number in (0, 1, 2, 7, 7):
+        expected, ours = here.chunk(number).rows, there.chunk(number).rows
+        for name, rows in expected.items():
+            assert all(map(np.array_equal, ours[name], rows)), (number, name)
+    assert sorted(there.encoders._made) == [8], "what was encoded ahead waits, what was served is gone"
 
 
 def sorted_rows(a):

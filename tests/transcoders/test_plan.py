@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from difffract_jax.cli import main as cli
+from difffract_jax.cli.models import work_of
 from difffract_jax.config import UserError
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders import plan as planning
@@ -28,7 +29,7 @@ from difffract_jax.transcoders.plan import (
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import first_state, set_up
 from difffract_jax.transcoders.sites import sites_of
-from difffract_jax.transcoders.state import Moments, place, state_shardings
+from difffract_jax.transcoders.state import Moments
 
 ROOT = Path(__file__).parents[2]
 SITES, WIDTH = sites_of({"img": (0, 1), "txt": (0, 1)}), 16
@@ -52,12 +53,11 @@ def test_a_plan_counts_the_bytes_that_the_trainer_puts_on_a_device(eight):
     setup = set_up(work().settings, SITES, WIDTH, make_mesh(shape))
     flat, ones = jnp.zeros((4, WIDTH)), jnp.ones(4)
     state = first_state(setup, Moments(flat, flat, ones, ones))
-    state = place(state, state_shardings(state, setup.mesh))
     shards = [shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards[:1]]
     assert found.state == sum(shards)
-    # 4 sites x 64 rows x (x, y and t) of float32, over 2 x 2 devices; the buffer's 256 rows the same way, t by rows.
+    # 4 sites x 64 rows x (x, y and t) of float32, over 2 x 2 devices; the buffer's 256 rows over all 8, t by rows.
     assert found.rows == 4 * 64 * (2 * WIDTH + 1) * 4 // 4
-    assert found.buffer == 4 * 256 * 2 * WIDTH * 4 // 4 + 2 * 256 * 4 // 2
+    assert found.buffer == 4 * 256 * 2 * WIDTH * 4 // 8 + 2 * 256 * 4 // 2
     assert found.arguments == found.state + found.rows
     assert found.needed == found.peak + found.buffer and found.fits
     assert found.mesh == shape and found.chips == 8
@@ -79,9 +79,28 @@ def test_meshes_use_every_chip_divide_everything_and_least_memory_comes_first(ei
     assert all(shape["site"] in (1, 2, 4) for shape in found)
     estimates = [planning.estimate(work(), shape) for shape in found]
     assert estimates == sorted(estimates)
-    assert found[0]["site"] == 2  # splits state and work without communication; at 4 the buffer could not be split
+    assert found[0]["site"] == 4  # splits state and work without communication
     with pytest.raises(UserError, match="No mesh spreads 63 rows, 4 sites and 65 features over the 8 chips of eight"):
         meshes(work(batch=63, buffer_rows=256, expansion=65 / 16), eight)
+
+
+def test_a_refresh_is_planned_with_the_model_spread_and_without_encoders_between_refreshes(eight):
+    settings = TrainConfig(model="tiny", prompts="p", out="o", sites=["img/*", "txt/*"], height=16, width=16)
+    more = {"text_tokens": 8, "steps_per_image": 2, "prompts_at_once": 4, "expansion": 4, "k": 4, "batch": 64}
+    asked = work_of(settings.model_copy(update={**more, "buffer_rows": 256}))
+    shape = {"data": 2, "site": 2, "feature": 2}
+    beside, apart = (
+        plan(asked._replace(settings=asked.settings.model_copy(update={"text_encoders": where})), eight, shape)
+        for where in ("device", "host")
+    )
+    assert list(apart.phases) == ["first state", "prompts", "rows"]
+    assert apart.needed == max(apart.peak + apart.buffer + apart.model, *apart.phases.values())
+    whole = planning.bytes_per_chip(asked.model["transformer"])
+    assert whole / 8 <= apart.model < whole / 4, "all large matrices lie on all eight"
+    assert apart.model < beside.model and apart.phases["rows"] < beside.phases["rows"]
+    # What is encoded is the same; the encoders are counted once, whether they are there before or not.
+    assert apart.phases["prompts"] + planning.bytes_per_chip(asked.model["vae"]) == beside.phases["prompts"]
+    assert plan(asked._replace(run=None), eight, shape).phases.keys() == {"first state"}
 
 
 def test_the_first_mesh_that_fits_is_taken_and_else_the_one_that_needs_least(eight):
