@@ -231,7 +231,7 @@ STEPS: Mapping[str, Step] = {
     "generate-128": Step(generate_step, 8),
     "trace-16-128": Step(lambda home: trace_step(home, 128, SIXTEEN, 100), 8),
     "trace-16-256": Step(lambda home: trace_step(home, 256, SIXTEEN, 100), 8),
-    "trace-57-128": Step(lambda home: trace_step(home, 128, EVERY, 100), 12),
+    "trace-57-128": Step(lambda home: trace_step(home, 128, EVERY, 25), 12),
     "features": Step(features_step, 8),
     "steer": Step(steer_step, 8),
     "heads": Step(heads_step, 8),
