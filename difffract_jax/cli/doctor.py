@@ -10,7 +10,6 @@ Whatever is missing or fails is told in its place; the command itself ends well.
 
 import json as json_text
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -115,8 +114,8 @@ def _trouble(found: dict[str, Any]) -> dict[str, Any]:
 
 def _versions() -> dict[str, Any]:
     names = ("difffract_jax", "jax", "jaxlib", "flax", "numpy")
-    told = {name: _version(name) for name in names} | {"python": platform.python_version()}
-    told |= {"system": f"{platform.system()} {platform.machine()}"}
+    told = {name: _version(name) for name in names} | {"python": sys.version.split()[0]}
+    told |= {"system": f"{os.uname().sysname} {os.uname().machine}"}
     return told | {"NVIDIA driver": _driver()}
 
 
@@ -210,12 +209,12 @@ def _fits(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if row["memory for JAX"]
         ]
         places.append(Place("this host", "host", 1, host_memory().available))
-        return [_row(name, needs, place) for place in places for name, needs in _needs(place.kind == "host")]
+        return [_row(name, needs, place) for place in places for name, needs in _needs(place.kind)]
     except TROUBLE as error:
         return [{"work": "nothing could be counted", "reason": str(error).split("\n")[0]}]
 
 
-def _needs(host: bool) -> Iterator[tuple[str, dict[str, int | None]]]:
+def _needs(kind: str) -> Iterator[tuple[str, dict[str, int | None]]]:
     """Yields every piece of work with the bytes that it needs by way; None for a way that there is not."""
     from difffract_jax.cli.models import work_of
     from difffract_jax.cli.settings import PlanConfig
@@ -229,14 +228,14 @@ def _needs(host: bool) -> Iterator[tuple[str, dict[str, int | None]]]:
     for name, command, settings in SIZES:
         asked = resolve(PlanConfig, settings)
         ways = {
-            way: count(workload(command, asked, host=host, streamed=way == "streamed")).needed
+            way: count(workload(command, asked, host=kind == "host", streamed=way == "streamed")).needed
             for way in ("resident", "streamed")
         }
         yield name, dict(ways)
     sites = ("img/6", "img/12", "img/18", "txt/6", "txt/12", "txt/18")
     training = TrainConfig(model="flux-schnell", sites=sites, model_dtype="bf16")
-    needed = count_training(training, work_of(training), described_pipeline("flux-schnell")).needed
-    yield TRAINED, {"resident": needed, "streamed": None}
+    platform, flux = "cpu" if kind == "host" else kind, described_pipeline("flux-schnell")
+    yield TRAINED, {"resident": count_training(training, work_of(training), platform, flux).needed, "streamed": None}
 
 
 def _row(name: str, needs: dict[str, int | None], place: Any) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _counted(
     places, found = [read_place(name) for name in devices], []
     for place in places:
         if command == "train":
-            found.append((place, RESIDENT, _counted_training(_training(file, model, sets)), []))
+            found.append((place, RESIDENT, _counted_training(_training(file, model, sets), place.kind), []))
             continue
         from difffract_jax.cli.workloads import changes, workload
         from difffract_jax.estimate.counts import remedies
@@ -220,12 +220,13 @@ def _counted(
     return _as_json(command, found) if json else _as_tables(command, found)
 
 
-def _counted_training(settings: TrainConfig) -> Any:
+def _counted_training(settings: TrainConfig, kind: str) -> Any:
     from difffract_jax.estimate.training import count_training
     from difffract_jax.loading import described_pipeline
 
     read = settings.rows is None and settings.model not in (None, "tiny")
-    return count_training(settings, work_of(settings), described_pipeline(str(settings.model)) if read else None)
+    config = described_pipeline(str(settings.model)) if read else None
+    return count_training(settings, work_of(settings), "cpu" if kind == "host" else kind, config)
 
 
 def _as_json(command: str, found: Sequence[Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     set_here = settings.model_dump(exclude={"plan"})
     given = {name: value for name, value in set_here.items() if value is not None} | known
     grid, targets = given.pop("grid", None), given.pop("targets", ())
-    if switched_off or str(given.get("model")) in SMALL or given.get("mesh") or given.get("base"):
+    if switched_off or given.get("model") in (None, *SMALL) or given.get("mesh") or given.get("base"):
         return
     from difffract_jax.hub.names import parse_hub_name
 

@@ -11,6 +11,7 @@ import typer
 
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.models import pipeline_of
+from difffract_jax.cli.preflight import check_fits
 from difffract_jax.cli.training import ConfigFile
 from difffract_jax.config import provenance, resolve
 from difffract_jax.transcoders.settings import HarvestConfig, RowSettings, TrainConfig
@@ -31,6 +32,7 @@ def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = F
     from difffract_jax.transcoders.sources import open_sampler
     from difffract_jax.transcoders.store import write_store
 
+    check_fits("harvest", settings, batch=settings.prompts_at_once)
     pipe, caption = pipeline_of(settings)
     sources: dict[Any, Any] = {
         split: open_sampler(settings, pipe, split, caption=caption) for split in ("train", "validation")

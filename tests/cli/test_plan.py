@@ -49,7 +49,7 @@ def test_a_plan_says_that_it_is_counted_and_what_would_fit(
 def test_a_training_is_counted_phase_by_phase(difffract: Callable[..., Run]) -> None:
     (row,) = planned(difffract("plan", "configs/train-organism.yaml", "--device", "24GB", "--json"))
     phases = {phase["name"]: phase for phase in row["phases"]}
-    assert [*phases] == ["initialise", "harvest", "step"] and row["fits"]
+    assert [*phases] == ["initialise", "encode prompts", "harvest", "step"] and row["fits"]
     assert {"state", "buffer", "model", "rows"} == phases["step"]["held"].keys()
     more = planned(
         difffract("plan", "configs/train-organism.yaml", "--device", "24GB", "--set", "expansion=64", "--json")

@@ -123,6 +123,12 @@ def test_a_training_that_cannot_fit_is_refused_before_its_model_is_loaded(
     assert difffract(*line, "--dry-run").status == 0 and not (flux / "run").exists()
 
 
+def test_a_harvest_that_cannot_fit_is_refused(flux: Path, difffract: Callable[..., Run]) -> None:
+    (flux / "harvest.yaml").write_text("{model: flux, prompts: prompts.txt, out: rows}", encoding="utf-8")
+    run = difffract("harvest", "harvest.yaml")
+    assert run.status == 1 and run.err.startswith("Error: harvest needs at least ") and "model 62.8 GiB" in run.err
+
+
 def test_the_embedded_model_is_not_counted(difffract: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "memory_for", lambda device: Memory(1, 1, "the machine"))
     assert difffract("generate", "organism", PROMPT).err == "Error: weights: was loaded.\n"

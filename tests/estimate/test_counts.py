@@ -145,8 +145,11 @@ def test_every_command_is_counted_and_streaming_needs_less(command: str) -> None
     work = traced(command=command)
     whole, streamed = count(work), count(work._replace(streamed=True))
     assert whole.command == command and whole.phases
-    assert 0 < whole.held <= whole.needed == max(phase.needed for phase in whole.phases)
-    assert streamed.needed < whole.needed / 2 or command == "convert" and whole.needed < GIB
+    assert whole.held <= whole.needed == max(phase.needed for phase in whole.phases)
+    if command == "convert":  # holds a slice of an array either way
+        assert 0 < streamed.needed == whole.needed < GIB
+    else:
+        assert whole.held > 0 and streamed.needed < whole.needed / 2
     host = count(work._replace(host=True))
     assert all(phase.held["Python and JAX"] == PROGRAM for phase in host.phases)
 
