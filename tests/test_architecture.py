@@ -60,7 +60,7 @@ LIGHT = (
 )
 """Modules that need no JAX, beside all of `graphs`; nor SciPy's statistics, which take a second to import."""
 TORCH_FILES = ("converters/torch_files.py", "converters/torch_trace.py")
-FLAX_NAMES = {"Module", "Param", "Rngs", "List", "Linear", "Conv", "Embed", "LayerNorm", "RMSNorm", "GroupNorm"}
+FLAX_NAMES = {"Module", "Param", "Rngs", "List", "data", "Linear", "Conv", "Embed", "LayerNorm", "RMSNorm", "GroupNorm"}
 MAX_LINES, MAX_FUNCTION = 400, 60
 # One letter of each in brackets, so that this file does not match what it forbids.
 FORBIDDEN = re.compile(

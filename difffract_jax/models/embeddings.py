@@ -9,36 +9,18 @@ import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from difffract_jax.config import UserError
-from difffract_jax.models.pipeline import EncodedPrompt, Pipeline, encode
+from difffract_jax.models.encoded import Embeddings, EncodedPrompt
+from difffract_jax.models.pipeline import Pipeline, encode
 from difffract_jax.storage.files import atomic_file
 
 FORMAT_VERSION = 1
 NARROW = "bfloat16"
-
-
-class Embeddings(NamedTuple):
-    """Embeddings of some prompts.
-
-    Attributes:
-        path: of the file; "" if they are not from one.
-        model: content hash of the model that made them.
-        prompts: prompt -> its embeddings; all of one length.
-    """
-
-    path: str
-    model: str
-    prompts: Mapping[str, EncodedPrompt]
-
-    @property
-    def text_tokens(self) -> int:
-        """Length of the text sequence."""
-        return next(iter(self.prompts.values())).text.shape[0]
 
 
 def embed_prompts(pipe: Pipeline, prompts: Sequence[str], text_tokens: int, progress: Any = None) -> Embeddings:

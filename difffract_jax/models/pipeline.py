@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from difffract_jax.address import Tokens
 from difffract_jax.config import UserError
@@ -25,6 +25,7 @@ from difffract_jax.display import html_of, text_of
 from difffract_jax.models import sampler
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.encoded import Embeddings, EncodedPrompt
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
 from difffract_jax.models.sampler import PATCH, SchedulerConfig
 from difffract_jax.models.shown import pipeline_facts
@@ -90,7 +91,7 @@ class Pipeline(NamedTuple):
     config: PipelineConfig
     source: str = ""
     origin: str = ""
-    known: Any = None
+    known: Embeddings | None = None
 
     def plan(self, **sizes: Any) -> "Run":
         """Fixes the sizes and the schedule of a run; keyword arguments as for `plan_run`."""
@@ -127,22 +128,6 @@ class Run(NamedTuple):
     def steps(self) -> int:
         """Denoising steps."""
         return len(self.sigmas) - 1
-
-
-class EncodedPrompt(NamedTuple):
-    """What the text encoders make of a prompt.
-
-    Attributes:
-        text: T5's embedding of every position, padding included.
-        pooled: CLIP's pooled embedding.
-        mask: True for the prompt's own tokens, the closing one included; False for padding.
-        cut: the end of the prompt that did not fit; "" if all did.
-    """
-
-    text: Float[Array, "txt text_width"]
-    pooled: Float[Array, "pooled_width"]
-    mask: Bool[np.ndarray, "txt"]
-    cut: str
 
 
 class GeneratedImage(NamedTuple):
@@ -221,28 +206,10 @@ def encode(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
         UserError: if the pipeline has embeddings from a file, but not those of this prompt or length.
     """
     if pipe.known is not None:
-        return _known(pipe, prompt, text_tokens)
+        return pipe.known.of(prompt, text_tokens)
     ids = encode_prompt(pipe.tokenizers, prompt, text_tokens)
     text, pooled = _encode_text(pipe.t5, jnp.asarray(ids.t5_ids)), _pool(pipe.clip, jnp.asarray(ids.clip_ids))
     return EncodedPrompt(text, pooled, ids.t5_mask, ids.cut)
-
-
-def _known(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
-    """Returns the embeddings of a prompt from the pipeline's file."""
-    known = pipe.known
-    if prompt not in known.prompts:
-        others = ", ".join(f'"{one}"' for one in list(known.prompts)[:3] if one)
-        raise UserError(
-            f'{known.path} holds no embedding of the prompt "{prompt}", but of {others}; encode it too, or leave '
-            "--embeddings out."
-        )
-    if known.text_tokens != text_tokens:
-        raise UserError(
-            f"{known.path} holds embeddings of {known.text_tokens} text tokens, but the run has {text_tokens}; give "
-            f"--text-tokens {known.text_tokens}, or encode again."
-        )
-    found = known.prompts[prompt]
-    return found._replace(text=jnp.asarray(found.text), pooled=jnp.asarray(found.pooled))
 
 
 @jit_resident

@@ -17,8 +17,18 @@ from difffract_jax.cli.options import field, in_options, settings_of
 from difffract_jax.config import Settings, TraceConfig, UserError
 
 GIVEN = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
-ON_SETTINGS = {"demo", "convert flux", "convert transcoders", "generate", "trace", "steer", "features", "heads"}
-ON_SETTINGS |= {"effects", "validate", "prune", "supernodes", "export", "train", "evaluate", "study"}
+ON_SETTINGS = {
+    "demo",
+    "encode",
+    "convert flux",
+    "convert transcoders",
+    "generate",
+    "trace",
+    "steer",
+    "features",
+    "heads",
+}
+ON_SETTINGS |= {"encode", "effects", "validate", "prune", "supernodes", "export", "train", "evaluate", "study"}
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
