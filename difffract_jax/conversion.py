@@ -24,7 +24,14 @@ from converters.configurations import is_diffusers_directory
 from converters.mapping import ConversionError, problems_of
 from converters.pipelines import Opened, open_pipeline, open_transformer, sliced
 from converters.source import stored_dtype
-from converters.transcoders import OpenedSites, export_site, is_torch_directory, open_torch, refuse_foreign_parts
+from converters.transcoders import (
+    OpenedSites,
+    export_site,
+    is_torch_directory,
+    open_torch,
+    refuse_foreign_parts,
+    stacked_transcoders,
+)
 from difffract_jax import __version__
 from difffract_jax.config import UserError
 from difffract_jax.directories import (
@@ -47,10 +54,9 @@ from difffract_jax.loading import (
 from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.pipeline import PipelineConfig
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, content_hash, leaf_paths, open_tree
+from difffract_jax.storage.checkpoint import leaf_paths, open_tree
 from difffract_jax.storage.files import TensorFile, check_vacant
 from difffract_jax.storage.resumable import Output, checksum_of, resumable_directory
-from difffract_jax.storage.shards import open_shards
 from difffract_jax.storage.streaming import Leaf, stream_trees
 from difffract_jax.transcoders.sites import SiteSet, are_chosen, sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig
@@ -243,25 +249,16 @@ def _open_ours(directory: Path, sites: Sequence[str] | None, dtype: Any) -> Open
     names = [(group.label, number) for group, numbers in held.members for number in numbers]
     wanted = iter([True] * len(names) if sites is None else are_chosen(sites, names, str(directory)))
     for group, numbers in held.groups.items():
-        shards = open_shards(directory, group)
-        tensors = {name: file for file in shards for name in file.tensors}
-        _verify(directory, group, shards, record)
+        abstract = stacked_transcoders(config, len(numbers), np.float32)
+        found = open_tree(directory, abstract, name=group)
+        tensors = {name: found[name] for name in leaf_paths(abstract)}
         places = [place for place, chosen in zip(range(len(numbers)), wanted, strict=False) if chosen]
         kind = stored_dtype(tensors[name].dtype(name) for name in tensors) if dtype is None else dtype
         if places:
             stacks[group] = {name: _row_leaf(file, name, places, np.dtype(kind)) for name, file in tensors.items()}
             members[group] = tuple(numbers[place] for place in places)
-            files += [file.path for file in shards]
+            files += sorted({file.path for file in tensors.values()})
     return OpenedSites(config, sites_of(members), stacks, tuple(files))
-
-
-def _verify(directory: Path, group: str, shards: Sequence[TensorFile], record: Mapping[str, Any]) -> None:
-    """Compares the hash of weights that are small enough, as loading does."""
-    if sum(file.path.stat().st_size for file in shards) >= VERIFY_BELOW_BYTES:
-        return
-    tensors = {name: file[name] for file in shards for name in file.tensors}
-    if content_hash(tensors) != record.get("content_hashes", {}).get(group):
-        raise UserError(f"The weights of {group} in {directory} differ from their recorded hash; copy them again.")
 
 
 def _row_leaf(file: TensorFile, name: str, places: Sequence[int], dtype: np.dtype) -> Leaf:
