@@ -203,7 +203,7 @@ def test_a_region_that_is_none_is_refused(tmp_path):
         assert told in str(caught.value)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1, 5.0, float("nan")])
+@pytest.mark.parametrize("threshold", [-0.1, 1.0, 5.0, float("nan")])
 def test_a_threshold_is_a_share_below_one(threshold):
     with pytest.raises(UserError, match=r"share of a feature's maximum, at least 0 and below 1, but got"):
         Edit("img/2/f401", "zero", threshold=threshold)
