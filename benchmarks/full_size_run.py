@@ -44,7 +44,7 @@ from difffract_jax.transcoders.sites import parse_sites
 from difffract_jax.transcoders.transcoder import FEATURE_AXES, TranscoderSet
 
 GIB = 2**30
-PROMPT, OTHER = "a red circle above a blue square", "a blue circle above a red square"
+PROMPT = "a red circle above a blue square"
 SIXTEEN, EVERY = ("img/3-18", "txt/3-18"), ("*/*",)
 
 
@@ -106,11 +106,15 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Reads it until the process ends."""
-        status = Path("/proc/self/status")
         while True:
-            found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text(encoding="utf-8"))
-            self.peak = max(self.peak, 1024 * int(found[1]) if found else 0)
+            self.look()
             time.sleep(0.2)
+
+    def look(self) -> int:
+        """Reads it now; returns the peak."""
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+        self.peak = max(self.peak, 1024 * int(found[1]) if found else 0)
+        return self.peak
 
 
 def say(text: str) -> None:
@@ -128,9 +132,10 @@ def _run(pipe: Any, side: int, steps: int) -> Any:
 
 
 def encode_step(home: Path) -> dict[str, Any]:
-    """Encodes two prompts and the empty one."""
+    """Encodes a prompt and the empty one."""
     pipe = _pipe(home, encoded=False)
-    made = embed_prompts(pipe, [PROMPT, OTHER], 256, lambda done, count: say(f"{done} of {count} prompts"))
+    tokens = pipe.plan().text_tokens
+    made = embed_prompts(pipe, [PROMPT], tokens, lambda done, count: say(f"{done} of {count} prompts"))
     write_embeddings(made, home / "embeddings.npz")
     return {"prompts": len(made.prompts)}
 
@@ -258,17 +263,17 @@ def run(home: Path, names: list[str]) -> None:
             say(f"{name} ended with status {status}")
 
 
-def measure(name: str, home: Path) -> None:
+def measure(name: str, home: Path, step: Step) -> None:
     """Does one step in this process, and writes its result."""
     watch, begin = Watch(), time.perf_counter()
-    found = STEPS[name].work(home)
+    found = step.work(home)
     usage = resource.getrusage(resource.RUSAGE_SELF)
     figures = {
         "step": name,
-        "cap": STEPS[name].cap,
+        "cap": step.cap,
         "minutes": (time.perf_counter() - begin) / 60,
         "processor minutes": (usage.ru_utime + usage.ru_stime) / 60,
-        "private peak": watch.peak / GIB,
+        "private peak": watch.look() / GIB,
         "read": READING.nbytes / 1e9,
         "reading minutes": READING.seconds / 60,
         "waited minutes": READING.waited / 60,
@@ -297,4 +302,4 @@ def table(home: Path) -> str:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], Path(sys.argv[2]))
+    measure(sys.argv[1], Path(sys.argv[2]), STEPS[sys.argv[1]])

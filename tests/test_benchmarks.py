@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -16,7 +17,10 @@ from difffract_jax.conversion import convert_flux
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.tiny import TINY, random_pipeline
+from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.files import TensorFile
+from difffract_jax.transcoders.transcoder import FEATURE_AXES
+from tolerances import TOL
 
 
 def benchmark(name):
@@ -144,6 +148,27 @@ def test_the_fake_site_has_about_as_many_active_features_as_it_says(fake):
     x = module.INPUT_RMS * jax.random.normal(jax.random.key(0), (200, tcs.config.d_model))
     share = float(np.mean(np.asarray(one.encode(x, jax.numpy.asarray(0.5))) > 0))
     assert share == pytest.approx(record["transcoders"]["active_share"], rel=0.5)
+
+
+def test_the_rehearsal_encodes_traces_and_tells_what_it_took(fake):
+    rehearsal, home = benchmark("full_size_run"), fake[1]
+    assert rehearsal.encode_step(home) == {"prompts": 2}
+    layout = TINY.layout
+    tcs = rehearsal.derived(home, layout, ("img/1", "single/*"))
+    first, second = (tcs.stacks[name].fetch(0) for name in ("img", "joint"))
+    roll = fake[2]["transcoders"]["roll"]
+    apart = len(layout.labels["img"]) + len(layout.labels["txt"]) - 1
+    for path, axis in FEATURE_AXES.items():
+        if path in leaf_paths(first):
+            ours, theirs = (np.asarray(leaf_paths(one)[path]) for one in (second, first))
+            np.testing.assert_array_equal(ours, np.roll(theirs, apart * roll, axis))
+    found = rehearsal.trace_step(home, 48, ("*/*",), 3, 3)
+    assert found["nodes"] == 3 and found["conservation"] <= TOL.conservation_f32
+    assert found["sites"] == sum(map(len, layout.labels.values()))
+    assert set(found["times"]) == {"capture", "encode sites", "attribute"}
+    (home / "results").mkdir()
+    rehearsal.measure("steer-small", home, rehearsal.Step(lambda _: {"what": 1}, 1))
+    assert json.loads((home / "results" / "steer-small.json").read_text())["private peak"] > 0
 
 
 def test_an_interrupted_fake_checkpoint_is_continued(fake, tmp_path):

@@ -46,7 +46,10 @@ def encode_sites(
     count, rows, _ = record.mlp_in.shape
     used = [(layer, place) for layer, place in enumerate(slots) if place is not None]
     index, values, errors, kept = [], [], list(record.mlp_out), []
-    for (layer, _), (_, transcoder) in zip(used, stack.fetched(place for _, place in used), strict=True):
+    layers = iter([layer for layer, _ in used])
+    # Not `zip`, which would hold on to the transcoder before.
+    for _, transcoder in stack.fetched(place for _, place in used):
+        layer = next(layers)
         code = _encode(transcoder, record.mlp_in[layer], record.replaceable, record.t)
         places = _places(int(_most_active(code))) if most is None else most
         chosen, value, errors[layer] = _split(
