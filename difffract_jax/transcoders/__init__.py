@@ -5,14 +5,15 @@ sites           which MLP sublayers have one
 settings        of the commands; setup, recipe: from settings to what is run
 prompts         an order of prompts; sources, harvest, store, buffer: rows to train on
 arrays          rows of any other origin, from files; own_rows: as a source, also from Python; from_rows: train on them
-objective       losses; active: codes of few features; state, step: one update
+text_encoders   on the host between uses; host_buffer: so the buffer; serving: from there to the step
+objective       losses; active: codes of few features; revival: dead ones; state, step, site_loop: one update
 defaults        what suits the rows, where nobody said
 training        a run, its checkpoints and logs; processes: of several hosts; sweep: of several recipes;
                 exporting: what one has made so far
 codes           what features do over many prompts
 replaced        the model with MLPs replaced; evaluation: how faithful that is
 row_evaluation  the same on rows alone; comparison: of two sets
-plan            will a run fit a topology?
+plan            will a run fit a topology? plan_phases: besides its steps; compiled: what compilers say
 
 The names below are public: `from difffract_jax import transcoders`, then `transcoders.train`; loaded on first use.
 """

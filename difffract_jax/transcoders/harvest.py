@@ -244,13 +244,21 @@ def tapped_velocity(
     Returns:
         The velocity; and by group x and y [site place d_model] and t [place].
     """
-    layout = model.config.layout
-    taps = [partial(_taken, [tokens.get(group.name) for group in stack.groups]) for stack in layout.stacks]
+    layout, streamed = model.config.layout, streams_layers(model)
+    # Where blocks are programs of their own, one that knew the tokens would be compiled anew for every prompt.
+    taps: Any = _in_and_out
+    if not streamed:
+        taps = [partial(_taken, [tokens.get(group.name) for group in stack.groups]) for stack in layout.stacks]
     velocity, reports = forward(model, inputs, grid, tap=taps, kept=site_layers(sites, layout))
     rows = {}
     for name, (x, y) in by_group(per_group(reports), sites, layout).items():
+        x, y = (a[:, tokens[name]] for a in (x, y)) if streamed else (x, y)
         rows[name] = ActivationRows(x, y, jnp.full(tokens[name].shape, inputs.t, jnp.float32))
     return velocity, rows
+
+
+def _in_and_out(visit: Visit) -> tuple[tuple[Array, Array], ...]:
+    return tuple(zip(visit.acts.mlp_in, visit.acts.mlp_out, strict=True))
 
 
 def _taken(tokens: Sequence[Int[Array, "_"] | None], visit: Visit) -> tuple[Any, ...]:

@@ -154,7 +154,7 @@ class TrainConfig(RowSettings):
     """Multiply codes of topk and batchtopk at their active features alone, not by dense products; the numbers are the
     same up to rounding. Needs a single device. `auto`: on a CPU where k is at most 1/64 of the features."""
     sites_at_once: Literal["auto", "one", "all"] = "auto"
-    """Sites of a device that take their step together: `all` is a little faster where they are small, `one` needs what
+    """Sites of a device that take their step together: `all` makes fewer and larger operations of it, `one` needs what
     lies between two steps for a single site. `auto`: one, where a site's pre-activations take more than 64 MiB."""
     buffer_rows: int = Field(65_536, ge=1)
     """Rows of every site in the shuffle buffer. [DF]: 1,000,000."""

@@ -219,9 +219,11 @@ def jit_step(
         mesh: where state and rows live; the number of sites must be divisible by its `site` axis, rows by `data`.
         state: the state, or its shapes.
     """
+    in_place = mesh.devices.flat[0].platform != "cpu"
+    recipe = replace(recipe, objective=replace(recipe.objective, branch=not in_place))
     if mesh.size > 1:
         recipe = replace(recipe, objective=replace(recipe.objective, sparse=False, mesh=mesh))
-    placed, in_place = state_shardings(state, mesh), mesh.devices.flat[0].platform != "cpu"
+    placed = state_shardings(state, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         partial(train_step, recipe=recipe, shards=mesh.shape["site"], in_place=in_place),
