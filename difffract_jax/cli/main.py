@@ -195,8 +195,11 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     from difffract_jax.cli.opening import open_model
     from difffract_jax.models import pipeline
 
+    mesh = mesh_for(settings.mesh)
+    if mesh is not None and mesh.shape["data"] > 1:
+        raise UserError("One image leaves the mesh axis data idle; split the model alone, as in --mesh feature=8.")
     preflight.check_fits("generate", settings)
-    pipe = open_model("generate", settings, sharding=spread_model(mesh_for(settings.mesh))).pipe
+    pipe = open_model("generate", settings, sharding=spread_model(mesh)).pipe
     with progress("Denoising") as advance:
         result = pipeline.generate(
             pipe,

@@ -270,7 +270,9 @@ def _asked_trace(settings: TraceConfig) -> Any:
     from difffract_jax.circuits.notation.feature import Feature
     from difffract_jax.circuits.trace.capture import blocks_for
     from difffract_jax.cli.requests import read_steps
+    from difffract_jax.cli.workloads import type_of
     from difffract_jax.loading import abstract_pipeline, pipeline_shapes
+    from difffract_jax.models.presets import PRESETS
     from difffract_jax.models.sampler import PATCH
     from difffract_jax.sharding import parse_mesh
     from difffract_jax.transcoders.sites import parse_sites
@@ -279,7 +281,9 @@ def _asked_trace(settings: TraceConfig) -> Any:
     first, last = read_steps(settings.step)
     if first != last:
         raise UserError(f"One step is planned at a time, but step is {settings.step}; a trace holds a record of each.")
-    config, parts = abstract_pipeline(settings.model, dtype_named(settings.model_dtype))
+    published = settings.model in PRESETS and not Path(settings.model).is_dir()
+    named = settings.model_dtype or ("bf16" if published else type_of({"model": settings.model}))
+    config, parts = abstract_pipeline(settings.model, dtype_named(named))
     sites, taken = parse_sites(settings.plan.sites, config.layout), settings.plan
     features = round(config.d_model * taken.expansion)
     shape = TranscoderConfig(d_model=config.d_model, features=features, time_embed=256)

@@ -289,14 +289,14 @@ def _programs(
     yield _Lowered("constant", lower, held + bytes_per_chip(zeros), count.constant(), "f32")
     count_of = jax.ShapeDtypeStruct((asked.targets * asked.shards,), jnp.int32, sharding=record.t.sharding)
     targets = Targets(*(count_of for _ in Targets._fields))
+    held += bytes_per_chip(spare_rows(replacement, asked.targets, "tpu"))
     yield _Lowered(
         "read targets", lambda: target_gradients.lower(record, sites, targets), held, count.read(), asked.precision
     )
-    rows = bytes_per_chip(spare_rows(replacement, asked.targets, "tpu"))
     yield _Lowered(
         f"pull back {asked.targets}",
         lambda: lower_pull(replacement, asked.targets, "tpu", asked.blocks.output, options),
-        held + rows,
+        held,
         count.pull(),
         asked.precision,
     )

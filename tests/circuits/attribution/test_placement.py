@@ -176,7 +176,10 @@ def run(monkeypatch, capsys, *arguments):
 def test_the_commands_take_a_mesh(saved, monkeypatch, capsys):
     sizes = ("--height", 32, "--width", 32, "--text-tokens", 16)
     graphs, images = {}, {}
-    for name, mesh in (("one", ()), ("many", ("--mesh", "data=2,site=2,feature=2"))):
+    for name, mesh, image_mesh in (
+        ("one", (), ()),
+        ("many", ("--mesh", "data=2,site=2,feature=2"), ("--mesh", "site=2,feature=2")),
+    ):
         asked = ("trace", saved / "pipe", saved / "tcs", "a red circle", "--target", "img/2/f3", "--max-nodes", 8)
         status, out, err = run(monkeypatch, capsys, *asked, *sizes, *mesh, "--out", saved / f"{name}.npz", "--json")
         assert status == 0, err
@@ -184,7 +187,7 @@ def test_the_commands_take_a_mesh(saved, monkeypatch, capsys):
         graphs[name] = Graph.load(saved / f"{name}.npz")
         image = saved / f"{name}.png"
         status, _, err = run(
-            monkeypatch, capsys, "generate", saved / "pipe", "a red circle", *sizes, *mesh, "--out", image
+            monkeypatch, capsys, "generate", saved / "pipe", "a red circle", *sizes, *image_mesh, "--out", image
         )
         assert status == 0, err
         images[name] = np.asarray(Image.open(image)).astype(int)
@@ -198,6 +201,7 @@ def test_the_commands_take_a_mesh(saved, monkeypatch, capsys):
         ("feature=7", "splits the model 7 ways (site x feature), which divides neither its 8 heads"),
         ("feature=16", "needs 16 devices, but only 8 are here"),
         ("heads=2", "`heads` is not a mesh axis"),
+        ("data=2,feature=4", "One image leaves the mesh axis data idle"),
     ],
 )
 def test_a_mesh_that_cannot_be_ends_a_command_with_a_sentence(saved, monkeypatch, capsys, mesh, told):
