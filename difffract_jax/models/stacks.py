@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from difffract_jax.address import Group
 from difffract_jax.models.blocks import BlockActs, Cond, Streams
-from difffract_jax.models.streaming import Streamed, is_streamed, no_layers, stack_trees
+from difffract_jax.models.streaming import Streamed, is_streamed, no_layers, stack_trees, wait_for
 
 UNROLLED = 4
 """Stacks of at most so many blocks run without a loop; a training step of the organism then takes a third less time."""
@@ -141,7 +141,7 @@ def run_stack(
         frozen: records with a leading layer axis; None to run live.
         write: stands in for every MLP sublayer. Where blocks are streamed this and `tap` are static: named functions
             compile once.
-        fixed: per group, what `write` gets whole; what is streamed in it comes a layer at a time.
+        fixed: per group, what `write` gets whole.
         layers: per group, what `write` gets a slice of; trees with a leading layer axis.
         tap: what each block reports; stacked on a leading layer axis.
         kept: per group, the blocks whose reports are kept, ascending; all if left out. The tap then reports per group.
@@ -231,37 +231,26 @@ def _run_streamed(
     kept: Sequence[Sequence[int]] | None,
 ) -> tuple[tuple[Array, ...], Any]:
     """Applies the blocks of a stack that is not in memory; arguments as for `run_stack`."""
-    given = {"write": write, "tap": tap, "cond": cond}
+    given = {"write": write, "tap": tap, "cond": cond, "fixed": fixed}
     reports = []
     for number, block in stack.fetched(range(stack.depth)):
-        here = jax.tree.map(lambda leaf, at=number: _fetch_fixed(leaf, at), fixed, is_leaf=is_streamed)
-        h, report = _run_block_alone(h, (block, *slice_layer((frozen, layers), number)), fixed=here, **given)
-        _wait(h)
+        h, report = _run_block_alone(h, (block, *slice_layer((frozen, layers), number)), **given)
+        wait_for(h)
         reports.append(report if kept is None else _some_groups(report, kept, number))
-        del block, here  # before the one after next is fetched
-    if kept is not None:
+        del block  # before the one after next is fetched
+    if reports and kept is not None:
         columns = [[one for one in column if one is not None] for column in zip(*reports, strict=True)]
         return h, tuple(stack_trees(column) if column else None for column in columns)
     if reports:
         return h, stack_trees(reports)
     parts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (frozen, layers))
     like = stack.abstract(), *parts
-    return h, no_layers(jax.eval_shape(partial(_run_block, fixed=fixed, **given), h, like)[1])
+    return h, no_layers(jax.eval_shape(partial(_run_block, **given), h, like)[1])
 
 
 def _some_groups(report: Sequence[Any], kept: Sequence[Sequence[int]], number: int) -> tuple[Any, ...]:
     """Returns a block's reports of the groups that keep them; None of others."""
     return tuple(one if number in numbers else None for one, numbers in zip(report, kept, strict=True))
-
-
-def _fetch_fixed(leaf: Any, layer: int) -> Any:
-    """Returns what stands for every block, or of one that is streamed along with the blocks, this block's part."""
-    return leaf.fetch(layer) if isinstance(leaf, Streamed) else leaf
-
-
-def _wait(tree: Any) -> None:
-    """Waits until a block is done, so that those to come do not pile up; what `jax.vmap` hands out cannot wait."""
-    jax.block_until_ready([leaf for leaf in jax.tree.leaves(tree) if not isinstance(leaf, jax.core.Tracer)])
 
 
 def run_stacks(

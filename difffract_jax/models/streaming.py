@@ -70,8 +70,14 @@ class HostLayers:
         layers: the tree of each.
     """
 
-    def __init__(self, layers: Iterable[Any]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Iterable[Any], like: Any) -> None:
+        """Takes the layers.
+
+        Args:
+            layers: the tree of each.
+            like: shapes and types of one, which are known where there is none.
+        """
+        self.layers, self._like = list(layers), like
 
     @property
     def depth(self) -> int:
@@ -84,7 +90,7 @@ class HostLayers:
 
     def abstract(self) -> Any:
         """Returns the shapes and types of a layer."""
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.layers[0])
+        return self._like
 
 
 @dataclass
@@ -148,7 +154,7 @@ class Streamed:
         Args:
             layer: counted from the stack's first.
         """
-        _refuse_compilation()
+        refuse_compilation()
         begin = perf_counter()
         tree = self.source.read(self.numbers[layer])
         # Aligned arrays are taken over on a processor: `jnp.asarray` would copy them.
@@ -170,7 +176,7 @@ class Streamed:
         Args:
             order: of the layers, counted from the stack's first.
         """
-        _refuse_compilation()
+        refuse_compilation()
         numbers = list(order)
         with ThreadPoolExecutor(1, "layers") as pool:
             coming = pool.submit(self.fetch, numbers[0]) if numbers else None
@@ -184,13 +190,49 @@ class Streamed:
                 del layer  # two are in memory at most: this one is gone before a third is asked for
 
 
-def _refuse_compilation() -> None:
+def refuse_compilation() -> None:
+    """Refuses to fetch layers while a function is compiled.
+
+    Raises:
+        UserError: if one is.
+    """
     # While a function is compiled, even a constant is traced; under `jax.vmap` it is not.
     if isinstance(jnp.zeros(()), jax.core.Tracer):
         raise UserError(
             "This runs all layers in one program, but those of the model or the transcoders are streamed; load them "
             'with weights="device" (--weights device).'
         )
+
+
+def refuse_streamed(*trees: Any) -> None:
+    """Refuses trees that are streamed, of what reads all of their layers, or more of them than a record keeps.
+
+    Args:
+        trees: models, transcoders, records.
+
+    Raises:
+        UserError: if anything in them is streamed.
+    """
+    if streams_layers(*trees):
+        raise UserError(
+            "This needs whole blocks and transcoders in memory, but some are streamed; load the model and the "
+            'transcoders with weights="device".'
+        )
+
+
+def wait_for(tree: Any) -> None:
+    """Waits until arrays are there, so that what computes them lets go of the layers that it was given.
+
+    Args:
+        tree: of arrays, also of those that `jax.vmap` hands out.
+    """
+
+    def of_all(leaf: Any) -> Any:
+        while isinstance(leaf, jax.core.Tracer):
+            leaf = getattr(leaf, "val", None)
+        return leaf
+
+    jax.block_until_ready([of_all(leaf) for leaf in jax.tree.leaves(tree)])
 
 
 def is_streamed(node: Any) -> bool:
@@ -259,7 +301,7 @@ def streamed(
     """
     chosen = tuple(range(files.depth)) if layers is None else tuple(layers)
     if weights == "host":
-        return Streamed(HostLayers(map(files.read, chosen)), groups, tuple(range(len(chosen))))
+        return Streamed(HostLayers(map(files.read, chosen), files.abstract()), groups, tuple(range(len(chosen))))
     return Streamed(files, groups, chosen)
 
 

@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.address import Group
-from difffract_jax.models.streaming import Streamed
+from difffract_jax.models.streaming import Streamed, wait_for
 from difffract_jax.ops import attend, widen
 from difffract_jax.trees import brief
 
@@ -173,7 +173,8 @@ class T5Encoder(nnx.Module):
         x = jnp.take(self.embed.embedding[...], jnp.asarray(ids), axis=0)
         if isinstance(self.blocks, Streamed):
             for block in self.blocks:
-                x = jax.block_until_ready(_run_layer(x, block, bias))
+                x = _run_layer(x, block, bias)
+                wait_for(x)
                 del block  # before the one after next is fetched
         else:
             x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)

@@ -18,7 +18,7 @@ from difffract_jax.address import Group, Tokens
 from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
-from difffract_jax.models.streaming import Streamed, jit_resident, stack_trees, streams_layers
+from difffract_jax.models.streaming import Streamed, jit_resident, stack_trees, streams_layers, wait_for
 from difffract_jax.transcoders.harvest import tapped_velocity
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
@@ -102,6 +102,7 @@ def _each_site(group: Group, reduce: Reduce, stack: Any, rows: tuple[Array, Arra
     for number, transcoder in stack.fetched(range(stack.depth)):
         here = jax.tree.map(lambda leaf, i=number: leaf[i], rows)
         kept.append(_at_site_alone(group, reduce, transcoder, here, t, extra))
+        wait_for(kept[-1])
         del transcoder  # before the one after next is fetched
     return stack_trees(kept)
 

@@ -3,6 +3,7 @@
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,17 +11,26 @@ from difffract_jax import attribute, capture, random_pipeline, random_transcoder
 from difffract_jax.circuits.attribution.engine import make_engine
 from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.attribution.selection import target_row
+from difffract_jax.circuits.checks.completeness import mean_values
+from difffract_jax.circuits.checks.faithfulness import ablate
 from difffract_jax.circuits.editing.interventions import steer
 from difffract_jax.circuits.editing.ranking import rank_features
 from difffract_jax.circuits.editing.sweeps import sweep
 from difffract_jax.circuits.effects.attention import head_loadings, score_parts
+from difffract_jax.circuits.effects.readings import scaled
+from difffract_jax.circuits.effects.total_effects import total_effects
+from difffract_jax.circuits.frozen.replacement import prepare
+from difffract_jax.circuits.frozen.targets import Targets
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline, save_transcoders
+from difffract_jax.models.blocks import Cond
 from difffract_jax.models.pipeline import generate
-from difffract_jax.models.streaming import Streamed, streams_layers
+from difffract_jax.models.stacks import run_stack
+from difffract_jax.models.streaming import HostLayers, Streamed, aligned, streams_layers, wait_for
 from difffract_jax.storage.checkpoint import leaf_paths
+from difffract_jax.storage.layers import FileLayers
 from tolerances import TOL
 
 PROMPT = "a red circle"
@@ -128,10 +138,9 @@ def theirs_threshold(graph):
 def test_edited_images_are_the_same(resident, streamed):
     edits = [Edit.parse("img/1/f3=add:2"), Edit.parse("txt/0/f5=zero")]
     for form in ("delta", "replace"):
-        pipes = resident[0], streamed[0]
-        theirs, ours = (steer(pipe, resident[1], PROMPT, edits, form=form, seed=2) for pipe in pipes)
+        theirs, ours = (steer(*pair, PROMPT, edits, form=form, seed=2) for pair in (resident, streamed))
         close(ours.latents, theirs.latents, 1e-5)
-    swept = [sweep(pipe, resident[1], PROMPT, edits, (0.0, 2.0), seeds=(1, 2)) for pipe in (resident[0], streamed[0])]
+    swept = [sweep(*pair, PROMPT, edits, (0.0, 2.0), seeds=(1, 2)) for pair in (resident, streamed)]
     close(swept[1].norms, swept[0].norms, 1e-5)
     np.testing.assert_allclose(swept[1].images.astype(int), swept[0].images.astype(int), atol=1)
 
@@ -153,6 +162,61 @@ def test_heads_and_scores_are_the_same(resident, streamed):
         scores.append(score_parts(engine, 1, 0, ("img", 3), ("txt", 1)).score)
     close(loadings[1], loadings[0], SAME_EDGES)
     assert scores[1] == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_waiting_reaches_through_a_map():
+    ready = []
+
+    def slow(x):
+        y = jax.jit(lambda a: jax.lax.fori_loop(0, 300, lambda _, m: jnp.tanh(m @ m), a))(x)
+        if ready:
+            wait_for(y)
+        ready.append(y.val.is_ready())
+        return y
+
+    matrices = jnp.ones((2, 256, 256))
+    jax.vmap(slow)(matrices)
+    jax.vmap(slow)(matrices)
+    assert ready == [False, True]
+
+
+@pytest.mark.parametrize("kind", [FileLayers, HostLayers])
+def test_a_stack_of_no_layers_reports_as_a_resident_one_does(resident, kind):
+    stack = resident[0].transformer.double
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
+    if kind is HostLayers:
+        source = HostLayers([], like)
+    else:
+        source = FileLayers(
+            {}, "", jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((0, *leaf.shape), leaf.dtype), like), aligned
+        )
+    h = jnp.ones((4, 32)), jnp.ones((2, 32))
+    half = resident[0].config.transformer.head_dim // 2
+    cond = Cond(jnp.ones(32), jnp.ones((6, half)), jnp.zeros((6, half)))
+    tap = lambda visit: tuple(visit.acts.mlp_in)  # noqa: E731
+    none = jax.tree.map(lambda leaf: leaf[:0], stack)
+    for kept in (None, ((), ())):
+        ours, theirs = (
+            run_stack(one, h, cond, tap=tap, kept=kept)[1] for one in (Streamed(source, stack.groups, ()), none)
+        )
+        assert jax.tree.map(lambda leaf: leaf.shape, ours) == jax.tree.map(lambda leaf: leaf.shape, theirs)
+
+
+def test_what_reads_whole_transcoders_or_blocks_refuses_streamed_ones(resident, streamed):
+    pipe, tcs = streamed
+    prepared = prepare(capture(pipe, tcs, PROMPT), tcs)
+    factors = [np.ones((one.layers.slot.size, one.features), np.float32) for one in prepared.steps[0].sites]
+    span = capture_steps(resident[0], tcs, PROMPT, first=0, last=0)
+    output = resolve_target(resident[0], span, parse_target("velocity:contrast=a blue square"))
+    targets = Targets(*(jnp.zeros(1, jnp.int32) for _ in Targets._fields))
+    for read in (
+        lambda: scaled(prepared.steps[0], factors, "direct"),
+        lambda: total_effects(span, tcs, output),
+        lambda: ablate(prepared.steps[0], targets, targets),
+        lambda: mean_values(prepared.steps[0]),
+    ):
+        with pytest.raises(UserError, match='load the model and the transcoders with weights="device"'):
+            read()
 
 
 def test_a_file_that_changes_is_told(saved, tmp_path):

@@ -43,6 +43,7 @@ from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.order import levels
 from difffract_jax.graphs.pruning import node_influence
+from difffract_jax.models.streaming import refuse_streamed
 from difffract_jax.seeds import random_generator
 
 Ablation = Literal["mean", "zero"]
@@ -154,6 +155,7 @@ def rank(engine: Engine, units: Units, order: np.ndarray, number: int) -> tuple[
 
 def mean_values(prepared: Replacement) -> tuple[Float[Array, "layer side feat"], ...]:
     """Returns every feature's mean over the replaced positions of its stream, [layer side feat] per group."""
+    refuse_streamed(prepared)
     with jax.default_matmul_precision("highest"):
         return _mean_values(prepared)
 

@@ -34,6 +34,7 @@ from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
 from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.stacks import per_group, run_stacks
+from difffract_jax.models.streaming import refuse_streamed
 
 
 def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float64[np.ndarray, "ablated target"]:
@@ -145,6 +146,8 @@ def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_
     Returns:
         The MLP sublayers' inputs x, and the velocity if it is recorded.
     """
+
+    refuse_streamed(replacement)
 
     def write(_: None, added: Array, x: Array, true: Callable[[], Array]) -> tuple[Array, None]:
         del x

@@ -37,6 +37,7 @@ from difffract_jax.models.pipeline import (
     sample,
 )
 from difffract_jax.models.stacks import Visit, slice_layer
+from difffract_jax.models.streaming import Streamed, stack_trees
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
 FORMS = ("delta", "replace")
@@ -164,12 +165,19 @@ def edited_model(model: MMDiT, tcs: TranscoderSet, layers: Sequence[EditLayers])
         tcs: its transcoders.
         layers: from `lay_out`.
     """
-    stacks, used = tcs.per_group(model.config.layout), [layer.touched.any() for layer in layers]
-    return EditedModel(
-        model,
-        tuple(stack if use else None for stack, use in zip(stacks, used, strict=True)),
-        tuple(jax.tree.map(jnp.asarray, layer) if use else None for layer, use in zip(layers, used, strict=True)),
-    )
+    pairs = zip(tcs.per_group(model.config.layout), layers, strict=True)
+    edited = [_read_touched(*pair) if pair[1].touched.any() else (None, None) for pair in pairs]
+    stacks, used = zip(*edited, strict=True)
+    return EditedModel(model, stacks, jax.tree.map(jnp.asarray, used))
+
+
+def _read_touched(stack: Any, layer: EditLayers) -> tuple[Transcoder, EditLayers]:
+    """Returns a group's transcoders and edits; of streamed transcoders those of the edited sites, which are read."""
+    if not isinstance(stack, Streamed):
+        return stack, layer
+    used = np.unique(layer.slot[layer.touched])
+    slot = np.minimum(np.searchsorted(used, layer.slot), used.size - 1).astype(layer.slot.dtype)
+    return stack_trees([stack.fetch(int(place)) for place in used]), layer._replace(slot=slot)
 
 
 def delta_velocity(params: EditedModel, inputs: Inputs, step: Array, grid: tuple[int, int]) -> Float[Array, "img out"]:

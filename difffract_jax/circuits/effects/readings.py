@@ -27,6 +27,7 @@ from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.order import levels
 from difffract_jax.models.stacks import per_group, run_stacks
+from difffract_jax.models.streaming import refuse_streamed
 
 Mode = Literal["direct", "propagated", "live", "full"]
 
@@ -65,6 +66,7 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
     Returns:
         The MLP sublayers' inputs, and the velocity if it is recorded.
     """
+    refuse_streamed(prepared)
     record, sites, sources = prepared
     live = mode == "full"
     parts = ([one.layers for one in sites], sources.values, sources.errors, factors, offsets)

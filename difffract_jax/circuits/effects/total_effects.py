@@ -30,6 +30,7 @@ from difffract_jax.circuits.trace.capture import Span
 from difffract_jax.circuits.trace.record import Weights
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import run_stacks
+from difffract_jax.models.streaming import refuse_streamed
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 FEW = 1024
@@ -69,6 +70,7 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     """
     if output.step != span.info.step:
         raise ValueError(f"The output lies in step {output.step}, but effects are on the last step, {span.info.step}.")
+    refuse_streamed(span, tcs)
     prepared = _prepare(span, tcs)
     weights, transcoders = prepared[0].record.weights, tuple(sites.stack for sites in prepared[0].sites)
     slim = [

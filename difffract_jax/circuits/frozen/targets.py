@@ -18,7 +18,7 @@ from difffract_jax.circuits.frozen.encoding import ReplacedSites, site
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.frozen.streamed_sites import encoder_terms
 from difffract_jax.circuits.trace.record import Record
-from difffract_jax.models.streaming import jit_resident
+from difffract_jax.models.streaming import jit_resident, refuse_compilation
 from difffract_jax.ops import widen
 from difffract_jax.transcoders.transcoder import Transcoder
 
@@ -158,6 +158,7 @@ def _streamed_rows(
     sites: ReplacedSites, record: Record, targets: Targets, group: int
 ) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
     """Returns what `_encoder_rows` does, zeros for targets of other groups; what is needed is read on the host."""
+    refuse_compilation()
     dtype = record.boundary.img.dtype
     vectors = np.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), dtype)
     constants = np.zeros(vectors.shape[0], dtype)

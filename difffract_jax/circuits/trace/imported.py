@@ -23,6 +23,7 @@ from difffract_jax.models.activations import Activations, array_shapes, read_act
 from difffract_jax.models.blocks import Cond, Streams
 from difffract_jax.models.mmdit import position_ids
 from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.streaming import refuse_streamed
 from difffract_jax.models.tokenizers import TokenIds, encode_prompt
 from difffract_jax.ops import rope_table
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
@@ -46,6 +47,7 @@ def load_trace(path: str | Path, pipe: Pipeline, tcs: TranscoderSet, *, include_
     Raises:
         UserError: if the file is broken, not finite, of another format or model, or the transcoders do not fit.
     """
+    refuse_streamed(pipe.transformer)
     found, config = read_activations(path), pipe.config.transformer
     check_fit(tcs, config)
     if tcs.config.role != "transcoder":
