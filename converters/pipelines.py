@@ -107,6 +107,7 @@ def convert_pipeline(
     sharding: Sharding | None = None,
     variant: str | None = None,
     weights: Weights = "device",
+    text_encoders: Weights | None = None,
 ) -> Pipeline:
     """Converts a pipeline.
 
@@ -118,12 +119,15 @@ def convert_pipeline(
         variant: which files to take where there are several, as in fp16 for `model.fp16.safetensors`; parts that have
             none of this variant are read from their plain files. The only variant there is need not be named.
         weights: where the blocks stay; see `models.streaming`.
+        text_encoders: where those of T5 stay; as the others if left out.
 
     Raises:
         UserError: when it is not a FLUX.1 pipeline or a configuration is not understood.
         ConversionError: naming every problem of the weights of all parts.
     """
-    modules, tokenizers, config = _pipeline(Path(source), base, variant, dtype, _loading(sharding, weights))
+    modules, tokenizers, config = _pipeline(
+        Path(source), base, variant, dtype, _loading(sharding, weights, text_encoders)
+    )
     return Pipeline(**modules, tokenizers=tokenizers, config=config)
 
 
@@ -192,12 +196,14 @@ def _transformer(
     return use("transformer", part, PartRules(abstract_module(MMDiT, config, dtype), layout.rules)), config
 
 
-def _loading(sharding: Sharding | None, weights: Weights) -> Use[Any]:
+def _loading(sharding: Sharding | None, weights: Weights, text_encoders: Weights | None = None) -> Use[Any]:
     """Returns what loads a part, whole or all but its stacks."""
+    places = {"transformer": weights, "t5": text_encoders or weights}
 
     def load(name: str, source: Source, part: PartRules) -> Any:
-        if weights != "device" and name in LAYERED_PARTS:
-            return stream_module(source, part.rules, part.abstract, part.ignored, weights)
+        place = places.get(name, "device")
+        if place != "device":
+            return stream_module(source, part.rules, part.abstract, part.ignored, place)
         target = None if sharding is None else sharding(name, part.abstract)
         return load_tree(source, part.rules, part.abstract, ignored=part.ignored, sharding=target)
 

@@ -70,6 +70,7 @@ def load_pipeline(
     dtype: Any = jnp.float32,
     sharding: Sharding | None = None,
     weights: Weights = "device",
+    text_encoders: Weights | None = None,
     verify: bool | None = None,
 ) -> Pipeline:
     """Loads a FLUX pipeline.
@@ -87,6 +88,8 @@ def load_pipeline(
             `sharding.traced_pipeline` gives one; one device if left out.
         weights: where the blocks of the transformer and of T5 stay: on the `device`; or in `host` memory or on `disk`,
             from where each is fetched for its turn. Results are the same but for rounding.
+        text_encoders: where the blocks of T5 stay, if not with the others: on `disk`, they cost next to nothing where
+            prompt embeddings are given.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
 
     Raises:
@@ -103,15 +106,17 @@ def load_pipeline(
     dtype = stored_dtype(path) if dtype is None else dtype
     if home is not None or is_diffusers_directory(path):
         base = None if home is None else home.path
-        pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant, weights=weights)
+        places = {"weights": weights, "text_encoders": text_encoders}
+        pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant, **places)
         parts = {name: getattr(pipe, name) for name in PARTS}
         return pipe._replace(source=identity(parts, given, base=home, variant=variant), origin=origin)
     if variant is not None:
         raise UserError(f"{path} is not a diffusers directory, and its weights have no variants; leave --variant out.")
     record = read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
+    places = dict.fromkeys(PARTS, weights) | {"t5": text_encoders or weights}
     modules = {
-        name: load_part(path, name, abstract, weights=weights, sharding=sharding, verify=verify)
+        name: load_part(path, name, abstract, weights=places[name], sharding=sharding, verify=verify)
         for name, abstract in abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
     origin = origin or record.get("origin", "")

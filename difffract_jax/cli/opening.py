@@ -57,6 +57,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         dtype=None if name is None else dtype_named(name),
         sharding=sharding,
         weights=weights,
+        text_encoders=None if embeddings is None else "disk",  # their blocks are not read then
     )
     return Opened(pipe if embeddings is None else with_embeddings(pipe, embeddings), weights)
 

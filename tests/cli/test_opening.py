@@ -7,8 +7,12 @@ import pytest
 from commands import run_command
 from PIL import Image
 
+from difffract_jax.cli.opening import open_model
+from difffract_jax.config import GenerateConfig
 from difffract_jax.loading import save_pipeline, save_transcoders
+from difffract_jax.models.streaming import streams_layers
 from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.storage.layers import FileLayers
 from difffract_jax.transcoders.transcoder import random_transcoders
 
 PROMPT = "a red circle"
@@ -61,3 +65,17 @@ def test_a_dry_run_of_encode_shows_its_settings(monkeypatch, capsys, model):
     run = run_command(monkeypatch, capsys, "encode", model / "model", "--prompt", PROMPT, "--dry-run", "--json")
     assert run.status == 0
     assert json.loads(run.out)["settings"]["prompt"] == [PROMPT]
+
+
+def test_embeddings_leave_the_blocks_of_t5_on_disk(monkeypatch, capsys, model, tmp_path):
+    embeddings = tmp_path / "embeddings.npz"
+    arguments = (model / "model", "--prompt", PROMPT, "--out", embeddings)
+    run = run_command(monkeypatch, capsys, "encode", *arguments)
+    assert run.status == 0, run.err
+    read = []
+    monkeypatch.setattr(FileLayers, "read", lambda source, layer, take=None: read.append(layer))
+    monkeypatch.setattr("difffract_jax.cli.opening.with_embeddings", lambda pipe, found: read.append(pipe) or pipe)
+    settings = GenerateConfig(model=str(model / "model"), prompt=PROMPT, weights="device", embeddings=embeddings)
+    opened = open_model("generate", settings)
+    assert read == [opened.pipe]
+    assert streams_layers(opened.pipe.t5) and not streams_layers(opened.pipe.transformer)
