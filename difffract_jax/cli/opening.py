@@ -41,7 +41,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
     Raises:
         UserError: if one block does not fit, or the model or the embeddings cannot be loaded.
     """
-    given = settings.model_dump()
+    given = settings.model_dump() | known
     embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
     name = given.get("dtype") or given.get("model_dtype")
     if sharding is not None and given.get("weights") in ("host", "disk"):

@@ -51,7 +51,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     # Where a command may stream its weights, that is what it needs at least.
     streamed = given.get("weights", "device") != "device"
     try:
-        dtype = type_of(given) if "weights" in given else "f32"
+        dtype = type_of(given) if "weights" in given or command == "validate" else "f32"
         asked = asked_of(command, {"dtype": dtype, "sites": ("*/*",)} | given)
         work = workload(command, asked, host=device.platform == "cpu", streamed=streamed)
         work = work if grid is None else work._replace(grid=grid)
@@ -78,6 +78,7 @@ def check_graph_fits(command: str, settings: Settings, graph: Any) -> None:
         settings: of it.
         graph: position by position; one that does not tell its run is refused later.
     """
+    from difffract_jax.cli.used import traced_types
     from difffract_jax.graphs.graph import OUTPUT
 
     told, steps = graph.provenance, graph.provenance.steps
@@ -85,6 +86,7 @@ def check_graph_fits(command: str, settings: Settings, graph: Any) -> None:
         return
     rows, columns = told.run.grid
     known: dict[str, Any] = {"grid": (rows, columns), "text_tokens": told.run.text_tokens}
+    known |= traced_types(graph)
     known |= {"step": f"{min(steps)}-{max(steps)}", "output": bool((graph.node_kind == OUTPUT).any())}
     check_fits(command, settings, **known)
 

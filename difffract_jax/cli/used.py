@@ -13,6 +13,7 @@ from typing import Any
 from difffract_jax.address import Layout
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.cli.models import dtype_named
 from difffract_jax.directories import transcoder_directory
 from difffract_jax.loading import load_transcoders
 from difffract_jax.storage.checkpoint import read_config
@@ -57,9 +58,25 @@ def load_for_graph(transcoders: str, layout: Layout, graph: Any, **options: Any)
         options: of `load_transcoders`.
     """
     chosen = (graph.provenance.settings or {}).get("sites")
+    options["dtype"] = dtype_named(traced_types(graph).get("transcoder_dtype", "f32"))
     if isinstance(chosen, str):
         return load_transcoders(transcoders, sites=chosen.split(","), **options)
     return load_used(transcoders, of_graph(layout, graph), **options)
+
+
+def traced_types(graph: Any) -> dict[str, str]:
+    """Returns the types of weights that a graph was traced with, by the names of `PlanConfig`.
+
+    Without `dtype` the model's is that of its files, which a trace takes unless told otherwise. A graph that no command
+    made was traced with what `load_pipeline` and `load_transcoders` give, as far as one can know.
+
+    Args:
+        graph: the graph.
+    """
+    traced = graph.provenance.settings
+    named = {"dtype": "f32"} if traced is None else {"dtype": traced.get("model_dtype")}
+    named["transcoder_dtype"] = (traced or {}).get("transcoder_dtype")
+    return {name: kind for name, kind in named.items() if kind in ("f32", "bf16")}
 
 
 def up_to_targets(layout: Layout, targets: Sequence[Any], steps: tuple[int, int]) -> Wanted | None:

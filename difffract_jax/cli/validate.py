@@ -45,13 +45,15 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     from difffract_jax.circuits.checks.validation import at_size, failed_checks
     from difffract_jax.circuits.checks.validation import validate as hold
     from difffract_jax.cli.graph_files import read
+    from difffract_jax.cli.models import dtype_named
     from difffract_jax.cli.output import emit, progress, replacing
-    from difffract_jax.cli.used import load_for_graph
+    from difffract_jax.cli.used import load_for_graph, traced_types
     from difffract_jax.loading import load_pipeline
 
     graph = read(settings.graph)
     check_graph_fits("validate", settings, graph)
-    pipe = load_pipeline(settings.model)
+    named = traced_types(graph).get("dtype")
+    pipe = load_pipeline(settings.model, dtype=None if named is None else dtype_named(named))
     tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph)
     again = rerun(pipe, tcs, graph, settings)
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})

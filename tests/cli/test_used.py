@@ -15,7 +15,7 @@ from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import capture
-from difffract_jax.cli.used import edited, load_for_graph, load_used, matching, of_graph, up_to_targets
+from difffract_jax.cli.used import edited, load_for_graph, load_used, matching, of_graph, traced_types, up_to_targets
 from difffract_jax.loading import load_transcoders, save_transcoders
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.storage import checkpoint
@@ -116,3 +116,15 @@ def test_a_graph_is_the_same_with_the_sites_that_bear_on_it(saved: tuple[Transco
 def test_a_graph_of_an_output_or_of_several_steps_needs_all() -> None:
     kinds = np.array([0, 3])
     assert of_graph(FLUX, SimpleNamespace(provenance=SimpleNamespace(steps=(0, 1)), node_kind=kinds)) is None
+
+
+def test_a_graph_is_captured_again_in_the_types_of_its_trace(saved: tuple[TranscoderSet, str]) -> None:
+    def of(settings: dict[str, object] | None) -> SimpleNamespace:
+        provenance = SimpleNamespace(settings=settings, steps=(0, 1))
+        return SimpleNamespace(provenance=provenance, node_kind=np.array([0]))
+
+    assert traced_types(of(None)) == {"dtype": "f32"}  # what `load_pipeline` gives
+    assert traced_types(of({"model_dtype": None, "transcoder_dtype": "f32"})) == {"transcoder_dtype": "f32"}
+    assert traced_types(of({"model_dtype": "bf16"})) == {"dtype": "bf16"}
+    narrow = load_for_graph(saved[1], LAYOUT, of({"transcoder_dtype": "bf16"}))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow.stacks)} == {"bfloat16"}
