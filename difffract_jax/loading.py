@@ -44,7 +44,7 @@ from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
 from difffract_jax.models.presets import PRESETS, preset_config
 from difffract_jax.models.sampler import SchedulerConfig
-from difffract_jax.models.streaming import Weights
+from difffract_jax.models.streaming import Weights, refuse_streamed
 from difffract_jax.models.t5 import T5Config
 from difffract_jax.models.tokenizers import load_tokenizers
 from difffract_jax.parts import identity, load_part, load_stack, stored_dtype
@@ -170,6 +170,7 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
         overwrite: replace an existing directory.
     """
     trees = {name: getattr(pipe, name) for name in PARTS}
+    refuse_streamed(trees)
     record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | origin_entry(pipe.origin)
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
@@ -258,6 +259,7 @@ def save_transcoders(
         overwrite: replace an existing directory.
         provenance: how they were made, from `config.provenance`.
     """
+    refuse_streamed(tcs.stacks)
     record = {
         "kind": "transcoders",
         "config": kept_config(tcs.config),

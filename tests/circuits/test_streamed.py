@@ -19,6 +19,7 @@ from difffract_jax.circuits.editing.sweeps import sweep
 from difffract_jax.circuits.effects.attention import head_loadings, score_parts
 from difffract_jax.circuits.effects.readings import scaled
 from difffract_jax.circuits.effects.total_effects import total_effects
+from difffract_jax.circuits.frozen import streamed_sites
 from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.circuits.frozen.targets import Targets
 from difffract_jax.circuits.notation.edits import Edit
@@ -28,7 +29,7 @@ from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline
 from difffract_jax.models.blocks import Cond
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.stacks import run_stack
-from difffract_jax.models.streaming import HostLayers, Streamed, aligned, streams_layers, wait_for
+from difffract_jax.models.streaming import READING, HostLayers, Streamed, aligned, streams_layers, wait_for
 from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.layers import FileLayers
 from tolerances import TOL
@@ -108,7 +109,9 @@ def test_graphs_are_the_same(resident, streamed, target):
 def test_spans_are_the_same(resident, streamed):
     graphs = []
     for pipe, tcs in (resident, streamed):
-        trace = capture_steps(pipe, tcs, PROMPT, first=0, last=1)
+        trace = prepare(capture_steps(pipe, tcs, PROMPT, first=0, last=1), tcs)
+        places = [[values.shape for values in step.sources.values] for step in trace.steps]
+        assert places[0] == places[1]
         graphs.append(attribute(trace, tcs, target=strongest_feature(trace, tcs, "txt", 1), max_nodes=6))
     same_graphs(*graphs)
 
@@ -200,6 +203,25 @@ def test_a_stack_of_no_layers_reports_as_a_resident_one_does(resident, kind):
             run_stack(one, h, cond, tap=tap, kept=kept)[1] for one in (Streamed(source, stack.groups, ()), none)
         )
         assert jax.tree.map(lambda leaf: leaf.shape, ours) == jax.tree.map(lambda leaf: leaf.shape, theirs)
+
+
+def test_streamed_steps_get_as_many_places_without_being_read_again(streamed, monkeypatch):
+    pipe, tcs = streamed
+    span = capture_steps(pipe, tcs, PROMPT, first=0, last=1)
+    begin = READING.layers
+    made = iter([8] * len(tcs.sites.names) + [16] * len(tcs.sites.names))
+    monkeypatch.setattr(streamed_sites, "_places", lambda active: max(-(-active // 8) * 8, 256 - next(made)))
+    first, second = prepare(span, tcs).steps
+    assert READING.layers - begin == 2 * len(tcs.sites.names)
+    for one, other in zip(first.sources.values, second.sources.values, strict=True):
+        assert one.shape[2] == other.shape[2]
+
+
+def test_what_is_streamed_is_not_saved_without_its_layers(streamed, tmp_path):
+    for save, one in ((save_pipeline, streamed[0]), (save_transcoders, streamed[1])):
+        with pytest.raises(UserError, match="some are streamed"):
+            save(one, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_what_reads_whole_transcoders_or_blocks_refuses_streamed_ones(resident, streamed):

@@ -11,6 +11,7 @@ Codes are kept as the active features alone, see `encoding`. "Per group" is a tu
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from difffract_jax.display import hash_text
 from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import Visit, per_group, run_stacks
-from difffract_jax.models.streaming import Streamed
+from difffract_jax.models.streaming import Streamed, streams_layers
 from difffract_jax.spread import on_mesh_of, spread
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 from difffract_jax.trees import brief
@@ -200,7 +201,21 @@ def prepare_steps(
     most = [max(column) for column in zip(*places, strict=True)]
     if all(one == most for one in places):
         return tuple(prepared)
+    if streams_layers(tcs.stacks):
+        # To encode once more would read all transcoders once more.
+        return tuple(_with_places(one, most) for one in prepared)
     return tuple(prepare_step(trace, tcs, active=most) for trace in traces)
+
+
+def _with_places(prepared: Replacement, most: Sequence[int]) -> Replacement:
+    """Returns a replacement with more places for features, per group; what fills them has value 0."""
+    sites, values = [], []
+    for one, value, places in zip(prepared.sites, prepared.sources.values, most, strict=True):
+        more = partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, places - value.shape[2])))
+        row = None if one.layers.row is None else more(one.layers.row)
+        sites.append(one._replace(layers=one.layers._replace(index=more(one.layers.index), row=row)))
+        values.append(more(value))
+    return prepared._replace(sites=tuple(sites), sources=prepared.sources._replace(values=tuple(values)))
 
 
 def run_replacement(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> RunOutputs:
