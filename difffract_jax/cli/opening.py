@@ -50,6 +50,8 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
             "fetched one block at a time; leave one of the two out."
         )
     weights: Place = "device" if sharding is not None else place_of(command, settings, **known)
+    # With embeddings T5 is not run at all, and of recorded activations for a contrast prompt alone.
+    seldom = embeddings is not None or (given.get("activations") is not None and sharding is None)
     pipe = load_pipeline(
         given["model"],
         base=given.get("base"),
@@ -57,7 +59,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         dtype=None if name is None else dtype_named(name),
         sharding=sharding,
         weights=weights,
-        text_encoders=None if embeddings is None else "disk",  # their blocks are not read then
+        text_encoders="disk" if seldom else None,
     )
     return Opened(pipe if embeddings is None else with_embeddings(pipe, embeddings), weights)
 
@@ -92,8 +94,8 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
     place: Place = "disk" if device.platform == "cpu" or sizes > 0.8 * host_memory().available else "host"
     where = {"disk": "read from disk", "host": "kept in host memory, and fetched"}[place]
     sys.stderr.write(
-        f"Weights: {place}. With all of them on the device, {command} needs about {text_of_bytes(needed)} of "
-        f"{text_of_bytes(there.available)} that are free on {there.bound}; blocks are {where} one at a time.\n"
+        f"Weights: {place}. With all of them on the device, {command} needs about {text_of_bytes(needed)}, "
+        f"but {there.bound} leaves {text_of_bytes(there.available)}; blocks are {where} one at a time.\n"
     )
     return place
 
@@ -114,6 +116,6 @@ def _refuse_tight(work: Any, there: Any) -> None:
     block = largest_block(work.shapes, work.dtype)
     if 2 * block > there.available:
         raise UserError(
-            f"Of {there.bound}, {text_of_bytes(there.available)} may be used, but the largest block of the model takes "
-            f"{text_of_bytes(block)}, and two are in memory at a time; allow more memory, or keep weights in bf16."
+            f"Even streamed, the largest block of the model takes {text_of_bytes(block)}, and two are in memory at a time, "
+            f"but {there.bound} leaves {text_of_bytes(there.available)}; allow more memory, or keep weights in bf16."
         )

@@ -65,8 +65,8 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
         raise UserError(_refusal(command, work, there, changes(asked, tuple(type(settings).model_fields))))
     if needed.needed > there.available:
         sys.stderr.write(
-            f"Note: {command} needs about {text_of_bytes(needed.needed)}, most to {needed.largest.name}, of "
-            f"{text_of_bytes(there.available)} that are free on {there.bound}; it may not fit.\n"
+            f"Note: {command} needs about {text_of_bytes(needed.needed)}, most to {needed.largest.name}, but "
+            f"{there.bound} leaves {text_of_bytes(there.available)}; it may not fit.\n"
         )
 
 

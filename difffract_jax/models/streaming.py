@@ -216,7 +216,7 @@ def refuse_streamed(*trees: Any) -> None:
     if streams_layers(*trees):
         raise UserError(
             "This needs whole blocks and transcoders in memory, but some are streamed; load the model and the "
-            'transcoders with weights="device".'
+            'transcoders with weights="device" (--weights device).'
         )
 
 
