@@ -249,6 +249,7 @@ def run(home: Path, names: list[str]) -> None:
     """Runs the steps that have no result yet, one after the other."""
     results = home / "results"
     results.mkdir(exist_ok=True)
+    failed = []
     for name in names or STEPS:
         if name not in STEPS:
             sys.exit(f"There is no step {name}; there are {', '.join(STEPS)}.")
@@ -261,6 +262,9 @@ def run(home: Path, names: list[str]) -> None:
         status = subprocess.run(command, check=False).returncode
         if status:
             say(f"{name} ended with status {status}")
+            failed.append(name)
+    if failed:
+        sys.exit(f"Without a result: {', '.join(failed)}; the same call tries them again.")
 
 
 def measure(name: str, home: Path, step: Step) -> None:

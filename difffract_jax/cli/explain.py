@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.preflight import check_fits, check_graph_fits
+from difffract_jax.cli.preflight import check_fits, check_graph_fits, known_of
 from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
 from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli.validate import rerun
@@ -42,14 +42,14 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit
-    from difffract_jax.cli.used import load_for_graph, traced_types
+    from difffract_jax.cli.used import load_for_graph
     from difffract_jax.graphs.names import node_names
 
     asked = None if settings.score is None else by_head.parse_score(settings.score)
     graph = read(settings.graph)
     node = by_head.target_node(graph, settings.target)
     check_graph_fits("heads", settings, graph)
-    pipe, place = open_model("heads", settings, **traced_types(graph))
+    pipe, place = open_model("heads", settings, **known_of(graph))
     tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph, weights=place)
     again = rerun(pipe, tcs, graph, settings)
     labels, engine = labels_of(settings.transcoders, tcs.source), again.engine

@@ -241,7 +241,7 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
     outputs = any(not isinstance(one, Feature) for one in asked)
     preflight.check_fits("trace", settings, output=outputs, targets=asked)
-    pipe, place = open_model("trace", settings, sharding=spread_model(devices), output=outputs)
+    pipe, place = open_model("trace", settings, sharding=spread_model(devices), output=outputs, targets=asked)
     used = up_to_targets(pipe.config.transformer.layout, asked, traced)
     options = {"dtype": dtype_named(settings.transcoder_dtype), "weights": place}
     options |= {} if devices is None else {"sharding": traced_transcoders(devices)}

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.preflight import SMALL, capped
-from difffract_jax.cli.workloads import asked_of, type_of, workload
+from difffract_jax.cli.workloads import asked_of, type_of, up_to, workload
 from difffract_jax.config import Settings, UserError
 from difffract_jax.estimate.counts import count
 from difffract_jax.estimate.weights import largest_block, weights_needed
@@ -36,7 +36,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         command: its name.
         settings: of it; `weights`, `memory`, `embeddings`, `base`, `variant` and the type count, as far as it has them.
         sharding: as for `load_pipeline`; then nothing is streamed.
-        known: what else memory depends on, by the names of `PlanConfig`.
+        known: as for `preflight.check_fits`.
 
     Raises:
         UserError: if one block does not fit, or the model or the embeddings cannot be loaded.
@@ -70,12 +70,13 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
     Args:
         command: its name.
         settings: of it.
-        known: what else memory depends on, by the names of `PlanConfig`.
+        known: as for `preflight.check_fits`.
 
     Raises:
         UserError: if the memory that is allowed does not hold two blocks, which streaming needs.
     """
     given = {name: value for name, value in settings.model_dump(exclude={"plan"}).items() if value is not None} | known
+    grid, targets = given.pop("grid", None), given.pop("targets", ())
     asked = given.get("weights", "device")
     if asked == "device" or (asked == "auto" and (str(given["model"]) in SMALL or given.get("base"))):
         return "device"
@@ -86,6 +87,8 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
     work = _work(command, given, host=device.platform == "cpu")
     if work is None:
         return "device" if asked == "auto" else asked
+    work = work if grid is None else work._replace(grid=grid)
+    work = work if "sites" in given else up_to(work, targets)
     _refuse_tight(work, there)
     needed = count(work).needed
     if asked != "auto" or needed <= there.available:
@@ -116,6 +119,7 @@ def _refuse_tight(work: Any, there: Any) -> None:
     block = largest_block(work.shapes, work.dtype)
     if 2 * block > there.available:
         raise UserError(
-            f"Even streamed, the largest block of the model takes {text_of_bytes(block)}, and two are in memory at a time, "
-            f"but {there.bound} leaves {text_of_bytes(there.available)}; allow more memory, or keep weights in bf16."
+            f"Even streamed, the largest block of the model takes {text_of_bytes(block)}, and two are in memory at a "
+            f"time, but {there.bound} leaves {text_of_bytes(there.available)}; allow more memory, or keep weights in "
+            "bf16."
         )

@@ -78,17 +78,23 @@ def check_graph_fits(command: str, settings: Settings, graph: Any) -> None:
         settings: of it.
         graph: position by position; one that does not tell its run is refused later.
     """
+    if str(settings.model_dump()["model"]) not in SMALL and graph.provenance.run is not None and graph.provenance.steps:
+        check_fits(command, settings, **known_of(graph))
+
+
+def known_of(graph: Any) -> dict[str, Any]:
+    """Returns what a graph says of its run, as far as memory depends on it; what it does not tell is left out.
+
+    Args:
+        graph: position by position.
+    """
     from difffract_jax.cli.used import traced_types
     from difffract_jax.graphs.graph import OUTPUT
 
     told, steps = graph.provenance, graph.provenance.steps
-    if str(settings.model_dump()["model"]) in SMALL or told.run is None or not steps:
-        return
-    rows, columns = told.run.grid
-    known: dict[str, Any] = {"grid": (rows, columns), "text_tokens": told.run.text_tokens}
-    known |= traced_types(graph)
-    known |= {"step": f"{min(steps)}-{max(steps)}", "output": bool((graph.node_kind == OUTPUT).any())}
-    check_fits(command, settings, **known)
+    known: dict[str, Any] = {} if told.run is None else {"grid": told.run.grid, "text_tokens": told.run.text_tokens}
+    known |= {"step": f"{min(steps)}-{max(steps)}"} if steps else {}
+    return known | traced_types(graph) | {"output": bool((graph.node_kind == OUTPUT).any())}
 
 
 def check_training_fits(work: Any) -> None:

@@ -54,8 +54,9 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     from difffract_jax.studies.metrics import sweep_table
 
     meant = _intent(settings)
-    check_fits("steer", settings, sites=tuple(dict.fromkeys(_patterns(edits))))
-    pipe, tcs = open_model("steer", settings).pipe, load_used(settings.transcoders, edited(edits))
+    sites = tuple(dict.fromkeys(_patterns(edits)))
+    check_fits("steer", settings, sites=sites)
+    pipe, tcs = open_model("steer", settings, sites=sites).pipe, load_used(settings.transcoders, edited(edits))
     run = run_of(pipe, settings)
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)

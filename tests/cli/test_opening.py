@@ -1,14 +1,19 @@
 """Where a command's weights stay: as asked, by what fits, and refused where not even two blocks do."""
 
 import json
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import run_command
 from PIL import Image
 
-from difffract_jax.cli.opening import open_model
-from difffract_jax.config import GenerateConfig
+from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.cli import opening
+from difffract_jax.cli.opening import open_model, place_of
+from difffract_jax.cli.settings import HeadsConfig, SteerConfig
+from difffract_jax.config import GenerateConfig, TraceConfig
 from difffract_jax.loading import save_pipeline, save_transcoders
 from difffract_jax.models.streaming import streams_layers
 from difffract_jax.models.tiny import random_pipeline
@@ -79,3 +84,17 @@ def test_embeddings_leave_the_blocks_of_t5_on_disk(monkeypatch, capsys, model, t
     opened = open_model("generate", settings)
     assert read == [opened.pipe]
     assert streams_layers(opened.pipe.t5) and not streams_layers(opened.pipe.transformer)
+
+
+def test_what_is_counted_is_what_the_command_loads_and_runs(monkeypatch, model):
+    counted = []
+    monkeypatch.setattr(opening, "count", lambda work: counted.append(work) or SimpleNamespace(needed=0))
+    given = {"model": str(model / "model"), "transcoders": str(model / "transcoders")}
+    trace = TraceConfig(**given, prompt=PROMPT, target="img/0/f1")
+    assert place_of("trace", trace, output=False, targets=[Feature("img", 0, 1)]) == "device"
+    steer = SteerConfig(**given, prompt=PROMPT, edit=("img/1/f1=zero",))
+    assert place_of("steer", steer, sites=("img/1",)) == "device"
+    heads = HeadsConfig(**given, graph=model / "graph.npz")
+    assert place_of("heads", heads, grid=(7, 5), text_tokens=9, dtype="bf16") == "device"
+    assert [work.tcs.sites.names for work in counted[:2]] == [("img/0", "txt/0"), ("img/1",)]
+    assert (counted[2].grid, counted[2].text_tokens, counted[2].dtype) == ((7, 5), 9, jnp.bfloat16)
