@@ -173,5 +173,6 @@ def _check_values(engine: Engine, graph: Graph, rows: Int64[np.ndarray, "node"])
         worst = int(np.argmax(apart))
         raise UserError(
             f"The run captured anew is not the graph's: {node_names(graph)[int(features[worst])]} has the value "
-            f"{ours[worst]:.4g}, but {theirs[worst]:.4g} in the graph; give the starting noise that it was traced with."
+            f"{ours[worst]:.4g}, but {theirs[worst]:.4g} in the graph; give the starting noise that it was traced with "
+            "and, where the model's weights are in bf16, the same --weights, since steps before the traced one round."
         )
