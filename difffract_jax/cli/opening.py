@@ -15,7 +15,7 @@ from difffract_jax.config import Settings, UserError
 from difffract_jax.estimate.counts import count
 from difffract_jax.estimate.weights import largest_block, weights_needed
 from difffract_jax.loading import load_pipeline
-from difffract_jax.memory import host_memory, memory_for, text_of_bytes
+from difffract_jax.memory import host_memory, memory_for, parse_bytes, text_of_bytes
 from difffract_jax.models.embeddings import read_embeddings, with_embeddings
 from difffract_jax.models.pipeline import Pipeline
 
@@ -42,6 +42,8 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         UserError: if one block does not fit, or the model or the embeddings cannot be loaded.
     """
     given = settings.model_dump() | known
+    if given.get("memory") is not None:
+        parse_bytes(given["memory"], "--memory")  # a slip is told also where nothing is counted
     embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
     name = given.get("dtype") or given.get("model_dtype")
     if sharding is not None and given.get("weights") in ("host", "disk"):
@@ -78,7 +80,8 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
     given = {name: value for name, value in settings.model_dump(exclude={"plan"}).items() if value is not None} | known
     grid, targets = given.pop("grid", None), given.pop("targets", ())
     asked = given.get("weights", "device")
-    if asked == "device" or (asked == "auto" and (str(given["model"]) in SMALL or given.get("base"))):
+    uncounted = given.get("base") or (str(given["model"]) in SMALL and "memory" not in given)
+    if asked == "device" or (asked == "auto" and uncounted):
         return "device"
     import jax
 

@@ -24,6 +24,8 @@ DEFAULT_MODEL = "flux-schnell"
 COMPILED = ("train", "trace")
 """Commands that libtpu can compile."""
 RESIDENT, STREAMED = "resident", "streamed"
+STREAMING = ("generate", "encode", "trace", "features", "steer", "heads")
+"""Commands that have `--weights`: the others keep weights resident, so that nothing else is counted of them."""
 NOTHING = "nothing that was counted"
 """What makes a command fit that no smaller image and no shorter type does."""
 Asked = Annotated[
@@ -83,7 +85,7 @@ def plan(
 
     With --device memory is counted from shapes; --set gives sizes: height, width, text_tokens, dtype, sites, expansion,
     active, transcoders, transcoder_dtype, step, batch, expansion_batch, output. Each way is told: the weights resident,
-    and streamed block by block. Of GPUs 92% count, which the commands let JAX take.
+    and streamed block by block, of commands that have --weights. Of GPUs 92% count, which the commands let JAX take.
 
     Training and traces on TPUs are compiled, which needs the extra `tpu`, but no TPU and no weights: chips are v5e, v5p
     and v6e, shapes such as v5e:8x8 or v5p:2x2x1. If neither `--mesh` nor the config's `mesh` says how to spread a
@@ -212,11 +214,13 @@ def _counted(
         from difffract_jax.estimate.counts import remedies
 
         asked = _asked(file, model, sets)
-        for way in (RESIDENT, STREAMED):
+        for way in (RESIDENT, STREAMED) if command in STREAMING else (RESIDENT,):
             work = workload(command, asked, host=place.kind == "host", streamed=way == STREAMED)
             ways = changes(asked, ("dtype", "transcoder_dtype", "batch", "height"))
             taken, least = remedies(work, place.usable, ways)
-            found.append((place, way, count(work), taken if least <= place.usable else [NOTHING]))
+            streams = command in STREAMING and count(work._replace(streamed=True)).needed <= place.usable
+            less = taken if least <= place.usable else ["--weights disk" if streams else NOTHING]
+            found.append((place, way, count(work), less))
     return _as_json(command, found) if json else _as_tables(command, found)
 
 

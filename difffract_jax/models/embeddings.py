@@ -101,13 +101,22 @@ def with_embeddings(pipe: Pipeline, embeddings: Embeddings) -> Pipeline:
         embeddings: of its model.
 
     Raises:
-        UserError: if they are another model's.
+        UserError: if they are another model's, or of other widths than the model reads.
     """
     if embeddings.model != pipe.source:
         raise UserError(
-            f"{embeddings.path or 'The embeddings'} were made by another model: its content hash is "
-            f"{embeddings.model[:12]}..., but this one has {pipe.source[:12]}...; encode the prompts with this model."
+            f"The embeddings{f' in {embeddings.path}' if embeddings.path else ''} were made by another model: its "
+            f"content hash is {embeddings.model[:12]}..., but this one has {pipe.source[:12]}...; encode the prompts "
+            "with this model, in the same type (--dtype)."
         )
+    shape = pipe.config.transformer
+    for one in embeddings.prompts.values():
+        if (one.text.ndim, one.text.shape[-1], one.pooled.shape) != (2, shape.text_width, (shape.pooled_width,)):
+            raise UserError(
+                f"{embeddings.path or 'The embeddings'} should hold text of width {shape.text_width} and pooled "
+                f"embeddings of width {shape.pooled_width}, but has shapes {one.text.shape} and {one.pooled.shape}; "
+                "encode again."
+            )
     return pipe._replace(t5=None, clip=None, known=embeddings)
 
 

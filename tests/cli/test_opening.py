@@ -51,6 +51,17 @@ def test_memory_for_less_than_two_blocks_is_refused(monkeypatch, capsys, model, 
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("memory", "told"),
+    [("abc", "--memory must be a size with its unit"), ("1KB", "the largest block of the model takes")],
+)
+def test_the_embedded_model_is_held_to_memory_too(monkeypatch, capsys, tmp_path, memory, told):
+    out = tmp_path / "a.png"
+    run = run_command(monkeypatch, capsys, "generate", "organism", PROMPT, "--memory", memory, "--out", out)
+    assert run.status == 1 and told in run.err
+    assert not out.exists()
+
+
 def test_embeddings_take_the_place_of_the_encoders(monkeypatch, capsys, model, tmp_path):
     embeddings, graph = tmp_path / "embeddings.npz", tmp_path / "graph.npz"
     run = run_command(

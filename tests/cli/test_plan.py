@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 from commands import Run, run_command
 
+from difffract_jax.cli.plan import STREAMING
 from difffract_jax.estimate.counts import COMMANDS
 
 SIZE = ("--set", "height=512", "--set", "width=512", "--set", "text_tokens=512")
@@ -29,12 +30,18 @@ def test_every_command_is_planned_for_gpus_hosts_and_tpus(command: str, difffrac
     flags = [word for name in devices for word in ("--device", name)]
     rows = planned(difffract("plan", command, *flags, *SIZE, "--json"))
     assert [(row["device"], row["weights"]) for row in rows] == [
-        (name, way) for name in devices for way in ("resident", "streamed")
+        (name, way) for name in devices for way in ("resident", *(("streamed",) if command in STREAMING else ()))
     ]
     for row in rows:
         assert row["compiled"] is False and row["fits"] == (row["needed"] <= row["usable"])
         assert row["needed"] == max(phase["needed"] for phase in row["phases"])
     assert all(row["fits"] for row in rows if row["weights"] == "streamed")
+
+
+def test_weights_that_are_streamed_are_what_makes_a_small_machine_do(difffract: Callable[..., Run]) -> None:
+    resident, streamed = planned(difffract("plan", "generate", "--device", "host:16GB", *SIZE, "--json"))
+    assert not resident["fits"] and resident["takes_less"] == ["--weights disk"]
+    assert streamed["fits"] and streamed["takes_less"] == []
 
 
 def test_a_plan_says_that_it_is_counted_and_what_would_fit(

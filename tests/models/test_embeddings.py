@@ -66,6 +66,13 @@ def test_another_prompt_length_or_model_is_refused(pipe, file):
         with_embeddings(pipe._replace(source="another"), embeddings)
 
 
+def test_embeddings_of_other_widths_are_refused(pipe, file):
+    embeddings = read_embeddings(file)
+    narrow = {prompt: one._replace(text=one.text[:, :8]) for prompt, one in embeddings.prompts.items()}
+    with pytest.raises(UserError, match="should hold text of width .* encode again"):
+        with_embeddings(pipe, embeddings._replace(prompts=narrow))
+
+
 @pytest.mark.parametrize("kind", ["absent", "text", "cut", "graph", "infinite", "version"])
 def test_what_is_not_a_file_of_embeddings_is_refused(file, tmp_path, kind):
     path = tmp_path / "given.npz"
