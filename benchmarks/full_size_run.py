@@ -45,8 +45,8 @@ from difffract_jax.transcoders.transcoder import FEATURE_AXES, TranscoderSet
 
 GIB = 2**30
 BIAS = 1.29
-"""Factor of the features' biases: this model's MLPs read inputs of a root mean square of about 1.7, where the stored site
-was made for 1.3, so that 1.3% of the features were active instead of 0.2%."""
+"""Factor of the features' biases: this model's MLPs read inputs of a root mean square of about 1.7. The stored site was
+made for 1.3, and 1.3% of its features were active instead of 0.2%."""
 PROMPT = "a red circle above a blue square"
 SIXTEEN, EVERY = ("img/3-18", "txt/3-18"), ("*/*",)
 
