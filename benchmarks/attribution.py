@@ -208,7 +208,7 @@ def layers_of(prepared: Replacement) -> Layers:
     width = prepared.record.boundary.img.shape[1]
     weight = jax.tree.leaves(prepared.record.weights.stacks[0])[0].dtype.itemsize
     counts = []
-    for values, (stack, layers) in zip(prepared.sources.values, prepared.sites, strict=True):
+    for values, (stack, layers, _) in zip(prepared.sources.values, prepared.sites, strict=True):
         active = np.asarray(values) > 0
         index = np.where(active, np.asarray(layers.index), -1)
         vector = 0 if stack is None else width * stack.dec.kernel.dtype.itemsize

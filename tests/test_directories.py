@@ -125,7 +125,7 @@ def test_sites_are_chosen_in_every_format(tmp_path) -> None:
         assert_equal(tcs.stacks["txt"], jax.tree.map(lambda leaf: leaf[1:], whole.stacks["txt"]))
     one = load_transcoders(tmp_path / "ours", sites=["txt/2"])
     assert one.sites.names == ("txt/2",) and one.source != tcs.source
-    with pytest.raises(UserError, match="set of transcoders holds none of the sites img/2; it has"):
+    with pytest.raises(UserError, match="holds none of the sites img/2; it has"):
         load_transcoders(tmp_path / "ours", sites=["img/2"])
     with pytest.raises(UserError, match="holds none of the sites img/7; it has img/0"):
         load_transcoders(TRANSCODERS, sites=["img/7"])

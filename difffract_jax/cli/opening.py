@@ -8,13 +8,13 @@ choice is told in one sentence.
 import sys
 from typing import Any, Literal, NamedTuple
 
+from difffract_jax import loading
 from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.preflight import SMALL, capped
 from difffract_jax.cli.workloads import asked_of, type_of, up_to, workload
 from difffract_jax.config import Settings, UserError
 from difffract_jax.estimate.counts import count
 from difffract_jax.estimate.weights import largest_block, weights_needed
-from difffract_jax.loading import load_pipeline
 from difffract_jax.memory import host_memory, memory_for, parse_bytes, text_of_bytes
 from difffract_jax.models.embeddings import read_embeddings, with_embeddings
 from difffract_jax.models.pipeline import Pipeline
@@ -54,7 +54,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
     weights: Place = "device" if sharding is not None else place_of(command, settings, **known)
     # With embeddings T5 is not run at all, and of recorded activations for a contrast prompt alone.
     seldom = embeddings is not None or (given.get("activations") is not None and sharding is None)
-    pipe = load_pipeline(
+    pipe = loading.load_pipeline(
         given["model"],
         base=given.get("base"),
         variant=given.get("variant"),

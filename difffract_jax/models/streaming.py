@@ -258,7 +258,9 @@ def jit_resident(function: Callable[P, R], **options: Any) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return function(*args, **kwargs) if streams_layers(args, kwargs) else compiled(*args, **kwargs)
 
-    call.lower = compiled.lower  # type: ignore[attr-defined]
+    # What a compiled function offers besides being called; counting its programs tells whether one was enough.
+    for name in ("lower", "clear_cache", "_cache_size"):
+        setattr(call, name, getattr(compiled, name))
     return call
 
 

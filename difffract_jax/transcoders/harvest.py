@@ -251,8 +251,10 @@ def tapped_velocity(
         taps = [partial(_taken, [tokens.get(group.name) for group in stack.groups]) for stack in layout.stacks]
     velocity, reports = forward(model, inputs, grid, tap=taps, kept=site_layers(sites, layout))
     rows = {}
-    for name, (x, y) in by_group(per_group(reports), sites, layout).items():
-        x, y = (a[:, tokens[name]] for a in (x, y)) if streamed else (x, y)
+    for name, both in by_group(per_group(reports), sites, layout).items():
+        if name not in tokens:
+            continue
+        x, y = (a[:, tokens[name]] for a in both) if streamed else both
         rows[name] = ActivationRows(x, y, jnp.full(tokens[name].shape, inputs.t, jnp.float32))
     return velocity, rows
 

@@ -77,7 +77,7 @@ def test_too_little_memory_is_one_sentence(
 
 def test_it_says_what_was_being_done(difffract: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     # `load_pipeline` is the package's own; what fails lies below it.
-    monkeypatch.setattr("difffract_jax.loading.load_tree", raising(MemoryError("std::bad_alloc")))
+    monkeypatch.setattr("difffract_jax.parts.load_tree", raising(MemoryError("std::bad_alloc")))
     monkeypatch.setattr("difffract_jax.loading.convert_pipeline", raising(MemoryError("std::bad_alloc")))
     run = difffract("generate", "organism", "a red circle")
     assert "not enough memory: loading the model needs more than there is" in run.err
