@@ -45,8 +45,8 @@ from difffract_jax.transcoders.transcoder import FEATURE_AXES, TranscoderSet
 
 GIB = 2**30
 BIAS = 17.0
-"""Factor of the features' biases. The stored site was made for MLP inputs of a root mean square of 1.3, but this model's,
-whose modulations are random, have about 22: with its own biases 41% of the features were active, not 0.2%."""
+"""Factor of the features' biases. The stored site was made for MLP inputs of a root mean square of 1.3, but here, where
+modulations are random, it is about 22: with its own biases 41% of the features were active, not 0.2%."""
 PROMPT = "a red circle above a blue square"
 SIXTEEN, EVERY = ("img/3-18", "txt/3-18"), ("*/*",)
 
