@@ -44,9 +44,10 @@ from difffract_jax.transcoders.sites import parse_sites
 from difffract_jax.transcoders.transcoder import FEATURE_AXES, TranscoderSet
 
 GIB = 2**30
-BIAS = 17.0
-"""Factor of the features' biases. The stored site was made for MLP inputs of a root mean square of 1.3, but here, where
-modulations are random, it is about 22: with its own biases 41% of the features were active, not 0.2%."""
+BIAS = {3072: 17.0}
+"""Width of the model -> factor of the features' biases; 1 for others. The stored site was made for MLP inputs of a root
+mean square of 1.3. At full size, where modulations are random, it is about 22: with its own biases 41% of the features
+were active, not 0.2%."""
 PROMPT = "a red circle above a blue square"
 SIXTEEN, EVERY = ("img/3-18", "txt/3-18"), ("*/*",)
 
@@ -86,9 +87,9 @@ class DerivedSites:
 
 
 def _sparser(transcoder: Any) -> Any:
-    """Returns a transcoder with its encoder's bias times `BIAS`, in place."""
-    bias = transcoder.enc.bias
-    transcoder.enc.bias = type(bias)((np.asarray(bias[...], np.float32) * BIAS).astype(bias.dtype))
+    """Returns a transcoder with its encoder's bias times the factor of `BIAS`, in place."""
+    bias, factor = transcoder.enc.bias, BIAS.get(transcoder.config.d_model, 1.0)
+    transcoder.enc.bias = type(bias)((np.asarray(bias[...], np.float32) * factor).astype(bias.dtype))
     return transcoder
 
 
