@@ -269,14 +269,10 @@ def _make_slice(
     number: int,
 ) -> np.ndarray:
     """Makes one slice of a leaf; values that are not finite are a `ConversionError` with their keys."""
-    keys = assignment.sources[number]
     made = np.empty(shape, dtype)
-    # An overflow in the cast leaves infinities, which are reported below with their key.
-    with np.errstate(over="ignore"):
-        _fill(made, assignment.rule.transform.forward(_of_one_type([read(key) for key in keys]))[place])
-    if not np.isfinite(made).all():
-        guilty = _not_finite(source, keys)
-        raise ConversionError(source.name, guilty or [f"{' + '.join(keys)} holds values too large for {dtype}"])
+    problems = fill_slice({place: made}, source, assignment, number, read=read)
+    if problems:
+        raise ConversionError(source.name, problems)
     return made
 
 
@@ -292,28 +288,38 @@ def _fill(made: np.ndarray, values: np.ndarray) -> None:
 
 
 def fill_slice(
-    parts: Sequence[np.ndarray], source: Source | ArraySource, assignment: Assignment, number: int, *, check: bool
+    parts: Mapping[int, np.ndarray],
+    source: Source | ArraySource,
+    assignment: Assignment,
+    number: int,
+    *,
+    read: Callable[[str], np.ndarray] | None = None,
+    check: bool = True,
 ) -> list[str]:
-    """Fills the slices of all leaves of an assignment at one index of its stack.
+    """Fills slices of an assignment's leaves at one index of its stack.
 
     Args:
-        parts: one array per target.
+        parts: number of a target -> the array that is filled.
         source: the checkpoint.
         assignment: from `expand`.
         number: of the index, in row-major order.
+        read: gives a tensor by its key; `source[key]` if left out.
         check: whether to look for values that are not finite.
 
     Returns:
         Which tensors hold such values.
     """
-    keys = assignment.sources[number]
+    keys, read = assignment.sources[number], read or source.__getitem__
+    # An overflow in the cast leaves infinities, which are reported below with their key.
     with np.errstate(over="ignore"):
-        made = assignment.rule.transform.forward(_of_one_type([source[key] for key in keys]))
-        for part, value in zip(parts, made, strict=True):
-            _fill(part, value)
-    if not check or all(np.isfinite(part).all() for part in parts):
+        made = assignment.rule.transform.forward(_of_one_type([read(key) for key in keys]))
+        for place, part in parts.items():
+            _fill(part, made[place])
+    del made  # before the next array of that size
+    if not check or all(np.isfinite(part).all() for part in parts.values()):
         return []
-    return _not_finite(source, keys) or [f"{' + '.join(keys)} holds values too large for {parts[0].dtype}"]
+    kind = next(iter(parts.values())).dtype
+    return _not_finite(source, keys) or [f"{' + '.join(keys)} holds values too large for {kind}"]
 
 
 def _of_one_type(tensors: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -116,7 +116,7 @@ class ConvertedLayers:
             paths = [path.removeprefix(self._prefix) for path in assignment.targets]
             for path in paths:
                 arrays[path] = aligned(leaves[path].shape[1:], leaves[path].dtype)
-            parts, new = [arrays[path] for path in paths], layer not in self._checked
+            parts, new = dict(enumerate(arrays[path] for path in paths)), layer not in self._checked
             problems += fill_slice(parts, self._source, assignment, layer, check=new)
         self._source.check_unchanged()
         if problems:
