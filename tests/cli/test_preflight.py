@@ -44,8 +44,7 @@ def difffract(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     def load(*names: object, **options: object) -> None:
         raise FileNotFoundError(2, "was loaded", "weights")
 
-    for place in ("loading", "cli.opening"):
-        monkeypatch.setattr(f"difffract_jax.{place}.load_pipeline", load)
+    monkeypatch.setattr("difffract_jax.loading.load_pipeline", load)
     monkeypatch.setattr(preflight, "memory_for", lambda device: Memory(16 * GB, 16 * GB, "the machine"))
     return partial(run_command, monkeypatch, capsys)
 
