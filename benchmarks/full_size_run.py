@@ -36,6 +36,7 @@ from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.loading import load_pipeline, load_transcoders
+from difffract_jax.memory import host_memory
 from difffract_jax.models.embeddings import embed_prompts, read_embeddings, with_embeddings, write_embeddings
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.streaming import READING, Streamed, Take
@@ -293,6 +294,7 @@ def measure(name: str, home: Path, step: Step) -> None:
         "read": READING.nbytes / 1e9,
         "reading minutes": READING.seconds / 60,
         "waited minutes": READING.waited / 60,
+        "memory of the host": host_memory().total / GIB,  # or what a control group leaves of it, files' pages included
         "machine": f"{platform.processor() or platform.machine()}, jax {jax.__version__}",
     }
     with atomic_file(home / "results" / f"{name}.json") as partial:
