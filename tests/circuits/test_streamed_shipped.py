@@ -13,7 +13,7 @@ from traces import PROMPTS, SIZE, same_edges
 
 pytestmark = pytest.mark.slow
 MODELS = {
-    "organism": (("organism", "organism"), "a red circle left of a blue square", {}, "img/2"),
+    "organism": (("organism", "organism"), "a red circle left of a blue square", {}, "img/1"),
     "golden": ((REFERENCE / "pipeline", REFERENCE / "transcoders"), PROMPTS[0], SIZE, "img/1"),
 }
 
@@ -39,7 +39,9 @@ def found(model: str, mode: str):
 
 @pytest.mark.parametrize("mode", ["host", "disk", "mesh"])
 @pytest.mark.parametrize("model", MODELS)
-def test_images_are_identical_and_graphs_the_same(model, mode):
+def test_images_and_graphs_are_the_same(model, mode):
     ours, theirs = found(model, mode), found(model, "device")
-    np.testing.assert_array_equal(ours[0], theirs[0])
+    apart = np.abs(ours[0].astype(int) - theirs[0])
+    # A sum split over devices rounds otherwise, and a value in ten thousand may lie next to half a grey level.
+    assert apart.max() <= (1 if mode == "mesh" else 0) and np.mean(apart > 0) <= 1e-4
     same_edges(theirs[1], ours[1])
