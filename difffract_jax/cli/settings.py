@@ -182,6 +182,14 @@ class EffectsConfig(Settings):
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+    model_dtype: Literal["f32", "bf16"] | None = None
+    """Type of the model's weights in memory; that of its files when left out. Results are in float32 either way."""
+    transcoder_dtype: Literal["f32", "bf16"] = "f32"
+    """Type of the transcoders' weights in memory."""
+    weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
+    memory: str | None = None
+    """Most memory to use, as in 16GB; what there is when left out."""
 
 
 class PlanConfig(Settings):
