@@ -198,6 +198,8 @@ class PruneConfig(Settings):
     """Share of the edge scores that the kept edges hold, in (0, 1]; 1 keeps all. `difffract`: of a stream's edges."""
     by_position: bool = False
     """Prune single positions instead of sums over positions."""
+    groups: Path | None = None
+    """`.groups.json` that the viewer saved of this graph: what is pinned there stays, and its groups become supernodes."""
     out: Path = Path("pruned.npz")
     """Graph file to write; one that exists is replaced, with a note."""
 
@@ -231,6 +233,8 @@ class ExportConfig(ViewerOptions):
 
     graph: Path
     """Graph file to export, `.npz` or JSON."""
+    groups: Path | None = None
+    """`.groups.json` that the viewer saved of this graph: its groups become supernodes, its names labels."""
     format: Literal["difffract-v2", "circuit-tracer", "neuronpedia", "graphml", "csv"] = "difffract-v2"
     """What to write: `difffract-v2`, the reference's JSON, summed over positions; `circuit-tracer` and `neuronpedia`,
     for their viewers; `graphml`, for programs that draw networks; `csv`, a directory with nodes.csv and edges.csv."""

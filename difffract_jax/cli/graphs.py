@@ -71,10 +71,14 @@ def prune(settings: PruneConfig, *, json: bool) -> None:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit, graph_summary, replacing
     from difffract_jax.graphs import pruning
+    from difffract_jax.graphs.groups import read_groups, with_groups
     from difffract_jax.graphs.json_values import to_json_values
 
     whole = read(settings.graph)
-    pruned = pruning.prune(whole, **settings.model_dump(exclude={"graph", "out"}))
+    groups = None if settings.groups is None else read_groups(settings.groups, whole)
+    how = settings.model_dump(exclude={"graph", "groups", "out"})
+    pruned = pruning.prune(whole, **how, keep=() if groups is None else groups.pinned)
+    pruned = pruned if groups is None else with_groups(pruned, groups)
     with replacing(settings.out):
         pruned.save(settings.out)
     rows = [{"of": name} | found for name, found in to_json_values(pruned.provenance.scores).items()]
@@ -219,9 +223,24 @@ def export(settings: ExportConfig, *, json: bool) -> None:
     from difffract_jax.cli.output import emit, replacing
 
     graph = read(settings.graph)
+    if settings.groups is not None:
+        graph, settings = _grouped(graph, settings)
     with replacing(*([] if settings.overwrite else [settings.out])):
         shown = _write(graph, settings)
     emit({"exported": str(settings.out), "format": settings.format} | shown, as_json=json)
+
+
+def _grouped(graph: Any, settings: ExportConfig) -> tuple[Any, ExportConfig]:
+    """Returns a graph with the groups of a file, and settings with its names; labels that were given win."""
+    from difffract_jax.graphs.aggregation import aggregate
+    from difffract_jax.graphs.groups import labels_by_feature, read_groups, with_groups
+
+    assert settings.groups is not None
+    groups = read_groups(settings.groups, graph)
+    # A document shows sums over positions, unless it is to show positions, so that groups are taken of what is shown.
+    graph = graph if settings.by_position else aggregate(graph)
+    labels = labels_by_feature(graph, groups) | settings.labels
+    return with_groups(graph, groups), settings.model_copy(update={"labels": labels})
 
 
 def _write(graph: Any, settings: ExportConfig) -> dict[str, Any]:

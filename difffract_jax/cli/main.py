@@ -32,6 +32,7 @@ from difffract_jax.cli import study as cli_study
 from difffract_jax.cli import training as cli_training
 from difffract_jax.cli import transcoders as cli_transcoders
 from difffract_jax.cli import validate as cli_validate
+from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.convert import convert
 from difffract_jax.cli.failures import sentence_for, told_when_terminated
 from difffract_jax.cli.models import dtype_named, mesh_for, spread_model
@@ -59,7 +60,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
 for commands in (
     *(cli_encoding, cli_graphs, cli_transcoders, cli_plan, cli_doctor, cli_training, cli_evaluation),
-    *(cli_steer, cli_study, cli_explain, cli_validate),
+    *(cli_steer, cli_study, cli_explain, cli_validate, cli_view),
 ):
     commands.register(app)
 

@@ -1,6 +1,7 @@
 """Settings of the commands that find and edit features, and explain and check circuits.
 
-They are `steer`, `features`, `effects`, `heads` and `validate`; and what `plan` takes for granted of a command.
+They are `steer`, `features`, `effects`, `heads`, `validate`, `view` and `report`; and what `plan` takes for granted of
+a command.
 """
 
 import re
@@ -75,6 +76,8 @@ class SteerConfig(RunSettings):
     edit: tuple[str, ...] = Field(min_length=1)
     """An edit, FEATURE=zero|invert|scale:2|set:1.5|add:.5, as in img/2/f401@12#0,1=zero; A+B=zero or NAME:A+B=zero
     edits several features, img/2=zero a whole MLP, img=zero a whole stream. Give it as often as wanted."""
+    groups: Path | None = None
+    """`.groups.json` that the viewer saved: an --edit may then name a group of it, as in "the circle=zero"."""
     sweep: str | None = None
     """Strengths, as in 0,-1,-2, one column each. zero, scale and invert all become scale:STRENGTH (1: no edit, 0: off,
     -1 inverted); set and add take STRENGTH times their amount. Left out: the edits as they are."""
@@ -283,6 +286,58 @@ class ValidateConfig(RerunSettings):
     out: Path | None = None
     """Directory for report.md, validation.json and figures, which are replaced, with a note, if they exist; none are
     written when left out."""
+
+
+class ShownGraph(Settings):
+    """What commands share that show a graph."""
+
+    graph: Path
+    """Graph file to show: `.npz`, the reference's JSON, or circuit-tracer's and Neuronpedia's."""
+    labels: Path | None = None
+    """What features stand for: a YAML file of `img/3/f401: red`, or the `labels.json` of `features --scan`; when left
+    out, those of the organism's own transcoders."""
+    image: Path | None = None
+    """The generated image; when left out it is made once where the graph's model is at hand, and kept beside the graph
+    as NAME.images.png."""
+    model: str | None = None
+    """Model to make the image with, if it is not the embedded one: a converted or diffusers directory, or
+    hf:OWNER/NAME[@REVISION][/FOLDER]."""
+    groups: Path | None = None
+    """`.groups.json` that the viewer saved of this graph: groups, names, notes and pins."""
+
+
+class ViewConfig(ShownGraph):
+    """Settings of `difffract view`: a page that shows a graph."""
+
+    out: Path | None = None
+    """Page to write, `.html`; beside the graph when left out. One that exists is replaced, with a note."""
+    compare: Path | None = None
+    """A second graph, to be shown beside the first, and as the difference of the two."""
+    by_position: bool = False
+    """Show single positions instead of sums over them; fit for small graphs alone."""
+    pages: Path | None = None
+    """Folder of feature pages that `difffract dashboards` wrote; a node then opens its feature's page."""
+    serve: bool = False
+    """Serve the page on this machine, 127.0.0.1 alone, instead of writing it; the page then saves groups by itself."""
+    port: int = Field(0, ge=0, le=65535)
+    """Port to serve on; a free one when left out."""
+    max_nodes: int = Field(10_000, ge=1)
+    """Most nodes in a page; a larger graph is refused, with the pruning that would make it fit."""
+    max_links: int = Field(100_000, ge=1)
+    """Most edges in a page."""
+
+
+class ReportConfig(ShownGraph):
+    """Settings of `difffract report`: image, circuit and features of a graph in one file to send and to print."""
+
+    top: int = Field(12, ge=1)
+    """Features to show, the most influential ones."""
+    validation: Path | None = None
+    """Directory that `difffract validate --out` wrote for this graph, to be shown too."""
+    edit: Path | None = None
+    """Directory that `difffract steer` wrote, an edit of this circuit's features, to be shown too."""
+    out: Path = Path("report.html")
+    """File to write, `.html`; one that exists is replaced, with a note."""
 
 
 def _ranges(text: str) -> list[tuple[int, int]]:

@@ -68,6 +68,19 @@ def place_name(kind: int, stream: int, block: int, position: int, feature: int, 
     return f"{name}{f'@{side}{number}' if side or number else ''}"
 
 
+def feature_names(graph: GraphArrays) -> list[str]:
+    """Returns of every feature the name that labels and commands know it by, img/3/f401; "" for other nodes."""
+    layout, names = graph.provenance.known.layout, []
+    for node in range(graph.node_kind.size):
+        if graph.node_kind[node] != FEATURE:
+            names.append("")
+            continue
+        block, stream = int(graph.node_block[node]), int(graph.node_stream[node])
+        site = f"{STREAMS[stream]}/{block}" if layout is None else layout.site_name(block, stream)
+        names.append(f"{site}/f{graph.node_feature[node]}")
+    return names
+
+
 def find_nodes(graph: GraphArrays, names: Sequence[str]) -> Int64[np.ndarray, "name"]:
     """Returns the nodes of some names.
 

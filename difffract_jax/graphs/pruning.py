@@ -18,6 +18,7 @@ Mode `difffract`, the reference's rule, so that graphs can be compared with its 
    Features that have lost all their edges go too.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, INPUT, Graph, subgraph
+from difffract_jax.graphs.groups import nodes_of
 from difffract_jax.graphs.influence import column_shares, graph_reach, node_influence
 from difffract_jax.graphs.provenance import PruningScores, PruningSettings
 from difffract_jax.graphs.scoring import scores
@@ -44,6 +46,7 @@ def prune(
     node_threshold: float = 0.8,
     edge_threshold: float = 0.98,
     by_position: bool = False,
+    keep: Sequence[str] = (),
 ) -> Graph:
     """Keeps the most influential nodes and edges.
 
@@ -54,6 +57,7 @@ def prune(
             each stream's features.
         edge_threshold: share of the edge scores that the kept edges hold, in (0, 1], likewise.
         by_position: prune single positions instead of sums over positions.
+        keep: nodes that stay in any case, by their names in the graph summed over positions.
 
     Returns:
         The pruned graph, with `node_influence` and `node_cumulative` as computed before any node was dropped. Its
@@ -73,7 +77,9 @@ def prune(
     cumulative = cumulative_shares(influence).astype(np.float32)
     graph = replace(graph, node_influence=influence.astype(np.float32), node_cumulative=cumulative)
     rule = {"standard": _standard, "difffract": _difffract}[mode]
-    nodes, edges = rule(graph, influence, node_threshold, edge_threshold)
+    kept = np.zeros(influence.size, bool)
+    kept[nodes_of(graph, keep)] = True
+    nodes, edges = rule(graph, influence, node_threshold, edge_threshold, kept)
     pruned = subgraph(graph, nodes, edges)
     settings = PruningSettings(mode=mode, node_threshold=node_threshold, edge_threshold=edge_threshold)
     told = PruningScores(unpruned=scores(graph), pinned=scores(graph, pinned=nodes), pruned=scores(pruned))
@@ -84,10 +90,14 @@ Masks = tuple[Bool[np.ndarray, "node"], Bool[np.ndarray, "edge"]]
 
 
 def _standard(
-    graph: Graph, influence: Float64[np.ndarray, "node"], node_threshold: float, edge_threshold: float
+    graph: Graph,
+    influence: Float64[np.ndarray, "node"],
+    node_threshold: float,
+    edge_threshold: float,
+    kept: Bool[np.ndarray, "node"],
 ) -> Masks:
-    """Marks what circuit-tracer's rule keeps."""
-    fixed = graph.node_kind == INPUT
+    """Marks what circuit-tracer's rule keeps, and the nodes that are to be kept in any case."""
+    fixed = (graph.node_kind == INPUT) | kept
     fixed[graph.targets] = True
     nodes = fixed | largest(influence, node_threshold)
     edges = nodes[graph.edge_source] & nodes[graph.edge_target]
@@ -105,15 +115,20 @@ def _standard(
 
 
 def _difffract(
-    graph: Graph, influence: Float64[np.ndarray, "node"], node_threshold: float, edge_threshold: float
+    graph: Graph,
+    influence: Float64[np.ndarray, "node"],
+    node_threshold: float,
+    edge_threshold: float,
+    kept: Bool[np.ndarray, "node"],
 ) -> Masks:
-    """Marks what the reference's rule keeps."""
+    """Marks what the reference's rule keeps, and the nodes that are to be kept in any case."""
     features = graph.node_kind == FEATURE
     features[graph.targets] = False
     nodes = ~features
     for stream in np.unique(graph.node_stream):
         mine = np.flatnonzero(features & (graph.node_stream == stream))
         nodes[mine[top_share(influence[mine], node_threshold)]] = True
+    nodes |= kept
     left = nodes[graph.edge_source] & nodes[graph.edge_target]
     values = edge_scores(graph, left)
     edges = np.zeros(values.size, bool)
@@ -122,7 +137,7 @@ def _difffract(
         edges[mine[top_share(values[mine], edge_threshold)]] = True
     joined = np.zeros(nodes.size, bool)
     joined[graph.edge_source[edges]] = joined[graph.edge_target[edges]] = True
-    return nodes & (joined | (graph.node_kind != FEATURE)), edges
+    return nodes & (joined | kept | (graph.node_kind != FEATURE)), edges
 
 
 def edge_scores(graph: Graph, edges: Bool[np.ndarray, "edge"] | None = None) -> Float64[np.ndarray, "edge"]:

@@ -1,0 +1,205 @@
+"""What the viewer's page holds of a graph: one block of bytes, columns of numbers behind a JSON header (NumPy).
+
+    bytes 0-3        length of the header, little-endian
+    then             the header, UTF-8 JSON; `arrays` lists name, type, offset from the end of the header, and length
+    then             the arrays, each at a multiple of 8 bytes
+
+The page computes influence and pruning itself, from the same numbers in the same order as `pruning`, so that what it
+shows is what `difffract prune` would keep.
+"""
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from difffract_jax.address import STREAMS
+from difffract_jax.config import UserError
+from difffract_jax.display import hash_text
+from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.graph import INPUT, KINDS, OUTPUT, Graph
+from difffract_jax.graphs.groups import identity
+from difffract_jax.graphs.json_values import to_json_values
+from difffract_jax.graphs.names import feature_names, node_names
+from difffract_jax.graphs.order import node_levels
+from difffract_jax.graphs.pruning import prune
+from difffract_jax.text_files import unicode_replaced
+
+SMALL = 60
+"""Nodes up to which a graph that was not pruned is shown whole at first."""
+STARTING = (0.8, 0.98)
+"""Thresholds of nodes and edges that a larger one is shown at first, those of `difffract prune`."""
+LADDER = ((0.99, 0.999), (0.95, 0.99), (0.9, 0.98), (0.8, 0.98), (0.7, 0.95), (0.5, 0.9), (0.3, 0.8), (0.1, 0.5))
+"""Thresholds that are tried in turn until a graph that is too large fits."""
+_ARRAYS = {
+    "node_kind": np.uint8,
+    "node_step": np.int16,
+    "node_stream": np.uint8,
+    "node_block": np.int16,
+    "node_position": np.int32,
+    "node_feature": np.int32,
+    "node_value": np.float32,
+    "edge_source": np.int32,
+    "edge_target": np.int32,
+    "edge_attribution": np.float32,
+    "target_node": np.int32,
+    "target_preactivation": np.float64,
+    "target_bias": np.float64,
+    "target_sum": np.float64,
+    "target_abs_sum": np.float64,
+    "map_indptr": np.int32,
+    "map_position": np.int32,
+    "map_value": np.float32,
+}
+
+
+class Limits(NamedTuple):
+    """The largest graph that a page may hold.
+
+    Attributes:
+        nodes: most nodes.
+        edges: most edges.
+    """
+
+    nodes: int = 10_000
+    edges: int = 100_000
+
+
+def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | None = None, name: str = "graph") -> Graph:
+    """Returns the graph that a page shows: summed over positions, unless asked not to.
+
+    Args:
+        graph: any graph.
+        by_position: show single positions.
+        limits: what a page may hold.
+        name: of its file, for the message.
+
+    Raises:
+        UserError: if the graph is too large, with the pruning that would make it fit.
+    """
+    limits = limits or Limits()
+    shown = graph if by_position else aggregate(graph)
+    if _fits(shown, limits):
+        return shown
+    flag = " --by-position" if by_position else ""
+    has = f"has {shown.node_kind.size:,} nodes and {shown.edge_source.size:,} edges"
+    most = f"more than the {limits.nodes:,} and {limits.edges:,} that a page stays quick with"
+    for nodes, edges in LADDER:
+        if _fits(prune(shown, node_threshold=nodes, edge_threshold=edges, by_position=True), limits):
+            raise UserError(
+                f"{name} {has}, {most}; prune it first: `difffract prune {name} --node-threshold {nodes} "
+                f"--edge-threshold {edges}{flag} --out pruned.npz`, and view pruned.npz."
+            )
+    raise UserError(f"{name} {has}, {most}, even when pruned; raise --max-nodes and --max-links.")
+
+
+def _fits(graph: Graph, limits: Limits) -> bool:
+    return graph.node_kind.size <= limits.nodes and graph.edge_source.size <= limits.edges
+
+
+def graph_bytes(graph: Graph, labels: Mapping[str, str] | None = None, *, title: str = "") -> bytes:
+    """Returns a graph as the page reads it; see the module.
+
+    Args:
+        graph: from `shown_graph`.
+        labels: what features stand for, by their names as `feature_names` gives them.
+        title: what to call the graph; what it explains if left out.
+    """
+    header = _header(graph, labels or {}, title)
+    arrays = {name: getattr(graph, name).astype(kind) for name, kind in _ARRAYS.items()}
+    arrays |= {"node_level": node_levels(graph).astype(np.int32), "node_root": graph.root_weights.astype(np.float64)}
+    body, table = bytearray(), []
+    for name, array in arrays.items():
+        body += b"\0" * (-len(body) % 8)
+        table.append({"name": name, "type": array.dtype.name, "offset": len(body), "length": array.size})
+        body += np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<")).tobytes()
+    text = json.dumps(header | {"arrays": table}).encode()
+    text += b" " * (-(len(text) + 4) % 8)
+    return len(text).to_bytes(4, "little") + text + bytes(body)
+
+
+def packed(data: bytes) -> str:
+    """Returns bytes as text that no HTML can be mistaken in: deflated, in base64."""
+    maker = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return base64.b64encode(maker.compress(data) + maker.flush()).decode()
+
+
+def _header(graph: Graph, labels: Mapping[str, str], title: str) -> dict[str, Any]:
+    told, names, features = graph.provenance, node_names(graph), feature_names(graph)
+    run, groups = told.known, identity(graph)
+    return {
+        "title": title or names[graph.target],
+        "names": names,
+        "features": features,
+        "labels": [labels.get(feature, "") if feature else "" for feature in features],
+        "kinds": KINDS,
+        "streams": STREAMS,
+        "blocks": _block_names(graph),
+        "steps": sorted({*np.unique(graph.node_step).tolist(), *told.steps}),
+        "by_position": graph.by_position,
+        "tokens": list(run.tokens or ()),
+        "grid": list(run.grid) if run.grid else None,
+        "prompt": run.prompt,
+        "targets": _targets(graph, names),
+        "supernodes": {name: [names[node] for node in members] for name, members in graph.supernodes.items()},
+        "start": _start(graph),
+        "scores": to_json_values(told.scores) if told.scores else None,
+        "identity": groups.model_dump(mode="json"),
+        "facts": _facts(graph),
+    }
+
+
+def _block_names(graph: Graph) -> dict[str, str]:
+    """Returns how every row of blocks is called, by number."""
+    layout, outputs = graph.provenance.known.layout, graph.node_kind == OUTPUT
+    found: dict[str, str] = {}
+    for block in np.unique(graph.node_block).tolist():
+        mine = graph.node_block == block
+        if np.all(outputs[mine]):
+            found[str(block)] = "target"
+        elif np.all(graph.node_kind[mine] == INPUT):
+            found[str(block)] = "inputs"
+        else:
+            found[str(block)] = f"block {block}" if layout is None else layout.block_name(block)
+    return found
+
+
+def _targets(graph: Graph, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns what the graph explains, each with its weight, and its pooled path where that was measured."""
+    weights, paths = graph.root_weights, graph.provenance.pooled_path
+    known = paths if len(paths) == graph.targets.size else ()
+    return [
+        {"node": node, "name": names[node], "weight": float(weights[node])}
+        | ({"pooled": to_json_values(known[node])} if known else {})
+        for node in graph.targets.tolist()
+    ]
+
+
+def _start(graph: Graph) -> dict[str, Any]:
+    """Returns the thresholds at which a graph is shown first."""
+    whole = graph.provenance.pruning is not None or graph.node_kind.size <= SMALL
+    nodes, edges = (1.0, 1.0) if whole else STARTING
+    return {"mode": "standard", "node_threshold": nodes, "edge_threshold": edges}
+
+
+def _facts(graph: Graph) -> list[list[str]]:
+    """Returns where the graph comes from, in words."""
+    told, run = graph.provenance, graph.provenance.known
+    combined = told.combined
+    facts = {
+        "prompt": run.prompt,
+        "seed": run.seed,
+        "denoising steps": ", ".join(map(str, told.steps)) or run.step,
+        "model": run.model and hash_text(run.model),
+        "transcoders": told.transcoders and hash_text(told.transcoders),
+        "pruned": told.pruning
+        and f"{told.pruning.mode}, nodes {told.pruning.node_threshold:g}, edges {told.pruning.edge_threshold:g}",
+        "combined": combined and f"{combined.operation} of {len(combined.graphs)} graphs",
+        "products": told.precision and told.precision.products,
+        "document": told.unclear_links and " ".join(told.unclear_links.sentences()),
+        "made by": told.command and f"difffract {told.command}",
+    }
+    return [[key, unicode_replaced(str(value))] for key, value in facts.items() if value not in (None, "", ())]

@@ -1,0 +1,217 @@
+"""What people put into a graph by hand, in the viewer: groups, names, notes, pins; a file of its own (plain Python).
+
+The file, `NAME.groups.json`, names nodes as `node_names` does of the graph summed over positions, so that it holds for
+a graph as it was traced and for what pruning left of it. `graph` says which graph it is about: a hash of what was
+traced, not of the arrays, and in words what the hash is of.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int64
+from pydantic import ValidationError
+
+from difffract_jax.config import Settings, UserError
+from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.graph import FEATURE, INPUT, Graph
+from difffract_jax.graphs.json_values import to_json_values
+from difffract_jax.graphs.names import feature_names, node_names, place_name
+from difffract_jax.storage.files import atomic_file
+from difffract_jax.text_files import decoded, unicode_replaced
+
+FORMAT = "difffract-groups"
+SUFFIX = ".groups.json"
+
+
+class GraphIdentity(Settings):
+    """Which graph a groups file is about."""
+
+    fingerprint: str
+    """Hash of the run, the targets and the transcoders; the same for a graph and for what pruning leaves of it."""
+    targets: tuple[str, ...] = ()
+    """What the graph explains."""
+    prompt: str | None = None
+    """The prompt of its run."""
+    model: str | None = None
+    """Content hash of the model."""
+    transcoders: str | None = None
+    """Content hash of the transcoders."""
+
+
+class Groups(Settings):
+    """What was put into a graph by hand."""
+
+    format: Literal["difffract-groups"] = FORMAT
+    """Tells the file from other JSON."""
+    format_version: Literal[1] = 1
+    """Of the file."""
+    graph: GraphIdentity
+    """What it is about."""
+    groups: dict[str, tuple[str, ...]] = {}
+    """Name of a group -> names of its nodes."""
+    names: dict[str, str] = {}
+    """Name of a node -> what to call it."""
+    notes: dict[str, str] = {}
+    """Name of a node -> a note on it."""
+    pinned: tuple[str, ...] = ()
+    """Names of nodes that stay, however the graph is pruned."""
+
+
+def identity(graph: Graph) -> GraphIdentity:
+    """Returns which graph this is, the same before and after pruning.
+
+    Args:
+        graph: any graph.
+    """
+    told = graph.provenance
+    run, traced = told.known, told.attribution
+    if traced is not None:
+        targets = traced.targets
+    else:
+        summed = aggregate(graph)
+        targets = tuple(node_names(summed)[node] for node in summed.targets)
+    combined = None if told.combined is None else [told.combined.operation, to_json_values(told.combined.graphs)]
+    shown = {key: (told.viewer or {}).get(key) for key in ("slug", "scan", "prompt")}
+    facts = [targets, run.prompt, run.seed, run.sigmas, told.steps, run.model, told.transcoders, combined, shown]
+    text = json.dumps(to_json_values(facts), sort_keys=True)
+    return GraphIdentity(
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+        targets=tuple(map(unicode_replaced, targets)),
+        prompt=run.prompt and unicode_replaced(run.prompt),
+        model=run.model,
+        transcoders=told.transcoders,
+    )
+
+
+def parse_groups(text: str, source: str) -> Groups:
+    """Reads the text of a groups file.
+
+    Args:
+        text: of the file.
+        source: what it was read from, for messages.
+
+    Raises:
+        UserError: if it is not a groups file of this version.
+    """
+    try:
+        stored = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{source} is not JSON ({error}); give a {SUFFIX} that the viewer saved.") from None
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        raise UserError(f"{source} is not a file of groups; give a {SUFFIX} that the viewer saved.")
+    try:
+        return Groups.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{source} is damaged at `{where}`: {first['msg']}; save it from the viewer again.") from None
+
+
+def read_groups(path: Path, graph: Graph | None = None) -> Groups:
+    """Reads a groups file.
+
+    Args:
+        path: the file.
+        graph: that it must be about; any if left out.
+
+    Raises:
+        UserError: if it is not a groups file, or one of another graph.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give a {SUFFIX} that the viewer saved.")
+    try:
+        groups = parse_groups(decoded(path.read_bytes()), str(path))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8; give a {SUFFIX} that the viewer saved.") from None
+    if graph is not None:
+        check_about(groups, graph, str(path))
+    return groups
+
+
+def check_about(groups: Groups, graph: Graph, source: str) -> None:
+    """Refuses groups of another graph.
+
+    Args:
+        groups: from a file.
+        graph: that they must be about.
+        source: the file, for messages.
+
+    Raises:
+        UserError: if they are about another graph.
+    """
+    ours, theirs = identity(graph), groups.graph
+    if ours.fingerprint != theirs.fingerprint:
+        raise UserError(
+            f"{source} holds groups of another graph, of {_words(theirs)}, but this one is of {_words(ours)}; give "
+            "the groups that were saved from this graph."
+        )
+
+
+def _words(of: GraphIdentity) -> str:
+    prompt = "" if of.prompt is None else f' on "{of.prompt[:60]}"'
+    return f"{', '.join(of.targets[:2]) or 'no target'}{prompt}"
+
+
+def write_groups(groups: Groups, path: Path) -> None:
+    """Writes a groups file, whole or not at all."""
+    with atomic_file(path) as partial:
+        partial.write_text(json.dumps(groups.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+
+
+def nodes_of(graph: Graph, names: Sequence[str]) -> Int64[np.ndarray, "node"]:
+    """Returns the nodes that names of a groups file stand for; what pruning took away is left out.
+
+    Args:
+        graph: the graph, summed over positions or not; then a name stands for the feature at every position.
+        names: as `node_names` of the graph summed over positions.
+    """
+    wanted = {*names}
+    called = summed_names(graph)
+    return np.array([node for node, name in enumerate(called) if name in wanted], np.int64)
+
+
+def summed_names(graph: Graph) -> list[str]:
+    """Returns the name of every node as if positions were summed over."""
+    if not graph.by_position:
+        return node_names(graph)
+    steps, layout = np.unique(graph.node_step).size > 1, graph.provenance.known.layout
+    fixed, called = node_names(graph), []
+    for node, name in enumerate(fixed):
+        kind, stream, block, feature = (
+            int(column[node]) for column in (graph.node_kind, graph.node_stream, graph.node_block, graph.node_feature)
+        )
+        if node < graph.targets.size:
+            called.append(name)
+            continue
+        step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
+        called.append(place_name(kind, stream, block, -1, feature, layout) + step)
+    return called
+
+
+def labels_by_feature(graph: Graph, groups: Groups) -> dict[str, str]:
+    """Returns the names that a groups file gives to features, by the names that edits and labels know them by.
+
+    Args:
+        graph: the graph.
+        groups: of it.
+    """
+    called, features = summed_names(graph), feature_names(graph)
+    pairs = zip(called, features, strict=True)
+    return {feature: groups.names[name] for name, feature in pairs if feature and name in groups.names}
+
+
+def with_groups(graph: Graph, groups: Groups) -> Graph:
+    """Returns a graph with the groups of a file as its supernodes, features alone.
+
+    Args:
+        graph: the graph.
+        groups: of it; groups of which it has no feature are left out.
+    """
+    found = {name: nodes_of(graph, members) for name, members in groups.groups.items()}
+    features = {name: nodes[graph.node_kind[nodes] == FEATURE].tolist() for name, nodes in found.items()}
+    return replace(graph, supernodes={name: nodes for name, nodes in features.items() if nodes})
