@@ -199,7 +199,7 @@ class PruneConfig(Settings):
     by_position: bool = False
     """Prune single positions instead of sums over positions."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved of this graph: what is pinned there stays, and its groups become supernodes."""
+    """`.groups.json` that the viewer saved of this graph: what it pins stays, its groups become supernodes."""
     out: Path = Path("pruned.npz")
     """Graph file to write; one that exists is replaced, with a note."""
 
@@ -279,15 +279,6 @@ class ConvertConfig(Settings):
     """Precision of the weights that are written; when left out, bf16 for parts whose weights all are, else f32."""
     overwrite: bool = False
     """Replace the output directory if it exists; the old one stays until the new one is complete."""
-
-
-class DemoConfig(Settings):
-    """Settings of `difffract demo`."""
-
-    out: Path = Path("difffract-demo")
-    """Directory for the image and the graphs; those that exist are replaced, with a note."""
-    seed: Seed = 0
-    """Seed of the noise, and of the features that are drawn at random to compare with."""
 
 
 S = TypeVar("S", bound=Settings)

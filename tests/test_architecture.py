@@ -49,13 +49,26 @@ LIGHT = (
     "difffract_jax.address",
     "difffract_jax.memory",
     "difffract_jax.cli.main",
-    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output")),
+    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output", "view", "group_edits")),
     "difffract_jax.storage.compile_cache",
     "difffract_jax.transcoders.settings",
     "difffract_jax.studies.settings",
     *(f"difffract_jax.circuits.notation.{name}" for name in ("feature", "edits", "labels")),
     "difffract_jax.circuits.attribution.expansion",
-    *(f"difffract_jax.dashboards.{name}" for name in ("records", "pictures", "render")),
+    *(
+        f"difffract_jax.dashboards.{name}"
+        for name in (
+            "records",
+            "pictures",
+            "render",
+            "page_data",
+            "viewer_page",
+            "image_files",
+            "page_server",
+            "account",
+            "graph_report",
+        )
+    ),
     "difffract_jax.circuits.checks.predictions",
 )
 """Modules that need no JAX, beside all of `graphs`; nor SciPy's statistics, which take a second to import."""

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from difffract_jax.cli.settings import DemoConfig, ReportConfig, ViewConfig
 from difffract_jax.config import (
     ConvertConfig,
-    DemoConfig,
     ExportConfig,
     GenerateConfig,
     PruneConfig,
@@ -24,7 +24,7 @@ from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, Tr
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALL = (
     *(GenerateConfig, TraceConfig, PruneConfig, ExportConfig, SupernodesConfig, ConvertConfig, DemoConfig),
-    *(HarvestConfig, TrainConfig, EvaluateConfig),
+    *(HarvestConfig, TrainConfig, EvaluateConfig, ViewConfig, ReportConfig),
 )
 TRACE = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
 

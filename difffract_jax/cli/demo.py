@@ -27,7 +27,8 @@ from difffract_jax.circuits.notation.edits import Edit, Supernode
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.cli.output import Advance, graph_summary, save_image
-from difffract_jax.config import DemoConfig, provenance
+from difffract_jax.cli.settings import DemoConfig
+from difffract_jax.config import provenance
 from difffract_jax.dashboards.pictures import enlarged, figure_address, png_address
 from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
 from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render, write_report

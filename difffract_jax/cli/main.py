@@ -37,8 +37,8 @@ from difffract_jax.cli.convert import convert
 from difffract_jax.cli.failures import sentence_for, told_when_terminated
 from difffract_jax.cli.models import dtype_named, mesh_for, spread_model
 from difffract_jax.cli.organism import organism
+from difffract_jax.cli.settings import DemoConfig
 from difffract_jax.config import (
-    DemoConfig,
     GenerateConfig,
     TraceConfig,
     UserError,

@@ -1,7 +1,7 @@
 """Settings of the commands that find and edit features, and explain and check circuits.
 
-They are `steer`, `features`, `effects`, `heads`, `validate`, `view` and `report`; and what `plan` takes for granted of
-a command.
+They are `demo`, `steer`, `features`, `effects`, `heads`, `validate`, `view` and `report`; and what `plan` takes for
+granted of a command.
 """
 
 import re
@@ -66,6 +66,15 @@ class RunSettings(ModelSettings):
     def seed_list(self) -> tuple[int, ...]:
         """The seeds, in the order given."""
         return _numbers(_ranges(self.seeds))
+
+
+class DemoConfig(Settings):
+    """Settings of `difffract demo`."""
+
+    out: Path = Path("difffract-demo")
+    """Directory for the image and the graphs; those that exist are replaced, with a note."""
+    seed: Seed = 0
+    """Seed of the noise, and of the features that are drawn at random to compare with."""
 
 
 class SteerConfig(RunSettings):

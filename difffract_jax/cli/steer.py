@@ -4,18 +4,16 @@ They follow its rules: settings in, artefacts and a short table out; progress on
 """
 
 import json as json_text
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from difffract_jax.circuits.notation.edits import Edit, Supernode
-from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.group_edits import check_groups, edits_of
 from difffract_jax.cli.preflight import check_fits
 from difffract_jax.cli.settings import EffectsConfig, FeaturesConfig, RunSettings, SteerConfig
 from difffract_jax.config import GenerateConfig, TraceConfig, UserError, provenance
@@ -49,7 +47,7 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
 
     Example: `difffract steer organism organism "a red ring" --edit img/1/f299=zero --seeds 0..9 --sweep 0,-1,-2`
     """
-    edits, groups = _edits(settings)
+    edits, groups = edits_of(settings)
     check_directory(settings.out)
     from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit, replacing
@@ -61,7 +59,7 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     check_fits("steer", settings, sites=sites)
     pipe, tcs = open_model("steer", settings, sites=sites).pipe, load_used(settings.transcoders, edited(edits))
     if groups is not None:
-        _check_groups(groups, pipe.source, tcs.source, settings)
+        check_groups(groups, pipe.source, tcs.source, settings)
     run = run_of(pipe, settings)
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
@@ -71,57 +69,6 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
         files = _write(made, rows, record, settings.out)
     shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}
     emit(files | {"metrics": rows} if json else shown, as_json=json)
-
-
-def _edits(settings: SteerConfig) -> tuple[list[Edit], Any]:
-    """Returns the edits, those of groups by name included, and the groups; None if there are none."""
-    if settings.groups is None:
-        return [Edit.parse(text) for text in settings.edit], None
-    from difffract_jax.graphs.groups import read_groups
-
-    groups = read_groups(settings.groups)
-    return [_edit_of(text, groups, settings.groups) for text in settings.edit], groups
-
-
-def _edit_of(text: str, groups: Any, path: Path) -> Edit:
-    """Reads an edit, which may be of a group by its name."""
-    name, _, how = text.strip().rpartition("=")
-    if name.strip() not in groups.groups:
-        try:
-            return Edit.parse(text)
-        except UserError as error:
-            raise UserError(f"{error} {path} has the groups {', '.join(map(repr, groups.groups)) or 'none'}.") from None
-    features = group_features(groups.groups[name.strip()])
-    if not features:
-        raise UserError(f"The group {name.strip()!r} of {path} holds no feature, and nothing else can be edited.")
-    asked = Edit.parse(f"{features[0]}={how}")  # what is done to it, and whether that can be done
-    return replace(asked, feature=Supernode(name.strip(), features))
-
-
-def group_features(members: Sequence[str]) -> tuple[Feature, ...]:
-    """Returns the features among the nodes of a group, without positions; steps of a graph over several stay.
-
-    Args:
-        members: names of nodes, img/3/f401, img/3/f401#1, single/0/f7@img, error img/2.
-    """
-    names = [re.sub(r"@(img|txt)(?=#|$)", "", name) for name in members if not name.endswith("(target)")]
-    return tuple(dict.fromkeys(Feature.parse(name) for name in names if _FEATURE.fullmatch(name)))
-
-
-_FEATURE = re.compile(r"[a-z]+/\d+/f\d+(#\d+)?")
-
-
-def _check_groups(groups: Any, model: str, transcoders: str, settings: SteerConfig) -> None:
-    """Refuses groups of a graph of another model or other transcoders, whose features are others."""
-    for what, ours, theirs in (
-        ("model", model, groups.graph.model),
-        ("set of transcoders", transcoders, groups.graph.transcoders),
-    ):
-        if theirs is not None and ours != theirs:
-            raise UserError(
-                f"{settings.groups} holds groups of a graph of another {what} ({theirs[:12]}..., but the one given is "
-                f"{ours[:12]}...); give the {what} that the graph was traced with."
-            )
 
 
 def _patterns(edits: Sequence[Edit]) -> list[str]:

@@ -167,12 +167,14 @@ def nodes_of(graph: Graph, names: Sequence[str]) -> Int64[np.ndarray, "node"]:
     """Returns the nodes that names of a groups file stand for; what pruning took away is left out.
 
     Args:
-        graph: the graph, summed over positions or not; then a name stands for the feature at every position.
-        names: as `node_names` of the graph summed over positions.
+        graph: the graph, summed over positions or not; then a name without a position stands for all of them.
+        names: as `node_names` has them, of the graph or of its sum over positions.
     """
     wanted = {*names}
-    called = summed_names(graph)
-    return np.array([node for node, name in enumerate(called) if name in wanted], np.int64)
+    if not wanted:
+        return np.zeros(0, np.int64)
+    pairs = zip(node_names(graph), summed_names(graph), strict=True)
+    return np.array([node for node, (name, summed) in enumerate(pairs) if name in wanted or summed in wanted], np.int64)
 
 
 def summed_names(graph: Graph) -> list[str]:

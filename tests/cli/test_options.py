@@ -28,7 +28,19 @@ ON_SETTINGS = {
     "features",
     "heads",
 }
-ON_SETTINGS |= {"encode", "effects", "validate", "prune", "supernodes", "export", "train", "evaluate", "study"}
+ON_SETTINGS |= {
+    "encode",
+    "effects",
+    "validate",
+    "prune",
+    "supernodes",
+    "export",
+    "view",
+    "report",
+    "train",
+    "evaluate",
+    "study",
+}
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,7 @@ import { inflateSync, strFromU8 } from "fflate";
 import { App } from "./app.js";
 import { fromBase64, readGraph } from "./data.js";
 import { listen } from "./keys.js";
+import { prune } from "./prune.js";
 
 const text = (id) => document.getElementById(id)?.textContent.trim();
 const graphs = {};
@@ -14,5 +15,6 @@ const extras = JSON.parse(strFromU8(inflateSync(fromBase64(text("extras")))));
 const app = new App(graphs, extras);
 app.build(document.getElementById("viewer"));
 listen(app);
-// For tests and benchmarks: the page's own state.
+// The page's own state and functions, for the console, for tests and for benchmarks.
+app.tools = { readGraph, prune };
 window.difffract = app;
