@@ -3,7 +3,8 @@
 // the centre of mass of its activation map. Nodes that would cover each other move apart, as little as can be.
 import { IMG, INPUT, OUTPUT, TXT, mapOf } from "./data.js";
 
-export const WIDTH = 1000;
+const WIDTH = 1000;
+const MOST_WIDE = 20_000;
 const SLOT = 19;
 const LINE = 19;
 const GAP = 46;
@@ -47,7 +48,7 @@ function placeOf(graph, node, words) {
 }
 
 /** Returns the zones of a graph: where words and image columns lie, in world units. */
-function zonesOf(graph, words) {
+function zonesOf(graph, words, width) {
   let text = 0;
   let image = 0;
   for (let n = 0; n < graph.count; n++) {
@@ -55,35 +56,45 @@ function zonesOf(graph, words) {
     if (graph.node_stream[n] === TXT) text++;
     else image++;
   }
-  if (!text) return { text: null, image: [0, WIDTH] };
-  if (!image) return { text: [0, WIDTH], image: null };
+  if (!text) return { text: null, image: [0, width] };
+  if (!image) return { text: [0, width], image: null };
   const share = Math.min(0.55, Math.max(0.3, (60 * words.length) / WIDTH));
-  const middle = share * WIDTH;
-  return { text: [0, middle - BETWEEN / 2], image: [middle + BETWEEN / 2, WIDTH] };
+  const middle = share * width;
+  return { text: [0, middle - BETWEEN / 2], image: [middle + BETWEEN / 2, width] };
 }
 
 /** Lays out the nodes that are shown; returns coordinates of nodes, rows with their names and heights, zones,
  * words. `aspect` is the height of the room there is over its width. */
 export function layOut(graph, shown, unfolded, aspect = 0.6) {
   const words = wordsOf(graph);
-  const zones = zonesOf(graph, words);
   const rows = rowsOf(graph, shown, unfolded);
+  // A drawing that is too tall for its room is made wider, and so shorter, until it fits.
+  for (let width = WIDTH; ; width *= 1.25) {
+    const made = withWidth(graph, rows, words, aspect, width);
+    if (made.height <= 1.1 * aspect * width || width > MOST_WIDE) return made;
+  }
+}
+
+function withWidth(graph, rows, words, aspect, width) {
+  const zones = zonesOf(graph, words, width);
   const x = new Float32Array(graph.count);
   const y = new Float32Array(graph.count);
   const tall = Math.max(GAP, Math.min(MOST, (WIDTH * aspect) / Math.max(1, rows.length - 1)));
   let bottom = 0;
   let before = rows[0]?.step;
+  let apart = ROOMY;
   for (const row of rows) {
     if (row.step !== before) bottom += 0.7 * tall;
     before = row.step;
-    const lines = placeRow(graph, row.nodes, words, zones, x, y);
+    const { lines, least } = placeRow(graph, row.nodes, words, zones, x, y);
+    apart = Math.min(apart, least);
     row.bottom = -bottom;
     row.top = -(bottom + (lines - 1) * LINE);
     for (const node of row.nodes) y[node] = -bottom - y[node] * LINE;
     bottom += (lines - 1) * LINE + tall;
   }
   const height = Math.max(0, bottom - tall);
-  return { x, y, rows, zones, words, width: WIDTH, height };
+  return { x, y, rows, zones, words, width, height, apart };
 }
 
 function rowsOf(graph, shown, unfolded) {
@@ -103,7 +114,7 @@ function rowsOf(graph, shown, unfolded) {
   return [...keyed.values()].sort((a, b) => a.step - b.step || a.block - b.block);
 }
 
-/** Places the nodes of one row in the order of where they belong; writes x and the line of each, returns how many lines. */
+/** Places the nodes of a row in the order of where they belong: writes x and line; returns lines and least distance. */
 function placeRow(graph, nodes, words, zones, x, y) {
   const sides = [[], []];
   for (const node of nodes) {
@@ -111,9 +122,10 @@ function placeRow(graph, nodes, words, zones, x, y) {
     sides[(text && zones.text) || !zones.image ? 0 : 1].push(node);
   }
   let most = 1;
+  let least = ROOMY;
   sides.forEach((mine, side) => {
     if (!mine.length) return;
-    const [from, to] = (side === 0 ? zones.text : zones.image) ?? [0, WIDTH];
+    const [from, to] = side === 0 ? zones.text : zones.image;
     const wide = to - from;
     const exact = (node) => (graph.node_kind[node] === OUTPUT ? 0.5 : placeOf(graph, node, words));
     const placed = mine.map((node) => [node, from + exact(node) * wide]).sort((a, b) => a[1] - b[1] || a[0] - b[0]);
@@ -121,6 +133,7 @@ function placeRow(graph, nodes, words, zones, x, y) {
     for (let line = 0; line < lines; line++) {
       const here = placed.filter((_, i) => i % lines === line);
       const apart = Math.min(ROOMY, (0.92 * wide) / here.length);
+      least = Math.min(least, apart);
       spread(here.map(([, wanted]) => wanted), apart, from, to).forEach((at, i) => {
         x[here[i][0]] = at;
         y[here[i][0]] = line;
@@ -128,7 +141,7 @@ function placeRow(graph, nodes, words, zones, x, y) {
     }
     most = Math.max(most, lines);
   });
-  return most;
+  return { lines: most, least };
 }
 
 /** Moves ascending places apart, in all as little as can be: the means of runs that would overlap (isotonic regression). */

@@ -1,6 +1,7 @@
 // Draws a graph to a canvas, or to anything with a canvas's calls (svg.js). Positions are screen pixels; sizes do not
 // grow with the zoom, so that lines and text stay crisp.
 import { ERROR, FEATURE, INPUT, OUTPUT, REST, TXT, mapOf } from "./data.js";
+import { paintDensity } from "./density.js";
 import { columnCentre } from "./layout.js";
 import { short } from "./dom.js";
 
@@ -10,8 +11,9 @@ export const STEPS = 78;
 const BINS = 7;
 const FONT = '"Inter", system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
 const CELL = 8;
-/** Edges up to which curves are drawn; more are drawn as straight hairlines, which cost a fraction. */
+/** Edges up to which each is drawn as a curve; of more, this many of the strongest are, and the others as a density. */
 const CURVED = 4000;
+const STRONGEST = 700;
 
 /** Returns the radius of a node in pixels, by its influence over the largest. */
 export function radius(look, node) {
@@ -27,7 +29,11 @@ export function paint(ctx, look, frame) {
   ctx.fillStyle = look.colours.paper;
   ctx.fillRect(0, 0, frame.width, frame.height);
   paintRows(ctx, look, frame);
-  paintEdges(ctx, look, frame, look.shownEdges);
+  if (look.shownEdges.length <= CURVED || ctx.isVector) paintEdges(ctx, look, frame, look.shownEdges.slice(-CURVED));
+  else {
+    paintDensity(ctx, look, frame, look.shownEdges.slice(0, -STRONGEST));
+    paintEdges(ctx, look, frame, look.shownEdges.slice(-STRONGEST), 0.75);
+  }
   paintGroups(ctx, look, frame);
   paintNodes(ctx, look, frame, look.shownNodes);
   if (frame.k > 2.4) paintThumbnails(ctx, look, frame);
@@ -78,15 +84,13 @@ export function paintEdges(ctx, look, frame, edges, strong = 1) {
     const bin = Math.min(BINS - 1, Math.floor(strength[e] * BINS));
     bins[2 * bin + (value[e] < 0 ? 1 : 0)].push(e);
   }
-  const straight = edges.length > CURVED;
   const { x, y } = look.layout;
   bins.forEach((mine, place) => {
     if (!mine.length) return;
     const level = (Math.floor(place / 2) + 0.5) / BINS;
-    const weak = straight && place < 4;
     ctx.strokeStyle = place % 2 ? colours.negative : colours.positive;
-    ctx.lineWidth = weak ? 1 : 0.6 + 4 * level * level * strong;
-    ctx.globalAlpha = Math.min(1, (weak ? (0.35 * CURVED) / edges.length + 0.03 : 0.16 + 0.6 * level) * strong);
+    ctx.lineWidth = 0.6 + 4 * level * level * strong;
+    ctx.globalAlpha = Math.min(1, (0.16 + 0.6 * level) * strong);
     ctx.beginPath();
     for (const e of mine) {
       const sx = x[source[e]] * frame.k + frame.x;
@@ -96,11 +100,8 @@ export function paintEdges(ctx, look, frame, edges, strong = 1) {
       if ((sy < 0 && ty < 0) || (sy > frame.height && ty > frame.height)) continue;
       if ((sx < 0 && tx < 0) || (sx > frame.width && tx > frame.width)) continue;
       ctx.moveTo(sx, sy);
-      if (weak) ctx.lineTo(tx, ty);
-      else {
-        const bend = (ty - sy) * 0.45;
-        ctx.bezierCurveTo(sx, sy + bend, tx, ty - bend, tx, ty);
-      }
+      const bend = (ty - sy) * 0.45;
+      ctx.bezierCurveTo(sx, sy + bend, tx, ty - bend, tx, ty);
     }
     ctx.stroke();
   });

@@ -27,7 +27,7 @@ export class Scene {
       .scaleExtent([0.1, 24])
       .clickDistance(5)
       .on("zoom", (event) => this.move(event.transform, event.sourceEvent !== null))
-      .on("end", () => this.rest());
+      .on("end", (event) => { if (event.sourceEvent?.type !== "wheel") this.rest(); });
     select(this.over).call(this.zoom).on("dblclick.zoom", null);
     this.over.addEventListener("pointermove", (event) => this.hover(event));
     this.over.addEventListener("pointerleave", () => this.on.hover(null));
@@ -118,12 +118,12 @@ export class Scene {
     this.schedule();
   }
 
+  /** Draws the whole again, once nothing moves any more. */
   rest() {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => {
-      this.moving = false;
-      this.draw();
-    }, this.moving ? REST : 0);
+    if (!this.moving) return;
+    this.moving = false;
+    this.draw();
   }
 
   draw() {
@@ -146,6 +146,7 @@ export class Scene {
 
   render() {
     const began = performance.now();
+    this.look.scale = Math.min(1, Math.max(0.28, (this.frame.k * this.look.layout.apart) / 17));
     if (this.moving && this.cached) this.renderMoving();
     else if (this.dirty || this.moving) this.renderFull(began);
     this.renderFocus();
@@ -162,6 +163,7 @@ export class Scene {
     base.drawImage(this.cache, 0, 0, this.frame.width, this.frame.height);
     this.timings.full = performance.now() - began;
     this.timings.drawn = performance.now();
+    this.timings.firstDrawn ??= this.timings.drawn;
     this.on.drawn?.();
   }
 

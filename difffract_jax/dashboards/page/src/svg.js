@@ -5,7 +5,7 @@ const n = (value) => Number(value.toFixed(2));
 
 export class SvgContext {
   constructor(width, height) {
-    Object.assign(this, { width, height, parts: [], path: [], globalAlpha: 1, lineWidth: 1, fillStyle: "#000", strokeStyle: "#000" });
+    Object.assign(this, { width, height, isVector: true, parts: [], path: [], globalAlpha: 1, lineWidth: 1, fillStyle: "#000", strokeStyle: "#000" });
     Object.assign(this, { font: "12px sans-serif", textAlign: "left", textBaseline: "alphabetic", lineJoin: "miter" });
     this.ruler = document.createElement("canvas").getContext("2d");
   }
