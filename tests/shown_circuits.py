@@ -36,7 +36,7 @@ def large(nodes: int, edges: int, seed: int = 0, blocks: int = 20) -> Graph:
     stream = np.concatenate([[0], rng.random(nodes - 1) < 0.3]).astype(np.uint8)
     kind = rng.choice([FEATURE, ERROR, REST], nodes, p=[0.8, 0.12, 0.08])
     kind[: 1 + inputs] = [OUTPUT] + [INPUT] * inputs
-    feature = np.where(kind == FEATURE, np.arange(nodes), -1)
+    feature = np.arange(nodes)  # of errors and inputs too, which makes every node one of its own
     source, target = rng.integers(1, nodes, 6 * edges), rng.integers(0, nodes, 6 * edges)
     target[: 2 * edges // 50] = 0
     can = (block[source] < block[target]) & np.isin(kind[target], (FEATURE, OUTPUT))

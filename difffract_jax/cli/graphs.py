@@ -233,13 +233,13 @@ def export(settings: ExportConfig, *, json: bool) -> None:
 def _grouped(graph: Any, settings: ExportConfig) -> tuple[Any, ExportConfig]:
     """Returns a graph with the groups of a file, and settings with its names; labels that were given win."""
     from difffract_jax.graphs.aggregation import aggregate
-    from difffract_jax.graphs.groups import labels_by_feature, read_groups, with_groups
+    from difffract_jax.graphs.groups import given_names, read_groups, with_groups
 
     assert settings.groups is not None
     groups = read_groups(settings.groups, graph)
     # A document shows sums over positions, unless it is to show positions, so that groups are taken of what is shown.
     graph = graph if settings.by_position else aggregate(graph)
-    labels = labels_by_feature(graph, groups) | settings.labels
+    labels = given_names(graph, groups) | settings.labels
     return with_groups(graph, groups), settings.model_copy(update={"labels": labels})
 
 

@@ -20,7 +20,7 @@ from difffract_jax.config import Settings, UserError
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, INPUT, Graph
 from difffract_jax.graphs.json_values import to_json_values
-from difffract_jax.graphs.names import feature_names, node_names, place_name
+from difffract_jax.graphs.names import node_names, place_name
 from difffract_jax.storage.files import atomic_file
 from difffract_jax.text_files import decoded, unicode_replaced
 
@@ -195,16 +195,16 @@ def summed_names(graph: Graph) -> list[str]:
     return called
 
 
-def labels_by_feature(graph: Graph, groups: Groups) -> dict[str, str]:
-    """Returns the names that a groups file gives to features, by the names that edits and labels know them by.
+def given_names(graph: Graph, groups: Groups) -> dict[str, str]:
+    """Returns what a groups file calls the nodes of a graph, by `node_names`.
 
     Args:
-        graph: the graph.
+        graph: the graph, summed over positions or not.
         groups: of it.
     """
-    called, features = summed_names(graph), feature_names(graph)
-    pairs = zip(called, features, strict=True)
-    return {feature: groups.names[name] for name, feature in pairs if feature and name in groups.names}
+    pairs = zip(node_names(graph), summed_names(graph), strict=True)
+    called = {name: groups.names.get(name) or groups.names.get(summed) for name, summed in pairs}
+    return {name: given for name, given in called.items() if given}
 
 
 def with_groups(graph: Graph, groups: Groups) -> Graph:

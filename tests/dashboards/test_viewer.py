@@ -1,6 +1,7 @@
 """The viewer in Chromium: what a person does with a circuit, and that nothing leaves the page."""
 
 import json
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 from PIL import Image
 
 from browsers import Watched, browser, downloaded, until
+from difffract_jax.config import UserError
 from difffract_jax.dashboards.account import account
 from difffract_jax.dashboards.image_files import shown as shown_image
-from difffract_jax.dashboards.page_data import shown_graph
+from difffract_jax.dashboards.page_data import graph_bytes, packed, shown_graph
+from difffract_jax.dashboards.page_server import PageServer
 from difffract_jax.dashboards.viewer_page import PageParts, viewer_page
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.combine import difference
@@ -146,23 +149,24 @@ def test_words_and_the_image_have_zones_of_their_own(page, whole):
 
 @pytest.mark.parametrize("mode", ["standard", "difffract"])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("thresholds", [(0.8, 0.98), (0.5, 0.7), (1.0, 0.9), (0.35, 1.0)])
-def test_pruning_in_the_page_is_python_s(tab, main_page, mode, seed, thresholds):
+def test_pruning_in_the_page_is_python_s(tab, main_page, mode, seed):
     page = tab.page if tab.page.url.startswith("file") else tab.open(main_page)
-    graphs = [
+    for graph in (
         aggregate(circuit(seed)),
         random_output_graph(seed),
         random_graph(seed, max_nodes=20),
-        large(300, 3000, seed),
-    ]
-    for graph in graphs:
+        large(300, 3000),
+    ):
         pinned = node_names(graph)[-3:-1]
-        for keep in ((), tuple(pinned)):
-            how = {"mode": mode, "node_threshold": thresholds[0], "edge_threshold": thresholds[1]}
+        cases = [
+            ({"mode": mode, "node_threshold": nodes, "edge_threshold": edges}, list(keep))
+            for nodes, edges in ((0.8, 0.98), (0.5, 0.7), (1.0, 0.9), (0.35, 1.0))
+            for keep in ((), pinned)
+        ]
+        for (how, keep), (nodes, edges) in zip(cases, in_page(page, graph, cases), strict=True):
             expected = prune(graph, **how, keep=keep, by_position=True)
-            names, edges = in_page(page, graph, how, keep)
-            assert names == node_names_before(graph, expected)
-            assert edges == edges_by_name(graph, expected)
+            assert nodes == nodes_before(graph, expected), (how, keep)
+            assert edges == edges_before(graph, expected), (how, keep)
 
 
 def identities(graph):
@@ -170,28 +174,29 @@ def identities(graph):
     return [tuple(int(c[n]) for c in (*columns, graph.node_feature)) for n in range(graph.node_kind.size)]
 
 
-def node_names_before(graph, pruned):
+def nodes_before(graph, pruned):
     kept = {(i, n < pruned.targets.size and n) for n, i in enumerate(identities(pruned))}
     return [n for n, i in enumerate(identities(graph)) if (i, n < graph.targets.size and n) in kept]
 
 
-def edges_by_name(graph, pruned):
+def edges_before(graph, pruned):
     number = {(one, n < graph.targets.size and n): n for n, one in enumerate(identities(graph))}
     place = [number[one, n < pruned.targets.size and n] for n, one in enumerate(identities(pruned))]
     return sorted(zip((place[s] for s in pruned.edge_source), (place[t] for t in pruned.edge_target), strict=True))
 
 
-def in_page(page, graph, how, keep):
-    from difffract_jax.dashboards.page_data import graph_bytes, packed
-
-    call = """([data, how, keep]) => {
+def in_page(page, graph, cases):
+    """Returns what the page's own pruning keeps of a graph, case by case: nodes, and edges by their ends."""
+    call = """([data, cases]) => {
       const graph = difffract.tools.readGraph(data);
-      const { nodes, edges } = difffract.tools.prune(graph, how, keep.map((name) => graph.number.get(name)));
       const kept = (mask) => Array.from(mask.keys()).filter((i) => mask[i]);
-      return [kept(nodes), kept(edges).map((e) => [graph.edge_source[e], graph.edge_target[e]])];
+      return cases.map(([how, keep]) => {
+        const { nodes, edges } = difffract.tools.prune(graph, how, keep.map((name) => graph.number.get(name)));
+        return [kept(nodes), kept(edges).map((e) => [graph.edge_source[e], graph.edge_target[e]])];
+      });
     }"""
-    nodes, edges = page.evaluate(call, [packed(graph_bytes(graph)), how, list(keep)])
-    return nodes, sorted(map(tuple, edges))
+    found = page.evaluate(call, [packed(graph_bytes(graph)), cases])
+    return [(nodes, sorted(map(tuple, edges))) for nodes, edges in found]
 
 
 def test_influence_in_the_page_is_python_s_to_the_last_digit(page, whole):
@@ -212,6 +217,20 @@ def test_all_figures_of_the_bar_add_up_to_the_target(page, whole):
         assert parts[name] == pytest.approx(getattr(told, name), abs=1e-6)
     assert parts["hidden"] == 0
     assert "holds fixed" in page.inner_text(".pooled") and page.inner_text(".part.bias th") == "bias"
+
+
+def test_in_a_row_nodes_stand_in_the_order_of_their_centres_of_mass(page, whole):
+    all_shown(page)
+    x, zones = np.array(page.evaluate("Array.from(difffract.main.layout.x)")), state(page, "main.layout.zones")
+    centre = {}
+    for node in shown(page):
+        part = slice(whole.map_indptr[node], whole.map_indptr[node + 1])
+        if whole.node_kind[node] == FEATURE and whole.node_stream[node] == 0 and part.stop > part.start:
+            weights = whole.map_value[part].astype(float)
+            centre[node] = (weights * (whole.map_position[part] % 2 + 0.5)).sum() / weights.sum() / 2
+    pairs = [(a, b) for a in centre for b in centre if whole.node_block[a] == whole.node_block[b]]
+    pairs = [(a, b) for a, b in pairs if whole.node_step[a] == whole.node_step[b] and centre[a] < centre[b] - 1e-6]
+    assert pairs and all(x[a] < x[b] for a, b in pairs) and zones["image"][0] < min(x[n] for n in centre)
 
 
 # Pointing
@@ -413,6 +432,7 @@ def test_the_keyboard_walks_along_edges(page, whole):
     page.keyboard.press("?")
     assert page.is_visible("dialog.help")
     page.keyboard.press("Escape")
+    page.wait_for_selector("dialog.help", state="hidden")
     page.keyboard.press("Escape")
     assert state(page, "store.view.selected") is None
 
@@ -624,3 +644,63 @@ def test_a_graph_without_image_says_so(tab, folder):
     page = tab.open(path.as_uri())
     assert "No image here." in page.inner_text("figcaption")
     assert page.locator(".photo img").count() == 0
+
+
+# Served
+
+
+@pytest.fixture
+def served(tab, folder):
+    """The page from its server, with feature pages; what it saved is in a list."""
+    pages, saved = folder / "feature-pages", []
+    pages.mkdir(exist_ok=True)
+    (pages / "index.html").write_text("<!doctype html><title>A feature</title>the page of a feature", encoding="utf-8")
+
+    def save(text):
+        if len(saved) == 1:
+            raise UserError("These groups belong to another graph.")
+        saved.append(json.loads(text))
+        return "Saved as main.groups.json."
+
+    graph = aggregate(circuit())
+
+    def page(token):
+        return viewer_page(graph, PageParts(token=token, pages="pages/index.html#{feature}"))
+
+    server = PageServer(page, save, pages=pages)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield graph, tab.open(server.address), saved, server
+    tab.page.goto("about:blank")
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_served_page_saves_its_groups_by_itself(served, tab):
+    graph, page, saved, server = served
+    all_shown(page)
+    name = strongest_feature(graph)
+    click_node(page, name)
+    page.keyboard.press("p")
+    page.click("#tab-groups")
+    page.click("[data-action=save]")
+    until(page, "document.querySelector('.toast').textContent === 'Saved as main.groups.json.'")
+    assert [one["pinned"] for one in saved] == [[name]]
+    assert tab.beyond(server.address) == [f"{server.address}groups"]
+    page.click("[data-action=save]")
+    until(page, "document.querySelector('.toast').textContent.includes('belong to another graph')")
+    tab.messages.clear()  # the browser notes that the server refused
+
+
+def test_a_node_opens_the_page_of_its_feature(served, tab):
+    graph, page, _, server = served
+    all_shown(page)
+    node = next(n for n in shown(page) if graph.node_kind[n] == FEATURE)
+    click_node(page, node_names(graph)[node])
+    page.keyboard.press("o")
+    page.frame_locator(".feature-page iframe").get_by_text("the page of a feature").wait_for()
+    address = page.get_attribute(".feature-page iframe", "src")
+    assert address == f"pages/index.html#{state(page, f'graphs.a.features[{node}]')}"
+    page.click(".feature-page button")
+    assert page.is_hidden(".feature-page")

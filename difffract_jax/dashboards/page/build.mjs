@@ -1,6 +1,8 @@
-// Builds the viewer: one script, one style sheet, and the licences of what is in the script.
+// Builds the viewer: one script, one style sheet, the licences of what is in the script, and a hash of the sources, by
+// which a test without Node can tell a bundle that was not built again.
 // Usage: node build.mjs [OUTPUT_DIRECTORY]; the default is ../bundle, which is in git.
 import { build } from "esbuild";
+import { createHash } from "node:crypto";
 import { mkdir, readFile, writeFile, readdir } from "node:fs/promises";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -38,3 +40,8 @@ for (const name of [...packages].sort()) {
 }
 const rule = `\n${"-".repeat(72)}\n\n`;
 await writeFile(join(out, "LICENSES.txt"), `The viewer's script contains these packages.\n${rule}${parts.join(rule)}`);
+
+const sources = ["build.mjs", "package-lock.json", "package.json", ...(await readdir(join(here, "src"))).map((name) => `src/${name}`)];
+const hash = createHash("sha256");
+for (const name of sources.sort()) hash.update(`${name}\n`).update(await readFile(join(here, name)));
+await writeFile(join(out, "SOURCES.sha256"), `${hash.digest("hex")}\n`);

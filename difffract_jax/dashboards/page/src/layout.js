@@ -9,7 +9,7 @@ const SLOT = 19;
 const LINE = 19;
 const GAP = 46;
 const BETWEEN = 46;
-const ROOMY = 60;
+const ROOMY = 92;
 const MOST = 220;
 const PADDING = new Set(["<pad>", "[PAD]", "<|endoftext|>"]);
 

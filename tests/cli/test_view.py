@@ -1,0 +1,222 @@
+"""`view` and `report`, and the groups that the viewer saves, in the commands that read them."""
+
+import http.client
+import json
+import re
+import subprocess
+import sys
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import done, run_command, run_json
+from PIL import Image
+
+from difffract_jax.address import flux_layout
+from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
+from difffract_jax.cli.settings import SteerConfig
+from difffract_jax.config import UserError
+from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept
+from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.graph import FEATURE, Graph
+from difffract_jax.graphs.groups import GraphIdentity, Groups, identity, write_groups
+from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.provenance import TraceInfo
+from shown_circuits import TOKENS, circuit
+
+RUN = "import sys; from difffract_jax.cli.main import main; sys.argv[0] = 'difffract'; main()"
+
+
+@pytest.fixture
+def difffract(monkeypatch, capsys, tmp_path):
+    """Runs `difffract ARGUMENTS --json` in a directory with two graphs and an image."""
+    monkeypatch.chdir(tmp_path)
+    circuit(0).save("a.npz")
+    circuit(1).save("b.npz")
+    Image.new("RGB", (8, 8), "red").save("image.png")
+    return partial(run_json, monkeypatch, capsys)
+
+
+@pytest.fixture
+def groups():
+    """Groups of a.npz: one of two features, one pinned, one named."""
+    summed = aggregate(circuit(0))
+    names = node_names(summed)
+    features = [names[n] for n in np.flatnonzero(summed.node_kind == FEATURE)[-4:]]
+    made = Groups(
+        graph=identity(summed),
+        groups={"the circle": tuple(features[:2])},
+        names={features[0]: "round"},
+        pinned=features[3:],
+    )
+    write_groups(made, Path("mine.groups.json"))
+    return made
+
+
+def refused(result):
+    status, out, err = result
+    assert status == 1 and out == "" and err.startswith("Error: ") and err.count("\n") == 1
+    return err
+
+
+def test_view_writes_one_file_beside_the_graph_and_says_so(difffract):
+    told = done(difffract("view", "a.npz", "--image", "image.png"))
+    assert told["page"] == "a.html" and told["image"] == "1 of the run"
+    page = Path("a.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "a red circle" not in page
+    assert sorted(path.name for path in Path().iterdir()) == ["a.html", "a.npz", "b.npz", "image.png"]
+
+
+def test_a_graph_without_image_says_why(difffract):
+    assert "give one with --image FILE" in done(difffract("view", "a.npz"))["image"]
+
+
+def test_neither_command_imports_jax(difffract):
+    for arguments in (["view", "a.npz", "--image", "image.png"], ["report", "a.npz", "--image", "image.png"]):
+        code = f"import sys; sys.argv[1:] = {arguments!r}; exec({RUN!r}); assert 'jax' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_images_of_a_run_are_kept_beside_the_graph(tmp_path):
+    images = KeptImages(np.random.default_rng(0).integers(0, 255, (3, 8, 6, 3), np.uint8), (0, 2))
+    path = kept_path(tmp_path / "a.b.npz")
+    assert path.name == "a.b.images.png" and read_kept(path, "key") is None
+    keep(images, path, "key")
+    found = read_kept(path, "key")
+    assert found.steps == (0, 2) and np.array_equal(found.pixels, images.pixels)
+    assert read_kept(path, "another run") is None
+    path.write_bytes(b"no image")
+    assert read_kept(path, "key") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("view", "none.npz"), "none.npz does not exist"),
+        (("view", "a.npz", "--out", "a.txt"), "must end in .html"),
+        (("view", "a.npz", "--image", "a.npz"), "a.npz is not an image"),
+        (("view", "a.npz", "--image", "none.png"), "none.png does not exist"),
+        (("view", "a.npz", "--max-nodes", 10), "--node-threshold"),
+        (("view", "a.npz", "--compare", "b.npz", "--by-position"), "leave --by-position out"),
+        (("view", "a.npz", "--pages", "."), "has no index.html"),
+        (("view", "b.npz", "--groups", "mine.groups.json"), "groups of another graph"),
+        (("report", "b.npz", "--groups", "mine.groups.json"), "groups of another graph"),
+        (("prune", "b.npz", "--groups", "mine.groups.json"), "groups of another graph"),
+        (("export", "b.npz", "--groups", "mine.groups.json", "--out", "x.json"), "groups of another graph"),
+        (("report", "a.npz", "--validation", "."), "give the directory that `difffract validate` wrote"),
+        (("view", "a.npz", "--labels", "image.png"), "image.png"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_sentence(difffract, groups, arguments, told):
+    assert told in refused(difffract(*arguments))
+    assert not list(Path().glob("*.html"))
+
+
+def test_labels_and_a_second_graph(difffract):
+    Path("labels.yaml").write_text("img/0/f1: roundness\n", encoding="utf-8")
+    done(difffract("view", "a.npz", "--labels", "labels.yaml", "--compare", "b.npz", "--image", "image.png"))
+    page = Path("a.html").read_text(encoding="utf-8")
+    assert all(f'id="{key}"' in page for key in ("graph", "graph-b", "graph-difference"))
+
+
+def test_a_report_shows_the_sum_the_circuit_and_the_groups(difffract, groups):
+    done(difffract("report", "a.npz", "--image", "image.png", "--groups", "mine.groups.json"))
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert all(words in page for words in ("What adds up to the target", "the circle", "velocity:norm", "a red circle"))
+    figures = re.findall(
+        r"<td>(features|inputs|errors|rest|not in the file|bias|the target)</td>\s*<td>(\S+?)</td>", page
+    )
+    *parts, (last, total) = [(name, float(value)) for name, value in figures]
+    assert last == "the target" and sum(value for _, value in parts) == pytest.approx(total, abs=0.02)
+    assert "http" not in re.sub(r"http://www\.w3\.org\S+", "", page)
+
+
+def test_pruning_keeps_what_is_pinned_and_groups(difffract, groups):
+    done(difffract("prune", "a.npz", "--node-threshold", 0.05, "--groups", "mine.groups.json"))
+    pruned = Graph.load("pruned.npz")
+    assert {*groups.pinned} <= {*node_names(pruned)}
+    done(difffract("prune", "a.npz", "--node-threshold", 1, "--groups", "mine.groups.json"))
+    whole = Graph.load("pruned.npz")
+    names = node_names(whole)
+    expected = {name for name in groups.groups["the circle"] if name in names}
+    assert {names[n] for n in whole.supernodes.get("the circle", [])} == expected
+
+
+def test_exports_show_groups_and_names(difffract, groups):
+    arguments = ("--format", "circuit-tracer", "--groups", "mine.groups.json", "--out", "x.json")
+    done(difffract("export", "a.npz", *arguments))
+    document = json.loads(Path("x.json").read_text(encoding="utf-8"))
+    assert [group[0] for group in document["qParams"]["supernodes"]] == ["the circle"]
+    assert "round" in {node["clerp"] for node in document["nodes"]}
+
+
+def test_edits_name_groups(difffract, groups):
+    settings = SteerConfig(
+        model="m",
+        transcoders="t",
+        prompt="p",
+        edit=("the circle=scale:-1", "img/0/f1=zero"),
+        groups=Path("mine.groups.json"),
+    )
+    (made, plain), read = edits_of(settings)
+    assert read == groups and plain == Edit.parse("img/0/f1=zero")
+    assert (made.mode, made.amount, made.feature.name) == ("scale", -1.0, "the circle")
+    assert made.feature.features == group_features(groups.groups["the circle"]) and made.feature.features
+    with pytest.raises(UserError, match="has the groups 'the circle'"):
+        edits_of(settings.model_copy(update={"edit": ("the square=zero",)}))
+    with pytest.raises(UserError, match="another model"):
+        check_groups(groups, "another", "t", settings)
+    with pytest.raises(UserError, match="another set of transcoders"):
+        check_groups(groups, "m", "another", settings)
+    check_groups(groups, "m", "t", settings)
+    none = Groups(graph=GraphIdentity(fingerprint=""), groups={"errors": ("error img/0", "input txt")})
+    write_groups(none, Path("none.groups.json"))
+    with pytest.raises(UserError, match="'errors' of none.groups.json holds no feature"):
+        edits_of(settings.model_copy(update={"edit": ("errors=zero",), "groups": Path("none.groups.json")}))
+
+
+def test_features_of_a_group_are_written_as_edits_are():
+    names = ["img/3/f4", "single/0/f7@img", "single/0/f7@txt", "txt/1/f2#3", "error img/2", "img/0/f1 (target)"]
+    assert [str(feature) for feature in group_features(names)] == ["img/3/f4", "single/0/f7", "txt/1/f2#3"]
+
+
+def test_serving_gives_the_page_and_takes_groups(difffract, groups, tmp_path):
+    arguments = [sys.executable, "-c", RUN, "view", "a.npz", "--serve", "--image", "image.png"]
+    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            line = process.stdout.readline()
+            port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+                connection.request("GET", "/")
+                assert b"<!doctype html>" in connection.getresponse().read()
+        finally:
+            process.terminate()
+    assert "a.groups.json" in line
+
+
+@pytest.fixture
+def told_run(difffract):
+    """A graph that tells its run."""
+    sizes = {"grid": (2, 2), "text_tokens": 6, "tokens": TOKENS, "layout": flux_layout(2, 2), "recorded": (0, 1)}
+    noise = {"seed": 0, "step": 0, "sigmas": (1.0, 0.5, 0.0), "guidance": None, "latents_given": False}
+    run = TraceInfo(prompt="a red circle", cut="", include_padding=False, model="m", **sizes, **noise)
+    circuit(0).with_provenance(shared=None, run=run).save("run.npz")
+    return run
+
+
+def test_images_that_are_kept_are_used_without_the_model(difffract, told_run):
+    from difffract_jax.cli.view import _run_key
+
+    assert "not at hand" in done(difffract("view", "run.npz"))["image"]
+    images = KeptImages(np.zeros((3, 8, 8, 3), np.uint8), (0, 1))
+    keep(images, Path("run.images.png"), _run_key(Graph.load("run.npz")))
+    assert done(difffract("view", "run.npz"))["image"] == "3 of the run"
+
+
+def test_help_teaches(monkeypatch, capsys):
+    for command in ("view", "report"):
+        said = run_command(monkeypatch, capsys, command, "--help").out
+        assert "Example:" in said and "--image" in said
