@@ -3,9 +3,11 @@
 They follow its rules. Weights are needed for the image of the run alone, which is made once and kept beside the graph.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import typer
 
@@ -70,11 +72,13 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     how = {"by_position": settings.by_position, "limits": limits}
     shown = shown_graph(whole, **how, name=str(settings.graph))
     other = between = None
+    other_images: Any = ()
     if settings.compare is not None:
         if settings.by_position:
             raise UserError("Two graphs are compared as sums over positions; leave --by-position out.")
         second = read(settings.compare)
         other, between = shown_graph(second, **how, name=str(settings.compare)), difference(whole, second)
+        other_images, _ = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
     pages = None if settings.pages is None else _pages_address(settings)
     images, note = images_of(whole, settings)
     return shown, PageParts(
@@ -86,6 +90,7 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         groups=groups,
         pages=pages,
         other=other,
+        other_images=other_images,
         other_title="" if other is None else _title(other, settings.compare, other),
         difference=between,
     )
@@ -100,11 +105,12 @@ def _title(graph: Any, path: Path | None, other: Any) -> str:
 
 
 def _pages_address(settings: ViewConfig) -> str:
-    """Returns where a feature's page is: beside the page, or on the server."""
+    """Returns where a feature's page is, as seen from the page: a path, or an address of the server."""
     assert settings.pages is not None
     if not (settings.pages / "index.html").is_file():
         raise UserError(f"{settings.pages} has no index.html; give the folder that `difffract dashboards` wrote.")
-    base = "pages" if settings.serve else settings.pages.resolve().as_uri()
+    folder = (settings.out or settings.graph).resolve().parent
+    base = "pages" if settings.serve else quote(Path(os.path.relpath(settings.pages.resolve(), folder)).as_posix())
     return f"{base}/index.html#{{feature}}"
 
 

@@ -100,15 +100,18 @@ def _fits(graph: Graph, limits: Limits) -> bool:
     return graph.node_kind.size <= limits.nodes and graph.edge_source.size <= limits.edges
 
 
-def graph_bytes(graph: Graph, labels: Mapping[str, str] | None = None, *, title: str = "") -> bytes:
+def graph_bytes(
+    graph: Graph, labels: Mapping[str, str] | None = None, *, title: str = "", tokens: Sequence[str] | None = None
+) -> bytes:
     """Returns a graph as the page reads it; see the module.
 
     Args:
         graph: from `shown_graph`.
         labels: what features stand for, by their names as `feature_names` gives them.
         title: what to call the graph; what it explains if left out.
+        tokens: of the text, where the graph does not tell them.
     """
-    header = _header(graph, labels or {}, title)
+    header = _header(graph, labels or {}, title) | ({} if tokens is None else {"tokens": list(tokens)})
     arrays = {name: getattr(graph, name).astype(kind) for name, kind in _ARRAYS.items()}
     arrays |= {"node_level": node_levels(graph).astype(np.int32), "node_root": graph.root_weights.astype(np.float64)}
     body, table = bytearray(), []

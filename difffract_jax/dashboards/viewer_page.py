@@ -23,6 +23,8 @@ from difffract_jax.graphs.names import node_name
 from difffract_jax.text_files import unicode_replaced
 
 BUNDLE = Path(__file__).parent / "bundle"
+MARK = "\u2581"
+"""Beginning of a word, in tokens of T5."""
 
 
 class ShownImage(NamedTuple):
@@ -51,6 +53,7 @@ class PageParts(NamedTuple):
         token: of the server that takes groups; None for a file.
         other: a second graph, to be shown beside it.
         other_title: of the second.
+        other_images: of the second graph's run.
         difference: the first minus the second; None if they cannot be subtracted.
     """
 
@@ -64,6 +67,7 @@ class PageParts(NamedTuple):
     token: str | None = None
     other: Graph | None = None
     other_title: str = ""
+    other_images: Sequence[ShownImage] = ()
     difference: Graph | None = None
 
 
@@ -80,7 +84,9 @@ def viewer_page(graph: Graph, parts: PageParts) -> str:
     if parts.other is not None:
         data["graph-b"] = graph_bytes(parts.other, parts.labels, title=parts.other_title)
     if parts.difference is not None:
-        data["graph-difference"] = graph_bytes(parts.difference, parts.labels, title="First minus second")
+        data["graph-difference"] = graph_bytes(
+            parts.difference, parts.labels, title="First minus second", tokens=_words_of_both(graph, parts.other)
+        )
     blocks = "\n".join(f'<script type="text/plain" id="{key}">{packed(value)}</script>' for key, value in data.items())
     return f"""<!doctype html>
 <html lang="en">
@@ -102,6 +108,14 @@ def viewer_page(graph: Graph, parts: PageParts) -> str:
 </body>
 </html>
 """
+
+
+def _words_of_both(a: Graph, b: Graph | None) -> list[str] | None:
+    """Returns the words of two prompts, place by place, both where they differ; None if their lengths do."""
+    ours, theirs = (graph and graph.provenance.known.tokens for graph in (a, b))
+    if not ours or not theirs or len(ours) != len(theirs):
+        return None
+    return [x if x == y else f"{x}/{y.removeprefix(MARK)}" for x, y in zip(ours, theirs, strict=True)]
 
 
 def _bundled(name: str) -> str:
@@ -128,6 +142,7 @@ def _extras(parts: PageParts) -> bytes:
     extras: dict[str, Any] = {
         "name": parts.name,
         "images": [image._asdict() for image in parts.images],
+        "images_b": [image._asdict() for image in parts.other_images],
         "image_note": parts.image_note,
         "groups": parts.groups and parts.groups.model_dump(mode="json"),
         "pages": parts.pages,

@@ -288,6 +288,31 @@ def test_pointing_at_a_word_brings_its_nodes_into_focus(page, whole):
     until(page, "difffract.marked?.position === 1 && difffract.fromAxis")
 
 
+def test_small_maps_appear_beside_nodes_when_there_is_room(page, whole):
+    all_shown(page)
+    node = next(n for n in shown(page) if whole.node_kind[n] == FEATURE and whole.node_stream[n] == 0)
+    box = f"difffract.tools.thumbnailBox(difffract.scenes.left.look, difffract.scenes.left.frame, {node})"
+    assert page.evaluate(box) is None
+    page.evaluate(
+        """(node) => {
+          const { frame, look } = difffract.scenes.left;
+          const k = 60 / look.layout.apart;
+          difffract.scenes.left.place({ k, x: 400 - look.layout.x[node] * k, y: 300 - look.layout.y[node] * k });
+        }""",
+        int(node),
+    )
+    until(page, "!difffract.scenes.left.moving")
+    page.wait_for_timeout(50)
+    left, top, width, height = page.evaluate(box)
+    # A quarter of the box is a token; the one with the value is the heat's colour.
+    position = int(whole.map_position[whole.map_indptr[node]])
+    place = [left + (0.25 + 0.5 * (position % 2)) * width, top + (0.25 + 0.5 * (position // 2)) * height]
+    colour = page.evaluate(
+        "([x, y]) => [...difffract.scenes.left.canvas.getContext('2d').getImageData(x, y, 1, 1).data]", place
+    )
+    assert colour[:3] == pytest.approx(page.evaluate("difffract.colours.heat"), abs=3)
+
+
 def test_images_of_steps_are_shown(page):
     page.click(".steps button >> nth=2")
     assert page.get_attribute(".photo img", "src") == IMAGES[2].address

@@ -46,17 +46,19 @@ export class App {
       right: new Scene("The second circuit", this.handlers("right")),
     };
     this.stage = h("div", { class: "stage" }, this.scenes.left.element, this.scenes.right.element);
-    this.picture = new Picture(this.graphs.a, this.extras, {
+    const pointing = {
       patch: (position) => this.mark(position, false),
       word: (position) => this.mark(position, true),
       image: (place) => this.store.look({ image: place }),
-    });
+    };
+    const pictureOf = (key) => new Picture(this.graphs[key], this.imagesOf(key), this.extras.image_note ?? "", pointing);
+    this.pictures = { a: pictureOf("a"), ...(this.graphs.b ? { b: pictureOf("b") } : {}) };
     this.panel = new Panel(this);
     this.tip = h("div", { class: "tip", role: "status", hidden: true });
     this.toast = h("div", { class: "toast", role: "alert", hidden: true });
     root.append(h("div", { class: "page" }, this.header(),
       h("main", {}, h("div", { class: "drawing" }, this.legend(), this.stage, this.controls()),
-        h("aside", {}, this.picture.element, this.panel.element)),
+        h("aside", {}, Object.values(this.pictures).map((picture) => picture.element), this.panel.element)),
       this.tip, this.toast, this.helpBox(), this.frameBox()));
     this.store.listen((what) => this.changed(what));
     this.loadImages();
@@ -97,7 +99,8 @@ export class App {
     return h("ul", { class: "legend", title: "Size of a node and width of an edge: how much the target hangs on it" },
       entry("feature img", "image feature"), entry("feature txt", "text feature"), entry("input img", "input"),
       entry("error img", "error"), entry("rest img", "not followed"), entry("output", "target"),
-      h("li", {}, h("span", { class: "mark edge plus" }), "raises"), h("li", {}, h("span", { class: "mark edge minus" }), "lowers"));
+      h("li", {}, h("span", { class: "mark edge plus" }), (this.raises = h("span", {}))),
+      h("li", {}, h("span", { class: "mark edge minus" }), (this.lowers = h("span", {}))));
   }
 
   zoomButtons() {
@@ -142,18 +145,34 @@ export class App {
     return this.pageDialog;
   }
 
+  /** Returns the images of a graph's run; a difference has those of the first. */
+  imagesOf(key) {
+    return (key === "b" ? this.extras.images_b : this.extras.images) ?? [];
+  }
+
+  /** The image and the words beside the drawing: those of the graph that the tables are about. */
+  get picture() {
+    return (this.store.view.show === "b" && this.pictures.b) || this.pictures.a;
+  }
+
   loadImages() {
-    this.pixels = (this.extras.images ?? []).map(({ address }) => {
+    const load = ({ address }) => {
       const image = new Image();
       image.onload = () => this.redraw();
       image.src = address;
       return image;
-    });
+    };
+    this.pixels = { a: this.imagesOf("a").map(load), b: this.imagesOf("b").map(load) };
   }
 
-  stepImage(step) {
-    const place = (this.extras.images ?? []).findIndex((image) => image.step === step);
-    return place >= 0 && this.pixels[place].complete ? this.pixels[place] : null;
+  /** Returns an image of a graph's run that is ready to be drawn; null if there is none. */
+  pixelsOf(key, place) {
+    const image = this.pixels?.[key === "b" ? "b" : "a"][place];
+    return image?.complete ? image : null;
+  }
+
+  stepImage(key, step) {
+    return this.pixelsOf(key, this.imagesOf(key).findIndex((image) => image.step === step));
   }
 
   // What changed, and what follows.
@@ -188,16 +207,17 @@ export class App {
     this.showControls();
     this.panel.show();
     if (view.camera && !this.steering) this.activeScenes().forEach((scene) => scene.frame.width && scene.place(view.camera));
-    if (this.picture.chosen !== view.image) this.picture.choose(view.image);
+    for (const picture of Object.values(this.pictures)) picture.element.hidden = picture !== this.picture;
+    if (this.picture.chosen !== view.image) this.picture.choose(view.image < this.picture.images.length ? view.image : 0);
     this.refocus();
   }
 
   redraw() {
     for (const scene of this.activeScenes()) {
       const view = this.views[scene.graphKey];
-      const image = this.pixels?.[this.store.view.image] ?? null;
+      const key = scene.graphKey;
       scene.show(view.look({ colours: this.colours, doc: this.store.doc, title: (node) => this.title(node, view.graph),
-        image: image?.complete ? image : null, stepImage: (step) => this.stepImage(step) }));
+        image: this.pixelsOf(key, this.store.view.image) ?? this.pixelsOf(key, 0), stepImage: (step) => this.stepImage(key, step) }));
     }
   }
 
@@ -216,6 +236,9 @@ export class App {
     this.counted.textContent = `${counts.nodes.toLocaleString("en")} of ${graph.count.toLocaleString("en")} nodes · ${counts.edges.toLocaleString("en")} of ${graph.edges.toLocaleString("en")} edges`;
     this.undoButton.disabled = !past.length;
     this.redoButton.disabled = !future.length;
+    const between = view.show === "difference";
+    this.raises.textContent = between ? "more in the first" : "raises";
+    this.lowers.textContent = between ? "more in the second" : "lowers";
     this.fold.textContent = view.unfolded ? "Stack steps" : "Unfold steps";
     this.switch?.querySelectorAll("button").forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.show === view.show)));
   }
@@ -320,7 +343,7 @@ export class App {
     }
     const { graph } = this.main;
     const shown = graph.number.get(this.hovered) ?? (this.marked ? undefined : graph.number.get(view.selected));
-    this.picture.heat(graph === this.graphs.a || graph.grid ? (shown ?? null) : null, this.colours, this.marked && !this.marked.text ? this.marked.position : null);
+    this.picture.heat(shown ?? null, graph, this.colours, this.marked && !this.marked.text ? this.marked.position : null);
     if (this.marked) this.sayActive();
   }
 

@@ -58,7 +58,7 @@ function zonesOf(graph, words, width) {
   }
   if (!text) return { text: null, image: [0, width] };
   if (!image) return { text: [0, width], image: null };
-  const share = Math.min(0.55, Math.max(0.3, (60 * words.length) / WIDTH));
+  const share = Math.min(0.45, Math.max(0.25, (43 * words.length) / WIDTH));
   const middle = share * width;
   return { text: [0, middle - BETWEEN / 2], image: [middle + BETWEEN / 2, width] };
 }

@@ -4,6 +4,7 @@ import { inflateSync, strFromU8 } from "fflate";
 import { App } from "./app.js";
 import { fromBase64, readGraph } from "./data.js";
 import { listen } from "./keys.js";
+import { thumbnailBox } from "./painter.js";
 import { prune } from "./prune.js";
 
 const text = (id) => document.getElementById(id)?.textContent.trim();
@@ -16,5 +17,5 @@ const app = new App(graphs, extras);
 app.build(document.getElementById("viewer"));
 listen(app);
 // The page's own state and functions, for the console, for tests and for benchmarks.
-app.tools = { readGraph, prune };
+app.tools = { readGraph, prune, thumbnailBox };
 window.difffract = app;

@@ -36,7 +36,7 @@ export function paint(ctx, look, frame) {
   }
   paintGroups(ctx, look, frame);
   paintNodes(ctx, look, frame, look.shownNodes);
-  if (frame.k > 2.4) paintThumbnails(ctx, look, frame);
+  paintThumbnails(ctx, look, frame);
   paintLabels(ctx, look, frame, look.labelled);
   paintGutters(ctx, look, frame);
 }
@@ -206,22 +206,33 @@ function paintGroups(ctx, look, frame) {
   });
 }
 
-/** Draws small maps of where image features are active, from one sprite sheet, beside nodes when there is room. */
+/** Returns where the small map of a node is drawn, [left, top, width, height]; null for none, or where there is no room. */
+export function thumbnailBox(look, frame, node) {
+  const room = frame.k * look.layout.apart;
+  if (room < 50 || !look.atlas?.tiles.has(node)) return null;
+  const height = Math.min(46, 0.62 * room);
+  const width = height * Math.min(1.6, look.atlas.columns / look.atlas.rows);
+  const [x, y] = screen(frame, look, node);
+  if (x < 0 || y < 0 || x > frame.width || y > frame.height) return null;
+  return [x - width / 2, y - radius(look, node) - height - 4, width, height];
+}
+
+/** Draws small maps of where image features are active, from one sprite sheet. */
 function paintThumbnails(ctx, look, frame) {
-  if (!look.atlas || !ctx.drawImage) return;
-  const side = Math.min(44, 10 * frame.k);
+  if (ctx.isVector) return;
+  ctx.imageSmoothingEnabled = false;
+  ctx.strokeStyle = look.colours.line;
+  ctx.lineWidth = 1;
   for (const node of look.shownNodes) {
-    const tile = look.atlas.tiles.get(node);
-    if (!tile) continue;
-    const [x, y] = screen(frame, look, node);
-    if (x < 0 || y < 0 || x > frame.width || y > frame.height) continue;
-    const wide = side * Math.min(1.6, look.atlas.columns / look.atlas.rows);
-    const top = y - radius(look, node) - side - 4;
-    ctx.drawImage(look.atlas.canvas, tile[0], tile[1], look.atlas.columns, look.atlas.rows, x - wide / 2, top, wide, side);
-    ctx.strokeStyle = look.colours.rule;
-    ctx.lineWidth = 1;
-    ctx.strokeRect?.(x - wide / 2, top, wide, side);
+    const box = thumbnailBox(look, frame, node);
+    if (!box) continue;
+    const [left, top] = look.atlas.tiles.get(node);
+    ctx.fillStyle = look.colours.paper;
+    ctx.fillRect(...box);
+    ctx.drawImage(look.atlas.canvas, left, top, look.atlas.columns, look.atlas.rows, ...box);
+    ctx.strokeRect(...box);
   }
+  ctx.imageSmoothingEnabled = true;
 }
 
 /** Draws names beside nodes, the most influential first, where they cover nothing. */
@@ -242,6 +253,8 @@ export function paintLabels(ctx, look, frame, nodes, veiled = false) {
     const [x, y] = screen(frame, look, node);
     const r = radius(look, node);
     if (x > 0 && y > 0 && x < frame.width && y < frame.height) claim(x - r + 1, y - r + 1, x + r - 1, y + r - 1, false);
+    const box = veiled ? null : thumbnailBox(look, frame, node);
+    if (box) claim(box[0], box[1], box[0] + box[2], box[1] + box[3], false);
   }
   ctx.textBaseline = "middle";
   for (const node of nodes) {

@@ -40,7 +40,7 @@ export class Panel {
   show() {
     const { graph, masks } = this.app.main;
     const names = graph.targets.map(({ name }) => name);
-    fill(this.headline, "Why ", cut(names.length > 1 ? `${names[0]} and ${names.length - 1} more` : names[0], 80, { class: "name" }));
+    fill(this.headline, this.app.store.view.show === "difference" ? "First minus second: " : "Why ", cut(names.length > 1 ? `${names[0]} and ${names.length - 1} more` : names[0], 80, { class: "name" }));
     showAccount(this.account, graph, this.app.account());
     this.showTop(graph, masks);
     fill(this.facts, h("summary", {}, "Where this graph comes from"),

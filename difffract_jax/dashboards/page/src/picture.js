@@ -4,7 +4,8 @@ import { fill, h, short } from "./dom.js";
 import { wordsOf } from "./layout.js";
 
 export class Picture {
-  constructor(graph, extras, on) {
+  /** Takes a graph, its images, a sentence in place of them, and what to call when something is pointed at. */
+  constructor(graph, images, note, on) {
     this.graph = graph;
     this.on = on;
     this.grid = graph.grid;
@@ -16,8 +17,8 @@ export class Picture {
     this.steps = h("div", { class: "steps", role: "group", "aria-label": "Predicted clean image of each step" });
     this.line = h("p", { class: "words", lang: "en" });
     this.element = h("figure", { class: "picture" }, this.frame, this.steps, this.line, this.caption);
-    this.images = extras.images ?? [];
-    this.note = extras.image_note ?? "";
+    this.images = images;
+    this.note = note;
     this.element.classList.toggle("without", !this.images.length);
     if (!this.images.length) this.photo.remove();
     if (this.images.length > 1) fill(this.steps, this.images.map((image, place) => this.stepButton(image, place)));
@@ -25,7 +26,7 @@ export class Picture {
     this.frame.addEventListener("pointermove", (event) => this.hover(event));
     this.frame.addEventListener("pointerleave", () => this.on.patch(null));
     this.fillWords();
-    this.heat(null);
+    this.heat(null, graph);
     const wide = this.grid ? this.grid[1] / this.grid[0] : 1;
     this.frame.style.setProperty("--wide", String(wide));
     if (!this.grid && !this.images.length) this.frame.remove();
@@ -64,8 +65,8 @@ export class Picture {
   }
 
   /** Shows where a node is active: heat over the image, or on the words; null for none. */
-  heat(node, colours, mark = null) {
-    const { graph, grid, canvas } = this;
+  heat(node, graph, colours, mark = null) {
+    const { grid, canvas } = this;
     const words = [...this.line.children];
     words.forEach((word) => word.style.removeProperty("background-color"));
     this.element.classList.toggle("heated", node !== null);
