@@ -5,6 +5,7 @@ They follow its rules. Weights are needed for the image of the run alone, which 
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -56,7 +57,9 @@ def view(settings: ViewConfig, *, json: bool) -> None:
 
 
 def _about_image(parts: Any) -> str:
-    return f"{len(parts.images)} of the run" if parts.images else parts.image_note
+    steps = [image.step for image in parts.images if image.step is not None]
+    predicted = f", and as step {', '.join(map(str, steps))} predicted it" if steps else ""
+    return f"finished{predicted}" if parts.images else parts.image_note
 
 
 def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
@@ -176,7 +179,12 @@ def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
                 [],
                 "The run started from noise that was given, so there is no image; give one with --image FILE.",
             )
-        kept = _made(graph, model)
+        try:
+            kept = _made(graph, model)
+        except UserError as error:
+            if settings.model is not None:
+                raise
+            return [], str(error)  # the embedded model of another release, say; the graph can be shown all the same
         try:
             image_files.keep(kept, path, key)
         except OSError as error:
@@ -231,7 +239,7 @@ def _serve(whole: Any, shown: Any, parts: Any, settings: ViewConfig) -> None:
     )
     typer.echo(f"Open {server.address} in a browser on this machine; groups are saved as {path}. Ctrl+C ends.")
     sys.stdout.flush()
-    with server:
+    with server, suppress(KeyboardInterrupt):
         server.serve_forever()
 
 

@@ -81,7 +81,7 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
         UserError: if the graph is too large, with the pruning that would make it fit.
     """
     limits = limits or Limits()
-    shown = graph if by_position else aggregate(graph)
+    shown = graph if by_position else _summed(graph)
     if _fits(shown, limits):
         return shown
     flag = " --by-position" if by_position else ""
@@ -94,6 +94,19 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
                 f"--edge-threshold {edges}{flag} --out pruned.npz`, and view pruned.npz."
             )
     raise UserError(f"{name} {has}, {most}, even when pruned; raise --max-nodes and --max-links.")
+
+
+def _summed(graph: Graph) -> Graph:
+    """Returns a graph summed over positions, or as it is where its sum would run in circles.
+
+    That is so in documents of other tools with edges between positions of one layer.
+    """
+    summed = aggregate(graph)
+    try:
+        node_levels(summed)
+    except UserError:
+        return graph
+    return summed
 
 
 def _fits(graph: Graph, limits: Limits) -> bool:

@@ -16,9 +16,11 @@ from PIL import Image
 
 from difffract_jax.address import flux_layout
 from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
 from difffract_jax.cli.settings import SteerConfig
 from difffract_jax.config import UserError
+from difffract_jax.dashboards import image_files
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
@@ -64,7 +66,7 @@ def refused(result):
 
 def test_view_writes_one_file_beside_the_graph_and_says_so(difffract):
     told = done(difffract("view", "a.npz", "--image", "image.png"))
-    assert told["page"] == "a.html" and told["image"] == "1 of the run"
+    assert told["page"] == "a.html" and told["image"] == "finished"
     page = Path("a.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and "a red circle" not in page
     assert sorted(path.name for path in Path().iterdir()) == ["a.html", "a.npz", "b.npz", "image.png"]
@@ -208,12 +210,30 @@ def told_run(difffract):
 
 
 def test_images_that_are_kept_are_used_without_the_model(difffract, told_run):
-    from difffract_jax.cli.view import _run_key
-
     assert "not at hand" in done(difffract("view", "run.npz"))["image"]
     images = KeptImages(np.zeros((3, 8, 8, 3), np.uint8), (0, 1))
-    keep(images, Path("run.images.png"), _run_key(Graph.load("run.npz")))
-    assert done(difffract("view", "run.npz"))["image"] == "3 of the run"
+    keep(images, Path("run.images.png"), cli_view._run_key(Graph.load("run.npz")))
+    assert done(difffract("view", "run.npz"))["image"] == "finished, and as step 0, 1 predicted it"
+
+
+def test_an_embedded_model_of_another_release_is_no_failure(difffract, told_run, monkeypatch):
+    def refuse(graph, model):
+        raise UserError("The graph was traced in another model.")
+
+    monkeypatch.setattr(cli_view, "_model_at_hand", lambda graph: "organism")
+    monkeypatch.setattr(cli_view, "_made", refuse)
+    assert done(difffract("view", "run.npz"))["image"] == "The graph was traced in another model."
+    assert "another model" in refused(difffract("view", "run.npz", "--model", "organism"))
+
+
+def test_an_image_that_cannot_be_kept_is_shown_all_the_same(difffract, told_run, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cli_view, "_made", lambda graph, model: KeptImages(np.zeros((3, 8, 8, 3), np.uint8), (0, 1)))
+    monkeypatch.setattr(image_files, "keep", full)
+    status, told, err = difffract("view", "run.npz", "--model", "organism")
+    assert status == 0 and told["image"].startswith("finished") and "No space left on device" in err
 
 
 def test_help_teaches(monkeypatch, capsys):

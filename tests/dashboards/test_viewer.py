@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from browsers import Watched, browser, downloaded, until
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
 from difffract_jax.dashboards.image_files import shown as shown_image
 from difffract_jax.dashboards.page_data import graph_bytes, packed, shown_graph
@@ -17,6 +17,8 @@ from difffract_jax.dashboards.page_server import PageServer
 from difffract_jax.dashboards.viewer_page import PageParts, viewer_page
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.combine import difference
+from difffract_jax.graphs.files.reader import read_graph
+from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.groups import identity
 from difffract_jax.graphs.names import node_names
@@ -448,12 +450,15 @@ def test_the_keyboard_walks_along_edges(page, whole):
     into = np.flatnonzero(whole.edge_target == 0)
     best = whole.edge_source[into[np.argmax(np.abs(whole.edge_attribution[into]))]]
     assert state(page, "store.view.selected") == node_names(whole)[best]
-    page.keyboard.press("ArrowUp")
-    row = state(page, "store.view.selected")
-    page.keyboard.press("ArrowDown")
+    names, places = node_names(whole), state(page, "main.layout.rows")
+    row = next(one["nodes"] for one in places if len([n for n in one["nodes"] if n in shown(page)]) > 2)
+    x = page.evaluate("Array.from(difffract.main.layout.x)")
+    ordered = sorted((n for n in row if n in shown(page)), key=lambda n: x[n])
+    click_node(page, names[ordered[0]])
     page.keyboard.press("ArrowRight")
+    assert state(page, "store.view.selected") == names[ordered[1]]
     page.keyboard.press("ArrowLeft")
-    assert row and state(page, "store.view.selected")
+    assert state(page, "store.view.selected") == names[ordered[0]]
     page.keyboard.press("?")
     assert page.is_visible("dialog.help")
     page.keyboard.press("Escape")
@@ -661,6 +666,39 @@ def test_injections_are_text(tab, folder, place):
     assert "onerror" in page.inner_text("body") or place == "label"
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert tab.beyond(path.as_uri()) == []
+
+
+def test_documents_of_other_tools_and_single_positions_are_shown(tab, folder):
+    document_path = folder / "document.json"
+    write_viewer_json(circuit(), document_path, "circuit-tracer", ViewerOptions(slug="x"))
+    content = json.loads(document_path.read_text(encoding="utf-8"))
+    for node in content["nodes"]:
+        del node["difffract"]
+    document_path.write_text(json.dumps(content), encoding="utf-8")
+    for graph in (shown_graph(read_graph(document_path)), shown_graph(circuit(), by_position=True)):
+        path = folder / "other.html"
+        path.write_text(viewer_page(graph, PageParts(image_note="None.")), encoding="utf-8")
+        page = tab.open(path.as_uri())
+        all_shown(page)
+        assert shown(page).size > 5
+        total = page.inner_text(".part.total th")
+        known = bool(np.isfinite(graph.target_preactivation[0]))
+        assert total == ("target" if known else "sum of edges")
+        figures = [float(t) for t in page.eval_on_selector_all(".part .figure", "l => l.map(e => e.dataset.value)")]
+        assert sum(figures[:-1]) == pytest.approx(figures[-1], rel=1e-6)
+
+
+def test_a_page_from_disk_opens_pages_of_features_beside_it(tab, folder):
+    (folder / "beside").mkdir(exist_ok=True)
+    (folder / "beside" / "index.html").write_text("<!doctype html>the page of a feature", encoding="utf-8")
+    graph = aggregate(circuit())
+    path = folder / "with-pages.html"
+    path.write_text(viewer_page(graph, PageParts(pages="beside/index.html#{feature}")), encoding="utf-8")
+    page = tab.open(path.as_uri())
+    all_shown(page)
+    click_node(page, node_names(graph)[next(n for n in shown(page) if graph.node_kind[n] == FEATURE)])
+    page.click("[data-action=page]")
+    page.frame_locator(".feature-page iframe").get_by_text("the page of a feature").wait_for()
 
 
 def test_a_graph_without_image_says_so(tab, folder):
