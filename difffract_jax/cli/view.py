@@ -6,6 +6,7 @@ They follow its rules. Weights are needed for the image of the run alone, which 
 import os
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +20,10 @@ from difffract_jax.config import UserError, read_yaml
 
 ORGANISM_LABELS = Path(difffract_jax.__file__).parent / "organism" / "transcoders" / "labels.json"
 """Labels of the transcoders that ship with the package."""
+
+
+MOST_GROUPED = 1000
+"""Features up to which a page opens with groups that were found; finding them among more takes seconds."""
 
 
 def register(app: typer.Typer) -> None:
@@ -73,7 +78,7 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     groups = None if settings.groups is None else read_groups(settings.groups, whole)
     limits = Limits(settings.max_nodes, settings.max_links)
     how = {"by_position": settings.by_position, "limits": limits}
-    shown = shown_graph(whole, **how, name=str(settings.graph))
+    shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images: Any = ()
     if settings.compare is not None:
@@ -97,6 +102,23 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         other_title="" if other is None else _title(other, settings.compare, other),
         difference=between,
     )
+
+
+def _grouped(graph: Any) -> Any:
+    """Returns a graph with the groups that are found in what is left of it after pruning, if it has none."""
+    from difffract_jax.graphs.graph import FEATURE
+    from difffract_jax.graphs.names import find_nodes, node_names
+    from difffract_jax.graphs.pruning import prune
+    from difffract_jax.graphs.supernodes import find_supernodes
+
+    if graph.supernodes or graph.provenance.grouping is not None:
+        return graph
+    pruned = graph if graph.provenance.pruning is not None else prune(graph, by_position=True)
+    if int((pruned.node_kind == FEATURE).sum()) > MOST_GROUPED:
+        return graph
+    names, found = node_names(pruned), find_supernodes(pruned).supernodes
+    groups = {title: find_nodes(graph, [names[node] for node in members]).tolist() for title, members in found.items()}
+    return replace(graph, supernodes=groups)
 
 
 def _title(graph: Any, path: Path | None, other: Any) -> str:

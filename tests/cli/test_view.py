@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import socket
 import subprocess
 import sys
 from contextlib import closing
@@ -27,6 +28,8 @@ from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.groups import GraphIdentity, Groups, identity, write_groups
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import TraceInfo
+from difffract_jax.graphs.pruning import prune
+from difffract_jax.graphs.supernodes import find_supernodes
 from shown_circuits import TOKENS, circuit
 
 RUN = "import sys; from difffract_jax.cli.main import main; sys.argv[0] = 'difffract'; main()"
@@ -234,6 +237,26 @@ def test_an_image_that_cannot_be_kept_is_shown_all_the_same(difffract, told_run,
     monkeypatch.setattr(image_files, "keep", full)
     status, told, err = difffract("view", "run.npz", "--model", "organism")
     assert status == 0 and told["image"].startswith("finished") and "No space left on device" in err
+
+
+def test_a_port_in_use_is_one_sentence(difffract):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = refused(difffract("view", "a.npz", "--serve", "--port", port))
+    assert f"Port {port} of this machine cannot be listened on" in said and "leave --port out" in said
+
+
+def test_a_page_opens_with_the_groups_that_are_found(difffract):
+    graph = aggregate(circuit(0))
+    grouped = cli_view._grouped(graph)
+    found = find_supernodes(prune(graph))
+    names = node_names(found)
+    expected = {title: [names[n] for n in members] for title, members in found.supernodes.items()}
+    ours = node_names(graph)
+    assert {title: [ours[n] for n in members] for title, members in grouped.supernodes.items()} == expected
+    assert cli_view._grouped(found) is found
 
 
 def test_help_teaches(monkeypatch, capsys):

@@ -393,6 +393,10 @@ def test_automatic_groups_come_first_and_nodes_are_grouped_by_hand(page, whole):
     all_shown(page)
     groups = [group["name"] for group in state(page, "store.doc.groups")]
     assert groups == list(whole.supernodes) and groups
+    page.click("#tab-groups")
+    page.hover(".group-head >> nth=0")
+    members = {node_names(whole).index(name) for name in state(page, "store.doc.groups[0].members")}
+    assert {*state(page, "scenes.left.focus.nodes")} == members & {*shown(page).tolist()}
     name = strongest_feature(whole)
     click_node(page, name)
     page.keyboard.press("g")

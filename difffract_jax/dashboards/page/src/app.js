@@ -324,6 +324,12 @@ export class App {
     this.tip.style.top = `${Math.min(event.clientY + 14, window.innerHeight - this.tip.offsetHeight - 8)}px`;
   }
 
+  /** Brings the nodes of a group into focus; null for none. */
+  pointAtGroup(place) {
+    this.groupPointed = place;
+    this.refocus();
+  }
+
   /** Marks a patch of the image or a word: the nodes that are active there come into focus. */
   mark(position, text) {
     this.marked = position === null ? null : { position, text };
@@ -360,7 +366,14 @@ export class App {
   }
 
   focusOf(scene, hovered, selected) {
-    const { graph, nodeShown } = scene.look;
+    const { graph, nodeShown, edgeShown } = scene.look;
+    const group = scene.look.groups[this.groupPointed ?? -1];
+    if (group) {
+      const nodes = group.nodes.filter((node) => nodeShown[node]);
+      const members = new Set(nodes);
+      const edges = nodes.flatMap((node) => [...edgesOf(graph.into, node)]).filter((e) => edgeShown[e] && members.has(graph.edge_source[e]));
+      return { veil: 0.86, nodes, edges, selected: [], hovered: null };
+    }
     if (this.marked && hovered === null) {
       const nodes = this.activeNodes(graph).map(([node]) => node).filter((node) => nodeShown[node]);
       return { veil: 0.86, nodes, edges: [], selected: [], hovered: null, word: this.marked.text ? this.marked.position : null };

@@ -176,7 +176,7 @@ export class Panel {
       h("p", { class: "quiet" }, groups.length ? "Groups hold features that do the same. Those found automatically come first." :
         "No groups yet. Click a node, then Group; or run difffract supernodes on the graph, which finds groups."),
       groups.map((group, place) => h("div", { class: "group", "data-group": group.name },
-        h("div", { class: "group-head" },
+        h("div", { class: "group-head", onpointerenter: () => this.app.pointAtGroup(place), onpointerleave: () => this.app.pointAtGroup(null) },
           h("span", { class: "swatch", style: { background: this.app.colours.groups[place % this.app.colours.groups.length] } }),
           h("input", { type: "text", "aria-label": "Name of the group", value: group.name, maxlength: "200", dir: "auto", onchange: (event) => this.app.renameGroup(place, event.target.value) }),
           h("button", { type: "button", title: "Take the group apart", "aria-label": "Take the group apart", onclick: () => this.app.removeGroup(place) }, "×")),
