@@ -298,7 +298,7 @@ def test_small_maps_appear_beside_nodes_when_there_is_room(page, whole):
     page.evaluate(
         """(node) => {
           const { frame, look } = difffract.scenes.left;
-          const k = 60 / look.layout.apart;
+          const k = 60 / Math.min(look.layout.apart, 0.75 * look.layout.tall);
           difffract.scenes.left.place({ k, x: 400 - look.layout.x[node] * k, y: 300 - look.layout.y[node] * k });
         }""",
         int(node),

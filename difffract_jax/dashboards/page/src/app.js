@@ -57,7 +57,7 @@ export class App {
     this.tip = h("div", { class: "tip", role: "status", hidden: true });
     this.toast = h("div", { class: "toast", role: "alert", hidden: true });
     root.append(h("div", { class: "page" }, this.header(),
-      h("main", {}, h("div", { class: "drawing" }, this.legend(), this.stage, this.controls()),
+      h("main", {}, h("div", { class: "drawing" }, h("div", { class: "above" }, this.legend(), this.foldButton(), this.zoomButtons()), this.stage, this.controls()),
         h("aside", {}, Object.values(this.pictures).map((picture) => picture.element), this.panel.element)),
       this.tip, this.toast, this.helpBox(), this.frameBox()));
     this.store.listen((what) => this.changed(what));
@@ -122,12 +122,16 @@ export class App {
     this.mode = h("select", { "aria-label": "Pruning rule", title: "standard: all nodes in one list, as circuit-tracer; difffract: per stream, errors stay",
       onchange: () => this.store.edit((doc) => { doc.mode = this.mode.value; }) }, h("option", { value: "standard" }, "standard"), h("option", { value: "difffract" }, "per stream"));
     this.counted = h("span", { class: "counted" });
-    this.fold = h("button", { type: "button", "data-action": "fold", title: "Steps one above another, or in one place (s)",
-      onclick: () => this.store.look({ unfolded: !this.store.view.unfolded }) });
-    this.fold.hidden = !Object.values(this.graphs).some((graph) => graph.steps.length > 1);
     return h("div", { class: "controls" },
       slider("node_threshold", "Nodes", "Share of the influence that the nodes you see hold"),
-      slider("edge_threshold", "Edges", "Share of the edge scores that the edges you see hold"), this.mode, this.fold, this.counted, this.zoomButtons());
+      slider("edge_threshold", "Edges", "Share of the edge scores that the edges you see hold"), this.mode, this.counted);
+  }
+
+  foldButton() {
+    this.fold = h("button", { type: "button", class: "fold", "data-action": "fold", title: "Steps one above another, or in one place (s)",
+      onclick: () => this.store.look({ unfolded: !this.store.view.unfolded }) });
+    this.fold.hidden = !Object.values(this.graphs).some((graph) => graph.steps.length > 1);
+    return this.fold;
   }
 
   helpBox() {
@@ -261,7 +265,10 @@ export class App {
 
   /** Returns what to call a node: the name given by hand, its label, or its address. */
   title(node, graph = this.main.graph) {
-    return this.store.doc.names[graph.names[node]] || graph.labels[node] || graph.names[node];
+    const given = this.store.doc.names[graph.names[node]];
+    const label = graph.labels[node];
+    const step = label && !this.store.view.unfolded && graph.steps.length > 1 ? ` #${graph.node_step[node]}` : "";
+    return given || (label && label + step) || graph.names[node];
   }
 
   select(node) {

@@ -94,7 +94,7 @@ function withWidth(graph, rows, words, aspect, width) {
     bottom += (lines - 1) * LINE + tall;
   }
   const height = Math.max(0, bottom - tall);
-  return { x, y, rows, zones, words, width, height, apart };
+  return { x, y, rows, zones, words, width, height, apart, tall };
 }
 
 function rowsOf(graph, shown, unfolded) {

@@ -208,7 +208,7 @@ function paintGroups(ctx, look, frame) {
 
 /** Returns where the small map of a node is drawn, [left, top, width, height]; null for none, or where there is no room. */
 export function thumbnailBox(look, frame, node) {
-  const room = frame.k * look.layout.apart;
+  const room = frame.k * Math.min(look.layout.apart, 0.75 * look.layout.tall);
   if (room < 50 || !look.atlas?.tiles.has(node)) return null;
   const height = Math.min(46, 0.62 * room);
   const width = height * Math.min(1.6, look.atlas.columns / look.atlas.rows);
