@@ -58,13 +58,17 @@ def view(settings: ViewConfig, *, json: bool) -> None:
     with replacing(out):
         write_report(out, page)
     told = {"page": str(out), "nodes": int(shown.node_kind.size), "edges": int(shown.edge_source.size)}
-    emit(told | {"size": f"{len(page.encode()) / 1e6:.2f} MB", "image": _about_image(parts)}, as_json=json)
+    emit(
+        told | {"size": f"{len(page.encode()) / 1e6:.2f} MB", "image": _about_images(parts.images, parts.image_note)},
+        as_json=json,
+    )
 
 
-def _about_image(parts: Any) -> str:
-    steps = [image.step for image in parts.images if image.step is not None]
+def _about_images(images: Any, note: str) -> str:
+    """Says which images of the run are shown, or why none is."""
+    steps = [image.step for image in images if image.step is not None]
     predicted = f", and as step {', '.join(map(str, steps))} predicted it" if steps else ""
-    return f"finished{predicted}" if parts.images else parts.image_note
+    return f"finished{predicted}" if images else note
 
 
 def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
@@ -295,4 +299,4 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     )
     with replacing(settings.out):
         write_report(settings.out, page)
-    emit({"report": str(settings.out), "image": note or f"{len(images)} of the run"}, as_json=json)
+    emit({"report": str(settings.out), "image": _about_images(images, note)}, as_json=json)

@@ -202,7 +202,10 @@ export class App {
     this.path = null;
     const node = this.selected();
     const { graph, shares, masks } = this.main;
-    if (view.path && node !== null) this.path = strongestPath(graph, shares, masks.edges, node, graph.targets[0].node);
+    if (view.path && node !== null) {
+      const paths = graph.targets.map((target) => strongestPath(graph, shares, masks.edges, node, target.node));
+      this.path = paths.filter(Boolean).sort((a, b) => b.share - a.share)[0] ?? null;
+    }
     this.stage.classList.toggle("two", view.show === "side");
     this.scenes.right.element.hidden = view.show !== "side";
     this.scenes.left.graphKey = view.show === "side" ? "a" : view.show;
