@@ -241,7 +241,7 @@ def _made(graph: Any, model: str) -> Any:
     from difffract_jax.dashboards.run_images import run_images
 
     run, steps = graph.provenance.run, tuple(graph.provenance.steps or (graph.provenance.run.step,))
-    pipe = open_model("generate", GenerateConfig(model=model, prompt=run.prompt)).pipe
+    pipe = open_model("generate", GenerateConfig.model_validate({"model": model, "prompt": run.prompt})).pipe
     with progress("Making the image") as advance:
         return KeptImages(run_images(pipe, run, steps, advance), steps)
 

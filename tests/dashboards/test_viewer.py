@@ -559,11 +559,15 @@ def test_figures_are_saved_as_svg_and_png(page, folder, whole):
     import xml.etree.ElementTree as xml
 
     all_shown(page)
+    name = next(node_names(whole)[n] for n in shown(page) if whole.node_kind[n] == FEATURE)
+    page.evaluate(
+        "(name) => difffract.store.edit((doc) => { doc.groups = [{ name: 'the edge', members: [name] }]; })", name
+    )
     file, content = downloaded(page, lambda: page.click("[data-action=svg]"))
     drawn = xml.fromstring(content.decode())
     assert file == "main.svg" and len(drawn.findall(".//{*}path")) > 8
     texts = [one.text for one in drawn.iter("{http://www.w3.org/2000/svg}text")]
-    assert "red" in texts and "inputs" in texts
+    assert {"red", "inputs", "the edge"} <= {*texts}
     file, content = downloaded(page, lambda: page.click("[data-action=png]"))
     (folder / "out.png").write_bytes(content)
     with Image.open(folder / "out.png") as image:

@@ -256,6 +256,7 @@ export function paintLabels(ctx, look, frame, nodes, veiled = false) {
     const box = veiled ? null : thumbnailBox(look, frame, node);
     if (box) claim(box[0], box[1], box[0] + box[2], box[1] + box[3], false);
   }
+  if (!veiled) paintGroupNames(ctx, look, frame, claim);
   ctx.textBaseline = "middle";
   for (const node of nodes) {
     const [x, y] = screen(frame, look, node);
@@ -287,6 +288,29 @@ export function paintLabels(ctx, look, frame, nodes, veiled = false) {
       ctx.fillText(text, left, top + 7);
       break;
     }
+  }
+}
+
+/** Draws the names that groups were given by hand, above the topmost member of each; found groups have none of their own. */
+function paintGroupNames(ctx, look, frame, claim) {
+  for (const group of look.groups) {
+    const members = group.nodes.filter((node) => look.nodeShown[node]);
+    if (!members.length || / and \d+ more$/.test(group.name)) continue;
+    const top = members.reduce((a, b) => (look.layout.y[a] <= look.layout.y[b] ? a : b));
+    const [x, y] = screen(frame, look, top);
+    ctx.font = `italic 600 11.5px ${FONT}`;
+    ctx.textAlign = "center";
+    ctx.textBaseline = "middle";
+    const text = short(group.name, 28);
+    const half = ctx.measureText(text).width / 2;
+    const line = y - radius(look, top) - 15;
+    if (line < 8 || !claim(x - half, line - 7, x + half, line + 6, true)) continue;
+    ctx.lineJoin = "round";
+    ctx.lineWidth = 3.5;
+    ctx.strokeStyle = look.colours.paper;
+    ctx.strokeText(text, x, line);
+    ctx.fillStyle = look.colours.ink;
+    ctx.fillText(text, x, line);
   }
 }
 

@@ -44,11 +44,11 @@ export class SvgContext {
   opacity() { return this.globalAlpha < 1 ? ` opacity="${n(this.globalAlpha)}"` : ""; }
 
   text(text, x, y, paint) {
-    const [, weight = "", size] = this.font.match(/^(?:(\d+) )?([\d.]+)px/) ?? ["", "", "12"];
+    const [, slant, weight, size] = this.font.match(/^(italic )?(?:(\d+) )?([\d.]+)px/) ?? ["", "", "", "12"];
     const anchor = { left: "start", right: "end", center: "middle" }[this.textAlign];
     const base = this.textBaseline === "middle" ? ' dominant-baseline="central"' : "";
     const family = escape(this.font.replace(/^.*?px /, ""));
-    this.parts.push(`<text x="${n(x)}" y="${n(y)}" font-family="${family}" font-size="${size}"${weight ? ` font-weight="${weight}"` : ""} text-anchor="${anchor}"${base} ${paint}>${escape(text)}</text>`);
+    this.parts.push(`<text x="${n(x)}" y="${n(y)}" font-family="${family}" font-size="${size}"${weight ? ` font-weight="${weight}"` : ""}${slant ? ' font-style="italic"' : ""} text-anchor="${anchor}"${base} ${paint}>${escape(text)}</text>`);
   }
 
   fillText(text, x, y) { this.text(text, x, y, `fill="${this.fillStyle}"`); }
