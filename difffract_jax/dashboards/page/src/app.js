@@ -1,9 +1,10 @@
 // The page: one state, one or two drawings, the column beside them, and what joins them.
 import { edgesOf } from "./data.js";
 import { accountOf } from "./account.js";
+import { controls, foldButton, frameBox, header, helpBox, legend, zoomButtons } from "./chrome.js";
 import { coloursOf, prefersDark } from "./colours.js";
-import { cut, download, fill, h, number, percent, short } from "./dom.js";
-import { groupsDocument, pngOf, readGroups, saveGroups, svgOf } from "./files.js";
+import { cut, download, fill, h, percent, short } from "./dom.js";
+import { pngOf, readGroups, svgOf } from "./files.js";
 import { Panel } from "./panel.js";
 import { strongestPath } from "./paths.js";
 import { Picture, activeAt } from "./picture.js";
@@ -56,10 +57,10 @@ export class App {
     this.panel = new Panel(this);
     this.tip = h("div", { class: "tip", role: "status", hidden: true });
     this.toast = h("div", { class: "toast", role: "alert", hidden: true });
-    root.append(h("div", { class: "page" }, this.header(),
-      h("main", {}, h("div", { class: "drawing" }, h("div", { class: "above" }, this.legend(), this.foldButton(), this.zoomButtons()), this.stage, this.controls()),
+    root.append(h("div", { class: "page" }, header(this),
+      h("main", {}, h("div", { class: "drawing" }, h("div", { class: "above" }, legend(this), foldButton(this), zoomButtons(this)), this.stage, controls(this)),
         h("aside", {}, Object.values(this.pictures).map((picture) => picture.element), this.panel.element)),
-      this.tip, this.toast, this.helpBox(), this.frameBox()));
+      this.tip, this.toast, helpBox(this), frameBox(this)));
     this.store.listen((what) => this.changed(what));
     this.loadImages();
     this.store.follow(location.hash.slice(1));
@@ -67,86 +68,6 @@ export class App {
     window.matchMedia?.("(prefers-color-scheme: dark)").addEventListener("change", (event) => this.setTheme(event.matches, false));
     this.applyTheme();
     this.refresh();
-  }
-
-  header() {
-    const { a, b } = this.graphs;
-    const button = (key, text, title, onclick) => h("button", { type: "button", "data-action": key, title, onclick }, text);
-    this.searchBox = h("input", { type: "search", class: "search", placeholder: "Search  /", "aria-label": "Search nodes", maxlength: "200",
-      oninput: () => this.search(), onkeydown: (event) => this.searchKey(event), onfocus: () => this.search() });
-    this.results = h("ul", { class: "results", hidden: true });
-    this.undoButton = button("undo", "↶", "Undo (u)", () => this.store.undo());
-    this.redoButton = button("redo", "↷", "Redo (r)", () => this.store.redo());
-    this.switch = b ? h("div", { class: "switch", role: "group", "aria-label": "Which graph" },
-      [["a", "First"], ["b", "Second"], ["side", "Side by side"], ...(this.graphs.difference ? [["difference", "Difference"]] : [])].map(([key, name]) =>
-        h("button", { type: "button", "data-show": key, title: this.graphs[key] ? short(this.graphs[key].title, 200) : name,
-          onclick: () => this.store.look({ show: key, path: false }) }, name))) : null;
-    return h("header", { class: "head" },
-      h("div", { class: "titles" }, h("h1", {}, cut(a.title, 90)),
-        h("p", { class: "prompt" }, a.prompt ? ["“", cut(a.prompt, 110), "”"] : `${a.count} nodes, ${a.edges} edges`)),
-      this.switch,
-      h("div", { class: "find" }, this.searchBox, this.results),
-      h("div", { class: "tools" }, this.undoButton, this.redoButton,
-        button("svg", "SVG", "Save the drawing as SVG", () => this.exportSvg()),
-        button("png", "PNG", "Save the drawing as PNG", () => this.exportPng()),
-        button("link", "Link", "Copy an address of this view (l)", () => this.copyLink()),
-        button("theme", "◐", "Light or dark (d)", () => this.setTheme(!this.dark)),
-        button("help", "?", "Keys (?)", () => this.help.showModal())));
-  }
-
-  legend() {
-    const entry = (kind, name) => h("li", {}, h("span", { class: `mark ${kind}` }), name);
-    return h("ul", { class: "legend", title: "Size of a node and width of an edge: how much the target hangs on it" },
-      entry("feature img", "image feature"), entry("feature txt", "text feature"), entry("input img", "input"),
-      entry("error img", "error"), entry("rest img", "not followed"), entry("output", "target"),
-      h("li", {}, h("span", { class: "mark edge plus" }), (this.raises = h("span", {}))),
-      h("li", {}, h("span", { class: "mark edge minus" }), (this.lowers = h("span", {}))));
-  }
-
-  zoomButtons() {
-    const zoom = (key, text, title, act) => h("button", { type: "button", "data-action": key, title, "aria-label": title, onclick: act }, text);
-    const by = (factor) => () => this.activeScenes().forEach((scene) => scene.zoomBy(factor));
-    return h("div", { class: "zoom" }, zoom("zoom-in", "+", "Zoom in", by(1.5)), zoom("zoom-out", "−", "Zoom out", by(1 / 1.5)),
-      zoom("fit", "⤢", "Show all (f)", () => this.fit()));
-  }
-
-  controls() {
-    const slider = (key, name, why) => {
-      const input = h("input", { type: "range", min: "0.02", max: "1", step: "0.01", "data-slider": key, title: why,
-        oninput: () => this.slide(key, Number(input.value)), onchange: () => this.store.settle() });
-      const figure = h("output", {});
-      this.sliders[key] = { input, figure };
-      return h("label", { class: "slider", title: why }, h("span", {}, name), input, figure);
-    };
-    this.sliders = {};
-    this.mode = h("select", { "aria-label": "Pruning rule", title: "standard: all nodes in one list, as circuit-tracer; difffract: per stream, errors stay",
-      onchange: () => this.store.edit((doc) => { doc.mode = this.mode.value; }) }, h("option", { value: "standard" }, "standard"), h("option", { value: "difffract" }, "per stream"));
-    this.counted = h("span", { class: "counted" });
-    return h("div", { class: "controls" },
-      slider("node_threshold", "Nodes", "Share of the influence that the nodes you see hold"),
-      slider("edge_threshold", "Edges", "Share of the edge scores that the edges you see hold"), this.mode, this.counted);
-  }
-
-  foldButton() {
-    this.fold = h("button", { type: "button", class: "fold", "data-action": "fold", title: "Steps one above another, or in one place (s)",
-      onclick: () => this.store.look({ unfolded: !this.store.view.unfolded }) });
-    this.fold.hidden = !Object.values(this.graphs).some((graph) => graph.steps.length > 1);
-    return this.fold;
-  }
-
-  helpBox() {
-    const keys = [["↑ ↓", "along the strongest edge, towards the target or away from it"], ["← →", "to the next node of the row"], ["/", "search"], ["p", "pin"],
-      ["g", "put into a group"], ["n", "name"], ["m", "note"], ["t", "path to the target"], ["o", "feature page"], ["u, r", "undo, redo"], ["s", "unfold or stack steps"], ["f", "show all"],
-      ["d", "light or dark"], ["l", "copy an address of this view"], ["Esc", "let go"]];
-    this.help = h("dialog", { class: "help" }, h("h2", {}, "Keys"), h("dl", {}, keys.map(([key, what]) => [h("dt", {}, key), h("dd", {}, what)])),
-      h("form", { method: "dialog" }, h("button", {}, "Close")));
-    return this.help;
-  }
-
-  frameBox() {
-    this.pageFrame = h("iframe", { title: "Page of the feature", referrerpolicy: "no-referrer" });
-    this.pageDialog = h("dialog", { class: "feature-page" }, h("form", { method: "dialog" }, h("button", {}, "Close")), this.pageFrame);
-    return this.pageDialog;
   }
 
   /** Returns the images of a graph's run; a difference has those of the first. */
@@ -421,145 +342,6 @@ export class App {
     return next === undefined ? undefined : this.select(next);
   }
 
-  // What a person makes of the graph.
-
-  pin(node) {
-    const name = this.main.graph.names[node];
-    this.store.edit((doc) => {
-      doc.pinned = doc.pinned.includes(name) ? doc.pinned.filter((one) => one !== name) : [...doc.pinned, name];
-    });
-  }
-
-  rename(node, text) {
-    const name = this.main.graph.names[node];
-    this.store.edit((doc) => {
-      if (text.trim()) doc.names[name] = text.trim();
-      else delete doc.names[name];
-    });
-  }
-
-  annotate(node, text) {
-    const name = this.main.graph.names[node];
-    this.store.edit((doc) => {
-      if (text.trim()) doc.notes[name] = text;
-      else delete doc.notes[name];
-    });
-  }
-
-  /** Puts a node into a group that is chosen by name, an existing one or a new one. */
-  addToGroup(node) {
-    const { groups } = this.store.doc;
-    const list = h("datalist", { id: "group-names" }, groups.map(({ name }) => h("option", { value: name })));
-    const box = h("input", { type: "text", list: "group-names", placeholder: "Name of the group", "aria-label": "Name of the group", maxlength: "200", dir: "auto" });
-    const dialog = h("dialog", { class: "ask" }, h("form", { method: "dialog", onsubmit: () => this.group(node, box.value) },
-      h("h2", {}, node === null ? "New group" : ["Put ", cut(this.title(node), 40), " into a group"]), box, list,
-      h("div", { class: "actions" }, h("button", { type: "button", onclick: () => dialog.close() }, "Cancel"), h("button", { class: "primary" }, "OK"))));
-    dialog.addEventListener("close", () => dialog.remove());
-    document.body.append(dialog);
-    dialog.showModal();
-  }
-
-  group(node, title) {
-    const name = title.trim();
-    if (!name) return;
-    const member = node === null ? null : this.main.graph.names[node];
-    this.store.edit((doc) => {
-      if (member) for (const group of doc.groups) group.members = group.members.filter((one) => one !== member);
-      let group = doc.groups.find((one) => one.name === name);
-      if (!group) doc.groups.push((group = { name, members: [] }));
-      if (member) group.members.push(member);
-      doc.groups = doc.groups.filter((one) => one.members.length || one === group);
-    });
-    this.panel.open("groups");
-  }
-
-  renameGroup(place, text) {
-    const name = text.trim();
-    const { groups } = this.store.doc;
-    if (!name || groups.some((group, i) => group.name === name && i !== place)) {
-      this.say(name ? "Another group has that name." : "A group needs a name.");
-      return this.panel.showGroups();
-    }
-    this.store.edit((doc) => { doc.groups[place].name = name; });
-  }
-
-  removeGroup(place) {
-    this.store.edit((doc) => { doc.groups.splice(place, 1); });
-  }
-
-  async save() {
-    try {
-      this.say(await saveGroups(this.extras.name ?? "graph", groupsDocument(this.graphs.a.identity, this.store.doc), this.extras.server));
-    } catch (error) {
-      this.say(`Not saved. ${error.message}`);
-    }
-  }
-
-  loadGroups() {
-    const chooser = h("input", { type: "file", accept: ".json", hidden: true, class: "groups-file" });
-    chooser.addEventListener("change", async () => {
-      try {
-        const read = readGroups(await chooser.files[0].text(), this.graphs.a.identity);
-        this.store.edit((doc) => Object.assign(doc, read));
-        this.say("Groups opened.");
-      } catch (error) {
-        this.say(error.message);
-      }
-      chooser.remove();
-    });
-    document.body.append(chooser);
-    chooser.click();
-  }
-
-  // Search.
-
-  search() {
-    const asked = this.searchBox.value.trim().toLowerCase();
-    const { graph, influence, masks } = this.main;
-    const { doc } = this.store;
-    this.found = [];
-    if (asked) {
-      const grouped = new Map(doc.groups.flatMap(({ name, members }) => members.map((member) => [member, name])));
-      for (let n = 0; n < graph.count; n++) {
-        const name = graph.names[n];
-        const words = [name, graph.labels[n], doc.names[name], doc.notes[name], grouped.get(name)];
-        if (words.some((word) => word?.toLowerCase().includes(asked))) this.found.push(n);
-      }
-      this.found.sort((a, b) => masks.nodes[b] - masks.nodes[a] || influence[b] - influence[a]);
-    }
-    this.chosen = 0;
-    fill(this.results, this.found.slice(0, 12).map((node, place) => h("li", { class: "row", "data-node": graph.names[node], "aria-selected": String(place === 0),
-      onpointerdown: (event) => { event.preventDefault(); this.take(node); }, onpointerenter: () => this.point(node), onpointerleave: () => this.point(null) },
-    this.panel.nodeName(node, 30), masks.nodes[node] ? null : h("span", { class: "quiet" }, "hidden"))),
-    asked && !this.found.length ? h("li", { class: "quiet" }, "Nothing found.") : null);
-    this.results.hidden = !asked;
-  }
-
-  take(node) {
-    this.results.hidden = true;
-    this.searchBox.blur();
-    this.point(null);
-    this.select(node);
-  }
-
-  searchKey(event) {
-    event.stopPropagation();
-    if (event.key === "Escape") {
-      this.searchBox.value = "";
-      this.results.hidden = true;
-      this.searchBox.blur();
-    }
-    const shown = Math.min(12, this.found?.length ?? 0);
-    if (!shown) return;
-    if (event.key === "Enter") return this.take(this.found[this.chosen]);
-    if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-      event.preventDefault();
-      this.chosen = (this.chosen + (event.key === "ArrowDown" ? 1 : shown - 1)) % shown;
-      [...this.results.children].forEach((row, i) => row.setAttribute("aria-selected", String(i === this.chosen)));
-      this.point(this.found[this.chosen]);
-    }
-  }
-
   // The rest.
 
   fit() {
@@ -638,5 +420,3 @@ export class App {
     document.documentElement.dataset.theme = this.dark ? "dark" : "light";
   }
 }
-
-export { number };

@@ -1,4 +1,5 @@
 // The keyboard. Keys are left alone while somebody types.
+import { pin, addToGroup } from "./edits.js";
 
 /** Listens to the keyboard for an app. */
 export function listen(app) {
@@ -13,8 +14,8 @@ export function listen(app) {
   const keys = {
     "/": () => app.searchBox.focus(),
     "?": () => app.help.showModal(),
-    p: node((n) => app.pin(n)),
-    g: node((n) => app.addToGroup(n)),
+    p: node((n) => pin(app, n)),
+    g: node((n) => addToGroup(app, n)),
     n: into("input.rename"),
     m: into("textarea.note"),
     t: () => app.togglePath(),

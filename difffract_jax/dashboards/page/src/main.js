@@ -4,7 +4,7 @@ import { inflateSync, strFromU8 } from "fflate";
 import { App } from "./app.js";
 import { fromBase64, readGraph } from "./data.js";
 import { listen } from "./keys.js";
-import { thumbnailBox } from "./painter.js";
+import { thumbnailBox } from "./maps.js";
 import { prune } from "./prune.js";
 
 const text = (id) => document.getElementById(id)?.textContent.trim();

@@ -2,6 +2,7 @@
 import { FEATURE, edgesOf, mapOf } from "./data.js";
 import { cut, fill, h, number, percent } from "./dom.js";
 import { showAccount } from "./account.js";
+import { pin, rename, annotate, addToGroup, renameGroup, removeGroup, save, loadGroups } from "./edits.js";
 
 const KINDS = {
   feature: "feature", error: "error of the transcoder", input: "input", output: "target", rest: "features not followed",
@@ -102,13 +103,13 @@ export class Panel {
         h("p", { class: "quiet" }, cut(name, 60, { class: "address" }), ` · ${KINDS[kind] ?? kind}`,
           graph.labels[node] && doc.names[name] ? [" · ", cut(graph.labels[node], 60)] : null)),
       h("div", { class: "actions" },
-        this.action("pin", doc.pinned.includes(name) ? "Unpin" : "Pin", "p", () => this.app.pin(node)),
-        this.action("group", "Group…", "g", () => this.app.addToGroup(node)),
+        this.action("pin", doc.pinned.includes(name) ? "Unpin" : "Pin", "p", () => pin(this.app, node)),
+        this.action("group", "Group…", "g", () => addToGroup(this.app, node)),
         this.action("path", this.app.path ? "Hide path" : "Path to target", "t", () => this.app.togglePath()),
         this.app.pageOf(node) ? this.action("page", "Feature page", "o", () => this.app.openPage(node)) : null),
       h("label", { class: "field" }, h("span", {}, "Name"),
         h("input", { class: "rename", type: "text", value: doc.names[name] ?? "", placeholder: graph.labels[node] || name, maxlength: "200", dir: "auto",
-          onchange: (event) => this.app.rename(node, event.target.value) })),
+          onchange: (event) => rename(this.app, node, event.target.value) })),
       h("label", { class: "field" }, h("span", {}, "Note"), this.noteBox(node, doc.notes[name] ?? "")),
       h("dl", { class: "numbers" }, facts.map(([key, value]) => [h("dt", {}, key), h("dd", {}, value)])),
       this.app.path ? this.pathBox(this.app.path) : null,
@@ -119,7 +120,7 @@ export class Panel {
 
   noteBox(node, text) {
     const box = h("textarea", { class: "note", rows: "2", placeholder: "What you think it does", maxlength: "20000", dir: "auto",
-      onchange: (event) => this.app.annotate(node, event.target.value) });
+      onchange: (event) => annotate(this.app, node, event.target.value) });
     box.value = text;
     return box;
   }
@@ -170,16 +171,16 @@ export class Panel {
     };
     fill(this.groups,
       h("div", { class: "actions" },
-        h("button", { type: "button", "data-action": "save", onclick: () => this.app.save() }, this.app.extras.server ? "Save" : "Save .groups.json"),
-        h("button", { type: "button", "data-action": "load", onclick: () => this.app.loadGroups() }, "Open…"),
-        h("button", { type: "button", "data-action": "new-group", onclick: () => this.app.addToGroup(this.app.selected()) }, "New group")),
+        h("button", { type: "button", "data-action": "save", onclick: () => save(this.app) }, this.app.extras.server ? "Save" : "Save .groups.json"),
+        h("button", { type: "button", "data-action": "load", onclick: () => loadGroups(this.app) }, "Open…"),
+        h("button", { type: "button", "data-action": "new-group", onclick: () => addToGroup(this.app, this.app.selected()) }, "New group")),
       h("p", { class: "quiet" }, groups.length ? "Groups hold features that do the same. Those found automatically come first." :
         "No groups yet. Click a node, then Group; or run difffract supernodes on the graph, which finds groups."),
       groups.map((group, place) => h("div", { class: "group", "data-group": group.name },
         h("div", { class: "group-head", onpointerenter: () => this.app.pointAtGroup(place), onpointerleave: () => this.app.pointAtGroup(null) },
           h("span", { class: "swatch", style: { background: this.app.colours.groups[place % this.app.colours.groups.length] } }),
-          h("input", { type: "text", "aria-label": "Name of the group", value: group.name, maxlength: "200", dir: "auto", onchange: (event) => this.app.renameGroup(place, event.target.value) }),
-          h("button", { type: "button", title: "Take the group apart", "aria-label": "Take the group apart", onclick: () => this.app.removeGroup(place) }, "×")),
+          h("input", { type: "text", "aria-label": "Name of the group", value: group.name, maxlength: "200", dir: "auto", onchange: (event) => renameGroup(this.app, place, event.target.value) }),
+          h("button", { type: "button", title: "Take the group apart", "aria-label": "Take the group apart", onclick: () => removeGroup(this.app, place) }, "×")),
         h("ul", {}, group.members.slice(0, 40).map(item)))),
       pinned.length ? [h("h3", {}, "Pinned"), h("ul", { class: "pins" }, pinned.map(item))] : null,
       Object.keys(notes).length ? [h("h3", {}, "Notes"), h("ul", { class: "notes" }, Object.entries(notes).map(([name, note]) =>

@@ -6,7 +6,10 @@ import { select } from "d3-selection";
 import { zoom, zoomIdentity } from "d3-zoom";
 import { edgesOf } from "./data.js";
 import { h } from "./dom.js";
-import { GUTTER, STEPS, paint, paintEdges, paintGutters, paintLabels, paintNodes, radius, ring, screen } from "./painter.js";
+import { paintGutters } from "./axes.js";
+import { GUTTER, STEPS, screen } from "./frame.js";
+import { paintLabels } from "./labels.js";
+import { paint, paintEdges, paintNodes, ring } from "./painter.js";
 
 const REST = 90;
 const STRONGEST = 160;
@@ -256,5 +259,3 @@ export class Scene {
     return { edges, nodes: [...nodes] };
   }
 }
-
-export { radius };

@@ -1,7 +1,7 @@
 // A graph ready to be drawn: its influence, what pruning keeps, where nodes stand, how strong edges look.
 import { columnShares, influenceOf, prune, reach } from "./prune.js";
 import { layOut } from "./layout.js";
-import { makeAtlas } from "./painter.js";
+import { makeAtlas } from "./maps.js";
 
 export class View {
   constructor(graph) {
