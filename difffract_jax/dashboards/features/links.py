@@ -10,6 +10,7 @@
    modulates its norm is left out.
 2. Of every feature the `keep` weights of largest size are kept, over all later sites (downstream) and over all earlier
    ones (upstream). Attention, which carries what is written to other tokens, is left out: a graph has it.
+   SAEs read what an MLP wrote, no residual stream, and have no such links.
 3. Neighbours are the features of the same site with the largest cosines of decoder vectors.
 """
 
@@ -105,7 +106,7 @@ def find_links(
         progress: called with (pairs done, pairs in all).
     """
     places, features = places_of(tcs, layout), tcs.config.features
-    pairs = list(pairs_of(places))
+    pairs = list(pairs_of(places)) if tcs.config.role == "transcoder" else []
     up, down, near = (_empty(len(places), features, keep) for _ in range(3))
     total = len(pairs) + len(places)
     for site, place in enumerate(places):

@@ -141,7 +141,7 @@ def _norm_scales_of(
 
 
 def _entering(visit: Visit) -> tuple[Array, ...]:
-    return tuple(layer_norm(h)[1] for h in visit.h)
+    return tuple(layer_norm(h)[1] for h in visit.entering)
 
 
 _norm_scales = jit_resident(_norm_scales_of, static_argnames=("grid", "sites"))
