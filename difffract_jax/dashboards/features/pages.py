@@ -160,9 +160,9 @@ def feature_record(site: SitePages, config: Mapping[str, Any], number: int) -> d
         "prompts": int(scan.prompts[number]),
         "peak": short(scan.peak[number]),
         "examples": list(_examples(site, config, number)),
-        "up": _partners(site.links.upstream, site.number, number, config),
-        "down": _partners(site.links.downstream, site.number, number, config),
-        "near": _partners(site.links.neighbours, site.number, number, config),
+        "up": _partners(site, site.links.upstream, number, config),
+        "down": _partners(site, site.links.downstream, number, config),
+        "near": _partners(site, site.links.neighbours, number, config),
     }
     if site.strength is not None:
         record["effect"] = short(site.strength[number])
@@ -191,11 +191,15 @@ def _examples(site: SitePages, config: Mapping[str, Any], number: int) -> Iterat
         ]
 
 
-def _partners(found: Strongest, site: int, number: int, config: Mapping[str, Any]) -> list[list[Any]]:
-    """Returns a feature's partners as number of the site, feature, and weight or cosine."""
-    values, partners = found.value[site, number], found.partner[site, number]
-    pairs = (divmod(int(partner), config["features"]) for partner in partners)
-    return [[*pair, short(value)] for pair, value in zip(pairs, values, strict=True) if value != 0]
+def _partners(site: SitePages, found: Strongest, number: int, config: Mapping[str, Any]) -> list[list[Any]]:
+    """Returns a feature's partners as number of the site, feature, weight or cosine, and what it is called, if known."""
+    names, partners = list(config["sites"]), []
+    for value, partner in zip(found.value[site.number, number], found.partner[site.number, number], strict=True):
+        at, feature = divmod(int(partner), config["features"])
+        text = site.texts.get(f"{names[at]}/f{feature}")
+        if value != 0:
+            partners.append([at, feature, short(value), *([text.text] if text is not None else [])])
+    return partners
 
 
 def packed(cells: UInt8[np.ndarray, "cells"]) -> str:
@@ -241,9 +245,9 @@ def suffix_of(size: Sequence[int]) -> str:
 
 
 def sheet_of(pictures: UInt8[np.ndarray, "some H W rgb"], columns: int) -> UInt8[np.ndarray, "height width rgb"]:
-    """Lays pictures out in rows of `columns`, the last filled up with grey."""
+    """Lays pictures out in `columns` rows of `columns`, what is left filled up with grey."""
     count, height, width, _ = pictures.shape
-    rows = -(-count // columns)
+    rows = columns
     sheet = np.full((rows * columns, height, width, 3), 128, np.uint8)
     sheet[:count] = pictures
     return sheet.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
