@@ -38,6 +38,7 @@ ORDER = (
     ("difffract_jax.circuits.effects", "difffract_jax.circuits.editing"),
     ("difffract_jax.circuits.checks",),
     ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.directories", "difffract_jax.estimate"),
+    ("difffract_jax.dashboards.features",),
     ("difffract_jax.parts",),
     ("difffract_jax.loading",),
     ("difffract_jax.conversion",),
@@ -56,6 +57,7 @@ LIGHT = (
     *(f"difffract_jax.circuits.notation.{name}" for name in ("feature", "edits", "labels")),
     "difffract_jax.circuits.attribution.expansion",
     *(f"difffract_jax.dashboards.{name}" for name in ("records", "pictures", "render")),
+    "difffract_jax.dashboards.features.record",
     "difffract_jax.circuits.checks.predictions",
 )
 """Modules that need no JAX, beside all of `graphs`; nor SciPy's statistics, which take a second to import."""

@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 WIDE = 4
 """Bytes of a number of the state."""
+SCAN_STEPS = 4
+"""Denoising steps where a plan of a scan does not say."""
+PEAK = 2 * WIDE
+"""Bytes of a feature's peak in a prompt that is running."""
 BINS = 30
 """Bins of the histogram of values; `dashboards.features.state.BINS`."""
 PAGE = 900

@@ -28,7 +28,18 @@ ON_SETTINGS = {
     "features",
     "heads",
 }
-ON_SETTINGS |= {"encode", "effects", "validate", "prune", "supernodes", "export", "train", "evaluate", "study"}
+ON_SETTINGS |= {
+    "encode",
+    "effects",
+    "validate",
+    "prune",
+    "supernodes",
+    "export",
+    "train",
+    "evaluate",
+    "study",
+    "dashboards",
+}
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

@@ -5,11 +5,12 @@ corpus   prompts in batches, and one denoising step of a batch with a tap at eve
 scan     the first pass: statistics and the places of examples, kept now and then, so that it can go on
 choice   which examples are shown: the strongest, and some of lower quantiles
 maps     the second pass: the examples' prompts again, each example's heat map, thumbnails of their images
+mean_run gates, norms and the last layer at the mean prompt
 links    features up- and downstream by weights, and neighbours by their decoder vectors
 effects  what a feature adds to the predicted image directly, as a small picture
 record   the result on disk and in Python: `load_scan`
-labels   what features are called, from labels files and tables of texts
+texts    what features are called, from labels files and tables, and what a graph says of them
 pages    the folder: chunks of data as script files, sprite sheets, the page that reads them
-sizes    bytes on the device and on disk, counted before anything is loaded
+request  what is asked for, and what is refused before anything runs
 build    all of it, one output directory
 """

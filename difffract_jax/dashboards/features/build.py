@@ -5,14 +5,11 @@
 2. First pass (`scan`); choose examples; write the scan's record.
 3. Second pass (`maps`): maps of the examples, thumbnails.
 4. The mean run, links by weights, effects on pixels.
-5. Pages, site by site; the index last. The directory appears when it is complete; what is finished of an interrupted one
-   stays beside it, and the same call goes on there.
+5. Pages, site by site; the index last. The directory appears when it is complete; what is finished of an interrupted
+   one stays beside it, and the same call goes on there.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +18,6 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from difffract_jax.address import Layout
-from difffract_jax.circuits.notation.feature import Feature
-from difffract_jax.config import UserError
 from difffract_jax.dashboards.features import maps as example_maps
 from difffract_jax.dashboards.features import pages
 from difffract_jax.dashboards.features.choice import Examples, choose
@@ -39,55 +34,22 @@ from difffract_jax.dashboards.features.record import (
     write_record,
     write_site,
 )
-from difffract_jax.dashboards.features.scan import SECONDS, Kept, Scanned, scan
+from difffract_jax.dashboards.features.request import (
+    DashboardOptions,
+    check_request,
+    identity_of,
+    image_size,
+    sizes_of,
+)
+from difffract_jax.dashboards.features.scan import Kept, Scanned, scan
 from difffract_jax.dashboards.features.state import EDGES, FeatureState
-from difffract_jax.dashboards.features.texts import Text
-from difffract_jax.estimate.scanning import ScanSizes, disk_bytes
-from difffract_jax.models.sampler import PATCH
+from difffract_jax.estimate.scanning import disk_bytes
 from difffract_jax.models.streaming import Streamed
-from difffract_jax.models.tokenizers import encode_prompt
-from difffract_jax.storage.files import is_occupied
 from difffract_jax.storage.resumable import Output, resumable_directory
-from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
+from difffract_jax.transcoders.transcoder import TranscoderSet
 
 Progress = Callable[[str, int, int], None]
 """`progress(stage, done, total)`."""
-MOST_TOKENS = 2**31
-"""Tokens of a step that counters hold."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DashboardOptions:
-    """What pages shall hold beside what the corpus says.
-
-    Attributes:
-        top: strongest examples of a feature.
-        per_third: examples of each third of the others.
-        sample: prompts of the uniform sample that the thirds are of.
-        links: partners by weights, in each direction, and neighbours.
-        features: those that get a page; None for all.
-        texts: what features are called.
-        edges: of a graph, from `texts.edges_by_feature`.
-        graph: name of that graph.
-        names: of the model and the transcoders, as commands take them.
-        seconds: between two times that what is finished is kept.
-    """
-
-    top: int = 10
-    per_third: int = 2
-    sample: int = 32
-    links: int = 8
-    features: tuple[Feature, ...] | None = None
-    texts: Mapping[str, Text] | None = None
-    edges: Mapping[str, Any] | None = None
-    graph: str = ""
-    names: tuple[str, str] = ("MODEL", "TRANSCODERS")
-    seconds: float = SECONDS
-
-    @property
-    def shown(self) -> int:
-        """Places for examples of a feature."""
-        return self.top + 3 * self.per_third
 
 
 class Built(NamedTuple):
@@ -134,7 +96,8 @@ def build_dashboards(
     options = options or DashboardOptions()
     check_request(corpus, tcs, out, options, overwrite=overwrite)
     with resumable_directory(out, overwrite=overwrite) as output:
-        output.begin(_identity(corpus, tcs, options), disk_bytes(sizes_of(corpus, tcs, options)).total)
+        sizes = (corpus.pipe.config, corpus.run, tcs.sites, tcs.config.features, len(corpus.prompts), options)
+        output.begin(identity_of(corpus, tcs, options), disk_bytes(sizes_of(*sizes)).total)
         kept = Kept(output, options.seconds)
         found = scan(
             *(corpus, tcs),
@@ -157,68 +120,6 @@ def build_dashboards(
         told = _write_pages(corpus, tcs, options, output, config, sites, drawn, mean, links, progress)
         write_record(output.files / FOLDER, config, corpus.prompts)
     return told
-
-
-def check_request(
-    corpus: Corpus, tcs: TranscoderSet, out: str | Path, options: DashboardOptions, *, overwrite: bool
-) -> None:
-    """Refuses what can be refused before anything runs; arguments and errors as for `build_dashboards`."""
-    check_fit(tcs, corpus.pipe.config.transformer)
-    if not corpus.prompts:
-        raise UserError("A scan needs prompts, but there are none; give --prompts FILE with one prompt a line.")
-    rows = max(group.rows(corpus.run.tokens) for group, _ in tcs.sites.members)
-    if rows * len(corpus.prompts) >= MOST_TOKENS:
-        raise UserError(
-            f"{len(corpus.prompts):,} prompts of {rows:,} tokens are more than the {MOST_TOKENS:,} that counters hold; "
-            f"give at most {MOST_TOKENS // rows:,} prompts."
-        )
-    for feature in options.features or ():
-        site = f"{feature.stream}/{feature.block}"
-        if site not in tcs.sites.names:
-            raise UserError(f"There are no transcoders of {site}, as {feature} needs; there are {_spoken(tcs)}.")
-        if feature.feature >= tcs.config.features:
-            raise UserError(f"{feature} does not exist: the transcoders have features 0 to {tcs.config.features - 1}.")
-    if overwrite and is_occupied(Path(out)) and not (Path(out) / FOLDER / "config.json").is_file():
-        raise UserError(f"{out} is no folder of dashboards, and --overwrite replaces no other; name another --out.")
-    for prompt in corpus.prompts:
-        encode_prompt(corpus.pipe.tokenizers, prompt, corpus.run.text_tokens)  # unknown words are told now
-
-
-def _spoken(tcs: TranscoderSet) -> str:
-    names = tcs.sites.names
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def sizes_of(corpus: Corpus, tcs: TranscoderSet, options: DashboardOptions) -> ScanSizes:
-    """Returns what the bytes of a scan follow from."""
-    tokens, grid = corpus.run.tokens, corpus.run.grid
-    cells = {g.name: example_maps.cells_of(g, grid, tokens.txt) for g, _ in tcs.sites.members}
-    unit = PATCH * corpus.pipe.config.vae.factor
-    thumb = example_maps.thumb_size(grid[0] * unit, grid[1] * unit)
-    return ScanSizes(
-        features=tcs.config.features,
-        sites=tuple((cells[g.name], "img" in g.streams) for g, numbers in tcs.sites.members for _ in numbers),
-        steps=corpus.run.steps,
-        prompts=len(corpus.prompts),
-        text_tokens=tokens.txt,
-        thumb=thumb[0] * thumb[1] * 3,
-        top=options.top,
-        sample=options.sample,
-        shown=options.shown,
-        links=options.links,
-        pages=None if options.features is None else len(options.features),
-    )
-
-
-def _identity(corpus: Corpus, tcs: TranscoderSet, options: DashboardOptions) -> str:
-    """Returns a text that says all that finished work depends on."""
-    run = corpus.run
-    prompts = hashlib.sha256("\0".join(corpus.prompts).encode()).hexdigest()
-    facts = [FORMAT_VERSION, corpus.pipe.source, tcs.source, tcs.sites.names, prompts, corpus.seed, corpus.batch]
-    facts += [run.grid, run.text_tokens, run.sigmas.tolist(), run.guidance, options.top, options.per_third]
-    facts += [options.sample, None if corpus.mesh is None else dict(corpus.mesh.shape)]
-    facts += [None if options.features is None else [str(one) for one in options.features]]
-    return json.dumps(facts)
 
 
 def _config(
@@ -320,7 +221,6 @@ def _draw(
         group.name: example_maps.jobs_of(examples[group.name], group.rows(run.tokens), run.steps)
         for group, _ in tcs.sites.members
     }
-    unit = PATCH * corpus.pipe.config.vae.factor
     chosen = example_maps.chosen_prompts(jobs, run.steps)
     shapes = {
         f"maps-{group.name}": (
@@ -329,7 +229,7 @@ def _draw(
         )
         for group, _ in tcs.sites.members
     }
-    shapes["thumbs"] = (max(len(chosen), 1), *example_maps.thumb_size(run.grid[0] * unit, run.grid[1] * unit), 3)
+    shapes["thumbs"] = (max(len(chosen), 1), *example_maps.thumb_size(*image_size(corpus.pipe.config, run)), 3)
     files = {name: _mapped(work / f"{name}.u8", shape, output) for name, shape in shapes.items()}
     maps = {name.removeprefix("maps-"): array for name, array in files.items() if name != "thumbs"}
     peaks = _by_group(tcs, {name: site.peak for name, site in sites.items()})
@@ -343,7 +243,7 @@ def _draw(
 
 
 def _mapped(path: Path, shape: tuple[int, ...], output: Output) -> np.memmap:
-    """Opens a file of bytes in memory; one that is not there, or of another size, begins anew with what it belongs to."""
+    """Opens a file of bytes in memory; where it is not there, or of another size, the second pass begins anew."""
     if not path.is_file() or path.stat().st_size != int(np.prod(shape)):
         output.forget(*[name for name in output.finished if name.startswith(example_maps.NAME)])
         path.parent.mkdir(exist_ok=True)
@@ -402,9 +302,7 @@ def _group_of(tcs: TranscoderSet, site: str) -> tuple[str, int]:
     return group.name, numbers.index(int(number))
 
 
-def _effects(
-    tcs: TranscoderSet, group: str, slot: int, site: SiteScan, mean: MeanRun, pictures: np.ndarray
-) -> Effects:
+def _effects(tcs: TranscoderSet, group: str, slot: int, site: SiteScan, mean: MeanRun, pictures: np.ndarray) -> Effects:
     """Returns the direct effects of a site's features on pixels."""
     stack = tcs.stacks[group]
     tc = stack.fetch(slot) if isinstance(stack, Streamed) else jax.tree.map(lambda leaf: leaf[slot], stack)
@@ -420,9 +318,7 @@ def _index(
     told: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns what the page knows of the scan."""
-    run, unit = corpus.run, PATCH * corpus.pipe.config.vae.factor
-    size = run.grid[0] * unit, run.grid[1] * unit
-    rows = []
+    run, size, rows = corpus.run, image_size(corpus.pipe.config, corpus.run), []
     for (name, site), counts in zip(sites.items(), told, strict=True):
         facts, active = config["sites"][name], site.active.sum(axis=0, dtype=np.int64)
         tokens = max(1, facts["tokens"])

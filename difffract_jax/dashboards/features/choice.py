@@ -13,8 +13,6 @@ from difffract_jax.dashboards.features.record import TIERS
 from difffract_jax.dashboards.features.state import LAST, FeatureState
 
 
-
-
 class Examples(NamedTuple):
     """Examples of features; as many places as are shown at most, -1 as the prompt of those that are empty.
 
@@ -45,14 +43,14 @@ def choose(state: FeatureState, per_third: int) -> Examples:
     left = (state.sample_rank < LAST) & ~shown
     order = np.argsort(np.where(left, state.sample_value, np.inf), axis=1, kind="stable")
     count = left.sum(axis=1)
+    lowest = count + 1
     for third in (2, 1, 0):
         inside = (third + (np.arange(per_third)[::-1] + 0.5) / per_third) / 3
         index = np.floor(inside[None] * count[:, None]).astype(np.int64)
         # Of fewer examples than places some would be taken twice.
         again = np.concatenate([np.zeros((len(index), 1), bool), index[:, 1:] == index[:, :-1]], axis=1)
-        if third < 2:
-            again |= index >= before[:, None]
-        before = index[:, -1]
+        again |= index >= lowest[:, None]
+        lowest = index[:, -1]
         at = np.take_along_axis(order, np.minimum(index, order.shape[1] - 1), axis=1)
         empty = again | (count == 0)[:, None]
         prompts.append(np.where(empty, -1, np.take_along_axis(state.sample_prompt, at, axis=1)))

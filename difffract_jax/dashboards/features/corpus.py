@@ -153,9 +153,7 @@ def step_with_taps(
     run = corpus.run
     sigmas = jnp.asarray(run.sigmas, latents.dtype)
     fixed = run.grid, run.guidance, sites, role
-    return _advance(
-        corpus.pipe.transformer, latents, batch.text, batch.pooled, sigmas[step], sigmas[step + 1], *fixed
-    )
+    return _advance(corpus.pipe.transformer, latents, batch.text, batch.pooled, sigmas[step], sigmas[step + 1], *fixed)
 
 
 @partial(jit_resident, static_argnames=("grid", "guidance", "sites", "role"))

@@ -4,8 +4,8 @@
    the mean run's last step: a change of that token's predicted clean latents.
 2. The autoencoder's decoder is linearised at the mean of the final latents. Its derivative along each channel of the
    token in the middle of the image gives a picture; a feature's picture is a sum of these few.
-3. The picture shows `TOKENS` x `TOKENS` tokens around it, at most `SIDE` pixels a side, grey where nothing changes, with
-   its largest change scaled to the full range; `strength` says how large that is, in units of the full range.
+3. The picture shows `TOKENS` x `TOKENS` tokens around it, at most `SIDE` pixels a side, grey where nothing changes,
+   with its largest change scaled to the full range; `strength` says how large that is, in units of the full range.
 
 Paths through later blocks are left out: this is the direct effect alone.
 """

@@ -1,8 +1,8 @@
 """Features up- and downstream of a feature by weights, and its neighbours by decoder vectors.
 
 1. What feature f writes into a residual stream is its value times d_f, its decoder vector times the block's mean gate.
-   What a later feature g of the same stream reads is <w_g, .>, w_g its encoder column times the mean time scale, after a
-   norm that takes the mean out and multiplies by s, here its mean at g's site. So f's usual share of g is
+   What a later feature g of the same stream reads is <w_g, .>, w_g its encoder column times the mean time scale, after
+   a norm that takes the mean out and multiplies by s, here its mean at g's site. So f's usual share of g is
 
        weight = s a_f <w_g, d_f - mean(d_f)> / a_g
 

@@ -119,9 +119,11 @@ def render(
         The prompts that were run, ascending.
     """
     chosen = chosen_prompts(jobs, corpus.run.steps)
-    done = max((int(name.removeprefix(NAME)) for name in output.finished if name.startswith(NAME)), default=0) if (
-        output is not None
-    ) else 0
+    done = (
+        max((int(name.removeprefix(NAME)) for name in output.finished if name.startswith(NAME)), default=0)
+        if (output is not None)
+        else 0
+    )
     last = time.monotonic()
     with on_mesh_of(corpus.pipe.transformer):
         for first in range(done * corpus.batch, len(chosen), corpus.batch):

@@ -192,7 +192,7 @@ def _examples(site: SitePages, config: Mapping[str, Any], number: int) -> Iterat
 
 
 def _partners(site: SitePages, found: Strongest, number: int, config: Mapping[str, Any]) -> list[list[Any]]:
-    """Returns a feature's partners as number of the site, feature, weight or cosine, and what it is called, if known."""
+    """Returns a feature's partners: number of the site, feature, weight or cosine, and what it is called, if known."""
     names, partners = list(config["sites"]), []
     for value, partner in zip(found.value[site.number, number], found.partner[site.number, number], strict=True):
         at, feature = divmod(int(partner), config["features"])

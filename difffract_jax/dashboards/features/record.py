@@ -300,7 +300,7 @@ def load_scan(directory: str | Path) -> Scan:
         ) from None
     if kind != KIND or version != FORMAT_VERSION:
         raise UserError(
-            f"{directory} holds {kind} of format version {version}, but a {KIND} of version {FORMAT_VERSION} is wanted; "
-            "make the dashboards again."
+            f"{directory} holds {kind} of format version {version}, but a {KIND} of version {FORMAT_VERSION} is "
+            "wanted; make the dashboards again."
         )
     return Scan(directory, config, tuple(json.loads(line) for line in lines))

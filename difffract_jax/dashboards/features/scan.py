@@ -1,10 +1,11 @@
 """The first pass of a scan: every prompt once, statistics of every feature, kept now and then.
 
-1. The first batch is run once beforehand, for the scale of each site's histograms. Then batch after batch runs all its steps; `state` counts each, and absorbs the peaks after the last.
+1. The first batch is run once beforehand, for the scale of each site's histograms. Then batch after batch runs all its
+   steps; `state` counts each, and absorbs the peaks after the last.
 2. Beside features the sums of the final latents and of the pooled embeddings are kept: the mean run, at which the
    effects of features on pixels are taken.
-3. What is finished is kept on disk at most every `SECONDS`, so that an interrupted scan goes on there. Batches are cut by
-   number and merged in order: the result is the same, bit for bit.
+3. What is finished is kept on disk at most every `SECONDS`, so that an interrupted scan goes on there. Batches are cut
+   by number and merged in order: the result is the same, bit for bit.
 """
 
 import time
@@ -220,5 +221,3 @@ def _from_arrays(empty: Scanned, done: int, arrays: Mapping[str, np.ndarray]) ->
     }
     sums = Means(*(put(f"sums.{field}", array) for field, array in empty.sums._asdict().items()))
     return Scanned(states, {group: int(arrays[f"{group}.tokens"][0]) for group in states}, sums, done)
-
-

@@ -1,16 +1,17 @@
 """What a scan keeps of every feature: a tree of arrays on the device, updated by pure functions.
 
-1. A prompt's *peak* of a feature is its largest value over all steps and tokens that count, with the place where it is:
-   step * rows + row, rows being the tokens of the site's sequence. `Peaks` holds those of the prompts that run together.
-2. `FeatureState` keeps the `top` prompts of the largest peaks, and of the other prompts in which the feature is active a
+1. A prompt's *peak* of a feature is its largest value over all steps and tokens that count, with the place where it
+   is: step * rows + row, rows being the tokens of the site's sequence. `Peaks` holds those of the prompts that run
+   together.
+2. `FeatureState` keeps the `top` prompts of the largest peaks, and of the prompts in which the feature is active a
    uniform sample: those that come first in a random order of all prompts. Both can be merged batch by batch, in any
    split, and need no second look.
 3. It counts active tokens and sums values by step, the prompts in which a feature is active, and the values of all
    active tokens in a histogram with half-octave bins: `EDGES` times the site's scale, a power of two near its largest
    value in the first batch. Codes of one site may be of order 1, those of another of order 1000.
 
-`count_step` does 1 and 3 for one step, site by site in one compiled scan, so that the codes of one site are in memory at
-a time; `absorb` does 2 after the last step. Both give their first arguments' memory to the result.
+`count_step` does 1 and 3 for one step, site by site in one compiled scan, so that the codes of one site are in memory
+at a time; `absorb` does 2 after the last step. Both give their first arguments' memory to the result.
 """
 
 from functools import partial
@@ -26,8 +27,8 @@ from difffract_jax.transcoders.transcoder import Transcoder
 from difffract_jax.trees import brief
 
 EDGES = 2.0 ** np.arange(-12, 2.25, 0.5)
-"""Inner edges of the histogram's bins, in units of the site's scale; the first bin holds all smaller values above 0, the
-last all larger ones."""
+"""Inner edges of the histogram's bins, in units of the site's scale; the first bin holds all smaller values above 0,
+the last all larger ones."""
 BINS = len(EDGES) + 1
 LAST = np.int32(2**31 - 1)
 """Rank of a place in the sample that is still free."""

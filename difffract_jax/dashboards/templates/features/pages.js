@@ -163,12 +163,15 @@ const difffract = (() => {
     return canvas;
   }
   function words(prompt, cell, first, peak) {
-    const tokens = prompt.tokens.map((token, i) => {
-      const share = cell ? cell(first + i) / 255 : 0, text = token.replace(/\u2581/g, " ");
-      const span = make("span", { text: text === "</s>" ? " \u23ce" : text });
+    const tokens = prompt.tokens.flatMap((token, i) => {
+      const share = cell ? cell(first + i) / 255 : 0, spaced = token.replace(/\u2581/g, " ");
+      const text = token === "</s>" ? (share ? "\u23ce" : "") : spaced.trimStart(); // the closing token, where it counts
+      if (!text) return [token === "</s>" ? "" : spaced];
+      const span = make("span", { text });
+      if (token === "</s>") span.title = "closing token";
       if (share) span.style.background = `rgb(var(--heat) / ${0.12 + 0.6 * share})`;
       if (i === peak) span.className = "peak";
-      return span;
+      return [token === "</s>" || spaced !== text ? " " : "", span];
     });
     return make("span", { class: "words" }, ...tokens);
   }
@@ -180,6 +183,7 @@ const difffract = (() => {
     const ratio = { aspectRatio: `${scan.thumb[1]} / ${scan.thumb[0]}` };
     pair.append(make("span", { style: ratio }, picture(prompt, false)));
     if (image >= 0) pair.append(make("span", { style: ratio }, picture(prompt, true), heatOver(cell, image)));
+    if (image < 0) pair.classList.add("alone");
     return [pair, words(prompt, text >= 0 ? cell : null, 0, side === "txt" ? position : -1),
       make("span", { class: "meta", text: `${number(value)} at ${side === "txt" ? "word" : "patch"} ${position}, step ${step}` })];
   }
@@ -381,8 +385,8 @@ const difffract = (() => {
     for (const id of ["before", "after"]) $(id).removeAttribute("href");
     const heads = ["site", "block", "features", "never active", "rare", ...scan.run.sigmas.slice(0, -1).map((_, i) => `L0, step ${i}`)].slice(0, 13);
     $("page").replaceChildren(make("h1", { text: "What features do" }),
-      make("p", { text: `${scan.sites.reduce((sum, one) => sum + one.pages, 0).toLocaleString("en")} features of ${scan.names[1]} in ${scan.names[0]}, over ${scan.prompts.toLocaleString("en")} prompts of ${scan.run.steps} steps each.` }),
-      make("p", { class: "soft", text: `Model ${scan.model.slice(0, 12)}, ${scan.role}s ${scan.transcoders.slice(0, 12)}. L0: features active at a token, on average.` }),
+      make("p", { text: `${scan.sites.reduce((sum, one) => sum + one.pages, 0).toLocaleString("en")} features of the ${scan.role}s ${scan.names[1]}, of the model ${scan.names[0]}, over ${scan.prompts.toLocaleString("en")} prompts of ${scan.run.steps} steps each.` }),
+      make("p", { class: "soft", text: `L0: features active at a token, on average. Rare: active at less than 0.01 % of the tokens. Content hashes: model ${scan.model.slice(0, 12)}, ${scan.role}s ${scan.transcoders.slice(0, 12)}.` }),
       make("div", { class: "scroll" }, make("table", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col", text }))),
         ...scan.sites.map((one, i) => make("tr", {}, make("td", {}, make("a", { class: "name", href: `#${one.name}`, text: one.name })),
           ...[scan.blocks[i], one.pages.toLocaleString("en"), percent(one.dead / one.pages), percent(one.rare / one.pages), ...one.l0.slice(0, 8).map(number)].map((text) => make("td", { text })))))));
