@@ -9,6 +9,7 @@
    one stays beside it, and the same call goes on there.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +42,11 @@ from difffract_jax.dashboards.features.request import (
     image_size,
     sizes_of,
 )
-from difffract_jax.dashboards.features.scan import Kept, Scanned, scan
+from difffract_jax.dashboards.features.scan import WORK, Kept, Scanned, scan
 from difffract_jax.dashboards.features.state import EDGES, FeatureState
 from difffract_jax.estimate.scanning import disk_bytes
 from difffract_jax.models.streaming import Streamed
+from difffract_jax.spread import on_mesh_of
 from difffract_jax.storage.resumable import Output, resumable_directory
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -111,7 +113,8 @@ def build_dashboards(
         for name, site in sites.items():
             write_site(output.files / FOLDER, name, site)
         drawn = _draw(corpus, tcs, sites, examples, output, progress)
-        mean = mean_run(corpus, tcs.sites, *sums)
+        with on_mesh_of(corpus.pipe.transformer):
+            mean = mean_run(corpus, tcs.sites, *sums)
         usual = _by_group(tcs, {name: site.usual for name, site in sites.items()})
         links = find_links(
             *(tcs, corpus.pipe.config.transformer.layout, mean, corpus.run.sigmas[:-1], usual, options.links),
@@ -119,6 +122,7 @@ def build_dashboards(
         )
         told = _write_pages(corpus, tcs, options, output, config, sites, drawn, mean, links, progress)
         write_record(output.files / FOLDER, config, corpus.prompts)
+        shutil.rmtree(output.files / WORK)
     return told
 
 
@@ -216,7 +220,7 @@ def _draw(
     progress: Progress,
 ) -> Drawn:
     """Runs the second pass; maps and thumbnails lie in files of the work in progress."""
-    run, work = corpus.run, output.files.parent / "work"
+    run, work = corpus.run, output.files / WORK
     jobs = {
         group.name: example_maps.jobs_of(examples[group.name], group.rows(run.tokens), run.steps)
         for group, _ in tcs.sites.members

@@ -52,12 +52,14 @@ class Jobs(NamedTuple):
         site: place of the site in its group.
         feature: of the site.
         slot: which of the feature's examples.
+        most: of one site that are picked of a prompt in a step at a time; a power of two, so that one program does.
     """
 
     key: Int[np.ndarray, "job"]
     site: Int[np.ndarray, "job"]
     feature: Int[np.ndarray, "job"]
     slot: Int[np.ndarray, "job"]
+    most: int
 
 
 def jobs_of(examples: Examples, rows: int, steps: int) -> Jobs:
@@ -72,7 +74,10 @@ def jobs_of(examples: Examples, rows: int, steps: int) -> Jobs:
     at = site, feature, slot
     key = examples.prompt[at].astype(np.int64) * steps + examples.place[at] // rows
     order = np.lexsort((feature, site, key))
-    return Jobs(key[order], *(a[order].astype(np.int32) for a in at))
+    sites = examples.prompt.shape[0]
+    together = np.bincount(np.unique(key * sites + site, return_inverse=True)[1], minlength=1).max()
+    room = min(ROUND, 1 << int(together - 1).bit_length() if together else 1)
+    return Jobs(key[order], *(a[order].astype(np.int32) for a in at), room)
 
 
 def cells_of(group: Group, grid: tuple[int, int], text_tokens: int) -> int:
@@ -192,10 +197,9 @@ def _fill(
         return
     counted = jnp.asarray(corpus.counted(batch, group))
     t, most = jnp.asarray(corpus.run.sigmas[step]), jnp.asarray(peaks)
-    room = min(ROUND, 1 << int(within.max()).bit_length())
-    for first in range(0, int(within.max()) + 1, room):
-        now = (within >= first) & (within < first + room)
-        wanted = np.zeros((sites, corpus.batch, room), np.int32)
+    for first in range(0, int(within.max()) + 1, jobs.most):
+        now = (within >= first) & (within < first + jobs.most)
+        wanted = np.zeros((sites, corpus.batch, jobs.most), np.int32)
         at = jobs.site[job[now]], prompt[now], within[now] - first
         wanted[at] = jobs.feature[job[now]]
         fixed = group, corpus.run.grid

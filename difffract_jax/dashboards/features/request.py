@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from difffract_jax.storage.files import check_vacant, is_occupied
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
+_LOG = logging.getLogger(__name__)
 MOST_TOKENS = 2**31
 """Tokens of a step that counters hold."""
 
@@ -80,8 +82,14 @@ def check_request(
         if feature.feature >= tcs.config.features:
             raise UserError(f"{feature} does not exist: the transcoders have features 0 to {tcs.config.features - 1}.")
     check_output(out, overwrite=overwrite)
-    for prompt in corpus.prompts:
-        encode_prompt(corpus.pipe.tokenizers, prompt, corpus.run.text_tokens)  # unknown words are told now
+    # Unknown words are told now, and not after an hour.
+    ids = (encode_prompt(corpus.pipe.tokenizers, prompt, corpus.run.text_tokens) for prompt in corpus.prompts)
+    cut = sum(bool(one.cut) for one in ids)
+    if cut:
+        _LOG.warning(
+            "%s of %s prompts are longer than %s text tokens and are cut; raise --text-tokens.",
+            *(f"{count:,}" for count in (cut, len(corpus.prompts), corpus.run.text_tokens)),
+        )
 
 
 def check_output(out: str | Path, *, overwrite: bool) -> None:

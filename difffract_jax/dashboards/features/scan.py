@@ -27,6 +27,8 @@ from difffract_jax.transcoders.transcoder import TranscoderSet
 SECONDS = 60.0
 """Between two times that what is finished is kept."""
 NAME = "scanned-"
+WORK = "work"
+"""Folder of what is kept until the directory is complete; it counts as held on the disk."""
 
 
 class Means(NamedTuple):
@@ -68,7 +70,7 @@ class Kept:
     def __init__(self, output: Output, seconds: float = SECONDS) -> None:
         """Takes the directory; nothing is written yet."""
         self.output, self.seconds = output, seconds
-        self.folder = output.files.parent / "work"
+        self.folder = output.files / WORK
         self._last = time.monotonic()
 
     def load(self) -> tuple[int, dict[str, np.ndarray]] | None:

@@ -87,51 +87,55 @@ const difffract = (() => {
     URL.revokeObjectURL(link.href);
   }
 
-  // 4. The list of a site.
-  function arrange() {
-    const list = lists.get($("site").value);
-    if (!list) return;
-    const words = $("search").value.trim().toLowerCase(), by = $("sort").value, own = notes(), site = $("site").value;
-    const label = (i) => own[`${site}/f${list.feature[i]}`] || list.label[i];
-    rows = [...list.feature.keys()].filter((i) => ($("dead").checked || list.active[i] > 0)
-      && (!words || `f${list.feature[i]}` === words || `${list.feature[i]}` === words
-        || label(i).toLowerCase().includes(words)));
-    const column = list[by] || list.feature;
-    if (by === "label") rows.sort((a, b) => (label(a) === "") - (label(b) === "") || label(a).localeCompare(label(b)));
-    else if (by !== "feature") rows.sort((a, b) => column[b] - column[a]);
-    const all = list.feature.length, known = siteOf(site);
-    $("count").textContent = `${rows.length.toLocaleString("en")} of ${all.toLocaleString("en")} features; `
-      + `${known.dead.toLocaleString("en")} never active, ${known.rare.toLocaleString("en")} rare`;
+  // 4. The list: the features of a site, or of all sites where they are few; a row is a site and a place in its list.
+  const SMALL = 100000;
+  const nameOf = ([site, i]) => `${site}/f${lists.get(site).feature[i]}`;
+  const labelOf = (row, own) => own[nameOf(row)] || lists.get(row[0]).label[row[1]];
+  async function arrange() {
+    const sites = $("all").checked ? scan.sites.map((one) => one.name) : [$("site").value];
+    await Promise.all(sites.map(listOf));
+    const words = $("search").value.trim().toLowerCase(), by = $("sort").value, own = notes();
+    const value = ([site, i]) => (lists.get(site)[by] || lists.get(site).active)[i] / (by === "active" ? rowsOf(siteOf(site)) : 1);
+    rows = sites.flatMap((site) => [...lists.get(site).feature.keys()].map((i) => [site, i])).filter((row) => {
+      const list = lists.get(row[0]), number_ = String(list.feature[row[1]]);
+      return ($("dead").checked || list.active[row[1]] > 0)
+        && (!words || `f${number_}` === words || number_ === words || labelOf(row, own).toLowerCase().includes(words));
+    });
+    if (by === "label") rows.sort((a, b) => (labelOf(a, own) === "") - (labelOf(b, own) === "") || labelOf(a, own).localeCompare(labelOf(b, own)));
+    else if (by !== "feature") rows.sort((a, b) => value(b) - value(a));
+    const sum = (key) => sites.reduce((total, site) => total + siteOf(site)[key], 0).toLocaleString("en");
+    $("count").textContent = `${rows.length.toLocaleString("en")} of ${sum("pages")} features; ${sum("dead")} never active, ${sum("rare")} rare`;
     $("room").style.height = `${rows.length * ROW}px`;
     $("list").scrollTop = 0;
     showRows();
+    if (open) steps(open);
   }
   function showRows() {
-    const site = $("site").value, list = lists.get(site), box = $("list"), by = $("sort").value, own = notes();
-    if (!list) return;
+    const box = $("list"), by = $("sort").value, own = notes();
     const first = Math.max(0, Math.floor(box.scrollTop / ROW) - 4);
     const shown = rows.slice(first, first + Math.ceil((box.clientHeight || 600) / ROW) + 8);
-    $("room").replaceChildren(...shown.map((i, place) => {
-      const name = `${site}/f${list.feature[i]}`, count = rowsOf(siteOf(site));
+    $("room").replaceChildren(...shown.map((row, place) => {
+      const [site, i] = row, list = lists.get(site), name = nameOf(row);
       const figure = by === "peak" || by === "usual" ? number(list[by][i])
-        : by === "effect" && list.effect ? percent(list.effect[i])
-          : by === "prompts" ? percent(list.prompts[i] / scan.prompts) : percent(list.active[i] / count);
-      return make("a", { class: "row", role: "option", href: `#${name}`, style: { top: `${(first + place) * ROW}px` },
-        "aria-selected": String(open === name), title: name },
-      make("span", { class: "name", text: `f${list.feature[i]}` }),
-      make("span", { class: "what", text: own[name] || list.label[i] || (list.active[i] ? "" : "never active") }),
+        : by === "effect" ? (list.effect ? percent(list.effect[i]) : "")
+          : by === "prompts" ? percent(list.prompts[i] / scan.prompts) : percent(list.active[i] / rowsOf(siteOf(site)));
+      return make("a", { class: $("all").checked ? "row far" : "row", role: "option", href: `#${name}`,
+        style: { top: `${(first + place) * ROW}px` }, "aria-selected": String(open === name), title: name },
+      make("span", { class: "name", text: $("all").checked ? name : `f${list.feature[i]}` }),
+      make("span", { class: "what", text: labelOf(row, own) || (list.active[i] ? "" : "never active") }),
       make("span", { class: "figure", text: figure }));
     }));
   }
   async function showSite(site) {
-    if ($("site").value !== site || !lists.has(site)) {
+    if ($("site").value !== site || !rows.length) {
       $("site").value = site;
       await listOf(site);
       const effect = $("sort").querySelector("option[value=effect]");
       effect.disabled = !lists.get(site).effect;
       if (effect.disabled && $("sort").value === "effect") $("sort").value = "active";
-      arrange();
-    } else showRows();
+      if (!$("all").checked || !rows.length) await arrange();
+    }
+    showRows();
   }
 
   // 5. Examples: the image, where the feature is active in it, and the prompt.
@@ -323,7 +327,7 @@ const difffract = (() => {
   }
   function ownLabel(name, feature) {
     const field = make("input", { type: "text", "aria-label": "Your own label", placeholder: "Your own label", value: notes()[name] || "", maxlength: "200" });
-    field.addEventListener("change", () => { note(name, field.value.trim()); show(); arrange(); });
+    field.addEventListener("change", () => { note(name, field.value.trim()); show().catch(failed); });
     return make("div", { class: "note" }, field, make("button", { type: "button", text: "Save labels", title: "All labels of your own as a file that difffract dashboards --labels reads", onclick: saveNotes }));
   }
 
@@ -373,10 +377,9 @@ const difffract = (() => {
     return undefined;
   }
   function steps(name) {
-    const list = lists.get($("site").value), site = $("site").value;
-    const at = rows.findIndex((i) => `${site}/f${list.feature[i]}` === name);
+    const at = rows.findIndex((row) => nameOf(row) === name);
     for (const [id, place] of [["before", at - 1], ["after", at + 1]]) {
-      if (at >= 0 && place >= 0 && place < rows.length) $(id).href = `#${site}/f${list.feature[rows[place]]}`;
+      if (at >= 0 && place >= 0 && place < rows.length) $(id).href = `#${nameOf(rows[place])}`;
       else $(id).removeAttribute("href");
     }
   }
@@ -399,7 +402,8 @@ const difffract = (() => {
     $("site").replaceChildren(...scan.sites.map((one) => make("option", { value: one.name, text: one.name })));
     $("sort").replaceChildren(...Object.entries(SORTS).map(([value, text]) => make("option", { value, text })));
     $("site").addEventListener("change", () => { location.hash = $("site").value; });
-    for (const id of ["search", "sort", "dead"]) $(id).addEventListener("input", () => { arrange(); if (open) steps(open); });
+    $("everywhere").hidden = scan.sites.reduce((sum, one) => sum + one.pages, 0) > SMALL;
+    for (const id of ["search", "sort", "dead", "all"]) $(id).addEventListener("input", () => arrange().catch(failed));
     $("list").addEventListener("scroll", showRows, { passive: true });
     addEventListener("resize", showRows);
     $("go").addEventListener("submit", (event) => { event.preventDefault(); location.hash = $("jump").value.trim(); });
