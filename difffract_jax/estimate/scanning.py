@@ -12,7 +12,7 @@ SCAN_STEPS = 4
 """Denoising steps where a plan of a scan does not say."""
 PEAK = 2 * WIDE
 """Bytes of a feature's peak in a prompt that is running."""
-BINS = 30
+BINS = 32
 """Bins of the histogram of values; `dashboards.features.state.BINS`."""
 PAGE = 900
 """Bytes of a feature's page beside its examples, steps and links; of the embedded model: 800."""

@@ -104,7 +104,7 @@ def test_an_interrupted_scan_goes_on_and_makes_the_same(built, tmp_path, monkeyp
             build_dashboards(small().corpus, small().tcs, out, OPTIONS, progress=stop(at))
         assert not out.exists() and len(list(tmp_path.glob(".out.*.partial"))) == 1
     build_dashboards(small().corpus, small().tcs, out, OPTIONS)
-    assert scanned == [0, 0, 1, 2], "the first batch for scales, then each batch once"
+    assert scanned == [0, 0, 1, 2], "the first prompt for scales, then each batch once"
     assert contents(out) == contents(built[0])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

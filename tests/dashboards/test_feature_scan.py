@@ -72,6 +72,8 @@ def test_the_sample_is_of_the_prompts_that_come_first_in_a_random_order(site):
         first = firing[np.argsort(ranks[firing])][:SAMPLE]
         kept = state.sample_prompt[feature][state.sample_rank[feature] < LAST]
         assert kept.tolist() == first.tolist()
+        if not kept.size:
+            continue
         assert relative_error(state.sample_value[feature, : len(kept)], peaks[first, feature]) <= TOL.f32_run
 
 
@@ -172,7 +174,8 @@ def test_maps_are_the_activations_that_capture_records(found):
             prompt, place = (int(a[slot, feature, shown]) for a in examples[group][:2])
             true = codes[prompt, place // rows, :, feature] / peaks[group][slot, feature]
             ours = maps[group][slot, feature, shown] / 255
-            assert np.abs(ours - true).max() <= 0.5 / 255 + 1e-3
+            faint = true < 0.5 / 255  # shown at least as 1 of 255, where it is active at all
+            assert np.all(np.abs(ours - true) <= np.where(faint, 1 / 255, 0.5 / 255 + 1e-3))
             assert np.array_equal(ours > 0, true > 1e-6)
             compared += 1
     assert compared > 500

@@ -161,9 +161,9 @@ def _render_batch(
     jobs: Mapping[str, Jobs],
     peaks: Mapping[str, np.ndarray],
     maps: Mapping[str, np.ndarray],
-    numbers: Int[np.ndarray, "prompt"],
+    numbers: Int[np.ndarray, "wanted"],
 ) -> UInt8[np.ndarray, "prompt H W rgb"]:
-    """Runs some prompts, fills in their maps, and returns their images."""
+    """Runs some prompts, fills in their maps, and returns their images, those of prompts that fill up included."""
     batch = corpus.batch_of(numbers.tolist())
     latents = batch.noise
     groups = {group.name: group for group, _ in tcs.sites.members}

@@ -1,6 +1,6 @@
 """The first pass of a scan: every prompt once, statistics of every feature, kept now and then.
 
-1. The first batch is run once beforehand, for the scale of each site's histograms. Then batch after batch runs all its
+1. The first prompt is run once beforehand, for the scale of each site's histograms. Then batch after batch runs all its
    steps; `state` counts each, and absorbs the peaks after the last.
 2. Beside features the sums of the final latents and of the pooled embeddings are kept: the mean run, at which the
    effects of features on pixels are taken.
@@ -10,6 +10,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +131,8 @@ def scan(
     with on_mesh_of(corpus.pipe.transformer):
         now = empty_scan(corpus, tcs, top=top, sample=sample)
         if found is None:
-            tried = scan_batch(corpus, tcs, empty_scan(corpus, tcs, top=1, sample=1), ranks)
+            first = replace(corpus, prompts=corpus.prompts[:1])
+            tried = scan_batch(first, tcs, empty_scan(first, tcs, top=1, sample=1), first.ranks)
             scales = {name: _scale(state) for name, state in tried.states.items()}
             states = {name: state._replace(scale=scales[name]) for name, state in now.states.items()}
             now = now._replace(states=states)

@@ -8,7 +8,7 @@
    split, and need no second look.
 3. It counts active tokens and sums values by step, the prompts in which a feature is active, and the values of all
    active tokens in a histogram with half-octave bins: `EDGES` times the site's scale, a power of two near its largest
-   value in the first batch. Codes of one site may be of order 1, those of another of order 1000.
+   value in the first prompt. Codes of one site may be of order 1, those of another of order 1000.
 
 `count_step` does 1 and 3 for one step, site by site in one compiled scan, so that the codes of one site are in memory
 at a time; `absorb` does 2 after the last step. Both give their first arguments' memory to the result.
@@ -26,7 +26,7 @@ from difffract_jax.models.streaming import Streamed, wait_for
 from difffract_jax.transcoders.transcoder import Transcoder
 from difffract_jax.trees import brief
 
-EDGES = 2.0 ** np.arange(-12, 2.25, 0.5)
+EDGES = 2.0 ** np.arange(-12, 3.25, 0.5)
 """Inner edges of the histogram's bins, in units of the site's scale; the first bin holds all smaller values above 0,
 the last all larger ones."""
 BINS = len(EDGES) + 1
@@ -92,7 +92,7 @@ def empty_state(sites: int, features: int, *, top: int, sample: int, steps: int,
         sharding: where the arrays lie, split along features; None for the default device.
     """
 
-    def full(value: float, dtype: Any, *last: int) -> Any:
+    def full(value: Any, dtype: Any, *last: int) -> Any:
         return jnp.full((sites, features, *last), value, dtype, device=sharding)
 
     ints, floats = partial(full, 0, jnp.int32), partial(full, 0, jnp.float32)
