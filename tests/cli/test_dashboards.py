@@ -23,7 +23,7 @@ def test_captions_of_the_organism_become_pages(monkeypatch, capsys, tmp_path):
     record = scan.config["provenance"]
     assert record["settings"]["prompts"] == "6" and record["sources"]["transcoders"] == scan.config["transcoders"]
     listed = (out / "data" / "img-1" / "list.js").read_text(encoding="ascii")
-    assert '"my own"' in listed and "colour red (" in listed
+    assert '"my own"' in listed and "colour blue (" in listed
     # The same folder again is refused, and made anew if that is asked for.
     again = run_command(monkeypatch, capsys, *ORGANISM, "--prompts", "6", *QUICK, "--out", out)
     assert again.status == 1 and again.err.count("\n") == 1 and "exists already" in again.err

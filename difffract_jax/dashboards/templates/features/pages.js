@@ -358,7 +358,8 @@ const difffract = (() => {
     open = parts[2] === undefined ? null : `${site.name}/f${Number(parts[2])}`;
     await showSite(site.name);
     if (open === null) return overview();
-    const name = open, feature = await featureOf(site.name, Number(parts[2]));
+    const name = open, listed = (await listOf(site.name)).feature.includes(Number(parts[2]));
+    const feature = listed ? await featureOf(site.name, Number(parts[2])) : undefined;
     if (open !== name) return undefined;
     document.title = name;
     $("jump").value = name;
@@ -377,7 +378,9 @@ const difffract = (() => {
     return undefined;
   }
   function steps(name) {
-    const at = rows.findIndex((row) => nameOf(row) === name);
+    const at = rows.findIndex((row) => nameOf(row) === name), box = $("list");
+    const top = at * ROW;
+    if (at >= 0 && (top < box.scrollTop || top + ROW > box.scrollTop + box.clientHeight)) box.scrollTop = top - box.clientHeight / 2;
     for (const [id, place] of [["before", at - 1], ["after", at + 1]]) {
       if (at >= 0 && place >= 0 && place < rows.length) $(id).href = `#${nameOf(rows[place])}`;
       else $(id).removeAttribute("href");
