@@ -23,6 +23,7 @@ from difffract_jax.dashboards.features.record import FOLDER, load_scan
 from difffract_jax.dashboards.features.request import DashboardOptions, sizes_of
 from difffract_jax.dashboards.features.texts import Text
 from difffract_jax.estimate.scanning import disk_bytes, state_bytes
+from difffract_jax.storage.locks import sole_writer
 
 HOSTILE = '</script><script>alert("1")</script>\u202e\u2028' + "x" * 10_000
 OPTIONS = DashboardOptions(top=3, per_third=1, sample=5, links=4, seconds=0.0, texts={"img/1/f3": Text(HOSTILE)})
@@ -188,6 +189,12 @@ def test_another_folder_is_never_replaced(built, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         build_dashboards(small().corpus, small().tcs, built[0], OPTIONS)
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    out = tmp_path / "out"
+    with sole_writer(out), pytest.raises(UserError, match="Another process is writing"):
+        build_dashboards(small().corpus, small().tcs, out, OPTIONS)
 
 
 def test_no_prompts_are_refused(tmp_path):

@@ -1,10 +1,14 @@
 """A scan finds what NumPy finds on the codes of recorded runs, whole or in pieces, on one device or several."""
 
+from dataclasses import replace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scans import PROMPTS, SEED, TOP, places, small
 
+from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.features import maps as example_maps
 from difffract_jax.dashboards.features.choice import Examples, choose
@@ -13,8 +17,11 @@ from difffract_jax.dashboards.features.record import TIERS
 from difffract_jax.dashboards.features.request import DashboardOptions, check_request
 from difffract_jax.dashboards.features.scan import arrays_of, scan
 from difffract_jax.dashboards.features.state import EDGES, LAST, FeatureState
+from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline, save_transcoders
+from difffract_jax.models.streaming import streams_layers
 from difffract_jax.sharding import make_mesh, traced_pipeline, traced_transcoders
 from tolerances import TOL, relative_error
+from traces import make_transcoders
 
 SAMPLE = 5
 
@@ -153,21 +160,8 @@ def test_no_example_is_shown_twice(count):
 
 def test_maps_are_the_activations_that_capture_records(found):
     one = small()
-    run = one.corpus.run
-    examples = {}
-    for group, numbers in one.tcs.sites.members:
-        each = [choose(state_of(found, f"{group.label}/{number}"), 1) for number in numbers]
-        examples[group.name] = Examples(*map(np.stack, zip(*each, strict=True)))
-    jobs = {
-        g.name: example_maps.jobs_of(examples[g.name], g.rows(run.tokens), run.steps) for g, _ in one.tcs.sites.members
-    }
-    cells = {g.name: example_maps.cells_of(g, run.grid, run.text_tokens) for g, _ in one.tcs.sites.members}
-    maps = {name: np.zeros((*e.prompt.shape, cells[name]), np.uint8) for name, e in examples.items()}
-    peaks = {name: np.asarray(state.top_value)[:, :, 0] for name, state in found.states.items()}
-    thumbs = np.zeros((len(PROMPTS), *example_maps.thumb_size(16, 24), 3), np.uint8)
-    chosen = example_maps.render(one.corpus, one.tcs, jobs, peaks, maps, thumbs)
-    assert chosen.tolist() == list(range(len(PROMPTS))) and thumbs.std(axis=(1, 2, 3)).min() > 0
-    compared = 0
+    examples, peaks = examples_of(found), {name: np.asarray(s.top_value)[:, :, 0] for name, s in found.states.items()}
+    maps, compared = drawn_maps(one.corpus, one.tcs, examples, found), 0
     for name, (group, slot) in places(one).items():
         codes, rows = one.codes[name], one.codes[name].shape[2]
         for feature, shown in np.argwhere(examples[group].prompt[slot] >= 0):
@@ -181,9 +175,19 @@ def test_maps_are_the_activations_that_capture_records(found):
     assert compared > 500
 
 
+def examples_of(found):
+    """Returns the examples of every group, [site feat shown]."""
+    return {
+        group.name: Examples(
+            *map(np.stack, zip(*(choose(state_of(found, f"{group.label}/{n}"), 1) for n in numbers), strict=True))
+        )
+        for group, numbers in small().tcs.sites.members
+    }
+
+
 def test_large_images_are_kept_in_a_few_cells_each_the_largest_of_its_tokens():
     heat = np.arange(40 * 24, dtype=np.float32).reshape(1, 1, 40, 24)
-    pooled = np.asarray(example_maps._pooled(jax.numpy.asarray(heat))).reshape(14, 12)
+    pooled = np.asarray(example_maps._pooled(jnp.asarray(heat))).reshape(14, 12)
     assert example_maps.cell_grid((40, 24)) == (14, 12)
     expected = np.pad(heat[0, 0], ((0, 2), (0, 0))).reshape(14, 3, 12, 2).max(axis=(1, 3))
     assert np.array_equal(pooled, expected)
@@ -199,3 +203,45 @@ def test_transcoders_of_another_model_are_refused():
     other = one.tcs._replace(sites=one.tcs.sites._replace(members=((one.tcs.sites.members[0][0], (0, 1, 9)),)))
     with pytest.raises(UserError, match="img/9"):
         check_request(one.corpus, other, "nowhere", DashboardOptions(), overwrite=False)
+
+
+def test_streamed_weights_find_the_same(found, tmp_path):
+    one = small()
+    save_pipeline(one.corpus.pipe, tmp_path / "model")
+    save_transcoders(one.tcs, tmp_path / "tcs")
+    pipe = load_pipeline(tmp_path / "model", weights="host")
+    tcs = load_transcoders(tmp_path / "tcs", weights="host")
+    assert streams_layers(pipe.transformer) and streams_layers(tcs.stacks)
+    corpus = Corpus(pipe, one.corpus.run, PROMPTS, SEED, 3)
+    same_scan(scan(corpus, tcs, top=TOP, sample=SAMPLE), found)
+    examples = examples_of(found)
+    drawn = [drawn_maps(corpus, tcs, examples, found) for corpus, tcs in ((corpus, tcs), (one.corpus, one.tcs))]
+    for name, maps in drawn[0].items():
+        assert np.abs(maps.astype(int) - drawn[1][name]).max() <= 1 and maps.any()
+
+
+def drawn_maps(corpus, tcs, examples, found):
+    """Returns the maps of some examples, by group."""
+    run, groups = corpus.run, [group for group, _ in tcs.sites.members]
+    jobs = {g.name: example_maps.jobs_of(examples[g.name], g.rows(run.tokens), run.steps) for g in groups}
+    cells = {g.name: example_maps.cells_of(g, run.grid, run.text_tokens) for g in groups}
+    maps = {g.name: np.zeros((*examples[g.name].prompt.shape, cells[g.name]), np.uint8) for g in groups}
+    peaks = {name: np.asarray(state.top_value)[:, :, 0] for name, state in found.states.items()}
+    thumbs = np.zeros((len(PROMPTS), *example_maps.thumb_size(16, 24), 3), np.uint8)
+    chosen = example_maps.render(corpus, tcs, jobs, peaks, maps, thumbs)
+    assert chosen.tolist() == list(range(len(PROMPTS))) and thumbs.std(axis=(1, 2, 3)).min() > 0
+    return maps
+
+
+def test_saes_read_what_mlps_wrote():
+    one = small()
+    tcs = make_transcoders(one.corpus.pipe.config.transformer, joint=(0, 1), dtype=jnp.float32, role="sae", seed=4)
+    corpus = replace(one.corpus, prompts=PROMPTS[:2])
+    state = scan(corpus, tcs, top=2, sample=2).states["img"]
+    active = np.zeros((40, 2), int)
+    for number, prompt in enumerate(corpus.prompts):
+        for step in range(2):
+            record = capture(corpus.pipe, one.tcs, prompt, seed=SEED + number, step=step, run=corpus.run).record
+            sae = jax.tree.map(lambda leaf: leaf[1], tcs.stacks["img"])
+            active[:, step] += np.sum(np.asarray(sae.encode(record.mlp_out[0][1], record.t)) > 0, axis=0)
+    assert np.abs(np.asarray(state.active)[1] - active).max() <= 1 and active.sum() > 50
