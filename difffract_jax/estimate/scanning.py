@@ -97,7 +97,7 @@ def feature_bytes(steps: int, top: int = 10, sample: int = 32) -> int:
         top: prompts of the largest peaks.
         sample: prompts of the uniform sample.
     """
-    return WIDE * (3 * top + 4 * sample + 2 * steps + BINS + 1)
+    return WIDE * (3 * top + 4 * sample + 2 * steps + BINS + 2)
 
 
 def state_bytes(sizes: ScanSizes) -> int:
@@ -111,7 +111,7 @@ def disk_bytes(sizes: ScanSizes) -> DiskBytes:
     share = 1.0 if sizes.pages is None else sizes.pages / max(features, 1)
     cells = sum(one for one, _ in sizes.sites)
     maps = sizes.features * sizes.shown * cells
-    record = features * (WIDE * (2 * sizes.steps + BINS + 2) + 13 * sizes.shown)
+    record = features * (WIDE * (2 * sizes.steps + BINS + 3) + 13 * sizes.shown)
     examples = features * shown * EXAMPLE + SPARSE * 4 / 3 * sizes.features * shown * cells
     written = share * (features * (PAGE + 3 * sizes.links * LINK) + examples)
     chosen = min(sizes.prompts, round(share * features * shown))

@@ -59,6 +59,7 @@ def test_counts_and_sums_are_those_of_the_recorded_codes(site):
     codes, state = site
     assert np.abs(state.active - (codes > 0).sum(axis=(0, 2)).T).max() <= 1  # a code may be 0 but for rounding
     assert relative_error(state.total, codes.sum(axis=(0, 2)).T) <= TOL.f32_run
+    assert np.all(state.text <= state.active.sum(axis=1))
     assert np.array_equal(state.prompts, (codes.max(axis=(1, 2)) > 0).sum(axis=0))
 
 
@@ -82,6 +83,12 @@ def test_the_sample_is_of_the_prompts_that_come_first_in_a_random_order(site):
         if not kept.size:
             continue
         assert relative_error(state.sample_value[feature, : len(kept)], peaks[first, feature]) <= TOL.f32_run
+
+
+def test_active_text_tokens_are_counted(found):
+    for name, codes in small().codes.items():
+        state, words = state_of(found, name), codes[:, :, : 0 if name.startswith("img") else 16]
+        assert np.abs(state.text - (words > 0).sum(axis=(0, 1, 2))).max() <= 1, name
 
 
 def test_tokens_and_means_are_counted(found):

@@ -115,9 +115,11 @@ def build_dashboards(
         drawn = _draw(corpus, tcs, sites, examples, output, progress)
         with on_mesh_of(corpus.pipe.transformer):
             mean = mean_run(corpus, tcs.sites, *sums)
-        usual = _by_group(tcs, {name: site.usual for name, site in sites.items()})
+        usual, sides = (
+            _by_group(tcs, {name: getattr(site, what) for name, site in sites.items()}) for what in ("usual", "sides")
+        )
         links = find_links(
-            *(tcs, corpus.pipe.config.transformer.layout, mean, corpus.run.sigmas[:-1], usual, options.links),
+            *(tcs, corpus.pipe.config.transformer.layout, mean, corpus.run.sigmas[:-1], usual, sides, options.links),
             lambda done, total: progress("Comparing weights", done, total),
         )
         told = _write_pages(corpus, tcs, options, output, config, sites, drawn, mean, links, progress)
@@ -179,6 +181,7 @@ def _sites(
                 *(here.active, here.total, here.histogram),
                 edges=(EDGES * float(here.scale)).astype(np.float32),
                 prompts=here.prompts,
+                text=here.text,
                 peak=here.top_value[:, 0],
                 example_prompt=picked.prompt,
                 example_place=picked.place,

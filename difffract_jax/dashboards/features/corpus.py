@@ -113,6 +113,12 @@ class Corpus:
         (rows,) = sequences(Streams(images, batch.masks), (group,), axis=1)
         return np.asarray(rows) & batch.own[:, None]
 
+    def text_rows(self, group: Group) -> Bool[np.ndarray, "row"]:
+        """Returns which rows of a group's sequence are of the text."""
+        tokens = self.run.tokens
+        (rows,) = sequences(Streams(np.zeros(tokens.img, bool), np.ones(tokens.txt, bool)), (group,), axis=0)
+        return np.asarray(rows)
+
     def features_sharding(self) -> NamedSharding | None:
         """Returns how arrays [site feat ...] lie on the mesh: features over the axes that split a model."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(None, MODEL_AXES))

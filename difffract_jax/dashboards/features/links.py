@@ -4,10 +4,11 @@
    What a later feature g of the same stream reads is <w_g, .>, w_g its encoder column times the mean time scale, after
    a norm that takes the mean out and multiplies by s, here its mean at g's site. So f's usual share of g is
 
-       weight = s a_f <w_g, d_f - mean(d_f)> / a_g
+       weight = o_fg s a_f <w_g, d_f - mean(d_f)> / a_g
 
-   with a the mean value of a feature where it is active. Features that never fire have none. The scale by which a block
-   modulates its norm is left out.
+   with a the mean value of a feature where it is active, and o_fg how far both are active at tokens of the same kind:
+   the sum over text and image of the smaller of their shares there. What works on patches alone has no links with what
+   works on words alone. Features that never fire have none. The scale by which a block modulates its norm is left out.
 2. Of every feature the `keep` weights of largest size are kept, over all later sites (downstream) and over all earlier
    ones (upstream). Attention, which carries what is written to other tokens, is left out: a graph has it.
    SAEs read what an MLP wrote, no residual stream, and have no such links.
@@ -91,6 +92,7 @@ def find_links(
     mean: MeanRun,
     times: Float[np.ndarray, "step"],
     usual: dict[str, Float[np.ndarray, "site feat"]],
+    sides: dict[str, Float[np.ndarray, "site feat side"]],
     keep: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Links:
@@ -102,6 +104,7 @@ def find_links(
         mean: the mean run, for gates and norms.
         times: denoising time of every step.
         usual: by group, mean value of each feature where it is active; 0 for one that never is.
+        sides: by group, shares of the tokens at which each feature is active that are of the text and of the image.
         keep: partners to keep of each kind.
         progress: called with (pairs done, pairs in all).
     """
@@ -111,10 +114,12 @@ def find_links(
     total = len(pairs) + len(places)
     for site, place in enumerate(places):
         tc = _fetch(tcs.stacks[place.group], place.slot)
-        units = _units(tc)
+        units, alike = _units(tc), jnp.ones((features, 1))
+        own = jnp.asarray(sides[place.group][place.slot])
         for first in range(0, features, TILE):
-            found = _tile(units[first : first + TILE], units, jnp.int32(first), keep=keep, same=True)
-            _merge(near, site, slice(first, first + TILE), *map(np.asarray, found[:2]), site * features)
+            rows = slice(first, first + TILE)
+            found = _tile(units[rows], units, alike[rows], alike, jnp.int32(first), keep=keep, same=True)
+            _merge(near, site, rows, *map(np.asarray, found[:2]), site * features)
         targets = [target for source, target in pairs if source == site]
         written = _written(tc, jnp.asarray(mean.gates[place.group][place.slot]), _usual(usual, place))
         del tc
@@ -122,9 +127,11 @@ def find_links(
             other = places[target]
             norm = jnp.asarray(mean.norms[other.group][other.slot])
             read = _read(_fetch(tcs.stacks[other.group], other.slot), jnp.asarray(times), _usual(usual, other), norm)
+            theirs = jnp.asarray(sides[other.group][other.slot])
             for first in range(0, features, TILE):
                 rows = slice(first, first + TILE)
-                found = [np.asarray(a) for a in _tile(written[rows], read, jnp.int32(0), keep=keep, same=False)]
+                made = _tile(written[rows], read, own[rows], theirs, jnp.int32(0), keep=keep, same=False)
+                found = [np.asarray(a) for a in made]
                 _merge(down, site, rows, found[0], found[1], target * features)
                 _merge(up, target, slice(None), found[2], found[3], site * features + first)
             del read
@@ -180,14 +187,23 @@ def _read(
 
 @partial(jax.jit, static_argnames=("keep", "same"))
 def _tile(
-    left: Float[Array, "some d_model"], right: Float[Array, "feat d_model"], first: Array, *, keep: int, same: bool
+    left: Float[Array, "some d_model"],
+    right: Float[Array, "feat d_model"],
+    left_sides: Float[Array, "some side"],
+    right_sides: Float[Array, "feat side"],
+    first: Array,
+    *,
+    keep: int,
+    same: bool,
 ) -> tuple[Array, Array, Array, Array]:
     """Returns the products of largest size: of each row of `left`, value and partner; and of each row of `right`.
 
-    With `same` a row is no partner of its own, `first` being the number of the first row of `left`, and only products
-    above 0 count.
+    A product counts as far as the shares of both rows' tokens, by side, overlap. With `same` a row is no partner of its
+    own, `first` being the number of the first row of `left`, and only products above 0 count.
     """
-    products = jnp.matmul(left, right.T, precision="highest")
+    sides = zip(left_sides.T, right_sides.T, strict=True)
+    overlap = sum(jnp.minimum(one[:, None], other[None]) for one, other in sides)
+    products = overlap * jnp.matmul(left, right.T, precision="highest")
     if same:
         own = jnp.arange(left.shape[0])[:, None] + first == jnp.arange(right.shape[0])[None]
         products = jnp.where(own, 0.0, jnp.maximum(products, 0.0))

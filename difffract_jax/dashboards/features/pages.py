@@ -158,6 +158,7 @@ def feature_record(site: SitePages, config: Mapping[str, Any], number: int) -> d
         "mean": short(scan.total[number] / np.maximum(active, 1)),
         "histogram": scan.histogram[number].tolist(),
         "prompts": int(scan.prompts[number]),
+        "text": int(scan.text[number]),
         "peak": short(scan.peak[number]),
         "examples": list(_examples(site, config, number)),
         "up": _partners(site, site.links.upstream, number, config),

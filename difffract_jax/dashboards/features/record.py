@@ -39,6 +39,7 @@ class SiteScan(NamedTuple):
         histogram: tokens above 0, by value; `edges` are the inner edges of its bins.
         edges: of the histogram, ascending.
         prompts: prompts with any token above 0.
+        text: tokens above 0 that are of the text; the others are of the image.
         peak: largest value.
         example_prompt: number of an example's prompt; -1 for an empty place.
         example_place: step * rows + row of its peak; rows are those of the site's sequence.
@@ -51,6 +52,7 @@ class SiteScan(NamedTuple):
     histogram: Int[np.ndarray, "feat bins"]
     edges: Float[np.ndarray, "edges"]
     prompts: Int[np.ndarray, "feat"]
+    text: Int[np.ndarray, "feat"]
     peak: Float[np.ndarray, "feat"]
     example_prompt: Int[np.ndarray, "feat shown"]
     example_place: Int[np.ndarray, "feat shown"]
@@ -61,6 +63,12 @@ class SiteScan(NamedTuple):
     def usual(self) -> Float[np.ndarray, "feat"]:
         """Mean value of every feature where it is active; 0 for one that never is."""
         return (self.total.sum(axis=1) / np.maximum(self.active.sum(axis=1), 1)).astype(np.float32)
+
+    @property
+    def sides(self) -> Float[np.ndarray, "feat side"]:
+        """Shares of the tokens at which each feature is active that are of the text, and of the image."""
+        active = np.maximum(self.active.sum(axis=1), 1)
+        return np.stack([self.text / active, (self.active.sum(axis=1) - self.text) / active], axis=1).astype(np.float32)
 
     def __repr__(self) -> str:
         dead = int((self.prompts == 0).sum())
@@ -97,6 +105,7 @@ class FeatureScan(NamedTuple):
         frequency: the same, by step.
         mean: mean value where it is active, by step.
         prompts: share of the prompts in which it is active.
+        text: share of the tokens at which it is active that are of the text.
         l0_share: share of the active features of its site's tokens that are this one.
         peak: largest value.
         flag: "dead" if it is never active, "rare" below `RARE` of the tokens, else "".
@@ -108,6 +117,7 @@ class FeatureScan(NamedTuple):
     frequency: tuple[float, ...]
     mean: tuple[float, ...]
     prompts: float
+    text: float
     l0_share: float
     peak: float
     flag: str
@@ -116,6 +126,7 @@ class FeatureScan(NamedTuple):
     def __repr__(self) -> str:
         facts = {
             "active": f"at {self.density:.3%} of the tokens, in {self.prompts:.1%} of the prompts",
+            "of them text": f"{self.text:.1%}",
             "share of L0": f"{self.l0_share:.3%}",
             "largest value": f"{self.peak:.4g}",
             "by step": ", ".join(f"{share:.3%}" for share in self.frequency),
@@ -211,6 +222,7 @@ def feature_scan(
         tuple((active / max(tokens, 1)).tolist()),
         tuple((site.total[number] / np.maximum(active, 1)).astype(float).tolist()),
         float(site.prompts[number]) / len(prompts),
+        float(site.text[number]) / max(count, 1.0),
         count / max(float(site.active.sum(dtype=np.int64)), 1.0),
         float(site.peak[number]),
         flag_of(count, density),

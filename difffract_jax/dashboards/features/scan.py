@@ -171,6 +171,7 @@ def scan_batch(corpus: Corpus, tcs: TranscoderSet, now: Scanned, ranks: np.ndarr
     batch = corpus.batch_of(range(first, min(first + corpus.batch, len(corpus.prompts))))
     features, latents = tcs.config.features, batch.noise
     counted = {group.name: corpus.counted(batch, group) for group, _ in tcs.sites.members}
+    text = {group.name: corpus.text_rows(group) for group, _ in tcs.sites.members}
     divides = corpus.mesh is not None and features % ways_of(corpus.mesh) == 0
     sharding = corpus.peaks_sharding() if divides else None
     peaks = {
@@ -181,8 +182,8 @@ def scan_batch(corpus: Corpus, tcs: TranscoderSet, now: Scanned, ranks: np.ndarr
         latents, read = step_with_taps(corpus, batch, latents, step, tcs.sites, tcs.config.role)
         t, at = jnp.asarray(corpus.run.sigmas[step]), jnp.asarray(step, jnp.int32)
         for name, rows in read.items():
-            mask = jnp.asarray(counted[name])
-            states[name], peaks[name] = count_step(states[name], peaks[name], tcs.stacks[name], rows, mask, at, t)
+            which = jnp.asarray(counted[name]), jnp.asarray(text[name])
+            states[name], peaks[name] = count_step(states[name], peaks[name], tcs.stacks[name], rows, *which, at, t)
     numbers, order = jnp.asarray(batch.numbers, jnp.int32), jnp.asarray(ranks[batch.numbers])
     states = {name: absorb(state, peaks[name], numbers, order) for name, state in states.items()}
     tokens = {name: now.tokens[name] + int(mask.sum()) for name, mask in counted.items()}

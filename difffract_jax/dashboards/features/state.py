@@ -49,6 +49,7 @@ class FeatureState(NamedTuple):
         total: sum of values, by step.
         histogram: tokens above 0, by value.
         prompts: prompts with any token above 0.
+        text: tokens above 0 that are of the text; the others are of the image.
         scale: of the histogram's edges, by site.
     """
 
@@ -63,6 +64,7 @@ class FeatureState(NamedTuple):
     total: Float[Any, "site feat step"]
     histogram: Int[Any, "site feat bins"]
     prompts: Int[Any, "site feat"]
+    text: Int[Any, "site feat"]
     scale: Float[Any, "site"]
 
     __repr__ = brief
@@ -99,7 +101,7 @@ def empty_state(sites: int, features: int, *, top: int, sample: int, steps: int,
     return FeatureState(
         *(floats(top), ints(top), ints(top)),
         *(full(LAST, jnp.int32, sample), floats(sample), ints(sample), ints(sample)),
-        *(ints(steps), floats(steps), ints(BINS), ints(), jnp.ones(sites, jnp.float32)),
+        *(ints(steps), floats(steps), ints(BINS), ints(), ints(), jnp.ones(sites, jnp.float32)),
     )
 
 
@@ -115,6 +117,7 @@ def count_step(
     stack: Any,
     read: Float[Array, "prompt site row d_model"],
     counted: Bool[Array, "prompt row"],
+    text: Bool[Array, "row"],
     step: Int[Array, ""],
     t: Float[Array, ""],
 ) -> tuple[FeatureState, Peaks]:
@@ -126,13 +129,14 @@ def count_step(
         stack: the group's transcoders, or a streamed stack of them.
         read: what each site's transcoder reads.
         counted: rows that count: no padding, and no prompt that only fills the batch up.
+        text: rows that are of the text.
         step: its number.
         t: denoising time, as the transcoders are fed.
     """
     if not isinstance(stack, Streamed):
-        return _count_all(state, peaks, stack, read, counted, step, t)
+        return _count_all(state, peaks, stack, read, counted, text, step, t)
     for number, transcoder in stack.fetched(range(stack.depth)):
-        state, peaks = _count_one(state, peaks, number, transcoder, read[:, number], counted, step, t)
+        state, peaks = _count_one(state, peaks, number, transcoder, read[:, number], counted, text, step, t)
         wait_for(peaks)
         del transcoder  # before the one after next is fetched
     return state, peaks
@@ -144,7 +148,15 @@ def encoded(tc: Transcoder, read: Float[Array, "prompt row d_model"], t: Float[A
 
 
 def _count_site(
-    state: FeatureState, peaks: Peaks, number: Any, tc: Transcoder, read: Array, counted: Array, step: Array, t: Array
+    state: FeatureState,
+    peaks: Peaks,
+    number: Any,
+    tc: Transcoder,
+    read: Array,
+    counted: Array,
+    text: Array,
+    step: Array,
+    t: Array,
 ) -> tuple[FeatureState, Peaks]:
     """Counts one step at the site of that number."""
     z = jnp.where(counted[:, :, None], encoded(tc, read, t), 0.0)
@@ -155,6 +167,7 @@ def _count_site(
     state = state._replace(
         active=state.active.at[number, :, step].add(above[0]),
         total=state.total.at[number, :, step].add(jnp.sum(z, axis=(0, 1))),
+        text=state.text.at[number].add(jnp.sum((z > 0) & text[None, :, None], axis=(0, 1), dtype=jnp.int32)),
         histogram=state.histogram.at[number].add((above[:-1] - above[1:]).T),
     )
     place = step.astype(jnp.int32) * z.shape[1] + row
@@ -166,11 +179,11 @@ def _count_site(
 
 @partial(jax.jit, donate_argnames=("state", "peaks"))
 def _count_all(
-    state: FeatureState, peaks: Peaks, stack: Any, read: Array, counted: Array, step: Array, t: Array
+    state: FeatureState, peaks: Peaks, stack: Any, read: Array, counted: Array, text: Array, step: Array, t: Array
 ) -> tuple[FeatureState, Peaks]:
     def site(carry: tuple[FeatureState, Peaks], now: tuple[Array, Any, Array]) -> tuple[Any, None]:
         number, tc, rows = now
-        return _count_site(*carry, number, tc, rows, counted, step, t), None
+        return _count_site(*carry, number, tc, rows, counted, text, step, t), None
 
     sites = jnp.arange(read.shape[1])
     return jax.lax.scan(site, (state, peaks), (sites, stack, jnp.moveaxis(read, 1, 0)))[0]

@@ -294,7 +294,8 @@ const difffract = (() => {
       })));
   }
   function links(feature) {
-    const named = (ends) => ends.map(([site, other, value, label]) => ({ name: `${scan.sites[site].name}/f${other}`, label: label || "", value, link: true }));
+    const named = (ends) => ends.map(([site, other, value, label]) => ({ name: `${scan.sites[site].name}/f${other}`, label: label || "", value,
+      link: scan.sites[site].pages === scan.features || Boolean(lists.get(scan.sites[site].name)?.feature.includes(other)) }));
     const signed = (value) => (value < 0 ? "\u2212" : "+") + percent(Math.abs(value)), lists = [];
     if (feature.up.length) lists.push(linkList("Upstream, by weights", "What earlier features at the same token usually add to this one, as a share of its usual value.", named(feature.up), signed));
     if (feature.down.length) lists.push(linkList("Downstream, by weights", "What this one adds to later features at the same token, as a share of their usual values.", named(feature.down), signed));
@@ -337,6 +338,7 @@ const difffract = (() => {
     const usual = feature.active.reduce((sum, count, i) => sum + count * feature.mean[i], 0) / Math.max(1, active);
     const rows = [["of the tokens", percent(active / rowsOf(site))], ["of the prompts", percent(feature.prompts / scan.prompts)],
       ["share of the site's L0", percent(all ? active / all : 0)], ["largest value", number(feature.peak)], ["mean where active", number(usual)]];
+    if (site.streams.length > 1) rows.splice(1, 0, ["of these, at words", percent(feature.text / Math.max(1, active))]);
     return make("dl", { class: "facts" }, ...rows.map(([name, value]) => make("div", {}, make("dt", { text: name }), make("dd", { text: value }))));
   }
   function title(site, name, feature) {
