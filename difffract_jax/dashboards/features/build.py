@@ -11,6 +11,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,11 +101,13 @@ def build_dashboards(
     with resumable_directory(out, overwrite=overwrite) as output:
         sizes = (corpus.pipe.config, corpus.run, tcs.sites, tcs.config.features, len(corpus.prompts), options)
         output.begin(identity_of(corpus, tcs, options), disk_bytes(sizes_of(*sizes)).total)
-        kept = Kept(output, options.seconds)
         found = scan(
-            *(corpus, tcs),
-            **{"top": options.top, "sample": options.sample, "kept": kept},
-            progress=lambda done, total: progress("Scanning prompts", done, total),
+            corpus,
+            tcs,
+            top=options.top,
+            sample=options.sample,
+            kept=Kept(output, options.seconds),
+            progress=partial(progress, "Scanning prompts"),
         )
         config = _config(corpus, tcs, found, options, provenance or {})
         sites, examples = _sites(tcs, found, options)
@@ -115,12 +118,15 @@ def build_dashboards(
         drawn = _draw(corpus, tcs, sites, examples, output, progress)
         with on_mesh_of(corpus.pipe.transformer):
             mean = mean_run(corpus, tcs.sites, *sums)
-        usual, sides = (
-            _by_group(tcs, {name: getattr(site, what) for name, site in sites.items()}) for what in ("usual", "sides")
-        )
         links = find_links(
-            *(tcs, corpus.pipe.config.transformer.layout, mean, corpus.run.sigmas[:-1], usual, sides, options.links),
-            lambda done, total: progress("Comparing weights", done, total),
+            tcs,
+            corpus.pipe.config.transformer.layout,
+            mean,
+            corpus.run.sigmas[:-1],
+            _by_group(tcs, {name: site.usual for name, site in sites.items()}),
+            _by_group(tcs, {name: site.sides for name, site in sites.items()}),
+            options.links,
+            partial(progress, "Comparing weights"),
         )
         told = _write_pages(corpus, tcs, options, output, config, sites, drawn, mean, links, progress)
         write_record(output.files / FOLDER, config, corpus.prompts)
@@ -178,7 +184,9 @@ def _sites(
                 picked = picked._replace(prompt=np.where(np.array(named)[:, None], picked.prompt, -1))
             every.append(picked)
             sites[f"{group.label}/{number}"] = SiteScan(
-                *(here.active, here.total, here.histogram),
+                active=here.active,
+                total=here.total,
+                histogram=here.histogram,
                 edges=(EDGES * float(here.scale)).astype(np.float32),
                 prompts=here.prompts,
                 text=here.text,
@@ -242,9 +250,7 @@ def _draw(
     peaks = _by_group(tcs, {name: site.peak for name, site in sites.items()})
     thumbs = files["thumbs"][: len(chosen)]
     numbers = example_maps.render(
-        *(corpus, tcs, jobs, peaks, maps, thumbs),
-        output=output,
-        progress=lambda done, total: progress("Drawing examples", done, total),
+        corpus, tcs, jobs, peaks, maps, thumbs, output=output, progress=partial(progress, "Drawing examples")
     )
     return Drawn(maps, thumbs, numbers)
 
@@ -280,19 +286,26 @@ def _write_pages(
             pictures = token_pictures(corpus, mean) if pictures is None else pictures
             effects = _effects(tcs, group, slot, site, mean, pictures)
         made = pages.SitePages(
-            *(name, number, site, drawn.maps[group][slot]),
-            *((None, None) if effects is None else effects),
-            *(links, options.texts or {}, options.edges or {}, _wanted(options, name, len(site.peak))),
+            name=name,
+            number=number,
+            scan=site,
+            maps=drawn.maps[group][slot],
+            effects=effects,
+            links=links,
+            texts=options.texts or {},
+            edges=options.edges or {},
+            wanted=_wanted(options, name, len(site.peak)),
         )
         told.append(pages.write_list(folder, made, config))
-        for count in pages.write_chunks(folder, made, config):
-            progress("Writing pages", done + count, total)
+        for written in pages.write_chunks(folder, made, config):
+            progress("Writing pages", done + written, total)
         done += len(made.wanted)
     prompts = [(int(n), corpus.prompts[n], corpus.tokens_of(int(n)), corpus.noise_seed(int(n))) for n in drawn.prompts]
     pages.write_prompts(folder, prompts, drawn.thumbs)
     pages.write_script(folder / "data" / "index.js", "index", _index(corpus, tcs, options, config, sites, told))
     pages.write_assets(folder)
-    return Built(*(sum(one[key] for one in told) for key in ("pages", "dead", "rare")), len(drawn.prompts))
+    count, dead, rare = (sum(one[key] for one in told) for key in ("pages", "dead", "rare"))
+    return Built(count, dead, rare, len(drawn.prompts))
 
 
 def _wanted(options: DashboardOptions, site: str, features: int) -> Int[np.ndarray, "wanted"]:

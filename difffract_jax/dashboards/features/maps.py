@@ -124,11 +124,8 @@ def render(
         The prompts that were run, ascending.
     """
     chosen = chosen_prompts(jobs, corpus.run.steps)
-    done = (
-        max((int(name.removeprefix(NAME)) for name in output.finished if name.startswith(NAME)), default=0)
-        if (output is not None)
-        else 0
-    )
+    finished = [] if output is None else [name for name in output.finished if name.startswith(NAME)]
+    done = max((int(name.removeprefix(NAME)) for name in finished), default=0)
     last = time.monotonic()
     with on_mesh_of(corpus.pipe.transformer):
         for first in range(done * corpus.batch, len(chosen), corpus.batch):

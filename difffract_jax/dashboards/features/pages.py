@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
+from difffract_jax.dashboards.features.effects import Effects
 from difffract_jax.dashboards.features.links import Links, Strongest
 from difffract_jax.dashboards.features.record import SiteScan, flag_of, place_of
 from difffract_jax.dashboards.features.texts import Text
@@ -45,8 +46,7 @@ class SitePages(NamedTuple):
         number: its place among the sites of the scan.
         scan: what was found.
         maps: of its features' examples.
-        strength: of its features' effects on pixels; None for a site of text alone.
-        pictures: of these effects; None alike.
+        effects: of its features on pixels; None for a site of text alone.
         links: of all sites.
         texts: what features are called.
         edges: of a graph, by feature.
@@ -57,8 +57,7 @@ class SitePages(NamedTuple):
     number: int
     scan: SiteScan
     maps: UInt8[np.ndarray, "feat shown cells"]
-    strength: Any
-    pictures: Any
+    effects: Effects | None
     links: Links
     texts: Mapping[str, Text]
     edges: Mapping[str, Any]
@@ -113,8 +112,8 @@ def write_list(folder: Path, site: SitePages, config: Mapping[str, Any]) -> dict
         "usual": short(scan.usual[wanted]),
         "label": [site.texts[name].text if (name := f"{site.name}/f{f}") in site.texts else "" for f in wanted],
     }
-    if site.strength is not None:
-        columns["effect"] = short(site.strength[wanted])
+    if site.effects is not None:
+        columns["effect"] = short(site.effects.strength[wanted])
     write_script(folder / "data" / folder_of(site.name) / "list.js", "list", site.name, columns)
     rows = max(1, int(config["sites"][site.name]["tokens"]) * scan.active.shape[1])
     flags = [flag_of(float(count), float(count) / rows) for count in active[wanted]]
@@ -135,9 +134,9 @@ def write_chunks(folder: Path, site: SitePages, config: Mapping[str, Any]) -> It
         mine = site.wanted[site.wanted // CHUNK == chunk]
         records = {str(f): feature_record(site, config, int(f)) for f in mine}
         write_script(home / f"{chunk:04}.js", "features", site.name, int(chunk), records)
-        if site.pictures is not None:
+        if site.effects is not None:
             first = int(chunk) * CHUNK
-            sheet = sheet_of(site.pictures[first : first + CHUNK], 8)
+            sheet = sheet_of(site.effects.picture[first : first + CHUNK], 8)
             save_picture(sheet, home / f"{chunk:04}.png")
         written += len(mine)
         yield written
@@ -165,8 +164,8 @@ def feature_record(site: SitePages, config: Mapping[str, Any], number: int) -> d
         "down": _partners(site, site.links.downstream, number, config),
         "near": _partners(site, site.links.neighbours, number, config),
     }
-    if site.strength is not None:
-        record["effect"] = short(site.strength[number])
+    if site.effects is not None:
+        record["effect"] = short(site.effects.strength[number])
     if name in site.texts:
         text = site.texts[name]
         record["label"] = text.text

@@ -210,31 +210,27 @@ def absorb(
         value, place = peaks.value.T, peaks.place.T
         prompt = jnp.broadcast_to(numbers[None].astype(jnp.int32), value.shape)
         rank = jnp.where(value > 0, ranks[None].astype(jnp.int32), LAST)
-        kept = {
-            "top": (state.top_value, state.top_prompt, state.top_place),
-            "sample": (state.sample_value, state.sample_prompt, state.sample_place),
-        }
-        value_, prompt_, place_ = (
-            jnp.concatenate([old[number], new], axis=1)
-            for old, new in zip(kept["top"], (value, prompt, place), strict=True)
-        )
-        _, best = jax.lax.top_k(value_, state.top_value.shape[2])
-        top = [jnp.take_along_axis(a, best, axis=1) for a in (value_, prompt_, place_)]
-        rank_ = jnp.concatenate([state.sample_rank[number], rank], axis=1)
-        _, first = jax.lax.top_k(-rank_, state.sample_rank.shape[2])
-        sample = [
-            jnp.take_along_axis(jnp.concatenate([old[number], new], axis=1), first, axis=1)
-            for old, new in zip(kept["sample"], (value, prompt, place), strict=True)
-        ]
+        top = _joined((state.top_value, state.top_prompt, state.top_place), number, (value, prompt, place))
+        kept = state.sample_rank, state.sample_value, state.sample_prompt, state.sample_place
+        sample = _joined(kept, number, (rank, value, prompt, place))
+        largest = jax.lax.top_k(top[0], state.top_value.shape[2])[1]
+        first = jax.lax.top_k(-sample[0], state.sample_rank.shape[2])[1]
+        top_value, top_prompt, top_place = (jnp.take_along_axis(one, largest, axis=1) for one in top)
+        ranks_, values, prompts, places = (jnp.take_along_axis(one, first, axis=1) for one in sample)
         return state._replace(
-            top_value=state.top_value.at[number].set(top[0]),
-            top_prompt=state.top_prompt.at[number].set(top[1]),
-            top_place=state.top_place.at[number].set(top[2]),
-            sample_rank=state.sample_rank.at[number].set(jnp.take_along_axis(rank_, first, axis=1)),
-            sample_value=state.sample_value.at[number].set(sample[0]),
-            sample_prompt=state.sample_prompt.at[number].set(sample[1]),
-            sample_place=state.sample_place.at[number].set(sample[2]),
+            top_value=state.top_value.at[number].set(top_value),
+            top_prompt=state.top_prompt.at[number].set(top_prompt),
+            top_place=state.top_place.at[number].set(top_place),
+            sample_rank=state.sample_rank.at[number].set(ranks_),
+            sample_value=state.sample_value.at[number].set(values),
+            sample_prompt=state.sample_prompt.at[number].set(prompts),
+            sample_place=state.sample_place.at[number].set(places),
             prompts=state.prompts.at[number].add(jnp.sum(value > 0, axis=1, dtype=jnp.int32)),
         ), None
 
     return jax.lax.scan(site, state, (jnp.arange(peaks.value.shape[0]), peaks))[0]
+
+
+def _joined(kept: tuple[Array, ...], number: Array, new: tuple[Array, ...]) -> list[Array]:
+    """Returns what is kept of the features of a site, with new prompts behind, [feat kept_and_new]."""
+    return [jnp.concatenate([old[number], more], axis=1) for old, more in zip(kept, new, strict=True)]
