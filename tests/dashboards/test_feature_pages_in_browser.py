@@ -1,6 +1,7 @@
 """The pages in Chromium, from a disk: a feature opens by its address, and texts from outside stay texts."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -74,3 +75,73 @@ def test_other_addresses_are_answered(folder, tmp_path, address, said):
     page, console = opened(folder, tmp_path, address, size="390,844")
     assert said in text_of(page) and set(places(small())) <= set(re.findall(r">(\w+/\d)<", page))
     assert not [line for line in console if "ERR_FILE_NOT_FOUND" not in line]
+
+
+DRIVE = """
+const found = {}, wait = (true_) => new Promise((done, failed) => {
+  let left = 300;
+  (function look() {
+    try { if (true_()) return done(); } catch (error) { /* not there yet */ }
+    return left-- ? setTimeout(look, 10) : failed(new Error(`never came: ${true_}`));
+  })();
+});
+const get = (id) => document.getElementById(id), rows = () => [...document.querySelectorAll(".row")];
+const set = (id, value) => {
+  const field = get(id);
+  if (field.type === "checkbox") field.checked = value; else field.value = value;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const ready = (name) => wait(() => document.body.dataset.ready === name);
+const shown = () => Number(get("count").textContent.split(" ")[0]);
+(async () => {
+  await ready("img/1/f4");
+  found.alive = shown();
+  set("dead", true); await wait(() => shown() === 40); found.all = shown();
+  set("dead", false); await wait(() => shown() === found.alive);
+  set("sort", "peak"); await wait(() => !rows()[0].textContent.includes("%"));
+  found.peaks = rows().slice(0, 6).map((row) => Number(row.querySelector(".figure").textContent));
+  set("search", "LANTERN"); await wait(() => shown() === 1); found.searched = rows().map((row) => row.title);
+  set("all", true); await wait(() => shown() === 2); found.everywhere = rows().map((row) => row.title).sort();
+  set("search", ""); set("all", false); await wait(() => shown() === found.alive);
+  set("sort", "feature"); await wait(() => rows()[0].title === "img/1/f0");
+  rows()[1].click(); const first = rows()[1].title; await ready(first); found.clicked = [first, document.title];
+  document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+  const next = rows()[2].title; await ready(next); found.next = [next, location.hash];
+  const field = document.querySelector(".note input"); field.value = "<b>mine</b>";
+  field.dispatchEvent(new Event("change", { bubbles: true }));
+  await wait(() => document.querySelector("h1").textContent.includes("<b>mine</b>"));
+  found.labelled = document.querySelectorAll("h1 b").length;
+  set("search", "<b>mine"); await wait(() => shown() === 1); found.own = rows()[0].title;
+  get("jump").value = " single/1/f5 "; get("go").requestSubmit();
+  await ready("single/1/f5"); found.jumped = location.hash;
+  const cards = [...document.querySelectorAll(".example")];
+  const before = document.querySelector("pre").textContent;
+  cards[1].click();
+  found.marked = cards.map((card) => card.getAttribute("aria-pressed"));
+  found.commands = [before, document.querySelector("pre").textContent];
+})().catch((error) => { found.error = String(error); }).finally(() => {
+  const result = document.createElement("pre"); result.id = "result"; result.textContent = JSON.stringify(found);
+  document.body.append(result);
+});
+"""
+
+
+def test_the_list_is_searched_and_sorted_and_features_are_labelled(tmp_path):
+    out = tmp_path / "out"
+    texts = {"img/1/f4": Text("a lantern"), "single/0/f9": Text("Lantern, lit")}
+    build_dashboards(small().corpus, small().tcs, out, DashboardOptions(top=3, per_third=1, sample=5, texts=texts))
+    (out / "drive.js").write_text(DRIVE, encoding="utf-8")
+    page = (out / "index.html").read_text(encoding="utf-8")
+    driven = page.replace("</body>", '<script src="drive.js"></script></body>')
+    (out / "index.html").write_text(driven, encoding="utf-8")
+    page, console = opened(out, tmp_path, "#img/1/f4")
+    found = json.loads(html.unescape(re.search(r'<pre id="result">(.*?)</pre>', page, re.DOTALL)[1]))
+    assert "error" not in found and not console, found
+    assert 30 < found["alive"] < found["all"] == 40
+    assert found["peaks"] == sorted(found["peaks"], reverse=True) and found["peaks"][0] > found["peaks"][-1]
+    assert found["searched"] == ["img/1/f4"] and found["everywhere"] == ["img/1/f4", "single/0/f9"]
+    assert found["clicked"] == ["img/1/f1"] * 2 and found["next"] == ["img/1/f2", "#img/1/f2"]
+    assert found["labelled"] == 0 and found["own"] == "img/1/f2" and found["jumped"] == "#single/1/f5"
+    assert found["marked"][:2] == ["false", "true"] and found["marked"].count("true") == 1
+    before, after = found["commands"]
+    assert before != after and "difffract trace MODEL TRANSCODERS" in after and "--target single/1/f5@" in after
