@@ -14,6 +14,7 @@ import json
 import platform
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,18 +30,27 @@ import numpy as np
 from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.circuits.attribution.engine import make_engine
 from difffract_jax.circuits.attribution.selection import strongest_feature, target_row
+from difffract_jax.circuits.checks.rerun import capture_again
+from difffract_jax.circuits.checks.validation import validate
 from difffract_jax.circuits.editing.interventions import steer
 from difffract_jax.circuits.editing.ranking import rank_features
 from difffract_jax.circuits.effects.attention import head_loadings
 from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.trace.capture import capture, capture_steps
+from difffract_jax.conversion import convert_flux
+from difffract_jax.graphs.pruning import prune
 from difffract_jax.loading import load_pipeline, load_transcoders
+from difffract_jax.memory import host_memory
 from difffract_jax.models.embeddings import embed_prompts, read_embeddings, with_embeddings, write_embeddings
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.streaming import READING, Streamed, Take
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import parse_sites
+from difffract_jax.transcoders.sources import open_sampler
+from difffract_jax.transcoders.training import Watch as TrainingWatch
+from difffract_jax.transcoders.training import train
 from difffract_jax.transcoders.transcoder import FEATURE_AXES, TranscoderSet
 
 GIB = 2**30
@@ -139,6 +149,12 @@ def _pipe(home: Path, *, encoded: bool = True) -> Any:
     return with_embeddings(pipe, read_embeddings(home / "embeddings.npz")) if encoded else pipe
 
 
+def _last_double(pipe: Any, count: int) -> tuple[str, str, int]:
+    """Returns the sites of the last double blocks, and the number of the last."""
+    last = len(pipe.config.transformer.layout.labels["img"]) - 1
+    return f"img/{max(last - count + 1, 0)}-{last}", f"txt/{max(last - count + 1, 0)}-{last}", last
+
+
 def _run(pipe: Any, side: int, steps: int) -> Any:
     return pipe.plan(height=side, width=side, steps=steps)
 
@@ -205,6 +221,7 @@ def trace_step(
         "edges": int(graph.edge_source.size),
         "conservation": graph.largest_conservation_error,
         "mean active features": counts,
+        "most at one token": [int(values.shape[2]) for values in active[0]],
         "decoder rows kept": [int(s.stack.dec.kernel.shape[1]) for s in prepared.steps[0].sites if s.stack is not None],
         "times": times,
     }
@@ -213,7 +230,7 @@ def trace_step(
 def features_step(home: Path) -> dict[str, Any]:
     """Ranks the features of four sites."""
     pipe = _pipe(home)
-    tcs = derived(home, pipe.config.transformer.layout, ("img/17-18", "txt/17-18"))
+    tcs = derived(home, pipe.config.transformer.layout, _last_double(pipe, 2)[:2])
     found = rank_features(pipe, tcs, PROMPT, run=_run(pipe, 128, 1), top=3)
     return {"sites": len(tcs.sites.names), "ranked": {label: str(rows[0].feature) for label, rows in found.items()}}
 
@@ -221,19 +238,85 @@ def features_step(home: Path) -> dict[str, Any]:
 def steer_step(home: Path) -> dict[str, Any]:
     """Generates an image with one feature edited."""
     pipe = _pipe(home)
-    tcs = derived(home, pipe.config.transformer.layout, ("img/18",))
-    made = steer(pipe, tcs, PROMPT, [Edit.parse("img/18/f7=add:4")], run=_run(pipe, 128, 1))
+    site = f"img/{_last_double(pipe, 1)[2]}"
+    tcs = derived(home, pipe.config.transformer.layout, (site,))
+    made = steer(pipe, tcs, PROMPT, [Edit.parse(f"{site}/f7=add:4")], run=_run(pipe, 128, 1))
     return {"image spread": float(made.image.std())}
 
 
 def heads_step(home: Path) -> dict[str, Any]:
     """Splits the edges into a target by head, through the last four double blocks."""
     pipe = _pipe(home)
-    tcs = derived(home, pipe.config.transformer.layout, ("img/15-18", "txt/15-18"))
-    trace = capture(pipe, tcs, PROMPT, run=_run(pipe, 128, 4))
-    engine = make_engine(trace, tcs)
-    found = head_loadings(engine, target_row(engine, strongest_feature(engine.steps[0], tcs, "img", 18)))
+    *sites, last = _last_double(pipe, 4)
+    tcs = derived(home, pipe.config.transformer.layout, tuple(sites))
+    prepared = prepare(capture(pipe, tcs, PROMPT, run=_run(pipe, 128, 4)), tcs)
+    engine = make_engine(prepared, tcs)
+    found = head_loadings(engine, target_row(engine, strongest_feature(prepared, tcs, "img", last)))
     return {"heads": int(found.head.size), "strongest": float(np.abs(found.loading).sum(axis=1).max())}
+
+
+def convert_step(home: Path) -> dict[str, Any]:
+    """Converts the checkpoint, and deletes what was written."""
+    out = home / "converted"
+    said = [0]
+
+    def tell(done: int, count: int) -> None:
+        if done - said[0] > 2**32 or done == count:
+            said[0] = done
+            say(f"{done / 1e9:.1f} of {count / 1e9:.1f} GB")
+
+    made = convert_flux(home / "diffusers", out, overwrite=True, progress=tell)
+    shutil.rmtree(out)
+    return {"parameters": sum(made.parameters.values()), "source": made.source}
+
+
+def validate_step(home: Path) -> dict[str, Any]:
+    """Holds a small graph of the last four double blocks against the model, in the exact reading and the real one."""
+    pipe = _pipe(home)
+    *sites, last = _last_double(pipe, 4)
+    tcs = derived(home, pipe.config.transformer.layout, tuple(sites))
+    prepared = prepare(capture(pipe, tcs, PROMPT, run=_run(pipe, 128, 4)), tcs)
+    target = strongest_feature(prepared, tcs, "img", last)
+    graph = attribute(prepared, tcs, target=target, max_nodes=10, min_attribution=0.0)
+    graph = prune(graph, mode="difffract", by_position=True, node_threshold=0.2)
+    say(f"{graph.node_kind.size} nodes")
+    # The trace is that of the graph: capturing it anew is what `trace` was measured for.
+    again = capture_again(pipe, tcs, graph, trace=prepared.trace)
+    tell = lambda done, count: say(f"{done} of {count} parts")  # noqa: E731
+    found = validate(again, graph, edges=50, ablations=8, draws=1, readings=("propagated", "full"), progress=tell)
+    sets = sum(len(one["rows"]) for one in found["completeness"]["curves"])
+    return {
+        "nodes": int(graph.node_kind.size),
+        "worst": {row["kind"]: row["worst"] for row in found["exactness"]},
+        "holds": all(row["holds"] for row in found["exactness"]),
+        "runs of circuits": 2 * sets,
+    }
+
+
+def train_step(home: Path, steps: int = 20) -> dict[str, Any]:
+    """Trains the transcoder of one site, its rows from the model, streamed from disk."""
+    prompts = home / "prompts.txt"
+    words = [
+        f"a {colour} {shape} number {n}" for n in range(40) for colour in ("red", "blue") for shape in ("cat", "cup")
+    ]
+    prompts.write_text("\n".join(words) + "\n", encoding="utf-8")
+    pipe = load_pipeline(home / "diffusers", dtype=jnp.bfloat16, weights="disk")
+    given = {
+        "sites": (f"img/{_last_double(pipe, 1)[2]}",),
+        "model_dtype": "bf16",
+        "height": 128,
+        "width": 128,
+        "text_tokens": 32,
+    }
+    given |= {"steps_per_image": 1, "prompts_at_once": 4, "batch": 64, "buffer_rows": 256, "k": 32}
+    settings = TrainConfig(
+        model=str(home / "diffusers"), prompts=str(prompts), weights="disk", steps=steps, out=home / "training", **given
+    )
+    watch = TrainingWatch(lambda done, count, means: say(f"step {done} of {count}: {means}"), say)
+    shutil.rmtree(settings.out, ignore_errors=True)
+    done = train(settings, open_sampler(settings, pipe, "train"), {}, watch)
+    shutil.rmtree(settings.out)
+    return {"steps": done.step, "last": done.metrics}
 
 
 class Step(NamedTuple):
@@ -245,13 +328,16 @@ class Step(NamedTuple):
 
 STEPS: Mapping[str, Step] = {
     "encode": Step(encode_step, 8),
+    "convert": Step(convert_step, 4),
     "generate-128": Step(generate_step, 8),
     "trace-16-128": Step(lambda home: trace_step(home, 128, SIXTEEN, 100), 8),
     "trace-16-256": Step(lambda home: trace_step(home, 256, SIXTEEN, 100), 8),
-    "trace-57-128": Step(lambda home: trace_step(home, 128, EVERY, 25), 12),
+    "trace-57-128": Step(lambda home: trace_step(home, 128, EVERY, 25, 5), 12),
     "features": Step(features_step, 8),
     "steer": Step(steer_step, 8),
     "heads": Step(heads_step, 8),
+    "validate": Step(validate_step, 8),
+    "train": Step(train_step, 16),
     "trace-16-512": Step(lambda home: trace_step(home, 512, SIXTEEN, 20, 20), 16),
 }
 """In the order in which they are run; the first writes the embeddings that the others read."""
@@ -270,7 +356,7 @@ def run(home: Path, names: list[str]) -> None:
             continue
         cap = int(STEPS[name].cap * GIB)
         say(f"{name}, with at most {STEPS[name].cap:g} GiB of private memory")
-        command = ["prlimit", f"--data={cap}", sys.executable, __file__, name, str(home)]
+        command = ["prlimit", f"--data={cap}", sys.executable, __file__, name, str(home), str(host_memory().total)]
         status = subprocess.run(command, check=False).returncode
         if status:
             say(f"{name} ended with status {status}")
@@ -279,8 +365,15 @@ def run(home: Path, names: list[str]) -> None:
         sys.exit(f"Without a result: {', '.join(failed)}; the same call tries them again.")
 
 
-def measure(name: str, home: Path, step: Step) -> None:
-    """Does one step in this process, and writes its result."""
+def measure(name: str, home: Path, step: Step, memory: int) -> None:
+    """Does one step in this process, and writes its result.
+
+    Args:
+        name: of the step.
+        home: of the checkpoint.
+        step: what it does.
+        memory: bytes that the machine has, or a control group leaves of it, pages of files included.
+    """
     watch, begin = Watch(), time.perf_counter()
     found = step.work(home)
     usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -293,6 +386,7 @@ def measure(name: str, home: Path, step: Step) -> None:
         "read": READING.nbytes / 1e9,
         "reading minutes": READING.seconds / 60,
         "waited minutes": READING.waited / 60,
+        "memory of the host": memory / GIB,
         "machine": f"{platform.processor() or platform.machine()}, jax {jax.__version__}",
     }
     with atomic_file(home / "results" / f"{name}.json") as partial:
@@ -318,4 +412,4 @@ def table(home: Path) -> str:
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], Path(sys.argv[2]), STEPS[sys.argv[1]])
+    measure(sys.argv[1], Path(sys.argv[2]), STEPS[sys.argv[1]], int(sys.argv[3]))

@@ -47,6 +47,7 @@ ORDER = (
 )
 LIGHT = (
     "difffract_jax",
+    "difffract_jax.dashboards.features.record",
     "difffract_jax.address",
     "difffract_jax.memory",
     "difffract_jax.cli.main",
@@ -57,7 +58,6 @@ LIGHT = (
     *(f"difffract_jax.circuits.notation.{name}" for name in ("feature", "edits", "labels")),
     "difffract_jax.circuits.attribution.expansion",
     *(f"difffract_jax.dashboards.{name}" for name in ("records", "pictures", "render")),
-    "difffract_jax.dashboards.features.record",
     "difffract_jax.circuits.checks.predictions",
 )
 """Modules that need no JAX, beside all of `graphs`; nor SciPy's statistics, which take a second to import."""

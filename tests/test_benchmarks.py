@@ -176,8 +176,21 @@ def test_the_rehearsal_encodes_traces_and_tells_what_it_took(fake):
     assert found["sites"] == sum(map(len, layout.labels.values()))
     assert set(found["times"]) == {"capture", "encode sites", "attribute"}
     (home / "results").mkdir()
-    rehearsal.measure("steer-small", home, rehearsal.Step(lambda _: {"what": 1}, 1))
-    assert json.loads((home / "results" / "steer-small.json").read_text())["private peak"] > 0
+    rehearsal.measure("steer-small", home, rehearsal.Step(lambda _: {"what": 1}, 1), 2**34)
+    told = json.loads((home / "results" / "steer-small.json").read_text())
+    assert told["private peak"] > 0 and told["memory of the host"] == 16
+
+
+@pytest.mark.slow
+def test_the_rehearsal_converts_trains_and_checks(fake):
+    rehearsal, home = benchmark("full_size_run"), fake[1]
+    if not (home / "embeddings.npz").exists():
+        rehearsal.encode_step(home)
+    assert rehearsal.convert_step(home)["parameters"] > 0 and not (home / "converted").exists()
+    assert rehearsal.validate_step(home)["holds"]
+    assert rehearsal.train_step(home, 2)["steps"] == 2
+    assert rehearsal.features_step(home)["sites"] == 4 and rehearsal.heads_step(home)["heads"] > 0
+    assert rehearsal.steer_step(home)["image spread"] > 0
 
 
 def test_an_interrupted_fake_checkpoint_is_continued(fake, tmp_path):

@@ -263,7 +263,7 @@ def _on_model(settings: EvaluateConfig, model: str | None, opened: list[Opened])
         raise UserError(f"The transcoders {said}; name the model to measure on: difffract evaluate MODEL {names}.")
     # Which prompts are validation follows from their text: those of the smaller share are of the larger one, too.
     base = min(known, key=lambda one: one.validation_share).model_dump(exclude_unset=True) if known else {}
-    changes = {"model": model or models.pop(), "sites": ("*/*",)}
+    changes = {"model": model or models.pop(), "sites": ("*/*",), "weights": settings.weights or base.get("weights")}
     if settings.prompts is not None or (base.get("model") != changes["model"] and base.get("prompts") == "world"):
         changes["prompts"] = settings.prompts
     return resolve(TrainConfig, {name: value for name, value in (base | changes).items() if value is not None})

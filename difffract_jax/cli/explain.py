@@ -151,8 +151,10 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
     from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
     from difffract_jax.circuits.effects.total_effects import total_effects
     from difffract_jax.circuits.notation.feature import Feature
+    from difffract_jax.cli.models import dtype_named
+    from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit
-    from difffract_jax.loading import load_pipeline, load_transcoders
+    from difffract_jax.loading import load_transcoders
 
     asked = parse_target(settings.target)
     if isinstance(asked, Feature):
@@ -161,8 +163,10 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
             "`difffract trace` explains features."
         )
     last = (settings.steps or 4) - 1 if settings.step is None else settings.step
-    check_fits("effects", settings, step=f"0-{last}", output=True)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    known: dict[str, Any] = {"step": f"0-{last}", "output": True}
+    check_fits("effects", settings, **known)
+    pipe, place = open_model("effects", settings, **known)
+    tcs = load_transcoders(settings.transcoders, dtype=dtype_named(settings.transcoder_dtype), weights=place)
     span, inside = _recorded(pipe, tcs, settings)
     output = resolve_target(pipe, span, asked)
     shown = _effects(settings, span, tcs, output, total_effects(span, tcs, output), inside)

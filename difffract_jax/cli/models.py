@@ -22,7 +22,12 @@ def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
 
         return random_pipeline(dtype=dtype), None
     sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh, EVERYWHERE)
-    return load_pipeline(model, dtype=dtype, sharding=sharding), world_of(settings)
+    if sharding is not None and settings.weights != "device":
+        raise UserError(
+            f"weights: {settings.weights} fetches a model's blocks to one device, but the mesh has {mesh.size}; use "
+            "weights: device, which splits the model over them."
+        )
+    return load_pipeline(model, dtype=dtype, sharding=sharding, weights=settings.weights), world_of(settings)
 
 
 def mesh_for(text: str | None) -> Any:

@@ -51,7 +51,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     # Where a command may stream its weights, that is what it needs at least.
     streamed = given.get("weights", "device") != "device"
     try:
-        dtype = type_of(given) if "weights" in given or command == "validate" else "f32"
+        dtype = type_of(given) if "weights" in given else "f32"
         asked = asked_of(command, {"dtype": dtype, "sites": ("*/*",)} | given)
         work = workload(command, asked, host=device.platform == "cpu", streamed=streamed)
         work = work if grid is None else work._replace(grid=grid)

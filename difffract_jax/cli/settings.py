@@ -182,6 +182,14 @@ class EffectsConfig(Settings):
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
     """Who draws the starting noise: `torch` repeats diffusers' noise of that seed (needs the extra `torch`)."""
+    model_dtype: Literal["f32", "bf16"] | None = None
+    """Type of the model's weights in memory; that of its files when left out. Results are in float32 either way."""
+    transcoder_dtype: Literal["f32", "bf16"] = "f32"
+    """Type of the transcoders' weights in memory."""
+    weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
+    memory: str | None = None
+    """Most memory to use, as in 16GB; what there is when left out."""
 
 
 class PlanConfig(Settings):
@@ -236,15 +244,15 @@ class RerunSettings(Settings):
     """Who draws the starting noise; as the graph was traced, when left out."""
     activations: Path | None = None
     """`.npz` file of activations, for a graph that was traced from one."""
+    weights: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
+    memory: str | None = None
+    """Most memory to use, as in 16GB; what there is when left out."""
 
 
 class HeadsConfig(RerunSettings):
     """Settings of `difffract heads`: which attention heads carry a circuit, and why they attend."""
 
-    weights: Literal["auto", "device", "host", "disk"] = "auto"
-    """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
-    memory: str | None = None
-    """Most memory to use, as in 16GB; what there is when left out."""
     target: str | None = None
     """Feature or output of the graph whose edges are split by head, as tables show it, as in img/2/f401@12; the graph's
     first target when left out."""
@@ -267,6 +275,9 @@ class ValidateConfig(RerunSettings):
     same run, which keeps what a site writes on average; or zero."""
     draws: int = Field(5, ge=1)
     """Random circuits of each size, to compare with."""
+    readings: str = Field("propagated,live,full", pattern=r"^(propagated|live|full)(,(propagated|live|full))*$")
+    """Readings in which circuits are kept and removed, from the frozen map to the real model; each runs the model once
+    for every circuit, so that fewer take less time."""
     seed: Seed = 0
     """Seed of the edges and of the random circuits that are drawn; the run's own seed is the graph's."""
     out: Path | None = None

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.preflight import check_graph_fits
+from difffract_jax.cli.preflight import check_graph_fits, known_of
 from difffract_jax.cli.settings import RerunSettings, ValidateConfig
 from difffract_jax.cli.steer import check_directory, torch_latents
 from difffract_jax.config import UserError, provenance
@@ -35,7 +35,8 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
 
     Measured, without a bar: the most influential features are taken off one at a time in the real model, and the
     changes downstream correlated with the graph's predictions; circuits of growing size are kept alone (`recovered`) or
-    removed (`lost`), beside as many features of the largest values, and at random.
+    removed (`lost`), beside as many features of the largest values, and at random. That is most of the time: --draws
+    and --readings make it less.
 
     Example: `difffract validate organism organism graph.npz --out validation`
     """
@@ -45,20 +46,18 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     from difffract_jax.circuits.checks.validation import at_size, failed_checks
     from difffract_jax.circuits.checks.validation import validate as hold
     from difffract_jax.cli.graph_files import read
-    from difffract_jax.cli.models import dtype_named
+    from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit, progress, replacing
-    from difffract_jax.cli.used import load_for_graph, traced_types
-    from difffract_jax.loading import load_pipeline
+    from difffract_jax.cli.used import load_for_graph
 
     graph = read(settings.graph)
     check_graph_fits("validate", settings, graph)
-    named = traced_types(graph).get("dtype")
-    pipe = load_pipeline(settings.model, dtype=None if named is None else dtype_named(named))
-    tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph)
+    pipe, place = open_model("validate", settings, **known_of(graph))
+    tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph, weights=place)
     again = rerun(pipe, tcs, graph, settings)
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})
     with progress("Validating") as advance:
-        found = hold(again, graph, **asked, progress=advance)
+        found = hold(again, graph, **asked, readings=tuple(settings.readings.split(",")), progress=advance)
     record = provenance("validate", settings, **opt.sources(model=pipe, transcoders=tcs))
     files = {}
     if settings.out is not None:

@@ -37,6 +37,7 @@ def count_training(settings: TrainConfig, work: TrainingWorkload, platform: str,
     held = held_bytes(setup, {})
     on_host = encoders_on_host(settings, platform)
     resident = [tree for name, tree in work.model.items() if name == "transformer" or not on_host]
+    resident = resident if settings.weights == "device" else []
     lasting = {"state": held["state"], "buffer": held["buffer"], "model": bytes_of(resident)}
     step = lasting | {"rows": held["rows"]}
     between = max(0, round(estimate(work._replace(model={}), ONE)) - sum(held.values()))
@@ -54,13 +55,15 @@ def _refresh(
     run = plan_run(config, height=settings.height, width=settings.width, text_tokens=settings.text_tokens)
     shapes = {name: getattr(config, name) for name in ("transformer", "t5", "clip", "vae")}
     dtype = jax.tree.leaves(work.model["transformer"])[0].dtype
-    asked = Work("harvest", shapes, dtype, run.grid, run.text_tokens, batch=settings.prompts_at_once)
+    streamed = settings.weights != "device"
+    asked = Work("harvest", shapes, dtype, run.grid, run.text_tokens, batch=settings.prompts_at_once, streamed=streamed)
     # Rows are kept, nothing is encoded: of the transcoders only the sites count.
     shape = TranscoderConfig(d_model=config.transformer.d_model, features=1, time_embed=0, conditioning="none")
     asked = asked._replace(tcs=Transcoders(shape, work.sites, np.dtype(dtype).itemsize))
     (text,), harvest = COMMANDS["encode"](asked), COMMANDS["harvest"](asked)[-1]
-    visiting = {"text encoders": sum(text.held.values())} if on_host else {}
-    rows = {"rows of the prompts": harvest.held["rows"]}
+    visiting = {"text encoders": sum(text.held.values())} if on_host or streamed else {}
+    blocks = {"blocks on their way": sum(harvest.held.values()) - harvest.held["rows"]} if streamed else {}
+    rows = {"rows of the prompts": harvest.held["rows"]} | blocks
     return [
         Phase("encode prompts", {**lasting, **visiting}, text.passing),
         Phase("harvest", {**lasting, **rows}, harvest.passing),

@@ -4,13 +4,14 @@
 2. `run_stack` scans the stack. Where `write` is given it stands in for every MLP sublayer; where records are given the
    blocks run frozen; `tap` picks what each block reports, so that a caller keeps only what it reduces to.
 3. `run_stacks` does this for one stack after the other.
-4. A stack that is not in memory (`streaming.Streamed`) is run in a loop on the host, a compiled program per block.
+4. A stack that is not in memory (`streaming.Streamed`), or whose `layers` are not, is run in a loop on the host, a
+   compiled program per block.
 
 A model is a tuple of stacks and what stands around them: `embed` before the first, the last norm and projection behind
 the last. "Per group" is a tuple over the groups of a stack, or of all stacks in order (`address.Layout`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 
 from difffract_jax.address import Group
 from difffract_jax.models.blocks import BlockActs, Cond, Streams
-from difffract_jax.models.streaming import Streamed, is_streamed, no_layers, stack_trees, wait_for
+from difffract_jax.models.streaming import Streamed, is_streamed, no_layers, stack_trees, streams_layers, wait_for
 
 UNROLLED = 4
 """Stacks of at most so many blocks run without a loop; a training step of the organism then takes a third less time."""
@@ -51,17 +52,22 @@ def drop(visit: Visit) -> None:
     """The tap that keeps nothing."""
 
 
+def keep_mlp_in(visit: Visit) -> tuple[Array, ...]:
+    """The tap that keeps the inputs x of the MLP sublayers, per group."""
+    return tuple(visit.acts.mlp_in)
+
+
 def slice_layer(stack: Any, layer: Any) -> Any:
     """Returns one layer of anything with a leading layer axis: a stack of blocks, their records, transcoders.
 
     Args:
-        stack: tree of arrays.
-        layer: number of the layer, also a traced one; or a slice of layers, as it must be of a streamed stack.
+        stack: tree of arrays; streamed ones are fetched.
+        layer: number of the layer, also a traced one where nothing is streamed; or a slice of layers.
     """
 
     def take(leaf: Any) -> Any:
         if isinstance(leaf, Streamed):
-            return leaf.layers(layer)
+            return leaf.layers(layer) if isinstance(layer, slice) else leaf.fetch(layer)
         if isinstance(layer, jax.Array):
             # As `leaf[layer]` does, but traced in a sixth of the time.
             return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
@@ -142,7 +148,7 @@ def run_stack(
         write: stands in for every MLP sublayer. Where blocks are streamed this and `tap` are static: named functions
             compile once.
         fixed: per group, what `write` gets whole.
-        layers: per group, what `write` gets a slice of; trees with a leading layer axis.
+        layers: per group, what `write` gets a slice of; trees with a leading layer axis, or streamed.
         tap: what each block reports; stacked on a leading layer axis.
         kept: per group, the blocks whose reports are kept, ascending; all if left out. The tap then reports per group.
         unroll: whether a stack of at most `UNROLLED` blocks is written out, where a loop costs more than it saves.
@@ -153,7 +159,7 @@ def run_stack(
     """
     count = len(stack.groups)
     fixed, layers = (tuple(one or (None,) * count) for one in (fixed, layers))
-    if isinstance(stack, Streamed):
+    if streams_layers(stack, layers):
         return _run_streamed(stack, tuple(h), cond, frozen, write, fixed, layers, tap, kept)
     step = partial(_run_block, write=write, tap=tap, cond=cond, fixed=fixed)
     depth = depth_of(stack)
@@ -220,7 +226,7 @@ _run_block_alone = jax.jit(_run_block, static_argnames=("write", "tap"))
 
 
 def _run_streamed(
-    stack: Streamed,
+    stack: Any,
     h: tuple[Array, ...],
     cond: Cond,
     frozen: Any,
@@ -230,10 +236,10 @@ def _run_streamed(
     tap: Tap,
     kept: Sequence[Sequence[int]] | None,
 ) -> tuple[tuple[Array, ...], Any]:
-    """Applies the blocks of a stack that is not in memory; arguments as for `run_stack`."""
+    """Applies the blocks of a stack that is not in memory, or whose `layers` are not; arguments as for `run_stack`."""
     given = {"write": write, "tap": tap, "cond": cond, "fixed": fixed}
     reports = []
-    for number, block in stack.fetched(range(stack.depth)):
+    for number, block in _fetched(stack):
         h, report = _run_block_alone(h, (block, *slice_layer((frozen, layers), number)), **given)
         wait_for(h)
         reports.append(report if kept is None else _some_groups(report, kept, number))
@@ -243,9 +249,24 @@ def _run_streamed(
         return h, tuple(stack_trees(column) if column else None for column in columns)
     if reports:
         return h, stack_trees(reports)
-    parts = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (frozen, layers))
-    like = stack.abstract(), *parts
+    like = _layer_shapes((stack, frozen, layers))
     return h, no_layers(jax.eval_shape(partial(_run_block, **given), h, like)[1])
+
+
+def _fetched(stack: Any) -> Iterator[tuple[int, Any]]:
+    """Yields blocks with their numbers; of a streamed stack the next is fetched while one is used."""
+    if isinstance(stack, Streamed):
+        return stack.fetched(range(stack.depth))
+    return ((number, slice_layer(stack, number)) for number in range(depth_of(stack)))
+
+
+def _layer_shapes(stacks: Any) -> Any:
+    """Returns the shapes of one layer of anything with a leading layer axis."""
+
+    def of(leaf: Any) -> Any:
+        return leaf.abstract() if isinstance(leaf, Streamed) else jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+    return jax.tree.map(of, stacks, is_leaf=is_streamed)
 
 
 def _some_groups(report: Sequence[Any], kept: Sequence[Sequence[int]], number: int) -> tuple[Any, ...]:

@@ -31,6 +31,7 @@ from difffract_jax.models.pipeline import (
     sample,
     step_inputs,
 )
+from difffract_jax.models.streaming import jit_resident
 from difffract_jax.transcoders.harvest import Sampler
 from difffract_jax.transcoders.objective import ActivationRows, Objective, encoder_input, encoder_preactivations
 from difffract_jax.transcoders.objective import decode_codes as decode_rows
@@ -285,10 +286,10 @@ class _Builder(NamedTuple):
         return encoded, source.noise(np.array([number]))[0]
 
 
-_velocity = jax.jit(model_velocity, static_argnames="grid")
+_velocity = jit_resident(model_velocity, static_argnames="grid")
 
 
-@partial(jax.jit, static_argnames="grid")
+@partial(jit_resident, static_argnames="grid")
 def _squared_change(params: Replaced, inputs: Any, step: Array, v: Array, grid: tuple[int, int]) -> Array:
     return jnp.sum(jnp.square(replaced_velocity(params, inputs, step, grid) - v))
 

@@ -239,7 +239,8 @@ def estimate(work: TrainingWorkload, shape: Mapping[str, int]) -> float:
     rows = row * sizes["data"] * mine / shape["data"]
     buffer = row * settings.buffer_rows * sizes["site"] / chips if settings.buffer == "device" else 0
     between = 3.6 * weights + whole * (5 / shape["feature"] + 2.2 * (settings.activation == "topk"))
-    return 3 * weights * mine + between * together + rows + buffer + bytes_per_chip(work.model) / chips
+    model = bytes_per_chip(work.model) / chips if settings.weights == "device" else 0
+    return 3 * weights * mine + between * together + rows + buffer + model
 
 
 def compile_step(setup: Setup, topology: Topology, model: Mapping[str, Any], run: Run | None = None) -> TrainingPlan:

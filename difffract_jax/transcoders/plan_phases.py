@@ -44,6 +44,8 @@ class Phase(NamedTuple):
 
 def resident_parts(setup: Setup, model: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the parts of the model that lie on the devices while steps are taken."""
+    if setup.settings.weights != "device":
+        return ()  # its blocks are there while rows are made, two at a time
     if not encoders_on_host(setup.settings, setup.mesh.devices.flat[0].platform):
         return tuple(model)
     return tuple(name for name in model if name == "transformer")
@@ -65,10 +67,11 @@ def phases(setup: Setup, model: Mapping[str, Any], run: Run | None) -> list[Phas
     Args:
         setup: of the run.
         model: part -> abstract tree of the model that is read; empty where rows come from disk.
-        run: sizes and schedule of the sampler; None if they are not known, and then its programs are left out.
+        run: sizes and schedule of the sampler; None if they are not known, and then its programs are left out, as they
+            are where blocks are streamed, each a program of its own.
     """
     found = [Phase("first state", lambda: born(setup).lower(abstract_moments(setup)), ())]
-    if run is None or not model:
+    if run is None or not model or setup.settings.weights != "device":
         return found
     weights, resident = placed_model(setup, model), resident_parts(setup, model)
     inside = tuple(name for name in resident if name in ENCODERS)

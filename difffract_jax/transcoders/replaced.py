@@ -89,16 +89,18 @@ def replaced_velocity(
     """Velocity of a model with replaced MLPs; see `models.pipeline.Velocity`."""
     tokens = Streams(jnp.ones(grid[0] * grid[1], bool), params.text_mask)
     live = sequences(tokens, params.model.config.layout.groups, axis=0)
+    fixed = [(stack, rows, inputs.t, step) for stack, rows in zip(params.stacks, live, strict=True)]
+    return forward(params.model, inputs, grid, write=_write, fixed=fixed, layers=params.swaps)[0]
 
-    def write(fixed: tuple[Any, Array], swap: Swap | None, x: Array, true: Callable[[], Array]) -> tuple[Array, None]:
-        stack, rows = fixed
-        y = true()
-        if swap is None:
-            return y, None
-        return jnp.where(rows[:, None], _stand_in(stack, swap, inputs.t, step, x, y), y), None
 
-    fixed = tuple(zip(params.stacks, live, strict=True))
-    return forward(params.model, inputs, grid, write=write, fixed=fixed, layers=params.swaps)[0]
+def _write(
+    fixed: tuple[Any, Array, Array, Array], swap: Swap | None, x: Array, true: Callable[[], Array]
+) -> tuple[Array, None]:
+    stack, rows, t, step = fixed
+    y = true()
+    if swap is None:
+        return y, None
+    return jnp.where(rows[:, None], _stand_in(stack, swap, t, step, x, y), y), None
 
 
 def _stand_in(stack: Transcoder, swap: Swap, t: Array, step: Array, x: Any, y: Any) -> Array:

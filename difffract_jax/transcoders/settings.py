@@ -14,7 +14,7 @@ from difffract_jax.config import Seed, Settings, UserError
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
-    *("mesh", "parallel", "sparse_code", "sites_at_once", "buffer", "text_encoders", "max_minutes"),
+    *("mesh", "parallel", "sparse_code", "sites_at_once", "buffer", "text_encoders", "weights", "max_minutes"),
 )
 """Fields that change how a run is executed or watched, but not what it computes beyond rounding."""
 
@@ -54,6 +54,9 @@ class RowSettings(Settings):
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     model_dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the model while it is read, and of the rows that are kept."""
+    weights: Literal["device", "host", "disk"] = "device"
+    """Where the model's blocks stay: on the device; or in host memory or on disk, each fetched for its turn. That needs
+    memory for two of them, and makes rows more slowly."""
     seed: Seed = 0
     """Seed of prompts' order, noise, choice of tokens, weights and batches."""
 
@@ -213,6 +216,8 @@ class EvaluateConfig(Settings):
     """Validation prompts whose images are made again with replaced MLPs."""
     scored: int = Field(500, ge=0)
     """On the organism: held-out captions drawn with all MLPs replaced and without, for its scorer to judge."""
+    weights: Literal["device", "host", "disk"] | None = None
+    """Where the model's blocks stay, as for `train`; as in the run's training when left out."""
     pareto: tuple[Path, ...] = ()
     """Further runs on the same model, to be drawn into one figure: FVU and velocity recovered against L0. With --k, a
     YAML file of training settings instead, of which a transcoder and an SAE are trained for every k."""

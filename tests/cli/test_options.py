@@ -18,6 +18,7 @@ from difffract_jax.config import Settings, TraceConfig, UserError
 
 GIVEN = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
 ON_SETTINGS = {
+    "dashboards",
     "demo",
     "encode",
     "convert flux",
@@ -28,18 +29,7 @@ ON_SETTINGS = {
     "features",
     "heads",
 }
-ON_SETTINGS |= {
-    "encode",
-    "effects",
-    "validate",
-    "prune",
-    "supernodes",
-    "export",
-    "train",
-    "evaluate",
-    "study",
-    "dashboards",
-}
+ON_SETTINGS |= {"encode", "effects", "validate", "prune", "supernodes", "export", "train", "evaluate", "study"}
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:

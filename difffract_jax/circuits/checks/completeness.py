@@ -34,17 +34,25 @@ from jaxtyping import Array, Bool, Float, Float64, Int
 from difffract_jax.address import STREAMS
 from difffract_jax.circuits.attribution.engine import Engine
 from difffract_jax.circuits.checks.rerun import Rerun
-from difffract_jax.circuits.checks.variants import AT_ONCE, entering, read_variants, recorded_latents, round_up
+from difffract_jax.circuits.checks.variants import (
+    AT_ONCE,
+    entering,
+    map_variants,
+    read_variants,
+    recorded_latents,
+    round_up,
+)
 from difffract_jax.circuits.effects.readings import Mode, edited
-from difffract_jax.circuits.frozen.encoding import site
+from difffract_jax.circuits.frozen.encoding import SiteLayers, site
 from difffract_jax.circuits.frozen.replacement import Replacement
-from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
+from difffract_jax.circuits.frozen.targets import Targets, inputs_at, reading_terms
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.order import levels
 from difffract_jax.graphs.pruning import node_influence
-from difffract_jax.models.streaming import refuse_streamed
+from difffract_jax.models.streaming import jit_resident, streams_layers
 from difffract_jax.seeds import random_generator
+from difffract_jax.transcoders.transcoder import Transcoder
 
 Ablation = Literal["mean", "zero"]
 NEVER = np.iinfo(np.int32).max
@@ -155,28 +163,38 @@ def rank(engine: Engine, units: Units, order: np.ndarray, number: int) -> tuple[
 
 def mean_values(prepared: Replacement) -> tuple[Float[Array, "layer side feat"], ...]:
     """Returns every feature's mean over the replaced positions of its stream, [layer side feat] per group."""
-    refuse_streamed(prepared)
-    with jax.default_matmul_precision("highest"):
-        return _mean_values(prepared)
-
-
-@jax.jit
-def _mean_values(prepared: Replacement) -> tuple[Array, ...]:
     record, per_group = prepared.record, []
-    for sites, x, lengths in zip(prepared.sites, record.mlp_in, record.side_lengths, strict=True):
-        if sites.stack is None:
-            per_group.append(jnp.zeros((x.shape[0], len(lengths), 0), x.dtype))
-            continue
-        stack, side_of_row = sites.stack, np.repeat(np.arange(len(lengths)), lengths)
-
-        def means(layer: Any, stack: Any = stack, side_of_row: Any = side_of_row) -> Float[Array, "side feat"]:
-            at, x = layer
-            z = site(stack, at.slot).encode(x, record.t)
-            live = jnp.stack([(side_of_row == side) & at.live for side in np.unique(side_of_row)]).astype(z.dtype)
-            return (live @ z) / jnp.maximum(jnp.sum(live, axis=1), 1)[:, None]
-
-        per_group.append(jax.lax.map(means, (sites.layers, x)))
+    with jax.default_matmul_precision("highest"):
+        for sites, x, lengths in zip(prepared.sites, record.mlp_in, record.side_lengths, strict=True):
+            if sites.stack is None:
+                per_group.append(jnp.zeros((x.shape[0], len(lengths), 0), x.dtype))
+            elif sites.streamed is None:
+                per_group.append(_mean_values(sites.stack, sites.layers, x, record.t, lengths))
+            else:
+                layers = zip(sites.layers.slot.tolist(), sites.layers.live, x, strict=True)
+                means = [_means(sites.transcoder(slot), live, x, record.t, lengths) for slot, live, x in layers]
+                per_group.append(jnp.stack(means))
     return tuple(per_group)
+
+
+@partial(jax.jit, static_argnames="lengths")
+def _mean_values(
+    stack: Transcoder, layers: SiteLayers, x: Array, t: Array, lengths: tuple[int, ...]
+) -> Float[Array, "layer side feat"]:
+    def means(layer: tuple[Array, Array, Array]) -> Float[Array, "side feat"]:
+        slot, live, x = layer
+        return _means(site(stack, slot), live, x, t, lengths)
+
+    return jax.lax.map(means, (layers.slot, layers.live, x))
+
+
+@partial(jax.jit, static_argnames="lengths")
+def _means(
+    transcoder: Transcoder, live: Array, x: Array, t: Array, lengths: tuple[int, ...]
+) -> Float[Array, "side feat"]:
+    z, side_of_row = transcoder.encode(x, t), np.repeat(np.arange(len(lengths)), lengths)
+    counted = jnp.stack([(side_of_row == side) & live for side in range(len(lengths))]).astype(z.dtype)
+    return (counted @ z) / jnp.maximum(jnp.sum(counted, axis=1), 1)[:, None]
 
 
 def values_of(
@@ -220,7 +238,7 @@ def values_of(
     return (found @ graph.root_weights[graph.targets])[: sets.size.shape[0]]
 
 
-@partial(jax.jit, static_argnames=("mode", "across"))
+@partial(jit_resident, static_argnames=("mode", "across"))
 def _run_sets(
     prepared: Replacement,
     ranks: tuple[Array, ...],
@@ -232,6 +250,9 @@ def _run_sets(
     mode: Mode,
     across: bool,
 ) -> tuple[Array, Array | None]:
+    record = prepared.record
+    gradients, constant = reading_terms(record, prepared.sites, readouts)
+
     def one(variant: tuple[Sets, Array]) -> tuple[Array, Array | None]:
         chosen, z = variant
         inside = jax.tree.map(lambda each: (each[chosen.ranking] < chosen.size) | (chosen.size < 0), ranks)
@@ -239,9 +260,9 @@ def _run_sets(
         factors = jax.tree.map(lambda kept, mean: kept.astype(mean.dtype), kept, other)
         offsets = jax.tree.map(lambda kept, mean: jnp.where(kept, 0, mean), kept, other)
         found = edited(entering(prepared, z, across=across), factors, offsets, mode)
-        return preactivations_at(prepared.record, prepared.sites, readouts, found.mlp_in), found.velocity
+        return jnp.sum(gradients * inputs_at(record, readouts, found.mlp_in), axis=1) + constant, found.velocity
 
-    return jax.lax.map(one, (sets, latents), batch_size=FEW)
+    return map_variants(one, (sets, latents), FEW, streamed=streams_layers(prepared))
 
 
 def curve(

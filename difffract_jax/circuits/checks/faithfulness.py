@@ -24,17 +24,18 @@ from difffract_jax.circuits.checks.variants import (
     SourceLocations,
     entering,
     locations_at,
+    map_variants,
     pad_rows,
     read_variants,
     recorded_latents,
 )
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Replacement
-from difffract_jax.circuits.frozen.targets import Targets, preactivations_at
+from difffract_jax.circuits.frozen.targets import Targets, inputs_at, reading_terms
 from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE
-from difffract_jax.models.stacks import per_group, run_stacks
-from difffract_jax.models.streaming import refuse_streamed
+from difffract_jax.models.stacks import keep_mlp_in, per_group, run_stacks
+from difffract_jax.models.streaming import jit_resident, streams_layers
 
 
 def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float64[np.ndarray, "ablated target"]:
@@ -49,17 +50,24 @@ def ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Fl
         return np.asarray(_ablate(replacement, features, readouts), np.float64)
 
 
-@jax.jit
+@jit_resident
 def _ablate(replacement: Replacement, features: Targets, readouts: Targets) -> Float[Array, "ablated target"]:
-    record, sites, _ = replacement
-    values = _values(replacement, features)
+    values, read = _values(replacement, features), _reader(replacement, readouts)
 
     def run(one: tuple[Targets, Array]) -> Float[Array, "target"]:
-        return preactivations_at(
-            record, sites, readouts, live_reading(replacement, _taken_off(replacement, *one)).mlp_in
-        )
+        return read(live_reading(replacement, _taken_off(replacement, *one)))
 
-    return jax.lax.map(run, (features, values), batch_size=AT_ONCE)
+    return map_variants(run, (features, values), AT_ONCE, streamed=streams_layers(replacement))
+
+
+def _reader(replacement: Replacement, readouts: Targets) -> Callable[[RunOutputs], Float[Array, "target"]]:
+    """Returns what reads the pre-activations of some features of a run."""
+    gradients, constant = reading_terms(replacement.record, replacement.sites, readouts)
+
+    def read(run: RunOutputs) -> Float[Array, "target"]:
+        return jnp.sum(gradients * inputs_at(replacement.record, readouts, run.mlp_in), axis=1) + constant
+
+    return read
 
 
 def _taken_off(replacement: Replacement, feature: Targets, value: Array) -> tuple[Float[Array, "_ _ d_model"], ...]:
@@ -93,21 +101,21 @@ def perturb(
     return found[: features.size] - found[features.size]
 
 
-@partial(jax.jit, static_argnames="across")
+@partial(jit_resident, static_argnames="across")
 def _perturb(
     replacement: Replacement, places: SourceLocations, readouts: Targets, latents: Array, *, across: bool
 ) -> tuple[Array, Array | None]:
-    record, sites, _ = replacement
     features = Targets(places.group, places.layer, places.position, places.feature)
     values = jnp.where(places.kind == FEATURE, _values(replacement, features), 0)
+    read = _reader(replacement, readouts)
 
     def run(one: tuple[Targets, Array, Array]) -> tuple[Array, Array | None]:
         feature, value, z = one
         there = entering(replacement, z, across=across)
         found = live_reading(there, _taken_off(replacement, feature, value))
-        return preactivations_at(record, sites, readouts, found.mlp_in), found.velocity
+        return read(found), found.velocity
 
-    return jax.lax.map(run, (features, values, latents), batch_size=AT_ONCE)
+    return map_variants(run, (features, values, latents), AT_ONCE, streamed=streams_layers(replacement))
 
 
 def _values(replacement: Replacement, features: Targets) -> Float[Array, "ablated"]:
@@ -131,8 +139,12 @@ def _vector_at(
     if sites.stack is None or not like.size:
         return jnp.zeros_like(like)
     layer = feature.layer - first
-    vector = sites.stack.dec.kernel[sites.layers.slot.at[layer].get(mode="clip"), feature.feature]
-    own = jnp.where(feature.group == group, vector, 0)
+    slot, at = sites.layers.slot.at[layer].get(mode="clip"), (layer, feature.position)
+    row = feature.feature
+    if sites.layers.row is not None:  # the stack holds the decoder rows of active features alone
+        matches = sites.layers.index.at[at].get(mode="clip") == feature.feature
+        row = sites.layers.row.at[at].get(mode="clip")[jnp.argmax(matches)]
+    own = jnp.where(feature.group == group, sites.stack.dec.kernel[slot, row], 0)
     return jnp.zeros_like(like).at[layer, feature.position].set(own, mode="drop")
 
 
@@ -146,20 +158,11 @@ def live_reading(replacement: Replacement, change: Sequence[Float[Array, "_ _ d_
     Returns:
         The MLP sublayers' inputs x, and the velocity if it is recorded.
     """
-
-    refuse_streamed(replacement)
-
-    def write(_: None, added: Array, x: Array, true: Callable[[], Array]) -> tuple[Array, None]:
-        del x
-        return true() + added, None
-
     record, final = replacement.record, replacement.record.weights.final
-    h, kept = run_stacks(
-        record.weights.stacks,
-        record.boundary,
-        record.cond,
-        write=write,
-        layers=change,
-        tap=lambda visit: tuple(visit.acts.mlp_in),
-    )
+    h, kept = run_stacks(record.weights.live, record.boundary, record.cond, write=_add, layers=change, tap=keep_mlp_in)
     return RunOutputs(per_group(kept), None if final is None else final(h.img, record.cond), record.latents)
+
+
+def _add(_: None, added: Array, x: Array, true: Callable[[], Array]) -> tuple[Array, None]:
+    del x
+    return true() + added, None

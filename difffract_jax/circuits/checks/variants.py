@@ -6,14 +6,15 @@ A variant changes what the MLPs add, or what the run starts from, in one or seve
 2. Outputs are <velocity, v> + <latents, z>, with the weights of the `Output`.
 3. Over several steps the variants' latents follow their own velocities: z + (sigma_{i+1} - sigma_i) v.
 
-Variants run `AT_ONCE` at a time inside one compiled program per step. Numbers of variants and targets are rounded up,
-so that circuits of similar size share programs. `push_edges` uses this for the frozen map's
-push-forward, `faithfulness.perturb` and `completeness` for the model itself.
+Variants run `AT_ONCE` at a time inside one compiled program per step (`map_variants`). Numbers of variants and targets
+are rounded up, so that circuits of similar size share programs. Where blocks or transcoders are streamed a loop on the
+host takes the place of the program, and fetches every layer once for `AT_ONCE` variants. `push_edges` uses this for the
+frozen map's push-forward, `faithfulness.perturb` and `completeness` for the model itself.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,10 @@ from jaxtyping import Array, Float, Float64, Int, Int64
 from difffract_jax.address import IMG, LATENT, TXT
 from difffract_jax.circuits.attribution.engine import Engine, Output, targets_of
 from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run_replacement
-from difffract_jax.circuits.frozen.targets import Targets, preactivation_changes
+from difffract_jax.circuits.frozen.targets import Targets, inputs_at, reading_terms
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
 from difffract_jax.models.blocks import Streams
+from difffract_jax.models.stacks import slice_layer
 
 AT_ONCE = 8
 """Variants computed together; also the fewest that programs are compiled for."""
@@ -66,6 +68,22 @@ def read_variants(
             sigma, following = (jnp.asarray(info.sigmas[step], latents.dtype) for step in (info.step, info.step + 1))
             latents = latents + (following - sigma) * velocity
     return values
+
+
+def map_variants(run: Callable[[Any], Any], variants: Any, at_once: int, *, streamed: bool) -> Any:
+    """Returns what a function gives for every variant, stacked; for use inside other programs, or streamed, outside.
+
+    Args:
+        run: of one variant.
+        variants: tree of arrays with a leading axis, a multiple of `at_once` long.
+        at_once: variants computed together.
+        streamed: whether `run` fetches layers, which no program can.
+    """
+    if not streamed:
+        return jax.lax.map(run, variants, batch_size=at_once)
+    starts = range(0, jax.tree.leaves(variants)[0].shape[0], at_once)
+    found = [jax.vmap(run)(slice_layer(variants, slice(start, start + at_once))) for start in starts]
+    return jax.tree.map(lambda *each: jnp.concatenate(each), *found)
 
 
 def _of_output(output: Output, velocity: Array | None, latents: Array) -> Float64[np.ndarray, "variant"]:
@@ -172,7 +190,9 @@ def push_edges(
         with jax.default_matmul_precision("highest"):
             places = locations_at(engine, rows, number)
             places = places._replace(kind=jnp.where(text, INPUT, places.kind))
-            return _push(engine.steps[number], places, readouts, entering, across=engine.across)
+            step = engine.steps[number]
+            gradients, _ = reading_terms(step.record, step.sites, readouts)
+            return _push(step, places, readouts, gradients, entering, across=engine.across)
 
     start = jnp.asarray(latents, engine.steps[0].record.latents.dtype)
     return read_variants(engine, targets, start, run_step, changes=True)[: sources.size]
@@ -180,7 +200,13 @@ def push_edges(
 
 @partial(jax.jit, static_argnames="across")
 def _push(
-    prepared: Replacement, places: SourceLocations, readouts: Targets, latents: Array, *, across: bool
+    prepared: Replacement,
+    places: SourceLocations,
+    readouts: Targets,
+    gradients: Float[Array, "target d_model"],
+    latents: Array,
+    *,
+    across: bool,
 ) -> tuple[Array, Array | None]:
     record, sites, sources = prepared
     _, push = jax.linearize(partial(run_replacement, record, sites), sources)
@@ -188,7 +214,7 @@ def _push(
     def one(variant: tuple[SourceLocations, Array]) -> tuple[Array, Array | None]:
         place, entering = variant
         moved = push(_change(prepared, place, entering, across=across))
-        return preactivation_changes(record, sites, readouts, moved.mlp_in), moved.velocity
+        return jnp.sum(gradients * inputs_at(record, readouts, moved.mlp_in), axis=1), moved.velocity
 
     return jax.lax.map(one, (places, latents), batch_size=AT_ONCE)
 

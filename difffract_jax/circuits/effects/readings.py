@@ -12,22 +12,24 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from difffract_jax.circuits.frozen.encoding import SiteLayers, site
+from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers, site
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.order import levels
-from difffract_jax.models.stacks import per_group, run_stacks
-from difffract_jax.models.streaming import refuse_streamed
+from difffract_jax.models.stacks import keep_mlp_in, per_group, run_stacks
+from difffract_jax.models.streaming import Streamed, jit_resident
+from difffract_jax.transcoders.transcoder import Transcoder
 
 Mode = Literal["direct", "propagated", "live", "full"]
 
@@ -47,9 +49,9 @@ def scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: M
         return _scaled(prepared, factors, mode)
 
 
-@partial(jax.jit, static_argnames="mode")
+@partial(jit_resident, static_argnames="mode")
 def _scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> RunOutputs:
-    one_side = jax.tree.map(lambda factor: factor[:, None], factors)
+    one_side = [jnp.asarray(factor)[:, None] for factor in factors]
     return edited(prepared, one_side, jax.tree.map(jnp.zeros_like, one_side), mode)
 
 
@@ -66,19 +68,21 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
     Returns:
         The MLP sublayers' inputs, and the velocity if it is recorded.
     """
-    refuse_streamed(prepared)
     record, sites, sources = prepared
     live = mode == "full"
-    parts = ([one.layers for one in sites], sources.values, sources.errors, factors, offsets)
+    parts = ([one.layers for one in sites], sources.values, sources.errors, factors, offsets, _fetchable(sites))
     h, kept = run_stacks(
-        record.weights.stacks,
+        record.weights.live if live else record.weights.stacks,
         sources.boundary,
         record.cond,
         frozen=None if live else record.frozen,
-        write=partial(_write, t=record.t, mode=mode),
-        fixed=list(zip([one.stack for one in sites], record.side_lengths, strict=True)),
+        write=_WRITES[mode],
+        fixed=[
+            _Site(None if one.streamed else one.stack, lengths, record.t)
+            for one, lengths in zip(sites, record.side_lengths, strict=True)
+        ],
         layers=list(zip(*parts, strict=True)),
-        tap=lambda visit: tuple(visit.acts.mlp_in),
+        tap=keep_mlp_in,
         unroll=False,
     )
     final = record.weights.final
@@ -86,33 +90,51 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
     return RunOutputs(per_group(kept), velocity, record.latents)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["stack", "t"], meta_fields=["lengths"])
+@dataclass(frozen=True)
+class _Site:
+    """What all MLP sublayers of a group share: transcoders, unless they are streamed; tokens of each stream; time."""
+
+    stack: Transcoder | None
+    lengths: tuple[int, ...]
+    t: Float[Array, ""]
+
+
+def _fetchable(sites: Sequence[ReplacedSites]) -> list[Streamed | None]:
+    """Returns the streamed transcoder of every block, per group; some other where a block has none."""
+    return [None if one.streamed is None else one.streamed.pick(np.asarray(one.layers.slot).tolist()) for one in sites]
+
+
 def _write(
-    fixed: tuple[Any, tuple[int, ...]],
-    layer: tuple[SiteLayers, Array, Array, Array, Array],
+    fixed: _Site,
+    layer: tuple[SiteLayers, Array, Array, Array, Array, Transcoder | None],
     x: Float[Array, "rows d_model"],
     true: Callable[[], Array],
     *,
-    t: Array,
     mode: Mode,
 ) -> tuple[Float[Array, "rows d_model"], None]:
     """Returns what one MLP sublayer adds, with its features edited."""
-    (stack, lengths), (at, values, error, factor, offset) = fixed, layer
-    if stack is None:
+    stack, (at, values, error, factor, offset, fetched) = fixed.stack, layer
+    if stack is None and fetched is None:
         return (true() if mode == "full" else error), None
-    transcoder = site(stack, at.slot)
-    factor, offset = (by_side(per_side, lengths) for per_side in (factor, offset))
+    transcoder = site(stack, at.slot) if fetched is None else fetched
+    factor, offset = (by_side(per_side, fixed.lengths) for per_side in (factor, offset))
     rows = jnp.arange(x.shape[0])[:, None]
-    recorded = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, at.index].add(values)
+    recorded = jnp.zeros((x.shape[0], transcoder.config.features), x.dtype).at[rows, at.index].add(values)
     if mode == "full":
-        change = (factor - 1) * transcoder.encode(x, t) + offset
+        change = (factor - 1) * transcoder.encode(x, fixed.t) + offset
         return true() + jnp.where(at.live[:, None], change @ transcoder.dec.kernel[...], 0), None
     if mode == "direct":
         z = recorded
     elif mode == "propagated":
-        z = jnp.where(recorded > 0, transcoder.preactivation(x, t), 0)
+        z = jnp.where(recorded > 0, transcoder.preactivation(x, fixed.t), 0)
     else:
-        z = transcoder.encode(x, t)
+        z = transcoder.encode(x, fixed.t)
     return error + jnp.where(at.live[:, None], transcoder.decode(factor * z + offset, x), 0), None
+
+
+_WRITES = {mode: partial(_write, mode=mode) for mode in get_args(Mode)}
+"""What stands in for MLP sublayers, by the reading."""
 
 
 def by_side(per_side: Float[Array, "side feat"], lengths: tuple[int, ...]) -> Float[Array, "row feat"]:

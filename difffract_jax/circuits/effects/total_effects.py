@@ -11,7 +11,8 @@ This is the reading `propagated` of docs/method.md, section 7.
 
 Zeroing one feature moves the output by minus its effect, as long as no other feature switches on or off and attention
 and norms are held; a test holds that. Effects of sources on one path overlap: their sum is not the output's value. A
-graph with every feature expanded and no threshold says the same.
+graph with every feature expanded and no threshold says the same. Where transcoders are streamed, `streamed_effects`
+does the backward pass block by block.
 """
 
 from collections.abc import Callable
@@ -24,13 +25,14 @@ from jaxtyping import Array, Float, Int
 
 from difffract_jax.address import Layout
 from difffract_jax.circuits.attribution.engine import Output
-from difffract_jax.circuits.frozen.encoding import SiteLayers, site
+from difffract_jax.circuits.effects.streamed_effects import Factors, SitePart, scaled_write, streamed_effects
+from difffract_jax.circuits.frozen.encoding import site
 from difffract_jax.circuits.frozen.replacement import Replacement, prepare_step, prepare_steps
 from difffract_jax.circuits.trace.capture import Span
 from difffract_jax.circuits.trace.record import Weights
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import run_stacks
-from difffract_jax.models.streaming import refuse_streamed
+from difffract_jax.models.streaming import streams_layers
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 FEW = 1024
@@ -70,8 +72,17 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
     """
     if output.step != span.info.step:
         raise ValueError(f"The output lies in step {output.step}, but effects are on the last step, {span.info.step}.")
-    refuse_streamed(span, tcs)
     prepared = _prepare(span, tcs)
+    sigmas = span.info.sigmas
+    changes = [sigmas[t.info.step + 1] - sigmas[t.info.step] for t in span.traces]
+    dtype = prepared[0].record.latents.dtype
+    onto = output.velocity.astype(dtype), output.latents.astype(dtype)
+    if streams_layers(prepared):
+        found = streamed_effects(prepared, changes, *map(jnp.asarray, onto))
+        places = [one.layers.index for step in prepared for one in step.sites]
+        groups = len(prepared[0].sites)
+        index = tuple(jnp.stack(places[group::groups]) for group in range(groups))
+        return TotalEffects(found.features, index, found.errors, found.text, found.noise, span.info.layout)
     weights, transcoders = prepared[0].record.weights, tuple(sites.stack for sites in prepared[0].sites)
     slim = [
         one._replace(
@@ -81,40 +92,28 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
         for one in prepared
     ]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slim)
-    sigmas = span.info.sigmas
-    dtype = prepared[0].record.latents.dtype
     # What the last step adds to latents is not read.
-    taken = jnp.asarray([sigmas[t.info.step + 1] - sigmas[t.info.step] for t in span.traces], dtype)
-    found = _effects(weights, transcoders, stacked, taken, output.velocity.astype(dtype), output.latents.astype(dtype))
+    found = _effects(weights, transcoders, stacked, jnp.asarray(changes, dtype), *onto)
     index = tuple(sites.layers.index for sites in stacked.sites)
     return TotalEffects(found.features, index, found.errors, found.text, found.noise, span.info.layout)
 
 
 def _prepare(span: Span, tcs: TranscoderSet) -> tuple[Replacement, ...]:
-    if tcs.config.features > FEW:
+    if tcs.config.features > FEW or streams_layers(tcs.stacks):
         return prepare_steps(span.traces, tcs)
     stacks = tcs.per_group(span.info.layout)
     every = [0 if stack is None else tcs.config.features for stack in stacks]
     return tuple(prepare_step(trace, tcs, active=every) for trace in span.traces)
 
 
-class _Factors(NamedTuple):
-    """What sources are scaled by, less 1."""
-
-    features: tuple[Array, ...]
-    errors: tuple[Array, ...]
-    text: Array
-    noise: Array
-
-
 @jax.jit
 def _effects(
     weights: Weights, transcoders: tuple[Any, ...], steps: Replacement, taken: Array, velocity: Array, latents: Array
-) -> _Factors:
+) -> Factors:
     """Returns the derivative of the output by every factor."""
     errors = tuple(jnp.zeros(error.shape[:-1], error.dtype) for error in steps.sources.errors)
     dtype = steps.record.latents.dtype
-    none = _Factors(
+    none = Factors(
         jax.tree.map(jnp.zeros_like, steps.sources.values),
         errors,
         jnp.zeros(steps.record.text.shape[1], dtype),
@@ -131,7 +130,7 @@ def _value(
     taken: Array,
     velocity: Array,
     latents: Array,
-    factors: _Factors,
+    factors: Factors,
 ) -> Float[Array, ""]:
     """Returns the output's value, without its constant, with sources scaled."""
     text = weights.txt_in(steps.record.text[0] * (1 + factors.text)[:, None])
@@ -166,7 +165,7 @@ def _velocity(
         frozen=record.frozen,
         write=partial(_write, record.t),
         fixed=transcoders,
-        layers=list(zip(*parts, strict=True)),
+        layers=[SitePart(*part) for part in zip(*parts, strict=True)],
         unroll=False,
         remat=True,
     )
@@ -175,26 +174,8 @@ def _velocity(
 
 
 def _write(
-    t: Array,
-    stack: Any,
-    layer: tuple[SiteLayers, Array, Array, Array, Array],
-    x: Float[Array, "rows d_model"],
-    true: Callable[[], Array],
+    t: Array, stack: Any, layer: SitePart, x: Float[Array, "rows d_model"], true: Callable[[], Array]
 ) -> tuple[Float[Array, "rows d_model"], None]:
     """Returns what one MLP sublayer adds, its active features following x."""
     del true
-    at, values, error, features, errors = layer
-    error = error * (1 + errors)[:, None]
-    if stack is None:
-        return error, None
-    transcoder = site(stack, at.slot)
-    u = jnp.take_along_axis(transcoder.preactivation(x, t), at.index, axis=1)
-    z = _scatter(at.index, jnp.where(values > 0, u, 0) * (1 + features), stack.config.features)
-    return error + jnp.where(at.live[:, None], transcoder.decode(z, x), 0), None
-
-
-def _scatter(
-    index: Int[Array, "rows active"], z: Float[Array, "rows active"], features: int
-) -> Float[Array, "rows feat"]:
-    rows = jnp.arange(index.shape[0])[:, None]
-    return jnp.zeros((index.shape[0], features), z.dtype).at[rows, index].add(z)
+    return scaled_write(None if stack is None else site(stack, layer.at.slot), t, layer, x), None

@@ -76,29 +76,43 @@ def preactivations(replacement: Replacement, targets: Targets, x: Sequence[Array
         x: inputs of the MLP sublayers: the record's, or the affine map's at any sources.
     """
     with jax.default_matmul_precision("highest"):
-        return preactivations_at(replacement.record, replacement.sites, targets, x)
+        gradients, inputs, constant = _terms(replacement.record, replacement.sites, targets, x)
+        return jnp.sum(gradients * inputs, axis=1) + constant
 
 
 @jit_resident
-def preactivations_at(record: Record, sites: Sequence[ReplacedSites], targets: Targets, x: Sequence[Array]) -> Array:
-    """Returns what `preactivations` does, from the parts of a replacement; for use inside other programs."""
-    gradients, here, constant = _encoder_terms(record, sites, targets, x)
-    return jnp.sum(gradients * here, axis=1) + constant
-
-
-def preactivation_changes(
-    record: Record, sites: Sequence[ReplacedSites], targets: Targets, change: Sequence[Array]
-) -> Float[Array, "target"]:
-    """Returns by how much u of every target moves when x moves, without the constant; for use inside other programs.
+def reading_terms(
+    record: Record, sites: Sequence[ReplacedSites], targets: Targets
+) -> tuple[Float[Array, "target d_model"], Float[Array, "target"]]:
+    """Returns g and c of every target, u = g . x + c, to read targets in many runs.
 
     Args:
         record: the trace's arrays.
-        sites: from the replacement.
-        targets: which features; directions and places that fill up give 0.
-        change: of the MLP sublayers' inputs x, [layer rows d_model] per group.
+        sites: from the replacement; the encoders of streamed ones are read now.
+        targets: which features; directions and places that fill up have zeros.
     """
-    gradients, here, _ = _encoder_terms(record, sites, targets, change)
-    return jnp.sum(gradients * here, axis=1)
+    found = [_encoder_rows(one, record, targets, group) for group, one in enumerate(sites)]
+    gradients, constant = (_by_group(targets, list(column)) for column in zip(*found, strict=True))
+    return gradients, constant
+
+
+def inputs_at(
+    record: Record, targets: Targets, x: Sequence[Float[Array, "_ _ d_model"]]
+) -> Float[Array, "target d_model"]:
+    """Returns the MLP sublayer's input x at each target's place; for use inside other programs.
+
+    Args:
+        record: the trace's arrays.
+        targets: which features; directions and places that fill up have zeros.
+        x: inputs of the MLP sublayers, [layer rows d_model] per group, of whatever run.
+    """
+    found = []
+    for group, rows in enumerate(x):
+        if rows.shape[0]:
+            found.append(rows.at[_group_layer(record, targets, group), targets.position].get(mode="clip"))
+        else:
+            found.append(jnp.zeros((targets.layer.shape[0], rows.shape[2]), rows.dtype))
+    return _by_group(targets, found)
 
 
 def exact_preactivations(
@@ -110,23 +124,13 @@ def exact_preactivations(
     return np.sum(gradients * here, axis=1) + constant
 
 
-def _encoder_terms(
+@jit_resident
+def _terms(
     record: Record, sites: Sequence[ReplacedSites], targets: Targets, x: Sequence[Array]
 ) -> tuple[Array, Array, Array]:
     """Returns (1 + alpha) * w_f, x, and b_f + w_f . beta of every target: u = the first times the second + the last."""
-    found = []
-    for group, (one, rows) in enumerate(zip(sites, x, strict=True)):
-        gradients, constant = _encoder_rows(one, record, targets, group)
-        if rows.shape[0]:
-            here = rows.at[_group_layer(record, targets, group), targets.position].get(mode="clip")
-        else:
-            here = jnp.zeros_like(gradients)
-        found.append((gradients, here, constant))
-    gradients, here, constant = (_by_group(targets, list(column)) for column in zip(*found, strict=True))
-    return gradients, here, constant
-
-
-_terms = jit_resident(_encoder_terms)
+    gradients, constant = reading_terms(record, sites, targets)
+    return gradients, inputs_at(record, targets, x), constant
 
 
 def _group_layer(record: Record, targets: Targets, group: int) -> Int[Array, "target"]:
