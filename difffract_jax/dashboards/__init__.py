@@ -2,6 +2,5 @@
 
 records     what a report shows of a circuit: its strongest features, where each is active, what they stand for
 pictures    activation over an image, arrays as PNG, figures as PNG
-features    a page for every feature, from a scan of many prompts (runs the model)
 render      templates filled in; everything that comes from outside is escaped, every picture lies inside the file
 """
