@@ -62,10 +62,11 @@ TOGETHER = (
     ("circuits/attribution/test_pullback.py", "circuits/attribution/test_attribute.py")
     + ("circuits/frozen/test_replacement.py", "circuits/checks/test_faithfulness.py"),
     ("circuits/effects/test_attention.py", "circuits/effects/test_heads.py"),
+    ("dashboards/test_feature_scan.py", "dashboards/test_feature_pages.py", "dashboards/test_feature_links.py"),
     ("circuits/checks/test_validation.py", "circuits/effects/test_readings.py"),
     ("transcoders/test_processes.py", "transcoders/test_training.py"),
 )
-"""Files that share a trace, compiled steps or a server of processes, which are made once in a process."""
+"""Files that share a trace, a scan, compiled steps or a server of processes, which are made once in a process."""
 LONGEST = (
     *("test_notebooks.py", "transcoders/test_processes.py", "cli/test_explain.py"),
     *("circuits/attribution/test_pullback.py", "test_journey.py", "circuits/attribution/test_engine.py"),

@@ -38,6 +38,7 @@ ORDER = (
     ("difffract_jax.circuits.effects", "difffract_jax.circuits.editing"),
     ("difffract_jax.circuits.checks",),
     ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.directories", "difffract_jax.estimate"),
+    ("difffract_jax.dashboards.features",),
     ("difffract_jax.parts",),
     ("difffract_jax.loading",),
     ("difffract_jax.conversion",),
@@ -46,6 +47,7 @@ ORDER = (
 )
 LIGHT = (
     "difffract_jax",
+    "difffract_jax.dashboards.features.record",
     "difffract_jax.address",
     "difffract_jax.memory",
     "difffract_jax.cli.main",

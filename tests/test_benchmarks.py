@@ -56,6 +56,15 @@ def test_the_size_of_flux_runs_on_a_small_shape(attribution, capsys):
     assert str(target).startswith("img/17/") and "s per node: " in capsys.readouterr().err
 
 
+def test_dashboards_of_flux_are_counted():
+    module = benchmark("dashboards")
+    found = module.measure(module.PARSER.parse_args([]))
+    assert (found["sites"], found["features"]) == (76, 76 * 49_152)
+    assert found["statistics on the device"] == found["features"] * found["statistics, a feature"] + 4 * 76
+    fewer = module.measure(module.PARSER.parse_args(["--top", "1", "--per-third", "1"]))
+    assert fewer["disk in the end"] < found["disk in the end"] < found["disk while it runs, at most"]
+
+
 def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
     monkeypatch.setattr(attribution.ARGS, "sites", "all")
     trace, tcs, target = attribution.flux(TINY, features=64, side=6, text=8)

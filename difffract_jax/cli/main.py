@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from difffract_jax import __version__
+from difffract_jax.cli import dashboards as cli_dashboards
 from difffract_jax.cli import doctor as cli_doctor
 from difffract_jax.cli import encoding as cli_encoding
 from difffract_jax.cli import evaluation as cli_evaluation
@@ -60,7 +61,7 @@ app.add_typer(convert, name="convert")
 app.add_typer(organism, name="organism")
 for commands in (
     *(cli_encoding, cli_graphs, cli_transcoders, cli_plan, cli_doctor, cli_training, cli_evaluation),
-    *(cli_steer, cli_study, cli_explain, cli_validate, cli_view),
+    *(cli_steer, cli_study, cli_explain, cli_validate, cli_view, cli_dashboards),
 ):
     commands.register(app)
 

@@ -24,7 +24,7 @@ DEFAULT_MODEL = "flux-schnell"
 COMPILED = ("train", "trace")
 """Commands that libtpu can compile."""
 RESIDENT, STREAMED = "resident", "streamed"
-STREAMING = ("generate", "encode", "trace", "features", "steer", "heads", "effects", "validate")
+STREAMING = ("generate", "encode", "trace", "features", "steer", "heads", "effects", "validate", "dashboards")
 """Commands that have `--weights`: the others keep weights resident, so that nothing else is counted of them."""
 NOTHING = "nothing that was counted"
 """What makes a command fit that no smaller image and no shorter type does."""
@@ -32,8 +32,8 @@ Asked = Annotated[
     str | None,
     typer.Argument(
         metavar="WHAT",
-        help="A command: generate, encode, trace, features, steer, heads, effects, validate, evaluate, harvest, "
-        "convert or train; or a YAML file of settings of a training.",
+        help="A command: generate, encode, trace, features, steer, heads, effects, validate, evaluate, dashboards, "
+        "harvest, convert or train; or a YAML file of settings of a training.",
     ),
 ]
 Model = Annotated[

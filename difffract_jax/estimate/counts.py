@@ -16,6 +16,7 @@ from math import prod
 
 import numpy as np
 
+from difffract_jax.estimate.scanning import PEAK, SCAN_STEPS, feature_bytes
 from difffract_jax.estimate.weights import (
     abstract_parts,
     block_bytes,
@@ -259,6 +260,23 @@ def _harvest(work: Work) -> list[Phase]:
     return [_load(work._replace(tcs=None)), *_text(work), Phase("harvest", own | {"rows": rows}, _forward(work))]
 
 
+def _dashboards(work: Work) -> list[Phase]:
+    """Counts `dashboards`: what is kept of every feature, what the sites read of a batch, and a site's codes."""
+    assert work.tcs is not None
+    features = work.tcs.config.features * len(work.tcs.sites.names)
+    read = work.batch * sum(_rows(work)) * work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
+    kept = {"statistics": features * (feature_bytes(SCAN_STEPS) + work.batch * PEAK), "what sites read": read}
+    own = _model(work, *(("transformer",) if work.streamed else ()))
+    one = _transcoders(work)
+    passing = max(_forward(work), work.batch * _encoding(work))
+    return [
+        _load(work),
+        *(text._replace(held={**text.held, **({} if work.streamed else one)}) for text in _text(work)),
+        Phase("scan", own | one | kept, passing),
+        _decode(work),
+    ]
+
+
 def _convert(work: Work) -> list[Phase]:
     """Counts `convert`: one slice as it is stored, as it is written, and which of its values are finite."""
     return [Phase("convert", {}, 3 * largest_slice(work.shapes, work.dtype))]
@@ -271,6 +289,7 @@ COMMANDS: Mapping[str, Callable[[Work], list[Phase]]] = {
     "features": _coded,
     "steer": _coded,
     "evaluate": _coded,
+    "dashboards": _dashboards,
     "heads": _again,
     "effects": _again,
     "validate": _again,

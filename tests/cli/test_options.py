@@ -18,6 +18,7 @@ from difffract_jax.config import Settings, TraceConfig, UserError
 
 GIVEN = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
 ON_SETTINGS = {
+    "dashboards",
     "demo",
     "encode",
     "convert flux",

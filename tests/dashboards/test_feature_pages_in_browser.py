@@ -1,0 +1,147 @@
+"""The pages in Chromium, from a disk: a feature opens by its address, and texts from outside stay texts."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from scans import PROMPTS, places, small
+
+from difffract_jax.dashboards.features.build import build_dashboards
+from difffract_jax.dashboards.features.request import DashboardOptions
+from difffract_jax.dashboards.features.texts import Text
+
+pytestmark = pytest.mark.browser
+HOSTILE = "</script><img src=x onerror='document.title=1'><script>document.title=2</script>\u202e\"'"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("pages") / "a folder, with 'quotes' & ümlauts"
+    edges = {"img/1/f3": {"up": [[HOSTILE, 0.5], ["img/0/f1", -0.25]], "down": []}}
+    options = DashboardOptions(
+        top=3, per_third=1, sample=5, texts={"img/1/f3": Text(HOSTILE)}, edges=edges, graph=HOSTILE
+    )
+    build_dashboards(small().corpus, small().tcs, out, options)
+    return out
+
+
+def opened(folder, tmp_path, address, size="1280,720"):
+    """Returns the page after its scripts have run, and what the console said."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert chromium, "Chromium must be installed for tests that are marked `browser`"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--virtual-time-budget=4000"]
+    options += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    page = (folder / "index.html").as_uri() + address
+    run = subprocess.run([chromium, *options, page], capture_output=True, text=True, timeout=120, check=True)
+    console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    return run.stdout, console
+
+
+def text_of(page):
+    return html.unescape(re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)))
+
+
+def test_a_feature_opens_by_its_address(folder, tmp_path):
+    page, console = opened(folder, tmp_path, "#single/0/f5")
+    assert 'data-ready="single/0/f5"' in page and "<title>single/0/f5</title>" in page and not console
+    text = text_of(page)
+    for words in ("Strongest examples", "share of the site's L0", "Upstream, by weights", "Direct effect on pixels"):
+        assert words in text
+    assert page.count('class="example"') >= 3 and page.count("<canvas") >= 3
+    assert "difffract trace MODEL TRANSCODERS" in text and any(prompt in text for prompt in PROMPTS)
+
+
+def test_texts_from_outside_are_shown_and_not_run(folder, tmp_path):
+    page, console = opened(folder, tmp_path, "#img/1/f3")
+    assert "<title>img/1/f3</title>" in page and not console
+    assert "<img" not in page and "onerror=" not in html.unescape(re.sub(r">[^<]*<", "><", page).replace(HOSTILE, ""))
+    assert html.unescape(page).count(HOSTILE) >= 3
+
+
+def test_a_feature_that_never_fires_says_so(folder, tmp_path):
+    page, _ = opened(folder, tmp_path, "#img/1/f7")
+    assert "It was never active: none of the 7 prompts of this scan made it fire." in text_of(page)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("", "320 features of the transcoders"), ("#img/9/f1", "There is no feature img/9/f1 in this scan.")]
+    + [("#img/1/f999", "There is no page of img/1/f999 in this scan.")],
+)
+def test_other_addresses_are_answered(folder, tmp_path, address, said):
+    page, console = opened(folder, tmp_path, address, size="390,844")
+    assert said in text_of(page) and set(places(small())) <= set(re.findall(r">(\w+/\d)<", page))
+    assert not [line for line in console if "ERR_FILE_NOT_FOUND" not in line]
+
+
+DRIVE = """
+const found = {}, wait = (true_) => new Promise((done, failed) => {
+  let left = 300;
+  (function look() {
+    try { if (true_()) return done(); } catch (error) { /* not there yet */ }
+    return left-- ? setTimeout(look, 10) : failed(new Error(`never came: ${true_}`));
+  })();
+});
+const get = (id) => document.getElementById(id), rows = () => [...document.querySelectorAll(".row")];
+const set = (id, value) => {
+  const field = get(id);
+  if (field.type === "checkbox") field.checked = value; else field.value = value;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+};
+const ready = (name) => wait(() => document.body.dataset.ready === name);
+const shown = () => Number(get("count").textContent.split(" ")[0]);
+(async () => {
+  await ready("img/1/f4");
+  found.alive = shown();
+  set("dead", true); await wait(() => shown() === 40); found.all = shown();
+  set("dead", false); await wait(() => shown() === found.alive);
+  set("sort", "peak"); await wait(() => !rows()[0].textContent.includes("%"));
+  found.peaks = rows().slice(0, 6).map((row) => Number(row.querySelector(".figure").textContent));
+  set("search", "LANTERN"); await wait(() => shown() === 1); found.searched = rows().map((row) => row.title);
+  set("all", true); await wait(() => shown() === 2); found.everywhere = rows().map((row) => row.title).sort();
+  set("search", ""); set("all", false); await wait(() => shown() === found.alive);
+  set("sort", "feature"); await wait(() => rows()[0].title === "img/1/f0");
+  rows()[1].click(); const first = rows()[1].title; await ready(first); found.clicked = [first, document.title];
+  document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowRight", bubbles: true }));
+  const next = rows()[2].title; await ready(next); found.next = [next, location.hash];
+  const field = document.querySelector(".note input"); field.value = "<b>mine</b>";
+  field.dispatchEvent(new Event("change", { bubbles: true }));
+  await wait(() => document.querySelector("h1").textContent.includes("<b>mine</b>"));
+  found.labelled = document.querySelectorAll("h1 b").length;
+  set("search", "<b>mine"); await wait(() => shown() === 1); found.own = rows()[0].title;
+  get("jump").value = " single/1/f5 "; get("go").requestSubmit();
+  await ready("single/1/f5"); found.jumped = location.hash;
+  const cards = [...document.querySelectorAll(".example")];
+  const before = document.querySelector("pre").textContent;
+  cards[1].click();
+  found.marked = cards.map((card) => card.getAttribute("aria-pressed"));
+  found.commands = [before, document.querySelector("pre").textContent];
+})().catch((error) => { found.error = String(error); }).finally(() => {
+  const result = document.createElement("pre"); result.id = "result"; result.textContent = JSON.stringify(found);
+  document.body.append(result);
+});
+"""
+
+
+def test_the_list_is_searched_and_sorted_and_features_are_labelled(tmp_path):
+    out = tmp_path / "out"
+    texts = {"img/1/f4": Text("a lantern"), "single/0/f9": Text("Lantern, lit")}
+    build_dashboards(small().corpus, small().tcs, out, DashboardOptions(top=3, per_third=1, sample=5, texts=texts))
+    (out / "drive.js").write_text(DRIVE, encoding="utf-8")
+    page = (out / "index.html").read_text(encoding="utf-8")
+    driven = page.replace("</body>", '<script src="drive.js"></script></body>')
+    (out / "index.html").write_text(driven, encoding="utf-8")
+    page, console = opened(out, tmp_path, "#img/1/f4")
+    found = json.loads(html.unescape(re.search(r'<pre id="result">(.*?)</pre>', page, re.DOTALL)[1]))
+    assert "error" not in found and not console, found
+    assert 30 < found["alive"] < found["all"] == 40
+    assert found["peaks"] == sorted(found["peaks"], reverse=True) and found["peaks"][0] > found["peaks"][-1]
+    assert found["searched"] == ["img/1/f4"] and found["everywhere"] == ["img/1/f4", "single/0/f9"]
+    assert found["clicked"] == ["img/1/f1"] * 2 and found["next"] == ["img/1/f2", "#img/1/f2"]
+    assert found["labelled"] == 0 and found["own"] == "img/1/f2" and found["jumped"] == "#single/1/f5"
+    assert found["marked"][:2] == ["false", "true"] and found["marked"].count("true") == 1
+    before, after = found["commands"]
+    assert before != after and "difffract trace MODEL TRANSCODERS" in after and "--target single/1/f5@" in after
