@@ -36,7 +36,7 @@ from difffract_jax.models.stacks import run_stack
 from difffract_jax.models.streaming import READING, HostLayers, Streamed, aligned, streams_layers, wait_for
 from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.layers import FileLayers
-from traces import same_edges
+from traces import SAME_EDGES, same_edges
 
 PROMPT = "a red circle"
 

@@ -31,6 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from difffract_jax.circuits.attribution.contraction import gather_bytes
+from difffract_jax.circuits.attribution.layerwise import pull_layerwise
 from difffract_jax.circuits.attribution.rounding import rounded
 from difffract_jax.circuits.attribution.walk import Sizes, Stretch, block_at, dot_rows, sizes_for, walk
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
@@ -207,7 +208,10 @@ def pull(
         spare = jnp.zeros(shape, dtype, device=split)
     with jax.default_matmul_precision(PRECISIONS[options.precision]), using(options.mesh):
         gradients = target_gradients(replacement.record, replacement.sites, filled)
-        pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
+        if options == PullOptions() and jax.default_backend() == "cpu" and replacement.record.weights.streamed:
+            pulled = _pull_streamed(sizes, replacement, filled, gradients, direction, spare)
+        else:
+            pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
     if not more and np.array_equal(order, np.arange(whole)):
         return pulled
     back = np.argsort(order)[:count]
@@ -355,6 +359,23 @@ def _pull_share(
         edges, joined = walk(stretch, above, stretch.clear(edges), joined, targets, gradients, sizes)
         cotangent = streams(joined, stack.groups, cotangent)
     return Pulled(whole(edges), cotangent)
+
+
+def _pull_streamed(
+    sizes: Sizes,
+    replacement: Replacement,
+    targets: Targets,
+    gradients: Float[Array, "batch d_model"],
+    direction: Streams | None,
+    spare: Float[Array, "batch source"],
+) -> Pulled:
+    """Pulls sorted targets back through blocks that were streamed: see `layerwise`."""
+    layout, boundary = layout_of(replacement), replacement.sources.boundary
+    cotangent = both(lambda h: jnp.zeros((sizes.batch, *h.shape), gradients.dtype), boundary)
+    if direction is not None:
+        cotangent = both(jnp.add, cotangent, direction)
+    places = list(zip(layout.layers, layout.begins[:-1], layout.per_layer, strict=True))
+    return Pulled(*pull_layerwise(sizes, *replacement, places, targets, gradients, cotangent, spare))
 
 
 def push_forward(replacement: Replacement, change: Sources) -> RunOutputs:

@@ -23,7 +23,7 @@ from difffract_jax.circuits.frozen.encoding import ReplacedSites, site
 from difffract_jax.circuits.frozen.replacement import Sources
 from difffract_jax.circuits.frozen.targets import Targets
 from difffract_jax.circuits.trace.record import Record
-from difffract_jax.models.blocks import Entry
+from difffract_jax.models.blocks import Cond, Entry
 from difffract_jax.models.stacks import slice_layer
 from difffract_jax.spread import in_step, spread, whole
 
@@ -123,15 +123,34 @@ def block_at(
         layer: counted from the stack's first recorded block.
     """
     parts = record.weights.stacks[stack], record.frozen[stack], sources.values[groups], sources.errors[groups]
-    block, frozen, values, errors = slice_layer(parts, layer)
     at = tuple(ReplacedSites(one.stack, slice_layer(one.layers, layer)) for one in sites[groups])
+    return block_of(record.cond, at, *slice_layer(parts, layer))
+
+
+def block_of(
+    cond: Cond,
+    sites: tuple[ReplacedSites, ...],
+    block: Any,
+    frozen: Any,
+    values: tuple[Array, ...],
+    errors: tuple[Array, ...],
+) -> BlockAt:
+    """Returns a block of the walk from its own parts.
+
+    Args:
+        cond: what the evaluation's blocks share.
+        sites: per group of the stack, of this block.
+        block: its weights.
+        frozen: its record.
+        values: of its features, [rows active] per group.
+        errors: of its sites, [rows d_model] per group.
+    """
 
     def forward(h: tuple[Array, ...]) -> tuple[Array, ...]:
-        return tuple(block(h, record.cond, frozen=frozen, mlp=lambda i, x: skip(at[i], x))[0])
+        return tuple(block(h, cond, frozen=frozen, mlp=lambda i, x: skip(sites[i], x))[0])
 
-    return BlockAt(
-        at, values, errors, block.gates(record.cond, frozen), _puller(forward, errors), block.entry(record.cond, frozen)
-    )
+    gates, entry = block.gates(cond, frozen), block.entry(cond, frozen)
+    return BlockAt(sites, values, errors, gates, _puller(forward, errors), entry)
 
 
 def _puller(forward: Callable[..., Any], like: tuple[Array, ...]) -> Callable[[tuple[Array, ...]], tuple[Array, ...]]:
@@ -199,38 +218,64 @@ def walk(
     Returns:
         The edges, and the cotangents of the residual streams entering the stack.
     """
-    enters = targets.enters
 
     def step(i: Array, carry: tuple[Array, tuple[Array, ...]]) -> tuple[Array, tuple[Array, ...]]:
-        edges, cotangent = carry
         layer = top - 1 - i
         block = stretch.at(layer - stretch.first)
         column = stretch.begin + (layer - stretch.first) * stretch.per_layer
-
-        def contract_some(first: Array, count: int, edges: Array) -> Array:
-            return contract_block(block, edges, (first, column), cotangent, count, sizes.gather)
-
-        def through(first: Array, count: int, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
-            return _put(cotangent, jax.vmap(block.pull)(_some(cotangent, first, count)), first)
-
-        def enter_some(piece: Array, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
-            first = piece * sizes.enter
-            some, gradient, before = _some((targets, gradients, cotangent), first, sizes.enter)
-            own = jnp.where((some.layer == layer)[:, None], gradient, 0)
-            entered = block.enter(own, some.group - stretch.first_group, some.position)
-            return _put(cotangent, jax.tree.map(jnp.add, before, entered), first)
-
-        own, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
-        begun, begin, waiting = in_step(jnp.stack([own, begin, -own]))
-        done, edges = _in_pieces(begun, sizes.contract, contract_some, edges)
-        # The pull-back writes over what the contraction reads. XLA orders by data alone, and where nothing says which
-        # comes first, it copies all cotangents: hence the number to pull back comes out of the contraction.
-        _, cotangent = _in_pieces(jnp.minimum(begun, done), (sizes.pull,), through, cotangent)
-        last = (begin + sizes.enter - 1) // sizes.enter
-        cotangent = jax.lax.fori_loop(-waiting // sizes.enter, last, enter_some, cotangent)
-        return edges, tuple(spread(rows, 2, 1) for rows in cotangent)
+        return walk_block(block, layer, column, stretch.first_group, *carry, targets, gradients, sizes)
 
     return jax.lax.fori_loop(0, top - stretch.first, step, (edges, cotangent))
+
+
+def walk_block(
+    block: BlockAt,
+    layer: Array,
+    column: Array,
+    first_group: int,
+    edges: Float[Array, "target source"],
+    cotangent: tuple[Array, ...],
+    targets: Targets,
+    gradients: Float[Array, "target d_model"],
+    sizes: Sizes,
+) -> tuple[Array, tuple[Array, ...]]:
+    """Walks one block; arguments and results as for `walk`.
+
+    Args:
+        block: the block.
+        layer: counted through all recorded layers.
+        column: place of its first edge.
+        first_group: number of its stack's first group.
+        edges: to write into.
+        cotangent: of the residual streams leaving the block.
+        targets: highest first.
+        gradients: of each target.
+        sizes: of the pieces.
+    """
+    enters = targets.enters
+
+    def contract_some(first: Array, count: int, edges: Array) -> Array:
+        return contract_block(block, edges, (first, column), cotangent, count, sizes.gather)
+
+    def through(first: Array, count: int, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
+        return _put(cotangent, jax.vmap(block.pull)(_some(cotangent, first, count)), first)
+
+    def enter_some(piece: Array, cotangent: tuple[Array, ...]) -> tuple[Array, ...]:
+        first = piece * sizes.enter
+        some, gradient, before = _some((targets, gradients, cotangent), first, sizes.enter)
+        own = jnp.where((some.layer == layer)[:, None], gradient, 0)
+        entered = block.enter(own, some.group - first_group, some.position)
+        return _put(cotangent, jax.tree.map(jnp.add, before, entered), first)
+
+    own, begin = (jnp.sum(enters > 2 * layer + after, dtype=jnp.int32) for after in (1, 0))
+    begun, begin, waiting = in_step(jnp.stack([own, begin, -own]))
+    done, edges = _in_pieces(begun, sizes.contract, contract_some, edges)
+    # The pull-back writes over what the contraction reads. XLA orders by data alone, and where nothing says which
+    # comes first, it copies all cotangents: hence the number to pull back comes out of the contraction.
+    _, cotangent = _in_pieces(jnp.minimum(begun, done), (sizes.pull,), through, cotangent)
+    last = (begin + sizes.enter - 1) // sizes.enter
+    cotangent = jax.lax.fori_loop(-waiting // sizes.enter, last, enter_some, cotangent)
+    return edges, tuple(spread(rows, 2, 1) for rows in cotangent)
 
 
 def _in_pieces(
