@@ -58,7 +58,8 @@ Ablation = Literal["mean", "zero"]
 NEVER = np.iinfo(np.int32).max
 """Rank of a feature outside a ranking."""
 FEW = 4
-"""Sets computed together: each holds whole codes, unlike other variants."""
+"""Sets computed together: each holds whole codes, unlike other variants. Where layers are streamed memory is what is
+short, and sets are computed one at a time."""
 
 
 class Sets(NamedTuple):
@@ -262,7 +263,8 @@ def _run_sets(
         found = edited(entering(prepared, z, across=across), factors, offsets, mode)
         return jnp.sum(gradients * inputs_at(record, readouts, found.mlp_in), axis=1) + constant, found.velocity
 
-    return map_variants(one, (sets, latents), FEW, streamed=streams_layers(prepared))
+    streamed = streams_layers(prepared)
+    return map_variants(one, (sets, latents), 1 if streamed else FEW, streamed=streamed)
 
 
 def curve(
