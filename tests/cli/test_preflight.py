@@ -54,7 +54,7 @@ LINES = {
     "trace": ("trace", "flux", "transcoders", PROMPT, "--weights", "device", "--target", "img/3/f1"),
     "steer": ("steer", "flux", "transcoders", PROMPT, "--weights", "device", "--edit", "img/3/f1=zero"),
     "features": ("features", "flux", "transcoders", PROMPT, "--weights", "device"),
-    "effects": ("effects", "flux", "transcoders", PROMPT, "--target", "pixels:color=red"),
+    "effects": ("effects", "flux", "transcoders", PROMPT, "--target", "pixels:color=red", "--weights", "device"),
 }
 
 
