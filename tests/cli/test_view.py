@@ -19,14 +19,14 @@ from difffract_jax.address import flux_layout
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
-from difffract_jax.cli.settings import SteerConfig
+from difffract_jax.cli.settings import SteerConfig, ViewConfig
 from difffract_jax.config import UserError
 from difffract_jax.dashboards import image_files
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.groups import GraphIdentity, Groups, identity, write_groups
-from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.supernodes import find_supernodes
@@ -200,6 +200,29 @@ def test_serving_gives_the_page_and_takes_groups(difffract, groups, tmp_path):
         finally:
             process.terminate()
     assert "a.groups.json" in line
+
+
+def test_a_served_page_opens_with_what_it_would_save_over(difffract, groups):
+    serve = ViewConfig(graph=Path("a.npz"), serve=True)
+    whole = Graph.load("a.npz")
+    assert cli_view._opened_groups(whole, serve) is None
+    write_groups(groups, Path("a.groups.json"))
+    assert cli_view._opened_groups(whole, serve) == groups
+    assert cli_view._opened_groups(whole, serve.model_copy(update={"serve": False})) is None
+    assert cli_view._opened_groups(whole, serve.model_copy(update={"groups": Path("new.groups.json")})) is None
+    write_groups(groups, Path("b.groups.json"))
+    said = refused(difffract("view", "b.npz", "--serve"))
+    assert "groups of another graph" in said and "would save over it" in said
+    assert "nowhere of the output file" in refused(difffract("view", "a.npz", "--serve", "--groups", "nowhere/x.json"))
+
+
+def test_features_of_the_second_graph_alone_have_labels_too(difffract, monkeypatch):
+    first, second = (set(feature_names(Graph.load(name))) - {""} for name in ("a.npz", "b.npz"))
+    (only, *_) = sorted(second - first)
+    monkeypatch.setattr(cli_view, "labels_of", lambda graph, file: dict.fromkeys(set(feature_names(graph)) - {""}, "x"))
+    settings = ViewConfig(graph=Path("a.npz"), compare=Path("b.npz"))
+    _, parts = cli_view._parts(Graph.load("a.npz"), settings)
+    assert parts.labels[only] == "x" and set(parts.labels) == first | second
 
 
 @pytest.fixture
