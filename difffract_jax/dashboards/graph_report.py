@@ -97,7 +97,11 @@ def _sum(graph: Graph) -> Section:
     if told.bias is not None:
         rows.append({"part": "bias", "adds": told.bias, "what it is": "all sources at zero"})
         rows.append({"part": "the target", "adds": told.value, "what it is": "the sum of the above"})
-    words = ["With attention and norms held at this run, the target is the sum of these parts."]
+        words = ["With attention and norms held at this run, the target is the sum of these parts."]
+    else:
+        total = told.features + told.inputs + told.errors + told.rest + told.absent
+        rows.append({"part": "sum of edges", "adds": total, "what it is": "the sum of the above"})
+        words = ["The file does not tell the target's bias, so these parts add up to the sum of its edges alone."]
     for path in graph.provenance.pooled_path:
         words.append(
             "The prompt also acts through one pooled vector, which is held fixed and has no nodes: with the empty "
@@ -128,7 +132,8 @@ def _circuit(graph: Graph, labels: Mapping[str, str], images: Sequence[ShownImag
         "it, dashed orange lowers it.",
     ]
     shown = [one for one in cards if one is not None]
-    return [Section("The circuit", words, drawing=laid if nodes else None), Section("Its features", (), cards=shown)]
+    circuit = Section("The circuit", words, drawing=laid if nodes else None)
+    return [circuit, Section("Its features", (), cards=shown)] if shown else [circuit]
 
 
 def _card(graph: Graph, node: int, label: str, images: Sequence[ShownImage]) -> Mapping[str, Any] | None:

@@ -100,7 +100,8 @@ def parse_groups(text: str, source: str) -> Groups:
     """
     try:
         stored = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        stored = json.loads(unicode_replaced(json.dumps(stored, ensure_ascii=False)))  # \ud800 is no character
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise UserError(f"{source} is not JSON ({error}); give a {SUFFIX} that the viewer saved.") from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UserError(f"{source} is not a file of groups; give a {SUFFIX} that the viewer saved.")

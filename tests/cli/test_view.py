@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -137,6 +138,17 @@ def test_a_report_shows_the_sum_the_circuit_and_the_groups(difffract, groups):
     *parts, (last, total) = [(name, float(value)) for name, value in figures]
     assert last == "the target" and sum(value for _, value in parts) == pytest.approx(total, abs=0.02)
     assert "http" not in re.sub(r"http://www\.w3\.org\S+", "", page)
+
+
+def test_a_report_without_a_bias_claims_no_sum_of_the_target(difffract):
+    graph = circuit(0)
+    unknown = np.full(graph.target_node.size, np.nan)
+    told = graph.with_provenance(shared=None)
+    replace(told, target_bias=unknown, target_preactivation=unknown.copy()).save("a.npz")
+    done(difffract("report", "a.npz", "--image", "image.png"))
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "does not tell the target&#39;s bias" in page and "<td>sum of edges</td>" in page
+    assert "the target is the sum of these parts" not in page and "Its features" not in page
 
 
 def test_pruning_keeps_what_is_pinned_and_groups(difffract, groups):

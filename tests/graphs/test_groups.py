@@ -14,12 +14,14 @@ from difffract_jax.graphs.groups import (
     given_names,
     identity,
     nodes_of,
+    parse_groups,
     read_groups,
     with_groups,
     write_groups,
 )
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.pruning import prune
+from difffract_jax.text_files import unicode_replaced
 from random_graphs import random_output_graph
 from shown_circuits import circuit
 
@@ -68,6 +70,7 @@ def test_groups_become_supernodes_of_features(tmp_path):
     [
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
+        (f'{{"format": "difffract-groups", "format_version": {"1" * 5000}}}', "is not JSON"),
         ("[]", "is not a file of groups"),
         ('{"format": "other"}', "is not a file of groups"),
         (
@@ -84,6 +87,14 @@ def test_what_is_no_groups_file_is_one_sentence(tmp_path, content, told):
     with pytest.raises(UserError, match=told) as caught:
         read_groups(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_halves_of_characters_are_taken_out():
+    read = parse_groups(
+        '{"format": "difffract-groups", "graph": {"fingerprint": "x"}, "groups": {"a\\ud800": []}}', "It"
+    )
+    (name,) = read.groups
+    assert name == unicode_replaced("a\ud800") and name.encode()
 
 
 def test_groups_of_another_graph_are_refused(tmp_path):
