@@ -198,6 +198,9 @@ def test_edits_name_groups(difffract, groups):
 def test_features_of_a_group_are_written_as_edits_are():
     names = ["img/3/f4", "single/0/f7@img", "single/0/f7@txt", "txt/1/f2#3", "error img/2", "img/0/f1 (target)"]
     assert [str(feature) for feature in group_features(names)] == ["img/3/f4", "single/0/f7", "txt/1/f2#3"]
+    assert [str(feature) for feature in group_features(["img/3/f4@12", "single/0/f7@txt3#1"])] == [
+        *("img/3/f4", "single/0/f7#1")
+    ]
 
 
 def test_serving_gives_the_page_and_takes_groups(difffract, groups, tmp_path):

@@ -17,6 +17,7 @@ from difffract_jax.graphs.groups import (
     parse_groups,
     read_groups,
     with_groups,
+    without_position,
     write_groups,
 )
 from difffract_jax.graphs.names import feature_names, node_names
@@ -48,6 +49,21 @@ def test_a_name_stands_for_a_feature_at_every_position():
         assert nodes_of(summed, [name]).tolist() == [node]
     one = node_names(graph)[int(found[0])]
     assert nodes_of(graph, [one]).tolist() == [found[0]]
+
+
+def test_names_of_single_positions_stand_for_the_sum_where_positions_are_summed_over():
+    graph = circuit()
+    summed = aggregate(graph)
+    names, sums = node_names(graph), node_names(summed)
+    found = [name for name in names if without_position(name) != name]
+    assert found and {without_position(name) for name in found} <= {*sums}
+    for name in found:
+        assert [sums[n] for n in nodes_of(summed, [name])] == [without_position(name)]
+    named = Groups(graph=identity(graph), names={found[-1]: "round"})
+    assert given_names(summed, named) == {without_position(found[-1]): "round"}
+    assert [without_position(name) for name in ("single/0/f7@img3#1", "error img/2@5", "pixels:box=0,0,2,2")] == [
+        *("single/0/f7@img#1", "error img/2", "pixels:box=0,0,2,2")
+    ]
 
 
 def test_groups_become_supernodes_of_features(tmp_path):
