@@ -151,6 +151,35 @@ def test_a_report_without_a_bias_claims_no_sum_of_the_target(difffract):
     assert "the target is the sum of these parts" not in page and "Its features" not in page
 
 
+def test_a_report_shows_what_was_found_for_its_graph_alone(difffract):
+    graph = Graph.load("a.npz")
+    sources = {"model": graph.provenance.known.model, "transcoders": graph.provenance.transcoders}
+    checks = [{"check": "edges", "worst": 1e-9, "median": 1e-9, "bar": 1e-4, "holds": True}]
+    rows = [{"of": "every node downstream"}, {"of": "velocity:norm#1"}]
+    validation = {
+        "provenance": {"sources": sources, "settings": {"graph": "a.npz"}},
+        "exactness": checks,
+        "perturbation": {"rows": rows},
+    }
+    edit = {"sources": sources, "settings": {"edit": ["img/0/f1=zero"], "prompt": "a ring"}, "metrics": [{"edit": "x"}]}
+    for name in ("perturbation.png", "completeness.png", "grid.png"):
+        Image.new("RGB", (8, 8), "red").save(name)
+
+    def report(**changed):
+        Path("validation.json").write_text(json.dumps(validation | changed), encoding="utf-8")
+        Path("metrics.json").write_text(json.dumps(edit | changed), encoding="utf-8")
+        return difffract("report", "a.npz", "--image", "image.png", "--validation", ".", "--edit", ".")
+
+    done(report())
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "found for <code>a.npz</code>" in page and "img/0/f1=zero" in page and "edges" in page
+    assert "is about another graph, a.npz, not one of velocity:norm" in refused(report(perturbation={"rows": rows[:1]}))
+    other = {"sources": sources | {"model": "n"}}
+    assert "metrics.json was made with another model" in refused(report(**other))
+    assert "validation.json was made with another model" in refused(report(provenance=validation["provenance"] | other))
+    assert "difffract validate" in refused(report(exactness=3)) and "difffract steer" in refused(report(metrics=3))
+
+
 def test_pruning_keeps_what_is_pinned_and_groups(difffract, groups):
     done(difffract("prune", "a.npz", "--node-threshold", 0.05, "--groups", "mine.groups.json"))
     pruned = Graph.load("pruned.npz")
