@@ -74,7 +74,7 @@ def _about_images(images: Any, note: str) -> str:
 def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     """Returns the graph that the page shows, and all that it shows beside it."""
     from difffract_jax.cli.graph_files import read
-    from difffract_jax.dashboards.page_data import Limits, shown_graph
+    from difffract_jax.dashboards.page_data import Limits, leads_forward, shown_graph
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
 
@@ -90,6 +90,7 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
             raise UserError("Two graphs are compared as sums over positions; leave --by-position out.")
         second = read(settings.compare)
         other, between = shown_graph(second, **how, name=str(settings.compare)), difference(whole, second)
+        between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
         labels = labels_of(second, settings.labels) | labels  # the second has features that the first lacks
         other_images, _ = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
     pages = None if settings.pages is None else _pages_address(settings)

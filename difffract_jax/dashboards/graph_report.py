@@ -19,10 +19,10 @@ from difffract_jax.config import UserError
 from difffract_jax.dashboards.account import account
 from difffract_jax.dashboards.image_files import read_image
 from difffract_jax.dashboards.image_files import shown as shown_image
+from difffract_jax.dashboards.page_data import summed_where_possible
 from difffract_jax.dashboards.records import Card, card, edges_among, top_features
 from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render
 from difffract_jax.dashboards.viewer_page import ShownImage
-from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.groups import Groups, identity, with_groups, without_position
 from difffract_jax.graphs.influence import node_influence
@@ -58,7 +58,7 @@ def graph_report(
     Raises:
         UserError: if a directory is not what it should be.
     """
-    summed = aggregate(graph)
+    summed = summed_where_possible(graph)
     summed = replace(summed, node_influence=node_influence(summed).astype(np.float32))
     if groups is not None:
         summed = with_groups(summed, groups)

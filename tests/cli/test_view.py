@@ -21,10 +21,11 @@ from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
 from difffract_jax.cli.settings import SteerConfig, ViewConfig
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards import image_files
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept
 from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.groups import GraphIdentity, Groups, identity, write_groups
 from difffract_jax.graphs.names import feature_names, node_names
@@ -178,6 +179,25 @@ def test_a_report_shows_what_was_found_for_its_graph_alone(difffract):
     assert "metrics.json was made with another model" in refused(report(**other))
     assert "validation.json was made with another model" in refused(report(provenance=validation["provenance"] | other))
     assert "difffract validate" in refused(report(exactness=3)) and "difffract steer" in refused(report(metrics=3))
+
+
+def test_documents_whose_sums_would_run_in_circles_are_reported_and_compared(difffract):
+    write_viewer_json(Graph.load("a.npz"), Path("a.json"), "circuit-tracer", ViewerOptions(slug="x", by_position=True))
+    document = json.loads(Path("a.json").read_text(encoding="utf-8"))
+    layers = {}
+    for node in document["nodes"]:
+        del node["difffract"]
+        if node["feature_type"] == "cross layer transcoder":
+            layers.setdefault(node["layer"], {}).setdefault(node["feature"], []).append(node["node_id"])
+    several = ([ids for ids in features.values() if len(ids) > 1] for features in layers.values())
+    (a, b, *_) = next(found for found in several if len(found) > 1)
+    document["links"] += [{"source": s, "target": t, "weight": 5.0} for s, t in ((a[0], b[1]), (b[0], a[1]))]
+    Path("a.json").write_text(json.dumps(document), encoding="utf-8")
+    done(difffract("report", "a.json"))
+    assert "The circuit" in Path("report.html").read_text(encoding="utf-8")
+    done(difffract("view", "a.json", "--compare", "b.npz"))
+    page = Path("a.html").read_text(encoding="utf-8")
+    assert 'id="graph-b"' in page and 'id="graph-difference"' not in page
 
 
 def test_pruning_keeps_what_is_pinned_and_groups(difffract, groups):
