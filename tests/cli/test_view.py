@@ -122,6 +122,11 @@ def test_what_cannot_be_shown_is_one_sentence(difffract, groups, arguments, told
     assert not list(Path().glob("*.html"))
 
 
+def test_an_image_of_too_many_pixels_is_one_sentence(difffract, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)  # Pillow refuses twice as many; the image has 64
+    assert "more pixels than are safe" in refused(difffract("view", "a.npz", "--image", "image.png"))
+
+
 def test_labels_and_a_second_graph(difffract):
     Path("labels.yaml").write_text("img/0/f1: roundness\n", encoding="utf-8")
     done(difffract("view", "a.npz", "--labels", "labels.yaml", "--compare", "b.npz", "--image", "image.png"))
