@@ -41,9 +41,9 @@ def group_features(members: Sequence[str]) -> tuple[Feature, ...]:
     """Returns the features among the nodes of a group, without positions; steps of a graph over several stay.
 
     Args:
-        members: names of nodes, img/3/f401, img/3/f401#1, single/0/f7@img, error img/2.
+        members: names of nodes, img/3/f401, img/3/f401#1, single/0/f7@img, img/3/f401@12, error img/2.
     """
-    names = [re.sub(r"@(img|txt)(?=#|$)", "", name) for name in members if not name.endswith("(target)")]
+    names = [re.sub(r"@(img|txt)?\d*(?=#|$)", "", name) for name in members if not name.endswith("(target)")]
     return tuple(dict.fromkeys(Feature.parse(name) for name in names if _FEATURE.fullmatch(name)))
 
 

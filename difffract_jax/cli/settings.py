@@ -327,7 +327,8 @@ class ViewConfig(ShownGraph):
     pages: Path | None = None
     """Folder of feature pages that `difffract dashboards` wrote; a node then opens its feature's page."""
     serve: bool = False
-    """Serve the page on this machine, 127.0.0.1 alone, instead of writing it; the page then saves groups by itself."""
+    """Serve the page on this machine, 127.0.0.1 alone, instead of writing it; Save then writes groups beside the graph,
+    or to --groups, and what was saved there before is opened."""
     port: int = Field(0, ge=0, le=65535)
     """Port to serve on; a free one when left out."""
     max_nodes: int = Field(10_000, ge=1)

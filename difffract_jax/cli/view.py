@@ -38,7 +38,7 @@ def view(settings: ViewConfig, *, json: bool) -> None:
 
     Rows are blocks, columns the prompt's words and the image's columns. Point at a node to see where it is active, at
     the image or a word to see its nodes; click for the edges. Prune, pin, group and name, and save that as a
-    `.groups.json`, which `prune`, `steer` and `export` read. With --serve the page saves groups by itself.
+    `.groups.json`, which `prune`, `steer` and `export` read. With --serve, Save writes it beside the graph.
 
     Example: `difffract view graph.npz`, then open graph.html
     """
@@ -74,29 +74,31 @@ def _about_images(images: Any, note: str) -> str:
 def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     """Returns the graph that the page shows, and all that it shows beside it."""
     from difffract_jax.cli.graph_files import read
-    from difffract_jax.dashboards.page_data import Limits, shown_graph
+    from difffract_jax.dashboards.page_data import Limits, leads_forward, shown_graph
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
-    from difffract_jax.graphs.groups import read_groups
 
-    groups = None if settings.groups is None else read_groups(settings.groups, whole)
+    groups = _opened_groups(whole, settings)
     limits = Limits(settings.max_nodes, settings.max_links)
     how = {"by_position": settings.by_position, "limits": limits}
     shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images: Any = ()
+    labels = labels_of(whole, settings.labels)
     if settings.compare is not None:
         if settings.by_position:
             raise UserError("Two graphs are compared as sums over positions; leave --by-position out.")
         second = read(settings.compare)
         other, between = shown_graph(second, **how, name=str(settings.compare)), difference(whole, second)
+        between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
+        labels = labels_of(second, settings.labels) | labels  # the second has features that the first lacks
         other_images, _ = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
     pages = None if settings.pages is None else _pages_address(settings)
     images, note = images_of(whole, settings)
     return shown, PageParts(
         name=settings.graph.stem,
         title=_title(shown, settings.graph, other),
-        labels=labels_of(whole, settings.labels),
+        labels=labels,
         images=images,
         image_note=note,
         groups=groups,
@@ -106,6 +108,31 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         other_title="" if other is None else _title(other, settings.compare, other),
         difference=between,
     )
+
+
+def _groups_path(settings: ViewConfig) -> Path:
+    """Returns where a served page saves its groups."""
+    from difffract_jax.graphs.groups import SUFFIX
+
+    return settings.groups or settings.graph.with_name(settings.graph.stem + SUFFIX)
+
+
+def _opened_groups(whole: Any, settings: ViewConfig) -> Any:
+    """Returns the groups that a page opens with; a served one with those that it would save over, if there are any."""
+    from difffract_jax.graphs.groups import read_groups
+
+    if not settings.serve:
+        return None if settings.groups is None else read_groups(settings.groups, whole)
+    path = _groups_path(settings)
+    if not path.exists():
+        opt.check_out(path, ".json")
+        return None
+    try:
+        return read_groups(path, whole)
+    except UserError as error:
+        if settings.groups is not None:
+            raise
+        raise UserError(f"{error} The page would save over it; name another file with --groups, or move it.") from None
 
 
 def _grouped(graph: Any) -> Any:
@@ -250,9 +277,9 @@ def _serve(whole: Any, shown: Any, parts: Any, settings: ViewConfig) -> None:
     """Serves the page until it is interrupted."""
     from difffract_jax.dashboards.page_server import PageServer
     from difffract_jax.dashboards.viewer_page import viewer_page
-    from difffract_jax.graphs.groups import SUFFIX, check_about, parse_groups, write_groups
+    from difffract_jax.graphs.groups import check_about, parse_groups, write_groups
 
-    path = settings.groups or settings.graph.with_name(settings.graph.stem + SUFFIX)
+    path = _groups_path(settings)
 
     def save(text: str) -> str:
         groups = parse_groups(text, "What the page sent")

@@ -19,12 +19,12 @@ from difffract_jax.config import UserError
 from difffract_jax.dashboards.account import account
 from difffract_jax.dashboards.image_files import read_image
 from difffract_jax.dashboards.image_files import shown as shown_image
+from difffract_jax.dashboards.page_data import summed_where_possible
 from difffract_jax.dashboards.records import Card, card, edges_among, top_features
 from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render
 from difffract_jax.dashboards.viewer_page import ShownImage
-from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import Graph
-from difffract_jax.graphs.groups import Groups, with_groups
+from difffract_jax.graphs.groups import Groups, identity, with_groups, without_position
 from difffract_jax.graphs.influence import node_influence
 from difffract_jax.graphs.names import feature_names, node_name, node_names
 
@@ -58,7 +58,7 @@ def graph_report(
     Raises:
         UserError: if a directory is not what it should be.
     """
-    summed = aggregate(graph)
+    summed = summed_where_possible(graph)
     summed = replace(summed, node_influence=node_influence(summed).astype(np.float32))
     if groups is not None:
         summed = with_groups(summed, groups)
@@ -66,7 +66,7 @@ def graph_report(
     prompt = "" if run.prompt is None else f" The prompt was: {run.prompt}."
     summary = [f"What makes `{target}` what it is, traced through the model.{prompt}"]
     sections = [_images(images, image_note), _sum(summed), *_circuit(summed, labels, images, top)]
-    sections += _groups(summed) + _edit(edit) + _validation(validation)
+    sections += _groups(summed) + _edit(edit, graph) + _validation(validation, graph)
     record = json.dumps(graph.provenance.to_json(), indent=2)
     return render(f"Why {target}", summary, [section for section in sections if section is not None], record)
 
@@ -97,7 +97,11 @@ def _sum(graph: Graph) -> Section:
     if told.bias is not None:
         rows.append({"part": "bias", "adds": told.bias, "what it is": "all sources at zero"})
         rows.append({"part": "the target", "adds": told.value, "what it is": "the sum of the above"})
-    words = ["With attention and norms held at this run, the target is the sum of these parts."]
+        words = ["With attention and norms held at this run, the target is the sum of these parts."]
+    else:
+        total = told.features + told.inputs + told.errors + told.rest + told.absent
+        rows.append({"part": "sum of edges", "adds": total, "what it is": "the sum of the above"})
+        words = ["The file does not tell the target's bias, so these parts add up to the sum of its edges alone."]
     for path in graph.provenance.pooled_path:
         words.append(
             "The prompt also acts through one pooled vector, which is held fixed and has no nodes: with the empty "
@@ -128,7 +132,8 @@ def _circuit(graph: Graph, labels: Mapping[str, str], images: Sequence[ShownImag
         "it, dashed orange lowers it.",
     ]
     shown = [one for one in cards if one is not None]
-    return [Section("The circuit", words, drawing=laid if nodes else None), Section("Its features", (), cards=shown)]
+    circuit = Section("The circuit", words, drawing=laid if nodes else None)
+    return [circuit, Section("Its features", (), cards=shown)] if shown else [circuit]
 
 
 def _card(graph: Graph, node: int, label: str, images: Sequence[ShownImage]) -> Mapping[str, Any] | None:
@@ -166,32 +171,65 @@ def _groups(graph: Graph) -> list[Section]:
     return [Section("Groups of features", ["Features that do the same."], (), {"": rows})]
 
 
-def _edit(directory: Path | None) -> list[Section]:
+def _edit(directory: Path | None, graph: Graph) -> list[Section]:
     if directory is None:
         return []
     told = _json(directory / "metrics.json", "difffract steer")
-    rows = [{key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in told["metrics"]]
-    settings = told.get("settings", {})
-    words = [f"Edits: {', '.join(settings.get('edit', ()))}. The prompt was: {settings.get('prompt', '')}."]
+    try:
+        _check_origin(told["sources"], graph, directory / "metrics.json")
+        rows = [
+            {key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in told["metrics"]
+        ]
+        words = [f"Edits: {', '.join(told['settings']['edit'])}. The prompt was: {told['settings']['prompt']}."]
+    except (KeyError, TypeError, AttributeError):
+        raise _unreadable(directory / "metrics.json", "difffract steer") from None
     picture = Picture(shown_image(read_image(directory / "grid.png")).address, "A row per seed, a column per strength.")
     return [Section("An edit, before and after", words, [picture], {"What changed": rows})]
 
 
-def _validation(directory: Path | None) -> list[Section]:
+def _validation(directory: Path | None, graph: Graph) -> list[Section]:
     if directory is None:
         return []
-    told = _json(directory / "validation.json", "difffract validate")
-    rows = [{key: row[key] for key in ("check", "worst", "median", "bar", "holds")} for row in told["exactness"]]
+    path = directory / "validation.json"
+    told = _json(path, "difffract validate")
+    try:
+        _check_origin(told["provenance"]["sources"], graph, path)
+        rows = [{key: row[key] for key in ("check", "worst", "median", "bar", "holds")} for row in told["exactness"]]
+        theirs = {row["of"].partition("#")[0] for row in told["perturbation"]["rows"]}
+        theirs |= {without_position(name) for name in theirs}  # documents of other tools name targets so
+        about = told["provenance"]["settings"]["graph"]
+    except (KeyError, TypeError, AttributeError):
+        raise _unreadable(path, "difffract validate") from None
+    ours = identity(graph).targets
+    if theirs.isdisjoint(name.partition("#")[0] for name in ours):
+        raise UserError(f"{path} is about another graph, {about}, not one of {', '.join(ours)}; validate this one.")
     captions = {
         "perturbation.png": "Features taken off one at a time in the real model: changes against predictions.",
         "completeness.png": "Circuits of growing size: what they recover, and what is lost without them.",
     }
     pictures = [Picture(shown_image(read_image(directory / name)).address, text) for name, text in captions.items()]
-    return [Section("How far to trust it", (), pictures, {"Exact in the frozen model": rows})]
+    words = [f"What `difffract validate` found for `{about}`."]
+    return [Section("How far to trust it", words, pictures, {"Exact in the frozen model": rows})]
+
+
+def _check_origin(sources: Mapping[str, str], graph: Graph, path: Path) -> None:
+    """Refuses what was found with another model or other transcoders than the graph's."""
+    ours = {"model": graph.provenance.known.model, "transcoders": graph.provenance.transcoders}
+    for what, known in ours.items():
+        theirs = sources.get(what)
+        if None not in (known, theirs) and known != theirs:
+            raise UserError(
+                f"{path} was made with another {what} ({str(theirs)[:12]}...) than the graph ({str(known)[:12]}...); "
+                "give what was made with the graph's own."
+            )
 
 
 def _json(path: Path, command: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path} cannot be read; give the directory that `{command}` wrote.") from None
+    except (OSError, ValueError, RecursionError):
+        raise _unreadable(path, command) from None
+
+
+def _unreadable(path: Path, command: str) -> UserError:
+    return UserError(f"{path} cannot be read; give the directory that `{command}` wrote.")

@@ -54,7 +54,7 @@ def read_kept(path: Path, key: str) -> KeptImages | None:
         with Image.open(path) as image:
             told = json.loads(getattr(image, "text", {}).get("difffract_jax", "{}"))
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     if not isinstance(told, dict) or told.get("key") != key:
         return None
@@ -84,6 +84,8 @@ def read_image(path: Path) -> Any:
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give an image file.") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} has more pixels than are safe to read; make it smaller.") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         raise UserError(f"{path} is not an image that can be read; give a PNG or JPEG.") from None
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from difffract_jax.address import STREAMS
+from difffract_jax.address import STREAMS, TXT
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.aggregation import aggregate
@@ -34,6 +34,8 @@ STARTING = (0.8, 0.98)
 """Thresholds of nodes and edges that a larger one is shown at first, those of `difffract prune`."""
 LADDER = ((0.99, 0.999), (0.95, 0.99), (0.9, 0.98), (0.8, 0.98), (0.7, 0.95), (0.5, 0.9), (0.3, 0.8), (0.1, 0.5))
 """Thresholds that are tried in turn until a graph that is too large fits."""
+MOST_TOKENS = 2048
+"""Tokens of another tool's document up to which each gets a column."""
 _ARRAYS = {
     "node_kind": np.uint8,
     "node_step": np.int16,
@@ -81,7 +83,7 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
         UserError: if the graph is too large, with the pruning that would make it fit.
     """
     limits = limits or Limits()
-    shown = graph if by_position else _summed(graph)
+    shown = graph if by_position else summed_where_possible(graph)
     if _fits(shown, limits):
         return shown
     flag = " --by-position" if by_position else ""
@@ -96,17 +98,29 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     raise UserError(f"{name} {has}, {most}, even when pruned; raise --max-nodes and --max-links.")
 
 
-def _summed(graph: Graph) -> Graph:
+def summed_where_possible(graph: Graph) -> Graph:
     """Returns a graph summed over positions, or as it is where its sum would run in circles.
 
     That is so in documents of other tools with edges between positions of one layer.
+
+    Args:
+        graph: any graph.
     """
     summed = aggregate(graph)
+    return summed if leads_forward(summed) else graph
+
+
+def leads_forward(graph: Graph) -> bool:
+    """Says whether a graph has no cycle, without which nothing can be computed of it.
+
+    Args:
+        graph: any graph.
+    """
     try:
-        node_levels(summed)
+        node_levels(graph)
     except UserError:
-        return graph
-    return summed
+        return False
+    return True
 
 
 def _fits(graph: Graph, limits: Limits) -> bool:
@@ -156,9 +170,9 @@ def _header(graph: Graph, labels: Mapping[str, str], title: str) -> dict[str, An
         "blocks": _block_names(graph),
         "steps": sorted({*np.unique(graph.node_step).tolist(), *told.steps}),
         "by_position": graph.by_position,
-        "tokens": list(run.tokens or ()),
+        "tokens": list(run.tokens or _document_tokens(graph)),
         "grid": list(run.grid) if run.grid else None,
-        "prompt": run.prompt,
+        "prompt": run.prompt or _document_prompt(graph),
         "targets": _targets(graph, names),
         "supernodes": {name: [names[node] for node in members] for name, members in graph.supernodes.items()},
         "start": _start(graph),
@@ -166,6 +180,21 @@ def _header(graph: Graph, labels: Mapping[str, str], title: str) -> dict[str, An
         "identity": groups.model_dump(mode="json"),
         "facts": _facts(graph),
     }
+
+
+def _document_prompt(graph: Graph) -> str | None:
+    """Returns the prompt that another tool's document tells."""
+    prompt = (graph.provenance.viewer or {}).get("prompt")
+    return prompt if isinstance(prompt, str) else None
+
+
+def _document_tokens(graph: Graph) -> list[str]:
+    """Returns the tokens that another tool's document tells; none unless there is one for every position."""
+    told = (graph.provenance.viewer or {}).get("prompt_tokens")
+    last = max(graph.node_position.max(initial=-1), graph.map_position.max(initial=-1))
+    if not isinstance(told, list) or not 0 <= last < len(told) <= MOST_TOKENS or np.any(graph.node_stream != TXT):
+        return []
+    return [unicode_replaced(str(token)) for token in told]
 
 
 def _block_names(graph: Graph) -> dict[str, str]:
@@ -206,7 +235,7 @@ def _facts(graph: Graph) -> list[list[str]]:
     told, run = graph.provenance, graph.provenance.known
     combined = told.combined
     facts = {
-        "prompt": run.prompt,
+        "prompt": run.prompt or _document_prompt(graph),
         "seed": run.seed,
         "denoising steps": ", ".join(map(str, told.steps)) or run.step,
         "model": run.model and hash_text(run.model),

@@ -8,6 +8,7 @@
 """
 
 import mimetypes
+import re
 import secrets
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,7 @@ SAFE = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "frame-ancestors 'self'",  # a page's own element cannot say this
 }
 
 
@@ -96,7 +98,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"There is nothing at this address.", close=True)
         if not secrets.compare_digest(self.headers.get("X-Token", "").encode(), self.server.token.encode()):
             return self._answer(403, b"Only the page that this server gave may save groups.", close=True)
-        if not length.isascii() or not length.isdigit() or int(length) > MOST_BYTES:
+        if not re.fullmatch("[0-9]{1,10}", length) or int(length) > MOST_BYTES:
             return self._answer(413, b"These groups are too large to be saved.", close=True)
         try:
             told = self.server.save(self.rfile.read(int(length)).decode("utf-8"))
@@ -124,9 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         try:
             file = (self.server.pages / path.removeprefix(PAGES)).resolve()
-        except (OSError, ValueError):
+            return file if file.is_relative_to(self.server.pages) and file.is_file() else None
+        except (OSError, ValueError):  # a name that is too long, a folder that may not be read
             return None
-        return file if file.is_file() and file.is_relative_to(self.server.pages) else None
 
     def _answer(
         self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8", *, close: bool = False

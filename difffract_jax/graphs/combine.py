@@ -84,6 +84,9 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
     weights = sum((np.bincount(place, graph.root_weights, count) for graph, place, _ in weighted), zeros)
     occurs = sum((np.isin(np.arange(count), place) for place in union.places), zeros) / len(graphs)
     kind, step, block, stream, feature, _ = union.keys[1:]
+    common = _common(graphs)
+    if operation == "difference":
+        common = replace(common, pooled_path=())  # of each graph's own target; of a difference they would say nothing
     combined = Graph(
         node_kind=kind.astype(np.uint8),
         node_step=step.astype(np.int16),
@@ -97,7 +100,7 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
         **_totals(weighted, count),
         **_maps(weighted, count),
         supernodes={},
-        provenance=replace(_common(graphs), target_weights=tuple(weights[weights > 0].tolist())),
+        provenance=replace(common, target_weights=tuple(weights[weights > 0].tolist())),
     )
     shares = dict(zip(node_names(combined), occurs.tolist(), strict=True))
     return combined.with_provenance(combined=Combined(operation=operation, graphs=record, occurs_in=shares))

@@ -1,12 +1,14 @@
 """What people put into a graph by hand, in the viewer: groups, names, notes, pins; a file of its own (plain Python).
 
 The file, `NAME.groups.json`, names nodes as `node_names` does of the graph summed over positions, so that it holds for
-a graph as it was traced and for what pruning left of it. `graph` says which graph it is about: a hash of what was
-traced, not of the arrays, and in words what the hash is of.
+a graph as it was traced and for what pruning left of it; saved from a page of single positions, it names those, and in
+a sum over positions they stand for the sum. `graph` says which graph it is about: a hash of what was traced, not of the
+arrays, and in words what the hash is of.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -100,7 +102,8 @@ def parse_groups(text: str, source: str) -> Groups:
     """
     try:
         stored = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        stored = json.loads(unicode_replaced(json.dumps(stored, ensure_ascii=False)))  # \ud800 is no character
+    except (ValueError, RecursionError) as error:  # also of numbers with thousands of digits
         raise UserError(f"{source} is not JSON ({error}); give a {SUFFIX} that the viewer saved.") from None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UserError(f"{source} is not a file of groups; give a {SUFFIX} that the viewer saved.")
@@ -168,13 +171,23 @@ def nodes_of(graph: Graph, names: Sequence[str]) -> Int64[np.ndarray, "node"]:
 
     Args:
         graph: the graph, summed over positions or not; then a name without a position stands for all of them.
-        names: as `node_names` has them, of the graph or of its sum over positions.
+        names: as `node_names` has them, of the graph or of its sum over positions; of a summed graph also with
+            positions, which then stand for the sum.
     """
-    wanted = {*names}
+    wanted = {*names} if graph.by_position else {*names, *map(without_position, names)}
     if not wanted:
         return np.zeros(0, np.int64)
     pairs = zip(node_names(graph), summed_names(graph), strict=True)
     return np.array([node for node, (name, summed) in enumerate(pairs) if name in wanted or summed in wanted], np.int64)
+
+
+def without_position(name: str) -> str:
+    """Returns the name of a node as if positions were summed over: img/2/f401 for img/2/f401@12.
+
+    Args:
+        name: as `node_names` has it.
+    """
+    return re.sub(r"@(img|txt)?\d+(?=#|$)", lambda found: f"@{found[1]}" if found[1] else "", name)
 
 
 def summed_names(graph: Graph) -> list[str]:
@@ -203,7 +216,9 @@ def given_names(graph: Graph, groups: Groups) -> dict[str, str]:
         groups: of it.
     """
     pairs = zip(node_names(graph), summed_names(graph), strict=True)
-    called = {name: groups.names.get(name) or groups.names.get(summed) for name, summed in pairs}
+    of_sums = {} if graph.by_position else {without_position(name): given for name, given in groups.names.items()}
+    asked = of_sums | groups.names
+    called = {name: asked.get(name) or asked.get(summed) for name, summed in pairs}
     return {name: given for name, given in called.items() if given}
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +20,15 @@ from difffract_jax.address import flux_layout
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
-from difffract_jax.cli.settings import SteerConfig
-from difffract_jax.config import UserError
+from difffract_jax.cli.settings import SteerConfig, ViewConfig
+from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards import image_files
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept
 from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.groups import GraphIdentity, Groups, identity, write_groups
-from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.supernodes import find_supernodes
@@ -120,6 +122,11 @@ def test_what_cannot_be_shown_is_one_sentence(difffract, groups, arguments, told
     assert not list(Path().glob("*.html"))
 
 
+def test_an_image_of_too_many_pixels_is_one_sentence(difffract, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)  # Pillow refuses twice as many; the image has 64
+    assert "more pixels than are safe" in refused(difffract("view", "a.npz", "--image", "image.png"))
+
+
 def test_labels_and_a_second_graph(difffract):
     Path("labels.yaml").write_text("img/0/f1: roundness\n", encoding="utf-8")
     done(difffract("view", "a.npz", "--labels", "labels.yaml", "--compare", "b.npz", "--image", "image.png"))
@@ -137,6 +144,65 @@ def test_a_report_shows_the_sum_the_circuit_and_the_groups(difffract, groups):
     *parts, (last, total) = [(name, float(value)) for name, value in figures]
     assert last == "the target" and sum(value for _, value in parts) == pytest.approx(total, abs=0.02)
     assert "http" not in re.sub(r"http://www\.w3\.org\S+", "", page)
+
+
+def test_a_report_without_a_bias_claims_no_sum_of_the_target(difffract):
+    graph = circuit(0)
+    unknown = np.full(graph.target_node.size, np.nan)
+    told = graph.with_provenance(shared=None)
+    replace(told, target_bias=unknown, target_preactivation=unknown.copy()).save("a.npz")
+    done(difffract("report", "a.npz", "--image", "image.png"))
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "does not tell the target&#39;s bias" in page and "<td>sum of edges</td>" in page
+    assert "the target is the sum of these parts" not in page and "Its features" not in page
+
+
+def test_a_report_shows_what_was_found_for_its_graph_alone(difffract):
+    graph = Graph.load("a.npz")
+    sources = {"model": graph.provenance.known.model, "transcoders": graph.provenance.transcoders}
+    checks = [{"check": "edges", "worst": 1e-9, "median": 1e-9, "bar": 1e-4, "holds": True}]
+    rows = [{"of": "every node downstream"}, {"of": "velocity:norm#1"}]
+    validation = {
+        "provenance": {"sources": sources, "settings": {"graph": "a.npz"}},
+        "exactness": checks,
+        "perturbation": {"rows": rows},
+    }
+    edit = {"sources": sources, "settings": {"edit": ["img/0/f1=zero"], "prompt": "a ring"}, "metrics": [{"edit": "x"}]}
+    for name in ("perturbation.png", "completeness.png", "grid.png"):
+        Image.new("RGB", (8, 8), "red").save(name)
+
+    def report(**changed):
+        Path("validation.json").write_text(json.dumps(validation | changed), encoding="utf-8")
+        Path("metrics.json").write_text(json.dumps(edit | changed), encoding="utf-8")
+        return difffract("report", "a.npz", "--image", "image.png", "--validation", ".", "--edit", ".")
+
+    done(report())
+    page = Path("report.html").read_text(encoding="utf-8")
+    assert "found for <code>a.npz</code>" in page and "img/0/f1=zero" in page and "edges" in page
+    assert "is about another graph, a.npz, not one of velocity:norm" in refused(report(perturbation={"rows": rows[:1]}))
+    other = {"sources": sources | {"model": "n"}}
+    assert "metrics.json was made with another model" in refused(report(**other))
+    assert "validation.json was made with another model" in refused(report(provenance=validation["provenance"] | other))
+    assert "difffract validate" in refused(report(exactness=3)) and "difffract steer" in refused(report(metrics=3))
+
+
+def test_documents_whose_sums_would_run_in_circles_are_reported_and_compared(difffract):
+    write_viewer_json(Graph.load("a.npz"), Path("a.json"), "circuit-tracer", ViewerOptions(slug="x", by_position=True))
+    document = json.loads(Path("a.json").read_text(encoding="utf-8"))
+    layers = {}
+    for node in document["nodes"]:
+        del node["difffract"]
+        if node["feature_type"] == "cross layer transcoder":
+            layers.setdefault(node["layer"], {}).setdefault(node["feature"], []).append(node["node_id"])
+    several = ([ids for ids in features.values() if len(ids) > 1] for features in layers.values())
+    (a, b, *_) = next(found for found in several if len(found) > 1)
+    document["links"] += [{"source": s, "target": t, "weight": 5.0} for s, t in ((a[0], b[1]), (b[0], a[1]))]
+    Path("a.json").write_text(json.dumps(document), encoding="utf-8")
+    done(difffract("report", "a.json"))
+    assert "The circuit" in Path("report.html").read_text(encoding="utf-8")
+    done(difffract("view", "a.json", "--compare", "b.npz"))
+    page = Path("a.html").read_text(encoding="utf-8")
+    assert 'id="graph-b"' in page and 'id="graph-difference"' not in page
 
 
 def test_pruning_keeps_what_is_pinned_and_groups(difffract, groups):
@@ -186,6 +252,9 @@ def test_edits_name_groups(difffract, groups):
 def test_features_of_a_group_are_written_as_edits_are():
     names = ["img/3/f4", "single/0/f7@img", "single/0/f7@txt", "txt/1/f2#3", "error img/2", "img/0/f1 (target)"]
     assert [str(feature) for feature in group_features(names)] == ["img/3/f4", "single/0/f7", "txt/1/f2#3"]
+    assert [str(feature) for feature in group_features(["img/3/f4@12", "single/0/f7@txt3#1"])] == [
+        *("img/3/f4", "single/0/f7#1")
+    ]
 
 
 def test_serving_gives_the_page_and_takes_groups(difffract, groups, tmp_path):
@@ -200,6 +269,29 @@ def test_serving_gives_the_page_and_takes_groups(difffract, groups, tmp_path):
         finally:
             process.terminate()
     assert "a.groups.json" in line
+
+
+def test_a_served_page_opens_with_what_it_would_save_over(difffract, groups):
+    serve = ViewConfig(graph=Path("a.npz"), serve=True)
+    whole = Graph.load("a.npz")
+    assert cli_view._opened_groups(whole, serve) is None
+    write_groups(groups, Path("a.groups.json"))
+    assert cli_view._opened_groups(whole, serve) == groups
+    assert cli_view._opened_groups(whole, serve.model_copy(update={"serve": False})) is None
+    assert cli_view._opened_groups(whole, serve.model_copy(update={"groups": Path("new.groups.json")})) is None
+    write_groups(groups, Path("b.groups.json"))
+    said = refused(difffract("view", "b.npz", "--serve"))
+    assert "groups of another graph" in said and "would save over it" in said
+    assert "nowhere of the output file" in refused(difffract("view", "a.npz", "--serve", "--groups", "nowhere/x.json"))
+
+
+def test_features_of_the_second_graph_alone_have_labels_too(difffract, monkeypatch):
+    first, second = (set(feature_names(Graph.load(name))) - {""} for name in ("a.npz", "b.npz"))
+    (only, *_) = sorted(second - first)
+    monkeypatch.setattr(cli_view, "labels_of", lambda graph, file: dict.fromkeys(set(feature_names(graph)) - {""}, "x"))
+    settings = ViewConfig(graph=Path("a.npz"), compare=Path("b.npz"))
+    _, parts = cli_view._parts(Graph.load("a.npz"), settings)
+    assert parts.labels[only] == "x" and set(parts.labels) == first | second
 
 
 @pytest.fixture

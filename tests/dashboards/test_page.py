@@ -10,14 +10,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
-from difffract_jax.dashboards.page_data import Limits, graph_bytes, packed, shown_graph
+from difffract_jax.dashboards.page_data import Limits, _header, graph_bytes, packed, shown_graph
 from difffract_jax.dashboards.viewer_page import PageParts, viewer_page
 from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.files.reader import read_graph
+from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.pruning import prune
+from difffract_jax.text_files import unicode_replaced
 from random_graphs import random_graph, random_output_graph
 from shown_circuits import circuit, large
 
@@ -64,6 +67,25 @@ def test_the_parts_of_a_foreign_document_have_no_bias():
     unknown = np.full(graph.target_node.size, np.nan)
     told = account(replace(graph, target_bias=unknown, target_preactivation=unknown.copy()))
     assert (told.bias, told.value) == (None, None)
+
+
+def test_another_tool_s_document_has_its_own_prompt_and_words(tmp_path):
+    path = tmp_path / "document.json"
+    write_viewer_json(circuit(), path, "circuit-tracer", ViewerOptions(slug="x", by_position=True))
+    document = json.loads(path.read_text(encoding="utf-8"))
+    for node in document["nodes"]:
+        del node["difffract"]
+    words = [f"w{place}\ud800" for place in range(len(document["metadata"]["prompt_tokens"]))]
+
+    def header(tokens):
+        document["metadata"] |= {"prompt": "one of theirs", "prompt_tokens": tokens}
+        path.write_text(json.dumps(document), encoding="utf-8")
+        return _header(shown_graph(read_graph(path)), {}, "")
+
+    told = header(words)
+    assert told["prompt"] == "one of theirs" and ["prompt", "one of theirs"] in told["facts"]
+    assert told["tokens"] == [unicode_replaced(word) for word in words]
+    assert header(words[:2])["tokens"] == []  # not one for every position
 
 
 def test_nothing_from_outside_is_markup():

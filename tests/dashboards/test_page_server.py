@@ -56,7 +56,15 @@ def test_it_gives_the_page_with_a_token_of_its_own(server):
 @pytest.mark.parametrize(
     "path",
     ["/pages/", "/pages", "/pages/sub/", "/pages/../secret.txt", "/pages/%2e%2e/secret.txt", "/pages/..%2fsecret.txt"]
-    + ["/secret.txt", "/pages/link.txt", "/pages//etc/passwd", "/pages/%00", "/groups", "/index.html"],
+    + [
+        "/secret.txt",
+        "/pages/link.txt",
+        "/pages//etc/passwd",
+        "/pages/%00",
+        "/groups",
+        "/index.html",
+        "/pages/" + "x" * 5000,
+    ],
 )
 def test_nothing_else_is_given(server, path):
     assert ask(server, "GET", path)[0] == 404
@@ -81,6 +89,7 @@ def test_groups_are_refused_with_a_sentence(server, saved):
     assert ask(server, "POST", "/groups", b"\xff", **token)[0] == 400
     assert ask(server, "POST", "/groups", b"", **token | {"Content-Length": str(MOST_BYTES + 1)})[0] == 413
     assert ask(server, "POST", "/groups", b"", **token | {"Content-Length": "-1"})[0] == 413
+    assert ask(server, "POST", "/groups", b"", **token | {"Content-Length": "9" * 5000})[0] == 413
     assert saved == []
 
 

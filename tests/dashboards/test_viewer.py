@@ -1,7 +1,9 @@
 """The viewer in Chromium: what a person does with a circuit, and that nothing leaves the page."""
 
+import base64
 import json
 import threading
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +22,7 @@ from difffract_jax.graphs.combine import difference
 from difffract_jax.graphs.files.reader import read_graph
 from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.graph import FEATURE
-from difffract_jax.graphs.groups import identity
+from difffract_jax.graphs.groups import Groups, identity, nodes_of
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.supernodes import find_supernodes
@@ -527,7 +529,38 @@ def test_an_address_brings_back_the_view(tab, page, main_page, whole):
     assert state(tab.page, "store.view.selected") is None
 
 
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"view": {"show": "difference"}},  # of a page that compared two graphs
+        {"view": {"show": "side", "image": -1, "camera": {"k": 0}, "selected": 3}},
+        {"doc": {"pinned": 5, "groups": [{"name": "x"}], "names": None, "node_threshold": "a", "mode": "else"}},
+        {"doc": [], "view": None, "constructor": {}},
+    ],
+)
+def test_an_address_of_another_page_does_no_harm(tab, main_page, held):
+    squeezed = zlib.compress(json.dumps(held).encode(), wbits=-15)
+    opened = tab.open(f"{main_page}#{base64.urlsafe_b64encode(squeezed).decode().rstrip('=')}")
+    fresh = opened.evaluate("[JSON.parse(difffract.store.initial.doc), difffract.store.initial.view]")
+    assert opened.evaluate("[difffract.store.doc, {...difffract.store.view}]") == fresh
+
+
 # Files
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_groups_of_sums_and_of_single_positions_open_in_each_other_s_page(tab, folder, by_position):
+    graph = circuit()
+    summed, path = aggregate(graph), folder / "positions.html"
+    shows, saved_from = (graph, summed) if by_position else (summed, graph)
+    node = max(n for n in range(saved_from.node_kind.size) if saved_from.node_kind[n] == FEATURE)
+    name = node_names(saved_from)[node]
+    groups = Groups(graph=identity(graph), groups={"x": (name,)}, names={name: "round"}, pinned=(name, "gone"))
+    path.write_text(viewer_page(shows, PageParts(groups=groups)), encoding="utf-8")
+    doc = tab.open(path.as_uri()).evaluate("difffract.store.doc")
+    expected = [node_names(shows)[n] for n in nodes_of(shows, [name])]
+    assert expected and doc["groups"] == [{"name": "x", "members": expected}]
+    assert doc["names"] == dict.fromkeys(expected, "round") and doc["pinned"] == [*expected, "gone"]
 
 
 def test_groups_are_saved_and_opened_again(page, whole, folder):
@@ -553,6 +586,11 @@ def test_groups_are_saved_and_opened_again(page, whole, folder):
     chooser.value.set_files(folder / "other.groups.json")
     page.wait_for_selector(".toast:not([hidden])")
     until(page, "document.querySelector('.toast').textContent.includes('another graph')")
+    (folder / "other.groups.json").write_text(json.dumps(saved | {"groups": {"x": 3}}), encoding="utf-8")
+    with page.expect_file_chooser() as chooser:
+        page.click("[data-action=load]")
+    chooser.value.set_files(folder / "other.groups.json")
+    until(page, "document.querySelector('.toast').textContent.includes('damaged at groups')")
 
 
 def test_figures_are_saved_as_svg_and_png(page, folder, whole):

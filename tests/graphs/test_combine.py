@@ -13,7 +13,7 @@ from difffract_jax.graphs.combine import average, difference
 from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.graph import ERROR, OUTPUT, REST, Graph
 from difffract_jax.graphs.names import node_names
-from difffract_jax.graphs.provenance import KnownRun, Origin, Provenance
+from difffract_jax.graphs.provenance import KnownRun, Origin, PooledPath, Provenance
 from difffract_jax.graphs.pruning import prune
 from random_graphs import random_graph, random_output_graph
 
@@ -55,6 +55,13 @@ def test_targets_still_add_up():
         assert combined.largest_conservation_error < 1e-12
         assert combined.targets.tolist() == list(range(len(combined.provenance.target_weights)))
         assert np.isfinite(combined.target_abs_sum).all() and (combined.target_abs_sum > 0).all()
+
+
+def test_a_difference_does_not_tell_the_pooled_path_of_its_graphs():
+    path = PooledPath(value=2.0, without=1.0, share=0.5)
+    graphs = [random_graph(3).with_provenance(pooled_path=(path,))] * 2
+    assert average(graphs).provenance.pooled_path == (path,)
+    assert difference(*graphs).provenance.pooled_path == ()
 
 
 def test_the_average_of_one_and_of_twice_the_same_is_the_graph_itself():

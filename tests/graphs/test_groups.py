@@ -14,12 +14,15 @@ from difffract_jax.graphs.groups import (
     given_names,
     identity,
     nodes_of,
+    parse_groups,
     read_groups,
     with_groups,
+    without_position,
     write_groups,
 )
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.pruning import prune
+from difffract_jax.text_files import unicode_replaced
 from random_graphs import random_output_graph
 from shown_circuits import circuit
 
@@ -48,6 +51,21 @@ def test_a_name_stands_for_a_feature_at_every_position():
     assert nodes_of(graph, [one]).tolist() == [found[0]]
 
 
+def test_names_of_single_positions_stand_for_the_sum_where_positions_are_summed_over():
+    graph = circuit()
+    summed = aggregate(graph)
+    names, sums = node_names(graph), node_names(summed)
+    found = [name for name in names if without_position(name) != name]
+    assert found and {without_position(name) for name in found} <= {*sums}
+    for name in found:
+        assert [sums[n] for n in nodes_of(summed, [name])] == [without_position(name)]
+    named = Groups(graph=identity(graph), names={found[-1]: "round"})
+    assert given_names(summed, named) == {without_position(found[-1]): "round"}
+    assert [without_position(name) for name in ("single/0/f7@img3#1", "error img/2@5", "pixels:box=0,0,2,2")] == [
+        *("single/0/f7@img#1", "error img/2", "pixels:box=0,0,2,2")
+    ]
+
+
 def test_groups_become_supernodes_of_features(tmp_path):
     graph = aggregate(circuit())
     names = node_names(graph)
@@ -68,6 +86,7 @@ def test_groups_become_supernodes_of_features(tmp_path):
     [
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
+        (f'{{"format": "difffract-groups", "format_version": {"1" * 5000}}}', "is not JSON"),
         ("[]", "is not a file of groups"),
         ('{"format": "other"}', "is not a file of groups"),
         (
@@ -84,6 +103,14 @@ def test_what_is_no_groups_file_is_one_sentence(tmp_path, content, told):
     with pytest.raises(UserError, match=told) as caught:
         read_groups(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_halves_of_characters_are_taken_out():
+    read = parse_groups(
+        '{"format": "difffract-groups", "graph": {"fingerprint": "x"}, "groups": {"a\\ud800": []}}', "It"
+    )
+    (name,) = read.groups
+    assert name == unicode_replaced("a\ud800") and name.encode()
 
 
 def test_groups_of_another_graph_are_refused(tmp_path):

@@ -18,7 +18,8 @@ export class App {
     this.graphs = graphs;
     this.views = {};
     for (const [key, graph] of Object.entries(graphs)) this.views[key] = new View(graph);
-    this.store = new Store(this.startingDoc(), { selected: null, unfolded: true, show: "a", path: false, camera: null, image: 0 });
+    this.store = new Store(this.startingDoc(), { selected: null, unfolded: true, show: "a", path: false, camera: null, image: 0 },
+      [...Object.keys(graphs), ...(graphs.b ? ["side"] : [])]);
     this.dark = prefersDark();
     this.readTheme();
     this.hovered = null;
@@ -29,7 +30,7 @@ export class App {
     const groups = Object.entries(this.graphs.a.supernodes).map(([name, members]) => ({ name, members }));
     const doc = { ...this.graphs.a.start, groups, names: {}, notes: {}, pinned: [] };
     if (!this.extras.groups) return doc;
-    return { ...doc, ...readGroups(JSON.stringify(this.extras.groups), this.graphs.a.identity) };
+    return { ...doc, ...readGroups(JSON.stringify(this.extras.groups), this.graphs.a) };
   }
 
   /** Which of the graphs the tables are about: the only one, the first of two, or their difference. */

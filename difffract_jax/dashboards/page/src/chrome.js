@@ -23,7 +23,7 @@ export function header(app) {
     h("div", { class: "tools" }, app.undoButton, app.redoButton,
       button("svg", "SVG", "Save the drawing as SVG", () => app.exportSvg()),
       button("png", "PNG", "Save the drawing as PNG", () => app.exportPng()),
-      button("link", "Link", "Copy an address of app view (l)", () => app.copyLink()),
+      button("link", "Link", "Copy an address of this view (l)", () => app.copyLink()),
       button("theme", "◐", "Light or dark (d)", () => app.setTheme(!app.dark)),
       button("help", "?", "Keys (?)", () => app.help.showModal())));
 }
@@ -71,7 +71,7 @@ export function foldButton(app) {
 export function helpBox(app) {
   const keys = [["↑ ↓", "along the strongest edge, towards the target or away from it"], ["← →", "to the next node of the row"], ["/", "search"], ["p", "pin"],
     ["g", "put into a group"], ["n", "name"], ["m", "note"], ["t", "path to the target"], ["o", "feature page"], ["u, r", "undo, redo"], ["s", "unfold or stack steps"], ["f", "show all"],
-    ["d", "light or dark"], ["l", "copy an address of app view"], ["Esc", "let go"]];
+    ["d", "light or dark"], ["l", "copy an address of this view"], ["Esc", "let go"]];
   app.help = h("dialog", { class: "help" }, h("h2", {}, "Keys"), h("dl", {}, keys.map(([key, what]) => [h("dt", {}, key), h("dd", {}, what)])),
     h("form", { method: "dialog" }, h("button", {}, "Close")));
   return app.help;

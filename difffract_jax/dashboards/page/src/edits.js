@@ -78,7 +78,7 @@ export function loadGroups(app) {
   const chooser = h("input", { type: "file", accept: ".json", hidden: true, class: "groups-file" });
   chooser.addEventListener("change", async () => {
     try {
-      const read = readGroups(await chooser.files[0].text(), app.graphs.a.identity);
+      const read = readGroups(await chooser.files[0].text(), app.graphs.a);
       app.store.edit((doc) => Object.assign(doc, read));
       app.say("Groups opened.");
     } catch (error) {

@@ -1,6 +1,7 @@
 // What leaves the page and comes back: figures as SVG and PNG, groups as .groups.json.
 import { download } from "./dom.js";
 import { paint } from "./painter.js";
+import { SHAPES } from "./store.js";
 import { SvgContext } from "./svg.js";
 
 /** Returns the drawing as SVG text. */
@@ -36,8 +37,21 @@ export function groupsDocument(identity, doc) {
   };
 }
 
-/** Reads the text of a groups file; throws one sentence if it is none, or of another graph. */
-export function readGroups(text, identity) {
+/** Returns a function from a name of a groups file to the names in a graph that it stands for: itself, or, where one of
+ * the two is summed over positions and the other is not, the sum or the node at every position; itself if none is there. */
+function namesIn(graph) {
+  const summed = (name) => name.replace(/@(img|txt)?\d+(?=#|$)/, (_, side) => (side ? `@${side}` : ""));
+  const every = new Map();
+  for (const name of graph.names) {
+    const key = summed(name);
+    if (!every.has(key)) every.set(key, []);
+    every.get(key).push(name);
+  }
+  return (name) => (graph.number.has(name) ? [name] : every.get(graph.by_position ? name : summed(name)) ?? [name]);
+}
+
+/** Reads the text of a groups file of a graph; throws one sentence if it is none, or of another graph. */
+export function readGroups(text, graph) {
   let stored;
   try {
     stored = JSON.parse(text);
@@ -47,14 +61,22 @@ export function readGroups(text, identity) {
   if (stored?.format !== "difffract-groups" || stored.format_version !== 1) {
     throw new Error("This file does not hold groups; open a .groups.json that was saved here.");
   }
-  if (stored.graph?.fingerprint !== identity.fingerprint) {
+  if (stored.graph?.fingerprint !== graph.identity.fingerprint) {
     throw new Error("These groups belong to another graph; open the ones that were saved from this graph.");
   }
+  const groups = Object.entries(stored.groups ?? {}).map(([name, members]) => ({ name, members }));
+  const { names = {}, notes = {}, pinned = [] } = stored;
+  for (const [key, value] of Object.entries({ groups, names, notes, pinned })) {
+    if (!SHAPES[key](value)) throw new Error(`This file is damaged at ${key}; open a .groups.json that was saved here.`);
+  }
+  const found = namesIn(graph);
+  const all = (listed) => [...new Set(listed.flatMap(found))];
+  const keyed = (texts) => Object.fromEntries(Object.entries(texts).flatMap(([name, text]) => found(name).map((one) => [one, text])));
   return {
-    groups: Object.entries(stored.groups ?? {}).map(([name, members]) => ({ name: String(name), members: members.map(String) })),
-    names: { ...stored.names },
-    notes: { ...stored.notes },
-    pinned: (stored.pinned ?? []).map(String),
+    groups: groups.map(({ name, members }) => ({ name, members: all(members) })),
+    names: keyed(names),
+    notes: keyed(notes),
+    pinned: all(pinned),
   };
 }
 

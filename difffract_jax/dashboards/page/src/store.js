@@ -4,9 +4,34 @@ import { fromBase64 } from "./data.js";
 
 const MOST_UNDONE = 200;
 
+const isText = (value) => typeof value === "string";
+const isFlag = (value) => typeof value === "boolean";
+const isShare = (value) => typeof value === "number" && value > 0 && value <= 1;
+const isRecord = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const areTexts = (value) => Array.isArray(value) && value.every(isText);
+const namesTexts = (value) => isRecord(value) && Object.values(value).every(isText);
+
+/** What each part of the state must be like; an address or a file may hold anything. */
+export const SHAPES = {
+  mode: (value) => ["standard", "difffract"].includes(value),
+  node_threshold: isShare,
+  edge_threshold: isShare,
+  groups: (value) => Array.isArray(value) && value.every((group) => isRecord(group) && isText(group.name) && areTexts(group.members)),
+  names: namesTexts,
+  notes: namesTexts,
+  pinned: areTexts,
+  selected: (value) => value === null || isText(value),
+  unfolded: isFlag,
+  path: isFlag,
+  camera: (value) => value === null || (isRecord(value) && value.k > 0 && ["k", "x", "y"].every((key) => Number.isFinite(value[key]))),
+  image: (value) => Number.isInteger(value) && value >= 0,
+};
+
 /** Holds the state, tells listeners what changed, and keeps what can be undone. */
 export class Store {
-  constructor(doc, view) {
+  /** Takes the state to open with, and the keys of what can be shown: one graph, the other, both, or their difference. */
+  constructor(doc, view, shows) {
+    this.shapes = { ...SHAPES, show: (value) => shows.includes(value) };
     this.initial = { doc: JSON.stringify(doc), view };
     this.doc = doc;
     this.view = { ...view };
@@ -90,14 +115,20 @@ export class Store {
     return btoa(raw).replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "");
   }
 
+  /** Returns one half of a state, with what of a given one has the right shape in place of what the page opened with. */
+  over(initial, given) {
+    const fits = ([key, value]) => Object.keys(initial).includes(key) && this.shapes[key](value);
+    return { ...initial, ...Object.fromEntries(Object.entries(given ?? {}).filter(fits)) };
+  }
+
   /** Takes a state from an address; returns whether it was one. */
   follow(hash) {
     if (!hash) return false;
     try {
       const text = strFromU8(inflateSync(fromBase64(hash.replaceAll("-", "+").replaceAll("_", "/"))));
       const state = JSON.parse(text);
-      this.doc = { ...JSON.parse(this.initial.doc), ...(state.doc ?? {}) };
-      this.view = { ...this.initial.view, ...(state.view ?? {}) };
+      this.doc = this.over(JSON.parse(this.initial.doc), state.doc);
+      this.view = this.over(this.initial.view, state.view);
     } catch {
       return false;
     }
