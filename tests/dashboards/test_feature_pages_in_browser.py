@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from scans import PROMPTS, places, small
 
+from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.dashboards.features.build import build_dashboards
 from difffract_jax.dashboards.features.request import DashboardOptions
 from difffract_jax.dashboards.features.texts import Text
@@ -75,6 +76,18 @@ def test_other_addresses_are_answered(folder, tmp_path, address, said):
     page, console = opened(folder, tmp_path, address, size="390,844")
     assert said in text_of(page) and set(places(small())) <= set(re.findall(r">(\w+/\d)<", page))
     assert not [line for line in console if "ERR_FILE_NOT_FOUND" not in line]
+
+
+def test_some_features_have_pages_and_links_to_these_alone(tmp_path):
+    features = tuple(map(Feature.parse, ("img/1/f4", "single/0/f5", "single/0/f9")))
+    build_dashboards(small().corpus, small().tcs, tmp_path / "out", DashboardOptions(links=40, features=features))
+    page, console = opened(tmp_path / "out", tmp_path, "#single/0/f5")
+    assert 'data-ready="single/0/f5"' in page and not console
+    text, linked = text_of(page), set(re.findall(r'<li><a class="name" href="#([^"]*)"', page))
+    assert "Upstream, by weights" in text and "img/1/f6" in text and "NaN" not in text
+    assert "single/0/f9" in linked <= {"img/1/f4", "single/0/f9"}
+    page, console = opened(tmp_path / "out", tmp_path, "")
+    assert "3 features of the transcoders" in text_of(page) and "NaN" not in page and not console
 
 
 DRIVE = """
