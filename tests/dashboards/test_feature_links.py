@@ -1,5 +1,7 @@
 """What weights say: links both ways, neighbours, gates, and the direct effect on pixels, held against the model."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from difffract_jax.dashboards.features.effects import effects_of, token_pictures
 from difffract_jax.dashboards.features.links import find_links, pairs_of, places_of
 from difffract_jax.dashboards.features.mean_run import mean_run
 from difffract_jax.models.pipeline import decode_raw
+from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.ops import widen
 from tolerances import TOL, relative_error
 
 FEATURES = 40
@@ -155,3 +159,13 @@ def test_the_last_layer_is_that_of_the_model(first):
     out = np.asarray(corpus.pipe.transformer.final(jnp.asarray(h), record.cond, scale))
     expected = -float(corpus.run.sigmas[1]) * (out[1] - out[0])
     assert relative_error((h[1] - h[0]) @ first.final, expected) <= TOL.f32_run
+
+
+def test_the_last_layer_of_weights_in_bfloat16_is_not_lost_to_rounding():
+    pipe, finals = random_pipeline(dtype=jnp.bfloat16), []
+    pipe.transformer.final.proj.bias[...] += 50  # a constant, beside which one unit more is small
+    for each in (pipe, pipe._replace(transformer=jax.tree.map(widen, pipe.transformer))):
+        corpus = replace(small().corpus, pipe=each)
+        pooled = np.asarray(corpus.batch_of([0]).pooled[0], np.float32)
+        finals.append(mean_run(corpus, small().tcs.sites, np.zeros((6, 16), np.float32), pooled).final)
+    assert np.linalg.norm(finals[0] - finals[1]) <= 0.02 * np.linalg.norm(finals[1])

@@ -20,7 +20,7 @@ from difffract_jax.dashboards.features import scan as first_pass
 from difffract_jax.dashboards.features.build import build_dashboards
 from difffract_jax.dashboards.features.corpus import Corpus
 from difffract_jax.dashboards.features.record import FOLDER, load_scan
-from difffract_jax.dashboards.features.request import DashboardOptions, sizes_of
+from difffract_jax.dashboards.features.request import DashboardOptions, identity_of, sizes_of
 from difffract_jax.dashboards.features.texts import Text
 from difffract_jax.estimate.scanning import disk_bytes, state_bytes
 from difffract_jax.storage.locks import sole_writer
@@ -201,8 +201,8 @@ def test_no_prompts_are_refused(tmp_path):
     one = small()
     with pytest.raises(UserError, match="needs prompts"):
         build_dashboards(Corpus(one.corpus.pipe, one.corpus.run, (), 0, 2), one.tcs, tmp_path / "out")
-    many = Corpus(one.corpus.pipe, one.corpus.run, ("a fox",) * (2**31 // 22 + 1), 0, 2)
-    with pytest.raises(UserError, match="more than the 2,147,483,648 that counters hold"):
+    many = Corpus(one.corpus.pipe, one.corpus.run, ("a fox",) * (2**31 // (2 * 22) + 1), 0, 2)
+    with pytest.raises(UserError, match="22 tokens in 2 steps are more than the 2,147,483,648 tokens"):
         build_dashboards(many, one.tcs, tmp_path / "out")
 
 
@@ -268,3 +268,10 @@ def test_bytes_that_are_told_are_those_that_are_taken(built):
     assert told.record <= record <= told.record + 8 * 2000  # heads of files
     data = sum(size for path, size in written.items() if "data" in Path(path).parts)
     assert 0.3 < (data - len(HOSTILE) * 2) / (told.pages + told.pictures) < 3
+
+
+def test_transcoders_of_another_type_are_another_scan():
+    corpus, tcs = small().corpus, small().tcs
+    rounded = tcs._replace(stacks=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tcs.stacks))
+    assert rounded.source == tcs.source
+    assert identity_of(corpus, rounded, OPTIONS) != identity_of(corpus, tcs, OPTIONS)

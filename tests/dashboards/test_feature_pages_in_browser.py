@@ -9,6 +9,7 @@ import subprocess
 import pytest
 from scans import PROMPTS, places, small
 
+from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.dashboards.features.build import build_dashboards
 from difffract_jax.dashboards.features.request import DashboardOptions
 from difffract_jax.dashboards.features.texts import Text
@@ -75,6 +76,19 @@ def test_other_addresses_are_answered(folder, tmp_path, address, said):
     page, console = opened(folder, tmp_path, address, size="390,844")
     assert said in text_of(page) and set(places(small())) <= set(re.findall(r">(\w+/\d)<", page))
     assert not [line for line in console if "ERR_FILE_NOT_FOUND" not in line]
+
+
+def test_some_features_have_pages_and_links_lead_to_these_alone(tmp_path):
+    names = {f"{site}/f{number}" for site in ("img/1", "single/0") for number in range(1, 40, 2)}
+    options = DashboardOptions(links=40, features=tuple(map(Feature.parse, sorted(names))))
+    build_dashboards(small().corpus, small().tcs, tmp_path / "out", options)
+    page, console = opened(tmp_path / "out", tmp_path, "#single/0/f5")
+    assert 'data-ready="single/0/f5"' in page and not console
+    linked = set(re.findall(r'<li><a class="name" href="#([^"]*)"', page))
+    others = set(re.findall(r'<li><span class="name">([^<]*)<', page))
+    assert linked and linked <= names and others and not others & names
+    page, console = opened(tmp_path / "out", tmp_path, "")
+    assert f"{len(names)} features of the transcoders" in text_of(page) and "NaN" not in page and not console
 
 
 DRIVE = """

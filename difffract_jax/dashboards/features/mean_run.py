@@ -18,7 +18,7 @@ from difffract_jax.models.blocks import Cond
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.stacks import Visit, per_group, run_stacks
 from difffract_jax.models.streaming import Streamed, jit_resident
-from difffract_jax.ops import layer_norm
+from difffract_jax.ops import layer_norm, widen
 from difffract_jax.transcoders.harvest import by_group, site_layers
 from difffract_jax.transcoders.sites import SiteSet
 
@@ -58,11 +58,12 @@ def mean_run(
     last = corpus.run.steps - 1
     norms, scale = _scales(corpus, sites)
     cond = _cond(corpus, pooled, last)
-    # With the scale of the norm held, the last layer is affine in the residual stream.
-    model, sigma = corpus.pipe.transformer, float(corpus.run.sigmas[last])
-    wide = corpus.pipe.config.transformer.d_model
-    rows = jnp.concatenate([jnp.zeros((1, wide)), jnp.eye(wide)]).astype(model.img_in.kernel.dtype)
-    out = np.asarray(_final(model, rows, cond, jnp.full(wide + 1, scale, jnp.float32)), np.float32)
+    # With the scale of the norm held, the last layer is affine in the residual stream. What one unit changes is small
+    # beside the constant, so that it is taken in float32 whatever the weights are in.
+    sigma, wide = float(corpus.run.sigmas[last]), corpus.pipe.config.transformer.d_model
+    layer, cond = jax.tree.map(widen, (corpus.pipe.transformer.final, cond))
+    rows = jnp.concatenate([jnp.zeros((1, wide)), jnp.eye(wide)])
+    out = np.asarray(_final(layer, rows, cond, jnp.full(wide + 1, scale, jnp.float32)), np.float32)
     # A change of the velocity v changes the predicted clean latents z - sigma v.
     return MeanRun(gates, by_step[-1], norms, -sigma * (out[1:] - out[:1]), latents)
 
@@ -122,8 +123,9 @@ def _inputs(corpus: Corpus, batch: Batch, latents: Array, step: int) -> Inputs:
 
 
 @jax.jit
-def _final(model: Any, rows: Array, cond: Cond, scales: Array) -> Array:
-    return model.final(rows, cond, scales)
+def _final(layer: Any, rows: Array, cond: Cond, scales: Array) -> Array:
+    with jax.default_matmul_precision("highest"):
+        return layer(rows, cond, scales)
 
 
 def _norm_scales_of(

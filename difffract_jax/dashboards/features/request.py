@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.features import maps as example_maps
@@ -18,6 +20,7 @@ from difffract_jax.dashboards.features.texts import Text
 from difffract_jax.estimate.scanning import ScanSizes
 from difffract_jax.models.pipeline import PipelineConfig, Run
 from difffract_jax.models.sampler import PATCH
+from difffract_jax.models.streaming import Streamed
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.storage.files import check_vacant, is_occupied
 from difffract_jax.transcoders.sites import SiteSet
@@ -25,7 +28,7 @@ from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
 _LOG = logging.getLogger(__name__)
 MOST_TOKENS = 2**31
-"""Tokens of a step that counters hold."""
+"""Tokens, those of all steps together, that counters hold: a bin of a histogram may count each of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +72,11 @@ def check_request(
     check_fit(tcs, corpus.pipe.config.transformer)
     if not corpus.prompts:
         raise UserError("A scan needs prompts, but there are none; give --prompts FILE with one prompt a line.")
-    rows = max(group.rows(corpus.run.tokens) for group, _ in tcs.sites.members)
-    if rows * len(corpus.prompts) >= MOST_TOKENS:
+    steps, rows = corpus.run.steps, max(group.rows(corpus.run.tokens) for group, _ in tcs.sites.members)
+    if steps * rows * len(corpus.prompts) >= MOST_TOKENS:
         raise UserError(
-            f"{len(corpus.prompts):,} prompts of {rows:,} tokens are more than the {MOST_TOKENS:,} that counters hold; "
-            f"give at most {MOST_TOKENS // rows:,} prompts."
+            f"{len(corpus.prompts):,} prompts of {rows:,} tokens in {steps:,} steps are more than the {MOST_TOKENS:,} "
+            f"tokens that counters hold; give at most {(MOST_TOKENS - 1) // (steps * rows):,} prompts."
         )
     for feature in options.features or ():
         site = f"{feature.stream}/{feature.block}"
@@ -157,6 +160,9 @@ def identity_of(corpus: Corpus, tcs: TranscoderSet, options: DashboardOptions) -
     prompts = hashlib.sha256("\0".join(corpus.prompts).encode()).hexdigest()
     facts = [FORMAT_VERSION, corpus.pipe.source, tcs.source, tcs.sites.names, prompts, corpus.seed, corpus.batch]
     facts += [run.grid, run.text_tokens, run.sigmas.tolist(), run.guidance, options.top, options.per_third]
+    # Another type rounds otherwise, and the transcoders' hash is that of their files.
+    stacks = [one.abstract() if isinstance(one, Streamed) else one for one in tcs.stacks.values()]
+    facts += [sorted({str(leaf.dtype) for leaf in jax.tree.leaves(stacks)})]
     facts += [options.sample, None if corpus.mesh is None else dict(corpus.mesh.shape)]
     facts += [None if options.features is None else [str(one) for one in options.features]]
     return json.dumps(facts)

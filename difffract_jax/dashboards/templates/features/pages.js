@@ -222,7 +222,7 @@ const difffract = (() => {
   function again(site, name, one, prompt) {
     const [model, transcoders] = scan.names.map(quoted), [, step, side, position] = one;
     const at = `${name}@${site.streams.length > 1 ? side : ""}${position}`, run = scan.run;
-    const sizes = `--seed ${prompt.seed} --steps ${run.steps} --height ${run.height} --width ${run.width} --text-tokens ${run.text_tokens}`;
+    const sizes = `--seed ${prompt.seed} --steps ${run.steps} --height ${run.height} --width ${run.width} --text-tokens ${run.text_tokens}${run.guidance === null ? "" : ` --guidance ${run.guidance}`}`;
     const lines = [];
     if (scan.role === "transcoder") lines.push(`difffract trace ${model} ${transcoders} ${quoted(prompt.text)} --target ${at} --step ${step} ${sizes}`);
     lines.push(`difffract steer ${model} ${transcoders} ${quoted(prompt.text)} --edit ${name}=zero ${sizes.replace("--seed", "--seeds")}`);
@@ -293,18 +293,25 @@ const difffract = (() => {
           make("span", { class: "weight", text: digits(value) }), make("span", { class: "track" }, bar));
       })));
   }
-  function links(feature) {
+  async function hasPage() {
+    const partly = scan.sites.filter((one) => one.pages < scan.features);
+    const found = await Promise.all(partly.map(async (one) => [one.name, new Set((await listOf(one.name)).feature)]));
+    const some = new Map(found);
+    return (site, other) => Boolean(siteOf(site)) && (!some.has(site) || some.get(site).has(other));
+  }
+  function links(feature, known) {
     const named = (ends) => ends.map(([site, other, value, label]) => ({ name: `${scan.sites[site].name}/f${other}`, label: label || "", value,
-      link: scan.sites[site].pages === scan.features || Boolean(lists.get(scan.sites[site].name)?.feature.includes(other)) }));
-    const signed = (value) => (value < 0 ? "\u2212" : "+") + percent(Math.abs(value)), lists = [];
-    if (feature.up.length) lists.push(linkList("Upstream, by weights", "What earlier features at the same token usually add to this one, as a share of its usual value.", named(feature.up), signed));
-    if (feature.down.length) lists.push(linkList("Downstream, by weights", "What this one adds to later features at the same token, as a share of their usual values.", named(feature.down), signed));
-    if (feature.near.length) lists.push(linkList("Nearest decoder vectors", "Cosine with other features of the site: what they write is alike.", named(feature.near), (value) => value.toFixed(2)));
+      link: known(scan.sites[site].name, other) }));
+    const linked = (name) => { const parts = /^(\w+\/\d+)\/f(\d+)$/.exec(name); return Boolean(parts) && known(parts[1], Number(parts[2])); };
+    const signed = (value) => (value < 0 ? "\u2212" : "+") + percent(Math.abs(value)), columns = [];
+    if (feature.up.length) columns.push(linkList("Upstream, by weights", "What earlier features at the same token usually add to this one, as a share of its usual value.", named(feature.up), signed));
+    if (feature.down.length) columns.push(linkList("Downstream, by weights", "What this one adds to later features at the same token, as a share of their usual values.", named(feature.down), signed));
+    if (feature.near.length) columns.push(linkList("Nearest decoder vectors", "Cosine with other features of the site: what they write is alike.", named(feature.near), (value) => value.toFixed(2)));
     for (const [way, title] of [["up", "Upstream, in the graph"], ["down", "Downstream, in the graph"]]) {
-      const ends = ((feature.graph || {})[way] || []).map(([name, value]) => ({ name, label: "", value, link: /^\w+\/\d+\/f\d+$/.test(name) }));
-      if (ends.length) lists.push(linkList(title, `Edges of ${scan.graph}, summed over positions, as shares of their targets.`, ends, signed));
+      const ends = ((feature.graph || {})[way] || []).map(([name, value]) => ({ name, label: "", value, link: linked(name) }));
+      if (ends.length) columns.push(linkList(title, `Edges of ${scan.graph}, summed over positions, as shares of their targets.`, ends, signed));
     }
-    return lists.length ? [make("h2", { text: "Linked features" }), make("div", { class: "links" }, ...lists)] : [];
+    return columns.length ? [make("h2", { text: "Linked features" }), make("div", { class: "links" }, ...columns)] : [];
   }
   function effect(site, name, feature) {
     if (feature.effect === undefined || !feature.active.some(Boolean)) return [];
@@ -367,12 +374,12 @@ const difffract = (() => {
     $("jump").value = name;
     steps(name);
     if (!feature) return missing(`There is no page of ${name} in this scan.`);
-    const find = await promptsOf(feature.examples.map((one) => one[0]));
+    const [find, known] = await Promise.all([promptsOf(feature.examples.map((one) => one[0])), hasPage()]);
     if (open !== name) return undefined;
     const [shown, commands] = examples(site, name, feature, find), body = [...title(site, name, feature), ownLabel(name, feature), facts(site, feature)];
     if (feature.examples.length) body.push(shown, make("h2", { text: "Activation" }), make("div", { class: "charts" }, histogram(site, feature), ...profile(site, feature)));
     else body.push(make("p", { text: `It was never active: none of the ${scan.prompts.toLocaleString("en")} prompts of this scan made it fire. It may fire for others.` }));
-    body.push(...effect(site, name, feature), ...detects(feature), ...links(feature));
+    body.push(...effect(site, name, feature), ...detects(feature), ...links(feature, known));
     if (feature.examples.length) body.push(commands);
     $("page").replaceChildren(...body);
     $("page").scrollTop = $("panes").scrollTop = 0;
@@ -397,7 +404,7 @@ const difffract = (() => {
       make("p", { class: "soft", text: `L0: features active at a token, on average. Rare: active at less than 0.01 % of the tokens. Content hashes: model ${scan.model.slice(0, 12)}, ${scan.role}s ${scan.transcoders.slice(0, 12)}.` }),
       make("div", { class: "scroll" }, make("table", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col", text }))),
         ...scan.sites.map((one, i) => make("tr", {}, make("td", {}, make("a", { class: "name", href: `#${one.name}`, text: one.name })),
-          ...[scan.blocks[i], one.pages.toLocaleString("en"), percent(one.dead / one.pages), percent(one.rare / one.pages), ...one.l0.slice(0, 8).map(number)].map((text) => make("td", { text })))))));
+          ...[scan.blocks[i], one.pages.toLocaleString("en"), percent(one.dead / Math.max(1, one.pages)), percent(one.rare / Math.max(1, one.pages)), ...one.l0.slice(0, 8).map(number)].map((text) => make("td", { text })))))));
     document.body.dataset.ready = "overview";
   }
   function failed(error) {
