@@ -308,7 +308,8 @@ def train_step(home: Path, steps: int = 20) -> dict[str, Any]:
         "width": 128,
         "text_tokens": 32,
     }
-    given |= {"steps_per_image": 1, "prompts_at_once": 4, "batch": 64, "buffer_rows": 256, "k": 32}
+    # Rows are what takes time: few at a time, so that two runs of the model do.
+    given |= {"steps_per_image": 1, "prompts_at_once": 2, "batch": 4, "buffer_rows": 128, "k": 32}
     settings = TrainConfig(
         model=str(home / "diffusers"), prompts=str(prompts), weights="disk", steps=steps, out=home / "training", **given
     )

@@ -124,6 +124,9 @@ def _check(settings: DashboardsConfig) -> None:
         raise UserError(f"{settings.out} is a file, but the pages go to a folder; give another --out.")
     if not settings.out.parent.is_dir():
         raise UserError(f"The folder {settings.out.parent} of the output does not exist; create it first.")
+    for file in (settings.labels, settings.graph):
+        if file is not None and not file.is_file():
+            raise UserError(f"{file} is not a file that can be read; give another, or leave it out.")
     from difffract_jax.dashboards.features.request import check_output
 
     check_output(settings.out, overwrite=settings.overwrite)
@@ -200,7 +203,7 @@ def _told(needs: dict[str, Any]) -> str:
     if not needs:
         return ""
     said = "; ".join(f"{name} {value}" for name, value in needs.items() if name.startswith(("memory", "disk")))
-    return f"Scan of {needs['runs']}, {needs['features scanned']}: {said}.\n"
+    return f"Scan of {needs['runs']}; features scanned: {needs['features scanned']}; {said}.\n"
 
 
 def _build(settings: DashboardsConfig, prompts: tuple[str, ...], record: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:

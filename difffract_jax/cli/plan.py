@@ -25,7 +25,7 @@ COMPILED = ("train", "trace")
 """Commands that libtpu can compile."""
 RESIDENT, STREAMED = "resident", "streamed"
 STREAMING = ("generate", "encode", "trace", "features", "steer", "heads", "effects", "validate", "dashboards")
-"""Commands that have `--weights`: the others keep weights resident, so that nothing else is counted of them."""
+"""Commands of which streamed weights are counted besides resident ones."""
 NOTHING = "nothing that was counted"
 """What makes a command fit that no smaller image and no shorter type does."""
 Asked = Annotated[

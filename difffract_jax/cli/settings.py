@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from difffract_jax.config import SEEDS, ModelSettings, Seed, Settings
+from difffract_jax.config import SEEDS, ModelSettings, Seed, Settings, UserError
 
 _SEEDS = re.compile(r"\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*")
 _NUMBERS = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?(?:,-?\d*\.?\d+(?:e-?\d+)?)*", re.IGNORECASE)
@@ -287,7 +287,7 @@ class ValidateConfig(RerunSettings):
     same run, which keeps what a site writes on average; or zero."""
     draws: int = Field(5, ge=1)
     """Random circuits of each size, to compare with."""
-    readings: str = Field("propagated,live,full", pattern=r"^(propagated|live|full)(,(propagated|live|full))*$")
+    readings: str = "propagated,live,full"
     """Readings in which circuits are kept and removed, from the frozen map to the real model; each runs the model once
     for every circuit, so that fewer take less time."""
     seed: Seed = 0
@@ -295,6 +295,15 @@ class ValidateConfig(RerunSettings):
     out: Path | None = None
     """Directory for report.md, validation.json and figures, which are replaced, with a note, if they exist; none are
     written when left out."""
+
+    @field_validator("readings")
+    @classmethod
+    def _are_readings(cls, readings: str) -> str:
+        named = tuple(dict.fromkeys(part.strip() for part in readings.split(",")))
+        for one in named:
+            if one not in ("propagated", "live", "full"):
+                raise UserError(f"{one!r} is not a reading; --readings takes some of propagated,live,full.")
+        return ",".join(named)
 
 
 class ShownGraph(Settings):

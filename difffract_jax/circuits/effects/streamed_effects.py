@@ -146,8 +146,9 @@ def _pull_step(prepared: Replacement, out: Float[Array, "img outputs"]) -> tuple
 
 
 def _transcoder(sites: Any, layer: int) -> Transcoder | None:
-    """Returns a block's transcoder; some other where it has none, whose rows are not live."""
-    return None if sites.stack is None else sites.transcoder(sites.layers.slot[layer])
+    """Returns a block's transcoder, fetched if it is streamed; None where no row of the block is replaced."""
+    live = sites.stack is not None and bool(sites.layers.live[layer].any())
+    return sites.transcoder(sites.layers.slot[layer]) if live else None
 
 
 @jax.jit
