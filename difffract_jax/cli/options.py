@@ -101,7 +101,7 @@ def command(
         >>> @command(PruneConfig, arguments=("graph",), layers=())
         ... def prune(settings: PruneConfig, *, json: bool) -> None: ...
         >>> list(inspect.signature(prune).parameters)
-        ['graph', 'mode', 'node_threshold', 'edge_threshold', 'by_position', 'out', 'json']
+        ['graph', 'mode', 'node_threshold', 'edge_threshold', 'by_position', 'groups', 'out', 'json']
     """
     fields = [name for name in _own_first(cls) if name not in without]
     options: dict[str, tuple[Any, Any]] = {

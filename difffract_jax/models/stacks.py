@@ -137,6 +137,7 @@ def run_stack(
     kept: Sequence[Sequence[int]] | None = None,
     unroll: bool = True,
     remat: bool = False,
+    looped: bool = False,
 ) -> tuple[tuple[Array, ...], Any]:
     """Applies a stack's blocks in order.
 
@@ -153,13 +154,14 @@ def run_stack(
         kept: per group, the blocks whose reports are kept, ascending; all if left out. The tap then reports per group.
         unroll: whether a stack of at most `UNROLLED` blocks is written out, where a loop costs more than it saves.
         remat: whether reverse mode keeps only what enters each block, and computes the rest again.
+        looped: whether blocks are run in a loop on the host though they are in memory.
 
     Returns:
         The residual streams after the last block, and the reports.
     """
     count = len(stack.groups)
     fixed, layers = (tuple(one or (None,) * count) for one in (fixed, layers))
-    if streams_layers(stack, layers):
+    if looped or streams_layers(stack, layers):
         return _run_streamed(stack, tuple(h), cond, frozen, write, fixed, layers, tap, kept)
     step = partial(_run_block, write=write, tap=tap, cond=cond, fixed=fixed)
     depth = depth_of(stack)
@@ -287,6 +289,7 @@ def run_stacks(
     kept: Sequence[Sequence[int]] | None = None,
     unroll: bool = True,
     remat: bool = False,
+    looped: bool = False,
 ) -> tuple[Streams, tuple[Any, ...]]:
     """Applies one stack after the other; arguments as for `run_stack`, with `fixed` and `layers` over all groups.
 
@@ -302,6 +305,7 @@ def run_stacks(
         kept: per group of all stacks.
         unroll: see `run_stack`.
         remat: see `run_stack`.
+        looped: see `run_stack`.
 
     Returns:
         The residual streams after the last stack, and each stack's reports.
@@ -322,6 +326,7 @@ def run_stacks(
             kept=None if kept is None else kept[part],
             unroll=unroll,
             remat=remat,
+            looped=looped,
         )
         h = streams(joined, stack.groups, h)
         reports.append(report)

@@ -33,7 +33,7 @@ from difffract_jax.circuits.attribution.placement import (
 from difffract_jax.circuits.attribution.pullback import PullOptions, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
-from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sources, prepare, run_replacement
+from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sources, prepare, run_affine
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
 from difffract_jax.circuits.trace.record import RunOutputs, Weights
@@ -151,10 +151,6 @@ def affine_constants(
             if across:
                 z = z + _delta(info) * found[-1].velocity
     return tuple(found)
-
-
-run_affine = jax.jit(run_replacement)
-"""`run_replacement` as a program of its own."""
 
 
 def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...]]:

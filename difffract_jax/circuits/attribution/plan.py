@@ -26,11 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.address import Tokens
 from difffract_jax.circuits.attribution.attribute import divided
-from difffract_jax.circuits.attribution.engine import run_affine
 from difffract_jax.circuits.attribution.placement import replacement_shardings
 from difffract_jax.circuits.attribution.pullback import PullOptions, layout_of, lower_pull, spare_rows
 from difffract_jax.circuits.frozen.encoding import GroupRecord, ReplacedSites, SiteLayers, find_active
-from difffract_jax.circuits.frozen.replacement import Replacement, Sources
+from difffract_jax.circuits.frozen.replacement import Replacement, Sources, affine_program
 from difffract_jax.circuits.frozen.targets import Targets, target_gradients
 from difffract_jax.circuits.trace.record import Blocks, Record, record_step, take_weights
 from difffract_jax.config import UserError
@@ -285,7 +284,7 @@ def _programs(
         yield _Lowered(f"encode {of.label}", lower, held, count.encode(group), "f32")
     held += bytes_per_chip((sources.values, sources.errors)) + bytes_per_chip([s.layers for s in sites])
     zeros, cut = _no_sources(replacement)
-    lower = partial(run_affine.lower, record, cut, zeros)
+    lower = partial(affine_program.lower, record, cut, zeros)
     yield _Lowered("constant", lower, held + bytes_per_chip(zeros), count.constant(), "f32")
     count_of = jax.ShapeDtypeStruct((asked.targets * asked.shards,), jnp.int32, sharding=record.t.sharding)
     targets = Targets(*(count_of for _ in Targets._fields))

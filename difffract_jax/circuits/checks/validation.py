@@ -28,7 +28,7 @@ from difffract_jax.circuits.checks.predictions import agreement, downstream, pre
 from difffract_jax.circuits.checks.rerun import Rerun
 from difffract_jax.circuits.checks.variants import push_edges
 from difffract_jax.circuits.effects.readings import Mode
-from difffract_jax.circuits.frozen.replacement import run_replacement
+from difffract_jax.circuits.frozen.replacement import run_affine
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, OUTPUT, REST, Graph
@@ -139,7 +139,7 @@ def _replacement(engine: Engine) -> dict[str, Any]:
     errors = []
     for prepared in engine.steps:
         with jax.default_matmul_precision("highest"):
-            found = _run(prepared.record, prepared.sites, prepared.sources)
+            found = run_affine(prepared.record, prepared.sites, prepared.sources)
         pairs = [
             (a, b)
             for ours, theirs in zip(found.mlp_in, prepared.record.mlp_in, strict=True)
@@ -152,9 +152,6 @@ def _replacement(engine: Engine) -> dict[str, Any]:
             ours, theirs = (np.asarray(array, np.float64) for array in pair)
             errors.append(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     return _row("replacement", "replacement = model, every MLP input and velocity", np.array(errors), len(errors))
-
-
-_run = jax.jit(run_replacement)
 
 
 def _sums(again: Rerun, graph: Graph) -> list[dict[str, Any]]:

@@ -218,21 +218,46 @@ def _with_places(prepared: Replacement, most: Sequence[int]) -> Replacement:
     return prepared._replace(sites=tuple(sites), sources=prepared.sources._replace(values=tuple(values)))
 
 
-def run_replacement(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> RunOutputs:
+def run_replacement(
+    record: Record, sites: Sequence[ReplacedSites], sources: Sources, *, looped: bool = False
+) -> RunOutputs:
     """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
 
     Args:
         record: the trace's arrays.
         sites: the MLP sublayers, per group.
         sources: where to evaluate it; zeros give its constant.
+        looped: whether blocks are run in a loop on the host, a program each.
     """
-    h, x = _blocks(record, sites, sources, lambda visit: tuple(spread(x, 1, 0) for x in visit.acts.mlp_in))
+    h, x = _blocks(record, sites, sources, _spread_mlp_in, looped)
     final = record.weights.final
     velocity = None if final is None else final(h.img, record.cond, record.inv_std)
     return RunOutputs(x, velocity, record.latents)
 
 
-@jax.jit
+def _spread_mlp_in(visit: Visit) -> tuple[Array, ...]:
+    return tuple(spread(x, 1, 0) for x in visit.acts.mlp_in)
+
+
+def run_affine(record: Record, sites: Sequence[ReplacedSites], sources: Sources) -> RunOutputs:
+    """Evaluates the affine map in a program of its own; arguments as for `run_replacement`.
+
+    Blocks that were streamed are run by a program each on a processor, where a loop over all of them would widen the
+    bfloat16 weights of all at once.
+    """
+    if by_program(record):
+        return run_replacement(record, sites, sources, looped=True)
+    return affine_program(record, sites, sources)
+
+
+affine_program = jax.jit(run_replacement, static_argnames="looped")
+
+
+def by_program(record: Record) -> bool:
+    """Says whether a record's blocks are better run by a program each than in a loop; see `run_affine`."""
+    return bool(record.weights.streamed) and jax.default_backend() == "cpu"
+
+
 def residuals(
     record: Record, sites: Sequence[ReplacedSites], sources: Sources
 ) -> tuple[Float[Array, "_ _ d_model"], ...]:
@@ -244,11 +269,30 @@ def residuals(
         sources: where to evaluate the affine map.
     """
     with jax.default_matmul_precision("highest"):
-        return _blocks(record, sites, sources, lambda visit: visit.entering)[1]
+        if by_program(record):
+            return _entering(record, sites, sources, looped=True)
+        return _residuals(record, sites, sources)
+
+
+def _entering(
+    record: Record, sites: Sequence[ReplacedSites], sources: Sources, *, looped: bool = False
+) -> tuple[Float[Array, "_ _ d_model"], ...]:
+    return _blocks(record, sites, sources, _keep_entering, looped)[1]
+
+
+_residuals = jax.jit(_entering, static_argnames="looped")
+
+
+def _keep_entering(visit: Visit) -> tuple[Array, ...]:
+    return visit.entering
 
 
 def _blocks(
-    record: Record, sites: Sequence[ReplacedSites], sources: Sources, tap: Callable[[Visit], tuple[Array, ...]]
+    record: Record,
+    sites: Sequence[ReplacedSites],
+    sources: Sources,
+    tap: Callable[[Visit], tuple[Array, ...]],
+    looped: bool,
 ) -> tuple[Streams, tuple[Array, ...]]:
     """Runs all recorded blocks; returns the last residual streams, and what `tap` keeps per group."""
     h, kept = run_stacks(
@@ -261,6 +305,7 @@ def _blocks(
         layers=list(zip([one.layers for one in sites], sources.values, sources.errors, strict=True)),
         tap=tap,
         unroll=False,
+        looped=looped,
     )
     return h, per_group(kept)
 
