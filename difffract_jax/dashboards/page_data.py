@@ -20,6 +20,7 @@ from difffract_jax.address import STREAMS, TXT
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.arrays import DTYPES
 from difffract_jax.graphs.graph import INPUT, KINDS, OUTPUT, Graph
 from difffract_jax.graphs.groups import identity
 from difffract_jax.graphs.json_values import to_json_values
@@ -36,26 +37,10 @@ LADDER = ((0.99, 0.999), (0.95, 0.99), (0.9, 0.98), (0.8, 0.98), (0.7, 0.95), (0
 """Thresholds that are tried in turn until a graph that is too large fits."""
 MOST_TOKENS = 2048
 """Tokens of another tool's document up to which each gets a column."""
-_ARRAYS = {
-    "node_kind": np.uint8,
-    "node_step": np.int16,
-    "node_stream": np.uint8,
-    "node_block": np.int16,
-    "node_position": np.int32,
-    "node_feature": np.int32,
-    "node_value": np.float32,
-    "edge_source": np.int32,
-    "edge_target": np.int32,
-    "edge_attribution": np.float32,
-    "target_node": np.int32,
-    "target_preactivation": np.float64,
-    "target_bias": np.float64,
-    "target_sum": np.float64,
-    "target_abs_sum": np.float64,
-    "map_indptr": np.int32,
-    "map_position": np.int32,
-    "map_value": np.float32,
-}
+_UNUSED = ("node_influence", "node_cumulative")
+"""Columns that the page computes itself."""
+_ARRAYS = {name: kind for name, kind in DTYPES.items() if name not in _UNUSED} | {"map_indptr": np.int32}
+"""Columns of a graph that a page holds; JavaScript has no plain integers of 64 bits."""
 
 
 class Limits(NamedTuple):
