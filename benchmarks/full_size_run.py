@@ -119,11 +119,11 @@ def derived(home: Path, layout: Any, sites: tuple[str, ...]) -> TranscoderSet:
 
 
 class Watch(threading.Thread):
-    """Follows the private memory of this process; `peak` in bytes."""
+    """Follows the private memory of this process; in bytes `peak`, and `reserved`, which is what the cap counts."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak = 0
+        self.peak = self.reserved = 0
         self.start()
 
     def run(self) -> None:
@@ -134,8 +134,10 @@ class Watch(threading.Thread):
 
     def look(self) -> int:
         """Reads it now; returns the peak."""
-        found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-        self.peak = max(self.peak, 1024 * int(found[1]) if found else 0)
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        used, reserved = (re.search(rf"{name}:\s+(\d+) kB", status) for name in ("RssAnon", "VmData"))
+        self.peak = max(self.peak, 1024 * int(used[1]) if used else 0)
+        self.reserved = max(self.reserved, 1024 * int(reserved[1]) if reserved else 0)
         return self.peak
 
 
@@ -337,7 +339,7 @@ STEPS: Mapping[str, Step] = {
     "features": Step(features_step, 8),
     "steer": Step(steer_step, 8),
     "heads": Step(heads_step, 8),
-    "validate": Step(validate_step, 8),
+    "validate": Step(validate_step, 12),
     "train": Step(train_step, 16),
     "trace-16-512": Step(lambda home: trace_step(home, 512, SIXTEEN, 20, 20), 16),
 }
@@ -384,6 +386,7 @@ def measure(name: str, home: Path, step: Step, memory: int) -> None:
         "minutes": (time.perf_counter() - begin) / 60,
         "processor minutes": (usage.ru_utime + usage.ru_stime) / 60,
         "private peak": watch.look() / GIB,
+        "reserved peak": watch.reserved / GIB,
         "read": READING.nbytes / 1e9,
         "reading minutes": READING.seconds / 60,
         "waited minutes": READING.waited / 60,

@@ -15,6 +15,8 @@ from traces import make_transcoders
 
 PROMPTS = ("a red fox", "two foxes", "a tin robot", "fog", "a blue lemon", "an owl", "green tea")
 SEED, TOP = 11, 3
+SITES = ("img/0", "img/1", "img/2", "single/0", "single/1", "txt/0", "txt/1", "txt/2")
+"""Names of all sites, sorted, so that tests can be collected without making the corpus."""
 
 
 class Small(NamedTuple):
@@ -34,6 +36,7 @@ def small() -> Small:
         stack.enc.bias[...] = stack.enc.bias[...].at[:, 7].set(-1e6)
     run = pipe.plan(height=16, width=24, text_tokens=16, steps=2)
     corpus = Corpus(pipe, run, PROMPTS, SEED, 3)
+    assert sorted(tcs.sites.names) == list(SITES)
     return Small(corpus, tcs, _codes(corpus, tcs))
 
 

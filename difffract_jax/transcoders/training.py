@@ -220,6 +220,9 @@ def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer,
         stopped = asked(step)
         while step < settings.steps and not stopped:
             if position.served == setup.plan.round_batches:
+                if setup.mesh.devices.flat[0].platform == "cpu":
+                    # Steps that are still under way hold as much memory as the model that makes the rows.
+                    jax.block_until_ready(state)
                 store, position = buffers.refresh(store, source, setup.plan, position)
             state, metrics = step_function(state, serve(store, position))
             step, position = step + 1, position._replace(served=position.served + 1)

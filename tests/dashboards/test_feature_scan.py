@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scans import PROMPTS, SEED, TOP, places, small
+from scans import PROMPTS, SEED, SITES, TOP, places, small
 
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.config import UserError
@@ -38,7 +38,7 @@ def state_of(found, name):
     return FeatureState(*(np.asarray(array)[slot] for array in found.states[group]))
 
 
-@pytest.fixture(params=sorted(places(small())))
+@pytest.fixture(params=SITES)
 def site(request, found):
     return small().codes[request.param], state_of(found, request.param)
 
