@@ -222,7 +222,9 @@ def values_of(
         means: of every step, instead of those of the run, [layer side feat] per group.
     """
     engine = again.engine
-    more = round_up(sets.size.shape[0], AT_ONCE) - sets.size.shape[0]
+    # Streamed sets run one after another, so that their number makes no program.
+    least = sets.size.shape[0] if streams_layers(engine.steps) else AT_ONCE
+    more = round_up(sets.size.shape[0], least) - sets.size.shape[0]
     filled = jax.tree.map(lambda column: jnp.pad(jnp.asarray(column), (0, more)), sets)
 
     def run_step(number: int, targets: Targets, latents: Array) -> tuple[Array, Array | None]:
