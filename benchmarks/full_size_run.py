@@ -280,7 +280,7 @@ def validate_step(home: Path) -> dict[str, Any]:
     prepared = prepare(capture(pipe, tcs, PROMPT, run=_run(pipe, 128, 4)), tcs)
     target = strongest_feature(prepared, tcs, "img", last)
     graph = attribute(prepared, tcs, target=target, max_nodes=10, min_attribution=0.0)
-    graph = prune(graph, mode="difffract", by_position=True, node_threshold=0.2)
+    graph = prune(graph, mode="difffract", by_position=True, node_threshold=0.05)
     say(f"{graph.node_kind.size} nodes")
     # The trace is that of the graph: capturing it anew is what `trace` was measured for.
     again = capture_again(pipe, tcs, graph, trace=prepared.trace)
