@@ -321,7 +321,8 @@ class ShownGraph(Settings):
     """Model to make the image with, if it is not the embedded one: a converted or diffusers directory, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved of this graph: groups, names, notes and pins."""
+    """`.groups.json` that the viewer saved of this graph: groups, names, notes and pins; or what circuit-tracer's
+    viewer or Neuronpedia saved of it."""
 
 
 class ViewConfig(ShownGraph):
@@ -338,8 +339,8 @@ class ViewConfig(ShownGraph):
     serve: bool = False
     """Serve the page on this machine, 127.0.0.1 alone, instead of writing it; Save then writes groups beside the graph,
     or to --groups, and what was saved there before is opened."""
-    port: int = Field(0, ge=0, le=65535)
-    """Port to serve on; a free one when left out."""
+    port: int | None = Field(None, ge=0, le=65535)
+    """Port to serve on, with --serve; a free one when left out."""
     max_nodes: int = Field(10_000, ge=1)
     """Most nodes in a page; a larger graph is refused, with the pruning that would make it fit."""
     max_links: int = Field(100_000, ge=1)

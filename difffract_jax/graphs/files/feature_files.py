@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.files.viewer_json import cantor
+from difffract_jax.graphs.files.viewer_nodes import cantor
 from difffract_jax.storage.files import atomic_directory
 
 
