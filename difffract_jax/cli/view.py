@@ -93,7 +93,7 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images, other_note = (), ""
-    labels = labels_of(whole, settings.labels)
+    labels = _labels(whole, settings.labels, settings.graph)
     if settings.compare is not None:
         if settings.by_position:
             raise UserError("Two graphs are compared as sums over positions; leave --by-position out.")
@@ -102,7 +102,9 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
         if between is not None:
             check_difference(between, limits)
-        labels = labels_of(second, settings.labels) | labels  # the second has features that the first lacks
+        labels = (
+            _labels(second, settings.labels, settings.compare) | labels
+        )  # the second has features that the first lacks
         other_images, note = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
         other_note = note.partition("; give ")[0].removesuffix(".") + "." if note else ""  # --image is of the first
     pages = None if settings.pages is None else _pages_address(settings)
@@ -193,6 +195,13 @@ def _pages_address(settings: ViewConfig) -> str:
     folder = (settings.out or settings.graph).resolve().parent
     base = "pages" if settings.serve else quote(Path(os.path.relpath(settings.pages.resolve(), folder)).as_posix())
     return f"{base}/index.html#{{feature}}"
+
+
+def _labels(graph: Any, file: Path | None, source: Path) -> dict[str, str]:
+    """Returns what a graph's features stand for: from a file or at hand, else as another tool's document says."""
+    from difffract_jax.graphs.files.viewer_groups import document_labels
+
+    return document_labels(source, graph) | labels_of(graph, file)
 
 
 def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
@@ -374,7 +383,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     images, note = images_of(graph, settings)
     page = graph_report(
         graph,
-        labels=labels_of(graph, settings.labels),
+        labels=_labels(graph, settings.labels, settings.graph),
         images=images,
         image_note=note,
         groups=groups,

@@ -2,8 +2,9 @@
 
 What these save comes in three forms, told apart by content; `read_any_groups` takes each, and files of ours.
 
-1. A document with its view, as circuit-tracer's server saves it, or as Neuronpedia hands a graph out. Its nodes tell
-   what we call them; those of other tools are called as `viewer_graph` does.
+1. A document with its view, as circuit-tracer's server saves it, or as Neuronpedia hands a graph out, which then leaves
+   labels in the address that its metadata name, `neuronpedia_link`. Its nodes tell what we call them; those of other
+   tools are called as `viewer_graph` does.
 2. A view alone, as Neuronpedia keeps a subgraph: JSON with `pinnedIds`, `supernodes` and `clerps`.
 3. The address at which either shows a view, in a text file.
 
@@ -13,6 +14,7 @@ by layer, integer and column.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +25,8 @@ from pydantic import ValidationError
 
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.graphs.files.json_text import load_json
-from difffract_jax.graphs.files.viewer_document import checked_document
+from difffract_jax.graphs.files.reader import is_archive
+from difffract_jax.graphs.files.viewer_document import checked_document, read_document
 from difffract_jax.graphs.files.viewer_graph import documented_order, graph_of, unused_name
 from difffract_jax.graphs.files.viewer_json import to_document
 from difffract_jax.graphs.files.viewer_nodes import FEATURE_TYPE
@@ -38,7 +41,7 @@ from difffract_jax.graphs.groups import (
     read_groups,
     without_position,
 )
-from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.text_files import unicode_replaced
 
 WHAT = f"give a {SUFFIX} that the viewer saved, or what circuit-tracer's viewer or Neuronpedia saved"
@@ -144,7 +147,32 @@ def groups_of_document(document: Any, source: str) -> Groups:
     if about is None or not all(isinstance(name, str) for name in names):
         graph = graph_of(document, source)
         about, names = identity(graph), node_names(graph)
-    return _groups(document["qParams"], _called(nodes, names), about, source)
+    view = dict(document["qParams"])
+    info = document["metadata"].get("info")
+    link = info.get("neuronpedia_link") if isinstance(info, dict) else None
+    if not view.get("clerps") and isinstance(link, str):
+        view["clerps"] = _view_of_address(link).get("clerps")
+    return _groups(view, _called(nodes, names), about, source)
+
+
+def document_labels(path: Path, graph: Graph) -> dict[str, str]:
+    """Returns what a document calls the features of its graph; empty where it only says what they are called anyway.
+
+    Args:
+        path: file that the graph was read from, a document or not.
+        graph: as it was read.
+
+    Returns:
+        Labels by names of features, txt/3/f401.
+    """
+    if graph.provenance.viewer is None or is_archive(path):
+        return {}
+    labels: dict[str, str] = {}
+    for node, name in zip(documented_order(read_document(path)), feature_names(graph), strict=True):
+        label, own = node.get("clerp"), re.split("[@#]", str(node.get("name", name)))[0]
+        if name and isinstance(label, str) and label.strip() and not f"{label} ".startswith(f"{own} "):
+            labels.setdefault(name, label)
+    return labels
 
 
 def _called_in(graph: Graph) -> _Called:

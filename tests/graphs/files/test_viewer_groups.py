@@ -10,7 +10,7 @@ from viewer_documents import document as foreign_document
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.reader import read_graph
-from difffract_jax.graphs.files.viewer_groups import is_foreign, read_any_groups
+from difffract_jax.graphs.files.viewer_groups import document_labels, is_foreign, read_any_groups
 from difffract_jax.graphs.files.viewer_json import to_document, viewer_url
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.groups import Groups, given_names, identity, with_groups, write_groups
@@ -85,6 +85,16 @@ def test_what_neuronpedia_keeps_holds_for_the_graph_that_was_exported(tmp_path):
         read_any_groups(tmp_path / "v.json")
 
 
+def test_what_neuronpedia_hands_out_has_its_labels_in_the_address_that_it_names(tmp_path):
+    first, view = BY_NAME[NAMES[FEATURES[0]]], a_view()
+    key = f"{first['layer']}_{first['feature']}_{first['ctx_idx']}"
+    link = f"https://a.org/flux/graph?{urllib.parse.urlencode({'slug': 'g', 'clerps': json.dumps([[key, 'round']])})}"
+    metadata = DOCUMENT["metadata"] | {"info": {"neuronpedia_link": link}}
+    view = {"pinnedIds": view["pinnedIds"], "supernodes": view["supernodes"], "linkType": "both", "clickedId": ""}
+    path = written(tmp_path / "g.json", DOCUMENT | {"metadata": metadata, "qParams": view})
+    assert read_any_groups(path, circuit()) == expected(**{NAMES[FEATURES[0]]: "round"})
+
+
 def test_an_address_holds_a_view(tmp_path):
     view = saved_by_circuit_tracer(a_view())
     query = urllib.parse.urlencode({"slug": "g", **{k: v for k, v in view.items() if v}})
@@ -119,6 +129,17 @@ def test_documents_of_other_tools_are_called_as_their_graph_is(tmp_path):
     view = {"pinnedIds": ["0_928_1"]}
     with pytest.raises(UserError, match="another tool's; give the saved document"):
         read_any_groups(written(tmp_path / "v.json", view), graph)
+
+
+def test_labels_of_a_document_are_those_that_say_more_than_the_name(tmp_path):
+    document = foreign_document()
+    document["nodes"][1]["clerp"] = "the word a"
+    path = written(tmp_path / "t.json", document)
+    assert document_labels(path, read_graph(path)) == {"txt/0/f928": "the word a"}
+    ours = written(tmp_path / "g.json", document_of(GRAPH, labels={feature_names(GRAPH)[FEATURES[0]]: "round"}))
+    assert [*document_labels(ours, read_graph(ours)).values()] == ["round"]
+    GRAPH.save(tmp_path / "g.npz")
+    assert document_labels(tmp_path / "g.npz", GRAPH) == {}
 
 
 @pytest.mark.parametrize(
