@@ -25,14 +25,25 @@ VERSION = "0.5.0"
 NEEDED = "The test of circuit-tracer's viewer needs"
 LOCK = Path(__file__).parent / "data" / "viewer_libraries"
 LIBRARIES = {
-    "d3.js": "d3/dist/d3.min.js",
-    "jetpack": "d3-jetpack/build/d3-jetpack.js",
-    "dagre": "dagre/dist/dagre.min.js",
-    "pako": "pako/dist/pako.min.js",
-    "npy": None,
-    "hotserver": None,
+    "d3.js": ("d3/dist/d3.min.js",),
+    "jetpack": ("d3-collection/dist/d3-collection.min.js", "d3-jetpack/build/d3-jetpack.cjs"),
+    "dagre": ("dagre/dist/dagre.min.js",),
+    "pako": ("pako/dist/pako.min.js",),
+    "npy": (),
+    "hotserver": (),
 }
-"""Parts of the addresses that the page loads scripts from, and what stands in for each; None for what is not used."""
+"""Parts of the addresses that the page loads scripts from, and what stands in for each; nothing for what is unused."""
+DRAWS_AXES = """
+(() => {
+  const plain = d3.conventions;
+  d3.conventions = (how) => {
+    const made = plain(how);
+    made.drawAxis = (svg) => d3.drawAxis({ ...made, svg: svg ?? made.svg });
+    return made;
+  };
+})();
+"""
+"""What the page expects of d3-jetpack beyond npm's: conventions that draw their axes themselves."""
 
 
 def _cache() -> Path:
@@ -107,6 +118,7 @@ def served(graphs: Path) -> Iterator[str]:
         whole = module.ReusableTCPServer
         module.ReusableTCPServer = lambda address, handler: whole(("127.0.0.1", address[1]), handler)
         server = module.serve(str(graphs), frontend_dir=str(folder / "frontend" / "assets"), port=0)
+        module.logger.disabled = True  # it tells of every request
     finally:
         del sys.modules["circuit_tracer"]
     try:
@@ -128,9 +140,9 @@ def hand_out(context: Any, address: str) -> list[str]:
         if name is None:
             beyond.append(url)
             return route.abort()
-        file = LIBRARIES[name]
-        text = "" if file is None else (folder / file).read_text(encoding="utf-8")
-        return route.fulfill(content_type="text/javascript", body=text)
+        parts = [(folder / file).read_text(encoding="utf-8") for file in LIBRARIES[name]]
+        parts += [DRAWS_AXES] if name == "jetpack" else []
+        return route.fulfill(content_type="text/javascript", body=";\n".join(parts))
 
     context.route("**/*", answer)
     return beyond

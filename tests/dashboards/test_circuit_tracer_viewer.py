@@ -14,6 +14,7 @@ from difffract_jax.cli.viewer_export import write_for_viewer
 from difffract_jax.config import ExportConfig
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.viewer_groups import read_any_groups
+from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.groups import with_groups
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.supernodes import find_supernodes
@@ -25,6 +26,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.parametrize("npm", NPM)]
 HOSTILE = '<img src=x onerror="window.hacked=1">'
 WHOLE = circuit()
 GRAPH = find_supernodes(aggregate(WHOLE), threshold=0.2)
+LABELLED = int(np.flatnonzero(GRAPH.node_kind == FEATURE)[-1])
 TYPES = {"cross layer transcoder": "●", "mlp reconstruction error": "◆", "embedding": "■", "logit": "■"}
 
 
@@ -37,6 +39,7 @@ class Opened(NamedTuple):
         file: that it lies in.
         address: that the export told, at this server.
         beyond: requests that left the server and the libraries.
+        messages: of its console.
     """
 
     page: Any
@@ -44,12 +47,17 @@ class Opened(NamedTuple):
     file: Path
     address: str
     beyond: list[str]
+    messages: list[str]
+
+    def is_quiet(self):
+        """Says whether nothing was asked of the web, and nothing failed."""
+        return self.beyond == [] and [one for one in self.messages if one.startswith("error")] == []
 
 
 @pytest.fixture(scope="module")
 def viewer(tmp_path_factory):
     """One server, folder and tab for all tests of this file."""
-    folder, labels = tmp_path_factory.mktemp("shown"), {feature_names(GRAPH)[-1]: HOSTILE}
+    folder, labels = tmp_path_factory.mktemp("shown"), {feature_names(GRAPH)[LABELLED]: HOSTILE}
     GRAPH.save(folder / "graph.npz")
     with tracer_viewer.served(folder) as address, browser(tmp_path_factory.mktemp("profile")) as context:
         beyond = tracer_viewer.hand_out(context, address)
@@ -65,10 +73,9 @@ def viewer(tmp_path_factory):
             beyond.clear()
             tab.page.goto(shown)
             until(tab.page, "document.querySelectorAll('.supernode-container').length > 0")
-            return Opened(tab.page, json.loads(file.read_text(encoding="utf-8")), file, shown, beyond)
+            return Opened(tab.page, json.loads(file.read_text(encoding="utf-8")), file, shown, beyond, tab.messages)
 
         yield opened
-        assert not [message for message in tab.messages if message.startswith("error")]
 
 
 def nodes_of(opened):
@@ -89,7 +96,7 @@ def click(opened, node_id, *modifiers):
         opened.page.keyboard.up(key)
 
 
-def test_the_whole_graph_is_drawn_by_its_names(viewer, npm):
+def test_the_whole_graph_is_drawn_by_its_names_and_groups(viewer, npm):
     opened = viewer()
     told = {node["node_id"]: node for node in opened.document["nodes"]}
     drawn = {name: (label, mark) for name, label, mark, _, _ in nodes_of(opened)}
@@ -103,14 +110,10 @@ def test_the_whole_graph_is_drawn_by_its_names(viewer, npm):
     assert options == ["circle"] and opened.page.title() == "Attribution Graph: a red circle"
     heads = opened.page.eval_on_selector_all(".prompt-token text", "l => l.map((e) => e.textContent)")
     assert {*heads} <= {*opened.document["metadata"]["prompt_tokens"]} and heads
-    assert opened.beyond == []
-
-
-def test_groups_are_there_by_their_names(viewer, npm):
-    opened = viewer()
     named = opened.page.eval_on_selector_all(".node-text-container span", "l => l.map((e) => e.textContent)")
     groups = [group[0] for group in opened.document["qParams"]["supernodes"]]
     assert groups and {*groups} <= {*named}
+    assert opened.is_quiet()
 
 
 def test_a_feature_shows_where_it_is_active_in_the_run(viewer, npm):
@@ -125,7 +128,7 @@ def test_a_feature_shows_where_it_is_active_in_the_run(viewer, npm):
     count = "l => l.filter((e) => e.style.background).length"
     coloured = opened.page.eval_on_selector_all(".feature-example-list .token", count)
     assert coloured >= np.count_nonzero(GRAPH.map_value[part])
-    assert opened.beyond == []
+    assert opened.is_quiet()
 
 
 def test_pins_groups_and_labels_made_there_come_back(viewer, npm):
@@ -155,6 +158,7 @@ def test_pins_groups_and_labels_made_there_come_back(viewer, npm):
     assert found.names[first["name"]] == "roundness"
     kept = with_groups(GRAPH, found).supernodes
     assert [*GRAPH.supernodes.values()] == [*kept.values()][: len(GRAPH.supernodes)]
+    assert opened.is_quiet()
 
 
 def position_of(page, node_id):
@@ -168,7 +172,7 @@ def test_markup_in_a_label_is_shown_as_text(viewer, npm):
     x, y = next((x, y) for name, _, _, x, y in nodes_of(opened) if name == node["node_id"])
     opened.page.mouse.move(x, y)
     until(opened.page, "document.querySelector('.tooltip').textContent.includes('onerror')")
-    assert opened.page.evaluate("window.hacked") is None
+    assert opened.page.evaluate("window.hacked") is None and opened.is_quiet()
 
 
 def test_without_the_list_the_viewer_shows_nothing(viewer, npm):
