@@ -208,16 +208,14 @@ class ViewerOptions(Settings):
     """How a graph is shown by circuit-tracer's viewer and by Neuronpedia."""
 
     slug: str | None = None
-    """Name of the graph in the viewer: letters, digits, dot, dash and underscore; that of the output file when left
-    out, which circuit-tracer's viewer must find as SLUG.json."""
+    """Name of the graph in the viewer, letters, digits, dot, dash and underscore; the output file's when left out."""
     scan: str | None = None
     """Where the viewer finds features: for circuit-tracer a folder of their files, by default SLUG-features beside the
     graph, which is written too; for Neuronpedia the id of a model that it knows."""
     by_position: bool = False
     """Show single positions instead of sums over them; fit for small graphs alone."""
     feature_url: str | None = None
-    """Address under which feature files will lie, ADDRESS/N.json; for Neuronpedia. The files are written to
-    SLUG-features beside the graph."""
+    """Address under which the files in SLUG-features, written beside the graph, will lie; for Neuronpedia."""
     dashboard: str | None = None
     """Address of dashboards, to which features link as ADDRESS/img_3/401."""
     labels: dict[str, str] = {}
@@ -231,8 +229,7 @@ class ViewerOptions(Settings):
 
 
 class ExportConfig(ViewerOptions):
-    """Settings of `difffract export`: a graph for other tools. All but the graph, the format and the output are for the
-    two viewers."""
+    """Settings of `difffract export`: a graph for other tools; most are for the two viewers alone."""
 
     graph: Path
     """Graph file to export, `.npz` or JSON."""

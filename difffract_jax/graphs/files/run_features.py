@@ -77,7 +77,7 @@ def _laid_out(positions: np.ndarray, values: np.ndarray, count: int) -> Float32[
     return placed
 
 
-def _pooled(values: Float32[np.ndarray, "row column"]) -> Float32[np.ndarray, "row column"]:
+def _pooled(values: Float32[np.ndarray, "row column"]) -> Float32[np.ndarray, "square_row square_column"]:
     """Returns the strongest value of each square of patches, so that at most `MOST_SQUARES` stand along a side."""
     wide = -(-max(values.shape) // MOST_SQUARES)
     rows, columns = (-(-side // wide) for side in values.shape)
