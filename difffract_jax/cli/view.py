@@ -93,7 +93,7 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images, other_note = (), ""
-    labels = _labels(whole, settings.labels, settings.graph)
+    labels = known_labels(whole, settings.labels, settings.graph)
     if settings.compare is not None:
         if settings.by_position:
             raise UserError("Two graphs are compared as sums over positions; leave --by-position out.")
@@ -197,8 +197,8 @@ def _pages_address(settings: ViewConfig) -> str:
     return f"{base}/index.html#{{feature}}"
 
 
-def _labels(graph: Any, file: Path | None, source: Path) -> dict[str, str]:
-    """Returns what a graph's features stand for: from a file or at hand, else as another tool's document says."""
+def known_labels(graph: Any, file: Path | None, source: Path) -> dict[str, str]:
+    """Returns what features stand for, as `labels_of`; else as the document says that the graph was read from."""
     from difffract_jax.graphs.files.viewer_groups import document_labels
 
     return document_labels(source, graph) | labels_of(graph, file)
@@ -383,7 +383,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     images, note = images_of(graph, settings)
     page = graph_report(
         graph,
-        labels=_labels(graph, settings.labels, settings.graph),
+        labels=known_labels(graph, settings.labels, settings.graph),
         images=images,
         image_note=note,
         groups=groups,

@@ -48,7 +48,7 @@ def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig) -> dict[str
     records = _records(graph, settings) if beside else []
     if records:
         _check_folder(folder)
-    named = settings.model_copy(update={"slug": slug})
+    named = settings.model_copy(update={"slug": slug, "labels": _labels_at_hand(whole, settings) | settings.labels})
     document = viewer_json.write_viewer_json(graph, settings.out, settings.format, named, image=image)
     told = {"nodes": len(document["nodes"]), "links": len(document["links"]), "image": "yes" if image else "none"}
     if records:
@@ -58,6 +58,14 @@ def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig) -> dict[str
         told["list"] = str(add_to_index(settings.out.parent, document["metadata"]))
         told["open"] = viewer_json.viewer_url(document)
     return told
+
+
+def _labels_at_hand(whole: Any, settings: ExportConfig) -> dict[str, str]:
+    """Returns what is known of the graph's features without a file of labels; names go with it, as many share one."""
+    from difffract_jax.cli.view import known_labels
+
+    known = known_labels(whole, None, settings.graph)
+    return {name: f"{label} · {name}" for name, label in known.items() if label}
 
 
 def _image(whole: Any, settings: ExportConfig) -> str | None:

@@ -56,18 +56,11 @@ def _examples(graph: Graph, node: int) -> Iterator[FeatureExample]:
         words = [token.replace(WORD, " ") for token in run.tokens or ()]
         if positions.max() < len(words):
             last = max(place for place, word in enumerate(words) if word != PADDING or place == positions.max())
-            yield _example(words[: last + 1], _laid_out(positions, values, len(words))[: last + 1])
+            values = _laid_out(positions, values, len(words))[: last + 1]
+            yield FeatureExample(words[: last + 1], [*map(short, values)], int(np.abs(values).argmax()))
     elif run.grid is not None and positions.max() < run.grid[0] * run.grid[1]:
         for row in _pooled(_laid_out(positions, values, run.grid[0] * run.grid[1]).reshape(run.grid)):
-            yield _example([PATCH] * row.size, row, row.size // 2)
-
-
-def _example(
-    tokens: Sequence[str], values: Float32[np.ndarray, "position"], centre: int | None = None
-) -> FeatureExample:
-    """Returns an example, about its strongest place unless another is given."""
-    about = int(np.abs(values).argmax()) if centre is None else centre
-    return FeatureExample(tokens, [short(value) for value in values], about)
+            yield FeatureExample([PATCH] * row.size, [*map(short, row)], None)
 
 
 def _laid_out(positions: np.ndarray, values: np.ndarray, count: int) -> Float32[np.ndarray, "position"]:
