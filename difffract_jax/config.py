@@ -199,7 +199,7 @@ class PruneConfig(Settings):
     by_position: bool = False
     """Prune single positions instead of sums over positions."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved of this graph: what it pins stays, its groups become supernodes."""
+    """`.groups.json`, or what another viewer saved of this graph: what is pinned stays, groups become supernodes."""
     out: Path = Path("pruned.npz")
     """Graph file to write; one that exists is replaced, with a note."""
 
@@ -235,7 +235,7 @@ class ExportConfig(ViewerOptions):
     """Graph file to export, `.npz` or JSON."""
     groups: Path | None = None
     """`.groups.json` that the viewer saved of this graph, or what circuit-tracer's viewer or Neuronpedia saved: its
-    groups become supernodes, its names labels."""
+    groups become supernodes, its names labels, its pins pins."""
     image: Path | None = None
     """Image of the run, to go into the document; the one that `view` kept beside the graph, if any, when left out."""
     pages: Path | None = None

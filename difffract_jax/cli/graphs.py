@@ -225,15 +225,16 @@ def export(settings: ExportConfig, *, json: bool) -> None:
     from difffract_jax.cli.output import emit, replacing
 
     whole = graph = read(settings.graph)
+    pinned: tuple[str, ...] = ()
     if settings.groups is not None:
-        graph, settings = _grouped(graph, settings)
+        graph, settings, pinned = _grouped(graph, settings)
     with replacing(*([] if settings.overwrite else [settings.out])):
-        shown = _write(graph, whole, settings)
+        shown = _write(graph, whole, settings, pinned)
     emit({"exported": str(settings.out), "format": settings.format} | shown, as_json=json)
 
 
-def _grouped(graph: Any, settings: ExportConfig) -> tuple[Any, ExportConfig]:
-    """Returns a graph with the groups of a file, and settings with its names; labels that were given win."""
+def _grouped(graph: Any, settings: ExportConfig) -> tuple[Any, ExportConfig, tuple[str, ...]]:
+    """Returns a graph with the groups of a file, settings with its names, labels given winning, and what it pins."""
     from difffract_jax.graphs.aggregation import aggregate
     from difffract_jax.graphs.files.viewer_groups import read_any_groups
     from difffract_jax.graphs.groups import given_names, with_groups
@@ -243,10 +244,10 @@ def _grouped(graph: Any, settings: ExportConfig) -> tuple[Any, ExportConfig]:
     # A document shows sums over positions, unless it is to show positions, so that groups are taken of what is shown.
     graph = graph if settings.by_position else aggregate(graph)
     labels = given_names(graph, groups) | settings.labels
-    return with_groups(graph, groups), settings.model_copy(update={"labels": labels})
+    return with_groups(graph, groups), settings.model_copy(update={"labels": labels}), groups.pinned
 
 
-def _write(graph: Any, whole: Any, settings: ExportConfig) -> dict[str, Any]:
+def _write(graph: Any, whole: Any, settings: ExportConfig, pinned: tuple[str, ...]) -> dict[str, Any]:
     """Writes the export, and returns what else to show."""
     from difffract_jax.cli.viewer_export import write_for_viewer
     from difffract_jax.graphs.files import tables
@@ -261,5 +262,5 @@ def _write(graph: Any, whole: Any, settings: ExportConfig) -> dict[str, Any]:
     elif settings.format == "difffract-v2":
         write_reference_json(graph, settings.out)
     else:
-        return write_for_viewer(graph, whole, settings)
+        return write_for_viewer(graph, whole, settings, pinned)
     return {"nodes": int(graph.node_kind.size), "edges": int(graph.edge_source.size)}

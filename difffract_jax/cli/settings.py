@@ -86,7 +86,8 @@ class SteerConfig(RunSettings):
     """An edit, FEATURE=zero|invert|scale:2|set:1.5|add:.5, as in img/2/f401@12#0,1=zero; A+B=zero or NAME:A+B=zero
     edits several features, img/2=zero a whole MLP, img=zero a whole stream. Give it as often as wanted."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved: an --edit may then name a group of it, as in "the circle=zero"."""
+    """`.groups.json` that the viewer saved, or a document that another viewer saved: an --edit may then name a group of
+    it, as in "the circle=zero"."""
     sweep: str | None = None
     """Strengths, as in 0,-1,-2, one column each. zero, scale and invert all become scale:STRENGTH (1: no edit, 0: off,
     -1 inverted); set and add take STRENGTH times their amount. Left out: the edits as they are."""

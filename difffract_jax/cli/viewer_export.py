@@ -6,19 +6,21 @@ of graphs, so that the list names nothing that is not there.
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from difffract_jax.config import ExportConfig, UserError
 
 
-def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig) -> dict[str, Any]:
+def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig, pinned: Sequence[str] = ()) -> dict[str, Any]:
     """Writes a graph for a viewer.
 
     Args:
         graph: to write, groups included.
         whole: as it was read.
         settings: of the export, `format` one of the two viewers'.
+        pinned: names of nodes to pin beside the members of groups.
 
     Returns:
         What else to show: counts, the address, the list, the files of features, and whether there is an image.
@@ -49,7 +51,8 @@ def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig) -> dict[str
     if records:
         _check_folder(folder)
     named = settings.model_copy(update={"slug": slug, "labels": _labels_at_hand(whole, settings) | settings.labels})
-    document = viewer_json.write_viewer_json(graph, settings.out, settings.format, named, image=image)
+    how = {"image": image, "pinned": pinned}
+    document = viewer_json.write_viewer_json(graph, settings.out, settings.format, named, **how)
     told = {"nodes": len(document["nodes"]), "links": len(document["links"]), "image": "yes" if image else "none"}
     if records:
         write_feature_files(records, folder, transcoders=graph.provenance.transcoders or "", overwrite=True)

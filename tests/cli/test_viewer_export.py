@@ -12,14 +12,16 @@ from commands import done, run_json
 from PIL import Image
 
 from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.group_edits import edits_of
-from difffract_jax.cli.settings import SteerConfig
+from difffract_jax.cli.settings import SteerConfig, ViewConfig
 from difffract_jax.dashboards.features import viewer_records
 from difffract_jax.dashboards.features.record import Scan, SiteScan
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.run_features import run_features
 from difffract_jax.graphs.files.viewer_image import image_bytes
 from difffract_jax.graphs.graph import FEATURE, Graph
+from difffract_jax.graphs.groups import identity
 from difffract_jax.graphs.names import feature_names, node_names
 from shown_circuits import circuit
 
@@ -113,7 +115,11 @@ def test_groups_made_in_the_viewer_come_back_into_every_command(difffract):
     document = read("shown/a.json")
     ours = [node for node in document["nodes"] if node["feature_type"] == "cross layer transcoder"][:2]
     chosen = [node["node_id"] for node in ours]
-    document["qParams"] |= {"pinnedIds": ",".join(chosen), "supernodes": json.dumps([["the circle", *chosen]])}
+    error = next(node for node in document["nodes"] if "error" in node["feature_type"])
+    document["qParams"] |= {
+        "pinnedIds": ",".join([*chosen, error["node_id"]]),
+        "supernodes": json.dumps([["the circle", *chosen]]),
+    }
     document["qParams"]["clerps"] = json.dumps([[str(ours[0]["feature"]), "round"]])
     Path("shown/a.json").write_text(json.dumps(document), encoding="utf-8")
     names = [node["name"] for node in ours]
@@ -124,13 +130,14 @@ def test_groups_made_in_the_viewer_come_back_into_every_command(difffract):
     done(difffract("export", "a.npz", *TRACER, *groups, "--out", "shown/again.json"))
     again = read("shown/again.json")
     assert again["qParams"]["supernodes"] == [["the circle", *chosen]]
+    assert again["qParams"]["pinnedIds"] == [*chosen, error["node_id"]]
     assert "round" in {node["clerp"] for node in again["nodes"]}
     done(difffract("view", "a.npz", *groups))
     done(difffract("report", "a.npz", *groups))
     assert "the circle" in Path("report.html").read_text(encoding="utf-8")
     base = {"model": "m", "transcoders": "t", "prompt": "p", "groups": Path("shown/a.json")}
     (edit,), found = edits_of(SteerConfig(edit=("the circle=zero",), **base))
-    assert isinstance(edit, Edit) and edit.feature.name == "the circle" and found.pinned == tuple(names)
+    assert isinstance(edit, Edit) and edit.feature.name == "the circle" and found.pinned == (*names, error["name"])
     before = contents()
     for command in (("prune",), ("view",), ("export", *TRACER, "--out", "shown/x.json")):
         assert "groups of another graph" in refused(difffract(*command, "b.npz", *groups), before)
@@ -142,6 +149,10 @@ def test_a_served_page_saves_over_nothing_of_another_viewer(difffract):
     before = contents()
     said = refused(difffract("view", "a.npz", "--serve", "--groups", "shown/a.json"), before)
     assert "is another viewer's, so that the page would save as a.groups.json, which exists" in said
+    Path("a.groups.json").unlink()
+    serve = ViewConfig(graph=Path("a.npz"), serve=True, groups=Path("shown/a.json"))
+    assert cli_view._groups_path(serve) == Path("a.groups.json")
+    assert cli_view._opened_groups(Graph.load("a.npz"), serve).graph == identity(circuit(0))
 
 
 def scan_of(graph, transcoders="t"):

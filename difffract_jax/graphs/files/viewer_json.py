@@ -25,7 +25,7 @@ from difffract_jax.graphs.files.viewer_image import FIELD as IMAGE
 from difffract_jax.graphs.files.viewer_image import image_input
 from difffract_jax.graphs.files.viewer_nodes import MARKUP, columns_of, padded, short, viewer_nodes
 from difffract_jax.graphs.graph import FEATURE, Graph
-from difffract_jax.graphs.groups import identity
+from difffract_jax.graphs.groups import identity, nodes_of
 from difffract_jax.graphs.json_values import to_json_values
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.scoring import scores
@@ -42,7 +42,13 @@ NAME = "graph"
 
 
 def write_viewer_json(
-    graph: Graph, path: str | Path, flavour: Flavour, options: ViewerOptions, *, image: str | None = None
+    graph: Graph,
+    path: str | Path,
+    flavour: Flavour,
+    options: ViewerOptions,
+    *,
+    image: str | None = None,
+    pinned: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Writes a graph for a viewer, and returns the document written.
 
@@ -52,13 +58,14 @@ def write_viewer_json(
         flavour: whose viewer.
         options: how it is shown; without a slug the graph is called like the file.
         image: of the run, as a `data:` address; none if left out.
+        pinned: names of nodes to pin beside the members of groups, as `groups.nodes_of` takes them.
 
     Raises:
         UserError: if the graph is too large for the viewers, or an option does not fit the flavour.
     """
     if options.slug is None:
         options = options.model_copy(update={"slug": slug_of(Path(path))})
-    document = to_document(graph, flavour, options, image=image)
+    document = to_document(graph, flavour, options, image=image, pinned=pinned)
     if flavour == "neuronpedia":
         document = _uploadable(document)
     with atomic_file(path) as partial:
@@ -66,7 +73,14 @@ def write_viewer_json(
     return document
 
 
-def to_document(graph: Graph, flavour: Flavour, options: ViewerOptions, *, image: str | None = None) -> dict[str, Any]:
+def to_document(
+    graph: Graph,
+    flavour: Flavour,
+    options: ViewerOptions,
+    *,
+    image: str | None = None,
+    pinned: Sequence[str] = (),
+) -> dict[str, Any]:
     """Returns the JSON document of a graph; arguments and errors as `write_viewer_json`."""
     scan = _scan(flavour, options)
     graph = graph if options.by_position else aggregate(graph)
@@ -84,7 +98,7 @@ def to_document(graph: Graph, flavour: Flavour, options: ViewerOptions, *, image
     metadata = _metadata(graph, flavour, scan, padded(tokens, nodes), nodes, options)
     return {
         "metadata": metadata | ({} if image is None else {IMAGE: image_input(graph, column, image)}),
-        "qParams": _view(graph, nodes),
+        "qParams": _view(graph, nodes, pinned),
         "nodes": nodes,
         "links": [{"source": ids[s], "target": ids[t], "weight": short(value)} for s, t, value in ends],
     }
@@ -184,8 +198,8 @@ def _metadata(
     }
 
 
-def _view(graph: Graph, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what is selected: supernodes, of features alone, and their members pinned (trap 5), at most 200."""
+def _view(graph: Graph, nodes: Sequence[Mapping[str, Any]], wanted: Sequence[str]) -> dict[str, Any]:
+    """Returns what is shown: supernodes of features alone; their members and others pinned, at most 200 (trap 5)."""
     pinned: list[str] = []
     groups: list[list[str]] = []
     names = node_names(graph)
@@ -196,6 +210,8 @@ def _view(graph: Graph, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             called = {names[n]: nodes[n]["clerp"] for n in inner}
             groups.append([_group_name(name, called), *ids])
             pinned += [member for member in ids if member not in pinned]
+    others = [nodes[n]["node_id"] for n in nodes_of(graph, wanted)]
+    pinned = [*pinned, *(one for one in others if one not in pinned)][:MAX_PINNED]
     return {"pinnedIds": pinned, "supernodes": groups, "linkType": "both", "clickedId": "", "sg_pos": ""}
 
 

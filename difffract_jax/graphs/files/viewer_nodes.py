@@ -160,6 +160,8 @@ def viewer_nodes(
             own = _target(graph, node, int(column[node]), top, past, names[node])
         else:
             own = _source(graph, node, int(column[node]), shift, options)
+            if "clerp" in own:
+                own["clerp"] = options.labels.get(names[node], own["clerp"]).translate(MARKUP)
         identity = [int(getattr(graph, name)[node]) for name in IDENTITY]
         told = {"name": names[node], "difffract": identity}
         nodes.append({**own, **{k: v for k, v in common.items() if k not in own}, **told})

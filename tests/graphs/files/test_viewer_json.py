@@ -426,3 +426,27 @@ def test_the_image_lies_over_the_columns_of_its_patches():
     unknown = graph.with_provenance(shared=KnownRun(prompt="p"))
     with pytest.raises(UserError, match="does not tell its grid"):
         to_document(unknown, "neuronpedia", options("neuronpedia", by_position=True), image=address)
+
+
+def test_names_given_by_hand_go_along_and_so_do_pins():
+    graph = aggregate(circuit())
+    names = node_names(graph)
+    error = names[int(np.flatnonzero(graph.node_kind == ERROR)[0])]
+    document = to_document(
+        graph, "neuronpedia", options("neuronpedia", labels={error: "what is <missed>"}), pinned=[error]
+    )
+    (node,) = [one for one in document["nodes"] if one["name"] == error]
+    assert node["clerp"] == "what is \u2039missed\u203a" and document["qParams"]["pinnedIds"] == [node["node_id"]]
+
+
+def test_an_integration_of_vision_models_outlines_the_patches_that_have_nodes():
+    """Its rule: of `image_positions`, those columns in which a node stands that is no embedding."""
+    graph = circuit()
+    document = to_document(graph, "neuronpedia", options("neuronpedia", by_position=True), image="data:,")
+    told = document["metadata"]["image_input"]
+    with_nodes = {n["ctx_idx"] for n in document["nodes"] if n["feature_type"] not in ("embedding", "logit")}
+    outlined = {k for k, column in enumerate(told["image_positions"]) if column in with_nodes}
+    mine = (graph.node_stream == 0) & (graph.node_step == graph.node_step.max())
+    mine &= np.isin(graph.node_kind, (FEATURE, ERROR, REST)) & (np.arange(mine.size) >= graph.targets.size)
+    assert outlined == {*graph.node_position[mine].tolist()} != set()
+    assert len(told["image_positions"]) == told["grid_rows"] * told["grid_cols"]
