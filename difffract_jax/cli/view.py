@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from json import loads
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -102,9 +103,8 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
         if between is not None:
             check_difference(between, limits)
-        labels = (
-            _labels(second, settings.labels, settings.compare) | labels
-        )  # the second has features that the first lacks
+        theirs = known_labels(second, settings.labels, settings.compare)
+        labels = theirs | labels  # the second has features that the first lacks
         other_images, note = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
         other_note = note.partition("; give ")[0].removesuffix(".") + "." if note else ""  # --image is of the first
     pages = None if settings.pages is None else _pages_address(settings)
@@ -220,10 +220,10 @@ def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
     told = graph.provenance.transcoders
     if file is not None and file.suffix != ".json":
         return {str(name): str(label) for name, label in read_yaml(file).items()}
+    if file is None and told != loads(ORGANISM_LABELS.read_text(encoding="utf-8"))["transcoders"]:
+        return {}  # before an object is made of every example of every feature
     labels = read_labels(ORGANISM_LABELS if file is None else file)
     if labels.transcoders != told:
-        if file is None:
-            return {}
         raise UserError(f"{file} holds labels of other transcoders than the graph's; give those of the graph's own.")
     return {name: _label(labels, name) for name in {*feature_names(graph)} - {""}}
 
