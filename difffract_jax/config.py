@@ -199,7 +199,7 @@ class PruneConfig(Settings):
     by_position: bool = False
     """Prune single positions instead of sums over positions."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved of this graph: what it pins stays, its groups become supernodes."""
+    """`.groups.json`, or what another viewer saved of this graph: what is pinned stays, groups become supernodes."""
     out: Path = Path("pruned.npz")
     """Graph file to write; one that exists is replaced, with a note."""
 
@@ -207,15 +207,15 @@ class PruneConfig(Settings):
 class ViewerOptions(Settings):
     """How a graph is shown by circuit-tracer's viewer and by Neuronpedia."""
 
-    slug: str = "graph"
-    """Name of the graph in the viewer: letters, digits, dot, dash and underscore."""
+    slug: str | None = None
+    """Name of the graph in the viewer, letters, digits, dot, dash and underscore; the output file's when left out."""
     scan: str | None = None
-    """Where the viewer finds features: for circuit-tracer a folder of their files, by default ./feature_json/SLUG; for
-    Neuronpedia the id of a model that it knows."""
+    """Where the viewer finds features: for circuit-tracer a folder of their files, by default SLUG-features beside the
+    graph, which is written too; for Neuronpedia the id of a model that it knows."""
     by_position: bool = False
     """Show single positions instead of sums over them; fit for small graphs alone."""
     feature_url: str | None = None
-    """Address under which feature files lie, ADDRESS/N.json; for Neuronpedia."""
+    """Address under which the files in SLUG-features, written beside the graph, will lie; for Neuronpedia."""
     dashboard: str | None = None
     """Address of dashboards, to which features link as ADDRESS/img_3/401."""
     labels: dict[str, str] = {}
@@ -229,12 +229,17 @@ class ViewerOptions(Settings):
 
 
 class ExportConfig(ViewerOptions):
-    """Settings of `difffract export`: a graph for other tools. All but the first four are for the two viewers."""
+    """Settings of `difffract export`: a graph for other tools; most are for the two viewers alone."""
 
     graph: Path
     """Graph file to export, `.npz` or JSON."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved of this graph: its groups become supernodes, its names labels."""
+    """`.groups.json` that the viewer saved of this graph, or what circuit-tracer's viewer or Neuronpedia saved: its
+    groups become supernodes, its names labels, its pins pins."""
+    image: Path | None = None
+    """Image of the run, to go into the document; the one that `view` kept beside the graph, if any, when left out."""
+    pages: Path | None = None
+    """Folder of feature pages that `difffract dashboards` wrote, whose examples go into the files of features."""
     format: Literal["difffract-v2", "circuit-tracer", "neuronpedia", "graphml", "csv"] = "difffract-v2"
     """What to write: `difffract-v2`, the reference's JSON, summed over positions; `circuit-tracer` and `neuronpedia`,
     for their viewers; `graphml`, for programs that draw networks; `csv`, a directory with nodes.csv and edges.csv."""

@@ -47,11 +47,11 @@ ORDER = (
 )
 LIGHT = (
     "difffract_jax",
-    "difffract_jax.dashboards.features.record",
+    *(f"difffract_jax.dashboards.features.{name}" for name in ("record", "viewer_records")),
     "difffract_jax.address",
     "difffract_jax.memory",
     "difffract_jax.cli.main",
-    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output", "view", "group_edits")),
+    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output", "view", "group_edits", "viewer_export")),
     "difffract_jax.storage.compile_cache",
     "difffract_jax.transcoders.settings",
     "difffract_jax.studies.settings",

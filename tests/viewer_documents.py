@@ -6,7 +6,7 @@ error of layer 0 feeds layer 1.
 
 from typing import Any
 
-from difffract_jax.graphs.files.viewer_json import cantor
+from difffract_jax.graphs.files.viewer_nodes import cantor
 
 FEATURE, ERROR = "cross layer transcoder", "mlp reconstruction error"
 

@@ -71,11 +71,12 @@ def prune(settings: PruneConfig, *, json: bool) -> None:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit, graph_summary, replacing
     from difffract_jax.graphs import pruning
-    from difffract_jax.graphs.groups import read_groups, with_groups
+    from difffract_jax.graphs.files.viewer_groups import read_any_groups
+    from difffract_jax.graphs.groups import with_groups
     from difffract_jax.graphs.json_values import to_json_values
 
     whole = read(settings.graph)
-    groups = None if settings.groups is None else read_groups(settings.groups, whole)
+    groups = None if settings.groups is None else read_any_groups(settings.groups, whole)
     how = settings.model_dump(exclude={"graph", "groups", "out"})
     pruned = pruning.prune(whole, **how, keep=() if groups is None else groups.pinned)
     pruned = pruned if groups is None else with_groups(pruned, groups)
@@ -213,39 +214,43 @@ def _with_labels(given: dict[str, Any]) -> dict[str, Any]:
 def export(settings: ExportConfig, *, json: bool) -> None:
     """Write a graph for another tool: the reference, circuit-tracer's viewer, Neuronpedia, networkx, a spreadsheet.
 
-    Put a circuit-tracer file into the viewer's folder as SLUG.json and open the address that is printed: supernodes are
-    shown only when the address names them. Neuronpedia must know the model that `--scan` names.
+    For circuit-tracer's viewer, give the output's folder to its server and open the address that is printed: supernodes
+    are shown only when the address names them. The list of graphs and what is known of features lie beside the graph.
+    Neuronpedia must know the model that `--scan` names. Groups that are made there come back with --groups.
 
-    Example: `difffract export pruned.npz --format circuit-tracer --slug red-circle --out red-circle.json`
+    Example: `difffract export pruned.npz --format circuit-tracer --out shown/red-circle.json`
     """
     opt.check_out(settings.out, SUFFIXES[settings.format])
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit, replacing
 
-    graph = read(settings.graph)
+    whole = graph = read(settings.graph)
+    pinned: tuple[str, ...] = ()
     if settings.groups is not None:
-        graph, settings = _grouped(graph, settings)
+        graph, settings, pinned = _grouped(graph, settings)
     with replacing(*([] if settings.overwrite else [settings.out])):
-        shown = _write(graph, settings)
+        shown = _write(graph, whole, settings, pinned)
     emit({"exported": str(settings.out), "format": settings.format} | shown, as_json=json)
 
 
-def _grouped(graph: Any, settings: ExportConfig) -> tuple[Any, ExportConfig]:
-    """Returns a graph with the groups of a file, and settings with its names; labels that were given win."""
+def _grouped(graph: Any, settings: ExportConfig) -> tuple[Any, ExportConfig, tuple[str, ...]]:
+    """Returns a graph with the groups of a file, settings with its names, labels given winning, and what it pins."""
     from difffract_jax.graphs.aggregation import aggregate
-    from difffract_jax.graphs.groups import given_names, read_groups, with_groups
+    from difffract_jax.graphs.files.viewer_groups import read_any_groups
+    from difffract_jax.graphs.groups import given_names, with_groups
 
     assert settings.groups is not None
-    groups = read_groups(settings.groups, graph)
+    groups = read_any_groups(settings.groups, graph)
     # A document shows sums over positions, unless it is to show positions, so that groups are taken of what is shown.
     graph = graph if settings.by_position else aggregate(graph)
     labels = given_names(graph, groups) | settings.labels
-    return with_groups(graph, groups), settings.model_copy(update={"labels": labels})
+    return with_groups(graph, groups), settings.model_copy(update={"labels": labels}), groups.pinned
 
 
-def _write(graph: Any, settings: ExportConfig) -> dict[str, Any]:
+def _write(graph: Any, whole: Any, settings: ExportConfig, pinned: tuple[str, ...]) -> dict[str, Any]:
     """Writes the export, and returns what else to show."""
-    from difffract_jax.graphs.files import tables, viewer_json
+    from difffract_jax.cli.viewer_export import write_for_viewer
+    from difffract_jax.graphs.files import tables
     from difffract_jax.graphs.files.reference_json import write_reference_json
 
     if settings.format == "csv":
@@ -257,7 +262,5 @@ def _write(graph: Any, settings: ExportConfig) -> dict[str, Any]:
     elif settings.format == "difffract-v2":
         write_reference_json(graph, settings.out)
     else:
-        document = viewer_json.write_viewer_json(graph, settings.out, settings.format, settings)
-        counts = {"nodes": len(document["nodes"]), "links": len(document["links"])}
-        return counts | ({"open": viewer_json.viewer_url(document)} if settings.format == "circuit-tracer" else {})
+        return write_for_viewer(graph, whole, settings, pinned)
     return {"nodes": int(graph.node_kind.size), "edges": int(graph.edge_source.size)}

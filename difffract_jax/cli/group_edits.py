@@ -9,7 +9,8 @@ from difffract_jax.circuits.notation.edits import Edit, Supernode
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.cli.settings import SteerConfig
 from difffract_jax.config import UserError
-from difffract_jax.graphs.groups import Groups, read_groups
+from difffract_jax.graphs.files.viewer_groups import read_any_groups
+from difffract_jax.graphs.groups import Groups
 
 _FEATURE = re.compile(r"[a-z]+/\d+/f\d+(#\d+)?")
 
@@ -18,7 +19,7 @@ def edits_of(settings: SteerConfig) -> tuple[list[Edit], Groups | None]:
     """Returns the edits, those of groups by name included, and the groups; None if there are none."""
     if settings.groups is None:
         return [Edit.parse(text) for text in settings.edit], None
-    groups = read_groups(settings.groups)
+    groups = read_any_groups(settings.groups)
     return [_edit_of(text, groups, settings.groups) for text in settings.edit], groups
 
 

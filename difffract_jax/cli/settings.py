@@ -86,7 +86,8 @@ class SteerConfig(RunSettings):
     """An edit, FEATURE=zero|invert|scale:2|set:1.5|add:.5, as in img/2/f401@12#0,1=zero; A+B=zero or NAME:A+B=zero
     edits several features, img/2=zero a whole MLP, img=zero a whole stream. Give it as often as wanted."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved: an --edit may then name a group of it, as in "the circle=zero"."""
+    """`.groups.json` that the viewer saved, or a document that another viewer saved: an --edit may then name a group of
+    it, as in "the circle=zero"."""
     sweep: str | None = None
     """Strengths, as in 0,-1,-2, one column each. zero, scale and invert all become scale:STRENGTH (1: no edit, 0: off,
     -1 inverted); set and add take STRENGTH times their amount. Left out: the edits as they are."""
@@ -321,7 +322,8 @@ class ShownGraph(Settings):
     """Model to make the image with, if it is not the embedded one: a converted or diffusers directory, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
     groups: Path | None = None
-    """`.groups.json` that the viewer saved of this graph: groups, names, notes and pins."""
+    """`.groups.json` that the viewer saved of this graph: groups, names, notes and pins; or what circuit-tracer's
+    viewer or Neuronpedia saved of it."""
 
 
 class ViewConfig(ShownGraph):
@@ -338,8 +340,8 @@ class ViewConfig(ShownGraph):
     serve: bool = False
     """Serve the page on this machine, 127.0.0.1 alone, instead of writing it; Save then writes groups beside the graph,
     or to --groups, and what was saved there before is opened."""
-    port: int = Field(0, ge=0, le=65535)
-    """Port to serve on; a free one when left out."""
+    port: int | None = Field(None, ge=0, le=65535)
+    """Port to serve on, with --serve; a free one when left out."""
     max_nodes: int = Field(10_000, ge=1)
     """Most nodes in a page; a larger graph is refused, with the pruning that would make it fit."""
     max_links: int = Field(100_000, ge=1)

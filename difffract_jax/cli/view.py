@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from json import loads
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -43,6 +44,7 @@ def view(settings: ViewConfig, *, json: bool) -> None:
     Example: `difffract view graph.npz`, then open graph.html
     """
     out = settings.out or settings.graph.with_suffix(".html")
+    _check_serving(settings)
     if not settings.serve:
         opt.check_out(out, ".html")
     from difffract_jax.cli.graph_files import read
@@ -53,7 +55,7 @@ def view(settings: ViewConfig, *, json: bool) -> None:
     whole = read(settings.graph)
     shown, parts = _parts(whole, settings)
     if settings.serve:
-        return _serve(whole, shown, parts, settings)
+        return _serve(whole, shown, parts, settings, json)
     page = viewer_page(shown, parts)
     with replacing(out):
         write_report(out, page)
@@ -62,6 +64,14 @@ def view(settings: ViewConfig, *, json: bool) -> None:
         told | {"size": f"{len(page.encode()) / 1e6:.2f} MB", "image": _about_images(parts.images, parts.image_note)},
         as_json=json,
     )
+
+
+def _check_serving(settings: ViewConfig) -> None:
+    """Refuses options that would do nothing."""
+    if settings.serve and settings.out is not None:
+        raise UserError("With --serve no page is written, so that --out names nothing; leave one of the two out.")
+    if settings.port is not None and not settings.serve:
+        raise UserError("--port is of a served page; add --serve, or leave --port out.")
 
 
 def _about_images(images: Any, note: str) -> str:
@@ -74,7 +84,7 @@ def _about_images(images: Any, note: str) -> str:
 def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     """Returns the graph that the page shows, and all that it shows beside it."""
     from difffract_jax.cli.graph_files import read
-    from difffract_jax.dashboards.page_data import Limits, leads_forward, shown_graph
+    from difffract_jax.dashboards.page_data import Limits, check_difference, leads_forward, shown_graph
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
 
@@ -83,16 +93,20 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     how = {"by_position": settings.by_position, "limits": limits}
     shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
-    other_images: Any = ()
-    labels = labels_of(whole, settings.labels)
+    other_images, other_note = (), ""
+    labels = known_labels(whole, settings.labels, settings.graph)
     if settings.compare is not None:
         if settings.by_position:
             raise UserError("Two graphs are compared as sums over positions; leave --by-position out.")
         second = read(settings.compare)
         other, between = shown_graph(second, **how, name=str(settings.compare)), difference(whole, second)
         between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
-        labels = labels_of(second, settings.labels) | labels  # the second has features that the first lacks
-        other_images, _ = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
+        if between is not None:
+            check_difference(between, limits)
+        theirs = known_labels(second, settings.labels, settings.compare)
+        labels = theirs | labels  # the second has features that the first lacks
+        other_images, note = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
+        other_note = note.partition("; give ")[0].removesuffix(".") + "." if note else ""  # --image is of the first
     pages = None if settings.pages is None else _pages_address(settings)
     images, note = images_of(whole, settings)
     return shown, PageParts(
@@ -105,30 +119,43 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         pages=pages,
         other=other,
         other_images=other_images,
+        other_image_note=other_note,
         other_title="" if other is None else _title(other, settings.compare, other),
         difference=between,
     )
 
 
 def _groups_path(settings: ViewConfig) -> Path:
-    """Returns where a served page saves its groups."""
+    """Returns where a served page saves its groups; never over what another viewer saved."""
+    from difffract_jax.graphs.files.viewer_groups import is_foreign
     from difffract_jax.graphs.groups import SUFFIX
 
-    return settings.groups or settings.graph.with_name(settings.graph.stem + SUFFIX)
+    beside = settings.graph.with_name(settings.graph.stem + SUFFIX)
+    if settings.groups is None or not is_foreign(settings.groups):
+        return settings.groups or beside
+    if beside.exists():
+        raise UserError(
+            f"{settings.groups} is another viewer's, so that the page would save as {beside}, which exists; move that, "
+            "or leave --groups or --serve out."
+        )
+    return beside
 
 
 def _opened_groups(whole: Any, settings: ViewConfig) -> Any:
     """Returns the groups that a page opens with; a served one with those that it would save over, if there are any."""
-    from difffract_jax.graphs.groups import read_groups
+    from difffract_jax.graphs.files.viewer_groups import read_any_groups
 
     if not settings.serve:
-        return None if settings.groups is None else read_groups(settings.groups, whole)
+        return None if settings.groups is None else read_any_groups(settings.groups, whole)
     path = _groups_path(settings)
+    if settings.groups is not None and path != settings.groups:
+        opt.check_out(path, ".json")
+        return read_any_groups(settings.groups, whole)
     if not path.exists():
         opt.check_out(path, ".json")
         return None
     try:
-        return read_groups(path, whole)
+        return read_any_groups(path, whole)
     except UserError as error:
         if settings.groups is not None:
             raise
@@ -170,6 +197,13 @@ def _pages_address(settings: ViewConfig) -> str:
     return f"{base}/index.html#{{feature}}"
 
 
+def known_labels(graph: Any, file: Path | None, source: Path) -> dict[str, str]:
+    """Returns what features stand for, as `labels_of`; else as the document says that the graph was read from."""
+    from difffract_jax.graphs.files.viewer_groups import document_labels
+
+    return document_labels(source, graph) | labels_of(graph, file)
+
+
 def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
     """Returns what the graph's features stand for: from a file, or of the organism if the graph is about its features.
 
@@ -186,10 +220,10 @@ def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
     told = graph.provenance.transcoders
     if file is not None and file.suffix != ".json":
         return {str(name): str(label) for name, label in read_yaml(file).items()}
+    if file is None and told != loads(ORGANISM_LABELS.read_text(encoding="utf-8"))["transcoders"]:
+        return {}  # before an object is made of every example of every feature
     labels = read_labels(ORGANISM_LABELS if file is None else file)
     if labels.transcoders != told:
-        if file is None:
-            return {}
         raise UserError(f"{file} holds labels of other transcoders than the graph's; give those of the graph's own.")
     return {name: _label(labels, name) for name in {*feature_names(graph)} - {""}}
 
@@ -207,6 +241,26 @@ def _label(labels: Any, name: str) -> str:
     return f"{best.factor} {best.value}" if best.factor and best.auroc >= CLEAR else ""
 
 
+def image_at_hand(graph: Any, path: Path) -> Any:
+    """Returns the image of a graph's run that need not be made: kept beside the graph, or in its document; else None.
+
+    Args:
+        graph: as it was read.
+        path: its file.
+
+    Raises:
+        UserError: if the document's image cannot be read.
+    """
+    from difffract_jax.dashboards import image_files
+    from difffract_jax.graphs.files.viewer_image import image_bytes
+
+    if graph.provenance.run is not None:
+        kept = image_files.read_kept(image_files.kept_path(path), _run_key(graph))
+        return None if kept is None else image_files.shown_images(kept)[0]
+    data = image_bytes(graph.provenance.viewer)
+    return None if data is None else image_files.shown(image_files.read_image(path, data))
+
+
 def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
     """Returns the images to show, and a sentence if there are none.
 
@@ -220,6 +274,12 @@ def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
         return [image_files.shown(image_files.read_image(settings.image))], ""
     run = graph.provenance.run
     if run is None:
+        try:
+            image = image_at_hand(graph, settings.graph)
+        except UserError as error:
+            return [], str(error)
+        if image is not None:
+            return [image], ""
         return [], "The file does not tell a run of one prompt, so there is no image; give one with --image FILE."
     key, path = _run_key(graph), image_files.kept_path(settings.graph)
     kept = image_files.read_kept(path, key)
@@ -273,8 +333,9 @@ def _made(graph: Any, model: str) -> Any:
         return KeptImages(run_images(pipe, run, steps, advance), steps)
 
 
-def _serve(whole: Any, shown: Any, parts: Any, settings: ViewConfig) -> None:
+def _serve(whole: Any, shown: Any, parts: Any, settings: ViewConfig, json: bool) -> None:
     """Serves the page until it is interrupted."""
+    from difffract_jax.cli.output import emit
     from difffract_jax.dashboards.page_server import PageServer
     from difffract_jax.dashboards.viewer_page import viewer_page
     from difffract_jax.graphs.groups import check_about, parse_groups, write_groups
@@ -288,9 +349,15 @@ def _serve(whole: Any, shown: Any, parts: Any, settings: ViewConfig) -> None:
         return f"Saved as {path.name}."
 
     server = PageServer(
-        lambda token: viewer_page(shown, parts._replace(token=token)), save, port=settings.port, pages=settings.pages
+        lambda token: viewer_page(shown, parts._replace(token=token)),
+        save,
+        port=settings.port or 0,
+        pages=settings.pages,
     )
-    typer.echo(f"Open {server.address} in a browser on this machine; groups are saved as {path}. Ctrl+C ends.")
+    if json:
+        emit({"open": server.address, "groups": str(path)}, as_json=True)
+    else:
+        typer.echo(f"Open {server.address} in a browser on this machine; groups are saved as {path}. Ctrl+C ends.")
     sys.stdout.flush()
     with server, suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -309,14 +376,14 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     from difffract_jax.cli.output import emit, replacing
     from difffract_jax.dashboards.graph_report import graph_report
     from difffract_jax.dashboards.render import write_report
-    from difffract_jax.graphs.groups import read_groups
+    from difffract_jax.graphs.files.viewer_groups import read_any_groups
 
     graph = read(settings.graph)
-    groups = None if settings.groups is None else read_groups(settings.groups, graph)
+    groups = None if settings.groups is None else read_any_groups(settings.groups, graph)
     images, note = images_of(graph, settings)
     page = graph_report(
         graph,
-        labels=labels_of(graph, settings.labels),
+        labels=known_labels(graph, settings.labels, settings.graph),
         images=images,
         image_note=note,
         groups=groups,

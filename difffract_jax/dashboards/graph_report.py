@@ -102,10 +102,12 @@ def _sum(graph: Graph) -> Section:
         total = told.features + told.inputs + told.errors + told.rest + told.absent
         rows.append({"part": "sum of edges", "adds": total, "what it is": "the sum of the above"})
         words = ["The file does not tell the target's bias, so these parts add up to the sum of its edges alone."]
-    for path in graph.provenance.pooled_path:
+    paths, names = graph.provenance.pooled_path, node_names(graph)
+    for target, path in enumerate(paths):
+        called = f"the target {names[target]}" if len(paths) > 1 else "the target"
         words.append(
             "The prompt also acts through one pooled vector, which is held fixed and has no nodes: with the empty "
-            f"prompt's, the target would be {path.without:.3g} instead of {path.value:.3g}."
+            f"prompt's, {called} would be {path.without:.3g} instead of {path.value:.3g}."
         )
     return Section("What adds up to the target", words, (), {"": rows})
 

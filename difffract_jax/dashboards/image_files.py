@@ -77,10 +77,15 @@ def keep(images: KeptImages, path: Path, key: str) -> None:
         Image.fromarray(np.concatenate(list(images.pixels), axis=1)).save(partial, format="PNG", pnginfo=info)
 
 
-def read_image(path: Path) -> Any:
-    """Reads an image of any format as Pillow's; raises `UserError` if it is none."""
+def read_image(path: Path, data: bytes | None = None) -> Any:
+    """Reads an image of any format as Pillow's; raises `UserError` if it is none.
+
+    Args:
+        path: the file.
+        data: the image itself, if it lies in that file among other things.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(path if data is None else io.BytesIO(data)) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give an image file.") from None

@@ -10,6 +10,7 @@ shows is what `difffract prune` would keep.
 
 import base64
 import json
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -72,15 +73,35 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     if _fits(shown, limits):
         return shown
     flag = " --by-position" if by_position else ""
-    has = f"has {shown.node_kind.size:,} nodes and {shown.edge_source.size:,} edges"
-    most = f"more than the {limits.nodes:,} and {limits.edges:,} that a page stays quick with"
     for nodes, edges in LADDER:
         if _fits(prune(shown, node_threshold=nodes, edge_threshold=edges, by_position=True), limits):
             raise UserError(
-                f"{name} {has}, {most}; prune it first: `difffract prune {name} --node-threshold {nodes} "
-                f"--edge-threshold {edges}{flag} --out pruned.npz`, and view pruned.npz."
+                f"{_too_large(shown, limits, name)}; prune it first: `difffract prune {shlex.quote(name)} "
+                f"--node-threshold {nodes} --edge-threshold {edges}{flag} --out pruned.npz`, and view pruned.npz."
             )
-    raise UserError(f"{name} {has}, {most}, even when pruned; raise --max-nodes and --max-links.")
+    raise UserError(f"{_too_large(shown, limits, name)}, even when pruned; raise --max-nodes and --max-links.")
+
+
+def check_difference(graph: Graph, limits: Limits) -> None:
+    """Refuses a difference of two graphs that is larger than a page may hold, as it has the nodes of both.
+
+    Args:
+        graph: the difference.
+        limits: what a page may hold.
+
+    Raises:
+        UserError: if it is too large.
+    """
+    if not _fits(graph, limits):
+        raise UserError(
+            f"{_too_large(graph, limits, 'The difference of the two graphs')}; prune both first, or raise --max-nodes "
+            "and --max-links."
+        )
+
+
+def _too_large(graph: Graph, limits: Limits, name: str) -> str:
+    has = f"has {graph.node_kind.size:,} nodes and {graph.edge_source.size:,} edges"
+    return f"{name} {has}, more than the {limits.nodes:,} and {limits.edges:,} that a page stays quick with"
 
 
 def summed_where_possible(graph: Graph) -> Graph:

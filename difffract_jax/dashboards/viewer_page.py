@@ -54,6 +54,7 @@ class PageParts(NamedTuple):
         other: a second graph, to be shown beside it.
         other_title: of the second.
         other_images: of the second graph's run.
+        other_image_note: a sentence, where the second graph has no image.
         difference: the first minus the second; None if they cannot be subtracted.
     """
 
@@ -68,6 +69,7 @@ class PageParts(NamedTuple):
     other: Graph | None = None
     other_title: str = ""
     other_images: Sequence[ShownImage] = ()
+    other_image_note: str = ""
     difference: Graph | None = None
 
 
@@ -144,6 +146,7 @@ def _extras(parts: PageParts) -> bytes:
         "images": [image._asdict() for image in parts.images],
         "images_b": [image._asdict() for image in parts.other_images],
         "image_note": parts.image_note,
+        "image_note_b": parts.other_image_note,
         "groups": parts.groups and parts.groups.model_dump(mode="json"),
         "pages": parts.pages,
         "server": parts.token and {"token": parts.token},

@@ -41,14 +41,39 @@ def node_levels(graph: GraphArrays, names: Sequence[str] | None = None) -> Int64
         return level
     level, left = _peel(graph.edge_source, graph.edge_target, level.size)
     if left.any():
-        circle = _circle(graph.edge_source, graph.edge_target, left)
-        called = node_names(graph) if names is None else names
-        shown = [called[node] for node in circle[:SHOWN]] + (["..."] if len(circle) > SHOWN else [called[circle[0]]])
         raise UserError(
-            f"The graph has a cycle, {' -> '.join(shown)}, but edges of a circuit only lead forward; "
+            f"The graph has a cycle, {_circle_text(graph, left, names)}, but edges of a circuit only lead forward; "
             "take one of these edges out, or export the graph again."
         )
     return level
+
+
+def check_sum(summed: GraphArrays) -> None:
+    """Refuses a sum over positions whose edges run in a circle, as that of a graph without circles may.
+
+    Args:
+        summed: sum of a graph over positions.
+
+    Raises:
+        UserError: naming the nodes of a circle, and what to do.
+    """
+    level = levels(summed.node_step, summed.node_block)
+    if np.all(level[summed.edge_source] < level[summed.edge_target]):
+        return
+    _, left = _peel(summed.edge_source, summed.edge_target, level.size)
+    if left.any():
+        raise UserError(
+            f"Summed over positions, edges of the graph run in a circle, {_circle_text(summed, left)}; leave single "
+            "positions apart with by_position."
+        )
+
+
+def _circle_text(graph: GraphArrays, left: NDArray[np.bool_], names: Sequence[str] | None = None) -> str:
+    """Returns a circle among the nodes that are left, by their names."""
+    circle = _circle(graph.edge_source, graph.edge_target, left)
+    called = node_names(graph) if names is None else names
+    shown = [called[node] for node in circle[:SHOWN]] + (["..."] if len(circle) > SHOWN else [called[circle[0]]])
+    return " -> ".join(shown)
 
 
 def _peel(

@@ -30,6 +30,7 @@ from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, INPUT, Graph, subgraph
 from difffract_jax.graphs.groups import nodes_of
 from difffract_jax.graphs.influence import column_shares, graph_reach, node_influence
+from difffract_jax.graphs.order import check_sum
 from difffract_jax.graphs.provenance import PruningScores, PruningSettings
 from difffract_jax.graphs.scoring import scores
 
@@ -65,14 +66,17 @@ def prune(
         graph with every feature that was dropped counted as error (`pinned`), and of the result (`pruned`).
 
     Raises:
-        UserError: if the mode is unknown or a threshold out of range.
+        UserError: if the mode is unknown or a threshold out of range, or if the sums over positions would run in
+            circles.
     """
     if mode not in MODES:
         raise UserError(f"The pruning mode must be one of {', '.join(MODES)}, but got {mode!r}.")
     for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
         if not 0 < value <= 1:
             raise UserError(f"{name} is a share of influence to keep and must lie in (0, 1], but got {value}.")
-    graph = graph if by_position else aggregate(graph)
+    if not by_position and graph.by_position:
+        graph = aggregate(graph)
+        check_sum(graph)
     influence = node_influence(graph)
     cumulative = cumulative_shares(influence).astype(np.float32)
     graph = replace(graph, node_influence=influence.astype(np.float32), node_cumulative=cumulative)

@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -29,9 +30,10 @@ from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.groups import GraphIdentity, Groups, identity, write_groups
 from difffract_jax.graphs.names import feature_names, node_names
-from difffract_jax.graphs.provenance import TraceInfo
+from difffract_jax.graphs.provenance import PooledPath, TraceInfo
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.supernodes import find_supernodes
+from random_graphs import random_output_graph
 from shown_circuits import TOKENS, circuit
 
 RUN = "import sys; from difffract_jax.cli.main import main; sys.argv[0] = 'difffract'; main()"
@@ -115,6 +117,9 @@ def test_the_images_of_a_run_are_kept_beside_the_graph(tmp_path):
         (("export", "b.npz", "--groups", "mine.groups.json", "--out", "x.json"), "groups of another graph"),
         (("report", "a.npz", "--validation", "."), "give the directory that `difffract validate` wrote"),
         (("view", "a.npz", "--labels", "image.png"), "image.png"),
+        (("view", "a.npz", "--port", 8000), "add --serve, or leave --port out"),
+        (("view", "a.npz", "--serve", "--out", "x.html"), "leave one of the two out"),
+        (("view", "a.npz", "--compare", "b.npz", "--max-nodes", 70), "The difference of the two graphs has"),
     ],
 )
 def test_what_cannot_be_shown_is_one_sentence(difffract, groups, arguments, told):
@@ -125,6 +130,20 @@ def test_what_cannot_be_shown_is_one_sentence(difffract, groups, arguments, told
 def test_an_image_of_too_many_pixels_is_one_sentence(difffract, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)  # Pillow refuses twice as many; the image has 64
     assert "more pixels than are safe" in refused(difffract("view", "a.npz", "--image", "image.png"))
+
+
+def test_the_pruning_that_is_advised_can_be_pasted_into_a_shell(difffract):
+    Path("a.npz").rename("it's a graph.npz")
+    said = refused(difffract("view", "it's a graph.npz", "--max-nodes", 40))
+    words = shlex.split(said.split("`")[1])
+    assert words[:3] == ["difffract", "prune", "it's a graph.npz"] and "--node-threshold" in words
+
+
+def test_a_second_graph_says_itself_why_it_has_no_image(difffract):
+    settings = ViewConfig(graph=Path("a.npz"), compare=Path("b.npz"), image=Path("image.png"))
+    _, parts = cli_view._parts(Graph.load("a.npz"), settings)
+    assert parts.image_note == "" and len(parts.images) == 1
+    assert parts.other_image_note == "The file does not tell a run of one prompt, so there is no image."
 
 
 def test_labels_and_a_second_graph(difffract):
@@ -144,6 +163,16 @@ def test_a_report_shows_the_sum_the_circuit_and_the_groups(difffract, groups):
     *parts, (last, total) = [(name, float(value)) for name, value in figures]
     assert last == "the target" and sum(value for _, value in parts) == pytest.approx(total, abs=0.02)
     assert "http" not in re.sub(r"http://www\.w3\.org\S+", "", page)
+
+
+def test_each_target_s_pooled_path_is_told_by_its_name(difffract):
+    graph = random_output_graph(0)
+    paths = tuple(PooledPath(value=float(n), without=n / 2, share=0.5) for n in (1, 2, 3))
+    graph.with_provenance(pooled_path=paths).save("several.npz")
+    done(difffract("report", "several.npz"))
+    page = Path("report.html").read_text(encoding="utf-8")
+    names = node_names(aggregate(graph))[:3]
+    assert len({*names}) == 3 and all(f"the target {name} would be" in page for name in names)
 
 
 def test_a_report_without_a_bias_claims_no_sum_of_the_target(difffract):
@@ -203,6 +232,9 @@ def test_documents_whose_sums_would_run_in_circles_are_reported_and_compared(dif
     done(difffract("view", "a.json", "--compare", "b.npz"))
     page = Path("a.html").read_text(encoding="utf-8")
     assert 'id="graph-b"' in page and 'id="graph-difference"' not in page
+    said = refused(difffract("prune", "a.json"))
+    assert "Summed over positions, edges of the graph run in a circle, " in said and "with --by-position" in said
+    done(difffract("prune", "a.json", "--by-position"))
 
 
 def test_pruning_keeps_what_is_pinned_and_groups(difffract, groups):
@@ -269,6 +301,17 @@ def test_serving_gives_the_page_and_takes_groups(difffract, groups, tmp_path):
         finally:
             process.terminate()
     assert "a.groups.json" in line
+
+
+def test_serving_tells_its_address_as_json(difffract, tmp_path):
+    arguments = [sys.executable, "-c", RUN, "view", "a.npz", "--serve", "--json", "--image", "image.png"]
+    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, encoding="utf-8") as process:
+        try:
+            lines = iter(process.stdout.readline, "}\n")
+            told = json.loads("".join(lines) + "}")
+        finally:
+            process.terminate()
+    assert told["groups"] == "a.groups.json" and told["open"].startswith("http://127.0.0.1:")
 
 
 def test_a_served_page_opens_with_what_it_would_save_over(difffract, groups):

@@ -650,8 +650,15 @@ def two(tab, folder):
     a, b = aggregate(circuit(0)), aggregate(circuit(1))
     path = folder / "two.html"
     parts = PageParts(other=b, other_title="second", difference=difference(a, b), title="first")
+    parts = parts._replace(image_note="The first has none.", other_image_note="The second has none.")
     path.write_text(viewer_page(a, parts), encoding="utf-8")
     return a, b, tab.open(path.as_uri())
+
+
+def test_each_of_two_graphs_says_why_it_has_no_image(two):
+    call = "(key) => difffract.pictures[key].element.querySelector('figcaption').textContent"
+    notes = [two[2].evaluate(call, key) for key in ("a", "b")]
+    assert notes == ["The first has none.", "The second has none."]
 
 
 def test_two_graphs_stand_side_by_side_and_move_together(two):

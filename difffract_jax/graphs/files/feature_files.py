@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.files.viewer_json import cantor
+from difffract_jax.graphs.files.viewer_nodes import cantor
 from difffract_jax.storage.files import atomic_directory
 
 
@@ -28,12 +28,13 @@ class FeatureExample(NamedTuple):
     Attributes:
         tokens: the words around.
         activations: the feature's value at each.
-        centre: the word that it is about, counted from 0.
+        centre: the word that it is about, counted from 0, which stands in the middle; None for none, so that several
+            examples begin one below the other.
     """
 
     tokens: Sequence[str]
     activations: Sequence[float]
-    centre: int
+    centre: int | None
 
 
 class FeatureRecord(NamedTuple):
@@ -95,7 +96,7 @@ def _document(record: FeatureRecord, transcoders: str) -> dict[str, Any]:
     """Returns the JSON of a feature."""
     for examples in record.examples.values():
         for example in examples:
-            if len(example.tokens) != len(example.activations) or not 0 <= example.centre < len(example.tokens):
+            if len(example.tokens) != len(example.activations) or not 0 <= (example.centre or 0) < len(example.tokens):
                 raise UserError(
                     f"An example of feature {record.feature} has {len(example.tokens)} words, "
                     f"{len(example.activations)} values and its centre at {example.centre}; give a value for each word."
@@ -111,7 +112,7 @@ def _document(record: FeatureRecord, transcoders: str) -> dict[str, Any]:
                     {
                         "tokens": list(example.tokens),
                         "tokens_acts_list": [float(v) for v in example.activations],
-                        "train_token_ind": example.centre,
+                        "train_token_ind": -1 if example.centre is None else example.centre,
                         "is_repeated_datapoint": False,
                     }
                     for example in group

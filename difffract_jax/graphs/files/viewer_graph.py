@@ -42,7 +42,7 @@ def graph_of(document: Mapping[str, Any], source: str = "The document") -> Graph
     Raises:
         UserError: if it has nodes of a kind that a graph cannot hold, as biases, or its links run in a circle.
     """
-    nodes = _targets_first(document["nodes"])
+    nodes = documented_order(document)
     ids = [node["node_id"] for node in nodes]
     raw = not document["metadata"].get("schema_version")
     identity = np.array([_identity(node, raw, source) for node in nodes], np.int64).reshape(-1, 6)
@@ -87,9 +87,13 @@ def graph_of(document: Mapping[str, Any], source: str = "The document") -> Graph
     return graph
 
 
-def _targets_first(nodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the nodes with the logits that carry weight first, then the other logits, then all others."""
-    return sorted(nodes, key=lambda n: (not _is_logit(n), _weight(n) <= 0, not n.get("is_target_logit")))
+def documented_order(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns a document's nodes in the graph's order: logits that carry weight, other logits, then all others.
+
+    Args:
+        document: from `read_document`.
+    """
+    return sorted(document["nodes"], key=lambda n: (not _is_logit(n), _weight(n) <= 0, not n.get("is_target_logit")))
 
 
 def _is_logit(node: Mapping[str, Any]) -> bool:
@@ -108,12 +112,21 @@ def _supernodes(document: Mapping[str, Any], ids: list[str], kind: np.ndarray) -
     for name, *members in document["qParams"].get("supernodes") or []:
         group = list(dict.fromkeys(number[member] for member in members if member in number))
         if group:
-            groups[_unused(name, groups)] = group
+            groups[unused_name(name, groups)] = group
     return groups
 
 
-def _unused(name: str, names: Collection[str]) -> str:
-    """Returns a name, numbered if it is in use."""
+def unused_name(name: str, names: Collection[str]) -> str:
+    """Returns a name, numbered if it is in use.
+
+    Args:
+        name: wanted.
+        names: in use.
+
+    Example:
+        >>> unused_name("circle", ["circle", "circle (2)"])
+        'circle (3)'
+    """
     numbered = (f"{name} ({number})" for number in itertools.count(2))
     return name if name not in names else next(one for one in numbered if one not in names)
 

@@ -9,7 +9,7 @@ import pytest
 
 from difffract_jax.config import UserError
 from difffract_jax.graphs.files.feature_files import FeatureExample, FeatureRecord, write_feature_files
-from difffract_jax.graphs.files.viewer_json import cantor, dictionary_number
+from difffract_jax.graphs.files.viewer_nodes import cantor, dictionary_number
 
 TOP = FeatureExample(("a", "red", "cube"), (0.0, 2.5, 0.5), 1)
 RECORDS = [

@@ -23,13 +23,17 @@ from difffract_jax.graphs.comparison import compare
 from difffract_jax.graphs.files import viewer_json
 from difffract_jax.graphs.files.viewer_document import read_document, write_document
 from difffract_jax.graphs.files.viewer_graph import graph_of, unpair
-from difffract_jax.graphs.files.viewer_json import ViewerOptions, cantor, to_document, viewer_url, write_viewer_json
+from difffract_jax.graphs.files.viewer_image import image_bytes
+from difffract_jax.graphs.files.viewer_json import ViewerOptions, to_document, viewer_url, write_viewer_json
+from difffract_jax.graphs.files.viewer_nodes import cantor
 from difffract_jax.graphs.graph import ERROR, FEATURE, REST, subgraph
+from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.provenance import KnownRun
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence, prune
 from difffract_jax.graphs.scoring import scores
 from difffract_jax.graphs.supernodes import find_supernodes
 from random_graphs import random_graph, random_output_graph
+from shown_circuits import TOKENS, circuit
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample_graph.json"
 STRING, INTEGER, NUMBER, BOOLEAN, NULL = "string", "integer", "number", "boolean", "null"
@@ -181,7 +185,7 @@ def test_labels_links_and_tokens_are_shown():
     shown = document_of(graph, labels={name: "red"}, dashboard="https://a.org")
     found = next(n for n in shown["nodes"] if n["node_id"] == node["node_id"])
     assert found["clerp"] == "red" and found["vis_link"] == f"https://a.org/{stream}_{block}/{feature}"
-    assert json.loads(shown["qParams"]["clerps"]) == [[str(node["feature"]), "red"]]
+    assert "clerps" not in shown["qParams"], "what is there later, somebody wrote in the viewer"
     by_position = document_of(graph, by_position=True, tokens=["a", "red"])["metadata"]["prompt_tokens"]
     assert {"a", "txt[2]", "img[0]"} <= {*by_position}
     grid = document_of(graph.with_provenance(shared=KnownRun(grid=(2, 2))), by_position=True)
@@ -328,7 +332,7 @@ def test_trap_9_uploads_have_the_sizes_that_are_accepted(tmp_path, monkeypatch):
 def test_trap_11_scan_is_what_each_viewer_takes():
     graph = random_graph(0)
     local = document_of(graph)["metadata"]["scan"]
-    assert local == "./feature_json/a-graph" and not local.startswith("./features/")
+    assert local == "./graph_data/a-graph-features"  # where its server looks beside the graph
     assert re.fullmatch(r"[a-zA-Z0-9_.-]+", document_of(graph, "neuronpedia")["metadata"]["scan"])
     for flavour, wrong, sentence in (
         ("neuronpedia", {"scan": "a/b"}, "pass --scan"),
@@ -344,3 +348,105 @@ def test_trap_12_all_that_was_kept_is_seen_at_first():
     document = document_of(prune(random_graph(1), node_threshold=0.5))
     start = document["metadata"]["node_threshold"]
     assert all(node["influence"] is None or node["influence"] <= start for node in document["nodes"])
+
+
+def test_trap_13_neuronpedia_reads_files_at_an_address_only_where_features_are_not_said_to_be_paired():
+    graph = circuit()
+    for flavour, more, paired in (
+        ("neuronpedia", {"feature_url": "https://a.org/features"}, False),
+        ("neuronpedia", {}, True),
+        ("circuit-tracer", {"feature_url": "https://a.org/features"}, True),
+    ):
+        document = document_of(graph, flavour, **more)
+        assert (document["metadata"].get("schema_version") == 1) == paired
+        assert np.array_equal(graph_of(document).node_feature, aggregate(graph).node_feature)
+
+
+def test_trap_14_no_name_is_markup():
+    label = "<img src=x onerror=alert(1)>"
+    graph = find_supernodes(aggregate(circuit()), threshold=0.2)
+    graph = replace(graph, supernodes={label: next(iter(graph.supernodes.values()))})
+    labels = dict.fromkeys(feature_names(graph), label)
+    document = document_of(graph, labels=labels)
+    by_position = document_of(circuit(), by_position=True, tokens=["<b>", "</b>"])
+    shown = [node["clerp"] for node in document["nodes"]] + [group[0] for group in document["qParams"]["supernodes"]]
+    assert "\u2039img src=x onerror=alert(1)\u203a" in shown
+    assert not [name for name in (*shown, *by_position["metadata"]["prompt_tokens"]) if "<" in name or ">" in name]
+
+
+def test_features_are_called_by_their_labels_else_by_name_and_strongest_place():
+    graph = aggregate(circuit(steps=1))
+    features = np.setdiff1d(np.flatnonzero(graph.node_kind == FEATURE), graph.targets)
+    labelled = feature_names(graph)[features[0]]
+    names = {n["name"]: n["clerp"] for n in document_of(graph, labels={labelled: "roundness"})["nodes"]}
+    assert names.pop(node_names(graph)[features[0]]) == "roundness"
+    for node in features[1:]:
+        part = slice(*graph.map_indptr[node : node + 2])
+        position = int(graph.map_position[part][np.argmax(np.abs(graph.map_value[part]))])
+        place = (
+            f"img[{position // 2},{position % 2}]" if graph.node_stream[node] == 0 else TOKENS[position].strip("\u2581")
+        )
+        place = place.replace("<", "\u2039").replace(">", "\u203a")
+        assert names[node_names(graph)[node]] == f"{feature_names(graph)[node]} · {place}"
+    single = circuit(steps=1)
+    for node in document_of(single, by_position=True, labels={labelled: "roundness"})["nodes"]:
+        if node["feature_type"] == "cross layer transcoder":
+            name, _, position = node["name"].partition("@")
+            place = f"img[{int(position) // 2},{int(position) % 2}]" if name.startswith("img") else None
+            expected = "roundness" if name == labelled else place and f"{name} · {place}"
+            assert expected in (None, node["clerp"]) and node["clerp"]
+
+
+def test_groups_that_were_found_are_called_by_what_their_first_member_is_called():
+    graph = find_supernodes(aggregate(circuit()), threshold=0.2)
+    labels = dict.fromkeys(feature_names(graph), "round")
+    for group in document_of(graph, labels=labels)["qParams"]["supernodes"]:
+        assert re.fullmatch(r"round and \d+ more", group[0])
+    mine = replace(graph, supernodes={"the circle": next(iter(graph.supernodes.values()))})
+    assert [group[0] for group in document_of(mine)["qParams"]["supernodes"]] == ["the circle"]
+
+
+def test_the_image_lies_over_the_columns_of_its_patches():
+    graph, address = circuit(), "data:image/png;base64,aGVsbG8="
+    document = to_document(graph, "neuronpedia", options("neuronpedia", by_position=True), image=address)
+    told = document["metadata"]["image_input"]
+    assert (told["image_base64"], told["grid_rows"], told["grid_cols"]) == (address, 2, 2)
+    heads = document["metadata"]["prompt_tokens"]
+    last = max(node["difffract"][1] for node in document["nodes"])
+    expected = [f"img[{row},{column}]#{last}" for row in range(2) for column in range(2)]
+    found = [None if place < 0 else heads[place] for place in told["image_positions"]]
+    assert [a for a in found if a] and all(a in (None, b) for a, b in zip(found, expected, strict=True))
+    summed = to_document(graph, "neuronpedia", options("neuronpedia"), image=address)["metadata"]
+    (column,) = summed["image_input"]["image_positions"]
+    assert summed["prompt_tokens"][column] == f"img#{last}" and summed["image_input"]["grid_rows"] == 1
+    assert image_bytes(summed) == image_bytes({"image_input": {"image_base64": "aGVsbG8="}}) == b"hello"
+    assert image_bytes({}) is image_bytes(None) is image_bytes({"image_input": 3}) is None
+    with pytest.raises(UserError, match="not base64"):
+        image_bytes({"image_input": {"image_base64": "data:image/png;base64,?"}})
+    unknown = graph.with_provenance(shared=KnownRun(prompt="p"))
+    with pytest.raises(UserError, match="does not tell its grid"):
+        to_document(unknown, "neuronpedia", options("neuronpedia", by_position=True), image=address)
+
+
+def test_names_given_by_hand_go_along_and_so_do_pins():
+    graph = aggregate(circuit())
+    names = node_names(graph)
+    error = names[int(np.flatnonzero(graph.node_kind == ERROR)[0])]
+    document = to_document(
+        graph, "neuronpedia", options("neuronpedia", labels={error: "what is <missed>"}), pinned=[error]
+    )
+    (node,) = [one for one in document["nodes"] if one["name"] == error]
+    assert node["clerp"] == "what is \u2039missed\u203a" and document["qParams"]["pinnedIds"] == [node["node_id"]]
+
+
+def test_an_integration_of_vision_models_outlines_the_patches_that_have_nodes():
+    """Its rule: of `image_positions`, those columns in which a node stands that is no embedding."""
+    graph = circuit()
+    document = to_document(graph, "neuronpedia", options("neuronpedia", by_position=True), image="data:,")
+    told = document["metadata"]["image_input"]
+    with_nodes = {n["ctx_idx"] for n in document["nodes"] if n["feature_type"] not in ("embedding", "logit")}
+    outlined = {k for k, column in enumerate(told["image_positions"]) if column in with_nodes}
+    mine = (graph.node_stream == 0) & (graph.node_step == graph.node_step.max())
+    mine &= np.isin(graph.node_kind, (FEATURE, ERROR, REST)) & (np.arange(mine.size) >= graph.targets.size)
+    assert outlined == {*graph.node_position[mine].tolist()} != set()
+    assert len(told["image_positions"]) == told["grid_rows"] * told["grid_cols"]

@@ -53,7 +53,8 @@ export class App {
       word: (position) => this.mark(position, true),
       image: (place) => this.store.look({ image: place }),
     };
-    const pictureOf = (key) => new Picture(this.graphs[key], this.imagesOf(key), this.extras.image_note ?? "", pointing);
+    const notes = { a: this.extras.image_note ?? "", b: this.extras.image_note_b ?? "" };
+    const pictureOf = (key) => new Picture(this.graphs[key], this.imagesOf(key), notes[key], pointing);
     this.pictures = { a: pictureOf("a"), ...(this.graphs.b ? { b: pictureOf("b") } : {}) };
     this.panel = new Panel(this);
     this.tip = h("div", { class: "tip", role: "status", hidden: true });
