@@ -274,8 +274,8 @@ def _as_tables(command: str, found: Sequence[Any]) -> dict[str, Any]:
             row = {"weights": way, "phase": phase.name, "held": held, "in between": text_of_bytes(phase.passing)}
             parts.append(row | {"needed": text_of_bytes(phase.needed)})
     about = (
-        "all of it, from shapes: nothing is compiled. What is held is exact; what is needed in between is an estimate "
-        "from above, to which in a streamed trace the decoder rows of all features that can be active belong"
+        "every figure, from shapes, not compiled: what is held is exact, what is needed in between an estimate from "
+        "above, to which in a streamed trace the decoder rows of all features that can be active belong"
     )
     return {"planned": command, "counted": about, "devices": rows, "phases": parts}
 

@@ -222,7 +222,8 @@ def decoder_rows(work: Work, *, bounded: bool) -> int:
 
     Args:
         work: with transcoders.
-        bounded: whether rows that take more than their share of the memory are streamed, as in `attribute`.
+        bounded: whether rows that take more than their share of the memory are streamed, as in `attribute` and
+            `total_effects`.
     """
     assert work.tcs is not None
     config, names = work.tcs.config, work.tcs.sites.names
@@ -278,7 +279,7 @@ def _again(work: Work) -> list[Phase]:
     """Counts commands that capture a graph's run anew and keep the whole model meanwhile: heads, effects, validate."""
     copies = {} if work.streamed else {"copies of recorded blocks": _record(work)["copies of recorded blocks"]}
     kept = _model(work, "transformer") | _slim(work) | copies
-    return [*_capture(work), *_attribute(work, kept, bounded=False)]
+    return [*_capture(work), *_attribute(work, kept, bounded=work.command == "effects")]
 
 
 def _coded(work: Work) -> list[Phase]:

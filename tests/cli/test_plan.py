@@ -28,7 +28,7 @@ def planned(run: Run) -> list[dict]:
 def test_every_command_is_planned_for_gpus_hosts_and_tpus(command: str, difffract: Callable[..., Run]) -> None:
     devices = ("24GB", "h100", "host:16GB") + (("v5e:2x4",) if command != "trace" else ())
     flags = [word for name in devices for word in ("--device", name)]
-    rows = planned(difffract("plan", command, *flags, *SIZE, "--json"))
+    rows = planned(difffract("plan", command, *flags, *SIZE, "--set", "sites=[img/3,txt/3]", "--json"))
     ways = ("resident",) if command in RESIDENT_ALONE else ("resident", "streamed")
     assert [(row["device"], row["weights"]) for row in rows] == [(name, way) for name in devices for way in ways]
     for row in rows:
