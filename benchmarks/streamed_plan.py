@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from difffract_jax.circuits.attribution.pullback import layout_of, lower_pull
+from difffract_jax.circuits.attribution.pullback import PullOptions, layout_of, lower_pull
 from difffract_jax.circuits.frozen import streamed_sites
 from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers
 from difffract_jax.circuits.frozen.replacement import Replacement, Sources
@@ -113,7 +113,7 @@ def main() -> None:
         ),
         "take decoder rows": (lambda: streamed_sites._take.lower(tcs, active), encoded + held["a transcoder"]),
         f"pull back {options.targets}": (
-            lambda: lower_pull(replacement, options.targets, "tpu", False, "f32"),
+            lambda: lower_pull(replacement, options.targets, "tpu", False, PullOptions()),
             encoded + layout_of(replacement).size * options.targets * 4,
         ),
     }

@@ -148,6 +148,12 @@ def read_configs(home: Path, parts: Sequence[str]) -> list[Any]:
 
 def check_fit(what: str, transformer: FluxConfig, t5: T5Config, clip: CLIPConfig, vae: AutoencoderConfig) -> None:
     """Refuses parts of different widths; `what` says whose they are."""
+    read, given = transformer.in_channels, transformer.out_channels
+    if read != given:
+        raise UserError(
+            f"{what} hold a transformer that reads {read} channels and gives {given}, as FLUX.1-Fill, -Canny and "
+            f"-Depth do, which read an image besides; take FLUX.1-schnell or FLUX.1-dev: {RELEASES}."
+        )
     misfits = [
         f"{width} is {ours}, but {whose} is {theirs}"
         for width, ours, whose, theirs in (

@@ -53,11 +53,12 @@ _OTHERS = (
 """The same for files without FLUX.1's keys; the first that fits counts."""
 
 
-def find_transformer(source: Source) -> tuple[Source, Layout] | None:
+def find_transformer(source: Source, *, quiet: bool = False) -> tuple[Source, Layout] | None:
     """Finds FLUX's transformer in a checkpoint.
 
     Args:
         source: the checkpoint, as its file has it.
+        quiet: whether the log says nothing of what is left aside, as where nothing is loaded yet.
 
     Returns:
         The transformer's part of it, without prefix, and its layout; None where there is no such part.
@@ -74,20 +75,22 @@ def find_transformer(source: Source) -> tuple[Source, Layout] | None:
         return None
     prefix, layout = own[0]
     part = source.under(prefix, aside=tuple(item for item in OTHER_PARTS if not prefix.startswith(item)))
-    _tell_rest(source, part)
+    if not quiet:
+        _tell_rest(source, part)
     return part, layout
 
 
-def transformer_of(source: Source) -> tuple[Source, Layout]:
+def transformer_of(source: Source, *, quiet: bool = False) -> tuple[Source, Layout]:
     """Does what `find_transformer` does, and refuses what holds none, or none that can be read.
 
     Args:
         source: the checkpoint.
+        quiet: see `find_transformer`.
 
     Raises:
         UserError: in one sentence that says what it is instead.
     """
-    part_and_layout = find_transformer(source)
+    part_and_layout = find_transformer(source, quiet=quiet)
     has_transformer = part_and_layout is not None
     check_weights(part_and_layout[0] if part_and_layout else source, adapters=has_transformer)
     what = describe(list(source), beside_transformer=has_transformer)

@@ -328,20 +328,36 @@ def _pipeline(
     return _convert_parts(config, source, dtype, use, tuple(FOLDERS), variant), tokenizers, config
 
 
+def completed_config(source: str | Path, base: str | Path, *, variant: str | None = None) -> PipelineConfig:
+    """Returns the shapes of a pipeline that a base completes, from the headers of the transformer's file alone.
+
+    Args:
+        source: the transformer, as `convert_transformer` takes it.
+        base: diffusers directory with the other parts.
+        variant: which files to take, see `convert_pipeline`.
+
+    Raises:
+        UserError: as `convert_pipeline`, as far as headers and configurations show it.
+    """
+    source, base = Path(source), Path(base)
+    t5, clip, vae = read_configs(base, ("text_encoder_2", "text_encoder", "vae"))
+    path = _transformer_path(source)
+    axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer") or ROPE_AXES
+    part, _ = transformer_of(Source(path, variant=variant), quiet=True)
+    shape = flux_config_from_shapes(part.shapes(), axes)
+    check_fit(f"{source} and {base}", shape, t5, clip, vae)
+    return PipelineConfig(shape, t5, clip, vae, scheduler_of((source, base), shape), defaults_of(base, shape))
+
+
 def _completed(
     source: Path, base: Path, variant: str | None, dtype: Any, use: Use[M]
 ) -> tuple[dict[str, M], Tokenizers, PipelineConfig]:
     """Does what `_pipeline` does, of a transformer and the other parts of a base directory."""
     check_base(base)
-    t5, clip, vae = read_configs(base, ("text_encoder_2", "text_encoder", "vae"))
-    tokenizers = load_tokenizers(base)
-    path = _transformer_path(source)
+    tokenizers, path = load_tokenizers(base), _transformer_path(source)
     folders = [path, *(base / FOLDERS[name] for name in ("t5", "clip", "vae"))]
     check_variant(f"{source} and {base}", _variants(folders), variant)
-    axes = rope_axes_beside(path) or rope_axes_beside(base / "transformer")
-    transformer, shape = _transformer(path, axes, variant, dtype, use)
-    check_fit(f"{source} and {base}", shape, t5, clip, vae)
-    scheduler = scheduler_of((source, base), shape)
-    config = PipelineConfig(shape, t5, clip, vae, scheduler, defaults_of(base, shape))
+    config = completed_config(source, base, variant=variant)
+    transformer, _ = _transformer(path, config.transformer.rope_axes, variant, dtype, use)
     others = _convert_parts(config, base, dtype, use, ("t5", "clip", "vae"), variant)
     return {"transformer": transformer, **others}, tokenizers, config

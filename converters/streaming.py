@@ -103,7 +103,7 @@ class ConvertedLayers:
 
         Args:
             layer: its number.
-            take: which indices of some leaves are wanted; all is converted nevertheless.
+            take: which indices of some leaves are wanted; a leaf of which any are is converted whole.
 
         Raises:
             ConversionError: if there are values that are not finite.
@@ -112,8 +112,13 @@ class ConvertedLayers:
         self._source.check_unchanged()
         arrays: dict[str, np.ndarray] = {}
         leaves, problems = leaf_paths(self._like), []
+        unread = {path for path, (_, chosen) in (take or {}).items() if not chosen.size}
         for assignment in self._assignments:
             paths = [path.removeprefix(self._prefix) for path in assignment.targets]
+            if unread.issuperset(paths):
+                # Zero strides: of no bytes, as nothing of it is taken.
+                arrays |= {p: np.broadcast_to(np.zeros((), leaves[p].dtype), leaves[p].shape[1:]) for p in paths}
+                continue
             for path in paths:
                 arrays[path] = aligned(leaves[path].shape[1:], leaves[path].dtype)
             parts, new = dict(enumerate(arrays[path] for path in paths)), layer not in self._checked
@@ -121,7 +126,8 @@ class ConvertedLayers:
         self._source.check_unchanged()
         if problems:
             raise ConversionError(self._source.name, dict.fromkeys(problems))
-        self._checked.add(layer)
+        if not unread:
+            self._checked.add(layer)
         tree = jax.tree.unflatten(jax.tree.structure(self._like), [arrays[path] for path in leaves])
         return tree if take is None else take_some(tree, take)
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax.numpy as jnp
 
 from converters.configurations import is_diffusers_directory, pipeline_config
-from converters.pipelines import Sharding, convert_pipeline
+from converters.pipelines import Sharding, completed_config, convert_pipeline
 from converters.transcoders import (
     is_torch_directory,
     stacked_transcoders,
@@ -147,12 +147,20 @@ def pipeline_shapes(model: str | Path) -> dict[str, Any]:
     return {name: getattr(config, name) for name in PARTS}
 
 
-def described_pipeline(model: str | Path) -> PipelineConfig:
+def described_pipeline(
+    model: str | Path, *, base: str | Path | None = None, variant: str | None = None
+) -> PipelineConfig:
     """Returns the shapes of a pipeline's parts and its defaults, without reading weights.
 
     Args:
-        model: as for `abstract_pipeline`.
+        model: as for `abstract_pipeline`; with `base`, a transformer alone. A file of one on the hub is downloaded.
+        base: as for `load_pipeline`.
+        variant: as for `load_pipeline`.
     """
+    if base is not None:
+        refuse_whole(model, base)
+        home = base_directory(base, variant=variant).path
+        return completed_config(checkpoint(model, variant=variant, completed=True).path, home, variant=variant)
     if str(model) in PRESETS and not Path(model).is_dir():
         return preset_config(str(model))
     path = pipeline_directory(model, parts=()).path

@@ -4,8 +4,9 @@
 2. `host_memory` is the least of what the machine has, what the control groups of this process allow (a container's
    `--memory`, Slurm's, systemd's), and what its own limits allow (`ulimit -d`, `prlimit --data`, `ulimit -v`).
 3. `device_memory` is what an accelerator's allocator says; None for a CPU, whose memory is the host's.
-4. `share_memory` lets JAX take more of a GPU than it does by itself, before it is loaded.
-5. `free_disk` is the space at a path that need not exist yet.
+4. `memory_for` is either, capped by what a command's `--memory` allows (`allow`).
+5. `share_memory` lets JAX take more of a GPU than it does by itself, before it is loaded.
+6. `free_disk` is the space at a path that need not exist yet.
 
 Memory that holds file pages is free for this purpose: the system drops them when it needs room. Nothing here imports
 JAX.
@@ -38,6 +39,9 @@ _UNITS = {"": 1} | {
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([kmgt]?i?)(b)\s*", re.IGNORECASE)
 _LIMITS = (("RLIMIT_DATA", "VmData", "ulimit -d"), ("RLIMIT_AS", "VmSize", "ulimit -v"))
 """Limit of this process, what of it is used in /proc/self/status, and the shell's name of it."""
+
+_allowed: list[int] = []
+"""What `allow` has set, if anything."""
 
 
 class Memory(NamedTuple):
@@ -110,13 +114,26 @@ def device_memory(device: Any) -> Memory | None:
     return Memory(total, max(0, total - int(stats.get("bytes_in_use", 0))), "the device")
 
 
+def allow(most: int | None) -> None:
+    """Sets how much memory this process shall use of what there is, as `--memory` says.
+
+    Args:
+        most: bytes; None for all.
+    """
+    _allowed.clear()
+    if most is not None:
+        _allowed.append(most)
+
+
 def memory_for(device: Any) -> Memory:
-    """Returns the memory that weights on a device are kept in: the device's own, or the host's.
+    """Returns the memory that weights on a device are kept in: the device's own, or the host's, as far as is allowed.
 
     Args:
         device: one of `jax.devices()`.
     """
-    return device_memory(device) or host_memory()
+    there = device_memory(device) or host_memory()
+    most = min(_allowed, default=there.available)
+    return Memory(most, most, "--memory") if most < there.available else there
 
 
 def share_memory(environment: MutableMapping[str, str] = os.environ) -> None:

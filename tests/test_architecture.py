@@ -44,6 +44,7 @@ ORDER = (
     ("difffract_jax.conversion",),
     ("difffract_jax.studies",),
     ("difffract_jax.cli",),
+    ("difffract_jax.__main__",),
 )
 LIGHT = (
     "difffract_jax",

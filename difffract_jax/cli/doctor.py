@@ -209,13 +209,13 @@ def _fits(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if row["memory for JAX"]
         ]
         places.append(Place("this host", "host", 1, host_memory().available))
-        return [_row(name, needs, place) for place in places for name, needs in _needs(place.kind)]
+        return [_row(name, needs, place) for place in places for name, needs in _needs(place)]
     except TROUBLE as error:
         return [{"work": "nothing could be counted", "reason": str(error).split("\n")[0]}]
 
 
-def _needs(kind: str) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Yields every piece of work with the bytes that it needs by way; None for a way that there is not."""
+def _needs(place: Any) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yields every piece of work with the bytes that it needs on a device by way."""
     from difffract_jax.cli.models import work_of
     from difffract_jax.cli.settings import PlanConfig
     from difffract_jax.cli.workloads import workload
@@ -225,23 +225,24 @@ def _needs(kind: str) -> Iterator[tuple[str, dict[str, int | None]]]:
     from difffract_jax.loading import described_pipeline
     from difffract_jax.transcoders.settings import TrainConfig
 
+    ways, host = {"resident": "device", "streamed": "disk"}, place.kind == "host"
     for name, command, settings in SIZES:
         asked = resolve(PlanConfig, settings)
-        ways = {
-            way: count(workload(command, asked, host=kind == "host", streamed=way == "streamed")).needed
-            for way in ("resident", "streamed")
+        works = {
+            way: workload(command, asked, host=host, streamed=way == "streamed", room=place.usable) for way in ways
         }
-        yield name, dict(ways)
+        yield name, {way: count(work).needed for way, work in works.items()}
     sites = ("img/6", "img/12", "img/18", "txt/6", "txt/12", "txt/18")
     training = TrainConfig(model="flux-schnell", sites=sites, model_dtype="bf16")
-    platform, flux = "cpu" if kind == "host" else kind, described_pipeline("flux-schnell")
-    yield TRAINED, {"resident": count_training(training, work_of(training), platform, flux).needed, "streamed": None}
+    platform, flux = "cpu" if host else place.kind, described_pipeline("flux-schnell")
+    asked = {way: training.model_copy(update={"weights": weights}) for way, weights in ways.items()}
+    yield TRAINED, {way: count_training(one, work_of(one), platform, flux).needed for way, one in asked.items()}
 
 
-def _row(name: str, needs: dict[str, int | None], place: Any) -> dict[str, Any]:
+def _row(name: str, needs: dict[str, int], place: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"work": name, "on": place.name}
     for way, needed in needs.items():
-        row |= {f"{way} needs": needed, f"{way} fits": None if needed is None else needed <= place.usable}
+        row |= {f"{way} needs": needed, f"{way} fits": needed <= place.usable}
     return row
 
 

@@ -223,6 +223,8 @@ def _check_kinds(settings: EvaluateConfig, opened: list[Opened]) -> None:
         )
     if apart[0].foreign and settings.prompts is not None:
         raise UserError(f"{apart[0].name} belongs to rows, which have no prompts; leave --prompts out.")
+    if apart[0].foreign and settings.weights is not None:
+        raise UserError(f"{apart[0].name} belongs to rows, for which no model is loaded; leave --weights out.")
     if not apart[0].foreign and settings.rows is not None:
         raise UserError(f"{apart[0].name} belongs to a model's sites and is measured on prompts; leave --rows out.")
 

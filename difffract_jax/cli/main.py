@@ -12,8 +12,8 @@ Functions import what they use when they run, and only here, so that `difffract 
 
 import logging
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -46,7 +46,7 @@ from difffract_jax.config import (
     provenance,
     sentence_of,
 )
-from difffract_jax.memory import share_memory
+from difffract_jax.memory import allow, share_memory
 from difffract_jax.storage.compile_cache import enable_compile_cache
 
 ANYWHERE = ("--debug", "--no-compile-cache", preflight.OFF)
@@ -76,15 +76,31 @@ class _Notes(logging.Handler):
 
 def main() -> None:
     """Runs the command line; the entry point `difffract`."""
-    for package in ("converters", "difffract_jax"):
-        notes = logging.getLogger(package)
-        notes.handlers = [_Notes()]
+    with _showing_notes():
+        _run()
+
+
+@contextmanager
+def _showing_notes() -> Iterator[None]:
+    """Shows what the packages note, once: other libraries give the root logger a handler that would tell it again."""
+    loggers = [logging.getLogger(package) for package in ("converters", "difffract_jax")]
+    for notes in loggers:
+        notes.handlers, notes.propagate = [_Notes()], False
         notes.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for notes in loggers:
+            notes.propagate = True
+
+
+def _run() -> None:
     # Typer takes the options of `_root` before the command's name alone.
     first = [argument for argument in sys.argv[1:] if argument in ANYWHERE]
     others = [argument for argument in sys.argv[1:] if argument not in ANYWHERE]
     compiles = _compiles(others)
     preflight.switched_off = preflight.OFF in first
+    allow(None)
     if compiles:
         share_memory()
     if "--no-compile-cache" not in first and compiles:

@@ -17,17 +17,37 @@ def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     from difffract_jax.sharding import EVERYWHERE, pipeline_shardings
 
     model, dtype = model_of(settings), dtype_of(settings)
+    check_weights(settings, mesh)
     if model == "tiny":
         from difffract_jax.models.tiny import random_pipeline
 
         return random_pipeline(dtype=dtype), None
     sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh, EVERYWHERE)
-    if sharding is not None and settings.weights != "device":
+    return load_pipeline(model, dtype=dtype, sharding=sharding, weights=settings.weights), world_of(settings)
+
+
+def check_weights(settings: RowSettings, mesh: Any = None) -> None:
+    """Refuses to keep blocks elsewhere than on the device where that cannot be had.
+
+    Args:
+        settings: say where, and of which model.
+        mesh: devices of the run; None for one.
+
+    Raises:
+        UserError: if the model is made in memory, or spread over several devices.
+    """
+    if settings.weights == "device":
+        return
+    if settings.model == "tiny":
+        raise UserError(
+            f"weights: {settings.weights} fetches a model's blocks from its files, but `tiny` has none: it is made in "
+            "memory, and is small; leave weights out."
+        )
+    if mesh is not None and mesh.size > 1:
         raise UserError(
             f"weights: {settings.weights} fetches a model's blocks to one device, but the mesh has {mesh.size}; use "
             "weights: device, which splits the model over them."
         )
-    return load_pipeline(model, dtype=dtype, sharding=sharding, weights=settings.weights), world_of(settings)
 
 
 def mesh_for(text: str | None) -> Any:

@@ -15,7 +15,7 @@ from difffract_jax.cli.workloads import asked_of, type_of, up_to, workload
 from difffract_jax.config import Settings, UserError
 from difffract_jax.estimate.counts import count
 from difffract_jax.estimate.weights import largest_block, weights_needed
-from difffract_jax.memory import host_memory, memory_for, parse_bytes, text_of_bytes
+from difffract_jax.memory import allow, host_memory, memory_for, parse_bytes, text_of_bytes
 from difffract_jax.models.embeddings import read_embeddings, with_embeddings
 from difffract_jax.models.pipeline import Pipeline
 
@@ -42,8 +42,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         UserError: if one block does not fit, or the model or the embeddings cannot be loaded.
     """
     given = settings.model_dump() | known
-    if given.get("memory") is not None:
-        parse_bytes(given["memory"], "--memory")  # a slip is told also where nothing is counted
+    allow(None if given.get("memory") is None else parse_bytes(given["memory"], "--memory"))
     embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
     name = given.get("dtype") or given.get("model_dtype")
     if sharding is not None and given.get("weights") in ("host", "disk"):
@@ -54,14 +53,16 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
     weights: Place = "device" if sharding is not None else place_of(command, settings, **known)
     # With embeddings T5 is not run at all, and of recorded activations for a contrast prompt alone.
     seldom = embeddings is not None or (given.get("activations") is not None and sharding is None)
+    # Of `encode` the text encoders alone run, so that the transformer's blocks need not be read.
+    encodes = command == "encode"
     pipe = loading.load_pipeline(
         given["model"],
         base=given.get("base"),
         variant=given.get("variant"),
         dtype=None if name is None else dtype_named(name),
         sharding=sharding,
-        weights=weights,
-        text_encoders="disk" if seldom else None,
+        weights="disk" if encodes else weights,
+        text_encoders=weights if encodes else "disk" if seldom else None,
     )
     return Opened(pipe if embeddings is None else with_embeddings(pipe, embeddings), weights)
 
@@ -80,7 +81,7 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
     given = {name: value for name, value in settings.model_dump(exclude={"plan"}).items() if value is not None} | known
     grid, targets = given.pop("grid", None), given.pop("targets", ())
     asked = given.get("weights", "device")
-    uncounted = given.get("base") or (str(given["model"]) in SMALL and "memory" not in given)
+    uncounted = str(given["model"]) in SMALL and "memory" not in given
     if asked == "device" or (asked == "auto" and uncounted):
         return "device"
     import jax
@@ -90,7 +91,7 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
     work = _work(command, given, host=device.platform == "cpu")
     if work is None:
         return "device" if asked == "auto" else asked
-    work = work if grid is None else work._replace(grid=grid)
+    work = work._replace(room=there.available) if grid is None else work._replace(room=there.available, grid=grid)
     work = work if "sites" in given else up_to(work, targets)
     _refuse_tight(work, there)
     needed = count(work).needed
@@ -110,8 +111,8 @@ def _work(command: str, given: dict[str, Any], *, host: bool) -> Any:
     """Returns the command's work with weights on the device; None where it cannot be counted: loading tells why."""
     try:
         given = given | {"dtype": type_of(given)}
-        names = {"model", "transcoders", "sites", "height", "width", "text_tokens", "step", "dtype", "model_dtype"}
-        names |= {"transcoder_dtype", "batch", "expansion_batch", "output", "embeddings"}
+        names = {"model", "base", "variant", "transcoders", "sites", "height", "width", "text_tokens", "step"}
+        names |= {"dtype", "model_dtype", "transcoder_dtype", "batch", "expansion_batch", "output", "embeddings"}
         asked = asked_of(command, {"sites": ("*/*",)} | {name: given[name] for name in names & given.keys()})
         return workload(command, asked, host=host)
     except UserError:

@@ -24,8 +24,9 @@ DEFAULT_MODEL = "flux-schnell"
 COMPILED = ("train", "trace")
 """Commands that libtpu can compile."""
 RESIDENT, STREAMED = "resident", "streamed"
-STREAMING = ("generate", "encode", "trace", "features", "steer", "heads", "effects", "validate", "dashboards")
-"""Commands of which streamed weights are counted besides resident ones."""
+RESIDENT_ALONE = ("convert",)
+"""Commands that stream in any case, so that nothing else is counted."""
+BY_DISK = "--weights disk"
 NOTHING = "nothing that was counted"
 """What makes a command fit that no smaller image and no shorter type does."""
 Asked = Annotated[
@@ -84,8 +85,9 @@ def plan(
     """Say what a command needs, and on which devices it fits, without them: GPUs, hosts and TPUs.
 
     With --device memory is counted from shapes; --set gives sizes: height, width, text_tokens, dtype, sites, expansion,
-    active, transcoders, transcoder_dtype, step, batch, expansion_batch, output. Each way is told: the weights resident,
-    and streamed block by block, of commands that have --weights. Of GPUs 92% count, which the commands let JAX take.
+    active, transcoders, transcoder_dtype, step, steps, tokens_per_step, batch, expansion_batch, output, base, variant.
+    Each way is told: the weights resident, and streamed block by block. Of GPUs 92% count, which the commands let JAX
+    take.
 
     Training and traces on TPUs are compiled, which needs the extra `tpu`, but no TPU and no weights: chips are v5e, v5p
     and v6e, shapes such as v5e:8x8 or v5p:2x2x1. If neither `--mesh` nor the config's `mesh` says how to spread a
@@ -208,29 +210,38 @@ def _counted(
     places, found = [read_place(name) for name in devices], []
     for place in places:
         if command == "train":
-            found.append((place, RESIDENT, _counted_training(_training(file, model, sets), place.kind), []))
+            found += _counted_training(_training(file, model, sets), place)
             continue
         from difffract_jax.cli.workloads import changes, workload
         from difffract_jax.estimate.counts import remedies
 
         asked = _asked(file, model, sets)
-        for way in (RESIDENT, STREAMED) if command in STREAMING else (RESIDENT,):
-            work = workload(command, asked, host=place.kind == "host", streamed=way == STREAMED)
+        for way in (RESIDENT,) if command in RESIDENT_ALONE else (RESIDENT, STREAMED):
+            work = workload(command, asked, host=place.kind == "host", streamed=way == STREAMED, room=place.usable)
             ways = changes(asked, ("dtype", "transcoder_dtype", "batch", "height"))
             taken, least = remedies(work, place.usable, ways)
-            streams = command in STREAMING and count(work._replace(streamed=True)).needed <= place.usable
-            less = taken if least <= place.usable else ["--weights disk" if streams else NOTHING]
+            streams = command not in RESIDENT_ALONE and count(work._replace(streamed=True)).needed <= place.usable
+            less = taken if least <= place.usable else [BY_DISK if streams else NOTHING]
             found.append((place, way, count(work), less))
     return _as_json(command, found) if json else _as_tables(command, found)
 
 
-def _counted_training(settings: TrainConfig, kind: str) -> Any:
+def _counted_training(settings: TrainConfig, place: Any) -> list[tuple[Any, str, Any, list[str]]]:
+    """Counts a training on a device, its model resident and streamed; of rows from disk there is one way."""
     from difffract_jax.estimate.training import count_training
     from difffract_jax.loading import described_pipeline
 
     read = settings.rows is None and settings.model not in (None, "tiny")
     config = described_pipeline(str(settings.model)) if read else None
-    return count_training(settings, work_of(settings), "cpu" if kind == "host" else kind, config)
+    work, platform = work_of(settings), "cpu" if place.kind == "host" else place.kind
+    ways = {RESIDENT: "device", STREAMED: "disk"} if read else {RESIDENT: "device"}
+    counted = {}
+    for way, weights in ways.items():
+        asked = settings.model_copy(update={"weights": weights})
+        counted[way] = count_training(asked, work._replace(settings=asked), platform, config)
+    fitting = {way: one.needed <= place.usable for way, one in counted.items()}
+    less = {way: [] if fits else [BY_DISK if fitting.get(STREAMED) else NOTHING] for way, fits in fitting.items()}
+    return [(place, way, one, less[way]) for way, one in counted.items()]
 
 
 def _as_json(command: str, found: Sequence[Any]) -> dict[str, Any]:
@@ -262,7 +273,10 @@ def _as_tables(command: str, found: Sequence[Any]) -> dict[str, Any]:
             held = ", ".join(f"{name} {text_of_bytes(size)}" for name, size in phase.held.items() if size)
             row = {"weights": way, "phase": phase.name, "held": held, "in between": text_of_bytes(phase.passing)}
             parts.append(row | {"needed": text_of_bytes(phase.needed)})
-    about = "from shapes, not compiled: what is held is exact, what is needed in between an estimate from above"
+    about = (
+        "every figure, from shapes, not compiled: what is held is exact, what is needed in between an estimate from "
+        "above, to which in a streamed trace the decoder rows of all features that can be active belong"
+    )
     return {"planned": command, "counted": about, "devices": rows, "phases": parts}
 
 

@@ -35,11 +35,11 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     set_here = settings.model_dump(exclude={"plan"})
     given = {name: value for name, value in set_here.items() if value is not None} | known
     grid, targets = given.pop("grid", None), given.pop("targets", ())
-    if switched_off or given.get("model") in (None, *SMALL) or given.get("mesh") or given.get("base"):
+    if switched_off or given.get("model") in (None, *SMALL) or given.get("mesh"):
         return
     from difffract_jax.hub.names import parse_hub_name
 
-    if parse_hub_name(str(given["model"])) is not None:
+    if any(parse_hub_name(str(given[name])) is not None for name in ("model", "base") if name in given):
         return
     import jax
 
@@ -53,7 +53,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     try:
         dtype = type_of(given) if "weights" in given else "f32"
         asked = asked_of(command, {"dtype": dtype, "sites": ("*/*",)} | given)
-        work = workload(command, asked, host=device.platform == "cpu", streamed=streamed)
+        work = workload(command, asked, host=device.platform == "cpu", streamed=streamed, room=there.available)
         work = work if grid is None else work._replace(grid=grid)
         work = work if "sites" in given else up_to(work, targets)
     except UserError:

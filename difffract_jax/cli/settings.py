@@ -210,6 +210,10 @@ class PlanConfig(Settings):
 
     model: str = "flux-schnell"
     """Model: `flux-schnell` or `flux-dev`, of which nothing need be here, or whatever the command takes."""
+    base: Path | None = None
+    """For a model that is a transformer alone: diffusers directory with the other parts, or hf:OWNER/NAME."""
+    variant: str | None = None
+    """Which weights to take where a diffusers directory has several."""
     transcoders: str | None = None
     """Transcoders, a converted directory or `organism`; left out, those that `sites` and `expansion` describe."""
     sites: tuple[str, ...] = ("img/*", "txt/*")
@@ -226,6 +230,10 @@ class PlanConfig(Settings):
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     step: Annotated[str, BeforeValidator(str)] = Field("0", pattern=r"^\d+(-\d+)?$")
     """Denoising step that is recorded, or steps, as in 0-3."""
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps of the runs of `harvest` and `evaluate`; the model's own default when left out."""
+    tokens_per_step: int | None = Field(None, ge=1)
+    """Most tokens of a prompt that a site reports at a step of `harvest`; all when left out."""
     dtype: Literal["f32", "bf16"] = "bf16"
     """Type of the model's weights in memory."""
     transcoder_dtype: Literal["f32", "bf16"] = "f32"

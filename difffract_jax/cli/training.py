@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.models import model_of, pipeline_of, rows_in, with_origin, work_of, world_of
+from difffract_jax.cli.models import check_weights, model_of, pipeline_of, rows_in, with_origin, work_of, world_of
 from difffract_jax.cli.preflight import check_training_fits
 from difffract_jax.config import UserError, provenance, read_yaml
 from difffract_jax.transcoders.settings import TrainConfig
@@ -144,6 +144,8 @@ def train(
         return emit(_export(export, settings.out), as_json=json)
     if join is not None:
         join_others(join)
+    if settings.rows is not None and settings.weights != "device":
+        typer.echo(f"Note: weights: {settings.weights} has no effect here: rows are read, and no model.", err=True)
     settings = with_origin(settings)
     source = None if settings.rows is None else rows_in(settings, "train")
     work = work_of(settings, source)
@@ -198,9 +200,11 @@ def _described(work: Any, origins: Mapping[str, str]) -> dict[str, Any]:
     from difffract_jax.transcoders.sources import open_prompts
 
     settings = work.settings
+    mesh = open_mesh(settings)
     if settings.rows is None:
+        check_weights(settings, mesh)
         open_prompts(settings, "train", world_of(settings))
-    setup = set_up(settings, work.sites, work.width, open_mesh(settings))
+    setup = set_up(settings, work.sites, work.width, mesh)
     held = held_bytes(setup, work.model)
     parts = ", ".join(f"{name} {held[name] / GIB:.2f}" for name in ("state", "buffer", "model") if held[name])
     return {

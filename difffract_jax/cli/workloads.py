@@ -16,7 +16,7 @@ from difffract_jax.cli.requests import read_steps
 from difffract_jax.cli.settings import PlanConfig
 from difffract_jax.cli.used import up_to_targets
 from difffract_jax.config import UserError, resolve
-from difffract_jax.directories import SHIPPED, pipeline_directory
+from difffract_jax.directories import SHIPPED, checkpoint, pipeline_directory
 from difffract_jax.estimate.counts import COMMANDS
 from difffract_jax.estimate.weights import Transcoders
 from difffract_jax.estimate.work import Work
@@ -28,6 +28,8 @@ from difffract_jax.transcoders.sites import parse_sites, sites_of, some_sites
 from difffract_jax.transcoders.transcoder import TranscoderConfig
 
 WITHOUT_TRANSCODERS = ("generate", "encode", "convert")
+ROWS = ("harvest", "evaluate")
+"""Commands that make rows of whole runs."""
 RECORDING = ("trace", "heads", "effects", "validate")
 SMALLEST = 256
 """Pixels of a side below which no smaller image is advised."""
@@ -43,6 +45,8 @@ def asked_of(command: str, given: Mapping[str, Any]) -> PlanConfig:
     values = dict(given) | dict(given.get("plan") or {})
     if "model_dtype" in values:
         values["dtype"] = values["model_dtype"]
+    if "steps_per_image" in values:
+        values["steps"] = values["steps_per_image"]
     if isinstance(values.get("sites"), str):
         values["sites"] = tuple(values["sites"].split(","))
     names = PlanConfig.model_fields.keys() - (set() if command in RECORDING else {"step"})
@@ -60,11 +64,15 @@ def type_of(given: Mapping[str, Any]) -> str:
     named = given.get("dtype") or given.get("model_dtype")
     if named is not None:
         return str(named)
-    stored = stored_dtype(pipeline_directory(given["model"], parts=()).path)
+    alone = given.get("base") is not None
+    home = checkpoint(given["model"], completed=True) if alone else pipeline_directory(given["model"], parts=())
+    stored = stored_dtype(home.path)
     return "bf16" if stored == dtype_named("bf16") else "f32"
 
 
-def workload(command: str, asked: PlanConfig, *, host: bool = False, streamed: bool = False) -> Work:
+def workload(
+    command: str, asked: PlanConfig, *, host: bool = False, streamed: bool = False, room: int | None = None
+) -> Work:
     """Returns a command's work.
 
     Args:
@@ -72,27 +80,31 @@ def workload(command: str, asked: PlanConfig, *, host: bool = False, streamed: b
         asked: its settings.
         host: whether a processor computes.
         streamed: whether weights pass through memory block by block.
+        room: bytes that the command may use; None where they are not known.
 
     Raises:
         UserError: if the model or transcoders are neither here nor known, or a size does not divide.
     """
     if command not in COMMANDS:
         raise UserError(f"{command} is no command that can be planned; there are {', '.join(COMMANDS)} and train.")
-    config = described_pipeline(asked.model)
+    config = described_pipeline(asked.model, base=asked.base, variant=asked.variant)
     run = plan_run(config, height=asked.height, width=asked.width, text_tokens=asked.text_tokens)
     shapes, layout = {name: getattr(config, name) for name in PARTS}, config.transformer.layout
     first, last = read_steps(asked.step)
-    steps = last - first + 1
+    steps = last - first + 1 if command not in ROWS else asked.steps or run.steps
     work = Work(command, shapes, dtype_named(asked.dtype), run.grid, run.text_tokens, host=host, streamed=streamed)
-    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps)
+    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps, room=room)
+    if command == "harvest":
+        work = work._replace(tokens=asked.tokens_per_step)
     if asked.embeddings and command != "encode":
         work = work._replace(shapes={name: shapes[name] for name in ("transformer", "vae")})
     if command in WITHOUT_TRANSCODERS:
         return work
     tcs = _transcoders(asked, config.transformer)
     held = [block for placed in tcs.sites.slots(layout) for block in placed]
-    through = asked.output or steps > 1 or command == "effects"
-    blocks = Blocks(0 if steps > 1 else min(held), layout.depth if through else max(held) + 1, through)
+    across = command in RECORDING and steps > 1
+    through = asked.output or across or command == "effects"
+    blocks = Blocks(0 if across else min(held), layout.depth if through else max(held) + 1, through)
     return work._replace(tcs=tcs, recorded=(blocks.first, blocks.end))
 
 
@@ -156,7 +168,7 @@ def changes(asked: PlanConfig, options: Sequence[str]) -> list[tuple[str, Callab
         add("transcoder_dtype", "--transcoder-dtype bf16", narrower)
     if asked.batch > 1:
         add("batch", "--batch 1", lambda work: work._replace(batch=1))
-    config = described_pipeline(asked.model)
+    config = described_pipeline(asked.model, base=asked.base, variant=asked.variant)
     height, width = asked.height or config.defaults.height, asked.width or config.defaults.width
     if min(height, width) >= 2 * SMALLEST:
         add("height", f"--height {height // 2} --width {width // 2}", smaller)

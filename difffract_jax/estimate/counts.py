@@ -16,13 +16,17 @@ from math import prod
 
 import numpy as np
 
+from converters.pipelines import LAYERED_PARTS
+from difffract_jax.circuits.frozen.replacement import ROWS_SHARE
 from difffract_jax.estimate.scanning import PEAK, SCAN_STEPS, feature_bytes
 from difffract_jax.estimate.weights import (
     abstract_parts,
+    around_bytes,
     block_bytes,
     bytes_of,
     largest_leaf,
     largest_slice,
+    slim_bytes,
     stacks_of,
     transcoder_bytes,
 )
@@ -37,6 +41,8 @@ ROWS_OF_EDGES = 2**30
 """Bytes that edges of targets pulled back together fill at most: `attribute.LARGEST_ROWS`."""
 DECODER_ARRAYS = 4
 """Arrays of the autoencoder's second width that live at once at full size; compiled for CPUs: 3.5."""
+KEEPING = ("steer", "evaluate")
+"""Commands that keep all of their transcoders on the device, wherever the model's blocks stay."""
 CODE_ARRAYS = 4
 """Codes of a site that live at once while it is encoded; compiled for a TPU: 4.0."""
 
@@ -74,13 +80,18 @@ def remedies(
     return taken, needed
 
 
-def _model(work: Work, *names: str) -> dict[str, int]:
-    """Returns what lies in memory of the named parts' weights: all of them, or two blocks and what lies around them."""
-    parts = {name: part for name, part in abstract_parts(work.shapes, work.dtype).items() if not names or name in names}
+def _model(work: Work, *running: str) -> dict[str, int]:
+    """Returns what lies in memory of the model's weights: all, or two blocks of what runs, and what is never streamed.
+
+    Args:
+        work: of the command.
+        running: the parts whose blocks pass through, if any do.
+    """
+    parts = abstract_parts(work.shapes, work.dtype)
     if not work.streamed:
         return {"model": sum(map(bytes_of, parts.values()))}
-    blocks = max((block_bytes(part) for part in parts.values() if stacks_of(part)), default=0)
-    around = max(bytes_of(part) - sum(map(bytes_of, stacks_of(part))) for part in parts.values())
+    blocks = max((block_bytes(parts[name]) for name in running if name in LAYERED_PARTS), default=0)
+    around = sum(around_bytes(part, name in LAYERED_PARTS) for name, part in parts.items())
     return {"two blocks": 2 * blocks, "weights around the blocks": around}
 
 
@@ -111,19 +122,19 @@ def _text(work: Work) -> list[Phase]:
     """Counts the text encoders, where they are loaded: a layer, its hidden columns, the pattern of all heads."""
     if "t5" not in work.shapes:
         return []
-    held = _model(work) if not work.streamed else _model(work, "t5", "clip")
+    return [Phase("encode the prompt", _model(work, "t5"), _text_layer(work))]
+
+
+def _text_layer(work: Work) -> int:
     t5, rows = work.shapes["t5"], work.text_tokens
-    activations = WIDE * (rows * (4 * t5.d_model + 3 * t5.d_ff) + 2 * t5.heads * rows**2)
-    return [Phase("encode the prompt", held, _layer(work, "t5") + activations)]
+    return _layer(work, "t5") + WIDE * (rows * (4 * t5.d_model + 3 * t5.d_ff) + 2 * t5.heads * rows**2)
 
 
 def _decode(work: Work) -> Phase:
     vae = work.shapes["vae"]
     pixels = work.batch * prod(work.grid) * (2 * vae.factor) ** 2
     wide = vae.widths[min(1, len(vae.widths) - 1)]
-    return Phase(
-        "decode the image", _model(work, *(("vae",) if work.streamed else ())), DECODER_ARRAYS * wide * pixels * WIDE
-    )
+    return Phase("decode the image", _model(work), DECODER_ARRAYS * wide * pixels * WIDE)
 
 
 def _load(work: Work) -> Phase:
@@ -133,12 +144,14 @@ def _load(work: Work) -> Phase:
     )
 
 
-def _transcoders(work: Work) -> dict[str, int]:
-    """Returns the bytes of the transcoders: of all sites, or of one where they pass through."""
+def _transcoders(work: Work, *, resident: bool = False) -> dict[str, int]:
+    """Returns the bytes of the transcoders: of all sites; or of two, where one is fetched while one is used."""
     if work.tcs is None:
         return {}
-    one = transcoder_bytes(work.tcs)
-    return {"a transcoder": one} if work.streamed else {"transcoders": one * len(work.tcs.sites.names)}
+    one, sites = transcoder_bytes(work.tcs), len(work.tcs.sites.names)
+    if work.streamed and not resident:
+        return {"two transcoders": min(2, sites) * one}
+    return {"transcoders": one * sites}
 
 
 def _rows(work: Work) -> list[int]:
@@ -185,79 +198,120 @@ def _pull(work: Work) -> tuple[dict[str, int], int]:
 
 
 def _recorded_weights(work: Work) -> dict[str, int]:
-    """Returns the recorded blocks' weights, when the rest of the model is gone; streamed, two blocks."""
+    """Returns what a trace keeps of the recorded blocks, when the rest of the model is gone; streamed, slim blocks."""
     first, end = work.recorded
+    part = abstract_parts(work.shapes, work.dtype)["transformer"]
     if work.streamed:
-        return {"two blocks": 2 * block_bytes(abstract_parts(work.shapes, work.dtype)["transformer"])}
+        around = around_bytes(part, streamed=True)
+        return {"slim blocks": slim_bytes(part, first, end), "weights around the blocks": around}
     held, begin = 0, 0
-    for stack in abstract_parts(work.shapes, work.dtype)["transformer"].stacks:
+    for stack in part.stacks:
         depth = depth_of(stack)
         held += bytes_of(stack) * max(0, min(end, begin + depth) - max(first, begin)) // depth
         begin += depth
     return {"recorded blocks": held}
 
 
+def _slim(work: Work) -> dict[str, int]:
+    """Returns the slim blocks that a streamed trace records, beside the blocks on their way."""
+    return {"slim blocks": _recorded_weights(work)["slim blocks"]} if work.streamed else {}
+
+
+def decoder_rows(work: Work, *, bounded: bool) -> int:
+    """Returns the bytes of decoder rows that a streamed trace keeps, at most: of every feature that can be active.
+
+    Args:
+        work: with transcoders.
+        bounded: whether rows that take more than their share of the memory are streamed, as in `attribute` and
+            `total_effects`.
+    """
+    assert work.tcs is not None
+    config, names = work.tcs.config, work.tcs.sites.names
+    most = max(min(config.features, rows * work.tcs.active) for rows in _rows(work))
+    total = work.steps * len(names) * most * config.d_model_out * work.tcs.itemsize
+    return min(total, round(ROWS_SHARE * work.room)) if bounded and work.room is not None else total
+
+
 def _generate(work: Work) -> list[Phase]:
-    denoise = Phase("denoise", _model(work, *(("transformer",) if work.streamed else ())), _forward(work))
+    denoise = Phase("denoise", _model(work, "transformer"), _forward(work))
     return [_load(work), *_text(work), denoise, _decode(work)]
 
 
 def _encode(work: Work) -> list[Phase]:
-    """Counts `encode`: the text encoders alone."""
-    return _text(work._replace(shapes={name: work.shapes[name] for name in ("t5", "clip")}))
+    """Counts `encode`: the text encoders run, and the transformer's blocks are not read."""
+    parts = abstract_parts(work.shapes, work.dtype)
+    if work.streamed or "transformer" not in parts:
+        return _text(work)
+    held = sum(around_bytes(part, name == "transformer") for name, part in parts.items())
+    return [Phase("encode the prompt", {"text encoders, and what is never streamed": held}, _text_layer(work))]
 
 
 def _capture(work: Work) -> list[Phase]:
     """Counts loading, the prompt, and the recording of a run."""
-    own = _model(work, *(("transformer",) if work.streamed else ()))
     kept = {} if work.streamed else _transcoders(work)
+    recording = _model(work, "transformer") | kept | _slim(work) | _record(work)
     return [
         _load(work),
         *(text._replace(held={**text.held, **kept}) for text in _text(work)),
-        Phase("record the run", own | kept | _record(work), _forward(work._replace(batch=1))),
+        Phase("record the run", recording, _forward(work._replace(batch=1))),
     ]
 
 
-def _attribute(work: Work, weights: Mapping[str, int]) -> list[Phase]:
+def _attribute(work: Work, weights: Mapping[str, int], *, bounded: bool) -> list[Phase]:
     """Counts the encoding of a recorded run and the pull-back."""
     record = {"record": _record(work)["record"]}
     rows, cotangents = _pull(work)
-    held = {**weights, **_transcoders(work), **record, **_codes(work)}
-    return [Phase("encode sites", held, _encoding(work)), Phase("pull back", held | rows, cotangents)]
+    held = {**weights, **record, **_codes(work)}
+    # How many features are active anywhere nobody knows beforehand: an estimate from above.
+    decoders = decoder_rows(work, bounded=bounded) if work.streamed else 0
+    sites, pulled = _transcoders(work), {} if work.streamed else _transcoders(work)
+    return [
+        Phase("encode sites", held | sites, _encoding(work) + decoders),
+        Phase("pull back", held | pulled | rows, cotangents + decoders),
+    ]
 
 
 def _trace(work: Work) -> list[Phase]:
-    return [*_capture(work), *_attribute(work, _recorded_weights(work))]
+    return [*_capture(work), *_attribute(work, _recorded_weights(work), bounded=True)]
 
 
 def _again(work: Work) -> list[Phase]:
     """Counts commands that capture a graph's run anew and keep the whole model meanwhile: heads, effects, validate."""
-    kept = (
-        _recorded_weights(work)
-        if work.streamed
-        else _model(work) | {"copies of recorded blocks": _record(work)["copies of recorded blocks"]}
-    )
-    return [*_capture(work), *_attribute(work, kept)]
+    copies = {} if work.streamed else {"copies of recorded blocks": _record(work)["copies of recorded blocks"]}
+    kept = _model(work, "transformer") | _slim(work) | copies
+    return [*_capture(work), *_attribute(work, kept, bounded=work.command == "effects")]
 
 
 def _coded(work: Work) -> list[Phase]:
     """Counts commands that encode sites while the model runs: features, steer, evaluate."""
-    one = _transcoders(work)
-    own = _model(work, *(("transformer",) if work.streamed else ())) | one
-    run = Phase("run and encode sites", own, _forward(work) + work.batch * _encoding(work))
-    kept = {} if work.streamed else one
-    phases = [_load(work), *(text._replace(held={**text.held, **kept}) for text in _text(work)), run]
+    resident = not work.streamed or work.command in KEEPING
+    one = _transcoders(work, resident=resident)
+    kept = one if resident else {}
+    phases = [_load(work), *(text._replace(held={**text.held, **kept}) for text in _text(work))]
+    run = Phase(
+        "run and encode sites", _model(work, "transformer") | one, _forward(work) + work.batch * _encoding(work)
+    )
+    if work.command == "evaluate":
+        phases.append(_rows_of_prompts(work, "measure rows", one))
     if work.command == "features":
-        return phases
+        return [*phases, run]
     decode = _decode(work)
-    return [*phases, decode._replace(held={**decode.held, **kept})]
+    return [*phases, run, decode._replace(held={**decode.held, **kept})]
+
+
+def _rows_of_prompts(work: Work, name: str, beside: Mapping[str, int]) -> Phase:
+    """Counts what gives x and y of every site, of all prompts that run together and all steps."""
+    tokens = [min(rows, work.tokens or rows) for rows in _rows(work)]
+    each = 2 * work.batch * work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
+    # Where blocks are streamed, all tokens of a step are there before some are chosen.
+    chosen = each * sum(_rows(work)) if work.streamed and work.tokens else 0
+    held = _model(work, "transformer") | dict(beside) | {"rows": each * work.steps * sum(tokens)}
+    return Phase(name, held, _forward(work) + chosen)
 
 
 def _harvest(work: Work) -> list[Phase]:
-    """Counts `harvest`: x and y of every site of all prompts that run together."""
-    rows = 2 * work.batch * sum(_rows(work)) * work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
-    own = _model(work, *(("transformer",) if work.streamed else ()))
-    return [_load(work._replace(tcs=None)), *_text(work), Phase("harvest", own | {"rows": rows}, _forward(work))]
+    """Counts `harvest`; of the transcoders the sites alone count."""
+    return [_load(work._replace(tcs=None)), *_text(work), _rows_of_prompts(work, "harvest", {})]
 
 
 def _dashboards(work: Work) -> list[Phase]:
@@ -266,8 +320,7 @@ def _dashboards(work: Work) -> list[Phase]:
     features = work.tcs.config.features * len(work.tcs.sites.names)
     read = work.batch * sum(_rows(work)) * work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
     kept = {"statistics": features * (feature_bytes(SCAN_STEPS) + work.batch * PEAK), "what sites read": read}
-    own = _model(work, *(("transformer",) if work.streamed else ()))
-    one = _transcoders(work)
+    own, one = _model(work, "transformer"), _transcoders(work)
     passing = max(_forward(work), work.batch * _encoding(work))
     return [
         _load(work),

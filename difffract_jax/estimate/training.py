@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from converters.pipelines import LAYERED_PARTS
 from difffract_jax.estimate.counts import COMMANDS
-from difffract_jax.estimate.weights import Transcoders, bytes_of
+from difffract_jax.estimate.weights import Transcoders, around_bytes
 from difffract_jax.estimate.work import Estimate, Phase, Work
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.sharding import make_mesh
@@ -36,9 +37,10 @@ def count_training(settings: TrainConfig, work: TrainingWorkload, platform: str,
     setup = set_up(settings, work.sites, work.width, make_mesh(ONE, jax.devices()[:1]))
     held = held_bytes(setup, {})
     on_host = encoders_on_host(settings, platform)
-    resident = [tree for name, tree in work.model.items() if name == "transformer" or not on_host]
-    resident = resident if settings.weights == "device" else []
-    lasting = {"state": held["state"], "buffer": held["buffer"], "model": bytes_of(resident)}
+    streamed = settings.weights != "device"
+    resident = {name: tree for name, tree in work.model.items() if name == "transformer" or not on_host}
+    model = sum(around_bytes(tree, streamed and name in LAYERED_PARTS) for name, tree in resident.items())
+    lasting = {"state": held["state"], "buffer": held["buffer"], "model": model}
     step = lasting | {"rows": held["rows"]}
     between = max(0, round(estimate(work._replace(model={}), ONE)) - sum(held.values()))
     # Beside the state in the making there may be its weights once more.
@@ -57,12 +59,16 @@ def _refresh(
     dtype = jax.tree.leaves(work.model["transformer"])[0].dtype
     streamed = settings.weights != "device"
     asked = Work("harvest", shapes, dtype, run.grid, run.text_tokens, batch=settings.prompts_at_once, streamed=streamed)
+    asked = asked._replace(steps=settings.steps_per_image or run.steps, tokens=settings.tokens_per_step)
     # Rows are kept, nothing is encoded: of the transcoders only the sites count.
     shape = TranscoderConfig(d_model=config.transformer.d_model, features=1, time_embed=0, conditioning="none")
     asked = asked._replace(tcs=Transcoders(shape, work.sites, np.dtype(dtype).itemsize))
-    (text,), harvest = COMMANDS["encode"](asked), COMMANDS["harvest"](asked)[-1]
-    visiting = {"text encoders": sum(text.held.values())} if on_host or streamed else {}
-    blocks = {"blocks on their way": sum(harvest.held.values()) - harvest.held["rows"]} if streamed else {}
+    encoders = asked._replace(shapes={name: shapes[name] for name in ("t5", "clip")})
+    (text,), harvest = COMMANDS["encode"](encoders), COMMANDS["harvest"](asked)[-1]
+    visiting = {"text encoders": sum(text.held.values())} if on_host else {}
+    if streamed and not on_host:
+        visiting = {"blocks on their way": text.held["two blocks"]}
+    blocks = {"blocks on their way": harvest.held["two blocks"]} if streamed else {}
     rows = {"rows of the prompts": harvest.held["rows"]} | blocks
     return [
         Phase("encode prompts", {**lasting, **visiting}, text.passing),

@@ -86,6 +86,34 @@ def block_bytes(part: Any) -> int:
     return max(blocks, default=bytes_of(part))
 
 
+def around_bytes(part: Any, streamed: bool) -> int:
+    """Returns the bytes of a part that stay in memory while its blocks pass through; all of it if they do not.
+
+    Args:
+        part: abstract.
+        streamed: whether they pass through.
+    """
+    return bytes_of(part) - (sum(map(bytes_of, stacks_of(part))) if streamed else 0)
+
+
+def slim_bytes(part: MMDiT, first: int, end: int) -> int:
+    """Returns the bytes of what a streamed trace keeps of recorded blocks, `models.blocks.Block.slim`.
+
+    Args:
+        part: the transformer, abstract.
+        first: block that is recorded.
+        end: the block behind the last.
+    """
+    total, begin = 0, 0
+    for stack in part.stacks:
+        depth = depth_of(stack)
+        block = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
+        taken = max(0, min(end, begin + depth) - max(first, begin))
+        total += taken * bytes_of(jax.eval_shape(lambda one: one.slim(), block))
+        begin += depth
+    return total
+
+
 def largest_leaf(shapes: Mapping[str, Any], dtype: Any) -> int:
     """Returns the bytes of the largest array, which is put together in host memory while it is loaded."""
     return max(bytes_of(leaf) for leaf in jax.tree.leaves(list(abstract_parts(shapes, dtype).values())))

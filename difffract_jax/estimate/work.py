@@ -18,11 +18,13 @@ class Work(NamedTuple):
         text_tokens: length of the text sequence.
         tcs: transcoders; None for a command without.
         recorded: first block that is recorded and the one behind the last.
-        steps: denoising steps that are recorded.
+        steps: denoising steps that are recorded; of `harvest` and `evaluate`, of the run.
         targets: pulled back together at most.
         batch: images, or prompts, computed together.
         streamed: whether weights pass through memory block by block.
         host: whether a processor computes. XLA then widens all bfloat16 weights of a loop to float32 at once.
+        tokens: of a prompt that a site reports at a step, for rows; None for all.
+        room: bytes that the command may use, a share of which decoder rows fill at most; None where nobody knows.
     """
 
     command: str
@@ -37,6 +39,8 @@ class Work(NamedTuple):
     batch: int = 1
     streamed: bool = False
     host: bool = False
+    tokens: int | None = None
+    room: int | None = None
 
     @property
     def seq(self) -> int:

@@ -128,12 +128,13 @@ class Streamed:
     Attributes:
         source: gives the layers.
         groups: of the MLP sublayers of each layer; () for what are not blocks.
-        numbers: of the layers in the source.
+        numbers: of the layers in the source; None for one that is not there, as the transcoder of a block without one,
+            which is fetched as None.
     """
 
     source: LayerSource
     groups: tuple[Group, ...]
-    numbers: tuple[int, ...]
+    numbers: tuple[int | None, ...]
 
     @property
     def depth(self) -> int:
@@ -144,9 +145,9 @@ class Streamed:
         """Returns a run of the layers."""
         return replace(self, numbers=self.numbers[chosen])
 
-    def pick(self, chosen: Iterable[int]) -> "Streamed":
-        """Returns some of the layers."""
-        return replace(self, numbers=tuple(self.numbers[layer] for layer in chosen))
+    def pick(self, chosen: Iterable[int | None]) -> "Streamed":
+        """Returns some of the layers; None stands for one that is not there."""
+        return replace(self, numbers=tuple(None if layer is None else self.numbers[layer] for layer in chosen))
 
     def fetch(self, layer: int) -> Any:
         """Returns one layer, on the device.
@@ -155,8 +156,10 @@ class Streamed:
             layer: counted from the stack's first.
         """
         refuse_compilation()
-        begin = perf_counter()
-        tree = self.source.read(self.numbers[layer])
+        begin, number = perf_counter(), self.numbers[layer]
+        if number is None:
+            return None
+        tree = self.source.read(number)
         # Aligned arrays are taken over on a processor: `jnp.asarray` would copy them.
         fetched = jax.device_put(tree)
         READING.add(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), perf_counter() - begin)
@@ -317,7 +320,7 @@ def whole(tree: Any) -> Any:
     def read(node: Any) -> Any:
         if not isinstance(node, Streamed):
             return node
-        layers = [node.source.read(number) for number in node.numbers]
+        layers = [node.source.read(number) for number in node.numbers if number is not None]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *layers)
 
     return jax.tree.map(read, tree, is_leaf=is_streamed)

@@ -25,11 +25,13 @@ from difffract_jax.circuits.effects.readings import Mode, scaled
 from difffract_jax.circuits.effects.total_effects import total_effects
 from difffract_jax.circuits.frozen import streamed_sites
 from difffract_jax.circuits.frozen.replacement import prepare
+from difffract_jax.circuits.frozen.streamed_sites import RowLayers
 from difffract_jax.circuits.frozen.targets import Targets
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline, save_transcoders
+from difffract_jax.memory import allow
 from difffract_jax.models.blocks import Cond
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.stacks import run_stack
@@ -116,6 +118,62 @@ def test_spans_are_the_same(resident, streamed):
         assert places[0] == places[1]
         graphs.append(attribute(trace, tcs, target=strongest_feature(trace, tcs, "txt", 1), max_nodes=6))
     same_edges(*graphs)
+
+
+@pytest.mark.parametrize("target", ["feature", "velocity", "span", "bf16"])
+def test_graphs_are_the_same_where_decoder_rows_are_streamed(streamed, monkeypatch, target):
+    pipe, tcs = streamed
+    output, precision = target == "velocity", "bf16" if target == "bf16" else "f32"
+    if target == "span":
+        trace = capture_steps(pipe, tcs, PROMPT, first=0, last=1)
+    else:
+        trace = capture(pipe, tcs, PROMPT, output=output)
+    wanted = resolve_target(pipe, trace, parse_target("velocity:contrast=a blue square")) if output else None
+    wanted = wanted or strongest_feature(trace, tcs, "img", 2)
+    options = {"max_nodes": 8, "min_attribution": 0.0, "precision": precision}
+    held, read = attribute(trace, tcs, target=wanted, **options), []
+    monkeypatch.setattr(
+        RowLayers, "read", lambda self, *given, real=RowLayers.read: read.append(self) or real(self, *given)
+    )
+    try:
+        allow(4_000)
+        rows = attribute(trace, tcs, target=wanted, **options)
+    finally:
+        allow(None)
+    assert len(read) > len(tcs.sites.names)
+    for name in ("edge_source", "edge_target", "edge_attribution", "target_bias", "target_preactivation"):
+        np.testing.assert_array_equal(getattr(rows, name), getattr(held, name), err_msg=name)
+
+
+def test_decoder_rows_that_fit_are_held(streamed):
+    pipe, tcs = streamed
+    trace = capture(pipe, tcs, PROMPT)
+    held, rows = (prepare(trace, tcs, rows=which).steps[0] for which in ("auto", "streamed"))
+    for one, other in zip(held.sites, rows.sites, strict=True):
+        if one.stack is None:  # single-stream blocks, of which none is recorded
+            assert other.stack is None
+            continue
+        assert isinstance(other.stack, Streamed) and not isinstance(one.stack, Streamed)
+        read = [other.stack.fetch(slot) for slot in range(other.stack.depth)]
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda *leaves: np.stack(leaves), *read), one.stack)
+        (shape,) = {jax.tree.structure(leaf) for leaf in read}
+        assert shape == jax.tree.structure(other.stack.abstract())
+
+
+def test_no_transcoder_is_fetched_for_blocks_without(resident, saved, tmp_path):
+    some = random_transcoders(resident[0].config.transformer, sites={"img": (0, 2), "txt": (2,)})
+    save_transcoders(some, tmp_path / "some")
+    pipe, tcs = load_pipeline(saved / "model", weights="disk"), load_transcoders(tmp_path / "some", weights="disk")
+    step = prepare(capture(pipe, tcs, PROMPT), tcs).steps[0]
+    factors = [np.full((one.layers.slot.size, one.features), 0.5, np.float32) for one in step.sites]
+    works = {"read": lambda: scaled(step, factors, "live"), "means": lambda: mean_values(step)}
+    for name, work in works.items():
+        begin = READING.layers
+        work()
+        assert READING.layers - begin == len(tcs.sites.names) == 3, name
+    there = prepare(capture(resident[0], some, PROMPT), some).steps[0]
+    for ours, theirs in zip(mean_values(step), mean_values(there), strict=True):
+        close(ours, theirs, 1e-5)
 
 
 def test_edited_images_are_the_same(resident, streamed):
@@ -210,6 +268,13 @@ def test_effects_along_all_paths_are_the_same(resident, streamed):
         span = capture_steps(pipe, tcs, PROMPT, first=0, last=1)
         output = resolve_target(pipe, span, parse_target("velocity:contrast=a blue square"))
         found.append((total_effects(span, tcs, output), tcs))
+    try:
+        allow(4_000)  # no room for decoder rows
+        rows = total_effects(span, tcs, output)
+    finally:
+        allow(None)
+    for one, other in zip(rows.features, found[1][0].features, strict=True):
+        close(one, other, 1e-6)
     every = np.ones(found[0][0].noise.shape, bool), np.ones(found[0][0].text.shape, bool)
     theirs, ours = ({str(one.feature): one.effect for one in strongest(*pair, *every, 50)} for pair in found)
     largest = max(map(abs, theirs.values()))

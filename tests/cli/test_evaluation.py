@@ -39,6 +39,7 @@ def evaluate(monkeypatch, capsys, tmp_path):
         (("organism", "sites"), "The transcoders are 32 wide, but the model is 64 wide"),
         (("rows", "--pareto", "sites"), "rows belongs to rows and sites to a model's sites; they cannot be compared"),
         (("rows", "--rows", "nowhere", "--prompts", "x"), "rows belongs to rows, which have no prompts"),
+        (("rows", "--rows", "nowhere", "--weights", "disk"), "rows belongs to rows, for which no model is loaded"),
         (("tiny", "sites", "--rows", "rows"), "sites belongs to a model's sites and is measured on prompts"),
         (("sites", "--k", "2", "--pareto", "x.yaml", "--out", "y"), "so that sites has no place; leave it out"),
         (("tiny", "sites", "--out", "."), ". exists already and is not a report of difffract evaluate; name another"),

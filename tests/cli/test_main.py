@@ -1,9 +1,11 @@
 """The command line: help that teaches, exit statuses, one sentence per failure, and a circuit from end to end."""
 
 import json
+import logging
 import os
 import re
 import resource
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +55,34 @@ def test_importing_and_asking_for_help_take_less_than_a_second_and_a_half(code: 
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert 0 < min(times) < 1.5
+
+
+def test_the_package_itself_runs_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["difffract_jax", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("difffract_jax", run_name="__main__")
+    assert capsys.readouterr().out.startswith("difffract_jax 0.")
+
+
+def test_what_is_noted_is_shown_once_whoever_sets_up_the_root_logger(
+    difffract: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @cli.app.command("note")
+    def note() -> None:
+        logging.basicConfig()  # as absl does, which Orbax logs by
+        logging.getLogger("difffract_jax.somewhere").warning("rows were left out")
+        logging.getLogger("another").warning("something else")
+
+    root, ours = logging.getLogger(), logging.getLogger("difffract_jax")
+    monkeypatch.setattr(root, "handlers", [])
+    try:
+        run = difffract("note")
+    finally:
+        cli.app.registered_commands.pop()
+    assert run.status == 0 and run.err.count("rows were left out") == 1 and "something else" in run.err
+    assert ours.propagate
 
 
 def test_the_version_is_told(difffract: Callable[..., Run]) -> None:

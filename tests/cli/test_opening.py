@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,14 +12,17 @@ from PIL import Image
 
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.cli import opening
+from difffract_jax.cli.encoding import EncodeConfig
 from difffract_jax.cli.opening import open_model, place_of
 from difffract_jax.cli.settings import HeadsConfig, SteerConfig
 from difffract_jax.config import GenerateConfig, TraceConfig
 from difffract_jax.loading import save_pipeline, save_transcoders
+from difffract_jax.memory import allow, memory_for
 from difffract_jax.models.streaming import streams_layers
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.storage.layers import FileLayers
 from difffract_jax.transcoders.transcoder import random_transcoders
+from tolerances import REFERENCE
 
 PROMPT = "a red circle"
 
@@ -95,6 +99,41 @@ def test_embeddings_leave_the_blocks_of_t5_on_disk(monkeypatch, capsys, model, t
     opened = open_model("generate", settings)
     assert read == [opened.pipe]
     assert streams_layers(opened.pipe.t5) and not streams_layers(opened.pipe.transformer)
+
+
+def test_encode_leaves_the_blocks_of_the_transformer_on_disk(model):
+    settings = EncodeConfig(model=str(model / "model"), prompt=(PROMPT,), weights="device")
+    pipe = open_model("encode", settings).pipe
+    assert streams_layers(pipe.transformer) and not streams_layers(pipe.t5)
+    settings = EncodeConfig(model=str(model / "model"), prompt=(PROMPT,), weights="disk")
+    assert streams_layers(open_model("encode", settings).pipe.t5)
+
+
+def test_a_transformer_with_a_base_is_counted_too(capsys, monkeypatch, tmp_path):
+    transformer, pipeline = REFERENCE / "pipeline" / "transformer", REFERENCE / "pipeline"
+    settings = GenerateConfig(model=str(transformer), base=pipeline, prompt=PROMPT, memory="1500KB")
+    assert place_of("generate", settings) == "disk"
+    assert "Weights: disk. With all of them on the device, generate needs about" in capsys.readouterr().err
+    assert place_of("generate", settings.model_copy(update={"memory": "1GB"})) == "device"
+    run = run_command(
+        monkeypatch,
+        capsys,
+        *("generate", transformer, PROMPT, "--base", pipeline, "--weights", "device", "--memory", "1500KB"),
+        *("--out", tmp_path / "a.png"),
+    )
+    assert run.status == 1 and run.err.startswith("Error: generate needs at least")
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_memory_is_what_the_library_may_use_too(model):
+    settings = GenerateConfig(model=str(model / "model"), prompt=PROMPT, memory="500KB")
+    try:
+        open_model("generate", settings)
+        assert memory_for(jax.devices()[0]).available == 500_000
+        open_model("generate", settings.model_copy(update={"memory": None}))
+        assert memory_for(jax.devices()[0]).available > 500_000
+    finally:
+        allow(None)
 
 
 def test_what_is_counted_is_what_the_command_loads_and_runs(monkeypatch, model):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from commands import Run, run_command
 
-from difffract_jax.cli.plan import STREAMING
+from difffract_jax.cli.plan import RESIDENT_ALONE
 from difffract_jax.estimate.counts import COMMANDS
 
 SIZE = ("--set", "height=512", "--set", "width=512", "--set", "text_tokens=512")
@@ -28,10 +28,9 @@ def planned(run: Run) -> list[dict]:
 def test_every_command_is_planned_for_gpus_hosts_and_tpus(command: str, difffract: Callable[..., Run]) -> None:
     devices = ("24GB", "h100", "host:16GB") + (("v5e:2x4",) if command != "trace" else ())
     flags = [word for name in devices for word in ("--device", name)]
-    rows = planned(difffract("plan", command, *flags, *SIZE, "--json"))
-    assert [(row["device"], row["weights"]) for row in rows] == [
-        (name, way) for name in devices for way in ("resident", *(("streamed",) if command in STREAMING else ()))
-    ]
+    rows = planned(difffract("plan", command, *flags, *SIZE, "--set", "sites=[img/3,txt/3]", "--json"))
+    ways = ("resident",) if command in RESIDENT_ALONE else ("resident", "streamed")
+    assert [(row["device"], row["weights"]) for row in rows] == [(name, way) for name in devices for way in ways]
     for row in rows:
         assert row["compiled"] is False and row["fits"] == (row["needed"] <= row["usable"])
         assert row["needed"] == max(phase["needed"] for phase in row["phases"])
@@ -54,7 +53,9 @@ def test_a_plan_says_that_it_is_counted_and_what_would_fit(
 
 
 def test_a_training_is_counted_phase_by_phase(difffract: Callable[..., Run]) -> None:
-    (row,) = planned(difffract("plan", "configs/train-organism.yaml", "--device", "24GB", "--json"))
+    row, streamed = planned(difffract("plan", "configs/train-organism.yaml", "--device", "24GB", "--json"))
+    assert (row["weights"], streamed["weights"]) == ("resident", "streamed")
+    assert streamed["needed"] < row["needed"] and "blocks on their way" in streamed["phases"][2]["held"]
     phases = {phase["name"]: phase for phase in row["phases"]}
     assert [*phases] == ["initialise", "encode prompts", "harvest", "step"] and row["fits"]
     assert {"state", "buffer", "model", "rows"} == phases["step"]["held"].keys()

@@ -264,6 +264,17 @@ def test_quantised_parts_and_unmerged_adapters_are_refused_in_one_sentence(copy)
     assert "text_encoder_2 is quantised as bitsandbytes in 8 bits" in caught.value.problems[1]
 
 
+def test_a_transformer_that_reads_an_image_besides_is_named(copy, tmp_path):
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["x_embedder.weight"] = np.repeat(weights["x_embedder.weight"], 6, axis=1)
+    save_file(weights, tmp_path / "fill.safetensors")
+    edit(copy / "transformer" / "config.json", in_channels=96, out_channels=16)
+    for source, base in ((copy, None), (tmp_path / "fill.safetensors", PIPELINE)):
+        with pytest.raises(UserError, match="reads 96 channels and gives 16, as FLUX.1-Fill"):
+            convert_pipeline(source, base=base)
+
+
 def test_a_base_needs_no_transformer_and_no_scheduler(pipe, copy, tmp_path):
     shutil.move(copy / "transformer", tmp_path / "finetuned")
     with pytest.raises(UserError, match=r"lacks the transformer; give its file .* this directory with --base"):

@@ -7,7 +7,7 @@ import pytest
 from converters.transcoders import stacked_transcoders
 from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.circuits.trace.capture import capture
-from difffract_jax.estimate.counts import COMMANDS, PROGRAM, count, remedies
+from difffract_jax.estimate.counts import COMMANDS, KEEPING, PROGRAM, count, decoder_rows, remedies
 from difffract_jax.estimate.weights import (
     Transcoders,
     bytes_of,
@@ -17,7 +17,14 @@ from difffract_jax.estimate.weights import (
     weights_needed,
 )
 from difffract_jax.estimate.work import Work
-from difffract_jax.loading import PARTS, described_pipeline
+from difffract_jax.loading import (
+    PARTS,
+    described_pipeline,
+    load_pipeline,
+    load_transcoders,
+    save_pipeline,
+    save_transcoders,
+)
 from difffract_jax.models import pipeline
 from difffract_jax.models.mmdit import FluxConfig, Inputs
 from difffract_jax.models.tiny import random_pipeline
@@ -96,6 +103,41 @@ def test_a_record_takes_what_was_recorded() -> None:
     assert phase.held["codes and errors"] == pytest.approx(codes, rel=0.01)
 
 
+def test_what_a_streamed_trace_holds_is_what_is_there(tmp_path) -> None:
+    made = random_pipeline(transformer=MIDDLE)
+    tcs = random_transcoders(MIDDLE, features=512, sites={"img": (1, 2), "txt": (1, 2)})
+    save_pipeline(made, tmp_path / "model")
+    save_transcoders(tcs, tmp_path / "transcoders")
+    pipe = load_pipeline(tmp_path / "model", weights="disk")
+    streamed = load_transcoders(tmp_path / "transcoders", weights="disk")
+    trace = capture(pipe, streamed, "a red fox", run=pipe.plan(height=64, width=64, text_tokens=32, steps=2))
+    step = prepare(trace, streamed).steps[0]
+    active = max(values.shape[-1] for values in step.sources.values)
+    work = Work(
+        "trace", shapes_of(pipe), jnp.float32, (8, 8), 32, Transcoders(tcs.config, tcs.sites, 4, active), (1, 3)
+    )
+    work = work._replace(streamed=True)
+    phases = {phase.name: phase for phase in count(work).phases}
+    parts = [getattr(pipe, name) for name in PARTS]
+    assert phases["record the run"].held["weights around the blocks"] == bytes_of(parts)
+    assert phases["pull back"].held["slim blocks"] == bytes_of(trace.record.weights.stacks)
+    assert phases["encode sites"].held["two transcoders"] == 2 * transcoder_bytes(work.tcs)
+    kept = bytes_of([one.stack.dec.kernel for one in step.sites if one.stack is not None])
+    assert kept <= decoder_rows(work, bounded=True) == decoder_rows(work, bounded=False)
+    assert decoder_rows(work._replace(room=4000), bounded=True) == 1000
+    more = count(work._replace(steps=2)).phases[-1].passing - phases["pull back"].passing
+    assert more >= decoder_rows(work, bounded=True)
+
+
+def test_rows_of_prompts_are_those_of_all_steps(tmp_path) -> None:
+    few, many = traced(command="harvest", steps=4, tokens=16), traced(command="harvest", steps=4)
+    rows = [next(phase for phase in count(work).phases if phase.name == "harvest").held["rows"] for work in (few, many)]
+    per_token = 2 * 3072 * 2
+    assert rows == [4 * 32 * 16 * per_token, 4 * (16 * 1024 + 16 * 512) * per_token]
+    streamed, whole = (count(few._replace(streamed=way)).phases[-1].passing for way in (True, False))
+    assert streamed > (16 * 1024 + 16 * 512) * per_token > whole / 10
+
+
 @pytest.mark.parametrize(("pixels", "text"), [(128, 64), (512, 256)])
 def test_what_a_step_needs_in_between_bounds_the_compilers(pixels: int, text: int) -> None:
     pipe = random_pipeline(transformer=MIDDLE)
@@ -148,6 +190,8 @@ def test_every_command_is_counted_and_streaming_needs_less(command: str) -> None
     assert whole.held <= whole.needed == max(phase.needed for phase in whole.phases)
     if command == "convert":  # holds a slice of an array either way
         assert 0 < streamed.needed == whole.needed < GIB
+    elif command in KEEPING:  # all transcoders stay, the model's blocks do not
+        assert 0 < streamed.needed < whole.needed - 0.8 * sum(weights_needed(SHAPES, jnp.bfloat16).values())
     else:
         assert whole.held > 0 and streamed.needed < whole.needed / 2
     host = count(work._replace(host=True))

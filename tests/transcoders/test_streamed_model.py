@@ -97,7 +97,27 @@ def recovered(report):
     return own + [number for part in report.values() for number in recovered(part)]
 
 
-def test_a_mesh_is_refused_with_blocks_that_are_fetched(home, monkeypatch, capsys):
-    line = ("train", "--model", home / "model", "--prompts", home / "prompts.txt", "--out", home / "mesh")
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_mesh_is_refused_with_blocks_that_are_fetched(home, monkeypatch, capsys, dry):
+    line = ("train", "--model", home / "model", "--prompts", home / "prompts.txt", "--out", home / "mesh", *dry)
     run = run_command(monkeypatch, capsys, *line, "--weights", "disk", "--mesh", "data=2")
     assert run.status == 1 and "fetches a model's blocks to one device, but the mesh has 2" in run.err
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_model_that_is_made_in_memory_has_no_blocks_to_fetch(home, monkeypatch, capsys, dry):
+    (home / "tiny.yaml").write_text("{model: tiny, weights: disk, batch: 32}", encoding="utf-8")
+    run = run_command(
+        monkeypatch, capsys, "train", home / "tiny.yaml", "--set", f"prompts={home / 'prompts.txt'}", *dry
+    )
+    assert run.status == 1 and "weights: disk fetches a model's blocks from its files, but `tiny` has none" in run.err
+
+
+def test_rows_have_no_model_whose_blocks_could_be_fetched(home, tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "x.npy", np.ones((64, 4), np.float32))
+    np.save(tmp_path / "y.npy", np.ones((64, 4), np.float32))
+    line = ("train", "--rows", tmp_path, "--batch", "8", "--buffer-rows", "32", "--dry-run")
+    run = run_command(monkeypatch, capsys, *line, "--weights", "disk")
+    assert run.status == 0, run.err
+    assert run.err.count("Note: weights: disk has no effect here: rows are read, and no model.") == 1
+    assert not run_command(monkeypatch, capsys, *line).err

@@ -86,7 +86,7 @@ def attribute(
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
     options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
-    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options)
+    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options, rows="auto")
     roots, weights = _roots(engine, wanted)
     state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
     batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)

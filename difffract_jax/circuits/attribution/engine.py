@@ -33,7 +33,8 @@ from difffract_jax.circuits.attribution.placement import (
 from difffract_jax.circuits.attribution.pullback import PullOptions, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
-from difffract_jax.circuits.frozen.replacement import Prepared, Replacement, Sources, prepare, run_affine
+from difffract_jax.circuits.frozen.replacement import DecoderRows, Prepared, Replacement, Sources, prepare, run_affine
+from difffract_jax.circuits.frozen.streamed_sites import without_rows
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
 from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
 from difffract_jax.circuits.trace.record import RunOutputs, Weights
@@ -95,6 +96,7 @@ def make_engine(
     tcs: TranscoderSet,
     outputs: tuple[Output, ...] = (),
     options: PullOptions = PullOptions(),  # noqa: B008  (immutable)
+    rows: DecoderRows = "held",
 ) -> Engine:
     """Prepares the steps of a trace or span.
 
@@ -103,6 +105,7 @@ def make_engine(
         tcs: the transcoders it was captured for.
         outputs: targets that are not features.
         options: devices and precision. Weights, transcoders and records are put where `placement` says.
+        rows: of streamed transcoders, see `prepare`; other than held, targets can be pulled back and read, no more.
 
     Raises:
         UserError: as `prepare`, or if the mesh divides nothing of the trace.
@@ -116,7 +119,7 @@ def make_engine(
     if mesh is not None and not isinstance(trace, Prepared):
         refuse_undivided(trace, tcs, mesh)
         trace, tcs = placed_trace(trace, mesh), placed_transcoders(tcs, mesh)
-    prepared = prepare(trace, tcs)
+    prepared = prepare(trace, tcs, rows=rows)
     across = isinstance(prepared.trace, Span)
     traces = prepared.trace.traces if isinstance(prepared.trace, Span) else (prepared.trace,)
     infos, steps = tuple(one.info for one in traces), prepared.steps
@@ -157,7 +160,7 @@ def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...
     """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
     zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
     zeros = zeros._replace(values=tuple(v[:, :, :0] for v in zeros.values))
-    cut = (s._replace(layers=s.layers.without_features()) for s in prepared.sites)
+    cut = (s._replace(stack=without_rows(s.stack), layers=s.layers.without_features()) for s in prepared.sites)
     return zeros, tuple(cut)
 
 

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from difffract_jax.circuits.attribution.contraction import gather_bytes
-from difffract_jax.circuits.attribution.layerwise import pull_layerwise
+from difffract_jax.circuits.attribution.layerwise import goes_layerwise, pull_layerwise
 from difffract_jax.circuits.attribution.rounding import rounded
 from difffract_jax.circuits.attribution.walk import Sizes, Stretch, block_at, dot_rows, sizes_for, walk
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
@@ -208,8 +208,8 @@ def pull(
         spare = jnp.zeros(shape, dtype, device=split)
     with jax.default_matmul_precision(PRECISIONS[options.precision]), using(options.mesh):
         gradients = target_gradients(replacement.record, replacement.sites, filled)
-        if options == PullOptions() and jax.default_backend() == "cpu" and replacement.record.weights.streamed:
-            pulled = _pull_streamed(sizes, replacement, filled, gradients, direction, spare)
+        if goes_layerwise(replacement, options.mesh):
+            pulled = _pull_streamed(sizes, replacement, filled, gradients, direction, spare, options.precision)
         else:
             pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
     if not more and np.array_equal(order, np.arange(whole)):
@@ -368,6 +368,7 @@ def _pull_streamed(
     gradients: Float[Array, "batch d_model"],
     direction: Streams | None,
     spare: Float[Array, "batch source"],
+    precision: str,
 ) -> Pulled:
     """Pulls sorted targets back through blocks that were streamed: see `layerwise`."""
     layout, boundary = layout_of(replacement), replacement.sources.boundary
@@ -375,7 +376,8 @@ def _pull_streamed(
     if direction is not None:
         cotangent = both(jnp.add, cotangent, direction)
     places = list(zip(layout.layers, layout.begins[:-1], layout.per_layer, strict=True))
-    return Pulled(*pull_layerwise(sizes, *replacement, places, targets, gradients, cotangent, spare))
+    given = targets, gradients, cotangent, spare
+    return Pulled(*pull_layerwise(sizes, *replacement, places, *given, precision=precision))
 
 
 def push_forward(replacement: Replacement, change: Sources) -> RunOutputs:

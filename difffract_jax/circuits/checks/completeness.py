@@ -172,8 +172,12 @@ def mean_values(prepared: Replacement) -> tuple[Float[Array, "layer side feat"],
             elif sites.streamed is None:
                 per_group.append(_mean_values(sites.stack, sites.layers, x, record.t, lengths))
             else:
-                layers = zip(sites.layers.slot.tolist(), sites.layers.live, x, strict=True)
-                means = [_means(sites.transcoder(slot), live, x, record.t, lengths) for slot, live, x in layers]
+                none = jnp.zeros((len(lengths), sites.features), x.dtype)  # no transcoder, hence none is fetched
+                layers = zip(sites.used_slots, sites.layers.live, x, strict=True)
+                means = [
+                    none if slot is None else _means(sites.transcoder(slot), live, rows, record.t, lengths)
+                    for slot, live, rows in layers
+                ]
                 per_group.append(jnp.stack(means))
     return tuple(per_group)
 

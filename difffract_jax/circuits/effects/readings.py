@@ -101,8 +101,8 @@ class _Site:
 
 
 def _fetchable(sites: Sequence[ReplacedSites]) -> list[Streamed | None]:
-    """Returns the streamed transcoder of every block, per group; some other where a block has none."""
-    return [None if one.streamed is None else one.streamed.pick(np.asarray(one.layers.slot).tolist()) for one in sites]
+    """Returns the streamed transcoder of every block, per group; nothing is fetched for a block that has none."""
+    return [None if one.streamed is None else one.streamed.pick(one.used_slots) for one in sites]
 
 
 def _write(

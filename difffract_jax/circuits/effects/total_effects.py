@@ -100,7 +100,7 @@ def total_effects(span: Span, tcs: TranscoderSet, output: Output) -> TotalEffect
 
 def _prepare(span: Span, tcs: TranscoderSet) -> tuple[Replacement, ...]:
     if tcs.config.features > FEW or streams_layers(tcs.stacks):
-        return prepare_steps(span.traces, tcs)
+        return prepare_steps(span.traces, tcs, rows="auto")
     stacks = tcs.per_group(span.info.layout)
     every = [0 if stack is None else tcs.config.features for stack in stacks]
     return tuple(prepare_step(trace, tcs, active=every) for trace in span.traces)

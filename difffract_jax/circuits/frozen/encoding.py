@@ -54,14 +54,20 @@ class ReplacedSites(NamedTuple):
     """One group's MLP sublayers in the replacement.
 
     Attributes:
-        stack: the group's transcoders; None if it has none. Of streamed ones, what the affine map reads.
+        stack: the group's transcoders; None if it has none. Of streamed ones, what the affine map reads of them, which
+            is streamed itself where there is no room for it.
         layers: where they stand.
         streamed: the transcoders of the same sites, as they are fetched; None where they lie in `stack`.
     """
 
-    stack: Transcoder | None
+    stack: Any  # a stack of transcoders, Streamed, or None
     layers: SiteLayers
     streamed: Streamed | None = None
+
+    @property
+    def row_layers(self) -> Streamed | None:
+        """What the affine map reads of each block's transcoder, where that is streamed; else None."""
+        return self.stack.pick(self.used_slots) if isinstance(self.stack, Streamed) else None
 
     @property
     def features(self) -> int:
@@ -69,6 +75,12 @@ class ReplacedSites(NamedTuple):
         if self.streamed is not None:
             return self.streamed.abstract().config.features
         return 0 if self.stack is None else self.stack.config.features
+
+    @property
+    def used_slots(self) -> list[int | None]:
+        """Of each block the place of its transcoder in the stack; None where no position is replaced."""
+        live = np.asarray(self.layers.live).any(axis=1)
+        return [slot if used else None for slot, used in zip(np.asarray(self.layers.slot).tolist(), live, strict=True)]
 
     def transcoder(self, slot: Any) -> Transcoder:
         """Returns the whole transcoder of one of the sites; fetched, if they are streamed.

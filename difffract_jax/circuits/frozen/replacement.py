@@ -12,7 +12,8 @@ Codes are kept as the active features alone, see `encoding`. "Per group" is a tu
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from math import inf
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +26,18 @@ from difffract_jax.circuits.trace.record import Record, RunOutputs
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.provenance import TraceInfo
+from difffract_jax.memory import memory_for
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.stacks import Visit, per_group, run_stacks
 from difffract_jax.models.streaming import Streamed, streams_layers
 from difffract_jax.spread import on_mesh_of, spread
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet
 from difffract_jax.trees import brief
+
+DecoderRows = Literal["held", "auto", "streamed"]
+"""Whether the decoder rows of active features stay on the device where transcoders are streamed; see `prepare`."""
+ROWS_SHARE = 1 / 4
+"""Share of the free memory that such rows may take; while a group's are put together they are there twice."""
 
 
 class Sources(NamedTuple):
@@ -90,7 +97,13 @@ class Prepared(NamedTuple):
         return self.trace._repr_html_()
 
 
-def prepare(trace: Trace | Span | Prepared, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Prepared:
+def prepare(
+    trace: Trace | Span | Prepared,
+    tcs: TranscoderSet,
+    *,
+    active: Sequence[int] | None = None,
+    rows: DecoderRows = "held",
+) -> Prepared:
     """Encodes every replaced site of a trace or span, and splits its output into features and error.
 
     Args:
@@ -98,6 +111,9 @@ def prepare(trace: Trace | Span | Prepared, tcs: TranscoderSet, *, active: Seque
         tcs: the transcoders it was captured for.
         active: places for features per position, per group, at least as many as are active; counted if left out. Given
             the same, traces of one size share every compiled program.
+        rows: where transcoders are streamed, what becomes of the decoder rows of active features: `held`, `streamed`,
+            from where the transcoders lie, for `attribute` and `total_effects` alone; or `auto`, streamed if they would
+            take more than `ROWS_SHARE` of the memory that is free.
 
     Raises:
         UserError: if the transcoders have sites outside the trace, or are not those that it was prepared with.
@@ -119,7 +135,7 @@ def prepare(trace: Trace | Span | Prepared, tcs: TranscoderSet, *, active: Seque
             )
         return trace
     steps = trace.traces if isinstance(trace, Span) else (trace,)
-    return Prepared(trace, prepare_steps(steps, tcs, active=active), tcs.source)
+    return Prepared(trace, prepare_steps(steps, tcs, active=active, rows=rows), tcs.source)
 
 
 def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[Sources], RunOutputs], Sources]:
@@ -153,13 +169,16 @@ def replacement(trace: Trace | Prepared, tcs: TranscoderSet) -> tuple[Callable[[
     return jax.tree_util.Partial(run_replacement, prepared.record, prepared.sites), prepared.sources
 
 
-def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = None) -> Replacement:
+def prepare_step(
+    trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | None = None, room: float = inf
+) -> Replacement:
     """Encodes every replaced site of one step's trace, and splits its output into features and error.
 
     Args:
         trace: from `capture`.
         tcs: the transcoders it was captured for.
         active: places for features per position, per group, at least as many as are active; counted if left out.
+        room: bytes that the decoder rows of streamed transcoders may take, all sites together.
 
     Raises:
         UserError: if the transcoders have sites outside the trace.
@@ -172,22 +191,28 @@ def prepare_step(trace: Trace, tcs: TranscoderSet, *, active: Sequence[int] | No
             f"The trace recorded the blocks {info.recorded[0]} to {info.recorded[-1]}, but the transcoders have block "
             f"{outside[0]}; capture again with these transcoders."
         )
+    parts, count = [], sum(map(len, slots))
     with jax.default_matmul_precision("highest"), on_mesh_of(record):
-        parts = [
-            (encode_sites if isinstance(stack, Streamed) else encode_group)(
-                stack,
+        for i, stack in enumerate(tcs.per_group(info.layout)):
+            given = (
                 [slots[i].get(block) for block in info.recorded if block in info.layout.blocks_of(i)],
                 GroupRecord(record.mlp_in[i], record.mlp_out[i], record.replaceable[i], record.t),
                 None if active is None else active[i],
             )
-            for i, stack in enumerate(tcs.per_group(info.layout))
-        ]
+            if isinstance(stack, Streamed):
+                parts.append(encode_sites(stack, *given, room * len(slots[i]) / count))
+            else:
+                parts.append(encode_group(stack, *given))
     sites, values, errors = zip(*parts, strict=True)
     return Replacement(record, tuple(sites), Sources(record.boundary, tuple(values), tuple(errors)))
 
 
 def prepare_steps(
-    traces: tuple[Trace, ...], tcs: TranscoderSet, *, active: Sequence[int] | None = None
+    traces: tuple[Trace, ...],
+    tcs: TranscoderSet,
+    *,
+    active: Sequence[int] | None = None,
+    rows: DecoderRows = "held",
 ) -> tuple[Replacement, ...]:
     """Prepares several steps with the same places for features, so that one program does for all.
 
@@ -195,8 +220,10 @@ def prepare_steps(
         traces: of a span.
         tcs: the transcoders it was captured for.
         active: see `prepare`.
+        rows: see `prepare`.
     """
-    prepared = [prepare_step(trace, tcs, active=active) for trace in traces]
+    room = _room(rows) / len(traces)
+    prepared = [prepare_step(trace, tcs, active=active, room=room) for trace in traces]
     places = [[values.shape[2] for values in one.sources.values] for one in prepared]
     most = [max(column) for column in zip(*places, strict=True)]
     if all(one == most for one in places):
@@ -205,6 +232,13 @@ def prepare_steps(
         # To encode once more would read all transcoders once more.
         return tuple(_with_places(one, most) for one in prepared)
     return tuple(prepare_step(trace, tcs, active=most) for trace in traces)
+
+
+def _room(rows: DecoderRows) -> float:
+    """Returns the bytes that decoder rows may take, all steps together."""
+    if rows == "auto":
+        return ROWS_SHARE * memory_for(jax.devices()[0]).available
+    return inf if rows == "held" else 0.0
 
 
 def _with_places(prepared: Replacement, most: Sequence[int]) -> Replacement:
@@ -243,9 +277,9 @@ def run_affine(record: Record, sites: Sequence[ReplacedSites], sources: Sources)
     """Evaluates the affine map in a program of its own; arguments as for `run_replacement`.
 
     Blocks that were streamed are run by a program each on a processor, where a loop over all of them would widen the
-    bfloat16 weights of all at once.
+    bfloat16 weights of all at once; so are those whose decoder rows are streamed, anywhere.
     """
-    if by_program(record):
+    if by_program(record) or streams_layers([one.stack for one in sites]):
         return run_replacement(record, sites, sources, looped=True)
     return affine_program(record, sites, sources)
 
@@ -295,14 +329,16 @@ def _blocks(
     looped: bool,
 ) -> tuple[Streams, tuple[Array, ...]]:
     """Runs all recorded blocks; returns the last residual streams, and what `tap` keeps per group."""
+    fetched = [one.row_layers for one in sites]
+    parts = ([one.layers for one in sites], sources.values, sources.errors, fetched)
     h, kept = run_stacks(
         record.weights.stacks,
         sources.boundary,
         record.cond,
         frozen=record.frozen,
         write=_write_site,
-        fixed=[one.stack for one in sites],
-        layers=list(zip([one.layers for one in sites], sources.values, sources.errors, strict=True)),
+        fixed=[one.stack if rows is None else None for one, rows in zip(sites, fetched, strict=True)],
+        layers=list(zip(*parts, strict=True)),
         tap=tap,
         unroll=False,
         looped=looped,
@@ -311,14 +347,19 @@ def _blocks(
 
 
 def _write_site(
-    stack: Transcoder | None, layer: tuple[SiteLayers, Array, Array], x: Array, true: Callable[[], Array]
+    stack: Transcoder | None,
+    layer: tuple[SiteLayers, Array, Array, Transcoder | None],
+    x: Array,
+    true: Callable[[], Array],
 ) -> tuple[Array, None]:
     del true
-    return write(stack, *layer, x), None
+    *own, fetched = layer
+    transcoder = site(stack, own[0].slot) if stack is not None else fetched
+    return write(transcoder, *own, x), None
 
 
 def write(
-    stack: Transcoder | None,
+    transcoder: Transcoder | None,
     layer: SiteLayers,
     values: Float[Array, "rows active"],
     error: Float[Array, "rows d_model"],
@@ -327,21 +368,20 @@ def write(
     """Returns what the replacement adds for one MLP sublayer: W_dec z + b_dec (+ W_skip x) where live, plus the error.
 
     Args:
-        stack: the group's transcoders; None if it has none.
+        transcoder: the site's, or what the map reads of it; None if it has none.
         layer: one block's slice.
         values: of the features in `layer.index`.
         error: the sublayer's error.
         x: the sublayer's input, read by a skip alone.
     """
-    if stack is None:
+    if transcoder is None:
         return error
-    transcoder = site(stack, layer.slot)
     if not values.shape[1]:
         # No features, as in the map's constant: the decoder gives its bias, and need not be read.
         assert transcoder.dec.bias is not None
         y = transcoder.dec.bias[None].astype(x.dtype)
-        y = y + transcoder.skip(x) if stack.config.skip else y
+        y = y + transcoder.skip(x) if transcoder.config.skip else y
         return error + jnp.where(layer.live[:, None], y, 0)
     rows = jnp.arange(x.shape[0])[:, None]
-    z = jnp.zeros((x.shape[0], stack.config.features), x.dtype).at[rows, layer.decoder_rows].add(values)
+    z = jnp.zeros((x.shape[0], transcoder.config.features), x.dtype).at[rows, layer.decoder_rows].add(values)
     return error + jnp.where(layer.live[:, None], transcoder.decode(z, x), 0)
