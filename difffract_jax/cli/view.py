@@ -51,7 +51,7 @@ def view(settings: ViewConfig, *, json: bool) -> None:
     from difffract_jax.dashboards.viewer_page import viewer_page
 
     whole = read(settings.graph)
-    shown, parts = _parts(whole, settings)
+    shown, parts = page_parts(whole, settings)
     if settings.serve:
         return _serve(whole, shown, parts, settings)
     page = viewer_page(shown, parts)
@@ -71,17 +71,27 @@ def _about_images(images: Any, note: str) -> str:
     return f"finished{predicted}" if images else note
 
 
-def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
-    """Returns the graph that the page shows, and all that it shows beside it."""
+def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
+    """Returns the graph that the page shows, and all that it shows beside it.
+
+    Args:
+        whole: the graph as it was read.
+        settings: of the page.
+
+    Raises:
+        UserError: if the graph is too large for a page, or what is shown beside it belongs to another.
+    """
     from difffract_jax.cli.graph_files import read
+    from difffract_jax.dashboards.features.addresses import open_pages
     from difffract_jax.dashboards.page_data import Limits, leads_forward, shown_graph
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
+    from difffract_jax.graphs.names import feature_names
 
     groups = _opened_groups(whole, settings)
     limits = Limits(settings.max_nodes, settings.max_links)
     how = {"by_position": settings.by_position, "limits": limits}
-    shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
+    shown = with_found_groups(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images: Any = ()
     labels = labels_of(whole, settings.labels)
@@ -93,7 +103,8 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
         labels = labels_of(second, settings.labels) | labels  # the second has features that the first lacks
         other_images, _ = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
-    pages = None if settings.pages is None else _pages_address(settings)
+    names = {name for graph in (shown, other) if graph is not None for name in feature_names(graph)} - {""}
+    pages = None if settings.pages is None else open_pages(settings.pages, whole.provenance.transcoders)
     images, note = images_of(whole, settings)
     return shown, PageParts(
         name=settings.graph.stem,
@@ -102,7 +113,8 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         images=images,
         image_note=note,
         groups=groups,
-        pages=pages,
+        pages=pages and pages_address(settings),
+        without_page=pages.missing(names) if pages else (),
         other=other,
         other_images=other_images,
         other_title="" if other is None else _title(other, settings.compare, other),
@@ -135,8 +147,12 @@ def _opened_groups(whole: Any, settings: ViewConfig) -> Any:
         raise UserError(f"{error} The page would save over it; name another file with --groups, or move it.") from None
 
 
-def _grouped(graph: Any) -> Any:
-    """Returns a graph with the groups that are found in what is left of it after pruning, if it has none."""
+def with_found_groups(graph: Any) -> Any:
+    """Returns a graph with the groups that are found in what is left of it after pruning, if it has none.
+
+    Args:
+        graph: as a page shows it; one whose features are too many is returned as it is.
+    """
     from difffract_jax.graphs.graph import FEATURE
     from difffract_jax.graphs.names import find_nodes, node_names
     from difffract_jax.graphs.pruning import prune
@@ -160,22 +176,25 @@ def _title(graph: Any, path: Path | None, other: Any) -> str:
     return named if other is None or path is None else f"{path.name}: {named}"
 
 
-def _pages_address(settings: ViewConfig) -> str:
-    """Returns where a feature's page is, as seen from the page: a path, or an address of the server."""
+def pages_address(settings: ViewConfig) -> str:
+    """Returns where a feature's page is, as seen from the page: a path, or an address of the server.
+
+    Args:
+        settings: of the page, which name the folder of feature pages.
+    """
     assert settings.pages is not None
-    if not (settings.pages / "index.html").is_file():
-        raise UserError(f"{settings.pages} has no index.html; give the folder that `difffract dashboards` wrote.")
     folder = (settings.out or settings.graph).resolve().parent
     base = "pages" if settings.serve else quote(Path(os.path.relpath(settings.pages.resolve(), folder)).as_posix())
     return f"{base}/index.html#{{feature}}"
 
 
-def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
+def labels_of(graph: Any, file: Path | None, *, figures: bool = False) -> dict[str, str]:
     """Returns what the graph's features stand for: from a file, or of the organism if the graph is about its features.
 
     Args:
         graph: the graph.
         file: of names for features, or a labels.json of `features --scan`; None for those at hand.
+        figures: whether to say how well a feature detects it, "colour blue (0.99)", where that was measured.
 
     Raises:
         UserError: if the file is neither, or is about other transcoders.
@@ -191,11 +210,11 @@ def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
         if file is None:
             return {}
         raise UserError(f"{file} holds labels of other transcoders than the graph's; give those of the graph's own.")
-    return {name: _label(labels, name) for name in {*feature_names(graph)} - {""}}
+    return {name: _label(labels, name, figures) for name in {*feature_names(graph)} - {""}}
 
 
-def _label(labels: Any, name: str) -> str:
-    """Returns what a feature detects, without figures; "" where that is not clear."""
+def _label(labels: Any, name: str, figures: bool) -> str:
+    """Returns what a feature detects; "" where that is not clear."""
     from difffract_jax.circuits.notation.feature import Feature
     from difffract_jax.circuits.notation.labels import CLEAR
 
@@ -204,7 +223,9 @@ def _label(labels: Any, name: str) -> str:
     if feature.feature >= len(mine):
         return ""
     best = max((mine[feature.feature].content, mine[feature.feature].best), key=lambda one: one.auroc >= CLEAR)
-    return f"{best.factor} {best.value}" if best.factor and best.auroc >= CLEAR else ""
+    if not best.factor or best.auroc < CLEAR:
+        return ""
+    return f"{best.factor} {best.value}" + (f" ({best.auroc:.2f})" if figures else "")
 
 
 def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
@@ -221,7 +242,7 @@ def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
     run = graph.provenance.run
     if run is None:
         return [], "The file does not tell a run of one prompt, so there is no image; give one with --image FILE."
-    key, path = _run_key(graph), image_files.kept_path(settings.graph)
+    key, path = run_key(graph), image_files.kept_path(settings.graph)
     kept = image_files.read_kept(path, key)
     if kept is None:
         model = settings.model or _model_at_hand(graph)
@@ -245,8 +266,12 @@ def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
     return image_files.shown_images(kept), ""
 
 
-def _run_key(graph: Any) -> str:
-    """Returns what tells the images of one run from those of another."""
+def run_key(graph: Any) -> str:
+    """Returns what tells the images of one run from those of another.
+
+    Args:
+        graph: of the run, which its provenance tells.
+    """
     from difffract_jax.graphs.json_values import to_json_values
 
     run, steps = graph.provenance.run, graph.provenance.steps
@@ -308,6 +333,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit, replacing
     from difffract_jax.dashboards.graph_report import graph_report
+    from difffract_jax.dashboards.page_data import summed_where_possible
     from difffract_jax.dashboards.render import write_report
     from difffract_jax.graphs.groups import read_groups
 
@@ -315,8 +341,8 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     groups = None if settings.groups is None else read_groups(settings.groups, graph)
     images, note = images_of(graph, settings)
     page = graph_report(
-        graph,
-        labels=labels_of(graph, settings.labels),
+        graph if groups is not None else with_found_groups(summed_where_possible(graph)),
+        labels=labels_of(graph, settings.labels, figures=True),
         images=images,
         image_note=note,
         groups=groups,
