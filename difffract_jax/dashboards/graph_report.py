@@ -165,9 +165,9 @@ def _circuit(graph: Graph, labels: Mapping[str, str], images: Sequence[ShownImag
     share = float(graph.node_influence[nodes].sum())
     words = [
         f"The {len(nodes)} features with the most influence on the target, over all paths, of {len(graph.node_kind)} "
-        f"nodes; {share:.0%} of all influence is theirs. In the drawing columns are blocks; a line's width is its share "
-        "of all that enters its end, blue raises it, dashed orange lowers it. Point at a box or a line for names and "
-        "figures.",
+        f"nodes; {share:.0%} of all influence is theirs. In the drawing columns are blocks; a line's width is its "
+        "share of all that enters its end, blue raises it, dashed orange lowers it. Point at a box or a line for "
+        "names and figures.",
     ]
     shown = [one for one in cards if one is not None]
     circuit = Section("The circuit", words, drawing=laid if nodes else None)

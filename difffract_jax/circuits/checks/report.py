@@ -137,7 +137,7 @@ def _title(found: Mapping[str, Any], prediction: str, *, own: bool = False) -> s
     rows = [row for row in found["perturbation"]["rows"] if row["prediction"] == prediction]
     mine = [row for row in rows if (row["of"] != EVERY) == own]
     told = ", ".join(_cell(row["spearman"]) for row in mine)
-    return f"{'The target itself' if own else 'Every node downstream'}: Spearman {told}, {mine[0]['pairs']} pairs"
+    return f"{'The target itself' if own else 'Every node downstream'}\nSpearman {told}, {mine[0]['pairs']} pairs"
 
 
 def curves_figure(found: Mapping[str, Any]) -> Figure:

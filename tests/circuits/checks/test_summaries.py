@@ -63,6 +63,6 @@ def test_a_report_and_its_figure_begin_with_the_target(found):
     assert text.index("## The target itself") < text.index("## Exactness") and "| 0.6 | - |" in text
     assert words("completeness", found) in text and "Pruning keeps 7 features" in text
     target, left, right = perturbation_figure(found).axes
-    assert target.get_title() == "The target itself: Spearman 0.6, 9 pairs"
-    assert left.get_title() == "Every node downstream: Spearman 0.7, 9 pairs" and "Spearman 0.8" in right.get_title()
+    assert target.get_title() == "The target itself\nSpearman 0.6, 9 pairs"
+    assert left.get_title() == "Every node downstream\nSpearman 0.7, 9 pairs" and "Spearman 0.8" in right.get_title()
     assert target.lines[0].get_xydata().tolist() == [[1.0, 1.0]] and len(right.lines[0].get_xdata()) == 3
