@@ -30,7 +30,8 @@ from difffract_jax.circuits.attribution.engine import make_engine
 from difffract_jax.circuits.attribution.selection import named
 from difffract_jax.circuits.checks.report import COLOURS, markdown_table
 from difffract_jax.circuits.checks.rerun import capture_again
-from difffract_jax.circuits.checks.validation import at_size, validate
+from difffract_jax.circuits.checks.summaries import EVERY, at_size
+from difffract_jax.circuits.checks.validation import validate
 from difffract_jax.circuits.frozen import encoding
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.config import UserError
@@ -75,7 +76,7 @@ def measure(pipe: Any, tcs: Any, caption: str, number: int, options: Any) -> dic
     row |= {test["kind"]: test["worst"] for test in found["exactness"]}
     row |= {"pruned": found["completeness"]["pruned"]}
     for one in found["perturbation"]["rows"]:
-        place = "all" if one["of"] == "every node downstream" else "target"
+        place = "all" if one["of"] == EVERY else "target"
         row |= {f"{one['prediction']}, {place}, {name}": one[name] for name in (*MEASURES, "pairs")}
     for one in at_size(found, found["completeness"]["pruned"]) if row["pruned"] else ():
         row |= {f"{one['reading']}, {one['ranking']}, {name}": one[name] for name in ("recovered", "lost")}

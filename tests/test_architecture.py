@@ -48,11 +48,12 @@ ORDER = (
 )
 LIGHT = (
     "difffract_jax",
-    *(f"difffract_jax.dashboards.features.{name}" for name in ("record", "viewer_records")),
+    *(f"difffract_jax.dashboards.features.{name}" for name in ("record", "addresses", "viewer_records")),
     "difffract_jax.address",
     "difffract_jax.memory",
     "difffract_jax.cli.main",
-    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output", "view", "group_edits", "viewer_export")),
+    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output", "view", "group_edits")),
+    *(f"difffract_jax.cli.{name}" for name in ("feature_pages", "graph_labels", "viewer_export")),
     "difffract_jax.storage.compile_cache",
     "difffract_jax.transcoders.settings",
     "difffract_jax.studies.settings",
@@ -70,9 +71,11 @@ LIGHT = (
             "page_server",
             "account",
             "graph_report",
+            "found_sections",
+            "target_words",
         )
     ),
-    "difffract_jax.circuits.checks.predictions",
+    *(f"difffract_jax.circuits.checks.{name}" for name in ("predictions", "summaries")),
 )
 """Modules that need no JAX, beside all of `graphs`; nor SciPy's statistics, which take a second to import."""
 TORCH_FILES = ("converters/torch_files.py", "converters/torch_trace.py")

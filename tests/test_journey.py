@@ -12,10 +12,12 @@ import pytest
 import torch
 from commands import done, run_json
 from diffusers import FluxPipeline
+from page_folders import make_folder
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from difffract_jax.graphs.graph import Graph
+from difffract_jax.storage.checkpoint import read_config
 from tolerances import REFERENCE, TOL
 
 PIPELINE, TRANSCODERS = REFERENCE / "pipeline", REFERENCE / "transcoders"
@@ -43,10 +45,17 @@ def test_a_converted_model_and_the_directory_itself_give_the_reference_s_circuit
         tensor.size for file in (PIPELINE / "transformer").glob("*.safetensors") for tensor in load_file(file).values()
     )
     done(difffract("convert", "transcoders", TRANSCODERS, made / "tcs"))
+    pages = make_folder(
+        made / "pages", read_config(made / "tcs")["content_hash"], {"img/2": [326], "img/1": range(512)}
+    )
     for number, (model, tcs) in enumerate([(made / "flux", made / "tcs"), (PIPELINE, TRANSCODERS)]):
-        graph = made / f"{number}.npz"
-        told = done(difffract("trace", model, tcs, *TRACE, *LIMITS, "--out", graph))
+        graph, shown = made / f"{number}.npz", () if number else ("--pages", pages)
+        told = done(difffract("trace", model, tcs, *TRACE, *LIMITS, "--out", graph, *shown))
         assert told["target"] == "img/2/f326@14" and told["conservation error"] <= TOL.conservation_f32
+        assert [row["page"] for row in told.get("pages", [])] == [f"{pages}/index.html#img/2/f326"] * (1 - number)
+        sources = {row["from"]: row.get("page") for row in told["strongest sources"]}
+        paged = {name: f"{pages}/index.html#{name.partition('@')[0]}" for name in sources if name.startswith("img/1/f")}
+        assert sources == dict.fromkeys(sources) | ({} if number else paged) and paged
         done(difffract("prune", graph, "--mode", "difffract", "--out", made / "pruned.npz"))
         done(difffract("export", made / "pruned.npz", "--out", made / "pruned.json"))
         golden = json.loads((REFERENCE / "golden_graph_0.json").read_text())
@@ -108,21 +117,28 @@ def test_noise_from_a_file_is_the_noise_of_the_run(difffract, made):
 def test_the_demonstration_runs_and_says_what_it_is(difffract, tmp_path):
     told = done(difffract("demo", "--out", tmp_path / "demo"))
     assert "trained on synthetic scenes" in told["note"] and told["conservation error"] <= TOL.conservation_f32
-    assert told["as asked"] == "yes" and told["the image shows"] == "red circle, blue square"
-    files = ["graph.npz", "image.png", "pruned.npz", "report.html"]
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == files
-    # The edit changes what the image shows, and as many features at random do not.
-    assert told["with the top supernode off"] != told["the image shows"] == told["with as many at random off"]
+    assert told["as asked"] == "yes" and told["the image shows"] == "blue ring, red square"
+    files = ["graph.html", "graph.images.png", "graph.npz", "image.png", "pruned.npz", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [*files, "steered", "validation"]
+    # The features that detect the colour are needed for it, and as many at random are not.
+    original, off, random = told["the edit"]
+    assert original["as asked"] == random["as asked"] == "4 of 4" and int(off["as asked"][0]) <= 1
+    assert off["blue in the traced box, first seed"] < 0 < random["blue in the traced box, first seed"]
     assert told["edges against interventions"] <= TOL.direct_f32
-    assert told["Spearman, influence"] > 0.5 and told["Spearman, change"] > 0.5
-    rows = {(row["reading"], row["ranking"]): row for row in told["the pruned circuit, kept alone and removed"]}
-    for reading in ("propagated", "full"):
-        ours, random = rows[reading, "influence"], rows[reading, "random"]
-        assert ours["recovered"] > random["recovered"] + 0.3 and ours["lost"] > random["lost"] + 0.3
+    kept, removed, change, _ = (row["figure"] for row in told["the target itself"])
+    assert min(kept, removed) > 0.5 and change > 0.4
+    assert all(row["as many at random"] < 0.2 for row in told["the target itself"][:2])
     page = (tmp_path / "demo" / "report.html").read_text()
     for part in ("The image", "The circuit", "An edit, before and after", "How far to trust it", "How it was made"):
         assert f"<h2>{part}</h2>" in page
     assert page.count('src="data:image/png') >= 12 and "http" not in page
+    assert page.count("colour blue (0.") + page.count("colour blue (1.") >= 8  # the cards explain the target
+    # The report of the command, of what the demonstration wrote, is its own but for the words at its head.
+    parts = {"--validation": "validation", "--edit": "steered"}
+    arguments = [text for option, name in parts.items() for text in (option, tmp_path / "demo" / name)]
+    done(difffract("report", tmp_path / "demo" / "graph.npz", *arguments, "--out", tmp_path / "again.html"))
+    ours, theirs = (text[text.index("<section>") :] for text in (page, (tmp_path / "again.html").read_text()))
+    assert ours == theirs
 
 
 def test_a_check_tells_every_error_and_fails_where_one_is_too_large(difffract):

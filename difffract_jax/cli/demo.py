@@ -1,86 +1,105 @@
 """The demonstration: everything this package does, end to end, with no files needed.
 
 1. Load the embedded model and its transcoders.
-2. Generate an image of `PROMPT`, and read from its pixels whether it shows what was asked.
-3. Capture one denoising step, trace why the first object has its colour, check that edges and bias add up, prune.
-4. Group the features that do the same, and take the strongest group off while the image is made anew; beside it, as
-   many features at random.
-5. Hold the circuit against the model: `validate`, with fewer draws than by default.
-6. Save image, graphs and the report, each with the record of how it was made.
+2. Capture one denoising step, make the image, and read from its pixels whether it shows what was asked.
+3. Trace why the first object has its colour, and prune.
+4. Take the circuit's features that detect this colour off while images are made anew; beside it, as many features at
+   random. The directory is that of `steer`.
+5. Hold the circuit against the model: `validate`, with fewer draws than by default. The directory is that command's.
+6. Write the report: the one of `report`, on what the other steps wrote.
+
+The example was chosen by a rule, which docs/dashboards.md tells with those that it left behind.
 """
 
-import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 
-from difffract_jax.address import IMG, TXT
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
+from difffract_jax.circuits.attribution.outputs import PixelTarget, parse_target, resolve_target
 from difffract_jax.circuits.checks.completeness import candidates
-from difffract_jax.circuits.checks.report import curves_figure, perturbation_figure, words
+from difffract_jax.circuits.checks.report import write_validation
 from difffract_jax.circuits.checks.rerun import Rerun, capture_again
-from difffract_jax.circuits.checks.validation import at_size, validate
-from difffract_jax.circuits.editing.sweeps import steer_batch
+from difffract_jax.circuits.checks.summaries import own_figures
+from difffract_jax.circuits.checks.validation import validate
+from difffract_jax.circuits.editing.sweeps import Sweep, steer_batch
 from difffract_jax.circuits.notation.edits import Edit, Supernode
 from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.circuits.trace.capture import capture
+from difffract_jax.cli import options as opt
+from difffract_jax.cli.graph_labels import labels_of
 from difffract_jax.cli.output import Advance, graph_summary, save_image
-from difffract_jax.cli.settings import DemoConfig
-from difffract_jax.config import provenance
-from difffract_jax.dashboards.pictures import enlarged, figure_address, png_address
-from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
-from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render, write_report
+from difffract_jax.cli.settings import DemoConfig, ReportConfig, SteerConfig, ValidateConfig, ViewConfig
+from difffract_jax.cli.steer import write_sweep
+from difffract_jax.cli.view import page_parts, run_key, with_found_groups
+from difffract_jax.config import SEEDS, provenance
+from difffract_jax.dashboards.graph_report import graph_report
+from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, shown_images
+from difffract_jax.dashboards.page_data import summed_where_possible
+from difffract_jax.dashboards.records import feature_of, top_features
+from difffract_jax.dashboards.render import write_report
+from difffract_jax.dashboards.run_images import run_images
+from difffract_jax.dashboards.viewer_page import viewer_page
 from difffract_jax.graphs.graph import Graph
-from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import prune
-from difffract_jax.graphs.supernodes import find_supernodes
 from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
-from difffract_jax.models.pipeline import generate
 from difffract_jax.organism.evaluate import see
 from difffract_jax.organism.scorer import SeenScenes, describe, judge
 from difffract_jax.organism.vocabulary import COLOUR_NAMES
 from difffract_jax.organism.world import from_caption
 from difffract_jax.seeds import random_generator
+from difffract_jax.studies.metrics import intent, sweep_table
 
-PROMPT = "a red circle left of a blue square"
+PROMPT = "a blue ring left of a red square"
+COLOUR = COLOUR_NAMES[int(from_caption(PROMPT).colour[0, 0])]
+IN_BOX = f"{COLOUR} in the traced box, first seed"
 NOTICE = (
     "Model and transcoders are the embedded ones, trained on synthetic scenes: image, verdict, features, circuit, edit "
     "and checks are real."
 )
 ENLARGED = 8
 """Screen pixels per pixel of the image that is saved."""
-STEP = 1
-"""Denoising step that is traced."""
+STEP = 3
+"""Denoising step that is traced: the last, whose prediction is the image."""
+FEW = 8
+"""Features of the circuit that are taken off where none is known to detect the colour, and no group was found."""
 REACH = 9
 """Pixels around the middle of the first object whose colour is traced."""
 NODES = 300
 """Features that are expanded."""
-SHOWN = (6, 2)
-"""Features of image and of text positions that the report shows."""
-DRAWN = 16
-"""Features in its drawing of the circuit."""
+SURE = 0.8
+"""AUROC from which on the demonstration says of a feature that it detects a colour."""
+IMAGES = 4
+"""Images that are made with the edit and without, each from noise of its own; the first is the one that was traced."""
 PARTS = 10
-"""Parts of the work that the progress bar counts: tracing, the images, and eight of the report and the checks."""
+"""Parts of the work that the progress bar counts: tracing, the images, and eight of the checks and the report."""
+VALIDATED, STEERED = "validation", "steered"
+"""Directories within the demonstration's, as `difffract validate` and `difffract steer` write them."""
 
 
-class Steered(NamedTuple):
-    """The edit of the strongest supernode.
+class Made(NamedTuple):
+    """What is made of the run, and worked with from then on.
 
     Attributes:
-        name: of the supernode.
-        features: of it.
-        images: without an edit, with these features taken off, with as many others taken off, [image H W rgb].
-        shows: what the scorer reads in each.
-        colour: how red the traced box of each is: red less the mean of green and blue, in [-1, 1].
+        pipe: the embedded model.
+        tcs: its transcoders.
+        graph: position by position.
+        box: whose colour is traced, X0,Y0,X1,Y1.
+        kept: the image, and what the traced step predicted it to be.
+        shows: what the scorer reads in the image.
+        right: whether that is what was asked.
     """
 
-    name: str
-    features: tuple[Feature, ...]
-    images: UInt8[np.ndarray, "image H W rgb"]
-    shows: tuple[str, ...]
-    colour: tuple[float, ...]
+    pipe: Any
+    tcs: Any
+    graph: Graph
+    box: str
+    kept: KeptImages
+    shows: str
+    right: bool
 
 
 def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
@@ -91,50 +110,82 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
         advance: callback of the progress bar.
     """
     settings.out.mkdir(parents=True, exist_ok=True)
-    record = provenance("demo", settings)
-    paths = {name: settings.out / name for name in ("image.png", "graph.npz", "pruned.npz", "report.html")}
-    pipe, tcs = load_pipeline("organism"), load_transcoders("organism")
-    image = generate(pipe, PROMPT, seed=settings.seed).image
-    save_image(image.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1), paths["image.png"], record)
-    reading = see(image[None])
-    right = bool(judge(from_caption(PROMPT), reading).right[0])
-    seen = {"prompt": PROMPT, "the image shows": describe(reading, 0), "as asked": "yes" if right else "no"}
-    advance(1, PARTS)
-    trace = capture(pipe, tcs, PROMPT, seed=settings.seed, step=STEP, output=True)
-    asked = parse_target(f"pixels:color={COLOUR},box={box_of(reading, image.shape[0])}")
-    assert not isinstance(asked, Feature)
-    target = resolve_target(pipe, trace, asked)
-    graph = attribute(trace, tcs, target=target, max_nodes=NODES, min_attribution=1e-6).with_provenance(**record)
-    pruned = find_supernodes(prune(graph))
-    graph.save(paths["graph.npz"])
+    names = ("image.png", "graph.npz", "pruned.npz", "graph.html", "report.html")
+    paths = {name: settings.out / name for name in names}
+    made = _made(settings, paths, advance)
+    summed = with_found_groups(summed_where_possible(made.graph))
+    pruned = with_found_groups(prune(made.graph))
     pruned.save(paths["pruned.npz"])
     advance(2, PARTS)
-    again = capture_again(pipe, tcs, graph)
-    steered = _steer(pipe, tcs, again, graph, pruned, settings.seed)
+    again = capture_again(made.pipe, made.tcs, made.graph)
+    features, edits = _edit(made, pruned, again, settings)
     advance(3, PARTS)
-    found = validate(
-        again,
-        graph,
+    found = _validated(made, again, paths["graph.npz"], settings, advance)
+    verdict = _in_short(features, edits)
+    write_report(paths["graph.html"], viewer_page(*page_parts(made.graph, ViewConfig(graph=paths["graph.npz"]))))
+    _report(made, summed, settings, paths["report.html"], verdict)
+    kept = {"edges kept by pruning": f"{len(pruned.edge_attribution)} of {len(made.graph.edge_attribution)}"}
+    seen = {"prompt": PROMPT, "the image shows": made.shows, "as asked": "yes" if made.right else "no"}
+    files = {name: str(path) for name, path in paths.items()}
+    files |= {name: str(settings.out / name) for name in (STEERED, VALIDATED)}
+    told = {"note": NOTICE} | seen | files | {"in short": verdict} | kept | graph_summary(made.graph)
+    exact = next(row["worst"] for row in found["exactness"] if row["kind"] == "edges")
+    return told | {"edges against interventions": exact, "the edit": edits, "the target itself": own_figures(found)}
+
+
+def _validated(made: Made, again: Rerun, graph: Path, settings: DemoConfig, advance: Advance) -> dict[str, Any]:
+    """Holds the graph against the model, and writes what was found as `validate` does."""
+    checks = ValidateConfig(
+        model="organism",
+        transcoders="organism",
+        graph=graph,
         edges=100,
         ablations=30,
         draws=3,
+        readings="propagated,full",
+        out=settings.out / VALIDATED,
+    )
+    found = validate(
+        again,
+        made.graph,
+        **checks.model_dump(include={"edges", "ablations", "draws"}),
         readings=("propagated", "full"),
         progress=lambda done, parts: advance(3 + done * (PARTS - 3) // parts, PARTS),
     )
-    whole = prune(graph, node_threshold=1.0, edge_threshold=1.0)
-    page = report(image, seen, whole, pruned, steered, found, json.dumps(record, indent=2))
-    write_report(paths["report.html"], page)
-    kept = {"edges kept by pruning": f"{len(pruned.edge_attribution)} of {len(graph.edge_attribution)}"}
-    edit = {"with the top supernode off": steered.shows[1], "with as many at random off": steered.shows[2]}
-    told = {name: str(path) for name, path in paths.items()} | kept | edit | graph_summary(graph) | _figures(found)
-    return {"note": NOTICE} | seen | told
+    write_validation(found, settings.out / VALIDATED, _record("validate", checks, made))
+    return found
 
 
-COLOUR = COLOUR_NAMES[int(from_caption(PROMPT).colour[0, 0])]
+def _made(settings: DemoConfig, paths: dict[str, Path], advance: Advance) -> Made:
+    """Captures the run, makes its image, and traces the colour of the first object; saves image and graph."""
+    record = provenance("demo", settings)
+    pipe, tcs = load_pipeline("organism"), load_transcoders("organism")
+    trace = capture(pipe, tcs, PROMPT, seed=settings.seed, step=STEP, output=True)
+    kept = KeptImages(run_images(pipe, trace.info, (STEP,)), (STEP,))
+    image = kept.pixels[0]
+    save_image(image.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1), paths["image.png"], record)
+    reading = see(image[None])
+    advance(1, PARTS)
+    box = box_of(reading, image.shape[0])
+    target = resolve_target(pipe, trace, parse_target(f"pixels:color={COLOUR},box={box}"))
+    graph = attribute(trace, tcs, target=target, max_nodes=NODES, min_attribution=1e-6).with_provenance(**record)
+    graph.save(paths["graph.npz"])
+    keep(kept, kept_path(paths["graph.npz"]), run_key(graph))
+    return Made(pipe, tcs, graph, box, kept, describe(reading, 0), bool(judge(from_caption(PROMPT), reading).right[0]))
+
+
+def _record(command: str, settings: Any, made: Made) -> dict[str, Any]:
+    """Returns what a directory of `steer` or `validate` records."""
+    return provenance(command, settings, **opt.sources(model=made.pipe, transcoders=made.tcs))
 
 
 def box_of(reading: SeenScenes, size: int) -> str:
-    """Returns the box around the first object that an image shows, X0,Y0,X1,Y1; the left half if it shows none."""
+    """Returns the box around the first object that an image shows, X0,Y0,X1,Y1; the left half if it shows none.
+
+    Args:
+        reading: of the image.
+        size: its height and width in pixels.
+    """
     if not reading.count[0]:
         return f"0,0,{size // 2},{size}"
     x, y = (int(value) for value in reading.centre[0, 0])
@@ -142,154 +193,97 @@ def box_of(reading: SeenScenes, size: int) -> str:
     return ",".join(map(str, (*low, *high)))
 
 
-def _steer(pipe: Any, tcs: Any, again: Rerun, graph: Graph, pruned: Graph, seed: int) -> Steered:
-    """Draws the image again with the strongest supernode taken off in every step, and with as many other features."""
-    name, members = next(iter(pruned.supernodes.items()), ("", top_features(pruned, DRAWN)))
-    features = tuple(dict.fromkeys(feature_of(pruned, node) for node in members))
-    _, places = candidates(again, graph)
-    layout = again.engine.infos[0].layout
-    others = {Feature(*layout.site_number(block, stream), number) for _, stream, block, number in places}
-    drawn = random_generator(seed).permutation(sorted(map(str, others - {*features})))[: len(features)]
-    random = tuple(Feature.parse(text) for text in drawn.tolist())
-    edits = [[], [Edit(Supernode("", features), "zero")], [Edit(Supernode("", random), "zero")]]
-    made = steer_batch(pipe, tcs, [PROMPT] * 3, edits, [seed] * 3)
-    reading = see(made.images)
-    return Steered(
-        name,
-        features,
-        made.images,
-        tuple(describe(reading, i) or "nothing that can be read" for i in range(3)),
-        tuple(float(value) for value in _colour_of(made.images, pruned)),
-    )
-
-
-def _colour_of(images: UInt8[np.ndarray, "image H W rgb"], graph: Graph) -> np.ndarray:
-    """Returns how red the traced box of each image is: red less the mean of green and blue, in [-1, 1]."""
-    settings = graph.provenance.attribution
-    assert settings is not None
-    x0, y0, x1, y1 = map(int, settings.targets[0].partition("box=")[2].split(","))
-    inside = images[:, y0:y1, x0:x1].astype(np.float64).mean(axis=(1, 2)) / 255
-    return inside[:, 0] - inside[:, 1:].mean(axis=1)
-
-
-def _figures(found: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a terminal shows of the validation."""
-    rows = [row for row in found["perturbation"]["rows"] if row["of"] == "every node downstream"]
-    told = {"edges against interventions": next(r["worst"] for r in found["exactness"] if r["kind"] == "edges")}
-    told |= {f"Spearman, {row['prediction']}": row["spearman"] for row in rows}
-    return told | {"the pruned circuit, kept alone and removed": at_size(found, found["completeness"]["pruned"])}
-
-
-def report(
-    image: UInt8[np.ndarray, "H W rgb"],
-    seen: dict[str, Any],
-    whole: Graph,
-    pruned: Graph,
-    steered: Steered,
-    found: dict[str, Any],
-    record: str,
-) -> str:
-    """Returns the report as HTML.
+def edited_features(pruned: Graph) -> tuple[tuple[Feature, ...], str]:
+    """Returns the features of a circuit that detect the asked colour, its strongest group where none does, and in words
+    which they are.
 
     Args:
-        image: of the run.
-        seen: what it shows.
-        whole: the graph, summed over positions, with influence.
-        pruned: the circuit, likewise, with supernodes.
-        steered: the edit.
-        found: from `validate`.
-        record: how it was made.
+        pruned: the circuit, with groups.
     """
-    summary = [
-        f"The prompt was: {seen['prompt']}. The image shows: {seen['the image shows']}. As asked: {seen['as asked']}.",
-        NOTICE,
-    ]
-    sections = [
-        _image_section(image),
-        _circuit_section(image, whole, pruned),
-        _edit_section(steered),
-        _check_section(found),
-    ]
-    return render(f"Why a circle is {COLOUR}: a circuit, an edit, and how far to trust it", summary, sections, record)
+    labels = load_labels("organism")
+    features = dict.fromkeys(feature_of(pruned, node) for node in top_features(pruned, pruned.node_kind.size))
+    if labels.transcoders == pruned.provenance.transcoders:
+        content = {feature: labels.of(feature).content for feature in features}
+        sure = [f for f, one in content.items() if (one.factor, one.value) == ("colour", COLOUR) and one.auroc >= SURE]
+        if sure:
+            return tuple(sure), f"that detect {COLOUR}"
+    members = next(iter(pruned.supernodes.values()), ())
+    grouped = tuple(dict.fromkeys(feature_of(pruned, node) for node in members))
+    return (grouped, "of its strongest group") if grouped else (tuple(features)[:FEW], "with the most influence")
 
 
-def _image_section(image: UInt8[np.ndarray, "H W rgb"]) -> Section:
-    words = "The embedded model, a FLUX of a million parameters, made this image in four denoising steps."
-    shows = "The image, enlarged; what it shows was read from its pixels by a fixed rule."
-    return Section("The image", [words], [Picture(png_address(enlarged(image)), shows, small=True)])
+def _edit(made: Made, pruned: Graph, again: Rerun, settings: DemoConfig) -> tuple[str, list[dict[str, Any]]]:
+    """Makes images with features of the circuit taken off, and as many at random, and writes them as `steer` does.
 
-
-def _circuit_section(image: UInt8[np.ndarray, "H W rgb"], whole: Graph, pruned: Graph) -> Section:
-    told, labels = graph_summary(pruned), load_labels("organism")
-    labels = labels if labels.transcoders == pruned.provenance.transcoders else None
-    target = told["target"]
-    text = [
-        f"The target is {target}: how {COLOUR} the pixels of that box will be, as step {STEP} predicts them. With "
-        "attention and norms held at this run, it is the sum of the features' contributions, errors, inputs and a "
-        "bias; the largest gap in that sum, over the sum of absolute edges and bias, is "
-        f"{told['conservation error']:.1e}.",
-        f"Pruning keeps {told['nodes'].get('feature', 0)} features. Shown are, with the most influence, those of image "
-        "positions, and before pruning those of text: where each is active, in orange, over the image's tokens or the "
-        "prompt's words, and what it detects on other captions (in brackets how well, 0.5 to 1).",
-        "In the drawing columns are blocks. A line's width is its share of all that enters its end; blue lines raise "
-        "it, dashed orange ones lower it. Hover for names and figures.",
-    ]
-    nodes = [*top_features(pruned, DRAWN), int(pruned.target)]
-    best = [feature_card(card(pruned, node, labels), image) for node in top_features(pruned, SHOWN[0], [IMG])]
-    best += [feature_card(card(whole, node, labels), image) for node in top_features(whole, SHOWN[1], [TXT])]
-    cards = {node: card(pruned, node, labels) for node in nodes[:-1]}
-    blocks = sorted({int(pruned.node_block[node]) for node in nodes})
-    heads = [pruned.provenance.layout.block_name(block) for block in blocks[:-1]] + ["target"]
-    laid = drawing(
-        [node_names(pruned)[node] for node in nodes],
-        [*(cards[node].detects for node in nodes[:-1]), target],
-        [blocks.index(int(pruned.node_block[node])) for node in nodes],
-        heads,
-        [edge for edge in edges_among(pruned, nodes) if abs(edge[2]) > 0.004],
+    Returns which features they are, in words, and a row of figures for each of the three.
+    """
+    features, which = edited_features(pruned)
+    _, places = candidates(again, made.graph)
+    layout = again.engine.infos[0].layout
+    others = {Feature(*layout.site_number(block, stream), number) for _, stream, block, number in places}
+    drawn = random_generator(settings.seed).permutation(sorted(map(str, others - {*features})))[: len(features)]
+    random = tuple(Feature.parse(text) for text in drawn.tolist())
+    columns = ("original", f"the {len(features)} off", f"{len(random)} at random off")
+    edits = [[], [Edit(Supernode("", features), "zero")], [Edit(Supernode("", random), "zero")]]
+    seeds = tuple((settings.seed + number) % SEEDS for number in range(IMAGES))
+    images = steer_batch(
+        made.pipe, made.tcs, [PROMPT] * 3 * IMAGES, edits * IMAGES, [seed for seed in seeds for _ in columns]
     )
-    return Section("The circuit", text, (), {}, best, laid)
-
-
-def _edit_section(steered: Steered) -> Section:
-    count = len(steered.features)
-    text = [
-        f"The circuit's strongest group of features that do the same, {steered.name or 'its top features'}, was taken "
-        "off at every position in every step, and the image made again from the same noise: "
-        f"{', '.join(map(str, steered.features))}. Beside it, {count} other active features, drawn at random.",
-    ]
-    titles = ("Without an edit", f"With the {count} features off", f"With {count} features at random off")
-    pictures = [
-        Picture(png_address(enlarged(one)), f"{title}: {shows}; {COLOUR} in the traced box {colour:.2f}.", small=True)
-        for title, one, shows, colour in zip(titles, steered.images, steered.shows, steered.colour, strict=True)
-    ]
-    return Section("An edit, before and after", text, pictures)
-
-
-def _check_section(found: dict[str, Any]) -> Section:
-    tests = [
-        {key: row[key] for key in ("check", "worst", "median", "checked", "of", "bar", "holds")}
-        for row in found["exactness"]
-    ]
-    tables = {
-        "Exact in the frozen model, relative errors": tests,
-        "Correlations with the real model": found["perturbation"]["rows"],
-        "The pruned circuit, kept alone and removed": at_size(found, found["completeness"]["pruned"]),
-    }
-    pictures = [
-        Picture(
-            figure_address(perturbation_figure(found)),
-            "Features taken off one at a time in the real model: how far every node downstream moved, against what the "
-            "graph predicts without sign (left) and with it (right). Points on the diagonal were predicted exactly.",
-        ),
-        Picture(
-            figure_address(curves_figure(found)),
-            "Circuits of growing size. Above, what a circuit recovers of the target when all else is averaged out; "
-            "below, what is lost when the circuit is. Blue is the graph's order; the shaded range, random circuits.",
-        ),
-    ]
-    return Section(
-        "How far to trust it",
-        [words(part, found) for part in ("exactness", "perturbation", "completeness")],
-        pictures,
-        tables,
+    shape = IMAGES, len(columns)
+    pixels, norms = images.images.reshape(*shape, *images.images.shape[1:]), images.norms.reshape(shape)
+    rows = sweep_table(columns, pixels, norms, prompt=PROMPT, meant=intent(PROMPT))
+    for row, value in zip(rows, _target_in(pixels[0], made.box), strict=True):  # elsewhere the object lies elsewhere
+        row[IN_BOX] = float(value)
+    asked = SteerConfig(
+        model="organism",
+        transcoders="organism",
+        prompt=PROMPT,
+        edit=(f"{'+'.join(map(str, features))}=zero",),
+        seeds=",".join(map(str, seeds)),
+        out=settings.out / STEERED,
     )
+    record = _record("steer", asked, made) | {"taken off at random": list(map(str, random))}
+    write_sweep(Sweep(pixels, norms, columns, seeds, ""), rows, record, settings.out / STEERED)
+    told = [{"images": row["edit"], "as asked": f"{row['success']} of {IMAGES}", IN_BOX: row[IN_BOX]} for row in rows]
+    return f"{len(features)} features {which}", told
+
+
+def _target_in(images: UInt8[np.ndarray, "image H W rgb"], box: str) -> Float64[np.ndarray, "image"]:
+    """Returns the target's value of finished images: how much of the colour is in the traced box."""
+    asked = parse_target(f"pixels:color={COLOUR}")
+    assert isinstance(asked, PixelTarget)
+    minus, along = np.array(asked.minus), np.array(asked.colour) - np.array(asked.minus)
+    inside = images[:, box_mask(box, images.shape[1:3])] / 255
+    return ((inside - minus) @ (along / np.linalg.norm(along))).mean(axis=1)
+
+
+def _in_short(features: str, edits: list[dict[str, Any]]) -> str:
+    """Returns the outcome in two sentences."""
+    original, off, random = edits
+    as_asked = [row["as asked"].split()[0] for row in edits]
+    values = [f"{row[IN_BOX]:.2f}" for row in (original, off, random)]
+    return (
+        f"With the circuit's {features} taken off, {as_asked[1]} of {IMAGES} images show what was asked; with as many "
+        f"other features off, drawn at random, {as_asked[2]} do, and without an edit {as_asked[0]}. How {COLOUR} the "
+        f"traced box is goes from {values[0]} to {values[1]}, where 0 is grey; with the others off, to {values[2]}."
+    )
+
+
+def _report(made: Made, summed: Graph, settings: DemoConfig, path: Path, verdict: str) -> None:
+    """Writes the report that `difffract report` writes of the graph and the two directories."""
+    lead = [
+        f"The image shows: {made.shows}. As asked: {'yes' if made.right else 'no'}. {NOTICE}",
+        f"In short: {verdict[0].lower()}{verdict[1:]}",
+    ]
+    page = graph_report(
+        summed,
+        labels=labels_of(made.graph, None, figures=True),
+        images=shown_images(made.kept),
+        image_note="",
+        groups=None,
+        top=ReportConfig.model_fields["top"].default,
+        validation=settings.out / VALIDATED,
+        edit=settings.out / STEERED,
+        lead=lead,
+    )
+    write_report(path, page)

@@ -36,6 +36,7 @@ from difffract_jax.cli import validate as cli_validate
 from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.convert import convert
 from difffract_jax.cli.failures import sentence_for, told_when_terminated
+from difffract_jax.cli.feature_pages import Pages, page_table, pages_at_hand, with_pages
 from difffract_jax.cli.models import dtype_named, mesh_for, spread_model
 from difffract_jax.cli.organism import organism
 from difffract_jax.cli.settings import DemoConfig
@@ -184,12 +185,13 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
 
     Example: `difffract demo --out demo`
     """
-    from difffract_jax.cli.demo import run
+    from difffract_jax.cli.demo import STEERED, VALIDATED, run
     from difffract_jax.cli.output import emit, progress, replacing
 
     if settings.out.exists() and not settings.out.is_dir():
         raise UserError(f"{settings.out} is a file, but the demonstration is a directory; give another --out.")
-    with replacing(settings.out), progress("Tracing") as advance:
+    written = [settings.out / name for name in ("", STEERED, VALIDATED)]
+    with replacing(*written), progress("Tracing") as advance:
         result = run(settings, advance)
     emit(result, as_json=json)
 
@@ -236,7 +238,7 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
 
 @app.command()
 @opt.command(TraceConfig, arguments=("model", "transcoders", "prompt"))
-def trace(settings: TraceConfig, *, json: bool) -> None:
+def trace(settings: TraceConfig, *, pages: Pages = None, json: bool) -> None:
     """Trace the circuit behind a feature, a direction of the velocity or a colour of the image, and save it as a graph.
 
     Example: `difffract trace organism organism "a red circle above a blue square" --target img/1/f12 --step 1`;
@@ -264,6 +266,7 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
     options = {"dtype": dtype_named(settings.transcoder_dtype), "weights": place}
     options |= {} if devices is None else {"sharding": traced_transcoders(devices)}
     tcs = load_used(settings.transcoders, used, sites=settings.sites, **options)
+    at_hand = pages_at_hand(pages, tcs.source)
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
@@ -279,7 +282,9 @@ def trace(settings: TraceConfig, *, json: bool) -> None:
         graph.save(settings.out)
         if settings.export_json:
             write_reference_json(graph, settings.export_json)
-    emit({"graph": str(settings.out)} | graph_summary(graph), as_json=json)
+    told = graph_summary(graph)
+    told |= {"strongest sources": with_pages(told["strongest sources"], at_hand, "from")}
+    emit({"graph": str(settings.out)} | told | page_table(_listed(settings.target), at_hand), as_json=json)
 
 
 def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], steps: tuple[int, int]) -> Any:

@@ -13,6 +13,7 @@ import typer
 
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.feature_pages import Pages, page_table, pages_at_hand, with_pages
 from difffract_jax.cli.group_edits import check_groups, edits_of
 from difffract_jax.cli.preflight import check_fits
 from difffract_jax.cli.settings import EffectsConfig, FeaturesConfig, RunSettings, SteerConfig
@@ -40,7 +41,7 @@ def register(app: typer.Typer) -> None:
     },
     fills="out",
 )
-def steer(settings: SteerConfig, *, json: bool) -> None:
+def steer(settings: SteerConfig, *, pages: Pages = None, json: bool) -> None:
     """Edit features while images are made, over seeds and strengths, and measure what changed.
 
     A region (--box, --mask) confines edits that name no positions, and parts what was meant to change from the rest.
@@ -60,21 +61,28 @@ def steer(settings: SteerConfig, *, json: bool) -> None:
     pipe, tcs = open_model("steer", settings, sites=sites).pipe, load_used(settings.transcoders, edited(edits))
     if groups is not None:
         check_groups(groups, pipe.source, tcs.source, settings)
+    named = page_table(_features(edits), pages_at_hand(pages, tcs.source))
     run = run_of(pipe, settings)
     pixels = region_of(pipe, run, settings)
     made = _draw(pipe, tcs, run, edits, pixels, settings)
     rows = sweep_table(made.columns, made.images, made.norms, pixels, settings.prompt if meant else None, meant)
     record = provenance("steer", settings, **opt.sources(model=pipe, transcoders=tcs))
     with replacing(settings.out):
-        files = _write(made, rows, record, settings.out)
+        files = write_sweep(made, rows, record, settings.out)
     shown = {"out": str(settings.out)} | {"metrics": [_brief(row) for row in rows]}
-    emit(files | {"metrics": rows} if json else shown, as_json=json)
+    emit((files | {"metrics": rows} if json else shown) | named, as_json=json)
 
 
 def _patterns(edits: Sequence[Edit]) -> list[str]:
     """Returns the sites that edits name, as patterns."""
     parts = [part for edit in edits for part in edit.parts]
     return [f"{part.stream}/{'*' if part.block is None else part.block}" for part in parts]
+
+
+def _features(edits: Sequence[Edit]) -> list[str]:
+    """Returns the features that edits name; whole sites are none."""
+    parts = [part for edit in edits for part in edit.parts]
+    return [f"{part.stream}/{part.block}/f{part.feature}" for part in parts if part.feature >= 0]
 
 
 def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, settings: SteerConfig) -> Any:
@@ -106,7 +114,7 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
     arguments=("model", "transcoders", "prompt"),
     before={"by": ("box", "mask"), "top": ("seeds",), "captions": ("scan",)},
 )
-def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> None:
+def features(settings: FeaturesConfig, *, scan: Scan = False, pages: Pages = None, json: bool) -> None:
     """Find features: by contrast with another prompt, in a region, by rise or fall over steps, or by activation.
 
     Prints them with position and step, ready to be a target of `trace` or an edit of `steer`. With --scan, labels every
@@ -129,7 +137,7 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> Non
     pipe, place = open_model("features", settings)
     parse_sites(sites, pipe.config.transformer.layout)  # what is no pattern is told before more is loaded
     tcs = load_used(settings.transcoders, matching(sites), weights=place)
-    run = run_of(pipe, settings)
+    at_hand, run = pages_at_hand(pages, tcs.source), run_of(pipe, settings)
     with progress("Sampling") as advance:
         found = rank_features(
             pipe,
@@ -153,7 +161,7 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> Non
         for stream, rows in found.items()
     }
     record = provenance("features", settings, **opt.sources(model=pipe, transcoders=tcs))
-    emit((record if json else {}) | streams, as_json=json)
+    emit((record if json else {}) | {name: with_pages(rows, at_hand) for name, rows in streams.items()}, as_json=json)
 
 
 def _scan(settings: FeaturesConfig, json: bool) -> None:
@@ -344,8 +352,18 @@ def check_directory(out: Path) -> None:
         raise UserError(f"The folder {out.parent} of the output directory {out.name} does not exist; create it first.")
 
 
-def _write(made: Any, rows: list[dict[str, Any]], record: dict[str, Any], out: Path) -> dict[str, str]:
-    """Writes the grid of images and the table, both with the record of how they were made."""
+def write_sweep(made: Any, rows: list[dict[str, Any]], record: dict[str, Any], out: Path) -> dict[str, str]:
+    """Writes the grid of images and the table, both with the record of how they were made.
+
+    Args:
+        made: a `Sweep`.
+        rows: of `sweep_table`.
+        record: settings of `steer`, versions and sources.
+        out: directory; created if need be.
+
+    Returns:
+        Paths by name.
+    """
     from difffract_jax.cli.output import save_image
     from difffract_jax.organism.evaluate import summary
     from difffract_jax.storage.checkpoint import atomic_file

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.feature_pages import MOST_LISTED, Pages, named_features, page_table, pages_at_hand
 from difffract_jax.config import UserError, nearest, provenance
 from difffract_jax.studies.settings import QUESTIONS, StudyConfig
 
@@ -20,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 @opt.command(StudyConfig, arguments=("name",), fills="out")
-def study(settings: StudyConfig, *, json: bool) -> None:
+def study(settings: StudyConfig, *, pages: Pages = None, json: bool) -> None:
     """Ask one of the paper's questions of the organism: features chosen by rule, images read by its scorer.
 
     Cases, ways and measures are registered in docs/studies.md. A study takes minutes; --size 10 tries it out.
@@ -35,6 +36,7 @@ def study(settings: StudyConfig, *, json: bool) -> None:
 
     lines = None if settings.prompts is None else _lines(settings.prompts)
     pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    at_hand = pages_at_hand(pages, tcs.source)
     compared = load_transcoders(settings.saes) if settings.name == "precision" else None
     labels = load_labels("organism") if settings.transcoders == "organism" else None
     with stages() as show:
@@ -48,7 +50,8 @@ def study(settings: StudyConfig, *, json: bool) -> None:
     told = (
         {"verdict": result.verdict, "tables": result.tables} if json else {"result": next(iter(result.tables.values()))}
     )
-    emit(files | told, as_json=json)
+    named = named_features([result.verdict, result.tables])
+    emit(files | told | page_table(named, at_hand, None if json else MOST_LISTED), as_json=json)
 
 
 def _check(settings: StudyConfig) -> None:

@@ -43,7 +43,8 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     if settings.out is not None:
         check_directory(settings.out)
     from difffract_jax.circuits.checks.report import write_validation
-    from difffract_jax.circuits.checks.validation import at_size, failed_checks
+    from difffract_jax.circuits.checks.summaries import at_size, own_figures
+    from difffract_jax.circuits.checks.validation import failed_checks
     from difffract_jax.circuits.checks.validation import validate as hold
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.opening import open_model
@@ -68,7 +69,8 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
         shown = {key: value for key, value in found["perturbation"].items() if key != "pairs"}
         emit(files | record | found | {"perturbation": shown}, as_json=True)
     else:
-        emit(_brief(found, at_size(found, size)) | ({"report": files["report.md"]} if files else {}))
+        own = {"the target itself": own_figures(found)}
+        emit(own | _brief(found, at_size(found, size)) | ({"report": files["report.md"]} if files else {}))
     missed = failed_checks(found)
     if missed:
         raise UserError(missed)

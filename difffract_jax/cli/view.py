@@ -7,21 +7,16 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import replace
-from json import loads
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import typer
 
-import difffract_jax
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.graph_labels import known_labels
 from difffract_jax.cli.settings import ReportConfig, ShownGraph, ViewConfig
-from difffract_jax.config import UserError, read_yaml
-
-ORGANISM_LABELS = Path(difffract_jax.__file__).parent / "organism" / "transcoders" / "labels.json"
-"""Labels of the transcoders that ship with the package."""
-
+from difffract_jax.config import UserError
 
 MOST_GROUPED = 1000
 """Features up to which a page opens with groups that were found; finding them among more takes seconds."""
@@ -53,7 +48,7 @@ def view(settings: ViewConfig, *, json: bool) -> None:
     from difffract_jax.dashboards.viewer_page import viewer_page
 
     whole = read(settings.graph)
-    shown, parts = _parts(whole, settings)
+    shown, parts = page_parts(whole, settings)
     if settings.serve:
         return _serve(whole, shown, parts, settings, json)
     page = viewer_page(shown, parts)
@@ -81,17 +76,27 @@ def _about_images(images: Any, note: str) -> str:
     return f"finished{predicted}" if images else note
 
 
-def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
-    """Returns the graph that the page shows, and all that it shows beside it."""
+def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
+    """Returns the graph that the page shows, and all that it shows beside it.
+
+    Args:
+        whole: the graph as it was read.
+        settings: of the page.
+
+    Raises:
+        UserError: if the graph is too large for a page, or what is shown beside it belongs to another.
+    """
     from difffract_jax.cli.graph_files import read
+    from difffract_jax.dashboards.features.addresses import open_pages
     from difffract_jax.dashboards.page_data import Limits, check_difference, leads_forward, shown_graph
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
+    from difffract_jax.graphs.names import feature_names
 
     groups = _opened_groups(whole, settings)
     limits = Limits(settings.max_nodes, settings.max_links)
     how = {"by_position": settings.by_position, "limits": limits}
-    shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
+    shown = with_found_groups(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images, other_note = (), ""
     labels = known_labels(whole, settings.labels, settings.graph)
@@ -107,7 +112,8 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         labels = theirs | labels  # the second has features that the first lacks
         other_images, note = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
         other_note = note.partition("; give ")[0].removesuffix(".") + "." if note else ""  # --image is of the first
-    pages = None if settings.pages is None else _pages_address(settings)
+    names = {name for graph in (shown, other) if graph is not None for name in feature_names(graph)} - {""}
+    pages = None if settings.pages is None else open_pages(settings.pages, whole.provenance.transcoders)
     images, note = images_of(whole, settings)
     return shown, PageParts(
         name=settings.graph.stem,
@@ -116,7 +122,8 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         images=images,
         image_note=note,
         groups=groups,
-        pages=pages,
+        pages=pages and pages_address(settings),
+        without_page=pages.missing(names) if pages else (),
         other=other,
         other_images=other_images,
         other_image_note=other_note,
@@ -162,8 +169,12 @@ def _opened_groups(whole: Any, settings: ViewConfig) -> Any:
         raise UserError(f"{error} The page would save over it; name another file with --groups, or move it.") from None
 
 
-def _grouped(graph: Any) -> Any:
-    """Returns a graph with the groups that are found in what is left of it after pruning, if it has none."""
+def with_found_groups(graph: Any) -> Any:
+    """Returns a graph with the groups that are found in what is left of it after pruning, if it has none.
+
+    Args:
+        graph: as a page shows it; one whose features are too many is returned as it is.
+    """
     from difffract_jax.graphs.graph import FEATURE
     from difffract_jax.graphs.names import find_nodes, node_names
     from difffract_jax.graphs.pruning import prune
@@ -187,58 +198,16 @@ def _title(graph: Any, path: Path | None, other: Any) -> str:
     return named if other is None or path is None else f"{path.name}: {named}"
 
 
-def _pages_address(settings: ViewConfig) -> str:
-    """Returns where a feature's page is, as seen from the page: a path, or an address of the server."""
+def pages_address(settings: ViewConfig) -> str:
+    """Returns where a feature's page is, as seen from the page: a path, or an address of the server.
+
+    Args:
+        settings: of the page, which name the folder of feature pages.
+    """
     assert settings.pages is not None
-    if not (settings.pages / "index.html").is_file():
-        raise UserError(f"{settings.pages} has no index.html; give the folder that `difffract dashboards` wrote.")
     folder = (settings.out or settings.graph).resolve().parent
     base = "pages" if settings.serve else quote(Path(os.path.relpath(settings.pages.resolve(), folder)).as_posix())
     return f"{base}/index.html#{{feature}}"
-
-
-def known_labels(graph: Any, file: Path | None, source: Path) -> dict[str, str]:
-    """Returns what features stand for, as `labels_of`; else as the document says that the graph was read from."""
-    from difffract_jax.graphs.files.viewer_groups import document_labels
-
-    return document_labels(source, graph) | labels_of(graph, file)
-
-
-def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
-    """Returns what the graph's features stand for: from a file, or of the organism if the graph is about its features.
-
-    Args:
-        graph: the graph.
-        file: of names for features, or a labels.json of `features --scan`; None for those at hand.
-
-    Raises:
-        UserError: if the file is neither, or is about other transcoders.
-    """
-    from difffract_jax.circuits.notation.labels import read_labels
-    from difffract_jax.graphs.names import feature_names
-
-    told = graph.provenance.transcoders
-    if file is not None and file.suffix != ".json":
-        return {str(name): str(label) for name, label in read_yaml(file).items()}
-    if file is None and told != loads(ORGANISM_LABELS.read_text(encoding="utf-8"))["transcoders"]:
-        return {}  # before an object is made of every example of every feature
-    labels = read_labels(ORGANISM_LABELS if file is None else file)
-    if labels.transcoders != told:
-        raise UserError(f"{file} holds labels of other transcoders than the graph's; give those of the graph's own.")
-    return {name: _label(labels, name) for name in {*feature_names(graph)} - {""}}
-
-
-def _label(labels: Any, name: str) -> str:
-    """Returns what a feature detects, without figures; "" where that is not clear."""
-    from difffract_jax.circuits.notation.feature import Feature
-    from difffract_jax.circuits.notation.labels import CLEAR
-
-    feature = Feature.parse(name)
-    mine = labels.sites.get(f"{feature.stream}/{feature.block}", ())
-    if feature.feature >= len(mine):
-        return ""
-    best = max((mine[feature.feature].content, mine[feature.feature].best), key=lambda one: one.auroc >= CLEAR)
-    return f"{best.factor} {best.value}" if best.factor and best.auroc >= CLEAR else ""
 
 
 def image_at_hand(graph: Any, path: Path) -> Any:
@@ -255,7 +224,7 @@ def image_at_hand(graph: Any, path: Path) -> Any:
     from difffract_jax.graphs.files.viewer_image import image_bytes
 
     if graph.provenance.run is not None:
-        kept = image_files.read_kept(image_files.kept_path(path), _run_key(graph))
+        kept = image_files.read_kept(image_files.kept_path(path), run_key(graph))
         return None if kept is None else image_files.shown_images(kept)[0]
     data = image_bytes(graph.provenance.viewer)
     return None if data is None else image_files.shown(image_files.read_image(path, data))
@@ -281,7 +250,7 @@ def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
         if image is not None:
             return [image], ""
         return [], "The file does not tell a run of one prompt, so there is no image; give one with --image FILE."
-    key, path = _run_key(graph), image_files.kept_path(settings.graph)
+    key, path = run_key(graph), image_files.kept_path(settings.graph)
     kept = image_files.read_kept(path, key)
     if kept is None:
         model = settings.model or _model_at_hand(graph)
@@ -305,8 +274,12 @@ def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
     return image_files.shown_images(kept), ""
 
 
-def _run_key(graph: Any) -> str:
-    """Returns what tells the images of one run from those of another."""
+def run_key(graph: Any) -> str:
+    """Returns what tells the images of one run from those of another.
+
+    Args:
+        graph: of the run, which its provenance tells.
+    """
     from difffract_jax.graphs.json_values import to_json_values
 
     run, steps = graph.provenance.run, graph.provenance.steps
@@ -375,6 +348,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit, replacing
     from difffract_jax.dashboards.graph_report import graph_report
+    from difffract_jax.dashboards.page_data import summed_where_possible
     from difffract_jax.dashboards.render import write_report
     from difffract_jax.graphs.files.viewer_groups import read_any_groups
 
@@ -382,8 +356,8 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     groups = None if settings.groups is None else read_any_groups(settings.groups, graph)
     images, note = images_of(graph, settings)
     page = graph_report(
-        graph,
-        labels=known_labels(graph, settings.labels, settings.graph),
+        graph if groups is not None else with_found_groups(summed_where_possible(graph)),
+        labels=known_labels(graph, settings.labels, settings.graph, figures=True),
         images=images,
         image_note=note,
         groups=groups,

@@ -1,6 +1,7 @@
-"""A report of any graph as one HTML file: the image, what adds up to the target, the circuit, its features (NumPy).
+"""A report of any graph as one HTML file: the image, the circuit, its features, what adds up to the target (NumPy).
 
-What `validate` and `steer` wrote for the graph goes in where it is given; nothing is computed anew.
+What `validate` and `steer` wrote for the graph goes in where it is given; nothing is computed anew. `difffract demo`
+ends in the same report.
 """
 
 import base64
@@ -12,24 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from difffract_jax.address import IMG, TXT
-from difffract_jax.config import UserError
 from difffract_jax.dashboards.account import account
-from difffract_jax.dashboards.image_files import read_image
+from difffract_jax.dashboards.found_sections import edit_sections, validation_sections
 from difffract_jax.dashboards.image_files import shown as shown_image
 from difffract_jax.dashboards.page_data import summed_where_possible
+from difffract_jax.dashboards.pictures import SHOWN
 from difffract_jax.dashboards.records import Card, card, edges_among, top_features
 from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render
+from difffract_jax.dashboards.target_words import target_box, target_title, target_words
 from difffract_jax.dashboards.viewer_page import ShownImage
 from difffract_jax.graphs.graph import Graph
-from difffract_jax.graphs.groups import Groups, identity, with_groups, without_position
+from difffract_jax.graphs.groups import Groups, with_groups
 from difffract_jax.graphs.influence import node_influence
 from difffract_jax.graphs.names import feature_names, node_name, node_names
 
 LEAST_SHARE = 0.004
 """Share of a target's edges from which on an edge is drawn."""
+MOST_GROUPS = 6
+"""Groups that are listed, the strongest."""
 
 
 def graph_report(
@@ -42,11 +46,12 @@ def graph_report(
     top: int,
     validation: Path | None,
     edit: Path | None,
+    lead: Sequence[str] = (),
 ) -> str:
     """Returns the report as HTML.
 
     Args:
-        graph: any graph.
+        graph: any graph; its groups are listed.
         labels: what features stand for, by their names.
         images: of the run, the finished one first.
         image_note: a sentence, where there is none.
@@ -54,6 +59,7 @@ def graph_report(
         top: features to show.
         validation: directory of `validate`, or None.
         edit: directory of `steer`, or None.
+        lead: paragraphs at its head, before what is said of any graph.
 
     Raises:
         UserError: if a directory is not what it should be.
@@ -62,23 +68,53 @@ def graph_report(
     summed = replace(summed, node_influence=node_influence(summed).astype(np.float32))
     if groups is not None:
         summed = with_groups(summed, groups)
-    target, run = node_name(summed, summed.target), graph.provenance.known
-    prompt = "" if run.prompt is None else f" The prompt was: {run.prompt}."
-    summary = [f"What makes `{target}` what it is, traced through the model.{prompt}"]
-    sections = [_images(images, image_note), _sum(summed), *_circuit(summed, labels, images, top)]
-    sections += _groups(summed) + _edit(edit, graph) + _validation(validation, graph)
+    name, label = node_name(summed, summed.target), labels.get(feature_names(summed)[summed.target], "")
+    target = name.removesuffix(f"#{summed.node_step[summed.target]}")
+    sections = [_images(images, image_note, target), *_circuit(summed, labels, images, top), _sum(summed)]
+    sections += _groups(summed, labels) + edit_sections(edit, graph) + validation_sections(validation, graph)
     record = json.dumps(graph.provenance.to_json(), indent=2)
-    return render(f"Why {target}", summary, [section for section in sections if section is not None], record)
+    return render(target_title(target, label), [*lead, _summary(graph, name, target, label)], sections, record)
 
 
-def _images(images: Sequence[ShownImage], note: str) -> Section:
+def _summary(graph: Graph, name: str, target: str, label: str) -> str:
+    """Returns what the report is about: the prompt, and the target in words."""
+    run = graph.provenance.known
+    steps = graph.provenance.steps or (() if run.step is None else (run.step,))
+    read = "" if not steps else f" It is read in denoising step {steps[-1]}, counted from 0"
+    read += ", off the image that this step predicts." if read and target.startswith("pixels:") else "." if read else ""
+    prompt = "" if run.prompt is None else f"The prompt was: {run.prompt}. "
+    value = account(graph).value
+    here = "" if value is None else f" Its value is {value:.3g}."
+    return f"{prompt}The target is `{name}`: {target_words(target, label)}.{read}{here}"
+
+
+def _images(images: Sequence[ShownImage], note: str, target: str) -> Section:
     if not images:
         return Section("The image", [note])
+    images = [images[0], *(one for one in images[1:] if one.address != images[0].address)]  # the last step predicts it
     captions = [
         "The finished image." if one.step is None else f"What step {one.step} predicts it to be." for one in images
     ]
-    pictures = [Picture(one.address, text, small=True) for one, text in zip(images, captions, strict=True)]
-    return Section("The image", [], pictures)
+    pictures = [Picture(_outlined(one, target), text, small=True) for one, text in zip(images, captions, strict=True)]
+    outlined = any(picture.address != one.address for picture, one in zip(pictures, images, strict=True))
+    words = ["The box in white and black is the target's."] if outlined else []
+    return Section("The image", words, pictures)
+
+
+def _outlined(image: ShownImage, target: str) -> str:
+    """Returns the address of an image with the target's box drawn on it; its own where there is none, or no size."""
+    box = target_box(target)
+    if box is None or image.size is None:
+        return image.address
+    pixels = _decoded(image)
+    scale = max(1, -(-SHOWN // min(pixels.size)))
+    large = pixels.resize((pixels.width * scale, pixels.height * scale), Image.Resampling.NEAREST)
+    across, down = large.width / image.size[0], large.height / image.size[1]
+    corners = box[0] * across, box[1] * down, box[2] * across - 1, box[3] * down - 1
+    pen = ImageDraw.Draw(large)
+    for inset, colour in ((0, "black"), (1, "white")):
+        pen.rectangle(tuple(at + inset * sign for at, sign in zip(corners, (1, 1, -1, -1), strict=True)), None, colour)
+    return shown_image(large).address
 
 
 def _sum(graph: Graph) -> Section:
@@ -123,19 +159,27 @@ def _circuit(graph: Graph, labels: Mapping[str, str], images: Sequence[ShownImag
     heads[-1] = "target" if blocks[-1] == int(graph.node_block[graph.target]) else heads[-1]
     laid = drawing(
         [names[node] for node in drawn],
-        [labels.get(features[node], "") for node in drawn],
+        [*(labels.get(features[node], "") for node in nodes), "the target"],
         [blocks.index(int(graph.node_block[node])) for node in drawn],
         heads,
         [edge for edge in edges_among(graph, drawn) if abs(edge[2]) > LEAST_SHARE],
     )
+    share = float(graph.node_influence[nodes].sum())
     words = [
         f"The {len(nodes)} features with the most influence on the target, over all paths, of {len(graph.node_kind)} "
-        "nodes. In the drawing columns are blocks; a line's width is its share of all that enters its end, blue raises "
-        "it, dashed orange lowers it.",
+        f"nodes; {share:.0%} of all influence is theirs. In the drawing columns are blocks; a line's width is its "
+        "share of all that enters its end, blue raises it, dashed orange lowers it. Point at a box or a line for "
+        "names and figures.",
     ]
     shown = [one for one in cards if one is not None]
     circuit = Section("The circuit", words, drawing=laid if nodes else None)
-    return [circuit, Section("Its features", (), cards=shown)] if shown else [circuit]
+    about = ["Orange is where a feature is active, over the image's tokens or the prompt's words."]
+    if any(labels.get(features[node]) for node in nodes):
+        about[0] += (
+            " Under its name stands what it detects on other images, in brackets how well it tells tokens with it from "
+            "tokens without (AUROC: 0.5 is chance, 1 always right)."
+        )
+    return [circuit, Section("Its features", about, cards=shown)] if shown else [circuit]
 
 
 def _card(graph: Graph, node: int, label: str, images: Sequence[ShownImage]) -> Mapping[str, Any] | None:
@@ -145,7 +189,7 @@ def _card(graph: Graph, node: int, label: str, images: Sequence[ShownImage]) -> 
         return None
     if (run.grid if graph.node_stream[node] == IMG else run.tokens) is None:
         return None
-    made = card(graph, node)._replace(detects=label)
+    made = card(graph, node, label)
     return feature_card(made, _pixels(made, images))
 
 
@@ -165,73 +209,25 @@ def _decoded(image: ShownImage) -> Any:
     return Image.open(io.BytesIO(base64.b64decode(image.address.partition(",")[2]))).convert("RGB")
 
 
-def _groups(graph: Graph) -> list[Section]:
+def _groups(graph: Graph, labels: Mapping[str, str]) -> list[Section]:
     if not graph.supernodes:
         return []
-    names = node_names(graph)
-    rows = [{"group": name, "features": ", ".join(names[n] for n in group)} for name, group in graph.supernodes.items()]
-    return [Section("Groups of features", ["Features that do the same."], (), {"": rows})]
+    names, features = node_names(graph), feature_names(graph)
 
+    def called(node: int) -> str:
+        return names[node] + (f": {label}" if (label := labels.get(features[node], "")) else "")
 
-def _edit(directory: Path | None, graph: Graph) -> list[Section]:
-    if directory is None:
-        return []
-    told = _json(directory / "metrics.json", "difffract steer")
-    try:
-        _check_origin(told["sources"], graph, directory / "metrics.json")
-        rows = [
-            {key: value for key, value in row.items() if not isinstance(value, dict | list)} for row in told["metrics"]
-        ]
-        words = [f"Edits: {', '.join(told['settings']['edit'])}. The prompt was: {told['settings']['prompt']}."]
-    except (KeyError, TypeError, AttributeError):
-        raise _unreadable(directory / "metrics.json", "difffract steer") from None
-    picture = Picture(shown_image(read_image(directory / "grid.png")).address, "A row per seed, a column per strength.")
-    return [Section("An edit, before and after", words, [picture], {"What changed": rows})]
-
-
-def _validation(directory: Path | None, graph: Graph) -> list[Section]:
-    if directory is None:
-        return []
-    path = directory / "validation.json"
-    told = _json(path, "difffract validate")
-    try:
-        _check_origin(told["provenance"]["sources"], graph, path)
-        rows = [{key: row[key] for key in ("check", "worst", "median", "bar", "holds")} for row in told["exactness"]]
-        theirs = {row["of"].partition("#")[0] for row in told["perturbation"]["rows"]}
-        theirs |= {without_position(name) for name in theirs}  # documents of other tools name targets so
-        about = told["provenance"]["settings"]["graph"]
-    except (KeyError, TypeError, AttributeError):
-        raise _unreadable(path, "difffract validate") from None
-    ours = identity(graph).targets
-    if theirs.isdisjoint(name.partition("#")[0] for name in ours):
-        raise UserError(f"{path} is about another graph, {about}, not one of {', '.join(ours)}; validate this one.")
-    captions = {
-        "perturbation.png": "Features taken off one at a time in the real model: changes against predictions.",
-        "completeness.png": "Circuits of growing size: what they recover, and what is lost without them.",
-    }
-    pictures = [Picture(shown_image(read_image(directory / name)).address, text) for name, text in captions.items()]
-    words = [f"What `difffract validate` found for `{about}`."]
-    return [Section("How far to trust it", words, pictures, {"Exact in the frozen model": rows})]
-
-
-def _check_origin(sources: Mapping[str, str], graph: Graph, path: Path) -> None:
-    """Refuses what was found with another model or other transcoders than the graph's."""
-    ours = {"model": graph.provenance.known.model, "transcoders": graph.provenance.transcoders}
-    for what, known in ours.items():
-        theirs = sources.get(what)
-        if None not in (known, theirs) and known != theirs:
-            raise UserError(
-                f"{path} was made with another {what} ({str(theirs)[:12]}...) than the graph ({str(known)[:12]}...); "
-                "give what was made with the graph's own."
-            )
-
-
-def _json(path: Path, command: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise _unreadable(path, command) from None
-
-
-def _unreadable(path: Path, command: str) -> UserError:
-    return UserError(f"{path} cannot be read; give the directory that `{command}` wrote.")
+    strength = {name: float(graph.node_influence[members].sum()) for name, members in graph.supernodes.items()}
+    shown = sorted(graph.supernodes, key=lambda name: -strength[name])[:MOST_GROUPS]
+    rows = [
+        {
+            "group": name,
+            "influence": f"{strength[name]:.1%}",
+            "features": "; ".join(map(called, graph.supernodes[name])),
+        }
+        for name in shown
+    ]
+    more = len(graph.supernodes) - len(shown)
+    words = ["Features that do the same, by their edges and by where they are active."]
+    words[0] += f" The {len(shown)} groups with the most influence, of {more + len(shown)}." if more else ""
+    return [Section("Groups of features", words, (), {"": rows})]

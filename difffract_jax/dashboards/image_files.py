@@ -95,16 +95,17 @@ def read_image(path: Path, data: bytes | None = None) -> Any:
         raise UserError(f"{path} is not an image that can be read; give a PNG or JPEG.") from None
 
 
-def shown(image: Any, step: int | None = None) -> ShownImage:
+def shown(image: Any, step: int | None = None, *, largest: int = LARGEST) -> ShownImage:
     """Returns an image as a page holds it.
 
     Args:
         image: of Pillow.
         step: whose prediction it is; None for the finished one.
+        largest: pixels along the longer side; a larger image is made smaller.
     """
-    if max(image.size) > LARGEST:
+    if max(image.size) > largest:
         image = image.copy()
-        image.thumbnail((LARGEST, LARGEST))
+        image.thumbnail((largest, largest))
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
     return ShownImage("data:image/png;base64," + base64.b64encode(stream.getvalue()).decode(), step)
@@ -113,4 +114,8 @@ def shown(image: Any, step: int | None = None) -> ShownImage:
 def shown_images(images: KeptImages) -> Sequence[ShownImage]:
     """Returns the images of a run as a page holds them, the finished one first."""
     steps = (None, *images.steps)
-    return [shown(Image.fromarray(one), step) for one, step in zip(images.pixels, steps, strict=True)]
+    height, width = images.pixels.shape[1:3]
+    return [
+        shown(Image.fromarray(one), step)._replace(size=(width, height))
+        for one, step in zip(images.pixels, steps, strict=True)
+    ]

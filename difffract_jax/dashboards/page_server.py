@@ -85,7 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/":
             self._answer(200, self.server.page, "text/html; charset=utf-8")
         elif (file := self._file(path)) is not None:
-            self._answer(200, file.read_bytes(), mimetypes.guess_type(file.name)[0] or "application/octet-stream")
+            self._give(file)
         else:
             self._answer(404, b"There is nothing at this address.")
 
@@ -119,6 +119,14 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         self._answer(403, b"This server answers to its own address alone.", close=True)
         return False
+
+    def _give(self, file: Path) -> None:
+        """Answers with a file; one that cannot be read, or is gone by now, is told in a sentence."""
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            return self._answer(403, f"{file.name} cannot be read ({error.strerror}).".encode())
+        return self._answer(200, content, mimetypes.guess_type(file.name)[0] or "application/octet-stream")
 
     def _file(self, path: str) -> Path | None:
         """Returns the file of a path below the folder of feature pages; None if there is none, or it leads out."""

@@ -1,11 +1,10 @@
-"""Pictures for reports: activation as heat over an image, arrays and figures as PNG files inside an address."""
+"""Pictures for reports: activation as heat over an image, arrays as PNG files inside an address."""
 
 import base64
 import io
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.figure import Figure
 from PIL import Image
 
 HEAT = (230, 85, 13)
@@ -43,15 +42,4 @@ def png_address(image: UInt8[np.ndarray, "H W rgb"]) -> str:
     """Returns an image as a `data:` address."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="PNG")
-    return _address(stream)
-
-
-def figure_address(figure: Figure) -> str:
-    """Returns a figure as a `data:` address."""
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=110, format="png")
-    return _address(stream)
-
-
-def _address(stream: io.BytesIO) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()

@@ -8,7 +8,6 @@ from jaxtyping import Float64
 
 from difffract_jax.address import IMG, TXT
 from difffract_jax.circuits.notation.feature import Feature
-from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE, Graph
 
@@ -62,13 +61,13 @@ def top_features(graph: Graph, most: int, streams: Sequence[int] = (IMG, TXT)) -
     return inside[np.argsort(-graph.node_influence[inside], kind="stable")][:most].tolist()
 
 
-def card(graph: Graph, node: int, labels: Labels | None = None) -> Card:
+def card(graph: Graph, node: int, detects: str = "") -> Card:
     """Returns what is to be shown of a feature.
 
     Args:
-        graph: pruned, summed over positions; its provenance tells the image's grid and the prompt's tokens.
+        graph: summed over positions, with influence; its provenance tells the image's grid and the prompt's tokens.
         node: a feature.
-        labels: of its transcoders.
+        detects: what it stands for.
     """
     run = graph.provenance.known
     feature = feature_of(graph, node)
@@ -86,7 +85,7 @@ def card(graph: Graph, node: int, labels: Labels | None = None) -> Card:
         )
     return Card(
         str(feature),
-        _detects(labels, feature),
+        detects,
         float(graph.node_influence[node]),
         float(values.max(initial=0.0)),
         heat,
@@ -106,15 +105,6 @@ def _words(tokens: Sequence[str], values: dict[int, float]) -> tuple[tuple[str, 
     own = [i for i, token in enumerate(tokens) if token not in ("<pad>", "[PAD]")]
     last = max([*own, *values], default=-1) + 1
     return tuple((tokens[i].replace("▁", " ").strip() or "·", values.get(i, 0.0)) for i in range(last))
-
-
-def _detects(labels: Labels | None, feature: Feature) -> str:
-    if labels is None:
-        return ""
-    try:
-        return str(labels.of(feature))
-    except UserError:
-        return ""
 
 
 def edges_among(graph: Graph, nodes: Sequence[int]) -> list[tuple[int, int, float]]:

@@ -33,10 +33,12 @@ class ShownImage(NamedTuple):
     Attributes:
         address: `data:` address.
         step: whose predicted clean image it is; None for the finished one.
+        size: width and height, in pixels, of the run's own image; None for a picture that was given, of any size.
     """
 
     address: str
     step: int | None = None
+    size: tuple[int, int] | None = None
 
 
 class PageParts(NamedTuple):
@@ -50,6 +52,7 @@ class PageParts(NamedTuple):
         image_note: a sentence, where there is no image.
         groups: to open with.
         pages: address of a feature's page, with {feature} in place of its name; None if there are none.
+        without_page: features that have none there, by their names.
         token: of the server that takes groups; None for a file.
         other: a second graph, to be shown beside it.
         other_title: of the second.
@@ -65,6 +68,7 @@ class PageParts(NamedTuple):
     image_note: str = ""
     groups: Groups | None = None
     pages: str | None = None
+    without_page: Sequence[str] = ()
     token: str | None = None
     other: Graph | None = None
     other_title: str = ""
@@ -149,6 +153,7 @@ def _extras(parts: PageParts) -> bytes:
         "image_note_b": parts.other_image_note,
         "groups": parts.groups and parts.groups.model_dump(mode="json"),
         "pages": parts.pages,
+        "without_page": list(parts.without_page),
         "server": parts.token and {"token": parts.token},
     }
     return json.dumps(extras).encode()

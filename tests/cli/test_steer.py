@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from commands import run_command
+from page_folders import make_folder
 from PIL import Image
 
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
+from difffract_jax.loading import load_labels
 
 PROMPT = "a red circle left of a blue square"
 STEER = ("steer", "organism", "organism", PROMPT)
@@ -28,12 +30,15 @@ def difffract(
 
 def test_steering_writes_a_grid_and_a_table(difffract: Any, tmp_path: Path) -> None:
     options = ("--edit", "img/1/f469=set:400", "--box", "0,0,24,48", "--seeds", "1..2", "--sweep", "0,1")
+    make_folder(tmp_path / "pages", load_labels("organism").transcoders, {"img/1": [469]})
     wanted = ("--expect", "a pink circle left of a blue square", "--out", tmp_path / "out", "--json")
+    wanted += ("--pages", tmp_path / "pages")
     status, out, _ = difffract(*STEER, *options, *wanted)
     assert status == 0
     result = json.loads(out)
     stored = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert stored["metrics"] == result["metrics"]
+    assert result["pages"] == [{"feature": "img/1/f469", "page": f"{tmp_path}/pages/index.html#img/1/f469"}]
     assert [row["edit"] for row in stored["metrics"]] == ["original", "x 0", "x 1"]
     original, off, set_ = stored["metrics"]
     assert (original["norm"], original["success"], original["compared"]) == (0, 0, 2)
@@ -46,7 +51,11 @@ def test_steering_writes_a_grid_and_a_table(difffract: Any, tmp_path: Path) -> N
         assert "difffract_jax" in grid.text  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_features_are_printed_ready_to_paste(difffract: Any) -> None:
+def test_features_are_printed_ready_to_paste(difffract: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)  # where the default folder of feature pages is
+    make_folder(
+        tmp_path / "dashboards", load_labels("organism").transcoders, {"img/0": range(512), "img/1": range(512)}
+    )
     status, out, _ = difffract(
         *("features", "organism", "organism", PROMPT, "--contrast", "a pink circle left of a blue square"),
         *("--seeds", "0,3", "--top", 4, "--step", 2, "--json"),
@@ -59,6 +68,8 @@ def test_features_are_printed_ready_to_paste(difffract: Any) -> None:
             feature = Feature.parse(row["feature"])
             assert (feature.stream, feature.steps) == (stream, (2,)) and feature.positions is not None
             assert row["detects"] and row["seeds"].endswith("of 2")
+            page = f"dashboards/index.html#img/{feature.block}/f{feature.feature}" if stream == "img" else None
+            assert row.get("page") == page
     assert "colour" in json.dumps([row["detects"] for row in result["img"]])
     assert result["settings"]["contrast"].startswith("a pink")
 
@@ -84,6 +95,7 @@ def test_features_are_printed_ready_to_paste(difffract: Any) -> None:
         (("features", "organism", "organism", PROMPT, "--step", "4"), "The step 4 does not exist"),
         (("features", "organism", "organism", "--scan"), "A scan writes a labels file: give --out FILE.json"),
         (("features", "m", "t", "--scan", "--out", "l.json"), "other models have none."),
+        ((*STEER, "--edit", "img/1/f3=zero", "--pages", "none"), "none has no index.html; give the folder"),
     ],
 )
 def test_a_failure_is_one_sentence(

@@ -4,8 +4,12 @@ import json
 
 import pytest
 from commands import done, run_command, run_json
+from page_folders import make_folder
 
+from difffract_jax.loading import load_labels
 from difffract_jax.studies import repair
+from difffract_jax.studies.registry import STUDIES
+from difffract_jax.studies.results import Result
 from difffract_jax.studies.settings import QUESTIONS
 
 
@@ -31,6 +35,18 @@ def test_bad_requests_get_one_sentence(monkeypatch, capsys, tmp_path, arguments,
 def test_help_tells_every_question(monkeypatch, capsys):
     text = " ".join(run_command(monkeypatch, capsys, "study", "--help").out.split())
     assert all(name in text for name in QUESTIONS)
+
+
+def test_the_pages_of_features_that_a_study_names_are_listed(monkeypatch, capsys, tmp_path):
+    tables = {"Most frequent": [{"feature": f"img/0/f{number}", "cases": 1} for number in range(40)]}
+    result = Result("flow", "It hangs on img/1/f7.", tables, {}, {})
+    monkeypatch.setitem(STUDIES, "flow", lambda given, advance: result)
+    pages = make_folder(tmp_path / "pages", load_labels("organism").transcoders, {"img/0": range(30), "img/1": [7]})
+    arguments = ("study", "flow", "--out", tmp_path / "s", "--pages", pages)
+    told = run_command(monkeypatch, capsys, *arguments).out
+    assert f"{pages}/index.html#img/1/f7\n" in told.replace(" ", "") and "11; --json lists all" in told
+    found = done(run_json(monkeypatch, capsys, *arguments))
+    assert [row["feature"] for row in found["pages"]] == ["img/1/f7", *(f"img/0/f{number}" for number in range(30))]
 
 
 def test_a_study_writes_report_figures_and_every_case(monkeypatch, capsys, tmp_path):

@@ -14,6 +14,7 @@ from PIL import Image
 
 from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.circuits.attribution.selection import strongest_feature
+from difffract_jax.circuits.checks.summaries import EVERY
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.graphs.files.reference_json import write_reference_json
 from difffract_jax.graphs.provenance import Combined, Provenance
@@ -72,7 +73,10 @@ def test_a_sound_graph_is_reported(difffract: Any, graphs: Path, tmp_path: Path)
     assert [row["checked"] for row in told["exactness"]][-1] == 20
     perturbed = stored["perturbation"]
     assert perturbed["ablated"] == 8 and {row["prediction"] for row in perturbed["rows"]} == {"influence", "change"}
-    assert len(perturbed["pairs"]["measured"]) == len(perturbed["pairs"]["change"]) >= perturbed["rows"][0]["pairs"] > 8
+    *own, _, every = perturbed["rows"]  # the target's own come first
+    assert all(row["of"] != EVERY and row["pairs"] <= 8 for row in own) and every["of"] == EVERY
+    assert len(perturbed["pairs"]["measured"]) == len(perturbed["pairs"]["change"]) >= every["pairs"] > 8
+    assert sum(perturbed["pairs"]["own"]) == own[0]["pairs"]
     curves = stored["completeness"]["curves"]
     assert [one["reading"] for one in curves] == ["propagated", "live", "full"]
     pruned = stored["completeness"]["pruned"]

@@ -1,6 +1,8 @@
 """`view` and `report`, and the groups that the viewer saves, in the commands that read them."""
 
+import base64
 import http.client
+import io
 import json
 import re
 import shlex
@@ -15,16 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from commands import done, run_command, run_json
+from page_folders import make_folder
 from PIL import Image
 
 from difffract_jax.address import flux_layout
+from difffract_jax.circuits.checks.summaries import EVERY
 from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.cli import graph_labels
 from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
 from difffract_jax.cli.settings import SteerConfig, ViewConfig
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards import image_files
-from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept
+from difffract_jax.dashboards.graph_report import graph_report
+from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept, shown_images
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.graph import FEATURE, Graph
@@ -45,6 +51,7 @@ def difffract(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     circuit(0).save("a.npz")
     circuit(1).save("b.npz")
+    make_folder(Path("others"), "of another model", {"img/0": [1]})
     Image.new("RGB", (8, 8), "red").save("image.png")
     return partial(run_json, monkeypatch, capsys)
 
@@ -76,7 +83,7 @@ def test_view_writes_one_file_beside_the_graph_and_says_so(difffract):
     assert told["page"] == "a.html" and told["image"] == "finished"
     page = Path("a.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and "a red circle" not in page
-    assert sorted(path.name for path in Path().iterdir()) == ["a.html", "a.npz", "b.npz", "image.png"]
+    assert sorted(path.name for path in Path().iterdir()) == ["a.html", "a.npz", "b.npz", "image.png", "others"]
 
 
 def test_a_graph_without_image_says_why(difffract):
@@ -111,6 +118,7 @@ def test_the_images_of_a_run_are_kept_beside_the_graph(tmp_path):
         (("view", "a.npz", "--max-nodes", 10), "--node-threshold"),
         (("view", "a.npz", "--compare", "b.npz", "--by-position"), "leave --by-position out"),
         (("view", "a.npz", "--pages", "."), "has no index.html"),
+        (("view", "a.npz", "--pages", "others"), "pages of other transcoders"),
         (("view", "b.npz", "--groups", "mine.groups.json"), "groups of another graph"),
         (("report", "b.npz", "--groups", "mine.groups.json"), "groups of another graph"),
         (("prune", "b.npz", "--groups", "mine.groups.json"), "groups of another graph"),
@@ -127,6 +135,19 @@ def test_what_cannot_be_shown_is_one_sentence(difffract, groups, arguments, told
     assert not list(Path().glob("*.html"))
 
 
+def test_nodes_open_the_pages_that_there_are(difffract):
+    make_folder(Path("my pages"), "t", {"img/0": range(9), "single/0": [1]})
+    done(difffract("view", "a.npz", "--image", "image.png", "--pages", "my pages"))
+    settings = ViewConfig(graph=Path("a.npz"), pages=Path("my pages"), out=Path("others/a.html"))
+    _, parts = cli_view.page_parts(Graph.load("a.npz"), settings)
+    assert parts.pages == "../my%20pages/index.html#{feature}"
+    named = set(feature_names(Graph.load("a.npz"))) - {""}
+    paged = {name for name in named if name.startswith("img/0/") or name == "single/0/f1"}
+    assert {*parts.without_page} == named - paged and paged and named - paged
+    _, parts = cli_view.page_parts(Graph.load("a.npz"), ViewConfig(graph=Path("a.npz")))
+    assert parts.pages is None and not parts.without_page
+
+
 def test_an_image_of_too_many_pixels_is_one_sentence(difffract, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 16)  # Pillow refuses twice as many; the image has 64
     assert "more pixels than are safe" in refused(difffract("view", "a.npz", "--image", "image.png"))
@@ -141,7 +162,7 @@ def test_the_pruning_that_is_advised_can_be_pasted_into_a_shell(difffract):
 
 def test_a_second_graph_says_itself_why_it_has_no_image(difffract):
     settings = ViewConfig(graph=Path("a.npz"), compare=Path("b.npz"), image=Path("image.png"))
-    _, parts = cli_view._parts(Graph.load("a.npz"), settings)
+    _, parts = cli_view.page_parts(Graph.load("a.npz"), settings)
     assert parts.image_note == "" and len(parts.images) == 1
     assert parts.other_image_note == "The file does not tell a run of one prompt, so there is no image."
 
@@ -175,6 +196,27 @@ def test_each_target_s_pooled_path_is_told_by_its_name(difffract):
     assert len({*names}) == 3 and all(f"the target {name} would be" in page for name in names)
 
 
+def test_a_report_outlines_the_target_s_box_on_the_run_s_own_images(difffract):
+    graph, target = circuit(0), "pixels:color=red,box=2,0,8,4"
+    settings = replace(graph.provenance.attribution, target=target)
+    boxed = graph.with_provenance(attribution=settings)
+    images = shown_images(KeptImages(np.zeros((2, 8, 8, 3), np.uint8), (0,)))
+    given = {"labels": {}, "image_note": "", "groups": None, "top": 3, "validation": None, "edit": None}
+    page = graph_report(boxed, images=images, **given, lead=["In short."])
+    assert "<h1>Why these pixels are red</h1>" in page and page.index("In short.") < page.index("(2, 0) to (8, 4) are")
+    assert "The box in white and black is the target" in page and f"<code>{target}#1</code>" in page
+    address = re.search(r'src="data:image/png;base64,([^"]*)"', page)[1]
+    with Image.open(io.BytesIO(base64.b64decode(address))) as image:
+        pixels = np.asarray(image.convert("L"))
+    inside = np.zeros((192, 192), bool)  # 24 pixels on the screen for each of the image's
+    inside[1:95, 49:191] = True
+    inside[2:94, 50:190] = False
+    assert np.array_equal(pixels == 255, inside) and pixels[~inside].max() == 0
+    boxed.save("a.npz")
+    done(difffract("report", "a.npz", "--image", "image.png"))  # whose size says nothing of the run's
+    assert "The box in white" not in Path("report.html").read_text(encoding="utf-8")
+
+
 def test_a_report_without_a_bias_claims_no_sum_of_the_target(difffract):
     graph = circuit(0)
     unknown = np.full(graph.target_node.size, np.nan)
@@ -190,13 +232,19 @@ def test_a_report_shows_what_was_found_for_its_graph_alone(difffract):
     graph = Graph.load("a.npz")
     sources = {"model": graph.provenance.known.model, "transcoders": graph.provenance.transcoders}
     checks = [{"check": "edges", "worst": 1e-9, "median": 1e-9, "bar": 1e-4, "holds": True}]
-    rows = [{"of": "every node downstream"}, {"of": "velocity:norm#1"}]
+    rows = [
+        {"prediction": "change", "of": of, "spearman": value, "pearson": value, "pairs": 9}
+        for of, value in ((EVERY, 0.75), ("velocity:norm#1", 0.123))
+    ]
+    kept = {"size": 3, "ranking": "influence", "recovered": 0.456, "lost": 0.5}
     validation = {
         "provenance": {"sources": sources, "settings": {"graph": "a.npz"}},
         "exactness": checks,
-        "perturbation": {"rows": rows},
+        "perturbation": {"rows": rows, "ablated": 9},
+        "completeness": {"ablation": "mean", "pruned": 3, "curves": [{"reading": "full", "rows": [kept]}]},
     }
-    edit = {"sources": sources, "settings": {"edit": ["img/0/f1=zero"], "prompt": "a ring"}, "metrics": [{"edit": "x"}]}
+    changed = {"edit": "x 0", "images": 4, "success": 3, "inside": 0.25, "norm": 9.0, "red in the box": 0.5}
+    edit = {"sources": sources, "settings": {"edit": ["img/0/f1=zero"], "prompt": "a ring"}, "metrics": [changed]}
     for name in ("perturbation.png", "completeness.png", "grid.png"):
         Image.new("RGB", (8, 8), "red").save(name)
 
@@ -207,7 +255,10 @@ def test_a_report_shows_what_was_found_for_its_graph_alone(difffract):
 
     done(report())
     page = Path("report.html").read_text(encoding="utf-8")
-    assert "found for <code>a.npz</code>" in page and "img/0/f1=zero" in page and "edges" in page
+    assert "found for <code>a.npz</code>" in page and "<code>img/0/f1=zero</code> (taken off)" in page
+    assert all(f"<td>{cell}</td>" in page for cell in ("3 of 4", "0.25", "0.5", "edges")) and "norm</th>" not in page
+    own = page[page.index("How far to trust it") : page.index("Features taken off one at a time")]
+    assert all(f"<td>{cell}</td>" in own for cell in ("0.123", "0.456")) and "0.75" not in own
     assert "is about another graph, a.npz, not one of velocity:norm" in refused(report(perturbation={"rows": rows[:1]}))
     other = {"sources": sources | {"model": "n"}}
     assert "metrics.json was made with another model" in refused(report(**other))
@@ -331,9 +382,10 @@ def test_a_served_page_opens_with_what_it_would_save_over(difffract, groups):
 def test_features_of_the_second_graph_alone_have_labels_too(difffract, monkeypatch):
     first, second = (set(feature_names(Graph.load(name))) - {""} for name in ("a.npz", "b.npz"))
     (only, *_) = sorted(second - first)
-    monkeypatch.setattr(cli_view, "labels_of", lambda graph, file: dict.fromkeys(set(feature_names(graph)) - {""}, "x"))
+    every = lambda graph, file, figures: dict.fromkeys(set(feature_names(graph)) - {""}, "x")  # noqa: E731
+    monkeypatch.setattr(graph_labels, "labels_of", every)
     settings = ViewConfig(graph=Path("a.npz"), compare=Path("b.npz"))
-    _, parts = cli_view._parts(Graph.load("a.npz"), settings)
+    _, parts = cli_view.page_parts(Graph.load("a.npz"), settings)
     assert parts.labels[only] == "x" and set(parts.labels) == first | second
 
 
@@ -350,7 +402,7 @@ def told_run(difffract):
 def test_images_that_are_kept_are_used_without_the_model(difffract, told_run):
     assert "not at hand" in done(difffract("view", "run.npz"))["image"]
     images = KeptImages(np.zeros((3, 8, 8, 3), np.uint8), (0, 1))
-    keep(images, Path("run.images.png"), cli_view._run_key(Graph.load("run.npz")))
+    keep(images, Path("run.images.png"), cli_view.run_key(Graph.load("run.npz")))
     assert done(difffract("view", "run.npz"))["image"] == "finished, and as step 0, 1 predicted it"
 
 
@@ -385,13 +437,13 @@ def test_a_port_in_use_is_one_sentence(difffract):
 
 def test_a_page_opens_with_the_groups_that_are_found(difffract):
     graph = aggregate(circuit(0))
-    grouped = cli_view._grouped(graph)
+    grouped = cli_view.with_found_groups(graph)
     found = find_supernodes(prune(graph))
     names = node_names(found)
     expected = {title: [names[n] for n in members] for title, members in found.supernodes.items()}
     ours = node_names(graph)
     assert {title: [ours[n] for n in members] for title, members in grouped.supernodes.items()} == expected
-    assert cli_view._grouped(found) is found
+    assert cli_view.with_found_groups(found) is found
 
 
 def test_help_teaches(monkeypatch, capsys):

@@ -5,14 +5,25 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 
 import pytest
 from scans import PROMPTS, places, small
 
+from browsers import Watched, browser
 from difffract_jax.circuits.notation.feature import Feature
+from difffract_jax.cli.settings import ViewConfig
+from difffract_jax.cli.view import pages_address
+from difffract_jax.dashboards.features.addresses import open_pages
 from difffract_jax.dashboards.features.build import build_dashboards
 from difffract_jax.dashboards.features.request import DashboardOptions
 from difffract_jax.dashboards.features.texts import Text
+from difffract_jax.dashboards.page_server import PageServer
+from difffract_jax.dashboards.viewer_page import PageParts, viewer_page
+from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.graph import FEATURE
+from difffract_jax.graphs.names import feature_names, node_names
+from shown_circuits import circuit
 
 pytestmark = pytest.mark.browser
 HOSTILE = "</script><img src=x onerror='document.title=1'><script>document.title=2</script>\u202e\"'"
@@ -89,6 +100,53 @@ def test_some_features_have_pages_and_links_lead_to_these_alone(tmp_path):
     assert linked and linked <= names and others and not others & names
     page, console = opened(tmp_path / "out", tmp_path, "")
     assert f"{len(names)} features of the transcoders" in text_of(page) and "NaN" not in page and not console
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as made:
+        yield Watched(made)
+
+
+def open_in_panel(page, name):
+    """Opens the page of a node's feature by the keyboard, and returns the panel's document when it is drawn."""
+    page.evaluate("(name) => difffract.select(difffract.main.graph.names.indexOf(name))", name)
+    page.keyboard.press("o")
+    shown = page.frame_locator(".feature-page iframe")
+    shown.locator(f"body[data-ready='{name.partition('@')[0]}']").wait_for()
+    return shown
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_nodes_of_a_viewed_graph_open_these_pages_in_a_panel(folder, tab, tmp_path, served):
+    graph = aggregate(circuit(steps=1))
+    settings = ViewConfig(graph=tmp_path / "a.npz", out=tmp_path / "a.html", pages=folder, serve=served)
+    pages = open_pages(folder)
+    without = pages.missing({*feature_names(graph)} - {""})
+    parts = PageParts(pages=pages_address(settings), without_page=[*without, "img/0/f1"])
+    server = PageServer(lambda token: viewer_page(graph, parts._replace(token=token)), str, pages=folder)
+    settings.out.write_text(viewer_page(graph, parts), encoding="utf-8")
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        page = tab.open(server.address if served else settings.out.as_uri())
+        names = [name for name, node in zip(node_names(graph), graph.node_kind, strict=True) if node == FEATURE]
+        first, second = [name for name in names if name.startswith(("img/1", "single/0"))][:2]
+        for name in (first, second, first):
+            shown = open_in_panel(page, name)
+            assert name.partition("@")[0] in shown.locator("h1").inner_text()
+            assert page.get_attribute(".feature-page a", "href").endswith(f"#{name.partition('@')[0]}")
+            page.click(".feature-page button")
+            assert page.is_hidden(".feature-page")
+        page.evaluate("difffract.select(difffract.main.graph.names.indexOf('img/0/f1'))")
+        assert page.locator("[data-action=page]").count() == 0  # it is said to have none
+        own = (server.address if served else folder.as_uri(), "data:", "blob:", settings.out.as_uri())
+        assert not [url for url in tab.requests if not url.startswith(own)] and tab.messages == []
+    finally:
+        tab.page.goto("about:blank")
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 DRIVE = """

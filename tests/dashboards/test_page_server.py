@@ -3,6 +3,7 @@
 import http.client
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -72,6 +73,17 @@ def test_nothing_else_is_given(server, path):
 
 def test_it_gives_feature_pages(server):
     assert ask(server, "GET", "/pages/index.html?x=1") == (200, "an index")
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(server, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # the mode of a file holds nobody off who is root
+    assert ask(server, "GET", "/pages/index.html") == (403, "index.html cannot be read (Permission denied).")
+    monkeypatch.undo()
+    assert ask(server, "GET", "/pages/index.html") == (200, "an index")
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_groups_are_taken_with_the_token_alone(server, saved):

@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from difffract_jax.address import IMG, TXT, flux_layout
 from difffract_jax.circuits.notation.feature import Feature
-from difffract_jax.dashboards.pictures import HEAT, STRONGEST, enlarged, figure_address, heat_over, png_address
+from difffract_jax.dashboards.pictures import HEAT, STRONGEST, enlarged, heat_over, png_address
 from difffract_jax.dashboards.records import card, edges_among, feature_of, top_features
 from difffract_jax.dashboards.render import Picture, Section, drawing, feature_card, render, write_report
 from difffract_jax.graphs.aggregation import aggregate
@@ -59,7 +58,7 @@ def test_text_from_outside_is_escaped_wherever_it_stands():
 
 
 def test_a_report_fetches_nothing_and_is_written_whole(tmp_path):
-    picture = Picture(figure_address(Figure(figsize=(1, 1))), "a figure")
+    picture = Picture(png_address(np.zeros((2, 2, 3), np.uint8)), "a figure")
     write_report(tmp_path / "report.html", page(Section("s", (), [picture])))
     text = (tmp_path / "report.html").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -5,5 +5,7 @@ variants        many variants of a run side by side; edges by push-forward
 faithfulness    features taken off in the real model
 predictions     what a graph says of that, and how well it agrees (NumPy)
 completeness    what a circuit's features recover alone, and what is lost without them
-validation      all of it; report: its report and figures
+validation      all of it
+summaries       what it found in words and short tables, the target's own figures first (NumPy)
+report          its report and figures
 """

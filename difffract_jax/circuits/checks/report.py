@@ -14,22 +14,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from difffract_jax.circuits.checks.validation import at_size, failed_checks
+from difffract_jax.circuits.checks.summaries import EVERY, at_size, own_figures, words
+from difffract_jax.circuits.checks.validation import failed_checks
 from difffract_jax.storage.files import atomic_file
 
-WORDS = {
-    "exactness": "What is exact in the frozen model. An error is relative to the model's own array for the "
-    "replacement, and for the rest to the size of all that adds up to the target: its absolute edges and its bias.",
-    "perturbation": "Each of the {ablated} most influential features was taken off alone in the real model, with "
-    "attention, norms and MLPs live, and the change read at every feature of the graph in a later block, and at "
-    "outputs. `influence` is the reference's prediction, from column shares of absolute edges, compared with the size "
-    "of the change; `change` follows signed edges, and is compared with the change itself.",
-    "completeness": "A circuit is some features at all positions. Recovered: only they keep their values, all other "
-    "features get {ablation}; 0 is the value with none kept, 1 with all. Lost: only they get it. Errors, inputs and "
-    "MLPs without a transcoder stay. Readings: `propagated` is the frozen model, `live` lets features switch on and "
-    "off, `full` is the real model. Pruning keeps {pruned} features.",
-}
-ABLATIONS = {"mean": "their mean over the run's positions of the same stream and step", "zero": "0"}
 COLOURS = {"influence": "#0072b2", "largest value": "#d55e00", "random": "#7a7a7a"}
 NAMES = {"influence": "the graph's, by influence", "largest value": "by largest value", "random": "at random"}
 
@@ -69,6 +57,8 @@ def page(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     parts = [
         "# A graph held against its model",
         failed_checks(dict(found)) or "Every bar is held.",
+        "## The target itself",
+        markdown_table(own_figures(found)),
         "## Exactness",
         words("exactness", found),
         markdown_table(
@@ -82,22 +72,12 @@ def page(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         "![Changes against predictions](perturbation.png)",
         "## Completeness and minimality",
         words("completeness", found),
-        markdown_table(at_size(dict(found), complete["pruned"])),
+        markdown_table(at_size(found, complete["pruned"])),
         "![What circuits of growing size recover and lose](completeness.png)",
         "## How it was made",
         f"```json\n{json.dumps(record, indent=2)}\n```",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def words(name: str, found: Mapping[str, Any]) -> str:
-    """Returns a part of the report in words: `exactness`, `perturbation` or `completeness`."""
-    complete = found["completeness"]
-    return WORDS[name].format(
-        ablated=found["perturbation"]["ablated"],
-        ablation=ABLATIONS[complete["ablation"]],
-        pruned=complete["pruned"],
-    )
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -113,15 +93,19 @@ def _cell(value: object) -> str:
 
 
 def perturbation_figure(found: Mapping[str, Any]) -> Figure:
-    """Returns a figure of changes in the real model against both predictions, a point per pair.
+    """Returns a figure of changes in the real model against predictions, a point per pair: the target's, then all.
 
     Args:
         found: from `validation.validate`.
     """
-    figure, pairs = Figure(figsize=(9, 4), layout="constrained"), found["perturbation"]["pairs"]
-    left, right = figure.subplots(1, 2)
-    measured = np.array(pairs["measured"])
+    figure, pairs = Figure(figsize=(12.5, 4), layout="constrained"), found["perturbation"]["pairs"]
+    target, left, right = figure.subplots(1, 3)
+    measured, own = np.array(pairs["measured"]), np.array(pairs["own"], bool)
     influence, change = np.array(pairs["influence"]), np.array(pairs["change"])
+    target.plot(change[own], measured[own], "D", ms=4, color=COLOURS["largest value"])
+    target.axline((0, 0), slope=1, lw=0.8, color="#7a7a7a")
+    target.locator_params(nbins=5)
+    target.set(title=_title(found, "change", own=True))
     shown = (influence > 0) & (measured != 0)
     left.loglog(influence[shown], np.abs(measured[shown]), ".", ms=3, alpha=0.4, color=COLOURS["influence"])
     left.set(xlabel="influence", ylabel="|change| in the real model", title=_title(found, "influence"))
@@ -130,14 +114,15 @@ def perturbation_figure(found: Mapping[str, Any]) -> Figure:
         if limits[1] < 100 * limits[0]:
             axis.set_major_locator(LogLocator(subs=(1, 3)))
     right.plot(change, measured, ".", ms=3, alpha=0.4, color=COLOURS["influence"])
+    right.axline((0, 0), slope=1, lw=0.8, color="#7a7a7a")
     largest = float(np.max(np.abs(np.concatenate([change, measured])), initial=1e-12))
-    right.plot([-largest, largest], [-largest, largest], lw=0.8, color="#7a7a7a", label="equal")
     right.set_xscale("symlog", linthresh=largest / 100)
     right.set_yscale("symlog", linthresh=largest / 100)
     right.set_xticks(_ticks(largest))
     right.set_yticks(_ticks(largest))
-    right.set(xlabel="change that the graph predicts", ylabel="change in the real model", title=_title(found, "change"))
-    figure.legend(fontsize=8, loc="outside lower right")  # beside the points, not over them
+    right.set(title=_title(found, "change"))
+    for axes in (target, right):
+        axes.set(xlabel="change that the graph predicts", ylabel="change in the real model")
     return figure
 
 
@@ -147,9 +132,12 @@ def _ticks(largest: float) -> list[float]:
     return [-top, -top / 10, 0.0, top / 10, top]
 
 
-def _title(found: Mapping[str, Any], prediction: str) -> str:
-    row = next(row for row in found["perturbation"]["rows"] if row["prediction"] == prediction)
-    return f"Spearman {_cell(row['spearman'])}, Pearson {_cell(row['pearson'])}, {row['pairs']} pairs"
+def _title(found: Mapping[str, Any], prediction: str, *, own: bool = False) -> str:
+    """Returns the correlations that a panel shows, of the targets or of every node downstream."""
+    rows = [row for row in found["perturbation"]["rows"] if row["prediction"] == prediction]
+    mine = [row for row in rows if (row["of"] != EVERY) == own]
+    told = ", ".join(_cell(row["spearman"]) for row in mine)
+    return f"{'The target itself' if own else 'Every node downstream'}\nSpearman {told}, {mine[0]['pairs']} pairs"
 
 
 def curves_figure(found: Mapping[str, Any]) -> Figure:

@@ -26,6 +26,7 @@ from difffract_jax.circuits.checks.completeness import Ablation, curve
 from difffract_jax.circuits.checks.faithfulness import perturb
 from difffract_jax.circuits.checks.predictions import agreement, downstream, predicted_change, predicted_influence
 from difffract_jax.circuits.checks.rerun import Rerun
+from difffract_jax.circuits.checks.summaries import EVERY
 from difffract_jax.circuits.checks.variants import push_edges
 from difffract_jax.circuits.effects.readings import Mode
 from difffract_jax.circuits.frozen.replacement import run_affine
@@ -189,9 +190,10 @@ def perturbation(again: Rerun, graph: Graph, ablations: int) -> dict[str, Any]:
         ablations: how many of its most influential features.
 
     Returns:
-        JSON values: `rows`, per prediction the correlations over all pairs of feature taken off and node downstream,
-        and over those with each of the graph's targets; `median`, per prediction that of the correlations of single
-        nodes downstream; `pairs`, the pairs themselves. `influence` is compared with the size of the change.
+        JSON values: `rows`, per prediction the correlations over the features taken off with each of the graph's
+        targets, then those over all pairs of feature taken off and node downstream; `median`, per prediction that of
+        the correlations of single nodes downstream; `pairs`, the pairs themselves, `own` those with a target.
+        `influence` is compared with the size of the change.
     """
     inside = np.setdiff1d(np.flatnonzero(graph.node_kind == FEATURE), graph.targets)
     top = inside[np.argsort(-node_influence(graph)[inside], kind="stable")][:ablations].astype(np.int64)
@@ -202,16 +204,20 @@ def perturbation(again: Rerun, graph: Graph, ablations: int) -> dict[str, Any]:
         "influence": predicted_influence(graph, top)[:, readouts],
         "change": predicted_change(graph, top)[:, readouts],
     }
-    rows, medians = [], {}
+    own_rows, rows, medians = [], [], {}
     for name in PREDICTIONS:
         happened = np.abs(changed) if name == "influence" else changed
-        rows.append({"prediction": name, "of": "every node downstream"} | agreement(told[name], happened, pairs))
+        rows.append({"prediction": name, "of": EVERY} | agreement(told[name], happened, pairs))
         per_readout = [agreement(told[name][:, i], happened[:, i], pairs[:, i]) for i in range(readouts.size)]
         for target in graph.targets:
-            rows.append({"prediction": name, "of": names[target]} | per_readout[int(np.searchsorted(readouts, target))])
+            mine = per_readout[int(np.searchsorted(readouts, target))]
+            own_rows.append({"prediction": name, "of": names[target]} | mine)
         medians[name] = _median(per_readout)
-    shown = {name: told[name][pairs].tolist() for name in PREDICTIONS} | {"measured": changed[pairs].tolist()}
-    return {"ablated": int(top.size), "nodes": int(readouts.size), "rows": rows, "median": medians, "pairs": shown}
+    own = np.broadcast_to(np.isin(readouts, graph.targets), pairs.shape)
+    shown = {name: told[name][pairs].tolist() for name in PREDICTIONS}
+    shown |= {"measured": changed[pairs].tolist(), "own": own[pairs].tolist()}
+    sizes = {"ablated": int(top.size), "nodes": int(readouts.size)}
+    return sizes | {"rows": own_rows + rows, "median": medians, "pairs": shown}
 
 
 def _median(found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -236,24 +242,3 @@ def circuit_sizes(graph: Graph) -> tuple[list[int], int]:
 
 def _features(summed: Graph) -> int:
     return int(np.setdiff1d(np.flatnonzero(summed.node_kind == FEATURE), summed.targets).size)
-
-
-def at_size(found: dict[str, Any], size: int) -> list[dict[str, Any]]:
-    """Returns what circuits of one size recover and lose, per reading and ranking; random ones on average.
-
-    Args:
-        found: from `validate`.
-        size: one that was measured.
-    """
-    rows = []
-    for one in found["completeness"]["curves"]:
-        for ranking in dict.fromkeys(row["ranking"] for row in one["rows"]):
-            mine = [row for row in one["rows"] if row["ranking"] == ranking and row["size"] == size]
-            told = {name: _mean([row[name] for row in mine]) for name in ("recovered", "lost")}
-            rows.append({"reading": one["reading"], "features": size, "ranking": ranking} | told)
-    return rows
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None

@@ -10,6 +10,7 @@ links    features up- and downstream by weights, and neighbours by their decoder
 effects  what a feature adds to the predicted image directly, as a small picture
 record   the result on disk and in Python: `load_scan`
 texts    what features are called, from labels files and tables, and what a graph says of them
+addresses where a feature's page is, of those that have one
 pages    the folder: chunks of data as script files, sprite sheets, the page that reads them
 request  what is asked for, and what is refused before anything runs
 build    all of it, one output directory

@@ -15,6 +15,7 @@ import { View } from "./view.js";
 export class App {
   constructor(graphs, extras) {
     this.extras = extras;
+    this.withoutPage = new Set(extras.without_page ?? []);
     this.graphs = graphs;
     this.views = {};
     for (const [key, graph] of Object.entries(graphs)) this.views[key] = new View(graph);
@@ -386,13 +387,14 @@ export class App {
   pageOf(node) {
     const { pages } = this.extras;
     const feature = this.main.graph.features[node];
-    return pages && feature ? pages.replaceAll("{feature}", encodeURIComponent(feature).replaceAll("%2F", "/")) : null;
+    return pages && feature && !this.withoutPage.has(feature) ? pages.replaceAll("{feature}", encodeURIComponent(feature).replaceAll("%2F", "/")) : null;
   }
 
   openPage(node) {
     const address = this.pageOf(node);
     if (!address) return;
     this.pageFrame.src = address;
+    this.pageLink.href = address;
     this.pageDialog.showModal();
   }
 

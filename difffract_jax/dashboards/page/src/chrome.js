@@ -79,6 +79,7 @@ export function helpBox(app) {
 
 export function frameBox(app) {
   app.pageFrame = h("iframe", { title: "Page of the feature", referrerpolicy: "no-referrer" });
-  app.pageDialog = h("dialog", { class: "feature-page" }, h("form", { method: "dialog" }, h("button", {}, "Close")), app.pageFrame);
+  app.pageLink = h("a", { target: "_blank", rel: "noopener noreferrer" }, "Open in a tab of its own");
+  app.pageDialog = h("dialog", { class: "feature-page" }, h("form", { method: "dialog" }, h("button", {}, "Close"), app.pageLink), app.pageFrame);
   return app.pageDialog;
 }
