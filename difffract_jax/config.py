@@ -71,15 +71,9 @@ class ModelSettings(Settings):
     """File of prompt embeddings, from `difffract encode`, to take instead of running the text encoders."""
 
 
-class GenerateConfig(ModelSettings):
-    """Settings of `difffract generate`: prompt to image."""
+class SamplingSettings(ModelSettings):
+    """What commands share that sample an image, or a part of its run."""
 
-    prompt: str
-    """What the image shall show."""
-    out: Path = Path("image.png")
-    """Image file to write; its metadata carry these settings. One that exists is replaced, with a note."""
-    seed: Seed = 0
-    """Seed of the starting noise."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps; the model's own default when left out."""
     height: int | None = Field(None, ge=1)
@@ -88,8 +82,19 @@ class GenerateConfig(ModelSettings):
     """Image width in pixels, as the height."""
     text_tokens: int | None = Field(None, ge=1)
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
-    guidance: float | None = None
+    guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
+
+
+class GenerateConfig(SamplingSettings):
+    """Settings of `difffract generate`: prompt to image."""
+
+    prompt: str
+    """What the image shall show."""
+    out: Path = Path("image.png")
+    """Image file to write; its metadata carry these settings. One that exists is replaced, with a note."""
+    seed: Seed = 0
+    """Seed of the starting noise."""
     latents: Path | None = None
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
@@ -115,7 +120,7 @@ class PlannedTrace(Settings):
     """Places for features per position: the most that are active at any position; a trace counts them."""
 
 
-class TraceConfig(ModelSettings):
+class TraceConfig(SamplingSettings):
     """Settings of `difffract trace`: the circuit of one or several targets, at one denoising step or over several."""
 
     transcoders: str
@@ -137,16 +142,8 @@ class TraceConfig(ModelSettings):
     )
     """Denoising step that is traced, counted from 0; or steps, as in 0-3: one graph over all of them, whose inputs are
     the text embedding and the latents entering the first, and whose targets lie in the last unless they name a step."""
-    steps: int | None = Field(None, ge=1)
-    """Denoising steps of the run; the model's own default when left out."""
     seed: Seed = 0
     """Seed of the starting noise."""
-    height: int | None = Field(None, ge=1)
-    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
-    width: int | None = Field(None, ge=1)
-    """Image width in pixels, as the height."""
-    text_tokens: int | None = Field(None, ge=1)
-    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     max_nodes: int = Field(1000, ge=1)
     """Feature nodes to expand, the target included."""
     expansion_batch: int = Field(50, ge=1)

@@ -115,7 +115,8 @@ def work_of(settings: TrainConfig, source: Any = None) -> Any:
         settings: of the run.
         source: its rows, if they are open already.
     """
-    from difffract_jax.loading import PARTS, abstract_pipeline
+    from difffract_jax.loading import PARTS, abstract_pipeline, described_pipeline
+    from difffract_jax.models.pipeline import plan_run
     from difffract_jax.transcoders.plan import TrainingWorkload
     from difffract_jax.transcoders.sites import parse_sites
 
@@ -128,6 +129,8 @@ def work_of(settings: TrainConfig, source: Any = None) -> Any:
         config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
     else:
         config, parts = abstract_pipeline(model, dtype_of(settings))
+    if settings.guidance:  # what takes none is told before weights are read
+        plan_run(pipe.config if model == "tiny" else described_pipeline(model), guidance=settings.guidance)
     sites = parse_sites(settings.sites, config.layout)
     return TrainingWorkload(settings, sites, config.d_model, parts, _run_of(settings, config, parts["vae"]))
 

@@ -17,7 +17,7 @@ from difffract_jax.estimate.counts import count
 from difffract_jax.estimate.weights import largest_block, weights_needed
 from difffract_jax.memory import host_memory, memory_for, parse_bytes, text_of_bytes
 from difffract_jax.models.embeddings import read_embeddings, with_embeddings
-from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.pipeline import Pipeline, plan_run
 
 Place = Literal["device", "host", "disk"]
 
@@ -45,6 +45,8 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
     if given.get("memory") is not None:
         parse_bytes(given["memory"], "--memory")  # a slip is told also where nothing is counted
     embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
+    if given.get("guidance") and not given.get("base"):  # what takes none is told before its weights are read
+        plan_run(loading.described_pipeline(given["model"]), guidance=given["guidance"])
     name = given.get("dtype") or given.get("model_dtype")
     if sharding is not None and given.get("weights") in ("host", "disk"):
         raise UserError(

@@ -35,7 +35,7 @@ def register(app: typer.Typer) -> None:
     before={
         "sweep": ("seeds",),
         "expect": ("box", "mask"),
-        "guidance": ("steps", "height", "width", "text_tokens"),
+        "latents": ("steps", "height", "width", "text_tokens", "guidance"),
         "out": ("batch",),
     },
     fills="out",
@@ -104,7 +104,11 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
 @opt.command(
     FeaturesConfig,
     arguments=("model", "transcoders", "prompt"),
-    before={"by": ("box", "mask"), "top": ("seeds",), "captions": ("scan",)},
+    before={
+        "by": ("box", "mask"),
+        "top": ("seeds",),
+        "captions": ("scan", "steps", "height", "width", "text_tokens", "guidance"),
+    },
 )
 def features(settings: FeaturesConfig, *, scan: Scan = False, json: bool) -> None:
     """Find features: by contrast with another prompt, in a region, by rise or fall over steps, or by activation.

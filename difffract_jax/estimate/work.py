@@ -23,6 +23,7 @@ class Work(NamedTuple):
         batch: images, or prompts, computed together.
         streamed: whether weights pass through memory block by block.
         host: whether a processor computes. XLA then widens all bfloat16 weights of a loop to float32 at once.
+        scanned: denoising steps of a run, of which a scan keeps statistics each.
     """
 
     command: str
@@ -37,6 +38,7 @@ class Work(NamedTuple):
     batch: int = 1
     streamed: bool = False
     host: bool = False
+    scanned: int = 1
 
     @property
     def seq(self) -> int:

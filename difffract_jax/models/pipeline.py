@@ -9,6 +9,7 @@
 `generate` does all four. Weights are arguments of the jitted functions; one step is compiled once per size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -170,7 +171,8 @@ def plan_run(
         guidance: guidance scale.
 
     Raises:
-        UserError: if a size does not divide, a number is too small, or the model takes no guidance scale.
+        UserError: if a size does not divide, a number is too small, or the guidance scale is none, or of a model that
+            takes none.
     """
     defaults = config.defaults
     height = defaults.height if height is None else height
@@ -185,6 +187,8 @@ def plan_run(
     takes_guidance = config.transformer.guidance
     if guidance and not takes_guidance:
         raise UserError(f"This model takes no guidance scale (FLUX.1-dev does), but got {guidance}; leave it out.")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise UserError(f"The guidance scale must be at least 0, and finite, but got {guidance}; 3.5 is usual.")
     grid = height // unit, width // unit
     return Run(
         grid,

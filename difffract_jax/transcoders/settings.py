@@ -52,6 +52,8 @@ class RowSettings(Settings):
     """Image width in pixels; the model's own default when left out."""
     text_tokens: int | None = Field(None, ge=1)
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
     model_dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the model while it is read, and of the rows that are kept."""
     weights: Literal["device", "host", "disk"] = "device"

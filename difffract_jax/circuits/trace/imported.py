@@ -136,7 +136,7 @@ def _info(found: Activations, pipe: Pipeline, ids: TokenIds, include_padding: bo
         grid=found.grid,
         text_tokens=len(found.text_mask),
         tokens=tuple(pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids.tolist())),
-        guidance=None,
+        guidance=found.guidance,
         recorded=tuple(range(layout.depth)),
         layout=layout,
         include_padding=include_padding,
