@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from difffract_jax.address import Tokens
 from difffract_jax.config import UserError
 from difffract_jax.display import html_of, text_of
+from difffract_jax.graphs.loras import MergedLora
 from difffract_jax.models import sampler
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
@@ -82,6 +83,8 @@ class Pipeline(NamedTuple):
         source: content hash of the weights; "" if not known.
         origin: the repository on the hub that it came from, commit included; "" if it did not.
         known: embeddings of some prompts, from `embeddings.read_embeddings`; then there are no text encoders.
+        base: `source` of the same pipeline without the LoRAs that were merged into it; "" if none were.
+        loras: that were merged.
     """
 
     transformer: MMDiT
@@ -93,6 +96,8 @@ class Pipeline(NamedTuple):
     source: str = ""
     origin: str = ""
     known: Embeddings | None = None
+    base: str = ""
+    loras: tuple[MergedLora, ...] = ()
 
     def plan(self, **sizes: Any) -> "Run":
         """Fixes the sizes and the schedule of a run; keyword arguments as for `plan_run`."""

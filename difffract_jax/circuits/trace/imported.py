@@ -143,4 +143,6 @@ def _info(found: Activations, pipe: Pipeline, ids: TokenIds, include_padding: bo
         latents_given=found.latents_given,
         model=pipe.source,
         model_origin=pipe.origin or None,
+        base_model=pipe.base or None,
+        loras=pipe.loras,
     )
