@@ -57,7 +57,15 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 """A seed of random numbers, in [0, 2**64)."""
 
 
-class ModelSettings(Settings):
+class LoraSettings(Settings):
+    """What commands share that load a model: what is merged into it."""
+
+    lora: tuple[str, ...] = ()
+    """LoRA to merge into the model's weights, FILE or FILE:SCALE, as in style.safetensors:0.8: a `.safetensors` file of
+    diffusers, PEFT, kohya or ComfyUI, or hf:OWNER/NAME/FILE. May be given several times."""
+
+
+class ModelSettings(LoraSettings):
     """What commands share that run a model."""
 
     model: str

@@ -150,7 +150,7 @@ def _options(settings: DashboardsConfig, **more: Any) -> Any:
     from difffract_jax.dashboards.features.request import DashboardOptions
 
     features = tuple(map(Feature.parse, settings.features)) or None
-    kept = settings.model_dump(include={"top", "per_third", "links"})
+    kept = settings.model_dump(include={"top", "per_third", "links", "lora"})
     names = settings.model, settings.transcoders
     return DashboardOptions(**kept, features=features, names=names, sample=max(32, 6 * settings.per_third), **more)
 

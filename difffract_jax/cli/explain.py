@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.preflight import check_fits, check_graph_fits, known_of
+from difffract_jax.cli.preflight import check_fits, check_graph_fits, known_of, loras_of
 from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
 from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli.validate import rerun
@@ -49,7 +49,7 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     graph = read(settings.graph)
     node = by_head.target_node(graph, settings.target)
     check_graph_fits("heads", settings, graph)
-    pipe, place = open_model("heads", settings, **known_of(graph))
+    pipe, place = open_model("heads", settings, **known_of(graph) | loras_of(graph, settings.lora))
     tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph, weights=place)
     again = rerun(pipe, tcs, graph, settings)
     labels, engine = labels_of(settings.transcoders, tcs.source), again.engine

@@ -18,16 +18,18 @@ def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
 
     model, dtype = model_of(settings), dtype_of(settings)
     if model == "tiny":
+        from difffract_jax.lora import open_loras, with_loras
         from difffract_jax.models.tiny import random_pipeline
 
-        return random_pipeline(dtype=dtype), None
+        return with_loras(random_pipeline(dtype=dtype), open_loras(settings.lora)), None
     sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh, EVERYWHERE)
     if sharding is not None and settings.weights != "device":
         raise UserError(
             f"weights: {settings.weights} fetches a model's blocks to one device, but the mesh has {mesh.size}; use "
             "weights: device, which splits the model over them."
         )
-    return load_pipeline(model, dtype=dtype, sharding=sharding, weights=settings.weights), world_of(settings)
+    options = {"dtype": dtype, "sharding": sharding, "weights": settings.weights, "lora": settings.lora}
+    return load_pipeline(model, **options), world_of(settings)
 
 
 def mesh_for(text: str | None) -> Any:

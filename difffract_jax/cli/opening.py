@@ -34,7 +34,8 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
 
     Args:
         command: its name.
-        settings: of it; `weights`, `memory`, `embeddings`, `base`, `variant` and the type count, as far as it has them.
+        settings: of it; `weights`, `memory`, `embeddings`, `base`, `variant`, `lora` and the type count, as far as it
+            has them.
         sharding: as for `load_pipeline`; then nothing is streamed.
         known: as for `preflight.check_fits`.
 
@@ -64,6 +65,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         sharding=sharding,
         weights=weights,
         text_encoders="disk" if seldom else None,
+        lora=given.get("lora", ()),
     )
     return Opened(pipe if embeddings is None else with_embeddings(pipe, embeddings), weights)
 

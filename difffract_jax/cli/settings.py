@@ -235,6 +235,9 @@ class RerunSettings(Settings):
     """Who draws the starting noise; as the graph was traced, when left out."""
     activations: Path | None = None
     """`.npz` file of activations, for a graph that was traced from one."""
+    lora: tuple[str, ...] = ()
+    """LoRA to merge into the model's weights, FILE or FILE:SCALE; those that the graph was traced with, where they
+    were, when left out. May be given several times."""
     weights: Literal["auto", "device", "host", "disk"] = "auto"
     """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
     memory: str | None = None
@@ -299,6 +302,9 @@ class ShownGraph(Settings):
     model: str | None = None
     """Model to make the image with, if it is not the embedded one: a converted or diffusers directory, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
+    lora: tuple[str, ...] = ()
+    """LoRA to merge into that model, FILE or FILE:SCALE; those that the graph was traced with, where they were, when
+    left out. May be given several times."""
     groups: Path | None = None
     """`.groups.json` that the viewer saved of this graph: groups, names, notes and pins."""
 

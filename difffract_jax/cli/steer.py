@@ -170,7 +170,7 @@ def _scan(settings: FeaturesConfig, json: bool) -> None:
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.studies.scan import scan, write_labels
 
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    pipe, tcs = load_pipeline(settings.model, lora=settings.lora), load_transcoders(settings.transcoders)
     with progress("Scanning") as advance:
         found = scan(pipe, tcs, settings.captions, advance)
     # The path is of this machine; where the labels lie does not change what they are.

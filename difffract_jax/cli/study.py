@@ -34,7 +34,7 @@ def study(settings: StudyConfig, *, json: bool) -> None:
     from difffract_jax.studies.results import write_result
 
     lines = None if settings.prompts is None else _lines(settings.prompts)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    pipe, tcs = load_pipeline(settings.model, lora=settings.lora), load_transcoders(settings.transcoders)
     compared = load_transcoders(settings.saes) if settings.name == "precision" else None
     labels = load_labels("organism") if settings.transcoders == "organism" else None
     with stages() as show:

@@ -108,7 +108,7 @@ def _of_run(run: Path) -> dict[str, Any]:
     layers=("sets",),
     without=SWITCHED_OFF,
     before={
-        "out": ("model", "prompts", "layers", "streams", "sites", "rows"),
+        "out": ("model", "lora", "prompts", "layers", "streams", "sites", "rows"),
         "role": ("resume", "export", "max_minutes"),
     },
     prepare=_given,
