@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.contents import transformer_files
-from converters.flux import FLUX_DIFFUSERS, FLUX_SINGLE_FILE
+from converters.flux import LAYOUTS
 from converters.mapping import Assignment, Rule, expand, tensor_shapes
 from converters.source import Source
 from converters.text_encoders import CLIP_TRANSFORMERS, T5_TRANSFORMERS
@@ -32,7 +32,7 @@ from difffract_jax.storage.checkpoint import cap, leaf_paths
 from difffract_jax.storage.files import TensorFile
 
 TABLES: Mapping[str, tuple[tuple[Rule, ...], ...]] = {
-    "transformer": (FLUX_DIFFUSERS, FLUX_SINGLE_FILE),
+    "transformer": tuple(layout.rules for layout in LAYOUTS),
     "clip": (CLIP_TRANSFORMERS,),
     "t5": (T5_TRANSFORMERS,),
 }

@@ -76,7 +76,6 @@ def _resident(leaf: jax.Array, path: str, changes: Mapping[int, Sequence[Change]
     """Changes a leaf on the devices that it lies on, a block of it for each part that one of them holds."""
     stacked = bool(next(iter(changes.values()))[0].assignment.stack)
     sharding, shape, committed = leaf.sharding, leaf.shape, leaf.committed
-    places = [(shard.device, str(shard.index)) for shard in leaf.addressable_shards]
     blocks = {}
     for shard in leaf.addressable_shards:
         if str(shard.index) not in blocks:
@@ -90,8 +89,7 @@ def _resident(leaf: jax.Array, path: str, changes: Mapping[int, Sequence[Change]
                 rows[row] = merged_slice(rows[row], path, changes[first + row], lambda whole, at=inner: whole[at])
     if not committed:
         return jax.device_put(next(iter(blocks.values()))[1])
-    arrays = [jax.device_put(blocks[index][1], device) for device, index in places]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+    return jax.make_array_from_callback(shape, sharding, lambda index: blocks[str(index)][1])
 
 
 def _streamed(stack: Streamed, changes: Changes) -> Streamed:
