@@ -136,7 +136,7 @@ def _check_origins(graphs: Sequence[Graph], operation: str) -> str | None:
 def _origin(provenance: Provenance) -> Origin:
     """Returns what tells one graph from another."""
     run = provenance.known
-    told = {"pruning": provenance.pruning, "file": provenance.file, "loras": run.loras or ()}
+    told = {"pruning": provenance.pruning, "file": provenance.file, "loras": run.loras}
     return Origin(prompt=run.prompt, seed=run.seed, step=run.step, **told)
 
 

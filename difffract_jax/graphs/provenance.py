@@ -90,7 +90,7 @@ class KnownRun:
         latents_given: whether the run started from given latents.
         model: content hash of the pipeline.
         base_model: content hash of the pipeline before LoRAs were merged into it.
-        loras: that were merged.
+        loras: that were merged; none where they are not known.
     """
 
     prompt: str | None = None
@@ -108,7 +108,7 @@ class KnownRun:
     latents_given: bool | None = None
     model: str | None = None
     base_model: str | None = None
-    loras: tuple[MergedLora, ...] | None = None
+    loras: tuple[MergedLora, ...] = ()
 
     __repr__ = record_text
 
@@ -263,7 +263,7 @@ class Provenance:
         facts = {
             "prompt": run.prompt and f'"{run.prompt}", seed {run.seed}, step {run.step}',
             "model": run.model and hash_text(run.model),
-            "LoRA": texts_of(run.loras or ()),
+            "LoRA": texts_of(run.loras),
             "transcoders": self.transcoders and hash_text(self.transcoders),
             "steps": ", ".join(map(str, self.steps)),
             "attribution": self.attribution,

@@ -1,6 +1,7 @@
 """A small model of FLUX.1-dev's kind through the shell: guidance, a shifted schedule of more than four steps, LoRAs."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import done, run_command, run_json
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from difffract_jax.cli.evaluation import Opened, _on_model
 from difffract_jax.config import UserError, resolve
@@ -108,6 +109,11 @@ def test_transcoders_are_trained_and_measured_under_guidance_and_a_lora(difffrac
     assert record["sources"]["model"] == merged.source and record["sources"]["model_base"] == merged.base
     error = refused("train", "--resume", "--out", "run", "--steps", 2, "--guidance", 3)
     assert "begun with other settings (guidance: 2.5 -> 3.0)" in error
+    shutil.copy(folder / "style.safetensors", folder / "kept")
+    retrained = {key: np.asarray(2 * value) for key, value in load_file(folder / "kept").items()}
+    save_file(retrained, folder / "style.safetensors")
+    assert "begun with the LoRA style.safetensors:0.5 (sha256 " in refused("train", "--resume", "--out", "run")
+    shutil.move(folder / "kept", folder / "style.safetensors")
     few = ("--prompts-count", 1, "--velocity-count", 1, "--images", 0, "--scored", 0)
     found = difffract("evaluate", "run", *few)
     report = json.loads((folder / "run" / "report" / "evaluation.json").read_text())
