@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from browsers import browser, until  # noqa: E402
 from difffract_jax.dashboards.viewer_page import PageParts, viewer_page  # noqa: E402
 from difffract_jax.graphs.graph import Graph  # noqa: E402
-from difffract_jax.graphs.provenance import PruningSettings  # noqa: E402
+from difffract_jax.graphs.reduction import PruningSettings  # noqa: E402
 from shown_circuits import large  # noqa: E402
 
 BARS = {"first paint, s": 1.5, "frame time, 95th percentile, ms": 33.0, "full frame after rest, ms": 300.0}

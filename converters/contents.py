@@ -39,8 +39,7 @@ _SIMILAR = (
 _OTHERS = (
     (
         _ADAPTER,
-        f"a LoRA, changes to a model's weights and not a model; merge it first: "
-        f"pipe.load_lora_weights(FILE), {_MERGED}",
+        "a LoRA, changes to a model's weights and not a model; name its model, and beside it this file as --lora FILE",
     ),
     (re.compile(r"(^|\.)(redux_up|image_proj|ip_adapter|ip-adapter)"), "an image adapter, which steers a FLUX model"),
     (re.compile(r"(^|\.)joint_blocks\."), "a Stable Diffusion 3 transformer, another architecture"),

@@ -64,6 +64,7 @@ __all__ = [
     "split_attention_mlp",
     "split_qkv_up",
     "swap_scale_shift",
+    "tensor_shapes",
     "transpose",
 ]
 
@@ -349,13 +350,22 @@ def source_shapes(rules: Sequence[Rule], abstract: Any) -> dict[str, Shape]:
     leaves = leaf_paths(abstract)
     shapes: dict[str, Shape] = {}
     for assignment in expand(rules, abstract):
-        slices = [leaves[path].shape[len(assignment.stack) :] for path in assignment.targets]
-        tensors = assignment.rule.transform.backward(
-            tuple(np.broadcast_to(np.zeros((), np.uint8), shape) for shape in slices)
-        )
+        tensors = tensor_shapes(assignment, leaves)
         for keys in assignment.sources:
-            shapes |= {key: tensor.shape for key, tensor in zip(keys, tensors, strict=True)}
+            shapes |= dict(zip(keys, tensors, strict=True))
     return shapes
+
+
+def tensor_shapes(assignment: Assignment, leaves: Mapping[str, Any]) -> tuple[Shape, ...]:
+    """Returns the shapes of the source tensors that make one slice of an assignment's leaves.
+
+    Args:
+        assignment: from `expand`.
+        leaves: of the tree, or their shapes, by path.
+    """
+    slices = [leaves[path].shape[len(assignment.stack) :] for path in assignment.targets]
+    empty = (np.broadcast_to(np.zeros((), np.uint8), shape) for shape in slices)
+    return tuple(tensor.shape for tensor in assignment.rule.transform.backward(tuple(empty)))
 
 
 def _repeated(names: Sequence[str]) -> list[str]:

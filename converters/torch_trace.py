@@ -100,7 +100,7 @@ def record_activations(
     mask = pipe.tokenizer_2(prompt, padding="max_length", max_length=run.text_tokens, truncation=True).attention_mask
     sigmas = tuple(map(float, pipe.scheduler.sigmas))
     about = (prompt, seed, step, recorder.t, sigmas, run.grid, np.array(mask, bool), latents is not None, dtype)
-    return Activations(*about, recorder.arrays)
+    return Activations(*about, recorder.arrays, run.guidance)
 
 
 def _load(directory: Path, dtype: str) -> Any:

@@ -57,7 +57,15 @@ Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 """A seed of random numbers, in [0, 2**64)."""
 
 
-class ModelSettings(Settings):
+class LoraSettings(Settings):
+    """What commands share that load a model: what is merged into it."""
+
+    lora: tuple[str, ...] = ()
+    """LoRA to merge into the model's weights, FILE or FILE:SCALE, as in style.safetensors:0.8: a `.safetensors` file of
+    diffusers, PEFT, kohya or ComfyUI, or hf:OWNER/NAME/FILE. May be given several times."""
+
+
+class ModelSettings(LoraSettings):
     """What commands share that run a model."""
 
     model: str
@@ -71,15 +79,9 @@ class ModelSettings(Settings):
     """File of prompt embeddings, from `difffract encode`, to take instead of running the text encoders."""
 
 
-class GenerateConfig(ModelSettings):
-    """Settings of `difffract generate`: prompt to image."""
+class SamplingSettings(ModelSettings):
+    """What commands share that sample an image, or a part of its run."""
 
-    prompt: str
-    """What the image shall show."""
-    out: Path = Path("image.png")
-    """Image file to write; its metadata carry these settings. One that exists is replaced, with a note."""
-    seed: Seed = 0
-    """Seed of the starting noise."""
     steps: int | None = Field(None, ge=1)
     """Denoising steps; the model's own default when left out."""
     height: int | None = Field(None, ge=1)
@@ -88,8 +90,19 @@ class GenerateConfig(ModelSettings):
     """Image width in pixels, as the height."""
     text_tokens: int | None = Field(None, ge=1)
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
-    guidance: float | None = None
+    guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
+
+
+class GenerateConfig(SamplingSettings):
+    """Settings of `difffract generate`: prompt to image."""
+
+    prompt: str
+    """What the image shall show."""
+    out: Path = Path("image.png")
+    """Image file to write; its metadata carry these settings. One that exists is replaced, with a note."""
+    seed: Seed = 0
+    """Seed of the starting noise."""
     latents: Path | None = None
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"
@@ -115,7 +128,7 @@ class PlannedTrace(Settings):
     """Places for features per position: the most that are active at any position; a trace counts them."""
 
 
-class TraceConfig(ModelSettings):
+class TraceConfig(SamplingSettings):
     """Settings of `difffract trace`: the circuit of one or several targets, at one denoising step or over several."""
 
     transcoders: str
@@ -137,16 +150,8 @@ class TraceConfig(ModelSettings):
     )
     """Denoising step that is traced, counted from 0; or steps, as in 0-3: one graph over all of them, whose inputs are
     the text embedding and the latents entering the first, and whose targets lie in the last unless they name a step."""
-    steps: int | None = Field(None, ge=1)
-    """Denoising steps of the run; the model's own default when left out."""
     seed: Seed = 0
     """Seed of the starting noise."""
-    height: int | None = Field(None, ge=1)
-    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
-    width: int | None = Field(None, ge=1)
-    """Image width in pixels, as the height."""
-    text_tokens: int | None = Field(None, ge=1)
-    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     max_nodes: int = Field(1000, ge=1)
     """Feature nodes to expand, the target included."""
     expansion_batch: int = Field(50, ge=1)
@@ -248,21 +253,6 @@ class ExportConfig(ViewerOptions):
     given."""
     overwrite: bool = False
     """For `csv`: replace the directory if it exists."""
-
-
-class SupernodesConfig(Settings):
-    """Settings of `difffract supernodes`: which features of a graph are grouped."""
-
-    graph: Path
-    """Graph file to group the features of."""
-    threshold: float = Field(0.5, gt=0, le=1)
-    """Least similarity of any two features in a group, in (0, 1]: the cosine of their edges and activation maps."""
-    map_weight: float = Field(0.25, ge=0, le=1)
-    """Share of the activation maps in the similarity, in [0, 1]; the rest are the edges in and out."""
-    keep: bool = False
-    """Change the groups that the file has, instead of finding new ones."""
-    out: Path = Path("supernodes.npz")
-    """Graph file to write; one that exists is replaced, with a note."""
 
 
 class ConvertConfig(Settings):

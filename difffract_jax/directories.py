@@ -175,6 +175,26 @@ def checkpoint(
     return pipeline_directory(source, revision=revision, variant=variant)
 
 
+def lora_file(lora: str | Path) -> Directory:
+    """Returns where a LoRA lies: a file, or a directory that PEFT wrote.
+
+    Args:
+        lora: here, or on the hub as hf:OWNER/NAME[@REVISION]/FILE.
+    """
+    name = parse_hub_name(str(lora))
+    if name is None:
+        return Directory(Path(lora))
+    repository = open_repository(name)
+    file = Path(name.folder).name
+    if not name.folder.endswith(CHECKPOINT_SUFFIX) or file not in repository.files:
+        there = sorted(path for path in repository.files if path.endswith(CHECKPOINT_SUFFIX))
+        raise UserError(
+            f"{name} is not a file of a LoRA on the hub; name one as hf:OWNER/NAME/FILE"
+            f"{f', as in {name}/{there[0]}' if there else ''}."
+        )
+    return Directory(fetch(repository, [file]) / file, repository.pinned)
+
+
 def base_directory(base: str | Path, *, variant: str | None = None) -> Directory:
     """Returns the directory of a pipeline that completes a transformer, and needs none itself.
 

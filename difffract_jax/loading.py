@@ -37,7 +37,10 @@ from difffract_jax.directories import (
     transcoder_directory,
 )
 from difffract_jax.estimate.weights import abstract_parts
+from difffract_jax.graphs.json_values import to_json_values, typed
+from difffract_jax.graphs.loras import MergedLora
 from difffract_jax.hub.names import parse_hub_name
+from difffract_jax.lora import check_loras, open_loras, with_loras
 from difffract_jax.models.autoencoder import AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig
 from difffract_jax.models.mmdit import FluxConfig
@@ -72,6 +75,7 @@ def load_pipeline(
     weights: Weights = "device",
     text_encoders: Weights | None = None,
     verify: bool | None = None,
+    lora: Sequence[str | Path] = (),
 ) -> Pipeline:
     """Loads a FLUX pipeline.
 
@@ -91,11 +95,35 @@ def load_pipeline(
         text_encoders: where the blocks of T5 stay, if not with the others: on `disk`, they cost next to nothing where
             prompt embeddings are given.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
+        lora: LoRAs to merge into the weights, each FILE or FILE:SCALE: a `.safetensors` file, or one on the hub,
+            hf:OWNER/NAME/FILE; in the layout of diffusers, PEFT, kohya or ComfyUI.
 
     Raises:
-        UserError: when `model` is none of these, is damaged or cannot be downloaded; the message says what to do.
+        UserError: when `model` is none of these, is damaged or cannot be downloaded, or a LoRA is of another model; the
+            message says what to do.
     """
+    opened = open_loras((lora,) if isinstance(lora, str | Path) else lora)
     refuse_whole(model, base, revision)
+    if opened and base is None:  # what does not fit is told before the weights are read
+        check_loras(opened, pipeline_shapes(model, revision=revision))
+    places = {"weights": weights, "text_encoders": text_encoders or weights, "verify": verify}
+    options = {"revision": revision, "base": base, "variant": variant, "dtype": dtype, "sharding": sharding}
+    return with_loras(_load(model, **options, **places), opened)
+
+
+def _load(
+    model: str | Path,
+    *,
+    revision: str | None,
+    base: str | Path | None,
+    variant: str | None,
+    dtype: Any,
+    sharding: Sharding | None,
+    weights: Weights,
+    text_encoders: Weights,
+    verify: bool | None,
+) -> Pipeline:
+    """Loads a pipeline as it is; arguments as for `load_pipeline`."""
     home = None if base is None else base_directory(base, variant=variant)
     if home is None:
         given = pipeline_directory(model, revision=revision, variant=variant)
@@ -114,14 +142,15 @@ def load_pipeline(
         raise UserError(f"{path} is not a diffusers directory, and its weights have no variants; leave --variant out.")
     record = read_kind(path, "pipeline")
     config = pipeline_config_from_json(record["config"], path)
-    places = dict.fromkeys(PARTS, weights) | {"t5": text_encoders or weights}
+    places = dict.fromkeys(PARTS, weights) | {"t5": text_encoders}
     modules = {
         name: load_part(path, name, abstract, weights=places[name], sharding=sharding, verify=verify)
         for name, abstract in abstract_parts({name: getattr(config, name) for name in PARTS}, dtype).items()
     }
     origin = origin or record.get("origin", "")
-    tokenizers = load_tokenizers(path)
-    return Pipeline(**modules, tokenizers=tokenizers, config=config, source=record["content_hash"], origin=origin)
+    about = {"source": record["content_hash"], "origin": origin, "base": record.get("base", "")}
+    loras = typed(tuple[MergedLora, ...], record.get("loras", []), "loras")
+    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, **about, loras=loras)
 
 
 def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[FluxConfig, dict[str, Any]]:
@@ -141,14 +170,14 @@ def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[Flux
     return shapes["transformer"], abstract_parts(shapes, dtype)
 
 
-def pipeline_shapes(model: str | Path) -> dict[str, Any]:
-    """Returns the shape of every part of a pipeline; `model` as for `abstract_pipeline`."""
-    config = described_pipeline(model)
+def pipeline_shapes(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """Returns the shape of every part of a pipeline; arguments as for `described_pipeline`."""
+    config = described_pipeline(model, revision=revision)
     return {name: getattr(config, name) for name in PARTS}
 
 
 def described_pipeline(
-    model: str | Path, *, base: str | Path | None = None, variant: str | None = None
+    model: str | Path, *, base: str | Path | None = None, variant: str | None = None, revision: str | None = None
 ) -> PipelineConfig:
     """Returns the shapes of a pipeline's parts and its defaults, without reading weights.
 
@@ -156,6 +185,7 @@ def described_pipeline(
         model: as for `abstract_pipeline`; with `base`, a transformer alone. A file of one on the hub is downloaded.
         base: as for `load_pipeline`.
         variant: as for `load_pipeline`.
+        revision: of a repository: branch, tag or commit.
     """
     if base is not None:
         refuse_whole(model, base)
@@ -163,7 +193,7 @@ def described_pipeline(
         return completed_config(checkpoint(model, variant=variant, completed=True).path, home, variant=variant)
     if str(model) in PRESETS and not Path(model).is_dir():
         return preset_config(str(model))
-    path = pipeline_directory(model, parts=()).path
+    path = pipeline_directory(model, revision=revision, parts=()).path
     if is_diffusers_directory(path):
         return pipeline_config(path)
     return pipeline_config_from_json(read_kind(path, "pipeline")["config"], path)
@@ -180,6 +210,8 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
     trees = {name: getattr(pipe, name) for name in PARTS}
     refuse_streamed(trees)
     record = {"kind": "pipeline", "config": dataclasses.asdict(pipe.config)} | origin_entry(pipe.origin)
+    if pipe.loras:
+        record |= {"base": pipe.base, "loras": to_json_values(pipe.loras)}
     with atomic_directory(out, overwrite=overwrite) as partial:
         pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
         pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")

@@ -39,7 +39,7 @@ ORDER = (
     ("difffract_jax.circuits.checks",),
     ("difffract_jax.organism", "difffract_jax.dashboards", "difffract_jax.directories", "difffract_jax.estimate"),
     ("difffract_jax.dashboards.features",),
-    ("difffract_jax.parts",),
+    ("difffract_jax.parts", "difffract_jax.lora"),
     ("difffract_jax.loading",),
     ("difffract_jax.conversion",),
     ("difffract_jax.studies",),

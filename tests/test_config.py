@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from difffract_jax.cli.settings import DemoConfig, ReportConfig, ViewConfig
+from difffract_jax.cli.settings import DemoConfig, ReportConfig, SupernodesConfig, ViewConfig
 from difffract_jax.config import (
     ConvertConfig,
     ExportConfig,
     GenerateConfig,
     PruneConfig,
     Settings,
-    SupernodesConfig,
     TraceConfig,
     UserError,
     provenance,
@@ -60,7 +59,7 @@ def test_settings_are_frozen() -> None:
     ("options", "sets", "told"),
     [
         ({"max_node": 3}, (), "`max_node` is not a setting; did you mean `max_nodes`?"),
-        ({"zzzz": 3}, (), "`zzzz` is not a setting; known are `model`, `weights`,"),
+        ({"zzzz": 3}, (), "`zzzz` is not a setting; known are `lora`, `model`, `weights`,"),
         ({"step": -1}, (), "`step` was '-1', but string should match pattern"),
         ({"seed": -1}, (), "`seed` was -1, but input should be greater than or equal to 0"),
         ({"noise": "numpy"}, (), "`noise` was 'numpy', but input should be 'jax' or 'torch'"),

@@ -263,3 +263,19 @@ def test_a_failed_download_leaves_no_conversion_behind(hub, tmp_path, monkeypatc
     run = run_command(monkeypatch, capsys, "convert", "flux", "hf:someone/flux", tmp_path / "flux")
     assert run.status == 1 and "Error: someone/flux is gated" in run.err and "Traceback" not in run.err
     assert not [path for path in tmp_path.iterdir() if path.name != "hub-cache"]
+
+
+def test_a_lora_is_one_file_of_a_repository(hub, tmp_path) -> None:
+    names = [f"transformer.single_transformer_blocks.0.proj_mlp.lora_{one}.weight" for one in "AB"]
+    width = load_pipeline(PIPELINE).config.transformer.d_model
+    shapes = ((2, width), (4 * width, 2))
+    save_file(
+        dict(zip(names, (np.ones(shape, np.float32) for shape in shapes), strict=True)), tmp_path / "a.safetensors"
+    )
+    content = (tmp_path / "a.safetensors").read_bytes()
+    hosted = hub.add("someone/style", {"b/a.safetensors": content, "other.safetensors": b"unread"})
+    pipe = load_pipeline(PIPELINE, lora=["hf:someone/style/b/a.safetensors:0.5"])
+    assert hub.downloaded == ["b/a.safetensors"]
+    assert (pipe.loras[0].name, pipe.loras[0].scale) == (f"hf:someone/style@{hosted.commit}/b/a.safetensors", 0.5)
+    with pytest.raises(UserError, match="name one as hf:OWNER/NAME/FILE, as in hf:someone/style/b/a.safetensors"):
+        load_pipeline(PIPELINE, lora=["hf:someone/style"])

@@ -1,6 +1,7 @@
 """Traces to test on: the golden pipeline's, and small random ones in float64."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from difffract_jax.circuits.trace.capture import Trace, capture
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import pack
 from difffract_jax.models.shapes import abstract_stack
-from difffract_jax.models.tiny import random_pipeline, random_weights
+from difffract_jax.models.tiny import TINY, random_pipeline, random_weights
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
 from tolerances import REFERENCE, TOL
@@ -23,6 +24,8 @@ PROMPTS = (
     "lighthouse and a tin robot in heavy fog, pixel art, emerald green",
 )
 SIZE = {"height": 96, "width": 96, "text_tokens": 16}
+DEV = replace(TINY, guidance=True)
+"""Shape of a small transformer that takes a guidance scale, as FLUX.1-dev does."""
 IMAGE, TEXT, JOINT = range(3)
 """Numbers of FLUX's groups of sites."""
 
@@ -100,10 +103,12 @@ def make_exact(
     include_padding=False,
     output=False,
     dtype=jnp.float64,
+    guidance=False,
     **transcoders,
 ) -> Exact:
-    """Captures step 1 of a random pipeline, once for all tests; float64 is to be made under the `x64` fixture."""
-    pipe = random_pipeline(seed=seed, dtype=dtype)
+    """Captures step 1 of a random pipeline, with `guidance` one of FLUX.1-dev's kind, once for all tests; float64 is to
+    be made under the `x64` fixture."""
+    pipe = random_pipeline(seed=seed, dtype=dtype, transformer=DEV if guidance else TINY)
     tcs = make_transcoders(pipe.config.transformer, seed=seed, dtype=dtype, **transcoders)
     trace = capture(
         pipe,
@@ -119,8 +124,9 @@ def make_exact(
 
 
 VARIANTS = {
-    "padding replaced, a gap, through to the velocity": {
+    "padding replaced, a gap, guidance, through to the velocity": {
         "include_padding": True,
+        "guidance": True,
         "img": (0, 2),
         "txt": (1,),
         "joint": (1,),
@@ -154,6 +160,7 @@ MORE_VARIANTS = {
     "single-stream sites alone": {"img": (), "txt": (), "joint": (1,)},
     "through to the velocity": {"img": (0, 2), "txt": (1,), "joint": (1,), "output": True},
     "a skip": {"skip": True},
+    "guidance": {"guidance": True},
     "raw time": {"conditioning": "film_raw_t"},
     "no time": {"conditioning": "none"},
     "a threshold": {"activation": "jumprelu"},

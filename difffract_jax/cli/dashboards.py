@@ -14,13 +14,13 @@ from pydantic import Field, field_validator
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.preflight import check_fits
-from difffract_jax.config import ModelSettings, Seed, UserError, provenance
+from difffract_jax.config import SamplingSettings, Seed, UserError, provenance
 
 CORPUS_SEED = 90_000
 """World of the organism's captions that `--prompts N` draws; neither training nor labels use it."""
 
 
-class DashboardsConfig(ModelSettings):
+class DashboardsConfig(SamplingSettings):
     """Settings of `difffract dashboards`: a page for every feature, from many prompts."""
 
     transcoders: str
@@ -50,16 +50,6 @@ class DashboardsConfig(ModelSettings):
     """Graph file of these transcoders, whose edges pages list too."""
     seed: Seed = 0
     """Seed of the first prompt's noise; prompt number n has seed + n, and N captions are drawn by it."""
-    steps: int | None = Field(None, ge=1)
-    """Denoising steps; the model's own default when left out."""
-    height: int | None = Field(None, ge=1)
-    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
-    width: int | None = Field(None, ge=1)
-    """Image width in pixels, as the height."""
-    text_tokens: int | None = Field(None, ge=1)
-    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
-    guidance: float | None = None
-    """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
     batch: int = Field(32, ge=1)
     """Prompts computed together; 1 for a large model."""
     dtype: Literal["f32", "bf16"] | None = None
@@ -91,7 +81,11 @@ def register(app: typer.Typer) -> None:
     app.command()(dashboards)
 
 
-@opt.command(DashboardsConfig, arguments=("model", "transcoders"))
+@opt.command(
+    DashboardsConfig,
+    arguments=("model", "transcoders"),
+    before={"batch": ("steps", "height", "width", "text_tokens", "guidance")},
+)
 def dashboards(settings: DashboardsConfig, *, dry_run: bool, json: bool) -> None:
     """Scan many prompts and write a page for every feature, as a folder that opens in a browser from the disk.
 
@@ -110,7 +104,7 @@ def dashboards(settings: DashboardsConfig, *, dry_run: bool, json: bool) -> None
     if dry_run:
         return emit(record | needs, as_json=json)
     sys.stderr.write(_told(needs))
-    check_fits("dashboards", settings, step=f"0-{(settings.steps or 4) - 1}")
+    check_fits("dashboards", settings)
     built, site_names = _build(settings, prompts, record)
     empty = "" if built.dead < built.pages else " (all of them: no feature fires on these prompts)"
     found = {"pages": str(settings.out / "index.html"), "sites": ", ".join(site_names), "features": built.pages}
@@ -156,7 +150,7 @@ def _options(settings: DashboardsConfig, **more: Any) -> Any:
     from difffract_jax.dashboards.features.request import DashboardOptions
 
     features = tuple(map(Feature.parse, settings.features)) or None
-    kept = settings.model_dump(include={"top", "per_third", "links"})
+    kept = settings.model_dump(include={"top", "per_third", "links", "lora"})
     names = settings.model, settings.transcoders
     return DashboardOptions(**kept, features=features, names=names, sample=max(32, 6 * settings.per_third), **more)
 
@@ -176,7 +170,7 @@ def _needs(settings: DashboardsConfig, prompts: int) -> dict[str, Any]:
         asked = asked_of("dashboards", given | {"sites": settings.patterns, "dtype": type_of(given)})
         work = workload("dashboards", asked, host=_computes_on_host(), streamed=settings.weights in ("host", "disk"))
         config = described_pipeline(settings.model)
-        run = plan_run(config, **settings.model_dump(include={"steps", "height", "width", "text_tokens"}))
+        run = plan_run(config, **settings.model_dump(include={"steps", "height", "width", "text_tokens", "guidance"}))
     except UserError:
         return {}  # loading tells it better
     assert work.tcs is not None

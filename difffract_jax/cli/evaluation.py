@@ -266,9 +266,19 @@ def _on_model(settings: EvaluateConfig, model: str | None, opened: list[Opened])
     # Which prompts are validation follows from their text: those of the smaller share are of the larger one, too.
     base = min(known, key=lambda one: one.validation_share).model_dump(exclude_unset=True) if known else {}
     changes = {"model": model or models.pop(), "sites": ("*/*",), "weights": settings.weights or base.get("weights")}
+    changes |= {name: _agreed(name, getattr(settings, name), known) for name in ("guidance", "lora")}
     if settings.prompts is not None or (base.get("model") != changes["model"] and base.get("prompts") == "world"):
         changes["prompts"] = settings.prompts
     return resolve(TrainConfig, {name: value for name, value in (base | changes).items() if value is not None})
+
+
+def _agreed(name: str, given: Any, known: list[TrainConfig]) -> Any:
+    """Returns what is given, or else what all trainings had."""
+    had = list(dict.fromkeys(getattr(one, name) for one in known))
+    if not given and len(had) > 1:
+        told = " and ".join("none" if not one else str(one) for one in had)
+        raise UserError(f"The transcoders were trained with another {name} each ({told}); name one with --{name}.")
+    return given or (had[0] if had else None)
 
 
 def _sweep(k: str, configs: list[Path], out: Path | None, sets: list[str] | None) -> list[Path]:

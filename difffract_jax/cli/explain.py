@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.preflight import check_fits, check_graph_fits, known_of
+from difffract_jax.cli.preflight import check_fits, check_graph_fits, known_of, loras_of
 from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
 from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli.validate import rerun
@@ -49,7 +49,7 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     graph = read(settings.graph)
     node = by_head.target_node(graph, settings.target)
     check_graph_fits("heads", settings, graph)
-    pipe, place = open_model("heads", settings, **known_of(graph))
+    pipe, place = open_model("heads", settings, **known_of(graph) | loras_of(graph, settings.lora))
     tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph, weights=place)
     again = rerun(pipe, tcs, graph, settings)
     labels, engine = labels_of(settings.transcoders, tcs.source), again.engine
@@ -138,6 +138,8 @@ def _named(engine: Any, row: int, labels: Any, column: str) -> dict[str, Any]:
 @opt.command(
     EffectsConfig,
     arguments=("model", "transcoders", "prompt"),
+    without=("embeddings",),
+    before={"seed": ("steps",), "include_padding": ("height", "width", "text_tokens", "guidance")},
 )
 def effects(settings: EffectsConfig, *, json: bool) -> None:
     """Say what every feature of a run adds to a colour or to the velocity, along all paths of all steps.
@@ -154,6 +156,7 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
     from difffract_jax.cli.models import dtype_named
     from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import emit
+    from difffract_jax.cli.workloads import steps_of
     from difffract_jax.loading import load_transcoders
 
     asked = parse_target(settings.target)
@@ -162,7 +165,7 @@ def effects(settings: EffectsConfig, *, json: bool) -> None:
             f"{asked} is a feature, but total effects are those on an output, pixels:... or velocity:...; "
             "`difffract trace` explains features."
         )
-    last = (settings.steps or 4) - 1 if settings.step is None else settings.step
+    last = steps_of(settings) - 1 if settings.step is None else settings.step
     known: dict[str, Any] = {"step": f"0-{last}", "output": True}
     check_fits("effects", settings, **known)
     pipe, place = open_model("effects", settings, **known)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.config import ExportConfig, PruneConfig, SupernodesConfig, UserError, ViewerOptions, read_yaml
+from difffract_jax.cli.settings import SupernodesConfig
+from difffract_jax.config import ExportConfig, PruneConfig, UserError, ViewerOptions, read_yaml
 
 WITHOUT_JAX = ("prune", "supernodes", "combine", "compare", "export")
 SUFFIXES = {

@@ -200,6 +200,7 @@ def demo(settings: DemoConfig, *, json: bool) -> None:
 @opt.command(
     GenerateConfig,
     arguments=("model", "prompt"),
+    before={"latents": ("steps", "height", "width", "text_tokens", "guidance")},
 )
 def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
     """Generate an image from a prompt.
@@ -237,7 +238,11 @@ def generate(settings: GenerateConfig, *, dry_run: bool, json: bool) -> None:
 
 
 @app.command()
-@opt.command(TraceConfig, arguments=("model", "transcoders", "prompt"))
+@opt.command(
+    TraceConfig,
+    arguments=("model", "transcoders", "prompt"),
+    before={"seed": ("steps",), "max_nodes": ("height", "width", "text_tokens", "guidance")},
+)
 def trace(settings: TraceConfig, *, pages: Pages = None, json: bool) -> None:
     """Trace the circuit behind a feature, a direction of the velocity or a colour of the image, and save it as a graph.
 
@@ -292,7 +297,7 @@ def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], step
     from difffract_jax.cli.requests import import_run, record_run
 
     if settings.activations is not None:
-        names = {"seed", "steps", "height", "width", "text_tokens", "prompt", "step", "latents", "noise"}
+        names = {"seed", "steps", "height", "width", "text_tokens", "guidance", "prompt", "step", "latents", "noise"}
         given = settings.model_dump(include=names, exclude_unset=True)
         padding = settings.include_padding
         return import_run(settings.activations, pipe, tcs, given, include_padding=padding)

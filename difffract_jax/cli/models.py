@@ -19,11 +19,13 @@ def pipeline_of(settings: RowSettings, mesh: Any = None) -> tuple[Any, Any]:
     model, dtype = model_of(settings), dtype_of(settings)
     check_weights(settings, mesh)
     if model == "tiny":
+        from difffract_jax.lora import open_loras, with_loras
         from difffract_jax.models.tiny import random_pipeline
 
-        return random_pipeline(dtype=dtype), None
+        return with_loras(random_pipeline(dtype=dtype), open_loras(settings.lora)), None
     sharding = None if mesh is None or mesh.size == 1 else pipeline_shardings(mesh, EVERYWHERE)
-    return load_pipeline(model, dtype=dtype, sharding=sharding, weights=settings.weights), world_of(settings)
+    options = {"dtype": dtype, "sharding": sharding, "weights": settings.weights, "lora": settings.lora}
+    return load_pipeline(model, **options), world_of(settings)
 
 
 def check_weights(settings: RowSettings, mesh: Any = None) -> None:
@@ -135,7 +137,8 @@ def work_of(settings: TrainConfig, source: Any = None) -> Any:
         settings: of the run.
         source: its rows, if they are open already.
     """
-    from difffract_jax.loading import PARTS, abstract_pipeline
+    from difffract_jax.loading import PARTS, abstract_pipeline, described_pipeline
+    from difffract_jax.models.pipeline import plan_run
     from difffract_jax.transcoders.plan import TrainingWorkload
     from difffract_jax.transcoders.sites import parse_sites
 
@@ -148,6 +151,8 @@ def work_of(settings: TrainConfig, source: Any = None) -> Any:
         config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
     else:
         config, parts = abstract_pipeline(model, dtype_of(settings))
+    if settings.guidance:  # what takes none is told before weights are read
+        plan_run(pipe.config if model == "tiny" else described_pipeline(model), guidance=settings.guidance)
     sites = parse_sites(settings.sites, config.layout)
     return TrainingWorkload(settings, sites, config.d_model, parts, _run_of(settings, config, parts["vae"]))
 

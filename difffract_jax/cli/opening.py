@@ -17,7 +17,7 @@ from difffract_jax.estimate.counts import count
 from difffract_jax.estimate.weights import largest_block, weights_needed
 from difffract_jax.memory import allow, host_memory, memory_for, parse_bytes, text_of_bytes
 from difffract_jax.models.embeddings import read_embeddings, with_embeddings
-from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.pipeline import Pipeline, plan_run
 
 Place = Literal["device", "host", "disk"]
 
@@ -34,7 +34,8 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
 
     Args:
         command: its name.
-        settings: of it; `weights`, `memory`, `embeddings`, `base`, `variant` and the type count, as far as it has them.
+        settings: of it; `weights`, `memory`, `embeddings`, `base`, `variant`, `lora` and the type count, as far as it
+            has them.
         sharding: as for `load_pipeline`; then nothing is streamed.
         known: as for `preflight.check_fits`.
 
@@ -44,6 +45,9 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
     given = settings.model_dump() | known
     allow(None if given.get("memory") is None else parse_bytes(given["memory"], "--memory"))
     embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
+    if given.get("guidance"):  # what takes none is told before its weights are read
+        described = loading.described_pipeline(given["model"], base=given.get("base"), variant=given.get("variant"))
+        plan_run(described, guidance=given["guidance"])
     name = given.get("dtype") or given.get("model_dtype")
     if sharding is not None and given.get("weights") in ("host", "disk"):
         raise UserError(
@@ -63,6 +67,7 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         sharding=sharding,
         weights="disk" if encodes else weights,
         text_encoders=weights if encodes else "disk" if seldom else None,
+        lora=given.get("lora", ()),
     )
     return Opened(pipe if embeddings is None else with_embeddings(pipe, embeddings), weights)
 

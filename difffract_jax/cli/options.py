@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperCommand
 
 from difffract_jax.config import Settings, UserError, resolve
+from difffract_jax.graphs.loras import texts_of
 from difffract_jax.storage.locks import sole_writer
 
 S = TypeVar("S", bound=Settings)
@@ -225,9 +226,11 @@ def sources(**loaded: Any) -> dict[str, str]:
 
     Returns:
         The content hash of each by its role, and of those from the hub the repository, commit included, by
-        ROLE_origin.
+        ROLE_origin; of a model with LoRAs also these, and the content hash without them, as model_loras and model_base.
     """
     hashes = {role: one.source for role, one in loaded.items()}
+    if "model" in loaded and loaded["model"].loras:
+        hashes |= {"model_base": loaded["model"].base, "model_loras": texts_of(loaded["model"].loras)}
     return hashes | {f"{role}_origin": one.origin for role, one in loaded.items() if one.origin}
 
 

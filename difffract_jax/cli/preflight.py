@@ -9,7 +9,7 @@ where weights are spread over a mesh. `--no-preflight` leaves the look out.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from difffract_jax.config import Settings, UserError
@@ -95,6 +95,17 @@ def known_of(graph: Any) -> dict[str, Any]:
     known: dict[str, Any] = {} if told.run is None else {"grid": told.run.grid, "text_tokens": told.run.text_tokens}
     known |= {"step": f"{min(steps)}-{max(steps)}"} if steps else {}
     return known | traced_types(graph) | {"output": bool((graph.node_kind == OUTPUT).any())}
+
+
+def loras_of(graph: Any, given: Sequence[str]) -> dict[str, Any]:
+    """Returns the LoRAs that a graph's model is loaded with: those that are named, or those that it was traced with.
+
+    Args:
+        graph: the graph.
+        given: those that are named, FILE or FILE:SCALE.
+    """
+    traced = (graph.provenance.settings or {}).get("lora")
+    return {"lora": tuple(given) or tuple(traced if isinstance(traced, list | tuple) else ())}
 
 
 def check_training_fits(work: Any) -> None:

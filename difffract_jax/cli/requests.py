@@ -103,6 +103,7 @@ def import_run(
     info, unit = trace.info, PATCH * pipe.config.vae.factor
     held = {"prompt": info.prompt, "step": info.step, "seed": info.seed, "steps": len(info.sigmas) - 1}
     held |= {"height": info.grid[0] * unit, "width": info.grid[1] * unit, "text_tokens": info.text_tokens}
+    held |= {} if info.guidance is None else {"guidance": info.guidance}
     for name, value in held.items():
         if name in given and given[name] is not None and str(given[name]) != str(value):
             raise UserError(

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from difffract_jax.config import SEEDS, ModelSettings, Seed, Settings, UserError
+from difffract_jax.config import SEEDS, SamplingSettings, Seed, Settings, UserError
 
 _SEEDS = re.compile(r"\d+(?:\.\.\d+)?(?:,\d+(?:\.\.\d+)?)*")
 _NUMBERS = re.compile(r"-?\d*\.?\d+(?:e-?\d+)?(?:,-?\d*\.?\d+(?:e-?\d+)?)*", re.IGNORECASE)
@@ -21,7 +21,7 @@ MOST_SEEDS = 100_000
 """Seeds of one call; more are a slip of the keyboard, and would fill the memory before anything is drawn."""
 
 
-class RunSettings(ModelSettings):
+class RunSettings(SamplingSettings):
     """What both commands share: a model, its transcoders, a prompt, seeds and sizes."""
 
     transcoders: str
@@ -33,14 +33,6 @@ class RunSettings(ModelSettings):
     """Region of the image, X0,Y0,X1,Y1 in pixels; X1 and Y1 lie outside."""
     mask: Path | None = None
     """Region of the image, as a black and white picture of its size; white lies inside."""
-    steps: int | None = Field(None, ge=1)
-    """Denoising steps; the model's own default when left out."""
-    height: int | None = Field(None, ge=1)
-    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
-    width: int | None = Field(None, ge=1)
-    """Image width in pixels, as the height."""
-    text_tokens: int | None = Field(None, ge=1)
-    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     batch: int = Field(32, ge=1)
     """Images computed together; 1 for a large model."""
 
@@ -101,8 +93,6 @@ class SteerConfig(RunSettings):
     """Caption that edited images of the organism shall show; the prompt when left out."""
     include_padding: bool = False
     """Let edits without positions act on padded text positions too, as the reference does."""
-    guidance: float | None = None
-    """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
     latents: Path | None = None
     """`.npy` file of packed starting noise, [image tokens, channels], or [seeds, image tokens, channels]."""
     noise: Literal["jax", "torch"] = "jax"
@@ -157,12 +147,9 @@ class FeaturesConfig(RunSettings):
     """With --scan, the labels file to write; one that exists is replaced, with a note."""
 
 
-class EffectsConfig(Settings):
+class EffectsConfig(SamplingSettings):
     """Settings of `difffract effects`: what every source of a run adds to an output."""
 
-    model: str
-    """Model to run: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
-    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
     """Transcoders of its MLPs: `organism`, a converted directory, one of `.pt` files, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
@@ -179,16 +166,8 @@ class EffectsConfig(Settings):
     """The same as a black and white picture of the image's size; white lies inside."""
     top: int = Field(20, ge=1)
     """Features to list."""
-    steps: int | None = Field(None, ge=1)
-    """Denoising steps of the run; the model's own default when left out."""
     seed: Seed = 0
     """Seed of the starting noise."""
-    height: int | None = Field(None, ge=1)
-    """Image height in pixels, a multiple of twice the autoencoder's factor; the model's own default when left out."""
-    width: int | None = Field(None, ge=1)
-    """Image width in pixels, as the height."""
-    text_tokens: int | None = Field(None, ge=1)
-    """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     include_padding: bool = False
     """Replace the MLPs of padded text positions too, as the reference does, instead of keeping them."""
     latents: Path | None = None
@@ -199,10 +178,6 @@ class EffectsConfig(Settings):
     """Type of the model's weights in memory; that of its files when left out. Results are in float32 either way."""
     transcoder_dtype: Literal["f32", "bf16"] = "f32"
     """Type of the transcoders' weights in memory."""
-    weights: Literal["auto", "device", "host", "disk"] = "auto"
-    """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
-    memory: str | None = None
-    """Most memory to use, as in 16GB; what there is when left out."""
 
 
 class PlanConfig(Settings):
@@ -228,6 +203,10 @@ class PlanConfig(Settings):
     """Image width in pixels, as the height."""
     text_tokens: int | None = Field(None, ge=1)
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps; the model's own default when left out. What `dashboards` counts takes memory per step."""
+    guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Guidance scale, which takes no memory; refused for a model that takes none."""
     step: Annotated[str, BeforeValidator(str)] = Field("0", pattern=r"^\d+(-\d+)?$")
     """Denoising step that is recorded, or steps, as in 0-3."""
     steps: int | None = Field(None, ge=1)
@@ -265,6 +244,9 @@ class RerunSettings(Settings):
     """Who draws the starting noise; as the graph was traced, when left out."""
     activations: Path | None = None
     """`.npz` file of activations, for a graph that was traced from one."""
+    lora: tuple[str, ...] = ()
+    """LoRA to merge into the model's weights, FILE or FILE:SCALE; those that the graph was traced with, where they
+    were, when left out. May be given several times."""
     weights: Literal["auto", "device", "host", "disk"] = "auto"
     """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
     memory: str | None = None
@@ -329,6 +311,9 @@ class ShownGraph(Settings):
     model: str | None = None
     """Model to make the image with, if it is not the embedded one: a converted or diffusers directory, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
+    lora: tuple[str, ...] = ()
+    """LoRA to merge into that model, FILE or FILE:SCALE; those that the graph was traced with, where they were, when
+    left out. May be given several times."""
     groups: Path | None = None
     """`.groups.json` that the viewer saved of this graph: groups, names, notes and pins; or what circuit-tracer's
     viewer or Neuronpedia saved of it."""
@@ -377,3 +362,18 @@ def _ranges(text: str) -> list[tuple[int, int]]:
 
 def _numbers(ranges: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     return tuple(number for first, last in ranges for number in range(first, last + 1))
+
+
+class SupernodesConfig(Settings):
+    """Settings of `difffract supernodes`: which features of a graph are grouped."""
+
+    graph: Path
+    """Graph file to group the features of."""
+    threshold: float = Field(0.5, gt=0, le=1)
+    """Least similarity of any two features in a group, in (0, 1]: the cosine of their edges and activation maps."""
+    map_weight: float = Field(0.25, ge=0, le=1)
+    """Share of the activation maps in the similarity, in [0, 1]; the rest are the edges in and out."""
+    keep: bool = False
+    """Change the groups that the file has, instead of finding new ones."""
+    out: Path = Path("supernodes.npz")
+    """Graph file to write; one that exists is replaced, with a note."""

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
     before={
         "sweep": ("seeds",),
         "expect": ("box", "mask"),
-        "guidance": ("steps", "height", "width", "text_tokens"),
+        "latents": ("steps", "height", "width", "text_tokens", "guidance"),
         "out": ("batch",),
     },
     fills="out",
@@ -112,7 +112,11 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
 @opt.command(
     FeaturesConfig,
     arguments=("model", "transcoders", "prompt"),
-    before={"by": ("box", "mask"), "top": ("seeds",), "captions": ("scan",)},
+    before={
+        "by": ("box", "mask"),
+        "top": ("seeds",),
+        "captions": ("scan", "steps", "height", "width", "text_tokens", "guidance"),
+    },
 )
 def features(settings: FeaturesConfig, *, scan: Scan = False, pages: Pages = None, json: bool) -> None:
     """Find features: by contrast with another prompt, in a region, by rise or fall over steps, or by activation.
@@ -174,7 +178,7 @@ def _scan(settings: FeaturesConfig, json: bool) -> None:
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.studies.scan import scan, write_labels
 
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    pipe, tcs = load_pipeline(settings.model, lora=settings.lora), load_transcoders(settings.transcoders)
     with progress("Scanning") as advance:
         found = scan(pipe, tcs, settings.captions, advance)
     # The path is of this machine; where the labels lie does not change what they are.

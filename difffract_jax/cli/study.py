@@ -35,7 +35,7 @@ def study(settings: StudyConfig, *, pages: Pages = None, json: bool) -> None:
     from difffract_jax.studies.results import write_result
 
     lines = None if settings.prompts is None else _lines(settings.prompts)
-    pipe, tcs = load_pipeline(settings.model), load_transcoders(settings.transcoders)
+    pipe, tcs = load_pipeline(settings.model, lora=settings.lora), load_transcoders(settings.transcoders)
     at_hand = pages_at_hand(pages, tcs.source)
     compared = load_transcoders(settings.saes) if settings.name == "precision" else None
     labels = load_labels("organism") if settings.transcoders == "organism" else None

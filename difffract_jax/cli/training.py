@@ -108,7 +108,7 @@ def _of_run(run: Path) -> dict[str, Any]:
     layers=("sets",),
     without=SWITCHED_OFF,
     before={
-        "out": ("model", "prompts", "layers", "streams", "sites", "rows"),
+        "out": ("model", "lora", "prompts", "layers", "streams", "sites", "rows"),
         "role": ("resume", "export", "max_minutes"),
     },
     prepare=_given,
@@ -240,6 +240,8 @@ def run_training(
         source, sources = source or rows_in(settings, "train"), {"rows": str(settings.rows)}
     else:
         source, sources = _sampler(settings, open_mesh(settings))
+    if resume:
+        _refuse_other_loras(settings, sources)
     record = provenance("train", settings, **sources)
     with training_progress(shown=is_first()) as (advance, note):
         done = run(settings, source, record, Watch(advance, note, begin), resume=resume)
@@ -249,6 +251,21 @@ def run_training(
         with writing(settings.out):
             together(lambda: save_transcoders(made, settings.out / "transcoders", overwrite=True, provenance=record))
     return done
+
+
+def _refuse_other_loras(settings: TrainConfig, sources: Mapping[str, str]) -> None:
+    """Refuses to go on with a LoRA whose file has become another since the run was begun."""
+    from difffract_jax.transcoders.training import SETTINGS, run_record
+
+    if not (settings.out / SETTINGS).is_file():
+        return  # which `train` tells
+    begun, now = run_record(settings.out), sources.get("model_loras")
+    before = begun.get("sources", {}).get("model_loras")
+    if before != now and begun["settings"].get("lora") == list(settings.lora):
+        raise UserError(
+            f"The run in {settings.out} was begun with the LoRA {before}, but {', '.join(settings.lora)} is now {now}; "
+            "put the file back, or begin another run."
+        )
 
 
 def _sampler(settings: TrainConfig, mesh: Any) -> tuple[Any, dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.preflight import check_graph_fits, known_of
+from difffract_jax.cli.preflight import check_graph_fits, known_of, loras_of
 from difffract_jax.cli.settings import RerunSettings, ValidateConfig
 from difffract_jax.cli.steer import check_directory, torch_latents
 from difffract_jax.config import UserError, provenance
@@ -53,7 +53,7 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
 
     graph = read(settings.graph)
     check_graph_fits("validate", settings, graph)
-    pipe, place = open_model("validate", settings, **known_of(graph))
+    pipe, place = open_model("validate", settings, **known_of(graph) | loras_of(graph, settings.lora))
     tcs = load_for_graph(settings.transcoders, pipe.config.transformer.layout, graph, weights=place)
     again = rerun(pipe, tcs, graph, settings)
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})

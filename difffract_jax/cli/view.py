@@ -5,6 +5,7 @@ They follow its rules. Weights are needed for the image of the run alone, which 
 
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -262,7 +263,7 @@ def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
                 "The run started from noise that was given, so there is no image; give one with --image FILE.",
             )
         try:
-            kept = _made(graph, model)
+            kept = _made(graph, model, settings.lora)
         except UserError as error:
             if settings.model is not None:
                 raise
@@ -292,16 +293,18 @@ def _model_at_hand(graph: Any) -> str | None:
     return "organism" if named == "organism" or graph.provenance.command == "demo" else None
 
 
-def _made(graph: Any, model: str) -> Any:
+def _made(graph: Any, model: str, lora: Sequence[str]) -> Any:
     """Makes the images of a graph's run."""
     from difffract_jax.cli.opening import open_model
     from difffract_jax.cli.output import progress
+    from difffract_jax.cli.preflight import loras_of
     from difffract_jax.config import GenerateConfig
     from difffract_jax.dashboards.image_files import KeptImages
     from difffract_jax.dashboards.run_images import run_images
 
     run, steps = graph.provenance.run, tuple(graph.provenance.steps or (graph.provenance.run.step,))
-    pipe = open_model("generate", GenerateConfig.model_validate({"model": model, "prompt": run.prompt})).pipe
+    asked = {"model": model, "prompt": run.prompt} | loras_of(graph, lora)
+    pipe = open_model("generate", GenerateConfig.model_validate(asked)).pipe
     with progress("Making the image") as advance:
         return KeptImages(run_images(pipe, run, steps, advance), steps)
 

@@ -15,7 +15,7 @@ from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.requests import read_steps
 from difffract_jax.cli.settings import PlanConfig
 from difffract_jax.cli.used import up_to_targets
-from difffract_jax.config import UserError, resolve
+from difffract_jax.config import SamplingSettings, UserError, resolve
 from difffract_jax.directories import SHIPPED, checkpoint, pipeline_directory
 from difffract_jax.estimate.counts import COMMANDS
 from difffract_jax.estimate.weights import Transcoders
@@ -70,6 +70,15 @@ def type_of(given: Mapping[str, Any]) -> str:
     return "bf16" if stored == dtype_named("bf16") else "f32"
 
 
+def steps_of(settings: SamplingSettings) -> int:
+    """Returns the denoising steps of a run: those that are named, or the model's own default.
+
+    Args:
+        settings: of a command that makes one.
+    """
+    return settings.steps or described_pipeline(settings.model).defaults.steps
+
+
 def workload(
     command: str, asked: PlanConfig, *, host: bool = False, streamed: bool = False, room: int | None = None
 ) -> Work:
@@ -88,12 +97,12 @@ def workload(
     if command not in COMMANDS:
         raise UserError(f"{command} is no command that can be planned; there are {', '.join(COMMANDS)} and train.")
     config = described_pipeline(asked.model, base=asked.base, variant=asked.variant)
-    run = plan_run(config, height=asked.height, width=asked.width, text_tokens=asked.text_tokens)
+    run = plan_run(config, **asked.model_dump(include={"steps", "height", "width", "text_tokens", "guidance"}))
     shapes, layout = {name: getattr(config, name) for name in PARTS}, config.transformer.layout
     first, last = read_steps(asked.step)
     steps = last - first + 1 if command not in ROWS else asked.steps or run.steps
     work = Work(command, shapes, dtype_named(asked.dtype), run.grid, run.text_tokens, host=host, streamed=streamed)
-    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps, room=room)
+    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps, room=room, scanned=run.steps)
     if command == "harvest":
         work = work._replace(tokens=asked.tokens_per_step)
     if asked.embeddings and command != "encode":

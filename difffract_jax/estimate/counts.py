@@ -18,7 +18,7 @@ import numpy as np
 
 from converters.pipelines import LAYERED_PARTS
 from difffract_jax.circuits.frozen.replacement import ROWS_SHARE
-from difffract_jax.estimate.scanning import PEAK, SCAN_STEPS, feature_bytes
+from difffract_jax.estimate.scanning import PEAK, feature_bytes
 from difffract_jax.estimate.weights import (
     abstract_parts,
     around_bytes,
@@ -319,7 +319,7 @@ def _dashboards(work: Work) -> list[Phase]:
     assert work.tcs is not None
     features = work.tcs.config.features * len(work.tcs.sites.names)
     read = work.batch * sum(_rows(work)) * work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
-    kept = {"statistics": features * (feature_bytes(SCAN_STEPS) + work.batch * PEAK), "what sites read": read}
+    kept = {"statistics": features * (feature_bytes(work.scanned) + work.batch * PEAK), "what sites read": read}
     own, one = _model(work, "transformer"), _transcoders(work)
     passing = max(_forward(work), work.batch * _encoding(work))
     return [

@@ -8,8 +8,6 @@ from typing import NamedTuple
 
 WIDE = 4
 """Bytes of a number of the state."""
-SCAN_STEPS = 4
-"""Denoising steps where a plan of a scan does not say."""
 PEAK = 2 * WIDE
 """Bytes of a feature's peak in a prompt that is running."""
 BINS = 32

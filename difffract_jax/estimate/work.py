@@ -25,6 +25,7 @@ class Work(NamedTuple):
         host: whether a processor computes. XLA then widens all bfloat16 weights of a loop to float32 at once.
         tokens: of a prompt that a site reports at a step, for rows; None for all.
         room: bytes that the command may use, a share of which decoder rows fill at most; None where nobody knows.
+        scanned: denoising steps of a run, of which a scan keeps statistics each.
     """
 
     command: str
@@ -41,6 +42,7 @@ class Work(NamedTuple):
     host: bool = False
     tokens: int | None = None
     room: int | None = None
+    scanned: int = 1
 
     @property
     def seq(self) -> int:

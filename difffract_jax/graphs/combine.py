@@ -73,7 +73,7 @@ class _Union(NamedTuple):
 
 
 def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[float]) -> Graph:
-    _check_origins(graphs)
+    base = _check_origins(graphs, operation)
     record = tuple(_origin(graph.provenance) for graph in graphs)
     summed = [aggregate(_merged(graph, graphs)) for graph in graphs]
     union = _union(summed)
@@ -84,7 +84,7 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
     weights = sum((np.bincount(place, graph.root_weights, count) for graph, place, _ in weighted), zeros)
     occurs = sum((np.isin(np.arange(count), place) for place in union.places), zeros) / len(graphs)
     kind, step, block, stream, feature, _ = union.keys[1:]
-    common = _common(graphs)
+    common = _common(graphs, base)
     if operation == "difference":
         common = replace(common, pooled_path=())  # of each graph's own target; of a difference they would say nothing
     combined = Graph(
@@ -113,31 +113,41 @@ def _merged(graph: Graph, graphs: Sequence[Graph]) -> Graph:
     return replace(graph, node_kind=np.where(graph.node_kind == REST, ERROR, graph.node_kind).astype(np.uint8))
 
 
-def _check_origins(graphs: Sequence[Graph]) -> None:
-    """Refuses graphs that are known to be of different models or transcoders."""
+def _check_origins(graphs: Sequence[Graph], operation: str) -> str | None:
+    """Refuses graphs that are known to be of different models or transcoders; of a difference, LoRAs may differ.
+
+    Returns:
+        Content hash of the model that LoRAs were merged into, where some were.
+    """
+    runs = [graph.provenance.known for graph in graphs]
+    bases = {run.base_model or run.model for run in runs} - {None}
+    apart = operation == "difference" and len(bases) == 1
     origins = {
-        "models": {graph.provenance.known.model for graph in graphs} - {None},
+        "models": bases if apart else {run.model for run in runs} - {None},
         "transcoders": {graph.provenance.transcoders for graph in graphs} - {None},
     }
     for what, known in origins.items():
         if len(known) > 1:
             named = ", ".join(sorted(str(name)[:12] for name in known))
             raise UserError(f"Graphs of different {what} ({named}) have no features in common; combine those of one.")
+    return next(iter(bases)) if apart and any(run.base_model for run in runs) else None
 
 
 def _origin(provenance: Provenance) -> Origin:
     """Returns what tells one graph from another."""
     run = provenance.known
-    return Origin(prompt=run.prompt, seed=run.seed, step=run.step, pruning=provenance.pruning, file=provenance.file)
+    told = {"pruning": provenance.pruning, "file": provenance.file, "loras": run.loras}
+    return Origin(prompt=run.prompt, seed=run.seed, step=run.step, **told)
 
 
-def _common(graphs: Sequence[Graph]) -> Provenance:
-    """Returns what all graphs say alike, down to the fields of their runs."""
+def _common(graphs: Sequence[Graph], base: str | None) -> Provenance:
+    """Returns what all graphs say alike, down to the fields of their runs, and what LoRAs were merged into."""
     provenances = [graph.provenance for graph in graphs]
     same = {name: value for name, value in _alike(provenances).items() if name not in _OF_ONE}
     extra = _alike_entries([one.extra for one in provenances])
     same |= {"extra": {key: value for key, value in extra.items() if key not in FILE_KEYS}}
-    return Provenance(**same, shared=KnownRun(**_alike([one.known for one in provenances])))
+    shared = _alike([one.known for one in provenances]) | ({} if base is None else {"base_model": base})
+    return Provenance(**same, shared=KnownRun(**shared))
 
 
 def _alike(records: Sequence[Any]) -> dict[str, Any]:

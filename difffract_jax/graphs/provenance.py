@@ -9,12 +9,14 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from difffract_jax.address import Layout, Tokens, flux_layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, record_text, text_of
 from difffract_jax.graphs.json_values import beyond, merge_json, to_json_values, typed
+from difffract_jax.graphs.loras import MergedLora, texts_of
+from difffract_jax.graphs.reduction import GroupingSettings, PruningScores, PruningSettings
 from difffract_jax.graphs.unclear_links import UnclearLinks
 
 
@@ -38,6 +40,8 @@ class TraceInfo:
         latents_given: whether the run started from given latents.
         model: content hash of the pipeline.
         model_origin: the repository on the hub that the pipeline came from, commit included; None if it did not.
+        base_model: content hash of the pipeline before LoRAs were merged into it; None if none were.
+        loras: that were merged.
     """
 
     prompt: str
@@ -55,6 +59,8 @@ class TraceInfo:
     latents_given: bool
     model: str
     model_origin: str | None = None
+    base_model: str | None = None
+    loras: tuple[MergedLora, ...] = ()
 
     __repr__ = record_text
 
@@ -83,6 +89,8 @@ class KnownRun:
         include_padding: whether padded text positions are replaced.
         latents_given: whether the run started from given latents.
         model: content hash of the pipeline.
+        base_model: content hash of the pipeline before LoRAs were merged into it.
+        loras: that were merged; none where they are not known.
     """
 
     prompt: str | None = None
@@ -99,6 +107,8 @@ class KnownRun:
     include_padding: bool | None = None
     latents_given: bool | None = None
     model: str | None = None
+    base_model: str | None = None
+    loras: tuple[MergedLora, ...] = ()
 
     __repr__ = record_text
 
@@ -155,61 +165,6 @@ class Rounding:
     conservation_error: float
 
 
-class Scores(NamedTuple):
-    """How much of a graph is explained by features; `scores` has the definitions.
-
-    Attributes:
-        replacement: share in [0, 1]; None if neither inputs nor errors have influence.
-        completeness: share in [0, 1].
-    """
-
-    replacement: float | None
-    completeness: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruningScores:
-    """What pruning left of a graph's scores.
-
-    Attributes:
-        unpruned: of the graph before pruning.
-        pinned: of the same graph with every feature that was dropped counted as error.
-        pruned: of the result.
-    """
-
-    unpruned: Scores
-    pinned: Scores
-    pruned: Scores
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruningSettings:
-    """How a graph was pruned.
-
-    Attributes:
-        mode: whose rule, one of `pruning.MODES`.
-        node_threshold: share of influence that the kept nodes hold.
-        edge_threshold: share of the edge scores that the kept edges hold.
-    """
-
-    mode: str
-    node_threshold: float
-    edge_threshold: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupingSettings:
-    """How supernodes were found.
-
-    Attributes:
-        threshold: least similarity of any two features in a group.
-        map_weight: share of the activation maps in the similarity.
-    """
-
-    threshold: float
-    map_weight: float
-
-
 @dataclass(frozen=True, kw_only=True)
 class Origin:
     """One of the graphs that were combined; what it did not say is None.
@@ -220,6 +175,7 @@ class Origin:
         step: of its run.
         pruning: how it was pruned.
         file: name of its file.
+        loras: that were merged into its model.
     """
 
     prompt: str | None = None
@@ -227,6 +183,7 @@ class Origin:
     step: int | None = None
     pruning: PruningSettings | None = None
     file: str | None = None
+    loras: tuple[MergedLora, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -306,6 +263,7 @@ class Provenance:
         facts = {
             "prompt": run.prompt and f'"{run.prompt}", seed {run.seed}, step {run.step}',
             "model": run.model and hash_text(run.model),
+            "LoRA": texts_of(run.loras),
             "transcoders": self.transcoders and hash_text(self.transcoders),
             "steps": ", ".join(map(str, self.steps)),
             "attribution": self.attribution,

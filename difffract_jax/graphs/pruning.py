@@ -31,7 +31,7 @@ from difffract_jax.graphs.graph import FEATURE, INPUT, Graph, subgraph
 from difffract_jax.graphs.groups import nodes_of
 from difffract_jax.graphs.influence import column_shares, graph_reach, node_influence
 from difffract_jax.graphs.order import check_sum
-from difffract_jax.graphs.provenance import PruningScores, PruningSettings
+from difffract_jax.graphs.reduction import PruningScores, PruningSettings
 from difffract_jax.graphs.scoring import scores
 
 MODES = ("standard", "difffract")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, Graph
 from difffract_jax.graphs.influence import column_shares, reach
 from difffract_jax.graphs.order import node_levels
-from difffract_jax.graphs.provenance import Scores
+from difffract_jax.graphs.reduction import Scores
 
 
 def scores(graph: Graph, *, pinned: Bool[np.ndarray, "node"] | None = None) -> Scores:

@@ -13,7 +13,8 @@ from difffract_jax.display import hash_text, html_of, html_table, number_text, s
 from difffract_jax.graphs.arrays import DTYPES, FEATURE, KINDS, GraphArrays
 from difffract_jax.graphs.influence import node_influence
 from difffract_jax.graphs.names import node_name, node_names
-from difffract_jax.graphs.provenance import Provenance, PruningScores, PruningSettings
+from difffract_jax.graphs.provenance import Provenance
+from difffract_jax.graphs.reduction import PruningScores, PruningSettings
 
 SHOWN_TARGETS = 3
 """Targets that a summary names."""

@@ -25,7 +25,7 @@ from scipy.spatial.distance import squareform
 from difffract_jax.config import Settings, UserError
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.names import find_nodes, node_names
-from difffract_jax.graphs.provenance import GroupingSettings
+from difffract_jax.graphs.reduction import GroupingSettings
 
 MAX_FEATURES = 5_000
 """Features that are clustered together; every pair costs about 25 bytes of memory, measured at 3,000."""

@@ -66,6 +66,7 @@ class Activations(NamedTuple):
         latents_given: whether the run started from given latents.
         dtype: type that the run computed in, `f32` or `bf16`.
         arrays: float32, by the names in `ARRAYS`.
+        guidance: guidance scale; None for a model that takes none, and in files that do not say.
     """
 
     prompt: str
@@ -78,6 +79,7 @@ class Activations(NamedTuple):
     latents_given: bool
     dtype: str
     arrays: dict[str, np.ndarray]
+    guidance: float | None = None
 
 
 def array_shapes(config: FluxConfig, grid: tuple[int, int], text_tokens: int) -> dict[str, tuple[int, ...]]:
@@ -118,6 +120,8 @@ def write_activations(path: str | Path, activations: Activations) -> None:
     check_finite(activations, "The run")
     about: dict[str, Any] = {name: np.asarray(getattr(activations, name)) for name in _ABOUT}
     about |= {"sigmas": about["sigmas"].astype(np.float64), "format_version": np.asarray(FORMAT_VERSION)}
+    if activations.guidance is not None:
+        about["guidance"] = np.asarray(activations.guidance, np.float64)
     with atomic_file(path) as partial:
         np.savez(partial, allow_pickle=False, **about, **activations.arrays)
 
@@ -223,4 +227,5 @@ def _from_arrays(found: dict[str, np.ndarray]) -> Activations:
         latents_given=bool(found["latents_given"].item()),
         dtype=str(found["dtype"].item()),
         arrays={name: found[name].astype(np.float32, copy=False) for name in ARRAYS},
+        guidance=float(found["guidance"].item()) if "guidance" in found else None,
     )

@@ -9,6 +9,7 @@
 `generate` does all four. Weights are arguments of the jitted functions; one step is compiled once per size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from difffract_jax.address import Tokens
 from difffract_jax.config import UserError
 from difffract_jax.display import html_of, text_of
+from difffract_jax.graphs.loras import MergedLora
 from difffract_jax.models import sampler
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
@@ -81,6 +83,8 @@ class Pipeline(NamedTuple):
         source: content hash of the weights; "" if not known.
         origin: the repository on the hub that it came from, commit included; "" if it did not.
         known: embeddings of some prompts, from `embeddings.read_embeddings`; then there are no text encoders.
+        base: `source` of the same pipeline without the LoRAs that were merged into it; "" if none were.
+        loras: that were merged.
     """
 
     transformer: MMDiT
@@ -92,6 +96,8 @@ class Pipeline(NamedTuple):
     source: str = ""
     origin: str = ""
     known: Embeddings | None = None
+    base: str = ""
+    loras: tuple[MergedLora, ...] = ()
 
     def plan(self, **sizes: Any) -> "Run":
         """Fixes the sizes and the schedule of a run; keyword arguments as for `plan_run`."""
@@ -170,7 +176,8 @@ def plan_run(
         guidance: guidance scale.
 
     Raises:
-        UserError: if a size does not divide, a number is too small, or the model takes no guidance scale.
+        UserError: if a size does not divide, a number is too small, or the guidance scale is none, or of a model that
+            takes none.
     """
     defaults = config.defaults
     height = defaults.height if height is None else height
@@ -185,6 +192,8 @@ def plan_run(
     takes_guidance = config.transformer.guidance
     if guidance and not takes_guidance:
         raise UserError(f"This model takes no guidance scale (FLUX.1-dev does), but got {guidance}; leave it out.")
+    if guidance is not None and not 0 <= guidance < math.inf:
+        raise UserError(f"The guidance scale must be at least 0, and finite, but got {guidance}; 3.5 is usual.")
     grid = height // unit, width // unit
     return Run(
         grid,

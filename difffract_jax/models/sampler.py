@@ -66,7 +66,9 @@ def sigmas(config: SchedulerConfig, steps: int, image_tokens: int) -> Float32[np
         [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if steps < 1:
-        raise UserError(f"steps must be at least 1, but got {steps}; FLUX.1-schnell was made for 4.")
+        raise UserError(
+            f"steps must be at least 1, but got {steps}; FLUX.1-schnell was made for 4, FLUX.1-dev for 28 to 50."
+        )
     levels = np.linspace(1.0, 1 / steps, steps)
     if config.use_dynamic_shifting:
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)

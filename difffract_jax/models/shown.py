@@ -3,6 +3,7 @@
 from typing import Any
 
 from difffract_jax.display import hash_text
+from difffract_jax.graphs.loras import texts_of
 from difffract_jax.trees import tree_text
 
 
@@ -21,4 +22,6 @@ def pipeline_facts(pipe: Any) -> tuple[str, dict[str, str]]:
         "autoencoder": tree_text(pipe.vae),
         "by default": f"{run.height} x {run.width} pixels, {run.steps} steps, {run.text_tokens} text tokens",
         "source": hash_text(pipe.source),
-    } | ({"from": pipe.origin} if pipe.origin else {})
+        **({"from": pipe.origin} if pipe.origin else {}),
+        **({"LoRA": texts_of(pipe.loras)} if pipe.loras else {}),
+    }

@@ -4,6 +4,8 @@
 2. Weights: normal noise everywhere, biases and norm scales included, so that nothing is trivially zero or one.
 3. Tokenizers: one token per character.
 
+4. Schedule: FLUX.1[schnell]'s, or of a model that takes guidance FLUX.1[dev]'s, shifted by image size.
+
 Its images are noise; nothing it shows means anything. The mathematics is FLUX's.
 """
 
@@ -83,7 +85,7 @@ def random_pipeline(
             scaling_factor=0.3611,
             shift_factor=0.1159,
         ),
-        scheduler=SchedulerConfig(),
+        scheduler=SchedulerConfig(shift=3.0, use_dynamic_shifting=True) if transformer.guidance else SchedulerConfig(),
         defaults=GenerationDefaults(height=48, width=48, text_tokens=40, steps=4, guidance=3.5),
     )
     classes = {"transformer": MMDiT, "t5": T5Encoder, "clip": CLIPTextEncoder, "vae": Autoencoder}

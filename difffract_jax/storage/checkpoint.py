@@ -52,8 +52,8 @@ VERIFY_BELOW_BYTES = 200 * 10**6
 """Weights smaller than this are hashed on every load; larger ones only when asked, as hashing 24 GB takes a minute."""
 
 
-def leaf_paths(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by their path, in the tree's order.
+def leaf_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Returns the leaves of a tree by their path, in the tree's order; and what `is_leaf` takes for one, by its own.
 
     Names are joined by dots, list indices are numbers, and the `.value` of a Flax parameter is left out.
 
@@ -61,7 +61,7 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
         >>> leaf_paths({"up": {"kernel": 1}, "layers": [2, 3]})
         {'layers.0': 2, 'layers.1': 3, 'up.kernel': 1}
     """
-    return {_path_text(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {_path_text(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 
 
 def _path_text(path: tuple[Any, ...]) -> str:

@@ -81,6 +81,7 @@ class TensorFile:
     Attributes:
         path: the file.
         tensors: what its header lists, by name.
+        metadata: texts that the header holds besides, by name.
         missing_bytes: how many of the promised bytes the file lacks; 0 for a whole file.
     """
 
@@ -94,7 +95,7 @@ class TensorFile:
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 file.seek(0)
                 raise UserError(f"{path} {_described(file.read(80))}.")
-            self.tensors = _parse_header(path, file.read(length))
+            self.tensors, self.metadata = _parse_header(path, file.read(length))
         self._start = 8 + length
         promised = max((info.end for info in self.tensors.values()), default=0)
         # A plain array over the map: `np.memmap` itself would make every slice and transpose a memmap object.
@@ -167,10 +168,10 @@ def _described(beginning: bytes) -> str:
     return "is truncated or not a safetensors file; download or copy it again"
 
 
-def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
+def _parse_header(path: Path, raw: bytes) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", None) or {})
         tensors = {
             name: TensorInfo(entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in header.items()
@@ -180,7 +181,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, TensorInfo]:
                 raise ValueError("a size is not a whole number, or negative")
             if info.dtype in DTYPES and info.end - info.begin != size_of(DTYPES[info.dtype], info.shape):
                 raise ValueError("a tensor's bytes do not match its shape")
-        return tensors
+        return tensors, metadata
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} has no valid safetensors header; download or copy it again.") from None
 

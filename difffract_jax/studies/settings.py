@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from difffract_jax.config import Settings
+from difffract_jax.config import LoraSettings
 
 QUESTIONS = {
     "precision": "are edits that a circuit chooses more precise than those chosen with an SAE?",
@@ -19,7 +19,7 @@ QUESTIONS = {
 """Study -> its question."""
 
 
-class StudyConfig(Settings):
+class StudyConfig(LoraSettings):
     """Settings of `difffract study`."""
 
     name: str

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from difffract_jax.config import Seed, Settings, UserError
+from difffract_jax.config import LoraSettings, Seed, Settings, UserError
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
@@ -23,7 +23,7 @@ WORLD = "world"
 """What `prompts` says for the endless captions of a model's own world, as the organism's."""
 
 
-class RowSettings(Settings):
+class RowSettings(LoraSettings):
     """Which rows: model, prompts, schedule, sites."""
 
     model: str | None = None
@@ -52,6 +52,8 @@ class RowSettings(Settings):
     """Image width in pixels; the model's own default when left out."""
     text_tokens: int | None = Field(None, ge=1)
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
+    guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
     model_dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the model while it is read, and of the rows that are kept."""
     weights: Literal["device", "host", "disk"] = "device"
@@ -218,6 +220,11 @@ class EvaluateConfig(Settings):
     """On the organism: held-out captions drawn with all MLPs replaced and without, for its scorer to judge."""
     weights: Literal["device", "host", "disk"] | None = None
     """Where the model's blocks stay, as for `train`; as in the run's training when left out."""
+    guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Guidance scale fed to the model; as in the run's training when left out."""
+    lora: tuple[str, ...] = ()
+    """LoRA to merge into the model's weights, FILE or FILE:SCALE; those of the run's training when left out. May be
+    given several times."""
     pareto: tuple[Path, ...] = ()
     """Further runs on the same model, to be drawn into one figure: FVU and velocity recovered against L0. With --k, a
     YAML file of training settings instead, of which a transcoder and an SAE are trained for every k."""

@@ -67,6 +67,7 @@ def open_sampler(
         height=settings.height,
         width=settings.width,
         text_tokens=settings.text_tokens,
+        guidance=settings.guidance,
     )
     spread: Any = None
     if mesh is not None:

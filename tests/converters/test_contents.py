@@ -64,7 +64,7 @@ def test_two_transformers_in_one_file_are_refused_but_averages_are_left_aside(so
 @pytest.mark.parametrize(
     ("keys", "what"),
     [
-        (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "is a LoRA, .* merge it first"),
+        (["lora_unet_double_blocks_0_img_attn_proj.lora_down.weight"], "is a LoRA, .* as --lora FILE"),
         (["transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight"], "is a LoRA"),
         (["double_blocks.0.img_attn.qkv.lora_B.weight", "img_in.lora_A.weight"], "is a LoRA"),
         (["lycoris_blocks_0.lokr_w1"], "is a LoRA"),

@@ -18,16 +18,14 @@ from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.json_values import beyond, merge_json
 from difffract_jax.graphs.provenance import (
     AttributionSettings,
-    GroupingSettings,
     KnownRun,
     Origin,
     PooledPath,
     Provenance,
-    PruningSettings,
     Rounding,
-    Scores,
     TraceInfo,
 )
+from difffract_jax.graphs.reduction import GroupingSettings, PruningSettings, Scores
 from random_graphs import random_graph
 
 FORMATS = Path(__file__).parents[1] / "data" / "formats"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, REST
-from difffract_jax.graphs.provenance import PruningSettings
 from difffract_jax.graphs.pruning import cumulative_shares, largest, node_influence, prune, top_share
+from difffract_jax.graphs.reduction import PruningSettings
 from random_graphs import random_graph, random_output_graph
 from tolerances import TOL
 

@@ -11,8 +11,8 @@ from difffract_jax.config import UserError, resolve
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.names import find_nodes, node_names
-from difffract_jax.graphs.provenance import GroupingSettings
 from difffract_jax.graphs.pruning import prune
+from difffract_jax.graphs.reduction import GroupingSettings
 from difffract_jax.graphs.supernodes import Edits, edit_supernodes, find_supernodes, parse_assignment, similarity
 from random_graphs import random_graph, random_output_graph
 

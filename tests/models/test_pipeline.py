@@ -12,7 +12,6 @@ from converters.torch_files import torch_noise
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline
 from difffract_jax.models import pipeline
-from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.pipeline import (
     decode_latents,
     decode_raw,
@@ -27,7 +26,7 @@ from difffract_jax.models.sampler import pack
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh, pipeline_shardings
 from tolerances import REFERENCE, TOL, relative_error
-from traces import PROMPTS, SIZE
+from traces import DEV, PROMPTS, SIZE
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +71,6 @@ def test_golden_images_are_met(pipe, golden, prompt):
     # One level of 255: errors of the run may push a pixel over the edge between two.
     assert np.max(np.abs(made.image - 255 * golden[f"p{prompt}_image"])) <= 1
     assert made.cut == ""
-
-
-DEV = FluxConfig(**(vars(TINY) | {"guidance": True}))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,9 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import Span, Trace, capture, capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE, INPUT, OUTPUT, REST, Graph
+from difffract_jax.graphs.loras import texts_of
 from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.sampler import PATCH
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -89,8 +91,16 @@ def check_same(pipe: Pipeline, tcs: TranscoderSet, graph: Graph) -> None:
         if ours != theirs:
             raise UserError(
                 f"The graph was traced with another {what}: its content hash is {theirs[:12]}..., but the one given "
-                f"has {ours[:12]}...; give the {what} that the graph was traced with."
+                f"has {ours[:12]}...; give the {what} that the graph was traced with"
+                f"{_told_loras(pipe, run) if what == 'model' else ''}."
             )
+
+
+def _told_loras(pipe: Pipeline, run: TraceInfo) -> str:
+    """Says which LoRAs a graph's model had, where that differs."""
+    if run.loras == pipe.loras:
+        return ""
+    return f", with --lora: {texts_of(run.loras)}" if run.loras else f", without {texts_of(pipe.loras)}"
 
 
 def _capture(pipe: Pipeline, tcs: TranscoderSet, graph: Graph, latents: Any) -> Trace | Span:

@@ -229,6 +229,8 @@ def _capture(
             latents_given=latents is not None,
             model=pipe.source,
             model_origin=pipe.origin or None,
+            base_model=pipe.base or None,
+            loras=pipe.loras,
         )
         for step in range(first, last + 1)
     )

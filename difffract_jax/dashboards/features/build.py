@@ -356,6 +356,7 @@ def _index(
         "chunk": pages.CHUNK,
         "sheet": pages.SHEET,
         "names": list(options.names),
+        "lora": list(options.lora),
         "graph": options.graph,
         "blocks": _blocks(corpus.pipe.config.transformer.layout, tcs),
     }

@@ -45,6 +45,7 @@ class DashboardOptions:
         edges: of a graph, from `texts.edges_by_feature`.
         graph: name of that graph.
         names: of the model and the transcoders, as commands take them.
+        lora: LoRAs of the model, as commands take them.
         seconds: between two times that what is finished is kept.
     """
 
@@ -57,6 +58,7 @@ class DashboardOptions:
     edges: Mapping[str, Any] | None = None
     graph: str = ""
     names: tuple[str, str] = ("MODEL", "TRANSCODERS")
+    lora: tuple[str, ...] = ()
     seconds: float = SECONDS
 
     @property

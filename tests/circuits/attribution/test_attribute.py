@@ -21,7 +21,7 @@ from tolerances import REFERENCE, TOL
 from traces import MORE_VARIANTS, VARIANTS, golden_trace, make_exact, variant
 
 ALL = [*VARIANTS, *MORE_VARIANTS]
-SOME = ("padding replaced, a gap, through to the velocity", "the largest few, no time, no text")
+SOME = ("padding replaced, a gap, guidance, through to the velocity", "the largest few, no time, no text")
 """That edges add up in each variant, `test_pullback.py` tests; here that a graph keeps what adds up."""
 SETTINGS = {"max_nodes": 80, "expansion_batch": 10, "min_attribution": 1e-4}
 

@@ -19,7 +19,7 @@ from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
 from difffract_jax.models.tiny import random_pipeline
 from tolerances import TOL, relative_error
-from traces import IMAGE, JOINT, make_transcoders
+from traces import DEV, IMAGE, JOINT, make_transcoders
 
 PROMPT = "a red circle"
 SIZE = {"height": 24, "width": 32, "text_tokens": 16}
@@ -34,8 +34,8 @@ def some_kinds(*named):
 
 @cache
 def made(dtype):
-    """A pipeline, its transcoders of all groups, and a span of three steps; the first is step 1."""
-    pipe = random_pipeline(seed=3, dtype=dtype)
+    """A pipeline of FLUX.1-dev's kind, its transcoders of all groups, and a span of three steps from step 1."""
+    pipe = random_pipeline(seed=3, dtype=dtype, transformer=DEV)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(1, 2), joint=(0, 1), skip=True, dtype=dtype)
     return pipe, tcs, capture_steps(pipe, tcs, PROMPT, first=1, last=3, run=pipe.plan(**SIZE))
 

@@ -75,7 +75,7 @@ def test_every_kind_of_edge_is_the_effect_of_its_direct_intervention(exact):
 
 
 @pytest.mark.parametrize(
-    "name", ["a skip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("every site", "a gap"))]
+    "name", ["guidance", *(pytest.param(name, marks=pytest.mark.slow) for name in ("every site", "a gap", "a skip"))]
 )
 def test_edges_are_direct_interventions_in_float32_too(name):
     exact = make_exact(dtype=jnp.float32, **MORE_VARIANTS[name])

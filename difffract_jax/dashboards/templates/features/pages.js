@@ -222,7 +222,7 @@ const difffract = (() => {
   function again(site, name, one, prompt) {
     const [model, transcoders] = scan.names.map(quoted), [, step, side, position] = one;
     const at = `${name}@${site.streams.length > 1 ? side : ""}${position}`, run = scan.run;
-    const sizes = `--seed ${prompt.seed} --steps ${run.steps} --height ${run.height} --width ${run.width} --text-tokens ${run.text_tokens}${run.guidance === null ? "" : ` --guidance ${run.guidance}`}`;
+    const sizes = `--seed ${prompt.seed} --steps ${run.steps} --height ${run.height} --width ${run.width} --text-tokens ${run.text_tokens}${run.guidance === null ? "" : ` --guidance ${run.guidance}`}${(scan.lora || []).map((one) => ` --lora ${quoted(one)}`).join("")}`;
     const lines = [];
     if (scan.role === "transcoder") lines.push(`difffract trace ${model} ${transcoders} ${quoted(prompt.text)} --target ${at} --step ${step} ${sizes}`);
     lines.push(`difffract steer ${model} ${transcoders} ${quoted(prompt.text)} --edit ${name}=zero ${sizes.replace("--seed", "--seeds")}`);
