@@ -64,7 +64,8 @@ class DemoConfig(Settings):
     """Settings of `difffract demo`."""
 
     out: Path = Path("difffract-demo")
-    """Directory for the image and the graphs; those that exist are replaced, with a note."""
+    """Directory for report.html, the image, the graphs and a page to explore them, and the directories of the edit and
+    the validation; those that exist are replaced, with a note."""
     seed: Seed = 0
     """Seed of the noise, and of the features that are drawn at random to compare with."""
 
