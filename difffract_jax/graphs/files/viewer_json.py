@@ -8,7 +8,8 @@
    features, `K_i_column` for the i-th target, a logit to the viewers, with K past every k.
 3. `influence` is the share of all influence that a node holds together with those above it; from pruning where there
    was one, else of the graph as it is.
-4. Every node also carries `difffract`, its kind, step, stream, block, position and feature, for `graph_of`.
+4. Every node also carries `difffract`, its kind, step, stream, block, position and feature, for `graph_of`; an
+   attention score also its head, and stream and position of its key. To the viewers it is an error, labelled by head.
 
 What the viewers trip over is avoided here; each line that does so names the trap (docs/viewers.md).
 """
@@ -30,9 +31,9 @@ from difffract_jax import __version__
 from difffract_jax.address import IMG, LATENT, STREAMS, TXT
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, SCORE, Graph
 from difffract_jax.graphs.json_values import to_json_values
-from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.names import node_names, score_name
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence
 from difffract_jax.graphs.scoring import scores
 from difffract_jax.storage.files import atomic_file
@@ -47,6 +48,7 @@ UPLOAD_LEAST, UPLOAD_MOST = 1024, 100 * 2**20
 """Bytes that Neuronpedia accepts: the least gzipped, the most as written (trap 9)."""
 STREAM_CODE = {TXT: 0, IMG: 1, LATENT: 2}
 IDENTITY = ("node_kind", "node_step", "node_stream", "node_block", "node_position", "node_feature")
+SCORE_IDENTITY = ("node_head", "node_key_stream", "node_key_position")
 
 
 def write_viewer_json(graph: Graph, path: str | Path, flavour: Flavour, options: ViewerOptions) -> dict[str, Any]:
@@ -190,7 +192,8 @@ def _nodes(graph: Graph, column: Int64[np.ndarray, "node"], options: ViewerOptio
             own = _target(graph, node, int(column[node]), top, past, names[node])
         else:
             own = _source(graph, node, int(column[node]), shift, options)
-        identity = [int(getattr(graph, name)[node]) for name in IDENTITY]
+        more = SCORE_IDENTITY if graph.node_kind[node] == SCORE else ()
+        identity = [int(getattr(graph, name)[node]) for name in (*IDENTITY, *more)]
         nodes.append({**own, **{k: v for k, v in common.items() if k not in own}, "difffract": identity})
     return nodes
 
@@ -234,6 +237,17 @@ def _source(graph: Graph, node: int, column: int, shift: int, options: ViewerOpt
             "feature_type": FEATURE_TYPE,
             "jsNodeId": f"{k}_{feature}-0",
         } | link
+    if kind == SCORE:
+        head, key = int(graph.node_head[node]), f"{STREAMS[graph.node_key_stream[node]]}{graph.node_key_position[node]}"
+        name = f"attn_{head}_{key}_{STREAMS[stream]}_{block}_{column}"
+        return {
+            "node_id": name,
+            "feature": -4 - head,
+            "layer": layer,
+            "feature_type": "mlp reconstruction error",
+            "jsNodeId": name,
+            "clerp": f"Attention: {score_name(graph, node)}",
+        }
     # Four parts, so that no error is taken for a feature (traps 1 and 5); -1 and -2, so that the two kinds are not
     # taken for one feature that is everywhere (trap 4).
     name = f"{'err' if kind == ERROR else 'rest'}_{STREAMS[stream]}_{block}_{column}"
