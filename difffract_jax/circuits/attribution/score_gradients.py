@@ -97,9 +97,9 @@ def score_gradients(engine: Engine, rows: Int64[np.ndarray, "target"]) -> Iterat
 
     Example:
         >>> import numpy as np
-        >>> from difffract_jax import capture, make_engine, random_pipeline, random_transcoders
+        >>> from difffract_jax import capture, random_pipeline, random_transcoders, strongest_feature
+        >>> from difffract_jax.circuits import make_engine
         >>> from difffract_jax.circuits.attribution.selection import target_row
-        >>> from difffract_jax import strongest_feature
         >>> pipe = random_pipeline()
         >>> tcs = random_transcoders(pipe.config.transformer)
         >>> trace = capture(pipe, tcs, "a red circle")

@@ -80,7 +80,8 @@ def score_edges(engine: Engine, places: list[ScorePlace]) -> ScoreEdges:
         UserError: if there is no such block, head or token in the trace, or the engine is a span's or a mesh's.
 
     Example:
-        >>> from difffract_jax import capture, make_engine, random_pipeline, random_transcoders
+        >>> from difffract_jax import capture, random_pipeline, random_transcoders
+        >>> from difffract_jax.circuits import make_engine
         >>> pipe = random_pipeline()
         >>> tcs = random_transcoders(pipe.config.transformer)
         >>> engine = make_engine(capture(pipe, tcs, "a red circle"), tcs)
