@@ -160,6 +160,11 @@ class TraceConfig(SamplingSettings):
     """Smallest absolute edge that is kept, in units of the target's pre-activation; also the smallest feature value."""
     include_padding: bool = False
     """Trace padded text positions like any other token, as the reference does, instead of keeping their true MLP."""
+    attention: Literal["frozen", "explained"] = "frozen"
+    """Whether attention patterns are taken as they were, or the scores that bear most on the target become nodes too,
+    each driven by what makes its query and its keys; of one step, on one device."""
+    max_scores: int = Field(50, ge=0)
+    """Attention scores that become nodes at most, with --attention explained; the others are one node per block."""
     latents: Path | None = None
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"

@@ -61,7 +61,8 @@ TOGETHER = (
     + ("organism/test_text.py",),
     ("circuits/attribution/test_pullback.py", "circuits/attribution/test_attribute.py")
     + ("circuits/frozen/test_replacement.py", "circuits/checks/test_faithfulness.py"),
-    ("circuits/effects/test_attention.py", "circuits/effects/test_heads.py"),
+    ("circuits/effects/test_attention.py", "circuits/effects/test_heads.py")
+    + ("circuits/attribution/test_score_laws.py", "circuits/attribution/test_explained.py"),
     ("dashboards/test_feature_scan.py", "dashboards/test_feature_pages.py", "dashboards/test_feature_links.py"),
     ("circuits/checks/test_validation.py", "circuits/effects/test_readings.py"),
     ("transcoders/test_processes.py", "transcoders/test_training.py"),

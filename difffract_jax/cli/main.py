@@ -265,6 +265,7 @@ def trace(settings: TraceConfig, *, pages: Pages = None, json: bool) -> None:
     asked, devices = [parse_target(text) for text in _listed(settings.target)], mesh_for(settings.mesh)
     weights, traced = read_weights(settings.weight, len(asked)), read_steps(settings.step)
     outputs = any(not isinstance(one, Feature) for one in asked)
+    _check_attention(settings, traced, devices)
     preflight.check_fits("trace", settings, output=outputs, targets=asked)
     pipe, place = open_model("trace", settings, sharding=spread_model(devices), output=outputs, targets=asked)
     used = up_to_targets(pipe.config.transformer.layout, asked, traced)
@@ -275,7 +276,8 @@ def trace(settings: TraceConfig, *, pages: Pages = None, json: bool) -> None:
     captured = _recorded(pipe, tcs, settings, asked, traced)
     if settings.activations is not None:
         settings = settings.model_copy(update={"step": str(captured.info.step), "seed": captured.info.seed})
-    expansion = settings.model_dump(include={"max_nodes", "expansion_batch", "min_attribution", "precision"})
+    names = {"max_nodes", "expansion_batch", "min_attribution", "precision", "attention", "max_scores"}
+    expansion = settings.model_dump(include=names)
     targets = list(zip(resolve_all(pipe, captured, asked), weights, strict=True))
     record = provenance("trace", settings, **opt.sources(model=pipe, transcoders=tcs))
     del pipe  # what the trace does not hold of it is memory for the pull-back
@@ -290,6 +292,24 @@ def trace(settings: TraceConfig, *, pages: Pages = None, json: bool) -> None:
     told = graph_summary(graph)
     told |= {"strongest sources": with_pages(told["strongest sources"], at_hand, "from")}
     emit({"graph": str(settings.out)} | told | page_table(_listed(settings.target), at_hand), as_json=json)
+
+
+def _check_attention(settings: TraceConfig, steps: tuple[int, int], devices: Any) -> None:
+    """Refuses, before anything is loaded, what attention is not explained with."""
+    if settings.attention == "frozen":
+        return
+    first, last = steps
+    if first != last:
+        raise UserError(
+            f"Attention is explained within one step, but --step asks for {first} to {last}; trace one of them, as "
+            f"--step {last}."
+        )
+    if devices is not None and devices.size > 1:
+        raise UserError("Attention is explained on one device as yet; leave --mesh out, or --attention.")
+    if settings.export_json is not None:
+        raise UserError(
+            "The reference's JSON has no attention scores as nodes; leave --export-json out, or --attention explained."
+        )
 
 
 def _recorded(pipe: Any, tcs: Any, settings: TraceConfig, asked: list[Any], steps: tuple[int, int]) -> Any:

@@ -98,6 +98,7 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
         return "device" if asked == "auto" else asked
     work = work._replace(room=there.available) if grid is None else work._replace(room=there.available, grid=grid)
     work = work if "sites" in given else up_to(work, targets)
+    work = work._replace(explained=len(targets)) if given.get("attention") == "explained" else work
     _refuse_tight(work, there)
     needed = count(work).needed
     if asked != "auto" or needed <= there.available:

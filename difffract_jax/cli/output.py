@@ -37,7 +37,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from difffract_jax.graphs.graph import FEATURE, Graph
+from difffract_jax.graphs.graph import FEATURE, SCORE, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.storage.files import atomic_file
 
@@ -307,6 +307,38 @@ def graph_summary(graph: Graph, most: int = 8) -> dict[str, Any]:
         **rounded,
         **pooled,
         "strongest sources": rows,
+        **attention_tables(graph, most),
+    }
+
+
+def attention_tables(graph: Graph, most: int = 8) -> dict[str, Any]:
+    """Returns what attention's scores add to a graph's targets, where they are nodes; else nothing.
+
+    Args:
+        graph: the graph.
+        most: how many of the scores with the largest edges to list.
+    """
+    told = graph.provenance.attention
+    if not told:
+        return {}
+    names = node_names(graph)
+    from_scores = np.flatnonzero((graph.node_kind == SCORE)[graph.edge_source])
+    own = from_scores[graph.node_head[graph.edge_source[from_scores]] >= 0]
+    order = own[np.argsort(-np.abs(graph.edge_attribution[own]), kind="stable")][:most]
+    rows = [
+        {"score": names[graph.edge_source[edge]]}
+        | ({"to": names[graph.edge_target[edge]]} if graph.targets.size > 1 else {})
+        | {"above its query's mean": float(graph.node_value[graph.edge_source[edge]])}
+        | {"attribution": float(graph.edge_attribution[edge]), "remainder": float(graph.edge_remainder[edge])}
+        for edge in order
+    ]
+    shown, size = (float(np.abs(graph.edge_attribution[edges]).sum()) for edges in (own, from_scores))
+    missed = [abs(one.total - one.forward) / one.absolute if one.absolute else 0.0 for one in told]
+    return {
+        "sum of edges from scores": ", ".join(f"{one.total:.4g}" for one in told),
+        "its distance from forward mode, over absolute edges": max(missed),
+        "share of these edges that is from single scores": shown / size if size else None,
+        **({"strongest scores": rows} if rows else {}),
     }
 
 

@@ -56,6 +56,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
         work = workload(command, asked, host=device.platform == "cpu", streamed=streamed, room=there.available)
         work = work if grid is None else work._replace(grid=grid)
         work = work if "sites" in given else up_to(work, targets)
+        work = work._replace(explained=len(targets)) if given.get("attention") == "explained" else work
     except UserError:
         return  # loading tells it better
     needed = count(work)

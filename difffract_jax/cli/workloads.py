@@ -175,6 +175,7 @@ def changes(asked: PlanConfig, options: Sequence[str]) -> list[tuple[str, Callab
             add(name, f"--{name.replace('_', '-')} bf16", lambda work: work._replace(dtype=narrow))
     if asked.transcoder_dtype == "f32":
         add("transcoder_dtype", "--transcoder-dtype bf16", narrower)
+    add("attention", "--attention frozen", lambda work: work._replace(explained=0))
     if asked.batch > 1:
         add("batch", "--batch 1", lambda work: work._replace(batch=1))
     config = described_pipeline(asked.model, base=asked.base, variant=asked.variant)

@@ -1,6 +1,6 @@
 """What adds up to a graph's targets, by kind of source (NumPy).
 
-    target = features + inputs + errors + rest + edges that are not in the file + bias
+    target = features + inputs + errors + rest + attention + edges that are not in the file + bias
 
 Several targets are added up by their weights. The viewer's bar shows the same, computed in the page.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, SCORE, Graph
 
 
 class Account(NamedTuple):
@@ -20,6 +20,7 @@ class Account(NamedTuple):
         inputs: from inputs.
         errors: from what transcoders miss.
         rest: from features that were not expanded.
+        attention: from attention's scores, where they are nodes; the bias holds their sum with the opposite sign.
         absent: from edges that are not in the file: too weak when it was traced, or cut by pruning.
         bias: the affine map at zero sources; None for documents of other tools, which do not tell it.
         value: of the target; None likewise.
@@ -29,6 +30,7 @@ class Account(NamedTuple):
     inputs: float
     errors: float
     rest: float
+    attention: float
     absent: float
     bias: float | None
     value: float | None
@@ -43,12 +45,21 @@ def account(graph: Graph) -> Account:
     weights, count = graph.root_weights, graph.targets.size
     weighted = graph.edge_attribution.astype(np.float64) * weights[graph.edge_target]
     kinds = graph.node_kind[graph.edge_source]
-    features, inputs, errors, rest = (float(weighted[kinds == kind].sum()) for kind in (FEATURE, INPUT, ERROR, REST))
+    features, inputs, errors, rest, attention = (
+        float(weighted[kinds == kind].sum()) for kind in (FEATURE, INPUT, ERROR, REST, SCORE)
+    )
     share = weights[:count]
     total, bias, value = (
         float(share @ column[:count]) for column in (graph.target_sum, graph.target_bias, graph.target_preactivation)
     )
     known = bool(np.isfinite(bias) and np.isfinite(value))
     return Account(
-        features, inputs, errors, rest, total - float(weighted.sum()), bias if known else None, value if known else None
+        features,
+        inputs,
+        errors,
+        rest,
+        attention,
+        total - float(weighted.sum()),
+        bias if known else None,
+        value if known else None,
     )

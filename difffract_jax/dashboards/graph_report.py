@@ -130,12 +130,15 @@ def _sum(graph: Graph) -> Section:
         {"part": "rest", "adds": told.rest, "what it is": "active features that were not followed"},
         {"part": "not in the file", "adds": told.absent, "what it is": "edges too weak to be kept, or cut by pruning"},
     ]
+    if told.attention:
+        what = "where heads attend, to first order; the bias holds as much with the opposite sign"
+        rows.insert(-1, {"part": "attention", "adds": told.attention, "what it is": what})
     if told.bias is not None:
         rows.append({"part": "bias", "adds": told.bias, "what it is": "all sources at zero"})
         rows.append({"part": "the target", "adds": told.value, "what it is": "the sum of the above"})
         words = ["With attention and norms held at this run, the target is the sum of these parts."]
     else:
-        total = told.features + told.inputs + told.errors + told.rest + told.absent
+        total = told.features + told.inputs + told.errors + told.rest + told.attention + told.absent
         rows.append({"part": "sum of edges", "adds": total, "what it is": "the sum of the above"})
         words = ["The file does not tell the target's bias, so these parts add up to the sum of its edges alone."]
     paths, names = graph.provenance.pooled_path, node_names(graph)

@@ -21,7 +21,7 @@ from difffract_jax.address import STREAMS, TXT
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.arrays import DTYPES
+from difffract_jax.graphs.arrays import DTYPES, OF_SCORES
 from difffract_jax.graphs.graph import INPUT, KINDS, OUTPUT, Graph
 from difffract_jax.graphs.groups import identity
 from difffract_jax.graphs.json_values import to_json_values
@@ -38,8 +38,8 @@ LADDER = ((0.99, 0.999), (0.95, 0.99), (0.9, 0.98), (0.8, 0.98), (0.7, 0.95), (0
 """Thresholds that are tried in turn until a graph that is too large fits."""
 MOST_TOKENS = 2048
 """Tokens of another tool's document up to which each gets a column."""
-_UNUSED = ("node_influence", "node_cumulative")
-"""Columns that the page computes itself."""
+_UNUSED = ("node_influence", "node_cumulative", *OF_SCORES)
+"""Columns that the page computes itself, or does not show but by the names of nodes."""
 _ARRAYS = {name: kind for name, kind in DTYPES.items() if name not in _UNUSED} | {"map_indptr": np.int32}
 """Columns of a graph that a page holds; JavaScript has no plain integers of 64 bits."""
 

@@ -272,7 +272,14 @@ def _attribute(work: Work, weights: Mapping[str, int], *, bounded: bool) -> list
 
 
 def _trace(work: Work) -> list[Phase]:
-    return [*_capture(work), *_attribute(work, _recorded_weights(work), bounded=True)]
+    encode, pull = _attribute(work, _recorded_weights(work), bounded=True)
+    return [*_capture(work), encode, pull, *([_explain(work, encode)] if work.explained else [])]
+
+
+def _explain(work: Work, encode: Phase) -> Phase:
+    """Counts one block's scores: each target's gradients, values and pattern, and what is sorted of them."""
+    one = work.shapes["transformer"].heads * work.seq**2 * WIDE
+    return Phase("explain attention", {**encode.held, "scores": (work.explained + 2) * one}, 3 * one)
 
 
 def _again(work: Work) -> list[Phase]:

@@ -20,6 +20,7 @@ class Work(NamedTuple):
         recorded: first block that is recorded and the one behind the last.
         steps: denoising steps that are recorded; of `harvest` and `evaluate`, of the run.
         targets: pulled back together at most.
+        explained: targets whose attention scores become nodes; 0 where attention is frozen.
         batch: images, or prompts, computed together.
         streamed: whether weights pass through memory block by block.
         host: whether a processor computes. XLA then widens all bfloat16 weights of a loop to float32 at once.
@@ -37,6 +38,7 @@ class Work(NamedTuple):
     recorded: tuple[int, int] = (0, 0)
     steps: int = 1
     targets: int = 50
+    explained: int = 0
     batch: int = 1
     streamed: bool = False
     host: bool = False

@@ -4,6 +4,8 @@ arrays          the arrays of a graph, checked; the one definition of the conser
 graph           the graph and its file
 provenance      where a graph comes from; json_values: frozen types as JSON
 summary         what a graph says of itself
+held_paths      what a graph says of the paths that the replacement holds
+frozen_attention  a graph without its attention scores
 names           what nodes are called
 aggregation     sums over positions
 order           levels that every edge leads up, or the circle because of which there are none
@@ -35,6 +37,7 @@ _HOME = {
     "edit_supernodes": "difffract_jax.graphs.supernodes",
     "average": "difffract_jax.graphs.combine",
     "difference": "difffract_jax.graphs.combine",
+    "without_scores": "difffract_jax.graphs.frozen_attention",
     "node_names": "difffract_jax.graphs.names",
     "find_nodes": "difffract_jax.graphs.names",
     "write_reference_json": "difffract_jax.graphs.files.reference_json",

@@ -6,11 +6,13 @@ import numpy as np
 from jaxtyping import Int64
 from numpy.typing import NDArray
 
-from difffract_jax.graphs.graph import FEATURE, OUTPUT, Graph
+from difffract_jax.graphs.graph import FEATURE, OUTPUT, SCORE, Graph
 
 
 def aggregate(graph: Graph) -> Graph:
     """Sums a graph over positions: a node becomes a feature, the error, the rest or the input of a site.
+
+    Scores become a head's attention from one stream to another.
 
     Args:
         graph: position by position; one that is summed already is returned as it is.
@@ -20,7 +22,8 @@ def aggregate(graph: Graph) -> Graph:
     """
     if not graph.by_position:
         return graph
-    columns = (graph.node_kind, graph.node_step, graph.node_block, graph.node_stream, graph.node_feature)
+    of_score = (graph.node_head, graph.node_key_stream)
+    columns = (graph.node_kind, graph.node_step, graph.node_block, graph.node_stream, graph.node_feature, *of_score)
     # Every target stays a node of its own; then come the others.
     which_target = np.minimum(np.arange(graph.node_kind.size), graph.targets.size)
     keys = np.stack([which_target, *(c.astype(np.int64) for c in columns)])
@@ -31,7 +34,10 @@ def aggregate(graph: Graph) -> Graph:
     pairs, place = np.unique(
         np.stack([group[graph.edge_target], group[graph.edge_source]]), axis=1, return_inverse=True
     )
-    sums = np.bincount(place.ravel(), graph.edge_attribution.astype(np.float64), pairs.shape[1])
+    sums = {
+        name: np.bincount(place.ravel(), getattr(graph, name).astype(np.float64), pairs.shape[1]).astype(np.float32)
+        for name in ("edge_attribution", "edge_query", "edge_remainder")
+    }
     targets, which = np.unique(group[graph.target_node], return_inverse=True)
     totals = {
         name: np.bincount(which, getattr(graph, name), targets.size)
@@ -44,10 +50,11 @@ def aggregate(graph: Graph) -> Graph:
         graph,
         **{name: getattr(graph, name)[first] for name in _SAME},
         node_position=np.full(count, -1, np.int32),
+        node_key_position=np.full(count, -1, np.int32),
         node_value=top.astype(np.float32),
         edge_source=pairs[1].astype(np.int32),
         edge_target=pairs[0].astype(np.int32),
-        edge_attribution=sums.astype(np.float32),
+        **sums,
         target_node=targets.astype(np.int32),
         **totals,
         map_indptr=indptr,
@@ -57,7 +64,10 @@ def aggregate(graph: Graph) -> Graph:
     )
 
 
-_SAME = ("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence", "node_cumulative")
+_SAME = (
+    *("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence", "node_cumulative"),
+    *("node_head", "node_key_stream"),
+)
 
 
 def _summed_maps(
@@ -65,7 +75,8 @@ def _summed_maps(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
     """Returns the maps of summed nodes: a feature's own, else what leaves each position."""
     leaving = np.bincount(graph.edge_source, graph.edge_attribution.astype(np.float64), graph.node_kind.size)
-    other = np.flatnonzero((graph.node_kind != FEATURE) & (graph.node_kind != OUTPUT))
+    placed = (graph.node_kind != SCORE) | (graph.node_position >= 0)
+    other = np.flatnonzero((graph.node_kind != FEATURE) & (graph.node_kind != OUTPUT) & placed)
     lengths = np.diff(graph.map_indptr)
     own = np.repeat(np.isin(np.arange(lengths.size), first) & (graph.node_kind == FEATURE), lengths)
     owner = np.repeat(group, lengths)[own]

@@ -1,8 +1,8 @@
 """The arrays of a circuit, checked; `graph` adds its file and what one wants to see of it.
 
-Nodes come in the order: the graph's own targets; the other features; errors; inputs; outputs; rest. Within a kind they
-are sorted by step, block, stream, position and feature. An edge has attribution(source -> target), in units of the
-target's pre-activation; edges are sorted by target, then source.
+Nodes come in the order: the graph's own targets; the other features; errors; inputs; outputs; rest; scores. Within a
+kind they are sorted by step, block, stream, position and feature. An edge has attribution(source -> target), in units
+of the target's pre-activation; edges are sorted by target, then source.
 
 A graph explains one target or several, weighted. They are its first nodes and the first entries of `target_node`;
 `provenance.target_weights` lists their weights, positive numbers, one each.
@@ -20,8 +20,8 @@ from jaxtyping import Float64, Int64
 from difffract_jax.address import STREAMS
 from difffract_jax.graphs.provenance import Provenance
 
-FEATURE, ERROR, INPUT, OUTPUT, REST = range(5)
-KINDS = ("feature", "error", "input", "output", "rest")
+FEATURE, ERROR, INPUT, OUTPUT, REST, SCORE = range(6)
+KINDS = ("feature", "error", "input", "output", "rest", "score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,18 +29,20 @@ class GraphArrays:
     """A circuit. All arrays have one axis; their types are those of the file, which `DTYPES` lists.
 
     Attributes:
-        node_kind: 0 feature, 1 error, 2 input, 3 output, 4 rest (unexpanded features of one site and position).
+        node_kind: 0 feature, 1 error, 2 input, 3 output, 4 rest (unexpanded features of one site and position), 5 score
+            (of attention: a block's head, query and key; or, without a head, all of a block's other scores).
         node_step: denoising step, from 0.
-        node_stream: 0 img, 1 txt, 2 latent.
+        node_stream: 0 img, 1 txt, 2 latent; of a score, its query's.
         node_block: block, numbered through the model; -1 for inputs; the number of all blocks for outputs.
-        node_position: position within the stream; -1 where positions are summed over.
+        node_position: position within the stream, of a score its query's; -1 where positions are summed over.
         node_feature: feature; -1 for other kinds.
-        node_value: a feature's value (the largest over positions where these are summed over); 1 for other kinds,
-            whose vectors are taken whole.
+        node_value: a feature's value, or a score minus its query's pattern-weighted mean (the largest over positions
+            where these are summed over); 1 for other kinds, whose vectors are taken whole.
         node_influence: influence on the graph's targets, from pruning; NaN before it.
         edge_source: node.
-        edge_target: node; a feature or output.
-        edge_attribution: value of the source times the derivative of the target's pre-activation by it.
+        edge_target: node; a feature, a score or an output.
+        edge_attribution: value of the source times the derivative of the target's pre-activation by it; of an edge into
+            a score, the part of its value that the source makes.
         target_node: expanded nodes; the first are the graph's own targets.
         target_preactivation: u of each.
         target_bias: value of the affine map at zero sources.
@@ -50,6 +52,12 @@ class GraphArrays:
         map_position: positions of the maps.
         map_value: a feature's value there; for other kinds, once positions are summed over, the attribution from there.
         node_cumulative: share of all influence held by a node and those above it, from pruning; NaN before it.
+        node_head: head of a score; -1 for other kinds, and for the rest of a block's scores.
+        node_key_stream: stream of a score's key; 0 for other kinds.
+        node_key_position: position of a score's key; -1 for other kinds, and where positions are summed over.
+        edge_query: of an edge into a score, the part that goes through its query; 0 for other edges.
+        edge_remainder: of an edge from a score, by how much more the target falls when the score is taken away and the
+            softmax of its block is live; 0 for other edges.
         supernodes: name -> nodes grouped under it.
         provenance: where the graph comes from.
     """
@@ -74,12 +82,22 @@ class GraphArrays:
     map_position: np.ndarray
     map_value: np.ndarray
     node_cumulative: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    node_head: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
+    node_key_stream: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
+    node_key_position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    edge_query: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    edge_remainder: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     supernodes: dict[str, list[int]] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
-        if not self.node_cumulative.size:
-            object.__setattr__(self, "node_cumulative", np.full(self.node_kind.size, np.nan, np.float32))
+        for name, value in ABSENT.items():
+            like = self.node_kind if name.startswith("node") else self.edge_source
+            array = getattr(self, name)
+            # What says nothing of scores fits any number of nodes and edges, as after `dataclasses.replace`.
+            empty = not array.size or (name in OF_SCORES and not np.any(array != value))
+            if empty and array.size != like.size:
+                object.__setattr__(self, name, np.full(like.size, value, DTYPES[name]))
         problems = _problems(self)
         if problems:
             raise ValueError(f"These arrays are not a graph: {'; '.join(problems)}.")
@@ -153,8 +171,23 @@ DTYPES: dict[str, type] = {
     "map_position": np.int32,
     "map_value": np.float32,
     "node_cumulative": np.float32,
+    "node_head": np.int16,
+    "node_key_stream": np.uint8,
+    "node_key_position": np.int32,
+    "edge_query": np.float32,
+    "edge_remainder": np.float32,
 }
 """Type of every array, in the file as in memory."""
+OF_SCORES: dict[str, float] = {
+    "node_head": -1,
+    "node_key_stream": 0,
+    "node_key_position": -1,
+    "edge_query": 0,
+    "edge_remainder": 0,
+}
+"""Arrays that a file of a graph without scores lacks, and what fills them."""
+ABSENT = {"node_cumulative": float("nan")} | OF_SCORES
+"""Arrays that may be left out, and what fills them."""
 assert [f.name for f in fields(GraphArrays)] == [*DTYPES, "supernodes", "provenance"]
 
 
@@ -185,7 +218,8 @@ def _problems(graph: GraphArrays) -> list[str]:
         if array.size and not 0 <= array.min() <= array.max() < nodes:
             wrong.append(f"{name} points outside the {nodes} nodes")
     wrong += _wrong_targets(graph)
-    if np.any(graph.node_kind >= len(KINDS)) or np.any(graph.node_stream >= len(STREAMS)):
+    streams = np.concatenate([graph.node_stream, graph.node_key_stream])
+    if np.any(graph.node_kind >= len(KINDS)) or np.any(streams >= len(STREAMS)):
         wrong.append("a node has a kind or stream that does not exist")
     return wrong
 

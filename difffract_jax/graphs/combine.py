@@ -22,12 +22,26 @@ from numpy.typing import NDArray
 
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import ERROR, FEATURE, OUTPUT, REST, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, OUTPUT, REST, SCORE, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import FILE_KEYS, Combined, KnownRun, Origin, Provenance
 
-_KEY = ("node_kind", "node_step", "node_block", "node_stream", "node_feature")
-_OF_ONE = ("pruning", "scores", "grouping", "file", "run", "shared", "target_weights", "combined", "unclear_links")
+_KEY = (
+    *("node_kind", "node_step", "node_block", "node_stream", "node_feature"),
+    *("node_head", "node_key_stream"),
+)
+_OF_ONE = (
+    "attention",
+    "pruning",
+    "scores",
+    "grouping",
+    "file",
+    "run",
+    "shared",
+    "target_weights",
+    "combined",
+    "unclear_links",
+)
 """Facts that hold for one graph as it is, even where all say the same, or that are combined otherwise."""
 _TOTALS = ("target_preactivation", "target_bias", "target_sum")
 
@@ -83,7 +97,7 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
     value = sum((c * _largest(graph, place, count) for graph, place, c in weighted), zeros)
     weights = sum((np.bincount(place, graph.root_weights, count) for graph, place, _ in weighted), zeros)
     occurs = sum((np.isin(np.arange(count), place) for place in union.places), zeros) / len(graphs)
-    kind, step, block, stream, feature, _ = union.keys[1:]
+    kind, step, block, stream, feature, head, key_stream, _ = union.keys[1:]
     common = _common(graphs, base)
     if operation == "difference":
         common = replace(common, pooled_path=())  # of each graph's own target; of a difference they would say nothing
@@ -94,8 +108,10 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
         node_block=block.astype(np.int16),
         node_position=np.full(count, -1, np.int32),
         node_feature=feature.astype(np.int32),
-        node_value=np.where(kind == FEATURE, value, 1).astype(np.float32),
+        node_value=np.where(np.isin(kind, (FEATURE, SCORE)), value, 1).astype(np.float32),
         node_influence=np.full(count, np.nan, np.float32),
+        node_head=head.astype(np.int16),
+        node_key_stream=key_stream.astype(np.uint8),
         **_edges(weighted),
         **_totals(weighted, count),
         **_maps(weighted, count),
@@ -188,15 +204,14 @@ def _largest(graph: Graph, place: Int64[np.ndarray, "node"], count: int) -> Floa
 def _edges(graphs: _Weighted) -> dict[str, np.ndarray]:
     """Adds up the edges; those that cancel exactly are left out."""
     ends = [np.stack([place[graph.edge_target], place[graph.edge_source]]) for graph, place, _ in graphs]
-    values = [c * graph.edge_attribution.astype(np.float64) for graph, _, c in graphs]
     pairs, place = np.unique(np.concatenate(ends, axis=1), axis=1, return_inverse=True)
-    sums = np.bincount(place.ravel(), np.concatenate(values), pairs.shape[1])
-    left = sums != 0
-    return {
-        "edge_source": pairs[1, left].astype(np.int32),
-        "edge_target": pairs[0, left].astype(np.int32),
-        "edge_attribution": sums[left].astype(np.float32),
-    }
+    sums = {}
+    for name in ("edge_attribution", "edge_query", "edge_remainder"):
+        values = [c * getattr(graph, name).astype(np.float64) for graph, _, c in graphs]
+        sums[name] = np.bincount(place.ravel(), np.concatenate(values), pairs.shape[1])
+    left = sums["edge_attribution"] != 0
+    ends_left = {"edge_source": pairs[1, left].astype(np.int32), "edge_target": pairs[0, left].astype(np.int32)}
+    return ends_left | {name: values[left].astype(np.float32) for name, values in sums.items()}
 
 
 def _totals(graphs: _Weighted, count: int) -> dict[str, np.ndarray]:

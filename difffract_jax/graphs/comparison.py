@@ -3,7 +3,8 @@
 1. If either graph is summed over positions, so is the other.
 2. If either came from the reference's JSON, which has one name for errors and unexpanded features, they are taken
    together in both.
-3. Nodes are the same if kind, step, stream, block, position and feature are; edges, if both ends are.
+3. Nodes are the same if kind, step, stream, block, position and feature are, and head and key of an attention score;
+   edges, if both ends are.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,8 @@ from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.correlation import pearson, spearman
 from difffract_jax.graphs.graph import ERROR, INPUT, KINDS, REST, Graph
 
-Node = tuple[int, int, int, int, int, int]
+Node = tuple[int, ...]
+"""Kind, step, stream, block, position and feature; head, and stream and position of the key, of an attention score."""
 
 
 class Comparison(NamedTuple):
@@ -122,8 +124,8 @@ def _nodes(graph: Graph, merged: bool) -> list[Node]:
     # Files disagree on the block of inputs; there is one input per stream and position.
     block = np.where(kind == INPUT, -1, graph.node_block)
     columns = (kind, graph.node_step, graph.node_stream, block, graph.node_position, graph.node_feature)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [(kind, step, stream, block, position, feature) for kind, step, stream, block, position, feature in rows]
+    of_score = (graph.node_head, graph.node_key_stream, graph.node_key_position)
+    return list(zip(*(column.tolist() for column in (*columns, *of_score)), strict=True))
 
 
 def _edges(graph: Graph, nodes: list[Node]) -> dict[tuple[Node, Node], float]:
@@ -135,6 +137,10 @@ def _edges(graph: Graph, nodes: list[Node]) -> dict[tuple[Node, Node], float]:
 
 
 def _name(node: Node) -> str:
-    kind, step, stream, block, position, feature = node
+    kind, step, stream, block, position, feature, head, key_stream, key_position = node
+    if head >= 0:
+        query, key = ((STREAMS[stream], position), (STREAMS[key_stream], key_position))
+        tokens = ",".join(name + (f"{number}" if number >= 0 else "") for name, number in (query, key))
+        return f"score block {block}/h{head}@{tokens}#{step}"
     place = STREAMS[stream] + ("" if kind == INPUT else f"/{block}") + (f"/f{feature}" if feature >= 0 else "")
     return f"{KINDS[kind]} {place}{f'@{position}' if position >= 0 else ''}#{step}"

@@ -17,13 +17,16 @@ import numpy as np
 from difffract_jax.config import UserError
 from difffract_jax.graphs import summary as showing
 from difffract_jax.graphs.arrays import (
+    ABSENT,
     DTYPES,
     ERROR,
     FEATURE,
     INPUT,
     KINDS,
+    OF_SCORES,
     OUTPUT,
     REST,
+    SCORE,
     GraphArrays,
     conservation_scale,
 )
@@ -40,12 +43,11 @@ __all__ = [
     "KINDS",
     "OUTPUT",
     "REST",
+    "SCORE",
     "conservation_scale",
     "subgraph",
 ]
 FORMAT_VERSION = 1
-_LATER = ("node_cumulative",)
-"""What files of earlier releases lack; then as if the graph were not pruned."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,7 +98,8 @@ class Graph(GraphArrays):
             path: file to write; it appears only when it is complete.
         """
         record = {"format_version": FORMAT_VERSION} | self.provenance.to_json()
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in DTYPES}
+        without = () if np.any(self.node_kind == SCORE) else OF_SCORES
+        arrays: dict[str, Any] = {name: getattr(self, name) for name in DTYPES if name not in without}
         texts = {"supernodes": self.supernodes, "metadata": record}
         arrays |= {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
         with atomic_file(Path(path)) as partial, partial.open("wb") as stream:
@@ -114,7 +117,7 @@ class Graph(GraphArrays):
                 not finite.
         """
         arrays = _read_arrays(Path(path))
-        missing = [name for name in (*DTYPES, "supernodes", "metadata") if name not in {*arrays, *_LATER}]
+        missing = [name for name in (*DTYPES, "supernodes", "metadata") if name not in {*arrays, *ABSENT}]
         if missing:
             raise UserError(f"{path} is not a graph of difffract: it lacks {', '.join(missing)}; trace it again.")
         try:

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from difffract_jax.config import Settings, UserError
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import FEATURE, INPUT, Graph
+from difffract_jax.graphs.graph import FEATURE, INPUT, SCORE, Graph
 from difffract_jax.graphs.json_values import to_json_values
-from difffract_jax.graphs.names import node_names, place_name
+from difffract_jax.graphs.names import node_names, place_name, score_name
 from difffract_jax.storage.files import atomic_file
 from difffract_jax.text_files import decoded, unicode_replaced
 
@@ -187,6 +187,7 @@ def without_position(name: str) -> str:
     Args:
         name: as `node_names` has it.
     """
+    name = re.sub(r"@(img|txt)\d+,(img|txt)\d+(?=#|$)", r"@\1,\2", name)  # of an attention score
     return re.sub(r"@(img|txt)?\d+(?=#|$)", lambda found: f"@{found[1]}" if found[1] else "", name)
 
 
@@ -204,7 +205,10 @@ def summed_names(graph: Graph) -> list[str]:
             called.append(name)
             continue
         step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
-        called.append(place_name(kind, stream, block, -1, feature, layout) + step)
+        if kind == SCORE:
+            called.append(score_name(graph, node, summed=True) + step)
+        else:
+            called.append(place_name(kind, stream, block, -1, feature, layout) + step)
     return called
 
 

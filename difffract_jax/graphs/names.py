@@ -1,4 +1,5 @@
-"""Names of nodes, one each, that people and files can use: img/2/f401@12, error img/2, input txt, pixels:color=red.
+"""Names of nodes, one each, that people and files can use: img/2/f401@12, error img/2, input txt, pixels:color=red;
+double/1/h1@img12,txt4 is an attention score, of a head, the token that attends and the one attended to.
 
 A feature is written as in `feature`, so that it can be a target: single/0/f7@img3 in a single-stream block, where the
 stream stays once positions are summed over; the step only where the graph has several. A document that does not tell
@@ -15,7 +16,7 @@ from jaxtyping import Int64
 
 from difffract_jax.address import STREAMS, Layout
 from difffract_jax.config import UserError
-from difffract_jax.graphs.arrays import FEATURE, INPUT, KINDS, OUTPUT, GraphArrays
+from difffract_jax.graphs.arrays import FEATURE, INPUT, KINDS, OUTPUT, SCORE, GraphArrays
 
 
 def node_names(graph: GraphArrays) -> list[str]:
@@ -43,9 +44,32 @@ def _name(graph: GraphArrays, node: int, steps: bool) -> str:
         settings = graph.provenance.attribution
         asked = f"output {node}" if settings is None else settings.target
         return f"{asked if isinstance(asked, str) else asked[node]}{step}"
+    if kind == SCORE:
+        return score_name(graph, node) + step
     columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
     kind, stream, block, position, feature = (int(column[node]) for column in columns)
     return place_name(kind, stream, block, position, feature, graph.provenance.known.layout) + step
+
+
+def score_name(graph: GraphArrays, node: int, *, summed: bool = False) -> str:
+    """Returns how an attention score is called, without its step; "other scores double/1" for the rest of a block's.
+
+    Args:
+        graph: the graph.
+        node: a score.
+        summed: as if positions were summed over: double/1/h1@img,txt.
+    """
+    layout, block = graph.provenance.known.layout, int(graph.node_block[node])
+    place = f"block {block}" if layout is None else layout.block_name(block)
+    if graph.node_head[node] < 0:
+        return f"other scores {place}"
+    tokens = []
+    for stream, position in (
+        (graph.node_stream[node], graph.node_position[node]),
+        (graph.node_key_stream[node], graph.node_key_position[node]),
+    ):
+        tokens.append(STREAMS[stream] + (f"{position}" if position >= 0 and not summed else ""))
+    return f"{place}/h{graph.node_head[node]}@{','.join(tokens)}"
 
 
 def place_name(kind: int, stream: int, block: int, position: int, feature: int, layout: Layout | None) -> str:

@@ -1,6 +1,7 @@
 """An order of nodes in which every edge leads up, or the circle of edges because of which there is none (NumPy).
 
 1. Graphs of ours are laid in layers: edges lead from a lower (step, block) to a higher one, which is an order already.
+   A block's attention scores come before its features.
 2. Graphs of other tools may have edges within a layer, as from attention features to those of the MLP after it. There a
    node's level is the number of edges on the longest path to it.
 3. Where edges run in a circle, that number does not exist, and the circle is named.
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.arrays import GraphArrays
+from difffract_jax.graphs.arrays import SCORE, GraphArrays
 from difffract_jax.graphs.names import node_names
 
 SHOWN = 6
@@ -26,6 +27,20 @@ def levels(step: NDArray[np.integer], block: NDArray[np.integer]) -> Int64[np.nd
     return step * (int(block.max(initial=0)) + 2) + block + 1
 
 
+def levels_of(
+    kind: NDArray[np.integer], step: NDArray[np.integer], block: NDArray[np.integer]
+) -> Int64[np.ndarray, "node"]:
+    """Returns what `levels` does, with a block's attention scores before all else of the block.
+
+    Args:
+        kind: of each node.
+        step: denoising step.
+        block: of the model.
+    """
+    level = levels(step, block)
+    return 2 * level + (kind != SCORE) if np.any(kind == SCORE) else level
+
+
 def node_levels(graph: GraphArrays, names: Sequence[str] | None = None) -> Int64[np.ndarray, "node"]:
     """Returns a number per node, not negative; the source of every edge has a lower one than its target.
 
@@ -36,7 +51,7 @@ def node_levels(graph: GraphArrays, names: Sequence[str] | None = None) -> Int64
     Raises:
         UserError: naming the nodes of a circle, if edges run in one.
     """
-    level = levels(graph.node_step, graph.node_block)
+    level = levels_of(graph.node_kind, graph.node_step, graph.node_block)
     if np.all(level[graph.edge_source] < level[graph.edge_target]):
         return level
     level, left = _peel(graph.edge_source, graph.edge_target, level.size)

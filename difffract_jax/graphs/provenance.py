@@ -14,6 +14,7 @@ from typing import Any
 from difffract_jax.address import Layout, Tokens, flux_layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, record_text, text_of
+from difffract_jax.graphs.held_paths import ExplainedAttention, PooledPath
 from difffract_jax.graphs.json_values import beyond, merge_json, to_json_values, typed
 from difffract_jax.graphs.loras import MergedLora, texts_of
 from difffract_jax.graphs.reduction import GroupingSettings, PruningScores, PruningSettings
@@ -122,32 +123,19 @@ class AttributionSettings:
         max_nodes: features and outputs that were to be expanded.
         expansion_batch: features expanded between two computations of influence.
         min_attribution: smallest absolute edge kept.
+        max_scores: attention scores that were to be nodes; None where attention was frozen.
     """
 
     target: str | tuple[str, ...]
     max_nodes: int
     expansion_batch: int
     min_attribution: float
+    max_scores: int | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
         """What the graph explains, one or several."""
         return (self.target,) if isinstance(self.target, str) else self.target
-
-
-@dataclass(frozen=True, kw_only=True)
-class PooledPath:
-    """How much of a target goes through the pooled embedding, which the replacement holds constant.
-
-    Attributes:
-        value: of the target in the real model.
-        without: its value with the pooled embedding of the empty prompt.
-        share: the absolute difference over the absolute value.
-    """
-
-    value: float
-    without: float
-    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +203,7 @@ class Provenance:
         transcoders: content hash of the transcoders.
         steps: denoising steps that it spans.
         pooled_path: how much of each target goes through the pooled embedding.
+        attention: what attention's scores add to each target, where they are nodes.
         precision: what low precision cost; None for float32.
         target_weights: weights of the targets, positive, one each.
         pruning: how it was pruned; None if it was not.
@@ -238,6 +227,7 @@ class Provenance:
     transcoders: str | None = None
     steps: tuple[int, ...] = ()
     pooled_path: tuple[PooledPath, ...] = ()
+    attention: tuple[ExplainedAttention, ...] = ()
     precision: Rounding | None = None
     target_weights: tuple[float, ...] = (1.0,)
     pruning: PruningSettings | None = None

@@ -8,12 +8,13 @@ Mode `standard` (circuit-tracer's `prune_graph`):
 1. All nodes in one list: the fewest that hold `node_threshold` of all influence stay; ties with the last one too.
 2. Shares and influence anew on what is left. All edges in one list, by share times the reach of their target, cut in
    the same way at `edge_threshold`.
-3. Until nothing changes: features, errors and rest without an edge out go, and features without an edge in.
+3. Until nothing changes: features, errors, rest and attention scores without an edge out go, and features without an
+   edge in.
 
 Mode `difffract`, the reference's rule, so that graphs can be compared with its own:
 
-1. Per stream: feature nodes by influence, until they hold `node_threshold` of the stream's total. Errors and rest are
-   always kept.
+1. Per stream: feature nodes by influence, until they hold `node_threshold` of the stream's total. Errors, rest and
+   attention scores are always kept.
 2. Shares and influence anew. Per stream of the source: edges, until they hold `edge_threshold` of the stream's total.
    Features that have lost all their edges go too.
 """

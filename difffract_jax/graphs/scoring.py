@@ -1,7 +1,8 @@
 """How much of a circuit is explained by features rather than left in errors (circuit-tracer's two scores).
 
 Symbols: A[s, t] is the share of source s in the edges into target t, by absolute value; w the targets' weights;
-I = B w the influence (`influence`). Errors are the nodes of kind error and rest: what the features in the graph miss.
+I = B w the influence (`influence`). Errors are the nodes of kind error and rest, and the rest of a block's attention
+scores: what the features and scores in the graph miss.
 
     replacement    sum of I over inputs / (sum of I over inputs + sum of I over errors)
     completeness   sum over nodes t of (1 - sum over errors s of A[s, t]) (I[t] + w[t]) / sum over t of (I[t] + w[t])
@@ -19,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, SCORE, Graph
 from difffract_jax.graphs.influence import column_shares, reach
 from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.reduction import Scores
@@ -37,6 +38,7 @@ def scores(graph: Graph, *, pinned: Bool[np.ndarray, "node"] | None = None) -> S
     """
     edges = Links(graph.edge_source.astype(np.int64), graph.edge_target.astype(np.int64), graph.edge_attribution)
     level, errors = node_levels(graph), np.isin(graph.node_kind, (ERROR, REST))
+    errors |= (graph.node_kind == SCORE) & (graph.node_head < 0)
     if pinned is not None:
         folded = (graph.node_kind == FEATURE) & ~pinned
         folded[graph.targets] = False

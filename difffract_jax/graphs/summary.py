@@ -151,9 +151,9 @@ class NodeRow(NamedTuple):
     Attributes:
         node: its number.
         name: as commands take it.
-        kind: feature, error, input, output or rest.
+        kind: feature, error, input, output, rest or score.
         influence: on the graph's targets.
-        value: a feature's value; 1 for other kinds.
+        value: a feature's or a score's value; 1 for other kinds.
     """
 
     node: int

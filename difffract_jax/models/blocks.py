@@ -4,7 +4,7 @@ A class of blocks is an NNX module of one block's weights; `double` and `single`
 layer axis are a stack, and `stacks` runs those. Nothing outside `models` looks inside a block: `Block` lists what a
 class must offer, and any class that offers it can be captured, replaced and attributed.
 
-A block is `block(h, cond, *, frozen=None, mlp=None, heads=None) -> (h, acts)`:
+A block is `block(h, cond, *, frozen=None, mlp=None, heads=None, scores=None) -> (h, acts)`:
 
     live       `frozen` left out: queries, keys and norm scales are computed.
     frozen     they come from a record; then the block is affine in `h` but for its MLPs. The attention pattern is
@@ -34,6 +34,8 @@ StandIn = Callable[[int, Float[Array, "rows d_model"]], Float[Array, "rows d_mod
 """Stands in for MLP sublayers: from a group's number within the block, and the sublayer's input, to its output."""
 Entry = Callable[[Float[Array, "target d_model"], Int[Array, "target"], Int[Array, "target"]], tuple[Array, ...]]
 """Lets targets into the walk of cotangents; see `Block.entry`."""
+Number = int | Int[Array, ""]
+"""A number that may be traced, so that `jax.vmap` can run over it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +138,12 @@ class Block(Protocol):
 
     Attributes:
         groups: of its MLP sublayers.
+        attention_order: numbers of the groups within the block, in the order in which attention's sequence holds them.
+            A class of blocks without attention has none, and takes no `scores`.
     """
 
     groups: ClassVar[tuple[Group, ...]]
+    attention_order: ClassVar[tuple[int, ...]]
 
     def __call__(
         self,
@@ -148,6 +153,7 @@ class Block(Protocol):
         frozen: Any = None,
         mlp: StandIn | None = None,
         heads: Float[Array, "heads"] | None = None,
+        scores: Float[Array, "heads queries keys"] | None = None,
     ) -> tuple[tuple[Array, ...], BlockActs]:
         """Runs the block.
 
@@ -157,6 +163,7 @@ class Block(Protocol):
             frozen: record to take queries, keys and norm scales from.
             mlp: stands in for the MLP sublayers; `run_mlp` if left out.
             heads: factor of each attention head's output; 1 if left out.
+            scores: added to attention's scores before the softmax; 0 if left out.
 
         Returns:
             The residual streams after the block, per group, and what it computed.
@@ -202,14 +209,26 @@ class Block(Protocol):
         """Returns queries, heads and columns of a head, from a record or a stack of them; None without attention."""
         ...
 
+    @staticmethod
+    def queries_and_keys(
+        frozen: Any,
+    ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
+        """Returns the recorded queries and keys; attention scales their products by 1 / sqrt(head_dim)."""
+        ...
+
+    @staticmethod
+    def with_queries(frozen: Any, factor: Float[Array, ""]) -> Any:
+        """Returns a record, or a stack of them, with its queries multiplied by a factor."""
+        ...
+
     def query_or_key(
         self,
         cond: Cond,
         frozen: Any,
         part: int,
-        head: int,
+        head: Number,
         group: int,
-        row: int,
+        row: Number,
         h: Float[Array, "d_model"],
         denominator: Float[Array, ""] | None,
     ) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:
@@ -293,8 +312,8 @@ def head_of_row(
     cond: Cond,
     modulation: tuple[Float[Array, "d_model"], Float[Array, "d_model"]],
     part: int,
-    head: int,
-    place: int,
+    head: Number,
+    place: Number,
     h: Float[Array, "d_model"],
     inv_std: Float[Array, ""],
     denominator: Float[Array, ""] | None,

@@ -32,6 +32,7 @@ from difffract_jax.models.blocks import (
     Cond,
     Entry,
     FluxConfig,
+    Number,
     RMSNorm,
     StandIn,
     Streams,
@@ -102,6 +103,7 @@ class DoubleBlock(nnx.Module):
     """A double-stream block; see `blocks.Block` for its methods."""
 
     groups: ClassVar[tuple[Group, ...]] = (IMAGE, TEXT)
+    attention_order: ClassVar[tuple[int, ...]] = (1, 0)
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
         self.img = DoubleStream(config, rngs=rngs, dtype=dtype)
@@ -115,6 +117,7 @@ class DoubleBlock(nnx.Module):
         frozen: Frozen | None = None,
         mlp: StandIn | None = None,
         heads: Float[Array, "heads"] | None = None,
+        scores: Float[Array, "heads queries keys"] | None = None,
     ) -> tuple[Streams, BlockActs]:
         """Runs the block on the image and the text stream."""
         h, mod = Streams(*h), self._modulations(cond, frozen)
@@ -126,8 +129,9 @@ class DoubleBlock(nnx.Module):
         else:
             q, k = frozen.q, frozen.k
         # A recorded pattern stays the recorded one, whatever precision the rest of the replacement is run in.
-        scores = None if frozen is None else "highest"
-        mixed = attend(q, k, join_streams(both(_values, self, m)), scale=q.shape[-1] ** -0.5, precision=scores)
+        precision = None if frozen is None else "highest"
+        v = join_streams(both(_values, self, m))
+        mixed = attend(q, k, v, scale=q.shape[-1] ** -0.5, bias=scores, precision=precision)
         if heads is not None:
             mixed = mixed * heads[None, :, None]
         attended = both(lambda s, o: s.attn.proj(merge_heads(o)), self, split(mixed, h.txt.shape[0]))
@@ -167,14 +171,26 @@ class DoubleBlock(nnx.Module):
         queries, heads, head_dim = frozen.q.shape[-3:]
         return queries, heads, head_dim
 
+    @staticmethod
+    def queries_and_keys(
+        frozen: Frozen,
+    ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
+        """Returns the recorded queries and keys."""
+        return frozen.q, frozen.k
+
+    @staticmethod
+    def with_queries(frozen: Frozen, factor: Float[Array, ""]) -> Frozen:
+        """Returns the record with its queries multiplied by a factor."""
+        return frozen._replace(q=factor * frozen.q)
+
     def query_or_key(
         self,
         cond: Cond,
         frozen: Frozen,
         part: int,
-        head: int,
+        head: Number,
         group: int,
-        row: int,
+        row: Number,
         h: Float[Array, "d_model"],
         denominator: Float[Array, ""] | None,
     ) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:

@@ -20,6 +20,7 @@ from difffract_jax.models.blocks import (
     Cond,
     Entry,
     FluxConfig,
+    Number,
     RMSNorm,
     StandIn,
     head_of_row,
@@ -50,6 +51,7 @@ class SingleBlock(nnx.Module):
     """A single-stream block; `mod` gives shift, scale, gate, and `mlp_out` holds the bias of the fused output."""
 
     groups: ClassVar[tuple[Group, ...]] = (JOINT,)
+    attention_order: ClassVar[tuple[int, ...]] = (0,)
     gate_rows: ClassVar[tuple[int, ...]] = (2,)
 
     def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
@@ -70,6 +72,7 @@ class SingleBlock(nnx.Module):
         frozen: SingleFrozen | None = None,
         mlp: StandIn | None = None,
         heads: Float[Array, "heads"] | None = None,
+        scores: Float[Array, "heads queries keys"] | None = None,
     ) -> tuple[tuple[Array], BlockActs]:
         """Runs the block on the joint sequence, its one group."""
         (joint,) = h
@@ -84,7 +87,8 @@ class SingleBlock(nnx.Module):
         else:
             q, k = frozen.q, frozen.k
         v = split_heads(project(self.qkv, x, slice(2 * width, None)), head_dim)
-        mixed = attend(q, k, v, scale=head_dim**-0.5, precision=None if frozen is None else "highest")
+        precision = None if frozen is None else "highest"
+        mixed = attend(q, k, v, scale=head_dim**-0.5, bias=scores, precision=precision)
         if heads is not None:
             mixed = mixed * heads[None, :, None]
         y = self.run_mlp(0, x) if mlp is None else mlp(0, x)
@@ -129,14 +133,26 @@ class SingleBlock(nnx.Module):
         queries, heads, head_dim = frozen.q.shape[-3:]
         return queries, heads, head_dim
 
+    @staticmethod
+    def queries_and_keys(
+        frozen: SingleFrozen,
+    ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
+        """Returns the recorded queries and keys."""
+        return frozen.q, frozen.k
+
+    @staticmethod
+    def with_queries(frozen: SingleFrozen, factor: Float[Array, ""]) -> SingleFrozen:
+        """Returns the record with its queries multiplied by a factor."""
+        return frozen._replace(q=factor * frozen.q)
+
     def query_or_key(
         self,
         cond: Cond,
         frozen: SingleFrozen,
         part: int,
-        head: int,
+        head: Number,
         group: int,
-        row: int,
+        row: Number,
         h: Float[Array, "d_model"],
         denominator: Float[Array, ""] | None,
     ) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:

@@ -25,7 +25,7 @@ from difffract_jax.circuits.effects.readings import edited
 from difffract_jax.circuits.frozen.replacement import prepare_step, run_replacement
 from difffract_jax.circuits.frozen.targets import Targets, preactivations
 from difffract_jax.circuits.trace.capture import capture, capture_steps
-from difffract_jax.graphs.graph import ERROR, FEATURE, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, SCORE, Graph
 from difffract_jax.models.blocks import BlockActs, FluxConfig
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.pipeline import generate
@@ -217,3 +217,14 @@ def test_a_span_of_steps_adds_up_and_images_are_generated():
     graph = attribute(span, tcs, target=strongest_feature(span, tcs, "lens", 0), max_nodes=6)
     assert np.max(graph.conservation_error) <= TOL.conservation_steps_f32
     assert generate(pipe, "a red circle", run=pipe.plan(**SIZE)).image.shape == (24, 32, 3)
+
+
+def test_attention_is_explained_around_blocks_without_any(made):
+    _, tcs, trace, _ = made
+    target = strongest_feature(trace, tcs, "single", 1)
+    graph = attribute(trace, tcs, target=target, max_nodes=4, attention="explained", max_scores=8)
+    (told,) = graph.provenance.attention
+    assert abs(told.total - told.forward) <= TOL.conservation_x64 * told.absolute
+    assert np.max(graph.conservation_error) <= TOL.conservation_x64
+    blocks = np.unique(graph.node_block[graph.node_kind == SCORE])
+    assert np.any(graph.node_head >= 0) and not np.isin(blocks, trace.info.layout.labels["lens"]).any()

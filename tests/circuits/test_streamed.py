@@ -30,6 +30,8 @@ from difffract_jax.circuits.frozen.targets import Targets
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
+from difffract_jax.graphs.graph import SCORE
+from difffract_jax.graphs.names import node_names
 from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline, save_transcoders
 from difffract_jax.memory import allow
 from difffract_jax.models.blocks import Cond
@@ -38,6 +40,7 @@ from difffract_jax.models.stacks import run_stack
 from difffract_jax.models.streaming import READING, HostLayers, Streamed, aligned, streams_layers, wait_for
 from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.layers import FileLayers
+from tolerances import TOL
 from traces import SAME_EDGES, same_edges
 
 PROMPT = "a red circle"
@@ -321,6 +324,25 @@ def test_features_taken_off_do_the_same(both):
     assert rows and not np.array_equal(ablate(step, features, readouts)[0], ablate(step, features, readouts)[1])
     theirs, ours = (ablate(prepared.steps[0], features, readouts) for prepared in both)
     close(ours, theirs, 1e-5)
+
+
+def test_attention_is_explained_alike(resident, streamed, both):
+    graphs = []
+    for pair, prepared in zip((resident, streamed), both, strict=True):
+        target = strongest_feature(prepared, pair[1], "img", 2)
+        graphs.append(attribute(prepared, pair[1], target=target, max_nodes=4, attention="explained", max_scores=6))
+    theirs, ours = graphs
+    assert ours.largest_conservation_error <= TOL.conservation_f32 and np.any(ours.node_head >= 0)
+    assert ours.provenance.attention[0].total == pytest.approx(theirs.provenance.attention[0].total, rel=1e-4)
+    found = []
+    for graph in graphs:
+        names, of_score = node_names(graph), (graph.node_kind == SCORE)[graph.edge_source]
+        ends = zip(graph.edge_source[of_score], graph.edge_target[of_score], strict=True)
+        found.append(
+            {(names[a], names[b]): v for (a, b), v in zip(ends, graph.edge_attribution[of_score], strict=True)}
+        )
+    assert found[0].keys() == found[1].keys()
+    close(list(found[1].values()), [found[0][pair] for pair in found[1]], 1e-4)
 
 
 def test_a_graph_is_validated_alike(resident, streamed, both):

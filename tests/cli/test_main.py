@@ -111,6 +111,9 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callabl
     assert "Traceback" not in run.err
 
 
+EXPLAINED = ("trace", "m", "t", "p", "--target", "img/2/f3", "--attention", "explained")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -120,6 +123,10 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callabl
         (("generate", "m", "p", "--set", "step=1"), "`step` is not a setting; did you mean `steps`?"),
         (("generate", "m", "p", "--config", "no.yaml"), "no.yaml: No such file or directory."),
         (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
+        ((*EXPLAINED, "--step", "0-3"), "explained within one step, but --step asks for 0 to 3; trace one of them, as"),
+        ((*EXPLAINED, "--mesh", "data=2"), "explained on one device as yet; leave --mesh out, or --attention."),
+        ((*EXPLAINED, "--export-json", "g.json"), "leave --export-json out, or --attention explained."),
+        ((*EXPLAINED, "--max-scores", "-1"), "`max_scores` was -1, but input should be greater than or equal to 0"),
         (("prune", "no.npz"), "no.npz"),
         (("compare", "no.npz", "no.npz"), "no.npz"),
         (("supernodes", "no.npz"), "no.npz does not exist; give a graph file"),

@@ -58,7 +58,7 @@ def test_a_pruned_graph_is_shown_whole_and_a_large_one_pruned():
 def test_the_parts_of_a_target_add_up_to_it(seed):
     for graph in (circuit(seed), random_output_graph(seed), random_graph(seed), prune(circuit(seed))):
         told = account(graph)
-        parts = told.features + told.inputs + told.errors + told.rest + told.absent + told.bias
+        parts = told.features + told.inputs + told.errors + told.rest + told.attention + told.absent + told.bias
         assert parts == pytest.approx(told.value, abs=1e-6)
 
 

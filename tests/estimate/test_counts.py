@@ -61,6 +61,15 @@ def traced(sites: tuple[str, ...] = ("img/3-18", "txt/3-18"), **changes) -> Work
     return work._replace(**changes)
 
 
+def test_scores_that_are_explained_take_memory_for_every_target() -> None:
+    without, one, two = (count(traced(explained=number)) for number in (0, 1, 2))
+    assert [phase.name for phase in without.phases] == [phase.name for phase in one.phases[:-1]]
+    scores = 24 * 1536**2 * 4
+    assert [each.phases[-1].held["scores"] for each in (one, two)] == [3 * scores, 4 * scores]
+    changes = [("--attention frozen", lambda work: work._replace(explained=0))]
+    assert remedies(traced(explained=400), without.needed, changes)[0] == ["--attention frozen"]
+
+
 def test_weights_are_those_of_the_arrays() -> None:
     pipe = random_pipeline()
     parts = {name: getattr(pipe, name) for name in PARTS}

@@ -24,6 +24,7 @@ from jaxtyping import Array, Int64
 from difffract_jax.circuits.attribution import expansion as expanding
 from difffract_jax.circuits.attribution.engine import Engine, Output, make_engine, pull_rows, read_targets
 from difffract_jax.circuits.attribution.expansion import Expansion
+from difffract_jax.circuits.attribution.explained import add_scores, check_explainable
 from difffract_jax.circuits.attribution.pullback import PullOptions
 from difffract_jax.circuits.attribution.selection import target_row
 from difffract_jax.circuits.frozen.replacement import Prepared
@@ -52,6 +53,8 @@ def attribute(
     target_batch: int | None = None,
     mesh: Mesh | None = None,
     precision: Literal["f32", "bf16"] = "f32",
+    attention: Literal["frozen", "explained"] = "frozen",
+    max_scores: int = 50,
     progress: Callable[[int, int], None] | None = None,
 ) -> Graph:
     """Traces the circuit behind one target, or several weighted ones.
@@ -71,12 +74,15 @@ def attribute(
         precision: of the pull-back's products. `bf16` rounds their factors and sums in float32; recorded values,
             attention patterns, biases and pre-activations stay in float32. Its error is measured on the first target
             and kept in the graph's provenance under `precision`.
+        attention: whether attention is taken as it was, or its scores become nodes too, of one step and on one device:
+            those that bear most on the graph's targets, each driven by what makes its query and its keys.
+        max_scores: at most so many; the others are one node per block.
         progress: called with (nodes expanded, `max_nodes`).
 
     Returns:
         The graph, position by position; `prune` sums over positions. Its provenance says under `pooled_path` how each
         target's value changes when only the pooled embedding becomes that of the empty prompt, a path that the
-        replacement holds constant.
+        replacement holds constant; under `attention` what scores add to each target.
 
     Raises:
         UserError: if a target does not exist, is inactive or is not traced, contradicts another, is reached by no
@@ -85,27 +91,32 @@ def attribute(
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
+    if attention == "explained":
+        check_explainable(trace, max_scores, mesh)
     options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
     engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options, rows="auto")
     roots, weights = _roots(engine, wanted)
     state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
     batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)
-    rows, spares = state.targets, None
+    rows, spares, told = state.targets, None, ()
     while rows.size:
         # Deep targets first, so that shallow ones, whose walk is short, share their batches.
         rows = rows[np.lexsort((-engine.table.block[rows], -engine.table.step[rows]))]
         for begin in range(0, rows.size, batch):
             state, spares = _expand(state, engine, rows[begin : begin + batch], batch, spares)
         _check_reached(state, wanted)
+        if attention == "explained" and state.scores is None:
+            state, told = add_scores(state, engine, max_scores)
         if progress is not None:
-            progress(len(state.expanded), max_nodes)
-        rows = expanding.next_batch(state, min(expansion_batch, max_nodes - len(state.expanded)))
+            progress(state.features, max_nodes)
+        rows = expanding.next_batch(state, min(expansion_batch, max_nodes - state.features))
     names = [one.name if isinstance(one, Output) else str(one) for one, _ in wanted]
     settings = AttributionSettings(
         target=names[0] if len(names) == 1 else tuple(names),
         max_nodes=max_nodes,
         expansion_batch=expansion_batch,
         min_attribution=min_attribution,
+        max_scores=max_scores if attention == "explained" else None,
     )
     return expanding.compact(state).with_provenance(
         run=trace.info,
@@ -113,6 +124,7 @@ def attribute(
         transcoders=tcs.source,
         steps=tuple(info.step for info in engine.infos),
         pooled_path=_pooled_path(engine, roots),
+        attention=told,
         precision=rounding_error(engine, roots[:1], batch) if precision != "f32" else None,
         target_weights=tuple(weights.tolist()) if len(wanted) > 1 else (1.0,),
         sources=_origins(trace.info, tcs),

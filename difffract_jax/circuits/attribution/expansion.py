@@ -5,7 +5,8 @@ This is mode `difffract` of docs/method.md, section 5:
 1. A table lists every possible source of a trace, one row each. A target's edges come as one dense row over the table.
 2. `add`: keep the edges of at least `min_attribution`; from features only those whose value exceeds it too.
 3. `next_batch`: among the expanded, A = column shares of the edges between them and reach = e_target + B e_target. A
-   source that is not expanded scores sum over targets of |edge| * reach(target); the best are next.
+   source that is not expanded scores sum over targets of |edge| * reach(target); the best are next. Through an
+   attention score it scores by its share of the score.
 4. `compact`: edges between expanded features, from errors and from inputs stay. What comes from features that were not
    expanded is summed per (target, site, position) into `rest` nodes.
 
@@ -20,17 +21,19 @@ from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
 from numpy.typing import NDArray
 
 from difffract_jax.address import STREAMS, Layout
-from difffract_jax.graphs.graph import ERROR, FEATURE, REST, Graph
+from difffract_jax.graphs.arrays import DTYPES
+from difffract_jax.graphs.graph import ERROR, FEATURE, REST, SCORE, Graph
 from difffract_jax.graphs.influence import column_shares, reach
 from difffract_jax.graphs.names import place_name
-from difffract_jax.graphs.order import levels
+from difffract_jax.graphs.order import levels, levels_of
 
 
 class SourceTable(NamedTuple):
     """Every possible source of one trace, a row each.
 
     Attributes:
-        kind: 0 feature, 1 error, 2 input, 3 output; outputs come last, and are targets alone.
+        kind: 0 feature, 1 error, 2 input, 3 output; outputs come last, and are targets alone. Scores of attention, 5,
+            stand behind them where they are nodes.
         stream: 0 img, 1 txt, 2 latent.
         block: the model's block; -1 for inputs, the number of all blocks for outputs.
         position: within the stream; -1 for outputs.
@@ -49,11 +52,39 @@ class SourceTable(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """Edges by rows of the table."""
+    """Edges by rows of the table.
+
+    Attributes:
+        source: row.
+        target: row.
+        attribution: of the source to the target.
+        query: of an edge into an attention score, the part that goes through its query; else 0.
+        remainder: of an edge from one, what the linearisation misses; else 0.
+    """
 
     source: Int64[np.ndarray, "edge"]
     target: Int64[np.ndarray, "edge"]
     attribution: Float32[np.ndarray, "edge"]
+    query: Float32[np.ndarray, "edge"]
+    remainder: Float32[np.ndarray, "edge"]
+
+
+class ScoreRows(NamedTuple):
+    """Attention scores at the end of a table; see `graphs.arrays` for what they are.
+
+    Attributes:
+        first: row of the first.
+        head: of each; -1 for the rest of a block's.
+        key_stream: of each one's key.
+        key_position: of each one's key; -1 for the rest of a block's.
+        expanded: how many of them, from the first on, have edges into them.
+    """
+
+    first: int
+    head: Int64[np.ndarray, "score"]
+    key_stream: Int64[np.ndarray, "score"]
+    key_position: Int64[np.ndarray, "score"]
+    expanded: int
 
 
 class Totals(NamedTuple):
@@ -83,6 +114,7 @@ class Expansion(NamedTuple):
         expanded: rows of the expanded features, in the order in which they were added.
         totals: of the expanded, in that order.
         edges: into the expanded.
+        scores: attention scores that are nodes; None where attention is frozen.
     """
 
     table: SourceTable
@@ -92,6 +124,12 @@ class Expansion(NamedTuple):
     expanded: Int64[np.ndarray, "expanded"]
     totals: Totals
     edges: Edges
+    scores: ScoreRows | None = None
+
+    @property
+    def features(self) -> int:
+        """How many features and outputs are expanded."""
+        return self.expanded.size - (0 if self.scores is None else self.scores.expanded)
 
 
 def start_expansion(
@@ -110,7 +148,7 @@ def start_expansion(
     """
     none = np.zeros(0, np.int64)
     totals = Totals(*(np.zeros(0) for _ in Totals._fields))
-    edges = Edges(none, none, np.zeros(0, np.float32))
+    edges = Edges(none, none, *(np.zeros(0, np.float32) for _ in range(3)))
     return Expansion(table, targets, weights / weights.sum(), min_attribution, none, totals, edges)
 
 
@@ -145,7 +183,7 @@ def add(
             sizes = np.abs(values)
             sums[i] += np.sum(values, dtype=np.float64)
             abs_sums[i] += np.sum(sizes, dtype=np.float64)
-            found.append(_edges_of(state, int(row), values, sizes, int(begin)))
+            found.append(edges_of(state, int(row), values, sizes, int(begin)))
     new = Totals(preactivation, bias, sums, abs_sums)
     totals = Totals(*(np.concatenate(pair) for pair in zip(state.totals, new, strict=True)))
     edges = Edges(*(np.concatenate(parts) for parts in zip(state.edges, *found, strict=True)))
@@ -159,17 +197,26 @@ def _runs(table: SourceTable) -> Int64[np.ndarray, "run ends"]:
     return np.stack([begin, np.append(begin[1:], table.block.size)], axis=1)
 
 
-def _edges_of(
-    state: Expansion, row: int, values: NDArray[np.floating], sizes: NDArray[np.floating], begin: int
+def edges_of(
+    state: Expansion, row: int, values: NDArray[np.floating], sizes: NDArray[np.floating], begin: int = 0
 ) -> Edges:
-    """Returns those of one target's edges whose size is large enough, from rows of the table that start at `begin`."""
+    """Returns those of one target's edges whose size is large enough.
+
+    Args:
+        state: the expansion.
+        row: the target's.
+        values: its edges from some rows of the table.
+        sizes: their absolute values.
+        begin: the first of these rows.
+    """
     smallest = state.min_attribution
     place = np.flatnonzero(sizes >= smallest)
     source = place + begin
     strong = (state.table.kind[source] != FEATURE) | (state.table.value[source] > smallest)
     strong &= values[place] != 0
     source, place = source[strong], place[strong]
-    return Edges(source, np.full(source.size, row), values[place].astype(np.float32))
+    none = np.zeros(source.size, np.float32)
+    return Edges(source, np.full(source.size, row), values[place].astype(np.float32), none, none)
 
 
 def next_batch(state: Expansion, size: int) -> Int64[np.ndarray, "target"]:
@@ -183,12 +230,17 @@ def next_batch(state: Expansion, size: int) -> Int64[np.ndarray, "target"]:
     inner = expanded[edges.source]
     source, target = number[edges.source[inner]], number[edges.target[inner]]
     shares = column_shares(target, edges.attribution[inner], count)
-    level = levels(state.table.step[state.expanded], state.table.block[state.expanded])
+    level = levels_of(*(column[state.expanded] for column in (state.table.kind, state.table.step, state.table.block)))
     roots = np.zeros(count)
     roots[number[state.targets]] = state.weights
     reached = reach(level, source, target, shares, roots)
     outer = ~inner & (state.table.kind[edges.source] == FEATURE)
-    weight = np.abs(edges.attribution[outer]).astype(np.float64) * reached[number[edges.target[outer]]]
+    absolute = np.abs(edges.attribution).astype(np.float64)
+    # Scores have a unit of their own: what drives one is weighed by its share of what the score adds to targets.
+    scores = state.table.kind[state.expanded] == SCORE
+    through = np.bincount(source, absolute[inner] * reached[target], count)
+    reached[scores] = through[scores] / np.maximum(state.totals.abs_sum[scores], np.finfo(np.float64).tiny)
+    weight = absolute[outer] * reached[number[edges.target[outer]]]
     total = np.bincount(edges.source[outer], weight, rows)
     candidates = np.flatnonzero(total)
     best = np.argsort(-total[candidates], kind="stable")[: max(size, 0)]
@@ -206,7 +258,7 @@ def compact(state: Expansion) -> Graph:
     # A rest node is keyed by the row of its site's error at its position, past the end of the table.
     source = np.concatenate([kept.source, rest.source + table.kind.size])
     target = np.concatenate([kept.target, rest.target])
-    attribution = np.concatenate([kept.attribution, rest.attribution])
+    parts = [np.concatenate(pair) for pair in zip(kept[2:], rest[2:], strict=True)]
     nodes = np.unique(np.concatenate([source, state.expanded]))
     row = nodes % table.kind.size
     kind = np.where(nodes >= table.kind.size, REST, table.kind[row]).astype(np.uint8)
@@ -219,6 +271,7 @@ def compact(state: Expansion) -> Graph:
     first = np.argsort(number(state.expanded), kind="stable")
     totals = Totals(*(column[first] for column in state.totals))
     indptr, position, value = _activation_maps(table, row, kind, state.targets.size)
+    attribution, query, remainder = (part[edge_order].astype(np.float32) for part in parts)
     return Graph(
         node_kind=kind,
         node_step=table.step[row],
@@ -226,11 +279,14 @@ def compact(state: Expansion) -> Graph:
         node_block=table.block[row],
         node_position=table.position[row],
         node_feature=np.where(kind == FEATURE, table.feature[row], -1).astype(np.int32),
-        node_value=np.where(kind == FEATURE, table.value[row], 1).astype(np.float32),
+        node_value=np.where(np.isin(kind, (FEATURE, SCORE)), table.value[row], 1).astype(np.float32),
         node_influence=np.full(nodes.size, np.nan, np.float32),
         edge_source=number(source)[edge_order].astype(np.int32),
         edge_target=number(target)[edge_order].astype(np.int32),
-        edge_attribution=attribution[edge_order].astype(np.float32),
+        edge_attribution=attribution,
+        edge_query=query,
+        edge_remainder=remainder,
+        **_score_columns(state, row),
         target_node=number(state.expanded)[first].astype(np.int32),
         target_preactivation=totals.preactivation,
         target_bias=totals.bias,
@@ -240,6 +296,19 @@ def compact(state: Expansion) -> Graph:
         map_position=position,
         map_value=value,
     )
+
+
+def _score_columns(state: Expansion, row: Int64[np.ndarray, "node"]) -> dict[str, np.ndarray]:
+    """Returns the columns that attention scores alone have."""
+    if state.scores is None:
+        return {}
+    place = row - state.scores.first
+    mine = place >= 0
+    columns = {}
+    for name, other in (("head", -1), ("key_stream", 0), ("key_position", -1)):
+        values = np.where(mine, getattr(state.scores, name)[np.maximum(place, 0)], other)
+        columns[f"node_{name}"] = values.astype(DTYPES[f"node_{name}"])
+    return columns
 
 
 def _rest_edges(state: Expansion, edges: Edges) -> Edges:
@@ -252,10 +321,10 @@ def _rest_edges(state: Expansion, edges: Edges) -> Edges:
     error_at[place] = errors
     pair = edges.target * table.kind.size + error_at[of_source]
     pairs, group = np.unique(pair, return_inverse=True)
-    sums = np.bincount(group, edges.attribution.astype(np.float64), pairs.size)
+    sums, *more = (np.bincount(group, part.astype(np.float64), pairs.size) for part in edges[2:])
     target, error = np.divmod(pairs, table.kind.size)
     large = (np.abs(sums) >= state.min_attribution) & (sums != 0)
-    return Edges(error[large], target[large], sums[large].astype(np.float32))
+    return Edges(error[large], target[large], *(part[large].astype(np.float32) for part in (sums, *more)))
 
 
 def _sites(table: SourceTable, rows: Any) -> Int64[np.ndarray, "row"]:

@@ -19,7 +19,7 @@ from difffract_jax.circuits.attribution.outputs import parse_target, resolve_tar
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import Span, Trace, capture, capture_steps
 from difffract_jax.config import UserError
-from difffract_jax.graphs.graph import FEATURE, INPUT, OUTPUT, REST, Graph
+from difffract_jax.graphs.graph import FEATURE, INPUT, OUTPUT, REST, SCORE, Graph
 from difffract_jax.graphs.loras import texts_of
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import TraceInfo
@@ -80,7 +80,7 @@ def check_same(pipe: Pipeline, tcs: TranscoderSet, graph: Graph) -> None:
     run = told.traced_run
     if told.transcoders is None or told.attribution is None or not told.steps:
         raise UserError("The graph does not tell how it was traced; give an .npz that `difffract trace` wrote.")
-    if np.any(graph.node_position[graph.node_kind != OUTPUT] < 0):
+    if np.any(graph.node_position[~np.isin(graph.node_kind, (OUTPUT, SCORE))] < 0):
         raise UserError(
             "The graph is summed over positions, as by `difffract prune`, and single edges cannot be checked any more; "
             "give the graph that `difffract trace` wrote, or prune it with --by-position."
@@ -145,7 +145,7 @@ def _outputs(pipe: Pipeline, trace: Trace | Span, graph: Graph) -> list[Output]:
 
 
 def _find_rows(table: SourceTable, graph: Graph) -> Int64[np.ndarray, "node"]:
-    """Returns every node's row in the table; outputs and rest have -1."""
+    """Returns every node's row in the table; outputs, rest and attention scores have -1."""
     there = np.flatnonzero((table.kind != FEATURE) | (table.value > 0))
     columns = [
         (table.kind, graph.node_kind),
@@ -164,7 +164,7 @@ def _find_rows(table: SourceTable, graph: Graph) -> Int64[np.ndarray, "node"]:
     place = np.minimum(np.searchsorted(ours, theirs, sorter=order), there.size - 1)
     rows = there[order[place]]
     found = ours[order[place]] == theirs
-    named = ~np.isin(graph.node_kind, (OUTPUT, REST))
+    named = ~np.isin(graph.node_kind, (OUTPUT, REST, SCORE))
     if np.any(named & ~found):
         name = node_names(graph)[int(np.flatnonzero(named & ~found)[0])]
         raise UserError(

@@ -32,7 +32,8 @@ from difffract_jax.circuits.effects.readings import Mode
 from difffract_jax.circuits.frozen.replacement import run_affine
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import FEATURE, OUTPUT, REST, Graph
+from difffract_jax.graphs.frozen_attention import without_scores
+from difffract_jax.graphs.graph import FEATURE, OUTPUT, REST, SCORE, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import node_influence, prune
 from difffract_jax.seeds import random_generator
@@ -65,7 +66,7 @@ def validate(
 
     Args:
         again: the run, from `recapture.capture_again`.
-        graph: position by position.
+        graph: position by position; attention's scores are left out.
         edges: how many to check, drawn by the seed; 0 for all.
         ablations: how many of the most influential features to take off.
         ablation: what features outside a circuit become.
@@ -86,6 +87,9 @@ def validate(
             "The graph has no features besides its targets, so that there is nothing to take off; trace a target of a "
             "later block, or with a smaller --min-attribution, and prune less."
         )
+    # What is checked is the frozen map, of which attention's scores are no part.
+    again = again._replace(rows=again.rows[graph.node_kind != SCORE])
+    graph = without_scores(graph)
     done, parts = 0, 4 + len(readings)
 
     def advance() -> None:

@@ -27,15 +27,17 @@ from jaxtyping import Array, Float, Float64, Int64
 from difffract_jax.address import STREAMS
 from difffract_jax.circuits.attribution.contraction import gather_bytes
 from difffract_jax.circuits.attribution.engine import Engine, targets_of
-from difffract_jax.circuits.attribution.pullback import input_edges, layout_of, pull, velocity_cotangent
+from difffract_jax.circuits.attribution.pullback import input_edges, layout_of, velocity_cotangent
+from difffract_jax.circuits.attribution.score_gradients import at_row
+from difffract_jax.circuits.attribution.score_sides import ScorePlace, check_place, edges_below
 from difffract_jax.circuits.attribution.walk import block_at, contract_block, skip
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Replacement, residuals
-from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, target_gradients
+from difffract_jax.circuits.frozen.targets import Targets, target_gradients
 from difffract_jax.circuits.trace.record import Record
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import OUTPUT
-from difffract_jax.models.blocks import Streams, both
+from difffract_jax.models.blocks import both
 from difffract_jax.models.stacks import group_slices, sequences, slice_layer, streams
 from difffract_jax.models.streaming import Streamed
 
@@ -122,7 +124,7 @@ def _walk_directly(engine: Engine, row: int) -> Iterator[tuple[int | None, np.nd
                     record, sites, joined, target, jnp.where(own, gradient, 0), jnp.int32(layer), stack
                 )
                 before = both(partial(_zeros, passed[0].shape[0]), boundary)
-                loadings = [_edges_below(prepared, first + layer, streams(passed, groups, before))]
+                loadings = [edges_below(prepared, first + layer, streams(passed, groups, before))]
             # Nothing of this layer may stay in memory while the next one is computed.
             del before, passed
             yield info.recorded[first + layer], loadings.pop()
@@ -152,20 +154,6 @@ def _direct_edges(
     return contract_block(block, empty, corner, cotangent, 1, gather)[0]
 
 
-def _edges_below(prepared: Replacement, layer: int, directions: Streams) -> Float64[np.ndarray, "hop source"]:
-    """Returns the edges of directions of the residual streams entering a layer; the latents have none."""
-    count = directions.img.shape[0]
-    record = prepared.record
-    latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
-    if not count:
-        return np.zeros((0, layout_of(prepared).size + latents.shape[1]))
-    same = [jnp.full(count, value, jnp.int32) for value in (DIRECTION, layer, 0, 0)]
-    pulled = pull(prepared, Targets(*same), directions)
-    inputs = input_edges(pulled.boundary, prepared.sources.boundary)
-    parts = (np.asarray(pulled.edges, np.float64), np.asarray(inputs, np.float64), latents)
-    return np.concatenate(parts, axis=1)
-
-
 @partial(jax.jit, static_argnames="stack")
 def _without_hops(
     record: Record,
@@ -193,7 +181,7 @@ def _without_hops(
     )
     at = [ReplacedSites(one.stack, place) for one, place in zip(sites[part], layers, strict=True)]
     into = tuple(
-        _at_row(gradient[0], target, group, c.shape[1:])
+        at_row(gradient[0], target, group, c.shape[1:])
         for group, c in zip(range(part.start, part.stop), cotangent, strict=True)
     )
 
@@ -211,14 +199,6 @@ def _without_hops(
     masks = jnp.concatenate([jnp.zeros((1, shape[1])), jnp.eye(shape[1])]).astype(gradient.dtype)
     h = jax.vmap(pulled)(masks)
     return tuple(leaf[1:] - leaf[:1] for leaf in h), tuple(leaf[:1] for leaf in h)
-
-
-def _at_row(
-    gradient: Float[Array, "d_model"], target: Targets, group: int, shape: tuple[int, ...]
-) -> Float[Array, "rows d_model"]:
-    """Puts the target's gradient at its position, if it is of this group."""
-    rows = jnp.zeros(shape, gradient.dtype)
-    return rows.at[target.position[0]].set(jnp.where(target.group[0] == group, gradient, 0), mode="drop")
 
 
 class ScoreParts(NamedTuple):
@@ -277,23 +257,10 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
         raise UserError("An attention score is one step's, not a span's; trace a single step.")
     prepared, info = engine.steps[0], engine.infos[0]
     layout, record = info.layout, prepared.record
-    if block not in info.recorded:
-        first, last, wanted = (layout.block_name(one) for one in (info.recorded[0], info.recorded[-1], block))
-        raise UserError(f"The trace recorded the blocks {first} to {last}, but not {wanted}.")
+    check_place(engine, ScorePlace(block, head, query, key))
     stack = layout.stack_of_block(block)
-    shape = record.weights.stacks[stack].attention_shape(record.frozen[stack])
-    heads = 0 if shape is None else shape[1]
-    if not 0 <= head < heads:
-        known = f"heads 0 to {heads - 1}" if heads else "no attention"
-        raise UserError(f"The block {layout.block_name(block)} has {known}, but got {head}.")
     places = []
     for stream, position in (query, key):
-        rows = info.tokens_of._asdict()
-        if stream not in rows or not 0 <= position < rows[stream]:
-            raise UserError(
-                f"There is no token {stream}{position}; the run has {rows['img']} image tokens, from img0 on, and "
-                f"{rows['txt']} text tokens, from txt0 on."
-            )
         code = STREAMS.index(stream)
         group = int(layout.groups_at(block, code))
         places.append((group, int(layout.rows_at(group, code, position, info.tokens_of))))
@@ -303,7 +270,7 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
             for part, (group, row) in enumerate(places)
         ]
     (q, q0, q_true), (k, k0, k_true) = sides
-    scale = float(shape[2]) ** -0.5 if shape else 1.0
+    scale = float(record.weights.stacks[stack].attention_shape(record.frozen[stack])[2]) ** -0.5
     return ScoreParts(q * scale, k, q0 * scale, k0, float(scale * (q_true @ k_true)))
 
 
@@ -326,6 +293,6 @@ def _side(
     before = both(lambda h: jnp.zeros((value.size, *h.shape), value.dtype), sources.boundary)
     joined = list(sequences(before, groups))
     joined[own_group] = joined[own_group].at[:, row].set(directions)
-    edges = _edges_below(prepared, layer, streams(joined, groups, before))
+    edges = edges_below(prepared, layer, streams(joined, groups, before))
     zero_row = residuals(record, sites, jax.tree.map(jnp.zeros_like, sources))[group][within, row]
     return edges, np.asarray(affine(zero_row), np.float64), np.asarray(value, np.float64)

@@ -19,7 +19,7 @@ from difffract_jax.circuits.attribution.engine import Engine
 from difffract_jax.circuits.attribution.expansion import SourceTable
 from difffract_jax.circuits.effects.attention import ScoreParts, loadings_by_layer
 from difffract_jax.config import UserError
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, SCORE, Graph
 from difffract_jax.graphs.names import find_nodes, node_names
 
 SIDES = ("features", "errors", "inputs", "constant")
@@ -102,6 +102,8 @@ def target_node(graph: Graph, name: str | None) -> int:
     if name is None:
         return graph.target
     node = int(find_nodes(graph, [name])[0])
+    if graph.node_kind[node] == SCORE:
+        raise UserError(f"`{name}` is an attention score; give it as --score to have it taken apart.")
     if graph.node_kind[node] not in (FEATURE, OUTPUT):
         raise UserError(
             f"Nothing leads into `{name}`, which is a source alone; name a feature or an output of the graph, as "

@@ -21,7 +21,7 @@ from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.checks import check_values
 from difffract_jax.graphs.files.json_text import load_json
 from difffract_jax.graphs.files.reference_fields import KIND_OF, VERSION, problem_of
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, SCORE, Graph
 from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.storage.files import atomic_file
 
@@ -84,6 +84,11 @@ def to_document(graph: Graph) -> dict[str, Any]:
 def node_id(graph: Graph, node: int) -> str:
     """Returns a node's name in the reference's JSON."""
     kind, stream = int(graph.node_kind[node]), STREAMS[graph.node_stream[node]]
+    if kind == SCORE:
+        raise UserError(
+            "The reference's JSON has no attention scores as nodes; trace with attention frozen, or save this graph as "
+            ".npz."
+        )
     if kind not in NAMES:
         raise UserError("The reference's JSON has no output nodes; save this graph as .npz instead.")
     if kind == INPUT:

@@ -22,11 +22,13 @@ from difffract_jax.config import UserError
 from difffract_jax.graphs.checks import check_values
 from difffract_jax.graphs.files.viewer_document import is_error
 from difffract_jax.graphs.files.viewer_links import resolve_links
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, KINDS, OUTPUT, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, KINDS, OUTPUT, SCORE, Graph
 from difffract_jax.graphs.provenance import Provenance
 
 DIGITS = 40
 """Digits of a number that is read; a graph holds at most ten."""
+NO_SCORE = [-1, 0, -1]
+"""Head, and stream and position of the key, of what is no attention score; the least of one."""
 _LARGEST = {"layer": 2**15 - 2, "column": 2**31 - 1, "feature": 2**31 - 1}
 """What the types of a graph's arrays can hold; outputs stand one above the highest layer."""
 
@@ -45,8 +47,9 @@ def graph_of(document: Mapping[str, Any], source: str = "The document") -> Graph
     nodes = documented_order(document)
     ids = [node["node_id"] for node in nodes]
     raw = not document["metadata"].get("schema_version")
-    identity = np.array([_identity(node, raw, source) for node in nodes], np.int64).reshape(-1, 6)
-    kind, step, stream, block, position, feature = identity.T
+    said = [_identity(node, raw, source) for node in nodes]
+    identity = np.array([one + NO_SCORE[: 9 - len(one)] for one in said], np.int64).reshape(-1, 9)
+    kind, step, stream, block, position, feature, head, key_stream, key_position = identity.T
     # Logits stand above all layers, whatever their document says.
     outputs = kind == OUTPUT
     block[outputs] = max(int(block[~outputs].max(initial=-1)) + 1, int(block[outputs].max(initial=0)))
@@ -65,6 +68,9 @@ def graph_of(document: Mapping[str, Any], source: str = "The document") -> Graph
         node_block=block.astype(np.int16),
         node_position=position.astype(np.int32),
         node_feature=feature.astype(np.int32),
+        node_head=head.astype(np.int16),
+        node_key_stream=key_stream.astype(np.uint8),
+        node_key_position=key_position.astype(np.int32),
         node_value=np.array([_activation(node, k) for node, k in zip(nodes, kind.tolist(), strict=True)], np.float32),
         node_influence=np.full(len(nodes), np.nan, np.float32),
         edge_source=links.source[order].astype(np.int32),
@@ -171,6 +177,8 @@ def _own_identity(node: Mapping[str, Any], source: str) -> list[int]:
     said = node["difffract"]
     most = (len(KINDS) - 1, 2**15 - 1, len(STREAMS) - 1, 2**15 - 1, 2**31 - 1, 2**31 - 1)
     least = (0, 0, 0, -1, -1, -1)
+    if said and said[0] == SCORE:
+        most, least = (*most, 2**15 - 1, len(STREAMS) - 1, 2**31 - 1), (*least, *NO_SCORE)
     numbers = len(said) == len(most) and all(type(number) is int for number in said)
     if numbers and all(low <= number <= high for low, number, high in zip(least, said, most, strict=True)):
         return said

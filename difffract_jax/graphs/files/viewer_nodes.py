@@ -7,8 +7,9 @@
    features, `E_stream_column` for inputs (0 txt, 1 img, 2 latent), `err_img_3_2` and `rest_img_3_2` for errors and
    unexpanded features, `K_i_column` for the i-th target, a logit to the viewers, with K past every k.
 3. What people read, `clerp`: a feature's label; without one its name, and the word or patch at which it is strongest.
-4. Every node also carries `difffract`, its kind, step, stream, block, position and feature, for `viewer_graph`, and
-   `name`, as commands know it, for `viewer_groups`.
+4. Every node also carries `difffract`, its kind, step, stream, block, position and feature, for `viewer_graph`; an
+   attention score also its head, and stream and position of its key. To the viewers it is an error, labelled by head.
+   `name`, as commands know it, is for `viewer_groups`.
 """
 
 from collections import Counter
@@ -20,14 +21,15 @@ from jaxtyping import Int64
 
 from difffract_jax.address import IMG, LATENT, STREAMS, TXT
 from difffract_jax.config import UserError, ViewerOptions
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, Graph
-from difffract_jax.graphs.names import feature_names, node_names
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, SCORE, Graph
+from difffract_jax.graphs.names import feature_names, node_names, score_name
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence
 
 FEATURE_TYPE = "cross layer transcoder"
 """What the viewers call features, those of one layer's transcoder too."""
 STREAM_CODE = {TXT: 0, IMG: 1, LATENT: 2}
 IDENTITY = ("node_kind", "node_step", "node_stream", "node_block", "node_position", "node_feature")
+SCORE_IDENTITY = ("node_head", "node_key_stream", "node_key_position")
 WORD = "\u2581"
 """Beginning of a word, in tokens of T5."""
 MARKUP = str.maketrans({"<": "\u2039", ">": "\u203a"})
@@ -162,7 +164,8 @@ def viewer_nodes(
             own = _source(graph, node, int(column[node]), shift, options)
             if "clerp" in own:
                 own["clerp"] = options.labels.get(names[node], own["clerp"]).translate(MARKUP)
-        identity = [int(getattr(graph, name)[node]) for name in IDENTITY]
+        more = SCORE_IDENTITY if graph.node_kind[node] == SCORE else ()
+        identity = [int(getattr(graph, name)[node]) for name in (*IDENTITY, *more)]
         told = {"name": names[node], "difffract": identity}
         nodes.append({**own, **{k: v for k, v in common.items() if k not in own}, **told})
     return nodes
@@ -207,6 +210,8 @@ def _source(graph: Graph, node: int, column: int, shift: int, options: ViewerOpt
             "feature_type": FEATURE_TYPE,
             "jsNodeId": f"{k}_{feature}-0",
         } | link
+    if kind == SCORE:
+        return _score(graph, node, f"{STREAMS[stream]}_{block}_{column}", layer)
     # Four parts, so that no error is taken for a feature (traps 1 and 5); -1 and -2, so that the two kinds are not
     # taken for one feature that is everywhere (trap 4).
     name = f"{'err' if kind == ERROR else 'rest'}_{STREAMS[stream]}_{block}_{column}"
@@ -217,6 +222,20 @@ def _source(graph: Graph, node: int, column: int, shift: int, options: ViewerOpt
         "feature_type": "mlp reconstruction error",
         "jsNodeId": name,
         "clerp": f"{'Err' if kind == ERROR else 'Rest'}: {STREAMS[stream]} L{block}",
+    }
+
+
+def _score(graph: Graph, node: int, place: str, layer: str) -> dict[str, Any]:
+    """Returns what is an attention score's own; an integer for each head, so that none is a feature (trap 4)."""
+    head, key = int(graph.node_head[node]), f"{STREAMS[graph.node_key_stream[node]]}{graph.node_key_position[node]}"
+    name = f"attn_{head}_{key}_{place}"
+    return {
+        "node_id": name,
+        "feature": -4 - head,
+        "layer": layer,
+        "feature_type": "mlp reconstruction error",
+        "jsNodeId": name,
+        "clerp": f"Attention: {score_name(graph, node)}",
     }
 
 

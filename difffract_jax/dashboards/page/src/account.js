@@ -1,12 +1,12 @@
 // What adds up to the target. Of the frozen model, target = sum of all edges into it + bias. Every part is shown with
 // its sign; the parts add up to the target's value, whatever the sliders hide.
-import { ERROR, FEATURE, INPUT, REST, edgesOf } from "./data.js";
+import { ERROR, FEATURE, INPUT, REST, SCORE, edgesOf } from "./data.js";
 import { fill, h, number, percent } from "./dom.js";
 
 /** Returns the parts of the targets' weighted value, and their sum; `value` is null where the file does not tell it. */
 export function accountOf(graph, nodeShown, edgeShown) {
-  const parts = { features: 0, inputs: 0, errors: 0, rest: 0, hidden: 0, absent: 0, bias: 0 };
-  const kinds = { [FEATURE]: "features", [INPUT]: "inputs", [ERROR]: "errors", [REST]: "rest" };
+  const parts = { features: 0, inputs: 0, errors: 0, rest: 0, attention: 0, hidden: 0, absent: 0, bias: 0 };
+  const kinds = { [FEATURE]: "features", [INPUT]: "inputs", [ERROR]: "errors", [REST]: "rest", [SCORE]: "attention" };
   let value = 0;
   let absolute = 0;
   let shown = 0;
@@ -39,6 +39,7 @@ const WORDS = [
   ["inputs", "inputs", "What comes straight from the prompt's embedding and the noisy image, past all features."],
   ["errors", "errors", "What the transcoders fail to reconstruct: real, but without an explanation."],
   ["rest", "rest", "Features that are active but were not followed when the graph was traced, site by site."],
+  ["attention", "attention", "Where heads attend, to first order. The bias holds as much with the opposite sign."],
   ["hidden", "hidden by the sliders", "What the pruning below leaves out of this view."],
   ["absent", "not in the file", "Edges too weak to be kept when the graph was traced, or that an earlier pruning cut."],
   ["bias", "bias", "What remains with all sources at zero: biases, and all that is held at this run, such as the pooled prompt."],

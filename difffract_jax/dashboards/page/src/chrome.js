@@ -1,5 +1,6 @@
 // What stands around the drawing: title, tools, legend, sliders, and the boxes that open over it.
 
+import { SCORE } from "./data.js";
 import { cut, h, short } from "./dom.js";
 import { search, searchKey } from "./search.js";
 
@@ -28,11 +29,13 @@ export function header(app) {
       button("help", "?", "Keys (?)", () => app.help.showModal())));
 }
 
+const hasScores = (app) => Object.values(app.graphs).some((graph) => graph?.node_kind.includes(SCORE));
+
 export function legend(app) {
   const entry = (kind, name) => h("li", {}, h("span", { class: `mark ${kind}` }), name);
   return h("ul", { class: "legend", title: "Size of a node and width of an edge: how much the target hangs on it" },
     entry("feature img", "image feature"), entry("feature txt", "text feature"), entry("input img", "input"),
-    entry("error img", "error"), entry("rest img", "not followed"), entry("output", "target"),
+    entry("error img", "error"), entry("rest img", "not followed"), hasScores(app) ? entry("score", "attention") : null, entry("output", "target"),
     h("li", {}, h("span", { class: "mark edge plus" }), (app.raises = h("span", {}))),
     h("li", {}, h("span", { class: "mark edge minus" }), (app.lowers = h("span", {}))));
 }

@@ -13,6 +13,7 @@ export const ERROR = 1;
 export const INPUT = 2;
 export const OUTPUT = 3;
 export const REST = 4;
+export const SCORE = 5;
 export const IMG = 0;
 export const TXT = 1;
 

@@ -1,7 +1,7 @@
 // Draws a graph to a canvas, or to anything with a canvas's calls (svg.js). Positions are screen pixels; sizes do not
 // grow with the zoom, so that lines and text stay crisp.
 import { paintGutters } from "./axes.js";
-import { ERROR, INPUT, OUTPUT, REST, TXT } from "./data.js";
+import { ERROR, INPUT, OUTPUT, REST, SCORE, TXT } from "./data.js";
 import { paintDensity } from "./density.js";
 import { GUTTER, radius, screen } from "./frame.js";
 import { paintLabels } from "./labels.js";
@@ -110,6 +110,12 @@ function shape(ctx, kind, x, y, r) {
     ctx.lineTo(x + r * 1.15, y + r * 0.85);
     ctx.lineTo(x - r * 1.15, y + r * 0.85);
     ctx.closePath();
+  } else if (kind === SCORE) {
+    ctx.moveTo(x - r * 1.2, y - r);
+    ctx.lineTo(x + r * 1.2, y - r);
+    ctx.lineTo(x - r * 1.2, y + r);
+    ctx.lineTo(x + r * 1.2, y + r);
+    ctx.closePath();
   } else {
     ctx.moveTo(x + r, y);
     ctx.arc(x, y, r, 0, 2 * Math.PI);
@@ -123,6 +129,7 @@ export function colourOf(look, node) {
   if (kind === OUTPUT || graph.isTarget[node]) return colours.ink;
   if (kind === ERROR) return colours.error;
   if (kind === REST) return colours.rest;
+  if (kind === SCORE) return colours.score;
   return graph.node_stream[node] === TXT ? colours.text : colours.image;
 }
 

@@ -6,6 +6,7 @@ import { pin, rename, annotate, addToGroup, renameGroup, removeGroup, save, load
 
 const KINDS = {
   feature: "feature", error: "error of the transcoder", input: "input", output: "target", rest: "features not followed",
+  score: "attention score",
 };
 const MOST_ROWS = 60;
 

@@ -1,0 +1,285 @@
+"""What makes an attention score: its two sides, split by the sources of the trace (docs/method.md, section 10).
+
+With the denominators of their RMS norms held, a head's query at i and its keys are affine in the sources: q = q0 +
+sum_a q_a, and k = k0 + sum_b k_b for the centred key k = k_j - sum_n P_in k_n, P being the recorded pattern. Their
+scaled product is the score minus its query's mean. It is split without counting a pair twice:
+
+    <q, k> = sum_a <q_a, (k + k0) / 2>  +  sum_b <(q + q0) / 2, k_b>  +  <q0, k0>
+
+Each side is one direction of the residual streams entering the block, pulled back through everything below. A source's
+part is what it adds on the straight way from zero sources to those of the trace; where no bias takes part, a small
+change of one source moves the score by twice its part of it, as the square of a sum does.
+
+Products of pairs, at a pull-back for every column of a head, are in `effects.attention.score_parts`.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float64, Int
+
+from difffract_jax.address import STREAMS
+from difffract_jax.circuits.attribution.engine import Engine, no_sources
+from difffract_jax.circuits.attribution.pullback import input_edges, layout_of, pull
+from difffract_jax.circuits.attribution.score_gradients import refuse_spans
+from difffract_jax.circuits.frozen.replacement import Replacement, residuals
+from difffract_jax.circuits.frozen.targets import DIRECTION, Targets
+from difffract_jax.config import UserError
+from difffract_jax.graphs.provenance import TraceInfo
+from difffract_jax.models.blocks import Cond, Streams, both
+from difffract_jax.models.stacks import group_slices, slice_layer, streams
+from difffract_jax.models.streaming import Streamed
+
+AT_ONCE = 8
+"""Scores of a block whose sides are pulled back together; fewer are filled up, so that a program serves all."""
+
+
+class ScoreEdges(NamedTuple):
+    """Attention scores, each minus its query's pattern-weighted mean, split by source.
+
+    Attributes:
+        query: every source's part through the query, one row per score.
+        key: its part through the keys.
+        constant: what biases alone give.
+        value: what all of these add up to.
+    """
+
+    query: Float64[np.ndarray, "score source"]
+    key: Float64[np.ndarray, "score source"]
+    constant: Float64[np.ndarray, "score"]
+    value: Float64[np.ndarray, "score"]
+
+
+class ScorePlace(NamedTuple):
+    """Where an attention score stands.
+
+    Attributes:
+        block: the model's.
+        head: of the block.
+        query: stream, "img" or "txt", and position of the token that attends.
+        key: the same of the token that is attended to.
+    """
+
+    block: int
+    head: int
+    query: tuple[str, int]
+    key: tuple[str, int]
+
+
+def score_edges(engine: Engine, places: list[ScorePlace]) -> ScoreEdges:
+    """Splits attention scores by the sources of the trace, through the query and through the keys.
+
+    Args:
+        engine: of one step, from `engine.make_engine`; without a mesh.
+        places: of the scores.
+
+    Raises:
+        UserError: if there is no such block, head or token in the trace, or the engine is a span's or a mesh's.
+
+    Example:
+        >>> from difffract_jax import capture, random_pipeline, random_transcoders
+        >>> from difffract_jax.circuits import make_engine
+        >>> pipe = random_pipeline()
+        >>> tcs = random_transcoders(pipe.config.transformer)
+        >>> engine = make_engine(capture(pipe, tcs, "a red circle"), tcs)
+        >>> edges = score_edges(engine, [ScorePlace(2, 1, ("img", 5), ("txt", 1))])
+        >>> total = edges.query.sum() + edges.key.sum() + edges.constant[0]
+        >>> bool(abs(total - edges.value[0]) < 1e-4)
+        True
+    """
+    refuse_spans(engine)
+    info = engine.infos[0]
+    checked = [check_place(engine, place) for place in places]
+    found = [np.zeros((len(places), engine.sources)) for _ in range(2)] + [np.zeros(len(places)) for _ in range(2)]
+    entering = entering_blocks(engine.steps[0])
+    for block in sorted({place.block for place in places}):
+        mine = np.flatnonzero([place.block == block for place in places])
+        columns = np.array([checked[i] for i in mine], np.int32).reshape(-1, 3)
+        part = sides_of_block(engine.steps[0], block - info.recorded[0], columns, entering)
+        for array, rows in zip(found, part, strict=True):
+            array[mine] = rows
+    return ScoreEdges(*found)
+
+
+def check_place(engine: Engine, place: ScorePlace) -> tuple[int, int, int]:
+    """Returns a score's head, and the places of its tokens in attention's sequence.
+
+    Args:
+        engine: of one step.
+        place: of the score.
+
+    Raises:
+        UserError: if there is no such block, head or token in the trace.
+    """
+    info, record = engine.infos[0], engine.steps[0].record
+    layout, block = info.layout, place.block
+    if block not in info.recorded:
+        first, last, wanted = (layout.block_name(one) for one in (info.recorded[0], info.recorded[-1], block))
+        raise UserError(f"The trace recorded the blocks {first} to {last}, but not {wanted}.")
+    stack = layout.stack_of_block(block)
+    shape = record.weights.stacks[stack].attention_shape(record.frozen[stack])
+    heads = 0 if shape is None else shape[1]
+    if not 0 <= place.head < heads:
+        known = f"heads 0 to {heads - 1}" if heads else "no attention"
+        raise UserError(f"The block {layout.block_name(block)} has {known}, but got {place.head}.")
+    tokens = attention_tokens(info, record.weights.stacks[stack], stack)
+    rows = []
+    for stream, position in (place.query, place.key):
+        lengths = info.tokens_of._asdict()
+        if stream not in lengths or not 0 <= position < lengths[stream]:
+            raise UserError(
+                f"There is no token {stream}{position}; the run has {lengths['img']} image tokens, from img0 on, and "
+                f"{lengths['txt']} text tokens, from txt0 on."
+            )
+        own = (tokens[0] == STREAMS.index(stream)) & (tokens[1] == position)
+        rows.append(int(np.flatnonzero(own)[0]))
+    return place.head, *rows
+
+
+def attention_tokens(info: TraceInfo, block: Any, stack: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns stream and position of every token of attention's sequence.
+
+    Args:
+        info: of the trace.
+        block: a block of the stack, or the stack.
+        stack: its number.
+    """
+    first = info.layout.groups_of_stack(stack).start
+    parts = [info.layout.sequence(first + group, info.tokens_of) for group in block.attention_order]
+    stream, position = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return stream, position
+
+
+class EnteringBlocks(NamedTuple):
+    """The residual streams entering every block, [layer rows d_model] per group.
+
+    Attributes:
+        traced: in the trace.
+        zero: at zero sources: what biases alone give.
+    """
+
+    traced: tuple[Float[Array, "_ _ d_model"], ...]
+    zero: tuple[Float[Array, "_ _ d_model"], ...]
+
+
+def entering_blocks(prepared: Replacement) -> EnteringBlocks:
+    """Returns the residual streams entering every block of a replacement."""
+    zeros, sites = no_sources(prepared)
+    return EnteringBlocks(residuals(*prepared), residuals(prepared.record, sites, zeros))
+
+
+def sides_of_block(
+    prepared: Replacement,
+    layer: int,
+    columns: Int[np.ndarray, "score head_query_key"],
+    entering: EnteringBlocks,
+) -> ScoreEdges:
+    """Splits scores of one block.
+
+    Args:
+        prepared: from `prepare_step`.
+        layer: recorded layer of the block, counted through all stacks.
+        columns: head, and places of query and key in attention's sequence, of each score; at least one.
+        entering: of all blocks.
+    """
+    record, boundary, counts = prepared.record, prepared.sources.boundary, layout_of(prepared).layers
+    stack = next(i for i in range(len(counts)) if layer < sum(counts[: i + 1]))
+    within = layer - sum(counts[:stack])
+    live, part = record.weights.live[stack], group_slices(record.weights.stacks)[stack]
+    block = live.fetch(within) if isinstance(live, Streamed) else slice_layer(live, within)
+    frozen, *inputs = slice_layer((record.frozen[stack], entering.traced[part], entering.zero[part]), within)
+    groups = record.weights.stacks[stack].groups
+    before = both(lambda h: jnp.zeros((2 * AT_ONCE, *h.shape), h.dtype), boundary)
+    filled = np.concatenate([columns, np.repeat(columns[:1], -len(columns) % AT_ONCE, axis=0)])
+    found = []
+    for some in np.split(filled, len(filled) // AT_ONCE):
+        numbers = (jnp.asarray(column, jnp.int32) for column in some.T)
+        with jax.default_matmul_precision("highest"):
+            query, key, constant, value = _directions(block, record.cond, frozen, *inputs, *numbers)
+            joined = tuple(jnp.concatenate(pair) for pair in zip(query, key, strict=True))
+            edges = edges_below(prepared, layer, streams(joined, groups, before))
+        found.append((*np.split(edges, 2), *(np.asarray(column, np.float64) for column in (constant, value))))
+    return ScoreEdges(*(np.concatenate(column)[: len(columns)] for column in zip(*found, strict=True)))
+
+
+@jax.jit
+def _directions(
+    block: Any,
+    cond: Cond,
+    frozen: Any,
+    entering: tuple[Float[Array, "_ d_model"], ...],
+    zero: tuple[Float[Array, "_ d_model"], ...],
+    head: Int[Array, "score"],
+    query: Int[Array, "score"],
+    key: Int[Array, "score"],
+) -> tuple[tuple[Array, ...], tuple[Array, ...], Float[Array, "score"], Float[Array, "score"]]:
+    """Returns the directions of both sides in the streams entering the block, and each score's constant and value."""
+    project = partial(_all_heads, block, cond, frozen)
+    recorded_q, recorded_k = block.queries_and_keys(frozen)
+    scale = recorded_q.shape[-1] ** -0.5
+    (q, held_q), (k, held_k) = (project(part, entering, None) for part in (0, 1))
+    q0, k0 = project(0, zero, held_q)[0], project(1, zero, held_k)[0]
+
+    def one(head: Array, query: Array, key: Array) -> tuple[Array, Array, Array, Array]:
+        pattern = jax.nn.softmax(scale * (recorded_k[:, head] @ recorded_q[query, head]))
+        weights = jax.nn.one_hot(key, pattern.size, dtype=pattern.dtype) - pattern
+        own_q, own_q0 = q[query, head], q0[query, head]
+        own_k, own_k0 = weights @ k[:, head], weights @ k0[:, head]
+        into_q = jnp.zeros_like(q).at[query, head].set(scale * (own_k + own_k0) / 2)
+        into_k = jnp.zeros_like(k).at[:, head].set(weights[:, None] * (scale * (own_q + own_q0) / 2)[None])
+        return into_q, into_k, scale * (own_q0 @ own_k0), scale * (own_q @ own_k)
+
+    into_q, into_k, constant, value = jax.vmap(one)(head, query, key)
+    sides = []
+    for part, into, held in ((0, into_q, held_q), (1, into_k, held_k)):
+        _, pull_one = jax.vjp(lambda h, part=part, held=held: project(part, h, held)[0], entering)
+        sides.append(jax.vmap(lambda cotangent, pull=pull_one: pull(cotangent)[0])(into))
+    return sides[0], sides[1], constant, value
+
+
+def _all_heads(
+    block: Any,
+    cond: Cond,
+    frozen: Any,
+    part: int,
+    h: tuple[Float[Array, "_ d_model"], ...],
+    held: Float[Array, "seq heads"] | None,
+) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads"]]:
+    """Returns the rotated queries (part 0) or keys (1) of attention's sequence, and 1 / their root mean squares."""
+    _, heads, _ = block.attention_shape(frozen)
+    found, begin = [], 0
+    for group in block.attention_order:
+        rows = h[group].shape[0]
+        own = None if held is None else held[begin : begin + rows]
+        begin += rows
+
+        def row(number: Array, h: Array, held: Array | None, group: int = group) -> tuple[Array, Array]:
+            head = lambda head, held: block.query_or_key(cond, frozen, part, head, group, number, h, held)  # noqa: E731
+            return jax.vmap(head, (0, None if held is None else 0))(jnp.arange(heads), held)
+
+        found.append(jax.vmap(row, (0, 0, None if own is None else 0))(jnp.arange(rows), h[group], own))
+    values, denominators = (jnp.concatenate(column) for column in zip(*found, strict=True))
+    return values, denominators
+
+
+def edges_below(prepared: Replacement, layer: int, directions: Streams) -> Float64[np.ndarray, "hop source"]:
+    """Returns the edges of directions of the residual streams entering a layer; the latents have none.
+
+    Args:
+        prepared: from `prepare_step`.
+        layer: recorded layer, counted through all stacks.
+        directions: [direction rows d_model] per stream.
+    """
+    count = directions.img.shape[0]
+    record = prepared.record
+    latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
+    if not count:
+        return np.zeros((0, layout_of(prepared).size + latents.shape[1]))
+    same = [jnp.full(count, value, jnp.int32) for value in (DIRECTION, layer, 0, 0)]
+    pulled = pull(prepared, Targets(*same), directions)
+    inputs = input_edges(pulled.boundary, prepared.sources.boundary)
+    parts = (np.asarray(pulled.edges, np.float64), np.asarray(inputs, np.float64), latents)
+    return np.concatenate(parts, axis=1)
