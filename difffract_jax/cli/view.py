@@ -6,24 +6,15 @@ They follow its rules. Weights are needed for the image of the run alone, which 
 import os
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import typer
 
-import difffract_jax
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.settings import ReportConfig, ShownGraph, ViewConfig
-from difffract_jax.config import UserError, read_yaml
-
-ORGANISM_LABELS = Path(difffract_jax.__file__).parent / "organism" / "transcoders" / "labels.json"
-"""Labels of the transcoders that ship with the package."""
-
-
-MOST_GROUPED = 1000
-"""Features up to which a page opens with groups that were found; finding them among more takes seconds."""
+from difffract_jax.config import UserError
 
 
 def register(app: typer.Typer) -> None:
@@ -75,13 +66,14 @@ def _parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     """Returns the graph that the page shows, and all that it shows beside it."""
     from difffract_jax.cli.graph_files import read
     from difffract_jax.dashboards.page_data import Limits, leads_forward, shown_graph
+    from difffract_jax.dashboards.page_labels import grouped, labels_of
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
 
     groups = _opened_groups(whole, settings)
     limits = Limits(settings.max_nodes, settings.max_links)
     how = {"by_position": settings.by_position, "limits": limits}
-    shown = _grouped(shown_graph(whole, **how, name=str(settings.graph)))
+    shown = grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images: Any = ()
     labels = labels_of(whole, settings.labels)
@@ -135,23 +127,6 @@ def _opened_groups(whole: Any, settings: ViewConfig) -> Any:
         raise UserError(f"{error} The page would save over it; name another file with --groups, or move it.") from None
 
 
-def _grouped(graph: Any) -> Any:
-    """Returns a graph with the groups that are found in what is left of it after pruning, if it has none."""
-    from difffract_jax.graphs.graph import FEATURE
-    from difffract_jax.graphs.names import find_nodes, node_names
-    from difffract_jax.graphs.pruning import prune
-    from difffract_jax.graphs.supernodes import find_supernodes
-
-    if graph.supernodes or graph.provenance.grouping is not None:
-        return graph
-    pruned = graph if graph.provenance.pruning is not None else prune(graph, by_position=True)
-    if int((pruned.node_kind == FEATURE).sum()) > MOST_GROUPED:
-        return graph
-    names, found = node_names(pruned), find_supernodes(pruned).supernodes
-    groups = {title: find_nodes(graph, [names[node] for node in members]).tolist() for title, members in found.items()}
-    return replace(graph, supernodes=groups)
-
-
 def _title(graph: Any, path: Path | None, other: Any) -> str:
     """Returns what a page is called: what its graph explains; with two, the names of the files too."""
     from difffract_jax.graphs.names import node_name
@@ -168,43 +143,6 @@ def _pages_address(settings: ViewConfig) -> str:
     folder = (settings.out or settings.graph).resolve().parent
     base = "pages" if settings.serve else quote(Path(os.path.relpath(settings.pages.resolve(), folder)).as_posix())
     return f"{base}/index.html#{{feature}}"
-
-
-def labels_of(graph: Any, file: Path | None) -> dict[str, str]:
-    """Returns what the graph's features stand for: from a file, or of the organism if the graph is about its features.
-
-    Args:
-        graph: the graph.
-        file: of names for features, or a labels.json of `features --scan`; None for those at hand.
-
-    Raises:
-        UserError: if the file is neither, or is about other transcoders.
-    """
-    from difffract_jax.circuits.notation.labels import read_labels
-    from difffract_jax.graphs.names import feature_names
-
-    told = graph.provenance.transcoders
-    if file is not None and file.suffix != ".json":
-        return {str(name): str(label) for name, label in read_yaml(file).items()}
-    labels = read_labels(ORGANISM_LABELS if file is None else file)
-    if labels.transcoders != told:
-        if file is None:
-            return {}
-        raise UserError(f"{file} holds labels of other transcoders than the graph's; give those of the graph's own.")
-    return {name: _label(labels, name) for name in {*feature_names(graph)} - {""}}
-
-
-def _label(labels: Any, name: str) -> str:
-    """Returns what a feature detects, without figures; "" where that is not clear."""
-    from difffract_jax.circuits.notation.feature import Feature
-    from difffract_jax.circuits.notation.labels import CLEAR
-
-    feature = Feature.parse(name)
-    mine = labels.sites.get(f"{feature.stream}/{feature.block}", ())
-    if feature.feature >= len(mine):
-        return ""
-    best = max((mine[feature.feature].content, mine[feature.feature].best), key=lambda one: one.auroc >= CLEAR)
-    return f"{best.factor} {best.value}" if best.factor and best.auroc >= CLEAR else ""
 
 
 def images_of(graph: Any, settings: ShownGraph) -> tuple[Any, str]:
@@ -308,6 +246,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.output import emit, replacing
     from difffract_jax.dashboards.graph_report import graph_report
+    from difffract_jax.dashboards.page_labels import labels_of
     from difffract_jax.dashboards.render import write_report
     from difffract_jax.graphs.groups import read_groups
 

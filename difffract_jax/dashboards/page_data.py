@@ -55,14 +55,14 @@ class Limits(NamedTuple):
     edges: int = 100_000
 
 
-def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | None = None, name: str = "graph") -> Graph:
+def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | None = None, name: str = "") -> Graph:
     """Returns the graph that a page shows: summed over positions, unless asked not to.
 
     Args:
         graph: any graph.
         by_position: show single positions.
         limits: what a page may hold.
-        name: of its file, for the message.
+        name: of its file, for the message, which then names commands; "" for a graph in Python.
 
     Raises:
         UserError: if the graph is too large, with the pruning that would make it fit.
@@ -72,15 +72,16 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     if _fits(shown, limits):
         return shown
     flag = " --by-position" if by_position else ""
-    has = f"has {shown.node_kind.size:,} nodes and {shown.edge_source.size:,} edges"
+    has = f"{name or 'The graph'} has {shown.node_kind.size:,} nodes and {shown.edge_source.size:,} edges"
     most = f"more than the {limits.nodes:,} and {limits.edges:,} that a page stays quick with"
     for nodes, edges in LADDER:
         if _fits(prune(shown, node_threshold=nodes, edge_threshold=edges, by_position=True), limits):
-            raise UserError(
-                f"{name} {has}, {most}; prune it first: `difffract prune {name} --node-threshold {nodes} "
-                f"--edge-threshold {edges}{flag} --out pruned.npz`, and view pruned.npz."
-            )
-    raise UserError(f"{name} {has}, {most}, even when pruned; raise --max-nodes and --max-links.")
+            how = f"node_threshold={nodes}, edge_threshold={edges}{', by_position=True' if by_position else ''}"
+            command = f"difffract prune {name} --node-threshold {nodes} --edge-threshold {edges}{flag} --out pruned.npz"
+            first = f"`{command}`, and view pruned.npz" if name else f"`prune(graph, {how})`, and show that"
+            raise UserError(f"{has}, {most}; prune it first: {first}.")
+    limit = "--max-nodes and --max-links" if name else "`limits`"
+    raise UserError(f"{has}, {most}, even when pruned; raise {limit}.")
 
 
 def summed_where_possible(graph: Graph) -> Graph:

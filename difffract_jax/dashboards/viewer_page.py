@@ -51,6 +51,7 @@ class PageParts(NamedTuple):
         groups: to open with.
         pages: address of a feature's page, with {feature} in place of its name; None if there are none.
         token: of the server that takes groups; None for a file.
+        notebook: key by which a notebook knows the page that lies in it; None outside of notebooks.
         other: a second graph, to be shown beside it.
         other_title: of the second.
         other_images: of the second graph's run.
@@ -65,6 +66,7 @@ class PageParts(NamedTuple):
     groups: Groups | None = None
     pages: str | None = None
     token: str | None = None
+    notebook: str | None = None
     other: Graph | None = None
     other_title: str = ""
     other_images: Sequence[ShownImage] = ()
@@ -147,5 +149,6 @@ def _extras(parts: PageParts) -> bytes:
         "groups": parts.groups and parts.groups.model_dump(mode="json"),
         "pages": parts.pages,
         "server": parts.token and {"token": parts.token},
+        "notebook": parts.notebook,
     }
     return json.dumps(extras).encode()

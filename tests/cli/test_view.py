@@ -18,11 +18,12 @@ from PIL import Image
 
 from difffract_jax.address import flux_layout
 from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.circuits.notation.group_edits import group_features
 from difffract_jax.cli import view as cli_view
-from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
+from difffract_jax.cli.group_edits import check_groups, edits_of
 from difffract_jax.cli.settings import SteerConfig, ViewConfig
 from difffract_jax.config import UserError, ViewerOptions
-from difffract_jax.dashboards import image_files
+from difffract_jax.dashboards import image_files, page_labels
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.viewer_json import write_viewer_json
@@ -288,7 +289,9 @@ def test_a_served_page_opens_with_what_it_would_save_over(difffract, groups):
 def test_features_of_the_second_graph_alone_have_labels_too(difffract, monkeypatch):
     first, second = (set(feature_names(Graph.load(name))) - {""} for name in ("a.npz", "b.npz"))
     (only, *_) = sorted(second - first)
-    monkeypatch.setattr(cli_view, "labels_of", lambda graph, file: dict.fromkeys(set(feature_names(graph)) - {""}, "x"))
+    monkeypatch.setattr(
+        page_labels, "labels_of", lambda graph, file: dict.fromkeys(set(feature_names(graph)) - {""}, "x")
+    )
     settings = ViewConfig(graph=Path("a.npz"), compare=Path("b.npz"))
     _, parts = cli_view._parts(Graph.load("a.npz"), settings)
     assert parts.labels[only] == "x" and set(parts.labels) == first | second
@@ -342,13 +345,13 @@ def test_a_port_in_use_is_one_sentence(difffract):
 
 def test_a_page_opens_with_the_groups_that_are_found(difffract):
     graph = aggregate(circuit(0))
-    grouped = cli_view._grouped(graph)
+    grouped = page_labels.grouped(graph)
     found = find_supernodes(prune(graph))
     names = node_names(found)
     expected = {title: [names[n] for n in members] for title, members in found.supernodes.items()}
     ours = node_names(graph)
     assert {title: [ours[n] for n in members] for title, members in grouped.supernodes.items()} == expected
-    assert cli_view._grouped(found) is found
+    assert page_labels.grouped(found) is found
 
 
 def test_help_teaches(monkeypatch, capsys):

@@ -11,6 +11,7 @@ effects  what a feature adds to the predicted image directly, as a small picture
 record   the result on disk and in Python: `load_scan`
 texts    what features are called, from labels files and tables, and what a graph says of them
 pages    the folder: chunks of data as script files, sprite sheets, the page that reads them
+alone    of that folder one feature's page, as one file
 request  what is asked for, and what is refused before anything runs
 build    all of it, one output directory
 """
