@@ -14,7 +14,7 @@ from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.config import UserError
 from difffract_jax.dashboards import notebook
 from difffract_jax.dashboards.image_files import shown
-from difffract_jax.graphs.groups import Groups, identity, write_groups
+from difffract_jax.graphs.groups import Groups, identity, read_groups, write_groups
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.pruning import prune
 from random_graphs import random_graph
@@ -110,7 +110,8 @@ def test_groups_of_another_graph_are_refused(tmp_path):
 
 def test_groups_that_are_given_are_opened(tmp_path):
     graph = circuit()
-    write_groups(named(graph, 2, "red"), tmp_path / "my.groups.json")
+    write_groups(named(graph, 2, "red"), str(tmp_path / "my.groups.json"))
+    assert read_groups(str(tmp_path / "my.groups.json"), graph) == named(graph, 2, "red")
     for given in (named(graph, 2, "red"), str(tmp_path / "my.groups.json")):
         assert graph.show(groups=given).groups == named(graph, 2, "red")
 
