@@ -15,6 +15,7 @@ Packages and modules, each importing only from those above it:
     estimate                      what a command needs, counted from shapes before anything is loaded
     directories loading           models and transcoders by name: embedded, in a directory, or on the hub
     conversion                    checkpoints into directories of ours, and back, leaf by leaf
+    feature_pages                 a feature by its name, with its page
     studies                       the paper's questions as experiments on the organism
     cli                           the `difffract` command
 
@@ -63,6 +64,7 @@ _HOME = {
     "sweep": "difffract_jax.circuits.editing.sweeps",
     "rank_features": "difffract_jax.circuits.editing.ranking",
     "load_labels": "difffract_jax.loading",
+    "feature": "difffract_jax.feature_pages",
     "models": "difffract_jax.models",
     "transcoders": "difffract_jax.transcoders",
     "circuits": "difffract_jax.circuits",

@@ -3,6 +3,7 @@
 1. `text_of` and `html_of` lay out a title and facts, one a line.
 2. `text_table` and `html_table` lay out rows; past `MOST` rows they say how many more there are.
 3. `hash_text`, `size_text`, `spans`, `one_line`, `record_text` and `arrays_text` shorten what is long.
+4. `page_of` makes a page of an object; what makes pages lies far above this module, and is imported when it is called.
 
 HTML is escaped here, once: prompts and names may hold anything.
 """
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from html import escape
+from importlib import import_module
 from typing import Any
 
 MOST = 10
@@ -19,6 +21,21 @@ WIDTH = 88
 """Characters of a fact that are shown."""
 FIELD = 40
 """Characters of a table's cell, or of a field of a record, that are shown."""
+PAGES = {"graph": ("difffract_jax.dashboards.notebook", "show_graph")}
+"""What makes the page of an object, by kind of object: module and function."""
+
+
+def page_of(kind: str, shown: Any, *arguments: Any, **options: Any) -> Any:
+    """Returns the page of an object, which a notebook shows.
+
+    Args:
+        kind: key of `PAGES`.
+        shown: the object.
+        arguments: of the function that makes the page.
+        options: the same.
+    """
+    module, name = PAGES[kind]
+    return getattr(import_module(module), name)(shown, *arguments, **options)
 
 
 def text_of(title: str, facts: Mapping[str, object]) -> str:

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import difffract_jax
+from difffract_jax.display import PAGES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("difffract_jax", "converters")
@@ -41,7 +43,7 @@ ORDER = (
     ("difffract_jax.dashboards.features",),
     ("difffract_jax.parts", "difffract_jax.lora"),
     ("difffract_jax.loading",),
-    ("difffract_jax.conversion",),
+    ("difffract_jax.conversion", "difffract_jax.feature_pages"),
     ("difffract_jax.studies",),
     ("difffract_jax.cli",),
     ("difffract_jax.__main__",),
@@ -53,11 +55,11 @@ LIGHT = (
     "difffract_jax.memory",
     "difffract_jax.cli.main",
     *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output", "view", "group_edits")),
-    *(f"difffract_jax.cli.{name}" for name in ("feature_pages", "graph_labels", "viewer_export")),
+    *(f"difffract_jax.cli.{name}" for name in ("feature_pages", "viewer_export")),
     "difffract_jax.storage.compile_cache",
     "difffract_jax.transcoders.settings",
     "difffract_jax.studies.settings",
-    *(f"difffract_jax.circuits.notation.{name}" for name in ("feature", "edits", "labels")),
+    *(f"difffract_jax.circuits.notation.{name}" for name in ("feature", "edits", "group_edits", "labels")),
     "difffract_jax.circuits.attribution.expansion",
     *(
         f"difffract_jax.dashboards.{name}"
@@ -73,6 +75,8 @@ LIGHT = (
             "graph_report",
             "found_sections",
             "target_words",
+            "page_labels",
+            "notebook",
         )
     ),
     *(f"difffract_jax.circuits.checks.{name}" for name in ("predictions", "summaries")),
@@ -135,6 +139,13 @@ def test_imports_point_only_to_the_left() -> None:
             if not (other < place or other_home == home):
                 wrong.append(f"{name}:{node.lineno} imports {target}")
     assert not wrong, "what these import does not lie to their left"
+
+
+def test_pages_alone_are_bound_late() -> None:
+    # What lies below them makes pages by `display.page_of`, whose table is the one way round the order.
+    late = {"difffract_jax.display": {module for module, _ in PAGES.values()}}
+    assert late == {"difffract_jax.display": {"difffract_jax.dashboards.notebook"}}
+    assert all(module in MODULES and hasattr(import_module(module), name) for module, name in PAGES.values())
 
 
 def test_imports_have_no_cycle() -> None:
@@ -305,7 +316,7 @@ def test_no_file_holds_a_shortcut() -> None:
 def test_public_names_are_few_and_resolve_and_explain_themselves() -> None:
     namespaces = ("models", "transcoders", "circuits", "graphs")
     names = [name for name in difffract_jax.__all__ if name not in ("__version__", *namespaces)]
-    assert len(names) <= 26
+    assert len(names) <= 27
     assert dir(difffract_jax) == sorted(difffract_jax.__all__)
     for name in names:
         assert getattr(difffract_jax, name).__doc__, f"difffract_jax.{name} has no docstring"

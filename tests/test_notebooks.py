@@ -1,27 +1,31 @@
-"""The notebooks of `examples/`: there is one per study, it has been run, and it still runs, on the fewest cases."""
+"""The notebooks of `examples/`: one per study and two more; they have been run, and they still run, made small.
+
+A study's notebook that takes the steps one by one ends in what the study itself ends in.
+"""
 
 import json
 import re
-from pathlib import Path
 
 import pytest
+from notebooks import HOME, code_cells, run, sources
 
-from difffract_jax.studies.results import Result
+from difffract_jax.studies.registry import STUDIES, Given
+from difffract_jax.studies.results import Result, quiet
 from difffract_jax.studies.settings import QUESTIONS
 
-HOME = Path(__file__).parents[1] / "examples"
-
-
-def code_cells(name):
-    cells = json.loads((HOME / f"{name}.ipynb").read_text())["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
+OTHERS = ("walkthrough", "train-your-own")
+STEP_BY_STEP = ("steps", "concept-context", "colour-prior")
+"""Studies whose notebooks take the steps one by one; the others call the study and look at single cases."""
+COMPARED = ("concept-context", "colour-prior")
+"""Studies that are run as a whole beside their notebooks: one of those that take features away, one that repairs."""
+CALLED = re.compile(r"\b(?:{})\(pipe, tcs".format("|".join(name.replace("-", "_") for name in QUESTIONS)))
 
 
 def test_every_study_has_a_notebook():
-    assert {path.stem for path in HOME.glob("*.ipynb")} == set(QUESTIONS)
+    assert {path.stem for path in HOME.glob("*.ipynb")} == {*QUESTIONS, *OTHERS}
 
 
-@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("name", [*QUESTIONS, *OTHERS])
 def test_a_notebook_has_been_run_from_top_to_bottom(name):
     cells = code_cells(name)
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
@@ -31,16 +35,24 @@ def test_a_notebook_has_been_run_from_top_to_bottom(name):
     assert not re.search(r"site-packages|/home/|/tmp/", json.dumps(cells))
 
 
+@pytest.mark.parametrize("name", STEP_BY_STEP)
+def test_a_study_s_notebook_shows_its_steps(name):
+    cells = sources(name)
+    assert not CALLED.search("\n".join(cells)), "the study is called as a whole"
+    assert len(cells) >= 7 and re.search(r"circuits\.total_effects|dfx\.attribute", "".join(cells))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_a_notebook_runs(name, monkeypatch, tmp_path):
+def test_a_study_s_notebook_runs_and_ends_in_what_the_study_ends_in(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    sources = ["".join(cell["source"]) for cell in code_cells(name)]
-    few = [re.sub(r"^SIZE = \d+", "SIZE = 2", source, flags=re.MULTILINE) for source in sources]
-    assert few != sources
-    names = {}
-    for number, source in enumerate(few, 1):
-        exec(compile(source, f"{name}.ipynb, cell {number}", "exec"), names)
+    few = [re.sub(r"^SIZE = \d+", "SIZE = 2", source, flags=re.MULTILINE) for source in sources(name)]
+    assert few != sources(name)
+    names, _ = run(name, few)
     result = names["result"]
     assert isinstance(result, Result) and result.name == name and result.verdict in result._repr_markdown_()
     assert all(min(result.picture(figure).size) > 100 for figure in result.figures)
+    if name in COMPARED:
+        given = {part: names.get(part) for part in ("pipe", "tcs", "saes", "labels")}
+        whole = STUDIES[name](Given(**given, size=2, round=None, prompts=None), quiet)
+        assert result.verdict == whole.verdict and json.dumps(result.raw) == json.dumps(whole.raw)

@@ -70,6 +70,7 @@ def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "rank_features": [Ranked(feature, 0.5, 1.0, 0.5, 3, 4)],
         "load_labels": Labels({f"img/{i}": (Label(never, never, 0.0, ()),) * 40 for i in range(40)}, tcs.source, {}),
     }
+    shown["feature"] = dfx.feature("img/1/f159", pipe, tcs, prompts=[PROMPT] * 99)
     assert shown.keys() == {*dfx.__all__} - WITHOUT_VALUE, "a public name has no value here"
     return shown
 

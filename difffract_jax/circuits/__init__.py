@@ -22,6 +22,7 @@ _HOME = {
     "Feature": "difffract_jax.circuits.notation.feature",
     "Edit": "difffract_jax.circuits.notation.edits",
     "Supernode": "difffract_jax.circuits.notation.edits",
+    "group_edit": "difffract_jax.circuits.notation.group_edits",
     "box_mask": "difffract_jax.circuits.notation.region",
     "read_mask": "difffract_jax.circuits.notation.region",
     "tokens_in": "difffract_jax.circuits.notation.region",

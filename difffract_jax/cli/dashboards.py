@@ -16,9 +16,6 @@ from difffract_jax.cli import options as opt
 from difffract_jax.cli.preflight import check_fits
 from difffract_jax.config import SamplingSettings, Seed, UserError, provenance
 
-CORPUS_SEED = 90_000
-"""World of the organism's captions that `--prompts N` draws; neither training nor labels use it."""
-
 
 class DashboardsConfig(SamplingSettings):
     """Settings of `difffract dashboards`: a page for every feature, from many prompts."""
@@ -140,6 +137,7 @@ def _prompts(settings: DashboardsConfig) -> tuple[str, ...]:
         )
     if count < 1:
         raise UserError("A scan needs prompts, but --prompts is 0; write how many, as in --prompts 256.")
+    from difffract_jax.dashboards.features.request import CORPUS_SEED
     from difffract_jax.organism.world import scenes
 
     return tuple(scenes(CORPUS_SEED, settings.seed % 2**31, count).captions)

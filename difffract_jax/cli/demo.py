@@ -30,15 +30,15 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.graph_labels import labels_of
 from difffract_jax.cli.output import Advance, graph_summary, save_image
 from difffract_jax.cli.settings import DemoConfig, ReportConfig, SteerConfig, ValidateConfig, ViewConfig
 from difffract_jax.cli.steer import write_sweep
-from difffract_jax.cli.view import page_parts, run_key, with_found_groups
+from difffract_jax.cli.view import page_parts, run_key
 from difffract_jax.config import SEEDS, provenance
 from difffract_jax.dashboards.graph_report import graph_report
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, shown_images
 from difffract_jax.dashboards.page_data import summed_where_possible
+from difffract_jax.dashboards.page_labels import grouped, labels_of
 from difffract_jax.dashboards.records import feature_of, top_features
 from difffract_jax.dashboards.render import write_report
 from difffract_jax.dashboards.run_images import run_images
@@ -113,8 +113,8 @@ def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
     names = ("image.png", "graph.npz", "pruned.npz", "graph.html", "report.html")
     paths = {name: settings.out / name for name in names}
     made = _made(settings, paths, advance)
-    summed = with_found_groups(summed_where_possible(made.graph))
-    pruned = with_found_groups(prune(made.graph))
+    summed = grouped(summed_where_possible(made.graph))
+    pruned = grouped(prune(made.graph))
     pruned.save(paths["pruned.npz"])
     advance(2, PARTS)
     again = capture_again(made.pipe, made.tcs, made.graph)

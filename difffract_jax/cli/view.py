@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,12 +14,8 @@ from urllib.parse import quote
 import typer
 
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.graph_labels import known_labels
 from difffract_jax.cli.settings import ReportConfig, ShownGraph, ViewConfig
 from difffract_jax.config import UserError
-
-MOST_GROUPED = 1000
-"""Features up to which a page opens with groups that were found; finding them among more takes seconds."""
 
 
 def register(app: typer.Typer) -> None:
@@ -90,6 +85,7 @@ def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.dashboards.features.addresses import open_pages
     from difffract_jax.dashboards.page_data import Limits, check_difference, leads_forward, shown_graph
+    from difffract_jax.dashboards.page_labels import grouped, known_labels
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
     from difffract_jax.graphs.names import feature_names
@@ -97,7 +93,7 @@ def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     groups = _opened_groups(whole, settings)
     limits = Limits(settings.max_nodes, settings.max_links)
     how = {"by_position": settings.by_position, "limits": limits}
-    shown = with_found_groups(shown_graph(whole, **how, name=str(settings.graph)))
+    shown = grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images, other_note = (), ""
     labels = known_labels(whole, settings.labels, settings.graph)
@@ -168,27 +164,6 @@ def _opened_groups(whole: Any, settings: ViewConfig) -> Any:
         if settings.groups is not None:
             raise
         raise UserError(f"{error} The page would save over it; name another file with --groups, or move it.") from None
-
-
-def with_found_groups(graph: Any) -> Any:
-    """Returns a graph with the groups that are found in what is left of it after pruning, if it has none.
-
-    Args:
-        graph: as a page shows it; one whose features are too many is returned as it is.
-    """
-    from difffract_jax.graphs.graph import FEATURE
-    from difffract_jax.graphs.names import find_nodes, node_names
-    from difffract_jax.graphs.pruning import prune
-    from difffract_jax.graphs.supernodes import find_supernodes
-
-    if graph.supernodes or graph.provenance.grouping is not None:
-        return graph
-    pruned = graph if graph.provenance.pruning is not None else prune(graph, by_position=True)
-    if int((pruned.node_kind == FEATURE).sum()) > MOST_GROUPED:
-        return graph
-    names, found = node_names(pruned), find_supernodes(pruned).supernodes
-    groups = {title: find_nodes(graph, [names[node] for node in members]).tolist() for title, members in found.items()}
-    return replace(graph, supernodes=groups)
 
 
 def _title(graph: Any, path: Path | None, other: Any) -> str:
@@ -352,6 +327,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     from difffract_jax.cli.output import emit, replacing
     from difffract_jax.dashboards.graph_report import graph_report
     from difffract_jax.dashboards.page_data import summed_where_possible
+    from difffract_jax.dashboards.page_labels import grouped, known_labels
     from difffract_jax.dashboards.render import write_report
     from difffract_jax.graphs.files.viewer_groups import read_any_groups
 
@@ -359,7 +335,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     groups = None if settings.groups is None else read_any_groups(settings.groups, graph)
     images, note = images_of(graph, settings)
     page = graph_report(
-        graph if groups is not None else with_found_groups(summed_where_possible(graph)),
+        graph if groups is not None else grouped(summed_where_possible(graph)),
         labels=known_labels(graph, settings.labels, settings.graph, figures=True),
         images=images,
         image_note=note,

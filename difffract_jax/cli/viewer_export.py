@@ -65,7 +65,7 @@ def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig, pinned: Seq
 
 def _labels_at_hand(whole: Any, settings: ExportConfig) -> dict[str, str]:
     """Returns what is known of the graph's features without a file of labels; names go with it, as many share one."""
-    from difffract_jax.cli.graph_labels import known_labels
+    from difffract_jax.dashboards.page_labels import known_labels
 
     known = known_labels(whole, None, settings.graph)
     return {name: f"{label} · {name}" for name, label in known.items() if label}

@@ -56,14 +56,14 @@ class Limits(NamedTuple):
     edges: int = 100_000
 
 
-def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | None = None, name: str = "graph") -> Graph:
+def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | None = None, name: str = "") -> Graph:
     """Returns the graph that a page shows: summed over positions, unless asked not to.
 
     Args:
         graph: any graph.
         by_position: show single positions.
         limits: what a page may hold.
-        name: of its file, for the message.
+        name: of its file, for the message, which then names commands; "" for a graph in Python.
 
     Raises:
         UserError: if the graph is too large, with the pruning that would make it fit.
@@ -75,11 +75,15 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     flag = " --by-position" if by_position else ""
     for nodes, edges in LADDER:
         if _fits(prune(shown, node_threshold=nodes, edge_threshold=edges, by_position=True), limits):
-            raise UserError(
-                f"{_too_large(shown, limits, name)}; prune it first: `difffract prune {shlex.quote(name)} "
-                f"--node-threshold {nodes} --edge-threshold {edges}{flag} --out pruned.npz`, and view pruned.npz."
+            how = f"node_threshold={nodes}, edge_threshold={edges}{', by_position=True' if by_position else ''}"
+            command = f"difffract prune {shlex.quote(name)} --node-threshold {nodes} --edge-threshold {edges}{flag}"
+            command = f"`{command} --out pruned.npz`, and view pruned.npz"
+            first = command if name else f"`prune(graph, {how})`, and show that"
+                f"`{command} --out pruned.npz`, and view pruned.npz" if name else f"`prune(graph, {how})`, show that"
             )
-    raise UserError(f"{_too_large(shown, limits, name)}, even when pruned; raise --max-nodes and --max-links.")
+            raise UserError(f"{_too_large(shown, limits, name or 'The graph')}; prune it first: {first}.")
+    limit = "--max-nodes and --max-links" if name else "`limits`"
+    raise UserError(f"{_too_large(shown, limits, name or 'The graph')}, even when pruned; raise {limit}.")
 
 
 def check_difference(graph: Graph, limits: Limits) -> None:

@@ -54,6 +54,7 @@ class PageParts(NamedTuple):
         pages: address of a feature's page, with {feature} in place of its name; None if there are none.
         without_page: features that have none there, by their names.
         token: of the server that takes groups; None for a file.
+        notebook: key by which a notebook knows the page that lies in it; None outside of notebooks.
         other: a second graph, to be shown beside it.
         other_title: of the second.
         other_images: of the second graph's run.
@@ -70,6 +71,7 @@ class PageParts(NamedTuple):
     pages: str | None = None
     without_page: Sequence[str] = ()
     token: str | None = None
+    notebook: str | None = None
     other: Graph | None = None
     other_title: str = ""
     other_images: Sequence[ShownImage] = ()
@@ -155,5 +157,6 @@ def _extras(parts: PageParts) -> bytes:
         "pages": parts.pages,
         "without_page": list(parts.without_page),
         "server": parts.token and {"token": parts.token},
+        "notebook": parts.notebook,
     }
     return json.dumps(extras).encode()

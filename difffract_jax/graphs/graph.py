@@ -2,7 +2,7 @@
 
 1. A graph checks itself when it is made: lengths, types, its targets, and that every index points somewhere.
 2. `save` writes one `.npz` without pickled objects, whole or not at all; `load` refuses what is damaged.
-3. `summary`, `top` and `to_networkx` show it; so does the graph itself, in a few lines.
+3. `summary`, `top` and `to_networkx` show it; so does the graph itself, in a few lines; `show` makes its page.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from difffract_jax.config import UserError
+from difffract_jax.display import page_of
 from difffract_jax.graphs import summary as showing
 from difffract_jax.graphs.arrays import (
     ABSENT,
@@ -74,6 +75,21 @@ class Graph(GraphArrays):
             A table; influence is that of pruning, or where there was none computed over all edges.
         """
         return showing.top_nodes(self, n)
+
+    def show(self, pipe: Any = None, **options: Any) -> Any:
+        """Returns the graph's page, that of `difffract view`: a notebook shows it, and `save` writes it to a file.
+
+        Groups, names and notes made in the page are its `groups`, while the notebook's kernel runs.
+
+        Args:
+            pipe: the pipeline of the run, which makes the image beside the graph.
+            options: further arguments of `dashboards.notebook.show_graph`: `image`, `labels`, `groups`, `compare`,
+                `by_position`, `limits`, `height`.
+
+        Raises:
+            UserError: as `dashboards.notebook.show_graph`.
+        """
+        return page_of("graph", self, pipe, **options)
 
     def to_networkx(self) -> Any:
         """Returns a `networkx.DiGraph`; nodes and edges carry their columns as attributes, nodes their names as keys.

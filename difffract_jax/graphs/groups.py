@@ -115,7 +115,7 @@ def parse_groups(text: str, source: str) -> Groups:
         raise UserError(f"{source} is damaged at `{where}`: {first['msg']}; save it from the viewer again.") from None
 
 
-def read_groups(path: Path, graph: Graph | None = None) -> Groups:
+def read_groups(path: str | Path, graph: Graph | None = None) -> Groups:
     """Reads a groups file.
 
     Args:
@@ -125,6 +125,7 @@ def read_groups(path: Path, graph: Graph | None = None) -> Groups:
     Raises:
         UserError: if it is not a groups file, or one of another graph.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a {SUFFIX} that the viewer saved.")
     try:
@@ -160,9 +161,9 @@ def _words(of: GraphIdentity) -> str:
     return f"{', '.join(of.targets[:2]) or 'no target'}{prompt}"
 
 
-def write_groups(groups: Groups, path: Path) -> None:
+def write_groups(groups: Groups, path: str | Path) -> None:
     """Writes a groups file, whole or not at all."""
-    with atomic_file(path) as partial:
+    with atomic_file(Path(path)) as partial:
         partial.write_text(json.dumps(groups.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
 
 

@@ -47,9 +47,8 @@ def binding(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None, adva
         for slot in (0, 1)
     )
     told = [_told(pipe, tcs, one, advance(f"effects, object {slot + 1}")) for slot, one in enumerate(both)]
-    carried = _carried(told, both)
     made = _exchange(pipe, tcs, both, told, advance)
-    return _report(both[0], carried, made)
+    return report(both[0], carried(told, both), made)
 
 
 def exchanges(count: int) -> list[Case]:
@@ -81,10 +80,16 @@ def _told(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: Any) 
     return found
 
 
-def _carried(
+def carried(
     told: Sequence[Sequence[tuple[TotalEffects, TotalEffects]]], both: Sequence[Material]
 ) -> dict[str, Float64[np.ndarray, "block step"]]:
-    """Returns what features in each of `WHERE` add to the object's own colour, mean over cases and objects."""
+    """Returns what features in each of `WHERE` add to the object's own colour, mean over cases and objects.
+
+    Args:
+        told: for either object, case by case, total effects on the other's colour minus its own, in the runs of both
+            captions.
+        both: the cases, once for either object.
+    """
     total: dict[str, Any] = dict.fromkeys(WHERE, 0.0)
     for slot, found in enumerate(told):
         mine, other = both[slot], both[1 - slot]
@@ -164,7 +169,14 @@ def _scores(way: str, before: Any, after: Any, told: Any, rng: np.random.Generat
     return choices.by_contrast(before, after) if way == "contrast" else choices.at_random(before, after, rng)
 
 
-def _report(material: Material, carried: dict[str, Any], made: dict[tuple[str, int, float], Outcomes]) -> Result:
+def report(material: Material, colours: dict[str, Any], made: dict[tuple[str, int, float], Outcomes]) -> Result:
+    """Puts tables, figure and verdict together.
+
+    Args:
+        material: the cases.
+        colours: what features add to an object's own colour, from `carried`.
+        made: what became of the exchanges, by way, features and strength.
+    """
     rows = [{"way": w, "features": n, "strength": s} | summary_row(one) for (w, n, s), one in made.items()]
     best = {way: max((key for key in made if key[0] == way), key=lambda key: made[key].success.mean()) for way in WAYS}
     gaps = []
@@ -177,12 +189,12 @@ def _report(material: Material, carried: dict[str, Any], made: dict[tuple[str, i
             {"features": count, "circuit against": way} | paired_difference(top["circuit"].success, top[way].success)
             for way in WAYS[1:]
         ]
-    sums = {name: float(table.sum()) for name, table in carried.items()}
+    sums = {name: float(table.sum()) for name, table in colours.items()}
     whole = sum(abs(value) for value in sums.values())
     places = [{"features at": name, "add to the colour": value, "share": value / whole} for name, value in sums.items()]
     by_block = [
         {"features at": name, "block": block, "step": step, "add to the colour": float(table[block, step])}
-        for name, table in carried.items()
+        for name, table in colours.items()
         for block in range(table.shape[0])
         for step in range(table.shape[1])
     ]
@@ -196,15 +208,15 @@ def _report(material: Material, carried: dict[str, Any], made: dict[tuple[str, i
     tables = {"Who carries the colour": places, "Exchanged": rows, "Paired differences at best strength": gaps}
     tables |= {"Cases": [{"drawn": material.drawn, "kept": len(material.cases)}], "By block and step": by_block}
     raw = {"tables": tables, "cases": [case._asdict() for case in material.cases]}
-    return Result("binding", verdict, tables, {"binding": _figure(carried)}, raw)
+    return Result("binding", verdict, tables, {"binding": _figure(colours)}, raw)
 
 
-def _figure(carried: dict[str, Any]) -> Figure:
+def _figure(colours: dict[str, Any]) -> Figure:
     """Draws what features add to the colour, by block and step, one panel per place."""
     figure = Figure(figsize=(11, 2.8), layout="constrained")
-    most = max(float(np.abs(table).max()) for table in carried.values())
-    panels = figure.subplots(1, len(carried), sharey=True)
-    for axes, (name, table) in zip(panels, carried.items(), strict=True):
+    most = max(float(np.abs(table).max()) for table in colours.values())
+    panels = figure.subplots(1, len(colours), sharey=True)
+    for axes, (name, table) in zip(panels, colours.items(), strict=True):
         drawn = axes.imshow(table, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower", aspect="auto")
         axes.set(title=name, xlabel="step", xticks=range(table.shape[1]), yticks=range(table.shape[0]))
     panels[0].set_ylabel("block")

@@ -46,7 +46,7 @@ def colour_prior(pipe: Pipeline, tcs: TranscoderSet, *, size: int | None = None,
     phases = {name: whole.take(mine) for name, mine in rows.items()}
     scores = {name: _attempts(pipe, tcs, one, advance) for name, one in phases.items()}
     pairs = [("both", "image"), ("both", "random"), ("both", "text"), ("image", "random")]
-    return report("colour-prior", phases, scores, pairs, "both", _colours)
+    return report("colour-prior", phases, scores, pairs, "both", prior_gone)
 
 
 def draw_failures(pipe: Pipeline, count: int, advance: Advance) -> Material:
@@ -100,8 +100,13 @@ def _attempts(pipe: Pipeline, tcs: TranscoderSet, material: Material, advance: A
     return attempts(pipe, tcs, material, places, blamed, codes, "both", advance)
 
 
-def _colours(material: Material, found: Outcomes) -> dict[str, Any]:
-    """Returns how often no object of the concept's noun has the prior's colour any more."""
+def prior_gone(material: Material, found: Outcomes) -> dict[str, Any]:
+    """Returns how often no object of the concept's noun has the prior's colour any more.
+
+    Args:
+        material: the cases.
+        found: what became of them.
+    """
     seen, gone = see(found.images), 0
     for row, case in enumerate(material.cases):
         noun = NOUNS.index(parse(case.prompt).objects[case.slot].noun)

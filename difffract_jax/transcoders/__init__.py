@@ -35,6 +35,7 @@ _HOME = {
     "evaluate_rows": "difffract_jax.transcoders.row_evaluation",
     "newest_transcoders": "difffract_jax.transcoders.exporting",
     "Sampler": "difffract_jax.transcoders.harvest",
+    "open_sampler": "difffract_jax.transcoders.sources",
     "reduced_codes": "difffract_jax.transcoders.codes",
     "estimate": "difffract_jax.transcoders.plan",
     "open_topology": "difffract_jax.transcoders.plan",

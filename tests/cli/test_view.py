@@ -23,12 +23,12 @@ from PIL import Image
 from difffract_jax.address import flux_layout
 from difffract_jax.circuits.checks.summaries import EVERY
 from difffract_jax.circuits.notation.edits import Edit
-from difffract_jax.cli import graph_labels
+from difffract_jax.circuits.notation.group_edits import group_features
 from difffract_jax.cli import view as cli_view
-from difffract_jax.cli.group_edits import check_groups, edits_of, group_features
+from difffract_jax.cli.group_edits import check_groups, edits_of
 from difffract_jax.cli.settings import SteerConfig, ViewConfig
 from difffract_jax.config import UserError, ViewerOptions
-from difffract_jax.dashboards import image_files
+from difffract_jax.dashboards import image_files, page_labels
 from difffract_jax.dashboards.graph_report import graph_report
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept, shown_images
 from difffract_jax.graphs.aggregation import aggregate
@@ -383,7 +383,7 @@ def test_features_of_the_second_graph_alone_have_labels_too(difffract, monkeypat
     first, second = (set(feature_names(Graph.load(name))) - {""} for name in ("a.npz", "b.npz"))
     (only, *_) = sorted(second - first)
     every = lambda graph, file, figures: dict.fromkeys(set(feature_names(graph)) - {""}, "x")  # noqa: E731
-    monkeypatch.setattr(graph_labels, "labels_of", every)
+    monkeypatch.setattr(page_labels, "labels_of", every)
     settings = ViewConfig(graph=Path("a.npz"), compare=Path("b.npz"))
     _, parts = cli_view.page_parts(Graph.load("a.npz"), settings)
     assert parts.labels[only] == "x" and set(parts.labels) == first | second
@@ -437,13 +437,13 @@ def test_a_port_in_use_is_one_sentence(difffract):
 
 def test_a_page_opens_with_the_groups_that_are_found(difffract):
     graph = aggregate(circuit(0))
-    grouped = cli_view.with_found_groups(graph)
+    grouped = page_labels.grouped(graph)
     found = find_supernodes(prune(graph))
     names = node_names(found)
     expected = {title: [names[n] for n in members] for title, members in found.supernodes.items()}
     ours = node_names(graph)
     assert {title: [ours[n] for n in members] for title, members in grouped.supernodes.items()} == expected
-    assert cli_view.with_found_groups(found) is found
+    assert page_labels.grouped(found) is found
 
 
 def test_help_teaches(monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 import base64
 import errno
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,10 +15,12 @@ import pytest
 from PIL import Image
 from scans import PROMPTS, SEED, places, small
 
+import difffract_jax as dfx
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.features import pages
 from difffract_jax.dashboards.features import scan as first_pass
+from difffract_jax.dashboards.features.alone import feature_page
 from difffract_jax.dashboards.features.build import build_dashboards
 from difffract_jax.dashboards.features.corpus import Corpus
 from difffract_jax.dashboards.features.record import FOLDER, load_scan
@@ -275,3 +279,86 @@ def test_transcoders_of_another_type_are_another_scan():
     rounded = tcs._replace(stacks=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tcs.stacks))
     assert rounded.source == tcs.source
     assert identity_of(corpus, rounded, OPTIONS) != identity_of(corpus, tcs, OPTIONS)
+
+
+def test_one_feature_s_page_is_one_file_with_its_own_data_alone(built):
+    out, _, _ = built
+    page = feature_page(out, Feature("img", 1, 3))
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page and "default-src 'none'" in page
+    assert "src=" not in page.partition("<script>")[0] and not re.search(r"<link[^>]*\.css", page)
+    made = {}
+    for call in re.findall(r"^difffract\.(\w+)\((.*)\);$", script, re.MULTILINE):
+        made.setdefault(call[0], []).append(json.loads(f"[{call[1]}]".replace("<\\/", "</").replace("<\\!", "<!")))
+    assert made["only"] == [["img/1/f3"]]
+    record = calls(out / "data" / "img-1" / "0000.js")[2]["3"]
+    assert made["features"] == [["img/1", 0, {"3": record}]]
+    assert {site: columns["feature"] for site, columns in made["list"]} == {
+        name: [3] if name == "img/1" else [] for name in places(small())
+    }
+    shown = {number for _, prompts in made["prompts"] for number in prompts}
+    assert shown == {str(one[0]) for one in record["examples"]}
+    ((pictures,),) = made["pictures"]
+    assert set(pictures) == {"data/thumbs/0000.png", "data/img-1/0000.png"}
+    for path, address in pictures.items():
+        assert base64.b64decode(address.partition(",")[2]) == (out / path).read_bytes()
+    assert HOSTILE not in page and len(page) < 200_000
+
+
+def test_a_page_that_is_not_there_is_told(built, tmp_path):
+    out, _, _ = built
+    with pytest.raises(UserError, match="has no site img/9"):
+        feature_page(out, Feature("img", 9, 3))
+    with pytest.raises(UserError, match="has no page of img/1/f99; scan it"):
+        feature_page(out, Feature("img", 1, 99))
+    with pytest.raises(UserError, match="holds no scan of features"):
+        dfx.feature("img/1/f3", pages=tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    (copy / "data" / "thumbs" / "0000.png").unlink()
+    with pytest.raises(UserError, match=r"0000\.png is missing"):
+        feature_page(copy, Feature("img", 1, 3))
+    (copy / "data" / "index.js").write_text("difffract.index({", encoding="ascii")
+    with pytest.raises(UserError, match=r"index\.js is missing or damaged"):
+        feature_page(copy, Feature("img", 1, 3))
+
+
+def test_a_feature_shows_its_page_from_a_folder_or_from_a_scan(built, tmp_path):
+    out, _, _ = built
+    kept = dfx.feature("img/1/f3@2#1", pages=out)
+    assert kept.show().html == feature_page(out, Feature("img", 1, 3)) and repr(kept.scan) == repr(kept)
+    scanned = dfx.feature(
+        Feature("img", 1, 3), small().corpus.pipe, small().tcs, prompts=PROMPTS, run=small().corpus.run
+    )
+    assert "a scan of 7 prompts, when it is shown" in repr(scanned)
+    page = scanned.show(height=300)
+    page.save(tmp_path / "f3.html")
+    assert (tmp_path / "f3.html").read_text(encoding="utf-8") == page.html and "height:300px" in page._repr_html_()
+    shown = scanned.scan.examples
+    assert shown and all(PROMPTS[one.seed] == one.prompt for one in shown), "prompt number n starts from seed n"
+    assert scanned.show().html is page.html, "scanned once"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("img/f3", {}, "is not a feature"),
+        ("img/1/f3", {"pipe": 1}, "give both `pipe` and `tcs`"),
+        ("img/1/f3", {"prompts": 0}, "a scan needs prompts"),
+        ("img/1/f3", {"prompts": "a fox"}, "a scan needs prompts"),
+        ("img/1/f3", {"prompts": []}, "a scan needs prompts"),
+    ],
+)
+def test_what_names_no_scan_is_refused(name, given, said):
+    if "pipe" in given:
+        given = {"pipe": small().corpus.pipe}
+    with pytest.raises(UserError, match=said):
+        dfx.feature(name, **given)
+
+
+def test_a_count_of_prompts_is_the_organism_s_alone(built):
+    with pytest.raises(UserError, match="give `prompts` as texts"):
+        dfx.feature("img/1/f3", small().corpus.pipe, small().tcs)
+    with pytest.raises(UserError, match="give one of them"):
+        dfx.feature("img/1/f3", small().corpus.pipe, small().tcs, pages=built[0])

@@ -15,6 +15,7 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.cli.settings import ViewConfig
 from difffract_jax.cli.view import pages_address
 from difffract_jax.dashboards.features.addresses import open_pages
+from difffract_jax.dashboards.features.alone import feature_page
 from difffract_jax.dashboards.features.build import build_dashboards
 from difffract_jax.dashboards.features.request import DashboardOptions
 from difffract_jax.dashboards.features.texts import Text
@@ -217,3 +218,16 @@ def test_the_list_is_searched_and_sorted_and_features_are_labelled(tmp_path):
     assert found["marked"][:2] == ["false", "true"] and found["marked"].count("true") == 1
     before, after = found["commands"]
     assert before != after and "difffract trace MODEL TRANSCODERS" in after and "--target single/1/f5@" in after
+
+
+def test_one_feature_s_page_stands_by_itself(folder, tmp_path):
+    home = tmp_path / "alone"
+    home.mkdir()
+    (home / "index.html").write_text(feature_page(folder, Feature("img", 1, 3)), encoding="utf-8")
+    page, console = opened(home, tmp_path, "")
+    assert 'data-ready="img/1/f3"' in page and not console
+    text = text_of(page.partition("<main")[2].partition("<script>")[0])
+    assert "Strongest examples" in text and "Direct effect on pixels" in text and "Your own label" not in text
+    shown = page.partition("<main")[2].partition("</main>")[0]
+    assert "data:image/png" in shown and "data/thumbs" not in shown and "<img" not in shown
+    assert not re.search(r'<a [^>]*href="#', shown), "other features have no page here"

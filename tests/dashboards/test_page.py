@@ -116,4 +116,4 @@ def test_a_graph_too_large_for_a_page_is_refused_with_what_would_fit():
     fitting = prune(graph, node_threshold=float(nodes), edge_threshold=float(edges))
     assert shown_graph(fitting, limits=limits) is fitting
     with pytest.raises(UserError, match="even when pruned; raise --max-nodes"):
-        shown_graph(graph, limits=Limits(1, 1))
+        shown_graph(graph, limits=Limits(1, 1), name="big.npz")

@@ -12,6 +12,7 @@ record   the result on disk and in Python: `load_scan`
 texts    what features are called, from labels files and tables, and what a graph says of them
 addresses where a feature's page is, of those that have one
 pages    the folder: chunks of data as script files, sprite sheets, the page that reads them
+alone    of that folder one feature's page, as one file
 request  what is asked for, and what is refused before anything runs
 build    all of it, one output directory
 """

@@ -27,6 +27,9 @@ from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
 _LOG = logging.getLogger(__name__)
+CORPUS_SEED = 90_000
+"""World of the organism's captions that are scanned where a number of prompts is given; neither training nor labels use
+it."""
 MOST_TOKENS = 2**31
 """Tokens, those of all steps together, that counters hold: a bin of a histogram may count each of them."""
 

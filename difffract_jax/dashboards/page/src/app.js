@@ -368,12 +368,14 @@ export class App {
   }
 
   writeLink() {
+    if (this.extras.notebook) return; // a frame in a notebook has no address
     const state = this.store.link();
     if (location.hash.slice(1) === state) return;
     history.replaceState(null, "", state ? `#${state}` : location.pathname + location.search);
   }
 
   async copyLink() {
+    if (this.extras.notebook) return this.say("A page in a notebook has no address; save it as a file from Python.");
     this.writeLink();
     try {
       await navigator.clipboard.writeText(location.href);

@@ -24,7 +24,7 @@ export function header(app) {
     h("div", { class: "tools" }, app.undoButton, app.redoButton,
       button("svg", "SVG", "Save the drawing as SVG", () => app.exportSvg()),
       button("png", "PNG", "Save the drawing as PNG", () => app.exportPng()),
-      button("link", "Link", "Copy an address of this view (l)", () => app.copyLink()),
+      app.extras.notebook ? null : button("link", "Link", "Copy an address of this view (l)", () => app.copyLink()),
       button("theme", "◐", "Light or dark (d)", () => app.setTheme(!app.dark)),
       button("help", "?", "Keys (?)", () => app.help.showModal())));
 }

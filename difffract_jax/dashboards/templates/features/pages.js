@@ -6,8 +6,8 @@ const difffract = (() => {
     active: "how often it is active", prompts: "prompts in which it is active", peak: "largest value",
     usual: "mean value where active", effect: "direct effect on pixels", feature: "number", label: "label",
   };
-  let scan = null, open = null, rows = [];
-  const lists = new Map(), chunks = new Map(), prompts = new Map(), waiting = new Map();
+  let scan = null, open = null, rows = [], alone = ""; // alone: the one feature that a page of its own is about
+  const lists = new Map(), chunks = new Map(), prompts = new Map(), waiting = new Map(), pictures = new Map();
 
   // 1. Elements and numbers.
   function make(tag, attributes = {}, ...children) {
@@ -148,7 +148,7 @@ const difffract = (() => {
   }
   function sprite(path, place, columns) {
     const at = (i) => `${columns > 1 ? (100 * i) / (columns - 1) : 0}%`;
-    return { backgroundImage: `url("${path}")`, backgroundSize: `${100 * columns}% ${100 * columns}%`,
+    return { backgroundImage: `url("${pictures.get(path) || path}")`, backgroundSize: `${100 * columns}% ${100 * columns}%`,
       backgroundPosition: `${at(place % columns)} ${at(Math.floor(place / columns))}` };
   }
   function picture(prompt, grey) {
@@ -360,7 +360,7 @@ const difffract = (() => {
     $("page").replaceChildren(make("h1", { text: words }), make("p", { class: "soft", text: "Choose a feature of the list, or open one by its name." }));
   }
   async function show() {
-    const asked = decodeURIComponent(location.hash.slice(1)), parts = /^(\w+\/\d+)(?:\/f(\d+))?(?:[@#].*)?$/.exec(asked);
+    const asked = alone || decodeURIComponent(location.hash.slice(1)), parts = /^(\w+\/\d+)(?:\/f(\d+))?(?:[@#].*)?$/.exec(asked);
     document.body.classList.toggle("open", Boolean(parts && parts[2]));
     const site = parts && siteOf(parts[1]);
     if (!site) { open = null; await showSite($("site").value); return asked ? missing(`There is no feature ${asked} in this scan.`) : overview(); }
@@ -376,7 +376,7 @@ const difffract = (() => {
     if (!feature) return missing(`There is no page of ${name} in this scan.`);
     const [find, known] = await Promise.all([promptsOf(feature.examples.map((one) => one[0])), hasPage()]);
     if (open !== name) return undefined;
-    const [shown, commands] = examples(site, name, feature, find), body = [...title(site, name, feature), ownLabel(name, feature), facts(site, feature)];
+    const [shown, commands] = examples(site, name, feature, find), body = [...title(site, name, feature), ...(alone ? [] : [ownLabel(name, feature)]), facts(site, feature)];
     if (feature.examples.length) body.push(shown, make("h2", { text: "Activation" }), make("div", { class: "charts" }, histogram(site, feature), ...profile(site, feature)));
     else body.push(make("p", { text: `It was never active: none of the ${scan.prompts.toLocaleString("en")} prompts of this scan made it fire. It may fire for others.` }));
     body.push(...effect(site, name, feature), ...detects(feature), ...links(feature, known));
@@ -434,5 +434,7 @@ const difffract = (() => {
     list(site, value) { lists.set(site, value); },
     features(site, chunk, value) { chunks.set(`${site} ${chunk}`, value); },
     prompts(chunk, value) { prompts.set(chunk, value); },
+    pictures(value) { for (const [path, address] of Object.entries(value)) pictures.set(path, address); },
+    only(name) { alone = name; document.body.classList.add("alone"); },
   };
 })();
