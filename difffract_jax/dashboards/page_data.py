@@ -79,8 +79,6 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
             command = f"difffract prune {shlex.quote(name)} --node-threshold {nodes} --edge-threshold {edges}{flag}"
             command = f"`{command} --out pruned.npz`, and view pruned.npz"
             first = command if name else f"`prune(graph, {how})`, and show that"
-                f"`{command} --out pruned.npz`, and view pruned.npz" if name else f"`prune(graph, {how})`, show that"
-            )
             raise UserError(f"{_too_large(shown, limits, name or 'The graph')}; prune it first: {first}.")
     limit = "--max-nodes and --max-links" if name else "`limits`"
     raise UserError(f"{_too_large(shown, limits, name or 'The graph')}, even when pruned; raise {limit}.")
