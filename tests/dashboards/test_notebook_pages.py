@@ -130,7 +130,7 @@ def test_an_image_is_pixels_or_a_file(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "image.png")
     address = shown(Image.fromarray(pixels)).address
     for image in (pixels, Image.fromarray(pixels), tmp_path / "image.png"):
-        assert extras(circuit().show(image=image).html)["images"] == [{"address": address, "step": None}]
+        assert extras(circuit().show(image=image).html)["images"] == [{"address": address, "step": None, "size": None}]
     with pytest.raises(UserError, match=r"shape \(8, 8, 3\) and type float64; give pixels"):
         circuit().show(image=pixels / 255)
     assert "graph.show(pipe)" in extras(circuit().show().html)["image_note"]
