@@ -312,7 +312,7 @@ def test_images_that_are_kept_are_used_without_the_model(difffract, told_run):
 
 
 def test_an_embedded_model_of_another_release_is_no_failure(difffract, told_run, monkeypatch):
-    def refuse(graph, model):
+    def refuse(graph, model, lora):
         raise UserError("The graph was traced in another model.")
 
     monkeypatch.setattr(cli_view, "_model_at_hand", lambda graph: "organism")
@@ -325,7 +325,9 @@ def test_an_image_that_cannot_be_kept_is_shown_all_the_same(difffract, told_run,
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cli_view, "_made", lambda graph, model: KeptImages(np.zeros((3, 8, 8, 3), np.uint8), (0, 1)))
+    monkeypatch.setattr(
+        cli_view, "_made", lambda graph, model, lora: KeptImages(np.zeros((3, 8, 8, 3), np.uint8), (0, 1))
+    )
     monkeypatch.setattr(image_files, "keep", full)
     status, told, err = difffract("view", "run.npz", "--model", "organism")
     assert status == 0 and told["image"].startswith("finished") and "No space left on device" in err
