@@ -154,10 +154,10 @@ def moved(engine, row, block, added):
         weights, first = record.weights.stacks[stack], info.layout.firsts[stack]
         for layer in range(layout_of(prepared).layers[stack]):
             one, frozen = slice_layer((weights, record.frozen[stack]), layer)
-            own = [
-                (site.stack, *slice_layer((site.layers, values, errors), layer))
-                for site, values, errors in zip(sites[part], sources.values[part], sources.errors[part], strict=True)
-            ]
+            own = []
+            for one_site, values, errors in zip(sites[part], sources.values[part], sources.errors[part], strict=True):
+                mine = slice_layer((one_site.layers, values, errors), layer)
+                own.append((None if one_site.stack is None else slice_layer(one_site.stack, mine[0].slot), *mine))
             scores = {"scores": added} if first + layer == block else {}
             joined = sequences(h, one.groups)
             after, acts = one(joined, record.cond, frozen=frozen, mlp=lambda i, x, own=own: write(*own[i], x), **scores)
