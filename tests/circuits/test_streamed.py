@@ -345,6 +345,20 @@ def test_attention_is_explained_alike(resident, streamed, both):
     close(list(found[1].values()), [found[0][pair] for pair in found[1]], 1e-4)
 
 
+def test_attention_is_explained_with_all_decoder_rows_in_memory(streamed):
+    pipe, tcs = streamed
+    trace = capture(pipe, tcs, PROMPT)
+    options = {"target": strongest_feature(trace, tcs, "img", 2), "attention": "explained"}
+    with pytest.raises(UserError, match='prepare the trace with rows="held"'):
+        attribute(prepare(trace, tcs, rows="streamed"), tcs, **options)
+    try:
+        allow(4_000)  # where rows would be streamed
+        graph = attribute(trace, tcs, max_nodes=4, max_scores=6, **options)
+    finally:
+        allow(None)
+    assert np.any(graph.node_head >= 0)
+
+
 def test_a_graph_is_validated_alike(resident, streamed, both):
     target = strongest_feature(both[0], resident[1], "img", 2)
     graph = attribute(both[0], resident[1], target=target, max_nodes=8, min_attribution=0.0)

@@ -94,7 +94,9 @@ def attribute(
     if attention == "explained":
         check_explainable(trace, max_scores, mesh)
     options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
-    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options, rows="auto")
+    outputs = tuple(one for one, _ in wanted if isinstance(one, Output))
+    # What explains attention runs all blocks in one program, so that it needs all decoder rows at once.
+    engine = make_engine(trace, tcs, outputs, options, rows="auto" if attention == "frozen" else "held")
     roots, weights = _roots(engine, wanted)
     state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
     batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)
