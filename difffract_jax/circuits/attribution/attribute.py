@@ -86,11 +86,13 @@ def attribute(
 
     Raises:
         UserError: if a target does not exist, is inactive or is not traced, contradicts another, is reached by no
-            source, or a number is out of range.
+            source, or a number is out of range; or if attention is neither frozen nor explained, or cannot be explained.
     """
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
+    if attention not in ("frozen", "explained"):
+        raise UserError(f"attention must be frozen or explained, but got {attention!r}.")
     if attention == "explained":
         check_explainable(trace, max_scores, mesh)
     options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
