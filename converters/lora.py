@@ -188,7 +188,7 @@ def _told_beside(file: Path) -> dict[str, Any]:
         if text is None and file.name.startswith("adapter_model") and config.is_file():
             text = config.read_text(encoding="utf-8")
         told = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{file} has settings that are not valid JSON ({error}); download or save it again.") from None
     return told if isinstance(told, dict) else {}
 
