@@ -86,7 +86,8 @@ def attribute(
 
     Raises:
         UserError: if a target does not exist, is inactive or is not traced, contradicts another, is reached by no
-            source, or a number is out of range; or if attention is neither frozen nor explained, or cannot be explained.
+            source, or a number is out of range; or if attention is neither frozen nor explained, or cannot be
+            explained.
     """
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
