@@ -303,7 +303,7 @@ def residuals(
         sources: where to evaluate the affine map.
     """
     with jax.default_matmul_precision("highest"):
-        if by_program(record):
+        if by_program(record) or streams_layers([one.stack for one in sites]):
             return _entering(record, sites, sources, looped=True)
         return _residuals(record, sites, sources)
 
