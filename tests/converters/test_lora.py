@@ -321,6 +321,15 @@ def test_settings_that_give_no_alpha_are_refused_in_a_sentence(tmp_path, setting
         read_lora(tmp_path)
 
 
+def test_a_lora_of_another_model_is_refused_before_a_transformer_and_its_base_are_read(home, tmp_path, monkeypatch):
+    tensors, told = WRONG["another base by its sizes"]
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr("difffract_jax.loading._load", lambda *names, **options: pytest.fail("weights were read"))
+    alone = home / "diffusers" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=told):
+        load_pipeline(alone, base=home / "diffusers", lora=[tmp_path / "x.safetensors"])
+
+
 def test_a_file_that_is_not_there_or_a_whole_model_is_named(home):
     with pytest.raises(UserError, match=r"There is no LoRA .*gone\.safetensors; give a \.safetensors file"):
         load_pipeline(home / "ours", lora=["gone.safetensors:0.5"])
