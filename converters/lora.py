@@ -169,7 +169,9 @@ def _module(
             f"of shape {down.shape} have no rank in common; download or save it again."
         )
     alpha = (
-        _told_alpha(told, name, down.shape[0]) if alpha_key is None else float(source.read(alpha_key).reshape(-1)[0])
+        _told_alpha(file, told, name, down.shape[0])
+        if alpha_key is None
+        else float(source.read(alpha_key).reshape(-1)[0])
     )
     values = {keys["down"]: down, keys["up"]: up, alpha_key or f"the alpha of {name}": np.asarray(alpha or 0.0)}
     bad = next((key for key, array in values.items() if not np.isfinite(array).all()), None)
@@ -182,25 +184,31 @@ def _told_beside(file: Path) -> dict[str, Any]:
     """Returns the settings that diffusers writes into the header, by part; or PEFT into a file beside its own."""
     config = file.parent / "adapter_config.json"
     text = TensorFile(file).metadata.get("lora_adapter_metadata")
-    if text is None and file.name.startswith("adapter_model") and config.is_file():
-        text = config.read_text(encoding="utf-8")
     try:
+        if text is None and file.name.startswith("adapter_model") and config.is_file():
+            text = config.read_text(encoding="utf-8")
         told = json.loads(text or "{}")
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{file} has settings that are not valid JSON ({error}); download or save it again.") from None
     return told if isinstance(told, dict) else {}
 
 
-def _told_alpha(told: Mapping[str, Any], name: str, rank: int) -> float | None:
+def _told_alpha(file: Path, told: Mapping[str, Any], name: str, rank: int) -> float | None:
     """Returns the alpha of a module by such settings; None if they do not say."""
     part = next(
         (f"{one}." for one in ("transformer", "text_encoder", "text_encoder_2") if name.startswith(f"{one}.")), ""
     )
+    part = part if told.get(f"{part}lora_alpha") is not None else ""  # PEFT's settings are of one model
     if told.get(f"{part}lora_alpha") is None:
         return None
-    patterns = told.get(f"{part}alpha_pattern") or {}
-    own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name))
-    alpha = float(next(own, told[f"{part}lora_alpha"]))
+    try:
+        patterns = told.get(f"{part}alpha_pattern") or {}
+        own = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?({pattern})", name))
+        alpha = float(next(own, told[f"{part}lora_alpha"]))
+    except (AttributeError, TypeError, ValueError, re.error):
+        raise UserError(
+            f"{file} has settings that give {name} an alpha that is not a number; download or save it again."
+        ) from None
     # A rank-stabilised LoRA is divided by the root of its rank.
     return alpha * math.sqrt(rank) if told.get(f"{part}use_rslora") else alpha
 

@@ -104,8 +104,9 @@ def load_pipeline(
     """
     opened = open_loras((lora,) if isinstance(lora, str | Path) else lora)
     refuse_whole(model, base, revision)
-    if opened and base is None:  # what does not fit is told before the weights are read
-        check_loras(opened, pipeline_shapes(model, revision=revision))
+    if opened:  # what does not fit is told before the weights are read
+        config = described_pipeline(model, base=base, variant=variant, revision=revision)
+        check_loras(opened, {name: getattr(config, name) for name in PARTS})
     places = {"weights": weights, "text_encoders": text_encoders or weights, "verify": verify}
     options = {"revision": revision, "base": base, "variant": variant, "dtype": dtype, "sharding": sharding}
     return with_loras(_load(model, **options, **places), opened)
@@ -188,9 +189,10 @@ def described_pipeline(
         revision: of a repository: branch, tag or commit.
     """
     if base is not None:
-        refuse_whole(model, base)
+        refuse_whole(model, base, revision)
         home = base_directory(base, variant=variant).path
-        return completed_config(checkpoint(model, variant=variant, completed=True).path, home, variant=variant)
+        path = checkpoint(model, revision=revision, variant=variant, completed=True).path
+        return completed_config(path, home, variant=variant)
     if str(model) in PRESETS and not Path(model).is_dir():
         return preset_config(str(model))
     path = pipeline_directory(model, revision=revision, parts=()).path

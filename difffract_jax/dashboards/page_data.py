@@ -25,6 +25,7 @@ from difffract_jax.graphs.arrays import DTYPES, OF_SCORES
 from difffract_jax.graphs.graph import INPUT, KINDS, OUTPUT, Graph
 from difffract_jax.graphs.groups import identity
 from difffract_jax.graphs.json_values import to_json_values
+from difffract_jax.graphs.loras import texts_of
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.pruning import prune
@@ -247,6 +248,7 @@ def _facts(graph: Graph) -> list[list[str]]:
         "seed": run.seed,
         "denoising steps": ", ".join(map(str, told.steps)) or run.step,
         "model": run.model and hash_text(run.model),
+        "LoRA": texts_of(run.loras),
         "transcoders": told.transcoders and hash_text(told.transcoders),
         "pruned": told.pruning
         and f"{told.pruning.mode}, nodes {told.pruning.node_threshold:g}, edges {told.pruning.edge_threshold:g}",

@@ -222,8 +222,8 @@ def decoder_rows(work: Work, *, bounded: bool) -> int:
 
     Args:
         work: with transcoders.
-        bounded: whether rows that take more than their share of the memory are streamed, as in `attribute` and
-            `total_effects`.
+        bounded: whether rows that take more than their share of the memory are streamed, as in `attribute` with
+            attention frozen and in `total_effects`.
     """
     assert work.tcs is not None
     config, names = work.tcs.config, work.tcs.sites.names
@@ -272,14 +272,15 @@ def _attribute(work: Work, weights: Mapping[str, int], *, bounded: bool) -> list
 
 
 def _trace(work: Work) -> list[Phase]:
-    encode, pull = _attribute(work, _recorded_weights(work), bounded=True)
+    encode, pull = _attribute(work, _recorded_weights(work), bounded=not work.explained)
     return [*_capture(work), encode, pull, *([_explain(work, encode)] if work.explained else [])]
 
 
 def _explain(work: Work, encode: Phase) -> Phase:
     """Counts one block's scores: each target's gradients, values and pattern, and what is sorted of them."""
     one = work.shapes["transformer"].heads * work.seq**2 * WIDE
-    return Phase("explain attention", {**encode.held, "scores": (work.explained + 2) * one}, 3 * one)
+    decoders = decoder_rows(work, bounded=False) if work.streamed else 0
+    return Phase("explain attention", {**encode.held, "scores": (work.explained + 2) * one}, 3 * one + decoders)
 
 
 def _again(work: Work) -> list[Phase]:

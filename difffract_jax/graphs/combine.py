@@ -196,9 +196,9 @@ _Weighted = list[tuple[Graph, NDArray[np.int64], float]]
 
 def _largest(graph: Graph, place: Int64[np.ndarray, "node"], count: int) -> Float64[np.ndarray, "union"]:
     """Returns the values of a graph's nodes; of several that become one the largest, 0 for those it lacks."""
-    values = np.zeros(count)
+    values = np.full(count, -np.inf)  # scores of attention may all be negative
     np.maximum.at(values, place, graph.node_value.astype(np.float64))
-    return values
+    return np.where(np.isneginf(values), 0, values)
 
 
 def _edges(graphs: _Weighted) -> dict[str, np.ndarray]:

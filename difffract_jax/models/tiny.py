@@ -3,7 +3,6 @@
 1. Shapes: 3 double- and 2 single-stream blocks, width 32, 48 x 48 pixels = 36 image tokens, 40 text tokens.
 2. Weights: normal noise everywhere, biases and norm scales included, so that nothing is trivially zero or one.
 3. Tokenizers: one token per character.
-
 4. Schedule: FLUX.1[schnell]'s, or of a model that takes guidance FLUX.1[dev]'s, shifted by image size.
 
 Its images are noise; nothing it shows means anything. The mathematics is FLUX's.

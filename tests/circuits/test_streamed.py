@@ -24,7 +24,7 @@ from difffract_jax.circuits.effects.effect_tables import strongest
 from difffract_jax.circuits.effects.readings import Mode, scaled
 from difffract_jax.circuits.effects.total_effects import total_effects
 from difffract_jax.circuits.frozen import streamed_sites
-from difffract_jax.circuits.frozen.replacement import prepare
+from difffract_jax.circuits.frozen.replacement import prepare, residuals
 from difffract_jax.circuits.frozen.streamed_sites import RowLayers
 from difffract_jax.circuits.frozen.targets import Targets
 from difffract_jax.circuits.notation.edits import Edit
@@ -161,6 +161,13 @@ def test_decoder_rows_that_fit_are_held(streamed):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.map(lambda *leaves: np.stack(leaves), *read), one.stack)
         (shape,) = {jax.tree.structure(leaf) for leaf in read}
         assert shape == jax.tree.structure(other.stack.abstract())
+
+
+def test_residual_streams_are_the_same_where_decoder_rows_alone_are_streamed(resident, streamed):
+    trace = capture(resident[0], streamed[1], PROMPT)
+    held, rows = (residuals(*prepare(trace, streamed[1], rows=which).steps[0]) for which in ("held", "streamed"))
+    for one, other in zip(held, rows, strict=True):
+        close(other, one, 1e-5)
 
 
 def test_no_transcoder_is_fetched_for_blocks_without(resident, saved, tmp_path):
@@ -343,6 +350,20 @@ def test_attention_is_explained_alike(resident, streamed, both):
         )
     assert found[0].keys() == found[1].keys()
     close(list(found[1].values()), [found[0][pair] for pair in found[1]], 1e-4)
+
+
+def test_attention_is_explained_with_all_decoder_rows_in_memory(streamed):
+    pipe, tcs = streamed
+    trace = capture(pipe, tcs, PROMPT)
+    options = {"target": strongest_feature(trace, tcs, "img", 2), "attention": "explained"}
+    with pytest.raises(UserError, match='prepare the trace with rows="held"'):
+        attribute(prepare(trace, tcs, rows="streamed"), tcs, **options)
+    try:
+        allow(4_000)  # where rows would be streamed
+        graph = attribute(trace, tcs, max_nodes=4, max_scores=6, **options)
+    finally:
+        allow(None)
+    assert np.any(graph.node_head >= 0)
 
 
 def test_a_graph_is_validated_alike(resident, streamed, both):

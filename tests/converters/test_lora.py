@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from converters.check import record_transformer
 from converters.export import export_pipeline
 from converters.flux import FLUX_DIFFUSERS
+from converters.lora import read_lora
 from converters.mapping import save_tree
 from converters.text_encoders import CLIP_TRANSFORMERS, T5_TRANSFORMERS
 from converters.torch_files import TransformerInputs
@@ -303,6 +304,30 @@ def test_what_does_not_fit_is_refused_in_a_sentence_before_weights_are_read(home
     with pytest.raises(UserError, match=told) as caught:
         load_pipeline(home / "ours", lora=[tmp_path / "x.safetensors"])
     assert "x.safetensors" in str(caught.value) and str(caught.value).count(". ") == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (b'{"lora_alpha": "\xff"}', "has settings that are not valid JSON"),
+        (b'{"lora_alpha": "much"}', f"settings that give {ONE} an alpha that is not a number"),
+        (b'{"lora_alpha": 1, "alpha_pattern": {"(": 1}}', f"settings that give {ONE} an alpha that is not a number"),
+    ],
+)
+def test_settings_that_give_no_alpha_are_refused_in_a_sentence(tmp_path, settings, told):
+    save_file(GOOD, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_bytes(settings)
+    with pytest.raises(UserError, match=told):
+        read_lora(tmp_path)
+
+
+def test_a_lora_of_another_model_is_refused_before_a_transformer_and_its_base_are_read(home, tmp_path, monkeypatch):
+    tensors, told = WRONG["another base by its sizes"]
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.setattr("difffract_jax.loading._load", lambda *names, **options: pytest.fail("weights were read"))
+    alone = home / "diffusers" / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(UserError, match=told):
+        load_pipeline(alone, base=home / "diffusers", lora=[tmp_path / "x.safetensors"])
 
 
 def test_a_file_that_is_not_there_or_a_whole_model_is_named(home):

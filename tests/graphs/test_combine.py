@@ -11,7 +11,7 @@ from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.combine import average, difference
 from difffract_jax.graphs.comparison import compare
-from difffract_jax.graphs.graph import ERROR, OUTPUT, REST, Graph
+from difffract_jax.graphs.graph import ERROR, OUTPUT, REST, SCORE, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import KnownRun, Origin, PooledPath, Provenance
 from difffract_jax.graphs.pruning import prune
@@ -75,6 +75,19 @@ def test_the_average_of_one_and_of_twice_the_same_is_the_graph_itself():
         assert set(combined.provenance.combined.occurs_in.values()) == {1.0}
     nothing = difference(graph, graph)
     assert not nothing.edge_attribution.size and nothing.node_kind.size == aggregate(graph).node_kind.size
+
+
+def test_scores_below_their_mean_stay_negative():
+    graph = random_graph(3)
+    score = np.arange(graph.node_kind.size) == np.flatnonzero(graph.node_kind == REST)[0]
+    graph = replace(
+        graph,
+        node_kind=np.where(score, SCORE, graph.node_kind).astype(np.uint8),
+        node_value=np.where(score, -2.5, graph.node_value).astype(np.float32),
+        node_head=np.where(score, 0, -1).astype(np.int16),
+    )
+    found = average([graph, graph])
+    assert found.node_value[found.node_kind == SCORE].tolist() == [-2.5]
 
 
 def test_it_tells_which_graphs_went_in_and_where_each_node_occurs(tmp_path):

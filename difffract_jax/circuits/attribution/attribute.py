@@ -86,15 +86,20 @@ def attribute(
 
     Raises:
         UserError: if a target does not exist, is inactive or is not traced, contradicts another, is reached by no
-            source, or a number is out of range.
+            source, or a number is out of range; or if attention is neither frozen nor explained, or cannot be
+            explained.
     """
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
+    if attention not in ("frozen", "explained"):
+        raise UserError(f"attention must be frozen or explained, but got {attention!r}.")
     if attention == "explained":
         check_explainable(trace, max_scores, mesh)
     options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
-    engine = make_engine(trace, tcs, tuple(one for one, _ in wanted if isinstance(one, Output)), options, rows="auto")
+    outputs = tuple(one for one, _ in wanted if isinstance(one, Output))
+    # What explains attention runs all blocks in one program, so that it needs all decoder rows at once.
+    engine = make_engine(trace, tcs, outputs, options, rows="auto" if attention == "frozen" else "held")
     roots, weights = _roots(engine, wanted)
     state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
     batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)

@@ -33,6 +33,7 @@ from difffract_jax.circuits.trace.record import Record
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import OUTPUT, SCORE
 from difffract_jax.graphs.held_paths import ExplainedAttention
+from difffract_jax.models.streaming import streams_layers
 
 
 def check_explainable(trace: Trace | Span | Prepared, max_scores: int, mesh: Mesh | None) -> None:
@@ -44,7 +45,8 @@ def check_explainable(trace: Trace | Span | Prepared, max_scores: int, mesh: Mes
         mesh: devices.
 
     Raises:
-        UserError: if it is a span or spread over devices, or the number is negative.
+        UserError: if it is a span or spread over devices, or was prepared with decoder rows that are streamed; or the
+            number is negative.
     """
     if max_scores < 0:
         raise UserError(f"max_scores must be 0 or more, but got {max_scores}.")
@@ -52,6 +54,8 @@ def check_explainable(trace: Trace | Span | Prepared, max_scores: int, mesh: Mes
         raise UserError("Attention is explained within one step, not over several; trace a single step, as --step 1.")
     if mesh is not None and mesh.size > 1:
         raise UserError("Attention is explained on one device as yet; leave the mesh out.")
+    if isinstance(trace, Prepared) and streams_layers([one.stack for step in trace.steps for one in step.sites]):
+        raise UserError('Attention is explained with all decoder rows in memory; prepare the trace with rows="held".')
 
 
 def add_scores(state: Expansion, engine: Engine, most: int) -> tuple[Expansion, tuple[ExplainedAttention, ...]]:

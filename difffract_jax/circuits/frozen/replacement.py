@@ -112,8 +112,8 @@ def prepare(
         active: places for features per position, per group, at least as many as are active; counted if left out. Given
             the same, traces of one size share every compiled program.
         rows: where transcoders are streamed, what becomes of the decoder rows of active features: `held`, `streamed`,
-            from where the transcoders lie, for `attribute` and `total_effects` alone; or `auto`, streamed if they would
-            take more than `ROWS_SHARE` of the memory that is free.
+            from where the transcoders lie, for `attribute` with attention frozen and `total_effects` alone; or `auto`,
+            streamed if they would take more than `ROWS_SHARE` of the memory that is free.
 
     Raises:
         UserError: if the transcoders have sites outside the trace, or are not those that it was prepared with.
@@ -303,7 +303,7 @@ def residuals(
         sources: where to evaluate the affine map.
     """
     with jax.default_matmul_precision("highest"):
-        if by_program(record):
+        if by_program(record) or streams_layers([one.stack for one in sites]):
             return _entering(record, sites, sources, looped=True)
         return _residuals(record, sites, sources)
 

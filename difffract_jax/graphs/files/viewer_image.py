@@ -42,7 +42,8 @@ def image_input(graph: Graph, column: Int64[np.ndarray, "node"], address: str) -
             "leave --by-position or --image out."
         )
     positions = np.full(grid[0] * grid[1], -1, np.int64)
-    patches = np.flatnonzero((graph.node_stream == IMG) & (graph.node_kind != OUTPUT))
+    placed = graph.node_position >= 0 if graph.by_position else True  # the rest of a block's attention scores is not
+    patches = np.flatnonzero((graph.node_stream == IMG) & (graph.node_kind != OUTPUT) & placed)
     patches = patches[graph.node_step[patches] == graph.node_step[patches].max(initial=-1)]
     place = np.maximum(graph.node_position[patches], 0)
     inside = place < positions.size

@@ -168,7 +168,10 @@ def test_graphs_with_scores_are_combined_and_compared(graphs):
 @pytest.mark.parametrize("by_position", [True, False])
 def test_the_viewers_document_holds_scores_and_is_read_back(graphs, by_position):
     options = ViewerOptions(by_position=by_position, slug="a")
-    document = viewer_json.to_document(graphs[0], "circuit-tracer", options)
+    document = viewer_json.to_document(graphs[0], "circuit-tracer", options, image="data:image/png;base64,aGk=")
+    heads, places = (document["metadata"][name] for name in ("prompt_tokens", "image_input"))
+    found = [heads[place] for place in places["image_positions"] if place >= 0]
+    assert found and all(head.startswith("img[") if by_position else head == "img" for head in found)
     ids = [node["node_id"] for node in document["nodes"]]
     assert len({*ids}) == len(ids)
     again, ours = graph_of(document), graphs[0] if by_position else aggregate(graphs[0])
