@@ -205,13 +205,12 @@ class PlanConfig(Settings):
     text_tokens: int | None = Field(None, ge=1)
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     steps: int | None = Field(None, ge=1)
-    """Denoising steps; the model's own default when left out. What `dashboards` counts takes memory per step."""
+    """Denoising steps of a run, which count for `dashboards`, `harvest` and `evaluate`; the model's own default when
+    left out."""
     guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Guidance scale, which takes no memory; refused for a model that takes none."""
     step: Annotated[str, BeforeValidator(str)] = Field("0", pattern=r"^\d+(-\d+)?$")
     """Denoising step that is recorded, or steps, as in 0-3."""
-    steps: int | None = Field(None, ge=1)
-    """Denoising steps of the runs of `harvest` and `evaluate`; the model's own default when left out."""
     tokens_per_step: int | None = Field(None, ge=1)
     """Most tokens of a prompt that a site reports at a step of `harvest`; all when left out."""
     dtype: Literal["f32", "bf16"] = "bf16"
