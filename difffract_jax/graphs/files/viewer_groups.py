@@ -242,7 +242,7 @@ def _listed(value: Any, part: str, source: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise UserError(f"The {part} of {source} are not a list, so no groups can be made of them; save the view again.")
+        raise UserError(f"The {part} of {source} are not a list, so they hold no groups; save the view again.")
     return value
 
 
