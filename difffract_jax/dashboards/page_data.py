@@ -84,20 +84,20 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     raise UserError(f"{_too_large(shown, limits, name or 'The graph')}, even when pruned; raise {limit}.")
 
 
-def check_difference(graph: Graph, limits: Limits) -> None:
+def check_difference(graph: Graph, limits: Limits, limit: str = "--max-nodes and --max-links") -> None:
     """Refuses a difference of two graphs that is larger than a page may hold, as it has the nodes of both.
 
     Args:
         graph: the difference.
         limits: what a page may hold.
+        limit: what raises them, for the message.
 
     Raises:
         UserError: if it is too large.
     """
     if not _fits(graph, limits):
         raise UserError(
-            f"{_too_large(graph, limits, 'The difference of the two graphs')}; prune both first, or raise --max-nodes "
-            "and --max-links."
+            f"{_too_large(graph, limits, 'The difference of the two graphs')}; prune both first, or raise {limit}."
         )
 
 
