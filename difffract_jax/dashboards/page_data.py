@@ -72,10 +72,11 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     shown = graph if by_position else summed_where_possible(graph)
     if _fits(shown, limits):
         return shown
-    flag = " --by-position" if by_position else ""
+    positions = by_position or shown.by_position  # which pruning would sum over, unless told not to
+    flag = " --by-position" if positions else ""
     for nodes, edges in LADDER:
         if _fits(prune(shown, node_threshold=nodes, edge_threshold=edges, by_position=True), limits):
-            how = f"node_threshold={nodes}, edge_threshold={edges}{', by_position=True' if by_position else ''}"
+            how = f"node_threshold={nodes}, edge_threshold={edges}{', by_position=True' if positions else ''}"
             command = f"difffract prune {shlex.quote(name)} --node-threshold {nodes} --edge-threshold {edges}{flag}"
             command = f"`{command} --out pruned.npz`, and view pruned.npz"
             first = command if name else f"`prune(graph, {how})`, and show that"
