@@ -22,7 +22,7 @@ from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.image_files import KeptImages, read_image, shown, shown_images
 from difffract_jax.dashboards.page_data import Limits, check_difference, leads_forward, shown_graph
-from difffract_jax.dashboards.page_labels import grouped, labels_of, labels_told
+from difffract_jax.dashboards.page_labels import grouped, labels_of, texts_by_feature
 from difffract_jax.dashboards.render import write_report
 from difffract_jax.dashboards.viewer_page import PageParts, ShownImage, viewer_page
 from difffract_jax.display import one_line
@@ -96,7 +96,7 @@ class GraphPage(Page):
         self._widget: Any = None
         if find_spec("anywidget") is not None:
             made = import_module("difffract_jax.dashboards.widget")
-            groups = made.as_json(parts.groups or found_groups(graph))
+            groups = made.as_json(parts.groups or supernode_groups(graph))
             self._widget = made.PageWidget(whole, key=self._key, title=self.title, height=height, groups=groups)
 
     @property
@@ -178,7 +178,7 @@ def frame(content: str, title: str, height: int, key: str = "") -> str:
     )
 
 
-def found_groups(graph: Graph) -> Groups:
+def supernode_groups(graph: Graph) -> Groups:
     """Returns the supernodes of a graph as groups of a file.
 
     Args:
@@ -251,7 +251,9 @@ def show_graph(
 def _labels(graph: Graph, labels: Labels | Mapping[str, str] | None) -> dict[str, str]:
     if labels is None:
         return labels_of(graph, None)
-    return labels_told(graph, labels) if isinstance(labels, Labels) else {str(k): str(v) for k, v in labels.items()}
+    return (
+        texts_by_feature(graph, labels) if isinstance(labels, Labels) else {str(k): str(v) for k, v in labels.items()}
+    )
 
 
 def _images(graph: Graph, pipe: Any, image: Any) -> list[ShownImage]:
