@@ -31,7 +31,7 @@ BATCH = 16
 """Prompts computed together."""
 
 
-class Found(NamedTuple):
+class Scanned(NamedTuple):
     """What is known of a feature.
 
     Attributes:
@@ -64,9 +64,9 @@ class FeatureView:
         self._pipe, self._tcs, self._prompts, self._run = pipe, tcs, prompts, run
 
     @cached_property
-    def _found(self) -> Found:
+    def _scanned(self) -> Scanned:
         if self.pages is not None:
-            return Found(feature_page(self.pages, self.feature), load_scan(self.pages).of(self.feature))
+            return Scanned(feature_page(self.pages, self.feature), load_scan(self.pages).of(self.feature))
         ours = self._pipe is None
         pipe = load_pipeline("organism") if self._pipe is None else self._pipe
         tcs = load_transcoders("organism") if self._tcs is None else self._tcs
@@ -79,12 +79,12 @@ class FeatureView:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "pages"
             build_dashboards(corpus, tcs, out, options)
-            return Found(feature_page(out, self.feature), load_scan(out).of(self.feature))
+            return Scanned(feature_page(out, self.feature), load_scan(out).of(self.feature))
 
     @property
     def scan(self) -> FeatureScan:
         """How often the feature is active, how strongly, and its examples; scanned when first asked for."""
-        return self._found.scan
+        return self._scanned.scan
 
     def show(self, *, height: int = HEIGHT) -> Page:
         """Returns the feature's page, as `difffract dashboards` makes it: a notebook shows it, `save` writes it.
@@ -95,10 +95,10 @@ class FeatureView:
         Raises:
             UserError: if the folder has no page of the feature, or the scan is refused, as by `build_dashboards`.
         """
-        return Page(f"feature {self.feature}", self._found.page, height)
+        return Page(f"feature {self.feature}", self._scanned.page, height)
 
     def __repr__(self) -> str:
-        if "_found" in self.__dict__:
+        if "_scanned" in self.__dict__:
             return repr(self.scan)
         counted = self._prompts if isinstance(self._prompts, int) else len(self._prompts)
         source = (

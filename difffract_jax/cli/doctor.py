@@ -33,6 +33,7 @@ EXTRAS = {
     "tensorboard": ("tensorboardX",),
     "wandb": ("wandb",),
     "networkx": ("networkx",),
+    "notebook": ("anywidget", "traitlets"),
 }
 """Extra -> the packages that it brings."""
 PATIENCE = 60.0

@@ -219,7 +219,7 @@ def export(settings: ExportConfig, *, json: bool) -> None:
     are shown only when the address names them. The list of graphs and what is known of features lie beside the graph.
     Neuronpedia must know the model that `--scan` names. Groups that are made there come back with --groups.
 
-    Example: `difffract export pruned.npz --format circuit-tracer --out shown/red-circle.json`
+    Example: `difffract export pruned.npz --format circuit-tracer --out red-circle.json`
     """
     opt.check_out(settings.out, SUFFIXES[settings.format])
     from difffract_jax.cli.graph_files import read

@@ -181,7 +181,9 @@ def _root(
 @app.command()
 @opt.command(DemoConfig, layers=(), fills="out")
 def demo(settings: DemoConfig, *, json: bool) -> None:
-    """Generate an image and trace a circuit, end to end, on the embedded model. Needs no files.
+    """Make an image, trace why it has a colour, edit and validate that circuit, and write a report of it all.
+
+    It runs on the embedded model and needs no files.
 
     Example: `difffract demo --out demo`
     """

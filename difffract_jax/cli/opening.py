@@ -117,7 +117,7 @@ def _work(command: str, given: dict[str, Any], *, host: bool) -> Any:
     """Returns the command's work with weights on the device; None where it cannot be counted: loading tells why."""
     try:
         given = given | {"dtype": type_of(given)}
-        names = {"model", "base", "variant", "transcoders", "sites", "height", "width", "text_tokens"}
+        names = {"model", "base", "variant", "transcoders", "sites", "height", "width", "text_tokens", "step", "steps"}
         names |= {"dtype", "model_dtype", "transcoder_dtype", "batch", "expansion_batch", "output", "embeddings"}
         names |= {"step", "steps"}
         asked = asked_of(command, {"sites": ("*/*",)} | {name: given[name] for name in names & given.keys()})

@@ -107,7 +107,8 @@ def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
             check_difference(between, limits)
         theirs = known_labels(second, settings.labels, settings.compare)
         labels = theirs | labels  # the second has features that the first lacks
-        other_images, note = images_of(second, settings.model_copy(update={"graph": settings.compare, "image": None}))
+        only_first = {"image": None, "lora": ()}  # the second's LoRAs are those that it was traced with
+        other_images, note = images_of(second, settings.model_copy(update=only_first | {"graph": settings.compare}))
         other_note = note.partition("; give ")[0].removesuffix(".") + "." if note else ""  # --image is of the first
     names = {name for graph in (shown, other) if graph is not None for name in feature_names(graph)} - {""}
     pages = None if settings.pages is None else open_pages(settings.pages, whole.provenance.transcoders)
@@ -135,6 +136,11 @@ def _groups_path(settings: ViewConfig) -> Path:
     from difffract_jax.graphs.groups import SUFFIX
 
     beside = settings.graph.with_name(settings.graph.stem + SUFFIX)
+    if settings.groups is None and is_foreign(beside):
+        raise UserError(
+            f"{beside} is another viewer's, and the page would save over it; give it another name, and that name with "
+            "--groups."
+        )
     if settings.groups is None or not is_foreign(settings.groups):
         return settings.groups or beside
     if beside.exists():

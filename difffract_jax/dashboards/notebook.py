@@ -21,14 +21,15 @@ from PIL import Image
 from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.image_files import KeptImages, read_image, shown, shown_images
-from difffract_jax.dashboards.page_data import Limits, leads_forward, shown_graph
-from difffract_jax.dashboards.page_labels import grouped, labels_of, labels_told
+from difffract_jax.dashboards.page_data import Limits, check_difference, leads_forward, shown_graph
+from difffract_jax.dashboards.page_labels import grouped, labels_of, texts_by_feature
 from difffract_jax.dashboards.render import write_report
 from difffract_jax.dashboards.viewer_page import PageParts, ShownImage, viewer_page
 from difffract_jax.display import one_line
 from difffract_jax.graphs.combine import difference
+from difffract_jax.graphs.files.viewer_groups import read_any_groups
 from difffract_jax.graphs.graph import Graph
-from difffract_jax.graphs.groups import Groups, check_about, identity, read_groups
+from difffract_jax.graphs.groups import Groups, check_about, identity
 from difffract_jax.graphs.names import node_name, node_names
 
 HEIGHT = 720
@@ -95,7 +96,7 @@ class GraphPage(Page):
         self._widget: Any = None
         if find_spec("anywidget") is not None:
             made = import_module("difffract_jax.dashboards.widget")
-            groups = made.as_json(parts.groups or found_groups(graph))
+            groups = made.as_json(parts.groups or supernode_groups(graph))
             self._widget = made.PageWidget(whole, key=self._key, title=self.title, height=height, groups=groups)
 
     @property
@@ -177,7 +178,7 @@ def frame(content: str, title: str, height: int, key: str = "") -> str:
     )
 
 
-def found_groups(graph: Graph) -> Groups:
+def supernode_groups(graph: Graph) -> Groups:
     """Returns the supernodes of a graph as groups of a file.
 
     Args:
@@ -207,7 +208,8 @@ def show_graph(
         pipe: the pipeline of its run, which makes the image beside it, and what each traced step predicted.
         image: that image instead: of Pillow, pixels [height, width, rgb] from 0 to 255, or the path of a file.
         labels: what features stand for: of `load_labels`, or text by name; the organism's own are known.
-        groups: to open with: `Groups`, or the path of a .groups.json.
+        groups: to open with: `Groups`, or the path of a .groups.json, or of what circuit-tracer's viewer or Neuronpedia
+            saved.
         compare: a second graph, shown beside it, with their difference.
         by_position: show single positions.
         limits: the largest graph that a page may hold.
@@ -220,7 +222,7 @@ def show_graph(
     told = _labels(graph, labels)
     sums = {"by_position": by_position, "limits": limits}
     page = grouped(shown_graph(graph, **sums))
-    opened = read_groups(Path(groups), graph) if isinstance(groups, str | Path) else groups
+    opened = read_any_groups(Path(groups), graph) if isinstance(groups, str | Path) else groups
     if opened is not None:
         check_about(opened, graph, "`groups`")
     parts = PageParts(
@@ -234,11 +236,14 @@ def show_graph(
         if by_position:
             raise UserError("Two graphs are compared as sums over positions; leave by_position out.")
         between = difference(graph, compare)
+        between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
+        if between is not None:
+            check_difference(between, limits or Limits(), "`limits`")
         parts = parts._replace(
             labels=_labels(compare, labels) | told,
             other=shown_graph(compare, **sums),
             other_title=f"Second: {node_name(compare, compare.target)}",
-            difference=between if leads_forward(between) else None,
+            difference=between,
         )
     return GraphPage(page, parts, graph, height)
 
@@ -246,7 +251,9 @@ def show_graph(
 def _labels(graph: Graph, labels: Labels | Mapping[str, str] | None) -> dict[str, str]:
     if labels is None:
         return labels_of(graph, None)
-    return labels_told(graph, labels) if isinstance(labels, Labels) else dict(labels)
+    return (
+        texts_by_feature(graph, labels) if isinstance(labels, Labels) else {str(k): str(v) for k, v in labels.items()}
+    )
 
 
 def _images(graph: Graph, pipe: Any, image: Any) -> list[ShownImage]:

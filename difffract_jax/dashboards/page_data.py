@@ -73,10 +73,11 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     shown = graph if by_position else summed_where_possible(graph)
     if _fits(shown, limits):
         return shown
-    flag = " --by-position" if by_position else ""
+    positions = by_position or shown.by_position  # which pruning would sum over, unless told not to
+    flag = " --by-position" if positions else ""
     for nodes, edges in LADDER:
         if _fits(prune(shown, node_threshold=nodes, edge_threshold=edges, by_position=True), limits):
-            how = f"node_threshold={nodes}, edge_threshold={edges}{', by_position=True' if by_position else ''}"
+            how = f"node_threshold={nodes}, edge_threshold={edges}{', by_position=True' if positions else ''}"
             command = f"difffract prune {shlex.quote(name)} --node-threshold {nodes} --edge-threshold {edges}{flag}"
             command = f"`{command} --out pruned.npz`, and view pruned.npz"
             first = command if name else f"`prune(graph, {how})`, and show that"
@@ -85,20 +86,20 @@ def shown_graph(graph: Graph, *, by_position: bool = False, limits: Limits | Non
     raise UserError(f"{_too_large(shown, limits, name or 'The graph')}, even when pruned; raise {limit}.")
 
 
-def check_difference(graph: Graph, limits: Limits) -> None:
+def check_difference(graph: Graph, limits: Limits, limit: str = "--max-nodes and --max-links") -> None:
     """Refuses a difference of two graphs that is larger than a page may hold, as it has the nodes of both.
 
     Args:
         graph: the difference.
         limits: what a page may hold.
+        limit: what raises them, for the message.
 
     Raises:
         UserError: if it is too large.
     """
     if not _fits(graph, limits):
         raise UserError(
-            f"{_too_large(graph, limits, 'The difference of the two graphs')}; prune both first, or raise --max-nodes "
-            "and --max-links."
+            f"{_too_large(graph, limits, 'The difference of the two graphs')}; prune both first, or raise {limit}."
         )
 
 

@@ -51,10 +51,12 @@ def labels_of(graph: Graph, file: Path | None, *, figures: bool = False) -> dict
     shipped = file is None
     if shipped and graph.provenance.transcoders != loads(ORGANISM_LABELS.read_text(encoding="utf-8"))["transcoders"]:
         return {}  # before an object is made of every example of every feature
-    return labels_told(graph, read_labels(ORGANISM_LABELS if file is None else file), str(file), figures=figures)
+    return texts_by_feature(graph, read_labels(ORGANISM_LABELS if file is None else file), str(file), figures=figures)
 
 
-def labels_told(graph: Graph, labels: Labels, source: str = "`labels`", *, figures: bool = False) -> dict[str, str]:
+def texts_by_feature(
+    graph: Graph, labels: Labels, source: str = "`labels`", *, figures: bool = False
+) -> dict[str, str]:
     """Returns what the graph's features stand for, by labels of its transcoders.
 
     Args:

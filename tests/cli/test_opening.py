@@ -36,6 +36,12 @@ def model(tmp_path_factory):
     return home
 
 
+def test_steps_that_are_named_count():
+    given = {"model": "organism", "transcoders": "organism"}
+    works = [opening._work("dashboards", given | more, host=True) for more in ({}, {"steps": 9})]
+    assert [work.scanned for work in works] == [4, 9]
+
+
 def test_auto_streams_what_does_not_fit_and_says_so(monkeypatch, capsys, model, tmp_path):
     images = []
     for name, options in {"whole": (), "streamed": ("--memory", "400KB", "--no-preflight")}.items():

@@ -285,6 +285,7 @@ def test_documents_whose_sums_would_run_in_circles_are_reported_and_compared(dif
     assert 'id="graph-b"' in page and 'id="graph-difference"' not in page
     said = refused(difffract("prune", "a.json"))
     assert "Summed over positions, edges of the graph run in a circle, " in said and "with --by-position" in said
+    assert " --by-position --out pruned.npz`" in refused(difffract("view", "a.json", "--max-nodes", 20))
     done(difffract("prune", "a.json", "--by-position"))
 
 

@@ -149,6 +149,9 @@ def test_a_served_page_saves_over_nothing_of_another_viewer(difffract):
     before = contents()
     said = refused(difffract("view", "a.npz", "--serve", "--groups", "shown/a.json"), before)
     assert "is another viewer's, so that the page would save as a.groups.json, which exists" in said
+    Path("a.groups.json").write_text('{"pinnedIds": []}', encoding="utf-8")
+    said = refused(difffract("view", "a.npz", "--serve"), before)
+    assert "a.groups.json is another viewer's, and the page would save over it" in said
     Path("a.groups.json").unlink()
     serve = ViewConfig(graph=Path("a.npz"), serve=True, groups=Path("shown/a.json"))
     assert cli_view._groups_path(serve) == Path("a.groups.json")

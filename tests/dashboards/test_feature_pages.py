@@ -319,6 +319,9 @@ def test_a_page_that_is_not_there_is_told(built, tmp_path):
     (copy / "data" / "thumbs" / "0000.png").unlink()
     with pytest.raises(UserError, match=r"0000\.png is missing"):
         feature_page(copy, Feature("img", 1, 3))
+    (copy / "data" / "index.js").write_text("difffract.index({})", encoding="ascii")
+    with pytest.raises(UserError, match="The data in .* are damaged; make the dashboards again"):
+        feature_page(copy, Feature("img", 1, 3))
     (copy / "data" / "index.js").write_text("difffract.index({", encoding="ascii")
     with pytest.raises(UserError, match=r"index\.js is missing or damaged"):
         feature_page(copy, Feature("img", 1, 3))

@@ -43,8 +43,13 @@ def framed(page):
 
 def extras(content):
     """Returns what lies in a page beside its graph."""
-    text = content.partition('id="extras">')[2].partition("<")[0]
-    return json.loads(zlib.decompress(base64.b64decode(text), -15))
+    return json.loads(block(content, "extras"))
+
+
+def block(content, name):
+    """Returns the bytes that lie in a page by a name."""
+    text = content.partition(f'id="{name}">')[2].partition("<")[0]
+    return zlib.decompress(base64.b64decode(text), -15)
 
 
 def named(graph, node, name):
@@ -141,7 +146,9 @@ def test_an_image_is_pixels_or_a_file(tmp_path):
 def test_labels_are_texts_or_those_of_the_transcoders():
     graph = circuit()
     name = next(name for name in feature_names(graph) if name)
-    assert '"labels"' not in graph.show(labels={name: "red things"}).title
+    assert b'"red things"' not in block(graph.show().html, "graph")
+    assert b'"red things"' in block(graph.show(labels={name: "red things"}).html, "graph")
+    assert b'"7"' in block(graph.show(labels={name: 7}).html, "graph")
     with pytest.raises(UserError, match="labels of other transcoders"):
         graph.show(labels=Labels({}, "others", {}))
 
@@ -151,6 +158,8 @@ def test_two_graphs_lie_side_by_side():
     assert 'id="graph-b"' in page.html and 'id="graph-difference"' in page.html
     with pytest.raises(UserError, match="leave by_position out"):
         circuit().show(compare=circuit(1), by_position=True)
+    with pytest.raises(UserError, match="The difference of the two graphs has .* or raise `limits`"):
+        circuit().show(compare=circuit(1), limits=notebook.Limits(70, 100_000))
 
 
 def test_a_graph_that_is_too_large_is_refused_with_what_makes_it_fit():

@@ -27,9 +27,19 @@ def feature_page(directory: str | Path, feature: Feature) -> str:
     Raises:
         UserError: if the directory holds no scan, is not whole, or has no page of the feature.
     """
-    folder, site, number = Path(directory) / "data", f"{feature.stream}/{feature.block}", feature.feature
-    name = f"{site}/f{number}"
+    site = f"{feature.stream}/{feature.block}"
     load_scan(directory).site(site)
+    try:
+        return _of_feature(Path(directory), site, feature.feature)
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise UserError(f"The data in {directory} are damaged; make the dashboards again.") from None
+
+
+def _of_feature(directory: Path, site: str, number: int) -> str:
+    """Returns the page of a feature of a site that was scanned."""
+    folder, name = directory / "data", f"{site}/f{number}"
     (index,) = _call(folder / "index.js")
     _, columns = _call(folder / folder_of(site) / "list.js")
     if number not in columns["feature"]:

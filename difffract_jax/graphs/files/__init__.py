@@ -9,11 +9,5 @@ viewer_document their documents, read and checked
 viewer_graph    their documents, taken for graphs; viewer_links: the nodes that links join
 viewer_groups   groups that were made in these viewers
 feature_files   examples of features, for the same viewers; run_features: those that a graph tells
-tables of fields
-reference_json  the reference's JSON, read and written; reference_fields: what is read of it
-viewer_json     graphs for circuit-tracer's viewer and for Neuronpedia
-viewer_document their documents, read and checked
-viewer_graph    their documents, taken for graphs; viewer_links: the nodes that links join
-feature_files   examples of features, for the same viewers
 tables          GraphML and CSV
 """

@@ -97,7 +97,7 @@ def _view(view: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(view.get("pinnedIds"), str):
         view["pinnedIds"] = [name for name in view["pinnedIds"].split(",") if name]
     if isinstance(view.get("supernodes"), str):
-        with suppress(ValueError):  # else it stays a string, which is refused
+        with suppress(ValueError, RecursionError):  # else it stays a string, which is refused
             view["supernodes"] = json.loads(view["supernodes"] or "[]")
     return view
 

@@ -171,7 +171,7 @@ def document_labels(path: Path, graph: Graph) -> dict[str, str]:
     for node, name in zip(documented_order(read_document(path)), feature_names(graph), strict=True):
         label, own = node.get("clerp"), re.split("[@#]", str(node.get("name", name)))[0]
         if name and isinstance(label, str) and label.strip() and not f"{label} ".startswith(f"{own} "):
-            labels.setdefault(name, label)
+            labels.setdefault(name, label.removesuffix(f" · {own}"))  # which `export` puts behind a known label
     return labels
 
 
@@ -203,8 +203,10 @@ def _called(nodes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> _Called
 
 
 def _view_of_address(address: str) -> dict[str, Any]:
-    """Returns the view that an address shows."""
-    query = parse_qs(urlsplit(address).query)
+    """Returns the view that an address shows; an empty one of what is no address."""
+    query: dict[str, list[str]] = {}
+    with suppress(ValueError):  # as of [ without ]
+        query = parse_qs(urlsplit(address).query)
     return {name: values[-1] for name, values in query.items() if name in PARTS}
 
 
@@ -235,12 +237,12 @@ def _listed(value: Any, part: str, source: str) -> list[Any]:
     if isinstance(value, str):
         if part == "pinnedIds":
             return [name for name in value.split(",") if name]
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             value = json.loads(value or "[]")
     if value is None:
         return []
     if not isinstance(value, list):
-        raise UserError(f"The {part} of {source} are no list, so no groups can be made of them; save the view again.")
+        raise UserError(f"The {part} of {source} are not a list, so they hold no groups; save the view again.")
     return value
 
 

@@ -138,6 +138,9 @@ def test_labels_of_a_document_are_those_that_say_more_than_the_name(tmp_path):
     assert document_labels(path, read_graph(path)) == {"txt/0/f928": "the word a"}
     ours = written(tmp_path / "g.json", document_of(GRAPH, labels={feature_names(GRAPH)[FEATURES[0]]: "round"}))
     assert [*document_labels(ours, read_graph(ours)).values()] == ["round"]
+    name = feature_names(GRAPH)[FEATURES[0]]
+    again = written(tmp_path / "g.json", document_of(GRAPH, labels={name: f"round · {name}"}))
+    assert [*document_labels(again, read_graph(again)).values()] == ["round"]
     GRAPH.save(tmp_path / "g.npz")
     assert document_labels(tmp_path / "g.npz", GRAPH) == {}
 
@@ -148,13 +151,15 @@ def test_labels_of_a_document_are_those_that_say_more_than_the_name(tmp_path):
         (DOCUMENT | {"qParams": {"pinnedIds": "9_9_9"}}, "names the node '9_9_9', which the graph does not have"),
         (DOCUMENT | {"qParams": {"pinnedIds": [3, 4]}}, "names the node '3' and 1 more"),
         (DOCUMENT | {"qParams": {"supernodes": "[[1]]"}}, "the supernodes of its qParams are not lists of names"),
-        (DOCUMENT | {"qParams": {"clerps": "{"}}, "The clerps of PATH are no list"),
+        (DOCUMENT | {"qParams": {"clerps": "{"}}, "The clerps of PATH are not a list"),
+        (DOCUMENT | {"qParams": {"clerps": "[" * 100_000}}, "The clerps of PATH are not a list"),
         (DOCUMENT | {"qParams": {"clerps": '[["a"]]'}}, "are not pairs of a feature and its label"),
         (DOCUMENT | {"qParams": {"clerps": '[["a", "b"]]'}}, "labels the node 'a', which the graph does not have"),
         (DOCUMENT | {"nodes": [], "qParams": {}}, "it has no nodes"),
-        ({"supernodes": "x"}, "The supernodes of PATH are no list"),
+        ({"supernodes": "x"}, "The supernodes of PATH are not a list"),
         ({"supernodes": [["a", "9_9_9"]]}, "names the node '9_9_9'"),
         ({"pinnedIds": ""}, "holds no pinnedIds, supernodes or clerps"),
+        ("https://[a.org/?pinnedIds=9_9_9", "holds no pinnedIds, supernodes or clerps"),
         ("https://a.org/?slug=g", "holds no pinnedIds, supernodes or clerps"),
         ({"format": "other"}, "is not a file of groups"),
         ("no groups", "is not JSON"),
