@@ -1,4 +1,4 @@
-"""Edits of groups by their names, as the viewer saved them, for `steer`."""
+"""Edits of groups by their names, as a viewer saved them, for `steer`."""
 
 from difffract_jax.circuits.notation.edits import Edit
 from difffract_jax.circuits.notation.group_edits import group_edit

@@ -119,7 +119,6 @@ def _work(command: str, given: dict[str, Any], *, host: bool) -> Any:
         given = given | {"dtype": type_of(given)}
         names = {"model", "base", "variant", "transcoders", "sites", "height", "width", "text_tokens", "step", "steps"}
         names |= {"dtype", "model_dtype", "transcoder_dtype", "batch", "expansion_batch", "output", "embeddings"}
-        names |= {"step", "steps"}
         asked = asked_of(command, {"sites": ("*/*",)} | {name: given[name] for name in names & given.keys()})
         return workload(command, asked, host=host)
     except UserError:

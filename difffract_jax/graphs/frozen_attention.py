@@ -11,7 +11,8 @@ from difffract_jax.graphs.graph import SCORE, Graph, subgraph
 def without_scores(graph: Graph) -> Graph:
     """Returns a graph without its attention scores; one that has none as it is.
 
-    What scores add to a target stands in its bias with the opposite sign, and is taken out of both.
+    What scores add to a target stands in its bias with the opposite sign, and is taken out of both. Features that were
+    expanded for a score's sake stay, and influence and graph scores remain those of the graph with scores.
 
     Args:
         graph: any graph.
