@@ -92,10 +92,7 @@ def attribute(
     wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
-    if attention not in ("frozen", "explained"):
-        raise UserError(f"attention must be frozen or explained, but got {attention!r}.")
-    if attention == "explained":
-        check_explainable(trace, max_scores, mesh)
+    _check_attention(attention, trace, max_scores, mesh)
     options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
     outputs = tuple(one for one, _ in wanted if isinstance(one, Output))
     # What explains attention runs all blocks in one program, so that it needs all decoder rows at once.
@@ -140,6 +137,13 @@ def _origins(info: TraceInfo, tcs: TranscoderSet) -> dict[str, str] | None:
     """Returns where on the hub model and transcoders came from; None if neither did."""
     origins = {"model_origin": info.model_origin, "transcoders_origin": tcs.origin}
     return {role: origin for role, origin in origins.items() if origin} or None
+
+
+def _check_attention(attention: str, trace: Trace | Span | Prepared, max_scores: int, mesh: Mesh | None) -> None:
+    if attention not in ("frozen", "explained"):
+        raise UserError(f"attention must be frozen or explained, but got {attention!r}.")
+    if attention == "explained":
+        check_explainable(trace, max_scores, mesh)
 
 
 def _check_numbers(max_nodes: int, expansion_batch: int, min_attribution: float, target_batch: int | None) -> None:
