@@ -31,7 +31,7 @@ def browser(profile: Path) -> Iterator[Any]:
         context = play.chromium.launch_persistent_context(
             str(profile), executable_path=chromium(), args=list(FLAGS), viewport={"width": 1280, "height": 720}
         )
-        context.set_default_timeout(10_000)
+        context.set_default_timeout(30_000)
         yield context
         context.close()
 
@@ -61,7 +61,7 @@ class Watched:
         return [url for url in self.requests if url.partition("#")[0] != own and not url.startswith(("data:", "blob:"))]
 
 
-def until(page: Any, expression: str, argument: Any = None, seconds: float = 10) -> None:
+def until(page: Any, expression: str, argument: Any = None, seconds: float = 30) -> None:
     """Waits until an expression holds. Playwright's own wait evaluates text in the page, which its policy forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression, argument):

@@ -83,7 +83,8 @@ def test_what_is_made_in_a_page_comes_to_python_and_to_its_other_views(live):
     first.locator("input.rename").fill("red </script>")
     first.locator("input.rename").press("Enter")
     first.locator("[data-slider=node_threshold]").fill("0.5")
-    until(outer, "window.saved.at(-1)?.pruning.node_threshold === 0.5")
+    sent_all = "last?.pruning.node_threshold === 0.5 && last.selected === name && name in last.groups.names"
+    until(outer, f"(name) => {{ const last = window.saved.at(-1); return {sent_all}; }}", name)
     sent = outer.evaluate("window.saved.at(-1)")
     page.widget.set_state({key: sent[key] for key in ("groups", "selected", "pruning")})
     assert "the circle" in page.groups.groups and page.groups.names == {name: "red </script>"}
