@@ -35,6 +35,8 @@ export function join(app) {
     try {
       const read = readGroups(JSON.stringify(data.groups), app.graphs.a);
       app.store.edit((doc) => Object.assign(doc, read));
+      // Not sent back: it would undo what another view has done meanwhile.
+      last = JSON.stringify({ ...JSON.parse(last), groups: made(app).groups });
     } catch (error) {
       app.say(error.message);
     }
