@@ -28,6 +28,7 @@ SHORTER = {
     r"--k 2,4,8,16": "--k 2,4",
     r"--images 200": "--images 8",
     r"--prompts 256": "--prompts 8",
+    r"difffract evaluate (?!--)": "difffract evaluate --prompts-count 16 --velocity-count 4 --scored 16 ",
 }
 """What is written otherwise for the test, so that it takes a minute a page."""
 ELSEWHERE = ("pip ", "hf ", "pytest", "HYPOTHESIS_PROFILE", "XLA_FLAGS", "python benchmarks/", "mkdocs ")
