@@ -89,12 +89,11 @@ def to_target(engine: Engine, chosen: ChosenScores) -> dict[str, Any]:
 
 def to_scores(engine: Engine, chosen: ChosenScores, most: int) -> dict[str, Any]:
     """Holds edges from features into scores against the features' removal, with live norms."""
-    prepared, info = engine.steps[0], engine.infos[0]
-    entering, table, pairs = entering_blocks(prepared), engine.table, []
+    info, entering, table, pairs = engine.infos[0], entering_blocks(engine, 0), engine.table, []
     features = np.flatnonzero((table.kind == FEATURE) & (table.value > 0))
     for i in range(chosen.block.size):
         columns = np.array([[chosen.head[i], chosen.query[i], chosen.key[i]]], np.int32)
-        sides = sides_of_block(prepared, int(chosen.block[i]) - info.recorded[0], columns, entering)
+        sides = sides_of_block(engine, 0, int(chosen.block[i]) - info.recorded[0], columns, entering)
         edges = (sides.query + sides.key)[0]
         best = features[np.argmax(np.abs(edges[features]))]
         pairs.append((abs(edges[best]), i, int(best), edges[best]))

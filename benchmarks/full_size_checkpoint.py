@@ -31,7 +31,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from converters.autoencoder import AUTOENCODER_DIFFUSERS
-from converters.export import descriptions, write_json
+from converters.descriptions import descriptions
+from converters.export import write_json
 from converters.flux import FLUX_DIFFUSERS
 from converters.mapping import Rule, source_shapes
 from converters.text_encoders import CLIP_PREFIX, T5_TRANSFORMERS, clip_tables
@@ -39,8 +40,8 @@ from converters.transcoders import stacked_transcoders
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIP_L, CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import MMDiT
-from difffract_jax.models.pipeline import GenerationDefaults, PipelineConfig
 from difffract_jax.models.presets import PRESETS
+from difffract_jax.models.runs import GenerationDefaults, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.t5 import T5_XXL, T5Config, T5Encoder
@@ -209,13 +210,13 @@ def _write(
     values: Callable[[str], Iterator[np.ndarray]],
     say: Callable[[str], None],
 ) -> None:
-    """Writes a file in pieces, under another name until it is complete; one that is there already is kept."""
+    """Writes a file tensor by tensor, under another name until it is complete; one that is there already is kept."""
     if path.exists():
         say(f"{path} is there already")
         return
     partial = path.with_name(f".{path.name}.partial")
-    pieces = (piece.astype(dtype) for key in shapes for piece in values(key))
-    write_tensors(partial, [(key, dtype, shape) for key, shape in shapes.items()], pieces)
+    tensors = (np.concatenate([piece.astype(dtype) for piece in values(key)]) for key in shapes)
+    write_tensors(partial, [(key, dtype, shape) for key, shape in shapes.items()], tensors)
     missing = TensorFile(partial).missing_bytes
     assert not missing, f"{path.name} lacks {missing} bytes"
     os.replace(partial, path)

@@ -13,6 +13,11 @@
 
     python benchmarks/training.py [--size 512,8192,4096] [--repeats 5] [--dead 0.1] [--json]
     python benchmarks/training.py --preset gpu        # width and features of FLUX, products in bfloat16, no PyTorch
+    python benchmarks/training.py --overlap           # whole trainings, see below
+
+`--overlap` trains on the organism, rows of the next refresh made while steps run (`overlap=on`) and not (`off`), in
+turn, with the buffer on the device and on the host, and with rows from files; seconds by the clock, from the end of the
+first refresh on. Weights of both are compared: they are the same, bit for bit.
 """
 
 import argparse
@@ -22,6 +27,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,11 +41,12 @@ PARSER.add_argument("--dead", type=float, default=0.0, help="share of features t
 PARSER.add_argument("--only", help="contestants to run, separated by commas")
 PARSER.add_argument("--threads", type=int, default=1, help="processor threads; 0 leaves the choice to the libraries")
 PARSER.add_argument("--repeats", type=int, default=5, help="steps of each whose median is taken")
+PARSER.add_argument("--overlap", action="store_true", help="measure whole trainings, overlapped and not")
 PARSER.add_argument("--json", action="store_true", help="print one JSON document instead of the table")
 
 ARGS = PARSER.parse_args() if __name__ == "__main__" else PARSER.parse_args([])
 ON_CPU = ARGS.preset == "cpu"
-ONE_THREAD = ON_CPU and ARGS.threads == 1
+ONE_THREAD = ON_CPU and ARGS.threads == 1 and not ARGS.overlap
 if ONE_THREAD and __name__ == "__main__":
     # One core, and one thread in every pool: all must be set before JAX and PyTorch start.
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
@@ -49,10 +56,18 @@ if ONE_THREAD and __name__ == "__main__":
 import jax  # noqa: E402  (after the settings above)
 import jax.numpy as jnp  # noqa: E402
 
+from difffract_jax.cli.models import rows_in, world_of  # noqa: E402
+from difffract_jax.config import provenance  # noqa: E402
+from difffract_jax.loading import load_pipeline  # noqa: E402
 from difffract_jax.sharding import make_mesh  # noqa: E402
+from difffract_jax.storage.checkpoint import tree_hash  # noqa: E402
 from difffract_jax.transcoders.objective import ActivationRows, Objective  # noqa: E402
+from difffract_jax.transcoders.settings import TrainConfig  # noqa: E402
+from difffract_jax.transcoders.sources import open_sampler  # noqa: E402
 from difffract_jax.transcoders.state import init_params, init_state, measure_moments  # noqa: E402
 from difffract_jax.transcoders.step import Recipe, jit_step, optimizer  # noqa: E402
+from difffract_jax.transcoders.store import write_store  # noqa: E402
+from difffract_jax.transcoders.training import Watch, train  # noqa: E402
 from difffract_jax.transcoders.transcoder import TranscoderConfig  # noqa: E402
 
 WIDTH, FEATURES, BATCH = map(int, (ARGS.size or ("512,8192,4096" if ON_CPU else "3072,49152,4096")).split(","))
@@ -254,9 +269,75 @@ def measure_all() -> dict[str, Any]:
     return record
 
 
+TRAINING = {"model": "organism", "prompts": "world", "sites": ("img/*", "txt/*"), "expansion": 8, "k": 16, "batch": 512}
+TRAINING |= {"buffer_rows": 8192, "refresh": 0.5, "steps": 72, "log_every": 8, "checkpoint_every": 1000, "warmup": 8}
+ROUND = 8
+"""Steps of a round: rows are made anew after as many."""
+
+
+def overlapped(repeats: int, **changes: Any) -> dict[str, Any]:
+    """Trains the organism's transcoders, overlapped and not, in turn.
+
+    Args:
+        repeats: trainings of each.
+        changes: of `TRAINING`.
+
+    Returns:
+        The machine, and for each place that rows come from the medians, the median of the pairs' ratios, and whether
+        all weights are the same.
+    """
+    pipe, record = load_pipeline("organism"), machine()
+    del record["size"], record["threads"]
+    given = TRAINING | changes
+    with tempfile.TemporaryDirectory() as home:
+        stored = {"train": open_rows_of(pipe, given)}
+        write_store(stored, {"train": 32}, Path(home) / "rows", {})
+        places = {"buffer on the device": {}, "buffer on the host": {"buffer": "host"}}
+        places["rows from files"] = {
+            "rows": str(Path(home) / "rows"),
+            "model": None,
+            "prompts": None,
+            "sites": ("*/*",),
+        }
+        rows: dict[str, Any] = {}
+        for name, more in places.items():
+            taken, weights = [], []
+            for repeat in range(repeats):
+                pair = []
+                for overlap in ("off", "on"):
+                    out = Path(home) / f"{name}-{repeat}-{overlap}"
+                    one, made = trained(pipe, given | more | {"overlap": overlap, "out": out})
+                    pair.append(one)
+                    weights.append(made)
+                taken.append(pair)
+            off, on = (statistics.median(column) for column in zip(*taken, strict=True))
+            ratio = statistics.median(after / before for before, after in taken)
+            same = all(tree_hash(weights[0]) == tree_hash(each) for each in weights)
+            rows[name] = {"off, s": round(off, 2), "on, s": round(on, 2), "on / off": round(ratio, 3), "same": same}
+    return record | {"steps": rows}
+
+
+def open_rows_of(pipe: Any, given: dict[str, Any]) -> Any:
+    """Returns the organism's rows, as a training with these settings has them."""
+    settings = TrainConfig(**{name: value for name, value in given.items() if name not in ("overlap", "out")}, out="o")
+    return open_sampler(settings, pipe, "train", caption=world_of(settings))
+
+
+def trained(pipe: Any, given: dict[str, Any]) -> tuple[float, Any]:
+    """Trains; returns the seconds from the end of the first round on, and the weights."""
+    settings, times = TrainConfig(**given), {}
+    source = rows_in(settings, "train") if settings.rows else open_rows_of(pipe, given)
+
+    def progress(step: int, total: int, means: Any) -> None:
+        times[step] = time.perf_counter()
+
+    done = train(settings, source, provenance("train", settings), Watch(progress, lambda sentence: None))
+    return times[settings.steps] - times[2 * ROUND], done.transcoders.stacks
+
+
 def main() -> None:
     """Prints the machine, then a table; or one JSON document."""
-    record = measure_all()
+    record = overlapped(ARGS.repeats) if ARGS.overlap else measure_all()
     if ARGS.json:
         sys.stdout.write(json.dumps(record, indent=1) + "\n")
         return

@@ -70,7 +70,7 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
     if problems:
         raise UserError(
             f"The configuration of the {allow.component} cannot be converted; {'; '.join(problems)}. "
-            "Convert a pipeline of the FLUX.1 architecture, without these attributes."
+            "Convert a plain pipeline of FLUX, without these attributes."
         )
     return {name: attributes.get(name, default) for name, default in allow.read.items()}
 

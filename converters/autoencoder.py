@@ -1,9 +1,10 @@
-"""The autoencoder from a diffusers directory (`AutoencoderKL`): one table of rules and an allow-list.
+"""The autoencoder from a diffusers directory (`AutoencoderKL`, or FLUX.2's): tables of rules and allow-lists.
 
 1. `autoencoder_config_from_diffusers` reads its `config.json`.
 2. `AUTOENCODER_DIFFUSERS` maps its keys. The placeholders `{level}` and `{resnet}` stand in key and leaf alike, so one
    table serves any number of levels; rows for parts that a checkpoint does not have match nothing.
-3. The engine applies it: convolutions from [out in rows cols] to [rows cols in out], matrices transposed.
+3. `AUTOENCODER_FLUX2` has the batch norm's statistics of `AutoencoderKLFlux2` as well.
+4. The engine applies them: convolutions from [out in rows cols] to [rows cols in out], matrices transposed.
 
 Early checkpoints name the attention's matrices `query`, `key`, `value` and `proj_attn`, or store them as 1x1
 convolutions; the engine refuses these keys, or shapes, by name.
@@ -13,9 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.allow_list import REQUIRED, AllowList, read_attributes
-from converters.mapping import Rule, conv, transpose
+from converters.mapping import Ignored, Rule, conv, transpose
 from difffract_jax.config import UserError
-from difffract_jax.models.autoencoder import AutoencoderConfig
+from difffract_jax.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
 
 
 def _conv(source: str, target: str) -> tuple[Rule, Rule]:
@@ -68,25 +69,34 @@ AUTOENCODER_DIFFUSERS = (
     *_conv("post_quant_conv", "post_quant_conv"),
 )
 """`AutoencoderKL`."""
+AUTOENCODER_FLUX2 = (
+    *AUTOENCODER_DIFFUSERS,
+    Rule("bn.running_mean", "latents.mean"),
+    Rule("bn.running_var", "latents.variance"),
+)
+"""`AutoencoderKLFlux2`."""
+FLUX2_IGNORED = (Ignored("bn.num_batches_tracked", "counts batches of training"),)
+"""Its keys that no rule uses."""
 
+_SHAPE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": REQUIRED,
+    "down_block_types": REQUIRED,
+    "up_block_types": REQUIRED,
+    "layers_per_block": 1,
+    "norm_num_groups": 32,
+    # Absent from the files of older versions, which always had all three.
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+# `sample_size` sizes the tiles of tiled decoding; `force_upcast` is about float16, which we do not offer.
+_INERT = frozenset(("_diffusers_version", "_name_or_path", "sample_size", "force_upcast"))
 _ALLOWED = AllowList(
     component="autoencoder",
-    read={
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": 4,
-        "block_out_channels": REQUIRED,
-        "down_block_types": REQUIRED,
-        "up_block_types": REQUIRED,
-        "layers_per_block": 1,
-        "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
-        "shift_factor": None,
-        # Absent from the files of older versions, which always had all three.
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-        "mid_block_add_attention": True,
-    },
+    read=_SHAPE | {"scaling_factor": 0.18215, "shift_factor": None},
     fixed={
         "_class_name": ("AutoencoderKL",),
         "act_fn": ("silu",),
@@ -94,13 +104,23 @@ _ALLOWED = AllowList(
         "latents_mean": (None,),
         "latents_std": (None,),
     },
-    # `sample_size` sizes the tiles of tiled decoding; `force_upcast` is about float16, which we do not offer.
-    inert=frozenset(("_diffusers_version", "_name_or_path", "sample_size", "force_upcast")),
+    inert=_INERT,
+)
+_FLUX2_ALLOWED = AllowList(
+    component="FLUX.2 autoencoder",
+    read=_SHAPE | {"latent_channels": 32, "layers_per_block": 2, "batch_norm_eps": 1e-4},
+    fixed={
+        "_class_name": ("AutoencoderKLFlux2",),
+        "act_fn": ("silu",),
+        "decoder_block_out_channels": (None,),
+        "patch_size": ([2, 2], (2, 2)),
+    },
+    inert=_INERT | {"batch_norm_momentum"},
 )
 
 
 def autoencoder_config_from_diffusers(attributes: Mapping[str, object]) -> AutoencoderConfig:
-    """Reads the configuration of an `AutoencoderKL`.
+    """Reads the configuration of an `AutoencoderKL`, or of an `AutoencoderKLFlux2`.
 
     Args:
         attributes: the contents of its `config.json`.
@@ -111,7 +131,16 @@ def autoencoder_config_from_diffusers(attributes: Mapping[str, object]) -> Autoe
     Raises:
         UserError: naming every attribute that is missing, not understood, or has an unsupported value.
     """
-    read: dict[str, Any] = read_attributes(attributes, _ALLOWED)
+    if attributes.get("_class_name") == "AutoencoderKLFlux2":
+        read: dict[str, Any] = read_attributes(attributes, _FLUX2_ALLOWED)
+        return Flux2AutoencoderConfig(**_shape(read), batch_norm_eps=read["batch_norm_eps"])
+    read = read_attributes(attributes, _ALLOWED)
+    scales = {"scaling_factor": read["scaling_factor"], "shift_factor": read["shift_factor"] or 0.0}
+    return AutoencoderConfig(**_shape(read), **scales)
+
+
+def _shape(read: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what both kinds of autoencoders have; refuses other blocks."""
     widths = tuple(read["block_out_channels"])
     expected = {
         "out_channels": read["in_channels"],
@@ -125,15 +154,13 @@ def autoencoder_config_from_diffusers(attributes: Mapping[str, object]) -> Autoe
             f"The configuration of the autoencoder cannot be converted; unsupported: {'; '.join(wrong)}. "
             "Only plain convolutional levels, and as many channels out as in, are."
         )
-    return AutoencoderConfig(
-        in_channels=read["in_channels"],
-        latent_channels=read["latent_channels"],
-        widths=widths,
-        layers_per_block=read["layers_per_block"],
-        norm_groups=read["norm_num_groups"],
-        scaling_factor=read["scaling_factor"],
-        shift_factor=read["shift_factor"] or 0.0,
-        quant_conv=read["use_quant_conv"],
-        post_quant_conv=read["use_post_quant_conv"],
-        mid_attention=read["mid_block_add_attention"],
-    )
+    return {
+        "in_channels": read["in_channels"],
+        "latent_channels": read["latent_channels"],
+        "widths": widths,
+        "layers_per_block": read["layers_per_block"],
+        "norm_groups": read["norm_num_groups"],
+        "quant_conv": read["use_quant_conv"],
+        "post_quant_conv": read["use_post_quant_conv"],
+        "mid_attention": read["mid_block_add_attention"],
+    }

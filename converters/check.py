@@ -8,7 +8,7 @@ Both run in float32 on the processor, on a small image; the weights are the full
 memory at a time on either side. Errors are relative 2-norms.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,23 +16,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.configurations import is_diffusers_directory, pipeline_config
+from converters.configurations import is_diffusers_directory, kind_of, pipeline_config
+from converters.kinds import FLUX1, KLEIN, SD3
 from converters.pipelines import Opened, abstract_module, sliced, stacks_of
 from converters.torch_files import (
     TransformerInputs,
     TransformerRecord,
     record_decoding,
-    record_text,
     record_transformer,
 )
+from converters.torch_sd3 import record_sd3
+from converters.torch_text import record_encoders, record_states, record_text
 from difffract_jax.config import UserError
-from difffract_jax.models.autoencoder import Autoencoder
-from difffract_jax.models.blocks import Cond, Streams
-from difffract_jax.models.clip import CLIPTextEncoder
-from difffract_jax.models.mmdit import Inputs, MMDiT
+from difffract_jax.models.blocks import Cond, FluxConfig, Streams
+from difffract_jax.models.families import PARTS, module_of
+from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.qwen3 import Qwen3Config
+from difffract_jax.models.sd3 import Sd3Config
+from difffract_jax.models.sd3_text import TwoClipsConfig
 from difffract_jax.models.stacks import sequences, streams
-from difffract_jax.models.t5 import T5Config, T5Encoder, relative_buckets
+from difffract_jax.models.streaming import with_sources
+from difffract_jax.models.t5 import T5Config, relative_buckets
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.streaming import Leaf
@@ -85,6 +90,13 @@ class _Part:
         nothing = np.zeros(0, np.float32)
         return self._made(lambda path: nothing if path.startswith(within) else self._array(path))
 
+    def streamed(self) -> Any:
+        """Returns the module, whose blocks are made when they are run."""
+        source = _Layers(self)
+        made = with_sources(self._abstract, {name: source for name in self._abstract.layered}, "disk")
+        leaves = [self._array(path) for path in leaf_paths(made)]
+        return jax.tree.unflatten(jax.tree.structure(made), leaves)
+
     def whole(self) -> Any:
         """Returns the module with all of its weights."""
         return self._made(self._array)
@@ -95,6 +107,25 @@ class _Part:
     def _made(self, array: Callable[[str], Any]) -> Any:
         paths = leaf_paths(self._abstract)
         return jax.tree.unflatten(jax.tree.structure(self._abstract), [array(path) for path in paths])
+
+
+class _Layers:
+    """The blocks of a part that has one stack of them; a `models.streaming.LayerSource`."""
+
+    def __init__(self, part: _Part) -> None:
+        self._part = part
+        (self._stack,) = part._abstract.layered
+        self.depth = jax.tree.leaves(getattr(part._abstract, self._stack))[0].shape[0]
+
+    def read(self, layer: int, take: Any = None) -> Any:
+        """Returns one block."""
+        del take  # all is wanted
+        return jax.tree.map(np.asarray, self._part.layer(self._stack, layer))
+
+    def abstract(self) -> Any:
+        """Returns the shapes and types of a block."""
+        stack = getattr(self._part._abstract, self._stack)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
 
 
 def _wide(array: np.ndarray) -> jax.Array:
@@ -123,6 +154,12 @@ def check(source: str | Path, pipe: Pipeline | Opened, *, tolerance: float = TOL
         parts = {name: sliced(getattr(pipe.config, name), leaf_paths(getattr(pipe, name))) for name in names}
         pipe = Opened(parts, pipe.config, pipe.tokenizers, ())
     theirs = pipeline_config(directory)
+    kind = kind_of(directory)
+    if kind not in (FLUX1, KLEIN, SD3):
+        raise UserError(
+            f"`convert check` compares pipelines of FLUX.1, FLUX.2-klein and Stable Diffusion 3, but {directory} is "
+            f"one of {kind.models}; generate an image from the same --latents with both instead."
+        )
     other = [name for name in names if getattr(theirs, name) != getattr(pipe.config, name)]
     if other:
         raise UserError(f"{directory} and the converted pipeline have different shapes in: {', '.join(other)}.")
@@ -143,21 +180,58 @@ def _relative_error(ours: Any, expected: Any) -> float:
 def _comparisons(directory: Path, opened: Opened) -> Comparisons:
     """Compares every part."""
     config: Any = opened.config
-    modules = {"transformer": MMDiT, "t5": T5Encoder, "clip": CLIPTextEncoder, "vae": Autoencoder}
-    parts = {name: _Part(module, getattr(config, name), opened.parts[name]) for name, module in modules.items()}
-    ids = encode_prompt(opened.tokenizers, PROMPT, TEXT_TOKENS)
-    text = record_text(directory, ids.t5_ids, ids.clip_ids)
-    yield "t5", _t5(parts["t5"], config.t5, ids.t5_ids), text.t5, 1
-    yield "clip", jax.jit(_call)(parts["clip"].whole(), ids.clip_ids), (text.clip, text.pooled), 1
+    shapes = {name: getattr(config, name) for name in PARTS}
+    parts = {name: _Part(module_of(shape), shape, opened.parts[name]) for name, shape in shapes.items()}
+    states, pooled = yield from _text_encoders(directory, opened, parts)
     rng = np.random.default_rng(0)
     channels = config.transformer.in_channels
     latents = rng.standard_normal((GRID[0] * GRID[1], channels)).astype(np.float32)
     guidance = GUIDANCE if config.transformer.guidance else None
-    given = TransformerInputs(latents, text.t5, text.pooled, TIME, guidance, GRID)
-    yield from _transformer(parts["transformer"], given, record_transformer(directory, given))
+    given = TransformerInputs(latents, states, pooled, TIME, guidance, GRID)
+    record = (record_sd3 if isinstance(config.transformer, Sd3Config) else record_transformer)(directory, given)
+    yield from _transformer(parts["transformer"], config.transformer, given, record)
     latent = rng.standard_normal((2 * GRID[0], 2 * GRID[1], config.vae.latent_channels)).astype(np.float32)
     decoded = jax.jit(lambda vae, z: vae.decode(z))(parts["vae"].whole(), latent)
     yield "autoencoder", decoded, record_decoding(directory, latent), 1
+
+
+def _text_encoders(
+    directory: Path, opened: Opened, parts: Mapping[str, _Part]
+) -> Generator[tuple[str, Any, Any, int], None, tuple[np.ndarray, np.ndarray]]:
+    """Compares the text encoders; returns the text and the pooled embedding that PyTorch's give the transformer."""
+    config: Any = opened.config
+    if isinstance(config.clip, TwoClipsConfig):
+        return (yield from _two_clips(directory, opened, parts))
+    ids = encode_prompt(opened.tokenizers, PROMPT, TEXT_TOKENS)
+    if isinstance(config.t5, Qwen3Config):
+        states = record_states(directory, ids.t5_ids, ids.t5_mask, config.t5.read_layers)
+        # The states that are read lie behind 9, 18 and 27 layers, whose errors add up.
+        yield "qwen3", parts["t5"].streamed()(ids.t5_ids), states, WHOLE
+        return states, np.zeros(0, np.float32)
+    text = record_text(directory, ids.t5_ids, ids.clip_ids)
+    yield "t5", _t5(parts["t5"], config.t5, ids.t5_ids), text.t5, 1
+    yield "clip", jax.jit(_call)(parts["clip"].whole(), ids.clip_ids), (text.clip, text.pooled), 1
+    return text.t5, text.pooled
+
+
+def _two_clips(
+    directory: Path, opened: Opened, parts: Mapping[str, _Part]
+) -> Generator[tuple[str, Any, Any, int], None, tuple[np.ndarray, np.ndarray]]:
+    """Compares the text encoders of Stable Diffusion 3, as `_text_encoders`."""
+    config: Any = opened.config
+    length = config.clip.states
+    ids = encode_prompt(opened.tokenizers, PROMPT, length + TEXT_TOKENS)
+    text = record_encoders(directory, ids.clip_ids, ids.t5_ids[length:])
+    t5 = np.zeros((TEXT_TOKENS, config.t5.d_model), np.float32) if text.t5 is None else text.t5
+    if text.t5 is not None:
+        yield "t5", _t5(parts["t5"], config.t5, ids.t5_ids[length:]), t5, 1
+    clips = parts["clip"].whole()
+    for name, one, own, theirs in zip(
+        ("clip", "clip 2"), (clips.first, clips.second), np.split(ids.clip_ids, 2), text.clips, strict=True
+    ):
+        yield name, jax.jit(_call)(one, jnp.asarray(own)), theirs, 1
+    states, pooled = (np.concatenate(column, axis=-1) for column in zip(*text.clips, strict=True))
+    return np.concatenate([np.pad(states, ((0, 0), (0, t5.shape[1] - states.shape[1]))), t5]), pooled
 
 
 def _call(module: Any, *arguments: Any) -> Any:
@@ -175,23 +249,25 @@ def _t5(part: _Part, config: T5Config, ids: np.ndarray) -> jax.Array:
     return run(model.final_norm, x)
 
 
-def _transformer(part: _Part, given: TransformerInputs, record: TransformerRecord) -> Comparisons:
+def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, record: TransformerRecord) -> Comparisons:
     guidance = None if given.guidance is None else jnp.float32(given.guidance)
     latents, text, pooled = map(jnp.asarray, (given.latents, given.text, given.pooled))
     inputs = Inputs(latents, text, pooled, jnp.float32(given.t), guidance)
     model = part.outside()
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
     first = record.double[0]
-    yield "embeddings", (h, cond.vec), (Streams(first.img, first.txt), first.cond), 1
+    shared = cond.mod is not None  # modulations of all double-stream blocks, and of all single-stream ones
+    vec = np.concatenate([np.ravel(one) for one in cond.mod.double]) if shared else cond.vec
+    yield "embeddings", (h, vec), (Streams(first.img, first.txt), first.cond), 1
     run = jax.jit(_block)
-    for name, blocks in (("double", record.double), ("single", record.single)):
-        for number, block in enumerate(blocks):
-            layer = part.layer(name, number)
-            theirs = Streams(jnp.asarray(block.img), jnp.asarray(block.txt))
-            ours = run(layer, theirs, cond._replace(vec=jnp.asarray(block.cond)))
-            yield f"{name} {number}", ours, Streams(block.img_out, block.txt_out), 1
-            h = run(layer, h, cond)
-            del layer  # before the next is made
+    places = [(stack.name, number) for stack in config.layout.stacks for number in range(stack.depth)]
+    for (name, number), block in zip(places, [*record.double, *record.single], strict=True):
+        layer = part.layer(name, number)
+        theirs = Streams(jnp.asarray(block.img), jnp.asarray(block.txt))
+        ours = run(layer, theirs, cond if shared else cond._replace(vec=jnp.asarray(block.cond)))
+        yield f"{name} {number}", ours, Streams(block.img_out, block.txt_out), 1
+        h = run(layer, h, cond)
+        del layer  # before the next is made
     yield "whole transformer", jax.jit(_call)(model.final, h.img, cond), record.velocity, WHOLE
 
 

@@ -1,7 +1,7 @@
 """The configurations of a diffusers pipeline: what its `model_index.json` and the `config.json` of its parts say.
 
-1. `model_index.json` must name a `FluxPipeline` and the classes of its parts, and the parts must be there; a base,
-   which completes a transformer, needs the other parts alone.
+1. `model_index.json` must name a pipeline that is known (`kinds`) and the classes of its parts, and the parts must be
+   there; a base, which completes a transformer, needs the other parts alone.
 2. Every part's configuration is read by its allow-list; the problems of all are reported together.
 3. The parts must fit one another.
 """
@@ -11,54 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters.allow_list import AllowList, read_attributes
+from converters import chroma_pipeline, klein, sd3_pipeline
 from converters.autoencoder import autoencoder_config_from_diffusers
 from converters.flux import flux_config_from_diffusers
+from converters.kinds import CHROMA, FLUX1, KINDS, KLEIN, RELEASES, SD3, TRANSFORMERS, PipelineKind
+from converters.schedules import scheduler_config_from_diffusers
 from converters.text_encoders import clip_config_from_transformers, t5_config_from_transformers
-from difffract_jax.config import UserError
+from difffract_jax.config import UserError, nearest
+from difffract_jax.models.absent import AbsentConfig
 from difffract_jax.models.autoencoder import AutoencoderConfig
-from difffract_jax.models.clip import CLIPConfig
 from difffract_jax.models.mmdit import FluxConfig
-from difffract_jax.models.pipeline import GenerationDefaults, PipelineConfig
+from difffract_jax.models.runs import GenerationDefaults, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
-from difffract_jax.models.t5 import T5Config
-
-CLASSES: Mapping[str, tuple[str, ...]] = {
-    "transformer": ("FluxTransformer2DModel",),
-    "vae": ("AutoencoderKL",),
-    "text_encoder": ("CLIPTextModel",),
-    "text_encoder_2": ("T5EncoderModel",),
-    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
-}
-"""Part of a diffusers directory -> the classes it may have."""
-TOKENIZERS = ("tokenizer", "tokenizer_2")
-"""Folders of the tokenizers."""
-RELEASES = "huggingface.co/black-forest-labs/FLUX.1-schnell"
-"""Where all parts of a pipeline are."""
-
-_SCHEDULER = AllowList(
-    component="scheduler",
-    read={
-        "shift": 1.0,
-        "use_dynamic_shifting": False,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-        "num_train_timesteps": 1000,
-    },
-    fixed={
-        "_class_name": ("FlowMatchEulerDiscreteScheduler",),
-        "invert_sigmas": (False,),
-        "shift_terminal": (None,),
-        "stochastic_sampling": (False,),
-        "time_shift_type": ("exponential",),
-        "use_beta_sigmas": (False,),
-        "use_exponential_sigmas": (False,),
-        "use_karras_sigmas": (False,),
-    },
-    inert=frozenset(("_diffusers_version",)),
-)
+from difffract_jax.models.sd3 import Sd3Config
 
 
 def is_diffusers_directory(path: Path) -> bool:
@@ -66,14 +31,51 @@ def is_diffusers_directory(path: Path) -> bool:
     return (path / "model_index.json").is_file()
 
 
-def check_architecture(home: Path) -> None:
-    """Refuses what is not a FLUX.1 pipeline of diffusers, or lacks some of its parts."""
+def kind_of(home: Path) -> PipelineKind:
+    """Returns which kind of pipeline a diffusers directory is.
+
+    Args:
+        home: the directory.
+
+    Raises:
+        UserError: if it is of another kind, with the one whose name is nearest.
+    """
+    if not is_diffusers_directory(home) and (home / "config.json").is_file():
+        part = read_json(home / "config.json", "a part of a pipeline").get("_class_name")
+        if part is not None and part not in TRANSFORMERS:
+            raise UserError(
+                f"{home} holds a {part}, but only the transformers {' and '.join(TRANSFORMERS)} can be converted"
+                f"{nearest(str(part), TRANSFORMERS)}"
+            )
     index = read_json(home / "model_index.json", "a diffusers pipeline directory")
-    name = index.get("_class_name")
-    if name != "FluxPipeline":
-        raise UserError(f"{home} is a {name}, but only FluxPipeline (FLUX.1-schnell, FLUX.1-dev) can be converted.")
-    unnamed = [part for part in CLASSES if _class_named(index, part) is None]
-    lacking = [part for part in (*CLASSES, *TOKENIZERS) if part in unnamed or not (home / part).is_dir()]
+    name = str(index.get("_class_name"))
+    if name not in KINDS:
+        raise UserError(
+            f"{home} is a {name}, but only FluxPipeline (FLUX.1-schnell, FLUX.1-dev), Flux2KleinPipeline "
+            "(FLUX.2-klein), StableDiffusion3Pipeline (SD3-medium, SD3.5) and ChromaPipeline (Chroma1-HD) can be "
+            f"converted{nearest(name, tuple(KINDS))}"
+        )
+    return KINDS[name]
+
+
+def check_architecture(home: Path, *, encoders: bool = True) -> PipelineKind:
+    """Refuses what is not a pipeline of diffusers that is known, or lacks some of its parts; returns which it is.
+
+    Args:
+        home: the directory.
+        encoders: whether the text encoders must be there, too.
+    """
+    kind = kind_of(home)
+    index = read_json(home / "model_index.json", "a diffusers pipeline directory")
+    spared = kind.optional if encoders else (*kind.optional, *kind.encoders)
+    needed = [part for part in (*kind.classes, *kind.tokenizers) if part not in spared]
+    unnamed = [part for part in kind.classes if _class_named(index, part) is None]
+    lacking = [part for part in needed if part in unnamed or not (home / part).is_dir()]
+    if lacking and kind is CHROMA:  # which no base completes
+        raise UserError(
+            f"{home} lacks {', '.join(lacking)}; copy these folders, and their lines of model_index.json, from the "
+            f"release that it was made from ({kind.releases})."
+        )
     if lacking == ["transformer"]:
         raise UserError(
             f"{home} lacks the transformer; give its file or folder instead, and this directory with --base."
@@ -81,9 +83,10 @@ def check_architecture(home: Path) -> None:
     if lacking:
         raise UserError(
             f"{home} lacks {', '.join(lacking)}; copy these folders, and their lines of model_index.json, from the "
-            f"release that it was made from ({RELEASES} or FLUX.1-dev), or give that release too, with --base."
+            f"release that it was made from ({kind.releases}), or give that release too, with --base."
         )
-    _check_classes(home, index, tuple(CLASSES))
+    _check_classes(home, index, tuple(kind.classes), kind)
+    return kind
 
 
 def _class_named(index: Mapping[str, Any], part: str) -> str | None:
@@ -92,32 +95,49 @@ def _class_named(index: Mapping[str, Any], part: str) -> str | None:
     return str(entry[1]) if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None else None
 
 
-def _check_classes(home: Path, index: Mapping[str, Any], parts: tuple[str, ...]) -> None:
+def _check_classes(home: Path, index: Mapping[str, Any], parts: tuple[str, ...], kind: PipelineKind = FLUX1) -> None:
     classes = {part: _class_named(index, part) for part in parts}
     wrong = [
-        f"{part} is {name} instead of {' or '.join(CLASSES[part])}"
+        f"{part} is {name} instead of {' or '.join(kind.classes[part])}"
         for part, name in classes.items()
-        if name is not None and name not in CLASSES[part]
+        if name is not None and name not in kind.classes[part]
     ]
     if wrong:
-        raise UserError(f"{home} is not a plain FLUX.1 pipeline: {'; '.join(wrong)}.")
+        raise UserError(f"{home} is not a plain {kind.models} pipeline: {'; '.join(wrong)}.")
 
 
-def check_base(home: Path) -> None:
-    """Refuses a directory that cannot complete a transformer: it needs all other parts, the scheduler excepted."""
+def check_base(home: Path) -> PipelineKind:
+    """Refuses a directory that cannot complete a transformer: it needs all other parts but the scheduler.
+
+    Args:
+        home: the directory; one without a `model_index.json` counts as FLUX.1's.
+
+    Returns:
+        Which kind of pipeline it completes.
+    """
     if not home.is_dir():
-        raise UserError(f"The base {home} is not a directory; give a diffusers directory of FLUX.1.")
-    needed = ("text_encoder", "text_encoder_2", "vae", *TOKENIZERS)
+        raise UserError(
+            f"The base {home} is not a directory; give a diffusers directory of FLUX.1, FLUX.2-klein or Stable "
+            "Diffusion 3."
+        )
+    index = read_json(home / "model_index.json", "a pipeline") if is_diffusers_directory(home) else {}
+    kind = KINDS.get(str(index.get("_class_name")), FLUX1)
+    if kind is CHROMA:
+        raise UserError(
+            f"The base {home} is a {kind.name}, but only transformers of FLUX.1, FLUX.2-klein and Stable Diffusion 3 "
+            "can be completed; give the whole directory as the model."
+        )
+    given = tuple(part for part in kind.classes if part not in ("transformer", "scheduler"))
+    needed = [part for part in (*given, *kind.tokenizers) if part not in kind.optional]
     lacking = [part for part in needed if not (home / part).is_dir()]
     if lacking:
         raise UserError(
-            f"{home} lacks {', '.join(lacking)}, so that it cannot be a base; give a diffusers directory of FLUX.1, as "
-            f"from {RELEASES}, which may lack the transformer."
+            f"{home} lacks {', '.join(lacking)}, so that it cannot be a base; give a diffusers directory of "
+            f"{kind.models}, as from {kind.releases}, which may lack the transformer."
         )
-    if (home / "model_index.json").is_file():
-        _check_classes(
-            home, read_json(home / "model_index.json", "a pipeline"), ("text_encoder", "text_encoder_2", "vae")
-        )
+    if index:
+        _check_classes(home, index, given, kind)
+    return kind
 
 
 def pipeline_config(home: Path) -> PipelineConfig:
@@ -126,19 +146,72 @@ def pipeline_config(home: Path) -> PipelineConfig:
     Raises:
         UserError: with the problems of all of them.
     """
-    transformer, t5, clip, vae, scheduler = read_configs(home, tuple(_CONFIGS))
+    if is_diffusers_directory(home) and kind_of(home) is KLEIN:
+        lacking = KLEIN.lacks_encoders(home)
+        parts = [part for part in (*klein.READERS, "scheduler") if not (lacking and part in KLEIN.encoders)]
+        read = read_configs(home, parts, klein.READERS)
+        if lacking:
+            read.insert(1, AbsentConfig(d_model=read[0].text_width))
+        index = read_json(home / "model_index.json", "a diffusers pipeline directory")
+        return klein.klein_config(home, read, index, read_json(home / "vae" / "config.json", "an autoencoder"))
+    if is_diffusers_directory(home) and kind_of(home) is SD3:
+        configs = sd3_parts(home, (*sd3_pipeline.READERS, "scheduler"))
+        return sd3_pipeline.sd3_config(f"The parts of {home}", configs, sd3_sample_size(home))
+    if is_diffusers_directory(home) and kind_of(home) is CHROMA:
+        lacking = CHROMA.lacks_encoders(home)
+        parts = [part for part in chroma_pipeline.READERS if not (lacking and part in CHROMA.encoders)]
+        chroma = read_configs(home, parts, chroma_pipeline.READERS)
+        if lacking:
+            chroma.insert(1, AbsentConfig(d_model=chroma[0].text_width))
+        return chroma_pipeline.chroma_config(home, chroma, read_json(home / "vae" / "config.json", "an autoencoder"))
+    if FLUX1.lacks_encoders(home):
+        transformer, vae, scheduler = read_configs(home, ("transformer", "vae", "scheduler"))
+        t5, clip = AbsentConfig(d_model=transformer.text_width), AbsentConfig(d_model=transformer.pooled_width)
+    else:
+        transformer, t5, clip, vae, scheduler = read_configs(home, tuple(_CONFIGS))
     check_fit(f"The parts of {home}", transformer, t5, clip, vae)
     return PipelineConfig(transformer, t5, clip, vae, scheduler, defaults_of(home, transformer))
 
 
-def read_configs(home: Path, parts: Sequence[str]) -> list[Any]:
-    """Reads the configurations of the named folders; the problems of all are reported together."""
+def sd3_parts(home: Path, parts: Sequence[str]) -> dict[str, Any]:
+    """Reads the configurations of some folders of a directory of Stable Diffusion 3.
+
+    Args:
+        home: the directory.
+        parts: folders.
+
+    Returns:
+        Folder -> what was read there, without what the directory may lack and does.
+    """
+    lacking = SD3.lacks_encoders(home)
+    there = [part for part in parts if part not in SD3.optional or (home / part).is_dir()]
+    there = [part for part in there if not (lacking and part in SD3.encoders)]
+    return dict(zip(there, read_configs(home, there, sd3_pipeline.READERS), strict=True))
+
+
+def sd3_sample_size(home: Path) -> Any:
+    """Returns the side of training images in latents, as the transformer's `config.json` has it; else 128."""
+    file = home / "transformer" / "config.json"
+    return read_json(file, "a transformer").get("sample_size", 128) if file.is_file() else 128
+
+
+def read_configs(
+    home: Path, parts: Sequence[str], readers: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None
+) -> list[Any]:
+    """Reads the configurations of the named folders; the problems of all are reported together.
+
+    Args:
+        home: the directory.
+        parts: folders.
+        readers: folder -> what its configuration is read by; FLUX.1's if left out.
+    """
     configs: list[Any] = []
     problems: list[str] = []
     for folder in parts:
         file = "scheduler_config.json" if folder == "scheduler" else "config.json"
         try:
-            configs.append(_CONFIGS[folder](read_json(home / folder / file, f"a {folder}")))
+            read = (_CONFIGS | dict(readers or {}))[folder]
+            configs.append(read(read_json(home / folder / file, f"a {folder}")))
         except UserError as error:
             problems.append(str(error))
     if problems:
@@ -146,7 +219,7 @@ def read_configs(home: Path, parts: Sequence[str]) -> list[Any]:
     return configs
 
 
-def check_fit(what: str, transformer: FluxConfig, t5: T5Config, clip: CLIPConfig, vae: AutoencoderConfig) -> None:
+def check_fit(what: str, transformer: FluxConfig, t5: Any, clip: Any, vae: AutoencoderConfig) -> None:
     """Refuses parts of different widths; `what` says whose they are."""
     read, given = transformer.in_channels, transformer.out_channels
     if read != given:
@@ -167,12 +240,6 @@ def check_fit(what: str, transformer: FluxConfig, t5: T5Config, clip: CLIPConfig
         raise UserError(f"{what} do not fit one another: {'; '.join(misfits)}; take them from one release.")
 
 
-def scheduler_config_from_diffusers(attributes: Mapping[str, object]) -> SchedulerConfig:
-    """Reads the configuration of a `FlowMatchEulerDiscreteScheduler`."""
-    read: dict[str, Any] = read_attributes(attributes, _SCHEDULER)
-    return SchedulerConfig(**read)
-
-
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """Reads a JSON object; says what it belongs to when it is missing or broken."""
     try:
@@ -186,7 +253,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-_CONFIGS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+_CONFIGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "transformer": flux_config_from_diffusers,
     "text_encoder_2": t5_config_from_transformers,
     "text_encoder": clip_config_from_transformers,
@@ -212,6 +279,39 @@ def defaults_of(home: Path, transformer: FluxConfig) -> GenerationDefaults:
     return GenerationDefaults(height=size, width=size, text_tokens=tokens, steps=steps, guidance=guidance)
 
 
+def flux2_attributes_beside(path: Path) -> dict[str, Any] | None:
+    """Returns the configuration beside a transformer's weights, if it is one of FLUX.2.
+
+    Args:
+        path: file of the weights, or their directory.
+    """
+    return _attributes_beside(path, KLEIN)
+
+
+def sd3_attributes_beside(path: Path) -> dict[str, Any] | None:
+    """Returns the configuration beside a transformer's weights, if it is one of Stable Diffusion 3.
+
+    Args:
+        path: file of the weights, or their directory.
+    """
+    return _attributes_beside(path, SD3)
+
+
+def chroma_attributes_beside(path: Path) -> dict[str, Any] | None:
+    """Returns the configuration beside a transformer's weights, if it is one of Chroma, which no base completes.
+
+    Args:
+        path: file of the weights, or their directory.
+    """
+    return _attributes_beside(path, CHROMA)
+
+
+def _attributes_beside(path: Path, kind: PipelineKind) -> dict[str, Any] | None:
+    file = (path.parent if path.is_file() else path) / "config.json"
+    attributes = read_json(file, "a transformer") if file.is_file() else {}
+    return attributes if attributes.get("_class_name") in kind.classes["transformer"] else None
+
+
 def rope_axes_beside(path: Path) -> tuple[int, ...] | None:
     """Reads the axes of position off the configuration beside a transformer's weights, if there is one.
 
@@ -228,4 +328,6 @@ def scheduler_of(homes: Sequence[Path], transformer: FluxConfig) -> SchedulerCon
     for home in homes:
         if (home / "scheduler").is_dir():
             return read_configs(home, ("scheduler",))[0]
+    if isinstance(transformer, Sd3Config):
+        return SchedulerConfig(shift=3.0)
     return SchedulerConfig(shift=3.0, use_dynamic_shifting=True) if transformer.guidance else SchedulerConfig()

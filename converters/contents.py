@@ -1,4 +1,4 @@
-"""What a checkpoint's keys say it is: FLUX's transformer under some prefix, or another model, which is named.
+"""What a checkpoint's keys say it is: a transformer of a known model under some prefix, or another, which is named.
 
 1. `find_transformer` looks for the one key that each layout begins with, whatever stands before it: ComfyUI's
    `model.diffusion_model.`, the trainers' `transformer.` and `module.`, or nothing. Keys of other parts, the text
@@ -13,7 +13,9 @@ import re
 from pathlib import Path
 
 from converters.flux import LAYOUTS, Layout
+from converters.flux2 import FLUX2_LAYOUTS
 from converters.quantised import BF16_FILES, kind_of
+from converters.sd3 import SD3_LAYOUTS
 from converters.source import Source
 from difffract_jax.config import UserError
 from difffract_jax.storage.files import TensorFile
@@ -31,29 +33,33 @@ _ADAPTER = re.compile(
 )
 _MERGED = "pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(DIR)"
 _SIMILAR = (
-    (re.compile(r"(^|\.)(controlnet_|control_model\.|input_hint_block)"), "a ControlNet, which steers a FLUX model"),
-    (re.compile(r"(^|\.)distilled_guidance_layer\."), "a Chroma transformer, another architecture"),
-    (re.compile(r"(^|\.)(double|single)_stream_modulation"), "a FLUX.2 transformer, another architecture"),
+    (re.compile(r"(^|\.)(controlnet_|control_model\.|input_hint_block)"), "a ControlNet, which steers a model"),
+    (
+        re.compile(r"(^|\.)distilled_guidance_layer\.in_proj\.(weight|bias)$"),  # and no LoRA's change of it
+        "a Chroma transformer in one file, but Chroma is read from diffusers' whole directory",
+    ),
 )
-"""Patterns of keys that stand beside those of FLUX.1, and what a file with such a key is."""
+"""Patterns of keys that stand beside those of a transformer, and what a file with such a key is."""
+KNOWN = (*LAYOUTS, *FLUX2_LAYOUTS, *SD3_LAYOUTS)
+"""All layouts that transformers are published in."""
 _OTHERS = (
     (
         _ADAPTER,
         "a LoRA, changes to a model's weights and not a model; name its model, and beside it this file as --lora FILE",
     ),
     (re.compile(r"(^|\.)(redux_up|image_proj|ip_adapter|ip-adapter)"), "an image adapter, which steers a FLUX model"),
-    (re.compile(r"(^|\.)joint_blocks\."), "a Stable Diffusion 3 transformer, another architecture"),
+    (re.compile(r"(^|\.)joint_blocks\."), "a part of a Stable Diffusion 3 transformer, which lacks its first layers"),
     (re.compile(r"(^|\.)(input_blocks|down_blocks\.\d+\.attentions)\."), "a U-Net of Stable Diffusion"),
     (re.compile(r"(^|\.)encoder\.block\.\d+\.layer\."), "a T5 text encoder"),
     (re.compile(r"(^|\.)text_model\.encoder\."), "a CLIP text encoder"),
     (re.compile(r"(^|\.)decoder\.(conv_in|mid|mid_block|up|up_blocks)\."), "an autoencoder (VAE)"),
     (re.compile(r"^(img_in|time_in\.up)\.kernel$"), "one file of a directory that difffract wrote; give the directory"),
 )
-"""The same for files without FLUX.1's keys; the first that fits counts."""
+"""The same for files without FLUX's keys; the first that fits counts."""
 
 
 def find_transformer(source: Source, *, quiet: bool = False) -> tuple[Source, Layout] | None:
-    """Finds FLUX's transformer in a checkpoint.
+    """Finds the transformer in a checkpoint.
 
     Args:
         source: the checkpoint, as its file has it.
@@ -65,7 +71,7 @@ def find_transformer(source: Source, *, quiet: bool = False) -> tuple[Source, La
     Raises:
         UserError: if there are several.
     """
-    places = [(prefix, layout) for layout in LAYOUTS for prefix in _prefixes(list(source), layout)]
+    places = [(prefix, layout) for layout in KNOWN for prefix in _prefixes(list(source), layout)]
     own = [place for place in places if not place[0].startswith(OTHER_PARTS)] or places
     if len(own) > 1:
         prefixes = " and ".join(repr(prefix) for prefix, _ in own)
@@ -94,12 +100,16 @@ def transformer_of(source: Source, *, quiet: bool = False) -> tuple[Source, Layo
     check_weights(part_and_layout[0] if part_and_layout else source, adapters=has_transformer)
     what = describe(list(source), beside_transformer=has_transformer)
     if what is not None:
-        raise UserError(f"{source.name} is {what}; FLUX.1's transformer is wanted here.")
+        raise UserError(
+            f"{source.name} is {what}; a transformer of FLUX.1, FLUX.2 or Stable Diffusion 3 is wanted here."
+        )
     if part_and_layout is None:
         beginnings = sorted({key.split(".")[0] for key in source})[:5]
         raise UserError(
-            f"{source.name} is not a FLUX.1 transformer: it holds neither {LAYOUTS[0].anchor} nor {LAYOUTS[1].anchor}, "
-            f"under any prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1."
+            f"{source.name} is no transformer of a known model: it holds neither "
+            f"{', '.join(dict.fromkeys(layout.anchor for layout in KNOWN[:-1]))} nor {KNOWN[-1].anchor}, under any "
+            f"prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1, FLUX.2 or "
+            "Stable Diffusion 3."
         )
     return part_and_layout
 
@@ -158,11 +168,11 @@ def check_autoencoder(source: Source) -> None:
 
 
 def describe(keys: list[str], *, beside_transformer: bool = False) -> str | None:
-    """Says what a checkpoint is, by its keys, where it is a known one and not FLUX.1's transformer.
+    """Says what a checkpoint is, by its keys, where it is a known one and not FLUX's transformer.
 
     Args:
         keys: all keys.
-        beside_transformer: whether they hold what looks like FLUX.1's transformer, so that only what resembles it is
+        beside_transformer: whether they hold what looks like FLUX's transformer, so that only what resembles it is
             named.
 
     Example:
@@ -174,7 +184,7 @@ def describe(keys: list[str], *, beside_transformer: bool = False) -> str | None
 
 
 def transformer_files(directory: Path) -> list[Path]:
-    """Returns the files of a directory that hold FLUX's transformer each, by their headers.
+    """Returns the files of a directory that hold a transformer each, by their headers.
 
     Args:
         directory: any.
@@ -185,7 +195,7 @@ def transformer_files(directory: Path) -> list[Path]:
             keys = list(TensorFile(path).tensors)
         except UserError:
             continue
-        if any(_prefixes(keys, layout) for layout in LAYOUTS):
+        if any(_prefixes(keys, layout) for layout in KNOWN):
             files.append(path)
     return files
 
@@ -198,6 +208,7 @@ def _prefixes(keys: list[str], layout: Layout) -> list[str]:
         prefix
         for prefix in prefixes
         if any(key.startswith(tuple(f"{prefix}{stack}." for stack in layout.blocks)) for key in keys)
+        and not any(f"{prefix}{key}" in keys for key in layout.unlike)
     ]
 
 

@@ -1,86 +1,153 @@
-"""A pipeline of ours as a diffusers directory, which `FluxPipeline.from_pretrained` loads.
+"""A pipeline of ours as a diffusers directory, which diffusers' `from_pretrained` loads.
 
-1. Every part's `config.json` says what our configuration says, in the words of its library.
+1. Every part's `config.json` says what our configuration says, in the words of its library (`descriptions`).
 2. Every part's weights are the rule tables run backwards, tensor by tensor, in shards where they are large.
 3. The tokenizers are saved as they are; `model_index.json` names the parts' classes.
+
+Of FLUX.2's text encoder the layers behind the last that is read are not here. One stands in for all of them, whose
+matrices are zeros: transformers puts the last norm behind the last layer, so that the states that are read must not be
+the last. No text depends on it.
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters.autoencoder import AUTOENCODER_DIFFUSERS
-from converters.flux import FLUX_DIFFUSERS, flux_config_to_diffusers
-from converters.mapping import Rule, save_tree, source_shapes
-from converters.text_encoders import CLIP_TRANSFORMERS, t5_tables
-from difffract_jax.models.autoencoder import AutoencoderConfig
-from difffract_jax.models.clip import CLIPConfig
-from difffract_jax.models.pipeline import Pipeline, PipelineConfig
-from difffract_jax.models.sampler import SchedulerConfig
-from difffract_jax.models.t5 import T5Config
+from converters.autoencoder import AUTOENCODER_DIFFUSERS, AUTOENCODER_FLUX2
+from converters.descriptions import descriptions
+from converters.flux import FLUX_DIFFUSERS
+from converters.flux2 import FLUX2_DIFFUSERS
+from converters.mapping import Labels, Rule, save_tree, source_shapes
+from converters.qwen3 import QWEN3_TRANSFORMERS
+from converters.sd3 import SD3_DIFFUSERS, sd3_labels
+from converters.text_encoders import CLIP_TRANSFORMERS, PROJECTED_CLIP, t5_tables
+from difffract_jax.config import UserError
+from difffract_jax.models.absent import Absent
+from difffract_jax.models.chroma import ChromaMMDiT
+from difffract_jax.models.flux2 import Flux2MMDiT
+from difffract_jax.models.mmdit import MMDiT
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.qwen3 import Qwen3Encoder
+from difffract_jax.models.sd3 import Sd3MMDiT
+from difffract_jax.models.sd3_text import NoText
 from difffract_jax.storage.checkpoint import atomic_directory, leaf_paths
 from difffract_jax.storage.shards import write_sharded
 
-INDEX = {
-    "_class_name": "FluxPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
+DIFFUSERS, TRANSFORMERS = "diffusion_pytorch_model", "model"
+"""What files of weights are called, by the library of the part."""
+COUNTER = "bn.num_batches_tracked"
+"""A number of FLUX.2's autoencoder that nothing reads."""
+
+
+class _Part(NamedTuple):
+    """What a folder of weights is made of.
+
+    Attributes:
+        folder: its name.
+        stem: of its files.
+        module: of ours.
+        rules: its table.
+        labels: names of stacked layers.
+        more: tensors that it has besides.
+    """
+
+    folder: str
+    stem: str
+    module: Any
+    rules: Sequence[Rule]
+    labels: Labels | None = None
+    more: dict[str, np.ndarray] | None = None
 
 
 def export_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> None:
     """Writes a diffusers directory.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline, of FLUX.1, FLUX.2 or Stable Diffusion 3.
         out: directory to write; it appears only when it is complete.
         overwrite: replace an existing directory.
+
+    Raises:
+        UserError: if it is one of another model, or has no text encoders.
     """
-    t5_rules = t5_tables([] if pipe.config.t5.gated else ["shared.weight", ".DenseReluDense.wi."]).rules
+    if type(pipe.transformer) not in (MMDiT, Flux2MMDiT, Sd3MMDiT):
+        model = "Chroma" if isinstance(pipe.transformer, ChromaMMDiT) else "of another model"
+        raise UserError(
+            "Pipelines of FLUX.1, FLUX.2 and Stable Diffusion 3 can be saved as a diffusers directory, but this is "
+            f"{model}."
+        )
+    if pipe.t5 is None or isinstance(pipe.t5, Absent):
+        raise UserError(
+            "A diffusers directory has text encoders, but this pipeline was loaded without them or takes prompts from "
+            "a file of embeddings; load the whole model."
+        )
     with atomic_directory(out, overwrite=overwrite) as partial:
         for name, content in descriptions(pipe.config).items():
             write_json(partial / name, content)
-        _write_part(partial / "transformer", pipe.transformer, FLUX_DIFFUSERS, "diffusion_pytorch_model")
-        _write_part(partial / "vae", pipe.vae, AUTOENCODER_DIFFUSERS, "diffusion_pytorch_model")
-        _write_part(partial / "text_encoder", pipe.clip, CLIP_TRANSFORMERS, "model")
-        _write_part(partial / "text_encoder_2", pipe.t5, t5_rules, "model")
-        pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
-        pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
+        for part in _parts(pipe):
+            _write_part(partial / part.folder, part)
+        for name, tokenizer in pipe.tokenizers.folders().items():
+            tokenizer.save_pretrained(partial / name)
 
 
-def descriptions(config: PipelineConfig) -> dict[str, dict[str, Any]]:
-    """Returns the JSON files that describe a pipeline in its directory, by their paths; `model_index.json` comes last.
+def _parts(pipe: Pipeline) -> list[_Part]:
+    """Returns all folders of a pipeline's weights."""
+    clip: Any = pipe.clip
+    if isinstance(pipe.transformer, Sd3MMDiT):
+        parts = [
+            _Part("transformer", DIFFUSERS, pipe.transformer, SD3_DIFFUSERS, sd3_labels(pipe.config.transformer)),
+            _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_DIFFUSERS),
+            _Part("text_encoder", TRANSFORMERS, clip.first, PROJECTED_CLIP),
+            _Part("text_encoder_2", TRANSFORMERS, clip.second, PROJECTED_CLIP),
+        ]
+        return parts if isinstance(pipe.t5, NoText) else [*parts, _t5("text_encoder_3", pipe)]
+    if isinstance(pipe.transformer, Flux2MMDiT):
+        return [
+            _Part("transformer", DIFFUSERS, pipe.transformer, FLUX2_DIFFUSERS),
+            _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_FLUX2, more={COUNTER: np.zeros((), np.int64)}),
+            _Part("text_encoder", TRANSFORMERS, pipe.t5, QWEN3_TRANSFORMERS, more=_behind(pipe.t5)),
+        ]
+    return [
+        _Part("transformer", DIFFUSERS, pipe.transformer, FLUX_DIFFUSERS),
+        _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_DIFFUSERS),
+        _Part("text_encoder", TRANSFORMERS, clip, CLIP_TRANSFORMERS),
+        _t5("text_encoder_2", pipe),
+    ]
 
-    Args:
-        config: of the pipeline.
-    """
-    return {
-        "scheduler/scheduler_config.json": _scheduler(config.scheduler),
-        "transformer/config.json": flux_config_to_diffusers(config.transformer),
-        "vae/config.json": _autoencoder(config.vae, max(config.defaults.height, config.defaults.width)),
-        "text_encoder/config.json": _clip(config.clip),
-        "text_encoder_2/config.json": _t5(config.t5),
-        "model_index.json": INDEX,
+
+def _t5(folder: str, pipe: Pipeline) -> _Part:
+    config: Any = pipe.config.t5
+    rules = t5_tables([] if config.gated else ["shared.weight", ".DenseReluDense.wi."]).rules
+    return _Part(folder, TRANSFORMERS, pipe.t5, rules)
+
+
+def _behind(encoder: Any) -> dict[str, np.ndarray]:
+    """Returns a layer behind the last of Qwen3 that adds nothing, and the last norm."""
+    assert isinstance(encoder, Qwen3Encoder)
+    dtype = np.dtype(next(iter(leaf_paths(encoder).values())).dtype)
+    first = {
+        key: shape
+        for key, shape in source_shapes(QWEN3_TRANSFORMERS, encoder).items()
+        if key.startswith("model.layers.0.")
     }
+    layer = {
+        key.replace(".0.", f".{encoder.config.layers}.", 1): (np.ones if "norm" in key else np.zeros)(shape, dtype)
+        for key, shape in first.items()
+    }
+    return layer | {"model.norm.weight": np.ones(encoder.config.width, dtype)}
 
 
-def _write_part(directory: Path, module: Any, rules: Sequence[Rule], stem: str) -> None:
-    dtype = np.dtype(next(iter(leaf_paths(module).values())).dtype)
-    shapes = source_shapes(rules, module)
-    tensors = save_tree(module, rules)
-    write_sharded(
-        directory, stem, {key: (dtype, shape) for key, shape in shapes.items()}, lambda key: _next(tensors, key)
-    )
+def _write_part(directory: Path, part: _Part) -> None:
+    dtype = np.dtype(next(iter(leaf_paths(part.module).values())).dtype)
+    shapes = source_shapes(part.rules, part.module, part.labels)
+    more = part.more or {}
+    kinds = {key: (dtype, shape) for key, shape in shapes.items()}
+    kinds |= {key: (tensor.dtype, tensor.shape) for key, tensor in more.items()}
+    tensors = save_tree(part.module, part.rules, part.labels)
+    write_sharded(directory, part.stem, kinds, lambda key: more[key] if key in more else _next(tensors, key))
 
 
 def _next(tensors: Iterator[tuple[str, np.ndarray]], key: str) -> np.ndarray:
@@ -94,65 +161,3 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a file of a diffusers directory; its folder is made where it is missing."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _scheduler(config: SchedulerConfig) -> dict[str, Any]:
-    return {"_class_name": "FlowMatchEulerDiscreteScheduler", **vars(config)}
-
-
-def _autoencoder(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
-    levels = len(config.widths)
-    return {
-        "_class_name": "AutoencoderKL",
-        "act_fn": "silu",
-        "block_out_channels": list(config.widths),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "in_channels": config.in_channels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.layers_per_block,
-        "mid_block_add_attention": config.mid_attention,
-        "norm_num_groups": config.norm_groups,
-        "out_channels": config.in_channels,
-        "sample_size": sample_size,
-        "scaling_factor": config.scaling_factor,
-        "shift_factor": config.shift_factor,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "use_post_quant_conv": config.post_quant_conv,
-        "use_quant_conv": config.quant_conv,
-    }
-
-
-def _clip(config: CLIPConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["CLIPTextModel"],
-        "eos_token_id": config.eos_token_id,
-        "hidden_act": config.activation,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "layer_norm_eps": config.eps,
-        "max_position_embeddings": config.positions,
-        "model_type": "clip_text_model",
-        "num_attention_heads": config.heads,
-        "num_hidden_layers": config.layers,
-        "vocab_size": config.vocab,
-    }
-
-
-def _t5(config: T5Config) -> dict[str, Any]:
-    return {
-        "architectures": ["T5EncoderModel"],
-        "d_ff": config.d_ff,
-        "d_kv": config.d_kv,
-        "d_model": config.d_model,
-        "dense_act_fn": config.activation,
-        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
-        "is_encoder_decoder": False,
-        "is_gated_act": config.gated,
-        "layer_norm_epsilon": config.eps,
-        "model_type": "t5",
-        "num_heads": config.heads,
-        "num_layers": config.layers,
-        "relative_attention_max_distance": config.max_distance,
-        "relative_attention_num_buckets": config.buckets,
-        "vocab_size": config.vocab,
-    }

@@ -123,18 +123,21 @@ class Layout(NamedTuple):
 
     Attributes:
         anchor: key that tells the layout, and by its place a prefix.
-        blocks: what keys of double-stream and of single-stream blocks begin with.
+        blocks: what keys of double-stream and of single-stream blocks begin with; of SD3, those of all blocks.
         rules: its table.
         sizes: key that tells the width and the channels in, the width of the text, the width of the pooled vector, the
-            channels out, the dimensions of a head.
-        guidance: key that only a model with guidance has.
+            channels out, the dimensions of a head; of FLUX.2, in place of the pooled vector's, last that of the MLP; of
+            SD3, last the positions.
+        guidance: key that only a model with guidance has; "" where none has it.
+        unlike: keys that only another layout with the same anchor has.
     """
 
     anchor: str
-    blocks: tuple[str, str]
+    blocks: tuple[str, ...]
     rules: tuple[Rule, ...]
     sizes: tuple[str, str, str, str, str]
     guidance: str
+    unlike: tuple[str, ...] = ()
 
 
 ORIGINAL = Layout(
@@ -146,6 +149,7 @@ ORIGINAL = Layout(
         "double_blocks.0.img_attn.norm.query_norm.scale",
     ),
     guidance="guidance_in.in_layer.weight",
+    unlike=("double_stream_modulation_img.lin.weight",),
 )
 DIFFUSERS = Layout(
     anchor="x_embedder.weight",
@@ -156,6 +160,7 @@ DIFFUSERS = Layout(
         *("proj_out.weight", "transformer_blocks.0.attn.norm_q.weight"),
     ),
     guidance="time_text_embed.guidance_embedder.linear_1.weight",
+    unlike=("double_stream_modulation_img.linear.weight",),
 )
 LAYOUTS = (ORIGINAL, DIFFUSERS)
 
@@ -189,33 +194,55 @@ def flux_config_from_diffusers(attributes: Mapping[str, object]) -> FluxConfig:
         UserError: naming every attribute that is missing, not understood, or has an unsupported value.
     """
     read: dict[str, Any] = read_attributes(attributes, _ALLOWED)
-    axes = tuple(read["axes_dims_rope"])
-    if sum(axes) != read["attention_head_dim"]:
-        raise UserError(
-            f"The FLUX transformer has axes_dims_rope={list(axes)}, which must add up to "
-            f"attention_head_dim={read['attention_head_dim']}; correct its config.json."
-        )
     return FluxConfig(
-        depth_double=read["num_layers"],
-        depth_single=read["num_single_layers"],
-        heads=read["num_attention_heads"],
-        head_dim=read["attention_head_dim"],
-        rope_axes=axes,
-        in_channels=read["in_channels"],
-        out_channels=read["in_channels"] if read["out_channels"] is None else read["out_channels"],
-        text_width=read["joint_attention_dim"],
+        **sizes_read(read, "FLUX transformer"),
         pooled_width=read["pooled_projection_dim"],
         guidance=read["guidance_embeds"],
     )
 
 
+def sizes_read(read: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """Returns the sizes that FLUX.1 and FLUX.2 have in common, by our names.
+
+    Args:
+        read: attributes of a transformer's `config.json`.
+        component: what to call it in messages.
+
+    Raises:
+        UserError: if the axes of position do not divide a head.
+    """
+    axes = tuple(read["axes_dims_rope"])
+    if sum(axes) != read["attention_head_dim"]:
+        raise UserError(
+            f"The {component} has axes_dims_rope={list(axes)}, which must add up to "
+            f"attention_head_dim={read['attention_head_dim']}; correct its config.json."
+        )
+    return {
+        "depth_double": read["num_layers"],
+        "depth_single": read["num_single_layers"],
+        "heads": read["num_attention_heads"],
+        "head_dim": read["attention_head_dim"],
+        "rope_axes": axes,
+        "in_channels": read["in_channels"],
+        "out_channels": read["in_channels"] if read["out_channels"] is None else read["out_channels"],
+        "text_width": read["joint_attention_dim"],
+    }
+
+
 def flux_config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
     """Returns the `config.json` that diffusers would write for this transformer."""
-    return {
+    return sizes_written(config) | {
         "_class_name": "FluxTransformer2DModel",
+        "guidance_embeds": config.guidance,
+        "pooled_projection_dim": config.pooled_width,
+    }
+
+
+def sizes_written(config: Any) -> dict[str, Any]:
+    """Returns the attributes that both transformers' `config.json` have in common, by diffusers' names."""
+    return {
         "attention_head_dim": config.head_dim,
         "axes_dims_rope": list(config.rope_axes),
-        "guidance_embeds": config.guidance,
         "in_channels": config.in_channels,
         "joint_attention_dim": config.text_width,
         "num_attention_heads": config.heads,
@@ -223,7 +250,6 @@ def flux_config_to_diffusers(config: FluxConfig) -> dict[str, Any]:
         "num_single_layers": config.depth_single,
         "out_channels": config.out_channels,
         "patch_size": 1,
-        "pooled_projection_dim": config.pooled_width,
     }
 
 
@@ -240,18 +266,8 @@ def flux_config_from_shapes(
         UserError: when a tensor that tells a size is missing, or `rope_axes` do not fit the heads.
     """
     layout = DIFFUSERS if DIFFUSERS.anchor in shapes else ORIGINAL
-    kinds = ("width and channels", "text width", "pooled width", "channels out", "heads")
-    missing = [
-        f"{key} ({what})"
-        for key, what, rank in zip(layout.sizes, kinds, (2, 2, 2, 2, 1), strict=True)
-        if not _has(shapes, key, rank)
-    ]
-    if missing:
-        raise UserError(
-            f"The file is not a FLUX.1 transformer: it lacks {', '.join(missing)}; "
-            "give FLUX.1's original release, one file of diffusers' keys, or a diffusers directory."
-        )
-    sizes: list[Any] = [shapes[key] for key in layout.sizes]
+    kinds = {"width and channels": 2, "text width": 2, "pooled width": 2, "channels out": 2, "heads": 1}
+    sizes = sizes_told(shapes, layout, kinds, "FLUX.1")
     (width, inputs), (_, text), (_, pooled), (outputs, _), (head_dim,) = sizes
     if sum(rope_axes) != head_dim:
         raise UserError(
@@ -259,8 +275,8 @@ def flux_config_from_shapes(
             "pass --base with a diffusers directory that has this transformer's own transformer/config.json."
         )
     return FluxConfig(
-        depth_double=_depth(shapes, layout.blocks[0]),
-        depth_single=_depth(shapes, layout.blocks[1]),
+        depth_double=depth_told(shapes, layout.blocks[0]),
+        depth_single=depth_told(shapes, layout.blocks[1]),
         heads=width // head_dim,
         head_dim=head_dim,
         rope_axes=rope_axes,
@@ -272,11 +288,39 @@ def flux_config_from_shapes(
     )
 
 
-def _has(shapes: Mapping[str, tuple[int, ...] | None], key: str, rank: int) -> bool:
-    return len(shapes.get(key) or ()) == rank
+def sizes_told(
+    shapes: Mapping[str, tuple[int, ...] | None], layout: Layout, kinds: Mapping[str, int], model: str
+) -> list[Any]:
+    """Returns the shapes that tell a transformer's sizes.
+
+    Args:
+        shapes: key -> shape.
+        layout: names their keys.
+        kinds: what each tells -> how many axes it has.
+        model: what to call it in messages.
+
+    Raises:
+        UserError: naming those that are missing.
+    """
+    missing = [
+        f"{key} ({what})"
+        for key, (what, rank) in zip(layout.sizes, kinds.items(), strict=True)
+        if len(shapes.get(key) or ()) != rank
+    ]
+    if missing:
+        raise UserError(
+            f"The file is not a {model} transformer: it lacks {', '.join(missing)}; "
+            f"give {model}'s original release, one file of diffusers' keys, or a diffusers directory."
+        )
+    return [shapes[key] for key in layout.sizes]
 
 
-def _depth(shapes: Mapping[str, Any], stack: str) -> int:
-    """Returns how many blocks the highest number implies; a gap in between is then a missing key."""
+def depth_told(shapes: Mapping[str, Any], stack: str) -> int:
+    """Returns how many blocks the highest number implies; a gap in between is then a missing key.
+
+    Args:
+        shapes: by key.
+        stack: what keys of the blocks begin with.
+    """
     numbers = [int(match[1]) for key in shapes if (match := re.match(rf"{stack}\.(\d+)\.", key))]
     return max(numbers, default=-1) + 1

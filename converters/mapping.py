@@ -29,14 +29,19 @@ from converters.transforms import (
     Transform,
     conv,
     fuse_qkv,
+    join_patch,
     linear_from_conv1x1,
+    pack_rows,
     same,
     split_attention_mlp,
+    split_gate_up,
+    split_qkv_gate_up,
     split_qkv_up,
+    square,
     swap_scale_shift,
     transpose,
 )
-from difffract_jax.storage.checkpoint import leaf_paths, placement
+from difffract_jax.storage.checkpoint import leaf_paths, placement, put
 from difffract_jax.storage.streaming import Leaf
 
 __all__ = [
@@ -53,16 +58,21 @@ __all__ = [
     "fill_slice",
     "fuse_qkv",
     "is_ignored",
+    "join_patch",
     "linear_from_conv1x1",
     "load_leaves",
     "load_tree",
     "open_tree",
+    "pack_rows",
     "problems_of",
     "same",
     "save_tree",
     "source_shapes",
     "split_attention_mlp",
+    "split_gate_up",
+    "split_qkv_gate_up",
     "split_qkv_up",
+    "square",
     "swap_scale_shift",
     "tensor_shapes",
     "transpose",
@@ -197,7 +207,9 @@ def load_leaves(
     opened = open_tree(source, rules, abstract, ignored=ignored, labels=labels, dtype=dtype)
     leaves = {path: leaf for path, leaf in opened.items() if wanted(path)}
     try:
-        return {path: jax.device_put(leaf.array(), target(path)) for path, leaf in leaves.items()}
+        return {
+            path: put(array := leaf.array(), array.dtype, target(path), owned=True) for path, leaf in leaves.items()
+        }
     except ConversionError as error:
         raise ConversionError(source.name, problems_of(leaves.values())) from error
 
@@ -345,11 +357,11 @@ def save_tree(module: Any, rules: Sequence[Rule], labels: Labels | None = None) 
             yield from zip(keys, assignment.rule.transform.backward(slices), strict=True)
 
 
-def source_shapes(rules: Sequence[Rule], abstract: Any) -> dict[str, Shape]:
+def source_shapes(rules: Sequence[Rule], abstract: Any, labels: Labels | None = None) -> dict[str, Shape]:
     """Returns the key and shape of every tensor that `save_tree` would yield for a tree of these shapes."""
     leaves = leaf_paths(abstract)
     shapes: dict[str, Shape] = {}
-    for assignment in expand(rules, abstract):
+    for assignment in expand(rules, abstract, labels):
         tensors = tensor_shapes(assignment, leaves)
         for keys in assignment.sources:
             shapes |= dict(zip(keys, tensors, strict=True))

@@ -1,4 +1,4 @@
-"""Changes of weights merged into a module that is loaded: resident, spread over devices, or streamed layer by layer.
+"""Changes of weights merged into a module that is loaded, resident, spread or streamed, or into leaves yet to be made.
 
 1. A leaf's slice w becomes cast(wide(w) + sum of changes), where wide is float32, or float64 of float64 weights. The
    sum is taken before the cast, so that several LoRAs round once.
@@ -8,6 +8,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from converters.lora import Change
 from difffract_jax.models.streaming import HostLayers, LayerSource, Streamed, Take, aligned, is_streamed
 from difffract_jax.storage.checkpoint import leaf_paths
+from difffract_jax.storage.streaming import Leaf
 
 Changes = Mapping[str, Mapping[int, Sequence[Change]]]
 """Path of a leaf -> number of a slice along its first axis, 0 of a leaf that is not stacked -> what changes it."""
@@ -44,13 +46,32 @@ def merge(module: Any, changes: Iterable[Change]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(module, is_leaf=is_streamed), made)
 
 
+def merge_leaves(leaves: Mapping[str, Leaf], changes: Iterable[Change]) -> dict[str, Leaf]:
+    """Returns leaves that are made with changes merged, slice by slice.
+
+    Args:
+        leaves: of one part, by path.
+        changes: of its part.
+    """
+    sorted_changes = by_leaf(changes)
+    return {
+        path: leaf._replace(make=partial(_made, leaf, path, sorted_changes[path])) if path in sorted_changes else leaf
+        for path, leaf in leaves.items()
+    }
+
+
+def _made(leaf: Leaf, path: str, changes: Mapping[int, Sequence[Change]], number: int) -> np.ndarray:
+    """Makes a slice of a leaf, with its changes if it has any."""
+    values = leaf.make(number)
+    return merged_slice(values, path, changes[number]) if number in changes else values
+
+
 def by_leaf(changes: Iterable[Change]) -> Changes:
-    """Sorts changes by the leaves and slices that they change: matrices alone, as biases of the same row stay."""
+    """Sorts changes by the leaves and slices that they change."""
     found: dict[str, dict[int, list[Change]]] = {}
     for change in changes:
-        for path in change.assignment.targets:
-            if path.endswith(".kernel"):
-                found.setdefault(path, {}).setdefault(change.number, []).append(change)
+        for path in change.targets:
+            found.setdefault(path, {}).setdefault(change.number, []).append(change)
     return found
 
 

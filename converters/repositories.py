@@ -10,21 +10,21 @@ Everything here looks at paths alone; `where` is what messages call the reposito
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import compress
 
-from converters.pipelines import FOLDERS
+from converters.kinds import FOLDERS
 from converters.weight_files import STEMS
 from difffract_jax.config import UserError
 from difffract_jax.transcoders.sites import are_chosen
 
 INDEX = "model_index.json"
 DESCRIBING = re.compile(
-    r"model_index\.json|scheduler/scheduler_config\.json|(?:transformer|text_encoder|text_encoder_2|vae)/config\.json"
-    r"|tokenizer(?:_2)?/[^/]+\.(?:json|txt|model)"
+    r"model_index\.json|scheduler/scheduler_config\.json|(?:transformer|text_encoder(?:_[23])?|vae)/config\.json"
+    r"|tokenizer(?:_[23])?/[^/]+\.(?:json|txt|model|jinja)"
 )
 OWN = re.compile(
-    r"config\.json|labels\.json|[^/]+\.safetensors(?:\.index\.json)?|tokenizer(?:_2)?/[^/]+\.(?:json|txt|model)"
+    r"config\.json|labels\.json|[^/]+\.safetensors(?:\.index\.json)?|tokenizer(?:_[23])?/[^/]+\.(?:json|txt|model|jinja)"
 )
 """Files of a directory that this package wrote."""
 SITE = re.compile(
@@ -64,7 +64,14 @@ def own_files(paths: Iterable[str]) -> list[str]:
     return [path for path in paths if OWN.fullmatch(path)]
 
 
-def weight_files(paths: Collection[str], parts: Iterable[str], where: str, variant: str | None = None) -> list[str]:
+def weight_files(
+    paths: Collection[str],
+    parts: Iterable[str],
+    where: str,
+    variant: str | None = None,
+    *,
+    folders: Mapping[str, str] = FOLDERS,
+) -> list[str]:
     """Returns the weights of parts of a pipeline of diffusers, each in one precision.
 
     Args:
@@ -73,6 +80,7 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
         where: the repository, for messages.
         variant: precision that is taken where a part has it, as in fp16; else the release's own, which no name tells,
             or the only one that there is.
+        folders: part -> its folder; FLUX.1's if left out.
 
     Raises:
         UserError: naming every part that has no safetensors, or one that has several precisions to choose from.
@@ -80,11 +88,11 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
     chosen: list[str] = []
     lacking = []
     for part in parts:
-        names = _inside(paths, part)
-        files = _one_precision(names, f"{where}/{FOLDERS[part]}", variant)
-        chosen += [f"{FOLDERS[part]}/{name}" for name in files]
+        names = _inside(paths, folders[part])
+        files = _one_precision(names, f"{where}/{folders[part]}", variant)
+        chosen += [f"{folders[part]}/{name}" for name in files]
         if not files:
-            lacking.append(f"{FOLDERS[part]}/ (found {', '.join(sorted(names)) or 'nothing'})")
+            lacking.append(f"{folders[part]}/ (found {', '.join(sorted(names)) or 'nothing'})")
     if lacking:
         raise UserError(
             f"{where} holds no safetensors in {'; '.join(lacking)}, so nothing was downloaded; give a repository, or a "
@@ -95,12 +103,12 @@ def weight_files(paths: Collection[str], parts: Iterable[str], where: str, varia
 
 def listed_variants(paths: Collection[str]) -> set[str]:
     """Returns the variants that parts of a pipeline have, without the plain one."""
-    return {of for part in FOLDERS for of, _ in _sets(_inside(paths, part))} - {""}
+    return {of for folder in FOLDERS.values() for of, _ in _sets(_inside(paths, folder))} - {""}
 
 
-def _inside(paths: Iterable[str], part: str) -> list[str]:
-    """Returns the paths in a part's folder."""
-    return [path.removeprefix(f"{FOLDERS[part]}/") for path in paths if path.startswith(f"{FOLDERS[part]}/")]
+def _inside(paths: Iterable[str], folder: str) -> list[str]:
+    """Returns the paths in a folder, within it."""
+    return [path.removeprefix(f"{folder}/") for path in paths if path.startswith(f"{folder}/")]
 
 
 def transformer_files_of(paths: Collection[str], where: str, variant: str | None = None) -> list[str]:

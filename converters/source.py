@@ -21,7 +21,8 @@ import numpy as np
 from converters import quantised
 from converters.weight_files import WeightFiles, locate
 from difffract_jax.config import UserError
-from difffract_jax.storage.files import DTYPES, TensorFile
+from difffract_jax.storage.files import TensorFile
+from difffract_jax.storage.headers import DTYPES
 
 FLOATS = ("F64", "F32", "F16", "BF16", *quantised.FP8)
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -211,6 +212,60 @@ class Source:
         return problems
 
 
+class JoinedSource(Source):
+    """Several checkpoints as one, with the name of each before its keys."""
+
+    def __init__(self, name: str, parts: Mapping[str, Source]):
+        """Takes checkpoints that are open.
+
+        Args:
+            name: what to call them in messages.
+            parts: name of each -> the checkpoint.
+        """
+        self.name, self._parts = name, dict(parts)
+        self.problems = [problem for part in self._parts.values() for problem in part.problems]
+
+    def _of(self, key: str) -> tuple[Source, str]:
+        part, _, rest = key.partition(".")
+        return self._parts[part], rest
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{name}.{key}" for name, part in self._parts.items() for key in part)
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Returns a tensor's shape; None when its shard cannot be read."""
+        part, rest = self._of(key)
+        return part.shape(rest)
+
+    def dtype(self, key: str) -> str | None:
+        """Returns a tensor's type as safetensors calls it; None when its shard cannot be read."""
+        part, rest = self._of(key)
+        return part.dtype(rest)
+
+    def readable(self, key: str) -> bool:
+        """Says whether the tensor is there, whole and of a type that is understood."""
+        part, _, rest = key.partition(".")
+        return part in self._parts and self._parts[part].readable(rest)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        part, rest = self._of(key)
+        return part[rest]
+
+    def read(self, key: str) -> np.ndarray:
+        """Reads a tensor into memory."""
+        part, rest = self._of(key)
+        return part.read(rest)
+
+    def check_unchanged(self) -> None:
+        """Raises `UserError` if a file has changed or gone since it was opened."""
+        for part in self._parts.values():
+            part.check_unchanged()
+
+    def files(self) -> list[Path]:
+        """Returns the files that hold the tensors."""
+        return [file for part in self._parts.values() for file in part.files()]
+
+
 def _first(keys: list[str]) -> str:
     """Names the first of several keys, and how many more there are."""
     return keys[0] if len(keys) == 1 else f"{keys[0]} (and {len(keys) - 1} more)"
@@ -264,6 +319,10 @@ class ArraySource:
     def kinds(self) -> set[np.dtype]:
         """Returns the types of its floating point numbers."""
         return {self._arrays[key].dtype for key in self._arrays if self.is_float(key)}
+
+    def files(self) -> list[Path]:
+        """Returns no files: the arrays are in memory."""
+        return []
 
     def read(self, key: str) -> np.ndarray:
         """Returns an array, which is in memory, or mapped, as it was given."""

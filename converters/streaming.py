@@ -26,7 +26,12 @@ from difffract_jax.storage.checkpoint import leaf_paths
 
 
 def stream_module(
-    source: Source, rules: Sequence[Rule], abstract: Any, ignored: Sequence[Ignored], weights: Weights
+    source: Source,
+    rules: Sequence[Rule],
+    abstract: Any,
+    ignored: Sequence[Ignored],
+    weights: Weights,
+    labels: Labels | None = None,
 ) -> Any:
     """Returns a module whose stacks are read from a checkpoint layer by layer; everything else of it is converted now.
 
@@ -36,6 +41,7 @@ def stream_module(
         abstract: the module's shapes; it names its stacks in `layered`.
         ignored: keys that may be left over.
         weights: where the stacks stay, `host` or `disk`.
+        labels: names of stacked layers, see `mapping.expand`.
 
     Raises:
         ConversionError: as `mapping.load_tree`, but for values that are not finite in the layers on disk: those are
@@ -43,9 +49,9 @@ def stream_module(
     """
     stacks = {name: f"{name}." for name in abstract.layered}
     beside = lambda path: not path.startswith(tuple(stacks.values()))  # noqa: E731
-    leaves = load_leaves(source, rules, abstract, beside, ignored=ignored)
+    leaves = load_leaves(source, rules, abstract, beside, ignored=ignored, labels=labels)
     sources = {
-        name: ConvertedLayers(source, rules, abstract, prefix, getattr(abstract, name))
+        name: ConvertedLayers(source, rules, abstract, prefix, getattr(abstract, name), labels)
         for name, prefix in stacks.items()
     }
     made = with_sources(abstract, sources, weights)

@@ -93,6 +93,14 @@ CLIP_TRANSFORMERS = _clip_rules("")
 """`CLIPTextModel`, with the keys of transformers 5."""
 
 
+_PROJECTION = "text_projection.weight"
+PROJECTED_CLIP = (
+    *(rule._replace(target=f"text.{rule.target}") for rule in _clip_rules(CLIP_PREFIX)),
+    Rule(_PROJECTION, "projection.kernel", transpose),
+)
+"""`CLIPTextModelWithProjection`."""
+
+
 def t5_tables(keys: Iterable[str]) -> Tables:
     """Chooses the rules for a T5 checkpoint.
 
@@ -121,12 +129,28 @@ def clip_tables(keys: Iterable[str]) -> Tables:
     prefix = CLIP_PREFIX if any(key.startswith(CLIP_PREFIX) for key in keys) else ""
     ignored = (
         Ignored(f"{prefix}embeddings.position_ids", "the numbers 0, 1, 2, ..., which need not be stored"),
-        Ignored("text_projection.weight", "FLUX takes the pooled vector before this projection"),
+        Ignored(_PROJECTION, "FLUX takes the pooled vector before this projection"),
         Ignored("logit_scale", "compares texts with images, which FLUX does not"),
         Ignored("vision_model.*", "reads images, in files of CLIP as a whole"),
         Ignored("visual_projection.weight", "the same"),
     )
     return Tables(_clip_rules(prefix), ignored)
+
+
+def two_clip_tables(parts: Mapping[str, Iterable[str]]) -> Tables:
+    """Chooses the rules for several CLIPs with projections, the name of each before its keys and its leaves.
+
+    Args:
+        parts: name of each -> the keys of its checkpoint.
+    """
+    rules: list[Rule] = []
+    ignored: list[Ignored] = []
+    for name, keys in parts.items():
+        one = clip_tables(keys)
+        rules += [rule._replace(source=f"{name}.{rule.source}", target=f"{name}.text.{rule.target}") for rule in one[0]]
+        rules.append(Rule(f"{name}.{_PROJECTION}", f"{name}.projection.kernel", transpose))
+        ignored += [item._replace(source=f"{name}.{item.source}") for item in one[1] if item.source != _PROJECTION]
+    return Tables(tuple(rules), tuple(ignored))
 
 
 # What transformers writes into every config.json, and what has to do with training or generation only.

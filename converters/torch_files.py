@@ -1,7 +1,7 @@
 """PyTorch's side: `.pt` files, the noise of a seed, and the activations that `convert check` compares with.
 
 1. torch and diffusers are optional and take seconds to import, so `load_module` imports one on first use; a missing
-   one is a clear sentence. Of the package's other files `torch_trace` alone touches them, by the same function.
+   one is a clear sentence. Of the package's other files the other `torch_*` alone touch them, by the same function.
 2. `read_state` and `write_state` take a `.pt` state dict to NumPy arrays and back. Files are unpickled with
    `weights_only`, so that nothing in them is executed, and memory-mapped where their format allows. A state dict may
    lie in a record of training (`state_dicts`).
@@ -12,23 +12,24 @@
 """
 
 import importlib
+import json
 import pickle
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Float32
 
 from converters.source import Source
 from converters.state_dicts import NotFound, find_state
 from difffract_jax.config import UserError
-from difffract_jax.seeds import LOW_HALF, check_seed
+from difffract_jax.generators import LOW_HALF, check_seed
 
 DAMAGED = (
     pickle.UnpicklingError,
@@ -41,20 +42,6 @@ DAMAGED = (
     struct.error,
 )
 """What PyTorch raises for files that are damaged, or are no pickles at all."""
-
-
-class TextRecord(NamedTuple):
-    """What PyTorch's text encoders return for one prompt.
-
-    Attributes:
-        t5: T5's last hidden state.
-        clip: CLIP's last hidden state.
-        pooled: CLIP's pooled vector.
-    """
-
-    t5: Float32[np.ndarray, "txt t5_width"]
-    clip: Float32[np.ndarray, "clip clip_width"]
-    pooled: Float32[np.ndarray, "clip_width"]
 
 
 class TransformerInputs(NamedTuple):
@@ -83,14 +70,14 @@ class BlockRecord(NamedTuple):
     Attributes:
         img: image stream before the block.
         txt: text stream before the block.
-        cond: conditioning vector.
+        cond: conditioning vector; where blocks share their modulations, those of the block, one behind the other.
         img_out: image stream after the block.
         txt_out: text stream after the block.
     """
 
     img: Float32[np.ndarray, "img d_model"]
     txt: Float32[np.ndarray, "txt d_model"]
-    cond: Float32[np.ndarray, "d_model"]
+    cond: Float32[np.ndarray, "conditions"]
     img_out: Float32[np.ndarray, "img d_model"]
     txt_out: Float32[np.ndarray, "txt d_model"]
 
@@ -99,7 +86,7 @@ class TransformerRecord(NamedTuple):
     """One forward pass of PyTorch's transformer.
 
     Attributes:
-        double: its double-stream blocks, in order.
+        double: its double-stream blocks, in order; of Stable Diffusion 3, all blocks.
         single: its single-stream blocks, in order.
         velocity: its output.
     """
@@ -245,25 +232,11 @@ def _tensor(torch: Any, value: np.ndarray) -> Any:
     return torch.from_numpy(array)
 
 
-def record_text(directory: Path, t5_ids: Int[np.ndarray, "txt"], clip_ids: Int[np.ndarray, "clip"]) -> TextRecord:
-    """Runs both PyTorch text encoders on one prompt's ids."""
-    torch, transformers = load_module("torch"), load_module("transformers")
-    config = transformers.T5Config.from_pretrained(directory / "text_encoder_2")
-    t5 = _by_blocks(torch, lambda: transformers.T5EncoderModel(config), directory / "text_encoder_2")
-    clip = transformers.CLIPTextModel.from_pretrained(directory / "text_encoder", dtype=torch.float32).eval()
-    with torch.no_grad():
-        hidden = t5(torch.from_numpy(t5_ids[None].astype(np.int64))).last_hidden_state
-        del t5
-        pooled = clip(torch.from_numpy(clip_ids[None].astype(np.int64)))
-    return TextRecord(hidden[0].numpy(), pooled.last_hidden_state[0].numpy(), pooled.pooler_output[0].numpy())
-
-
 def record_decoding(directory: Path, latent: Float32[np.ndarray, "h w latent"]) -> Float32[np.ndarray, "H W rgb"]:
     """Runs the PyTorch autoencoder's decoder on one unscaled latent."""
     torch, diffusers = load_module("torch"), load_module("diffusers")
-    vae = diffusers.AutoencoderKL.from_pretrained(
-        directory / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
-    ).eval()
+    kind = _class_of(diffusers, directory / "vae")
+    vae = kind.from_pretrained(directory / "vae", torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
     with torch.no_grad():
         image = vae.decode(torch.from_numpy(latent.transpose(2, 0, 1)[None].copy())).sample
     return image[0].permute(1, 2, 0).numpy()
@@ -272,29 +245,59 @@ def record_decoding(directory: Path, latent: Float32[np.ndarray, "h w latent"]) 
 def record_transformer(directory: Path, inputs: TransformerInputs) -> TransformerRecord:
     """Runs the PyTorch transformer once and returns what went into and came out of every block."""
     torch, diffusers = load_module("torch"), load_module("diffusers")
-    path, kind = directory / "transformer", diffusers.FluxTransformer2DModel
-    model = _by_blocks(torch, lambda: kind.from_config(kind.load_config(path)), path)
+    path = directory / "transformer"
+    kind = _class_of(diffusers, path)
+    model = load_blockwise(torch, lambda: kind.from_config(kind.load_config(path)), path)
+    given = _arguments(torch, inputs, pooled=kind is diffusers.FluxTransformer2DModel)
+    modules, depth = [*model.transformer_blocks, *model.single_transformer_blocks], len(model.transformer_blocks)
+    blocks, velocity = record_blocks(torch, model, modules, given, len(inputs.text))
+    return TransformerRecord(blocks[:depth], blocks[depth:], velocity[0].numpy())
+
+
+def record_blocks(
+    torch: Any, model: Any, modules: Sequence[Any], given: Mapping[str, Any], words: int
+) -> tuple[list[BlockRecord], Any]:
+    """Runs a transformer once.
+
+    Args:
+        torch: the module.
+        model: the transformer.
+        modules: its blocks, in order.
+        given: its arguments.
+        words: text tokens.
+
+    Returns:
+        What went into and came out of every block, and the transformer's output.
+    """
     blocks: dict[int, BlockRecord] = {}
 
     def keep(module: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         def arrays(img: Any, txt: Any) -> tuple[np.ndarray, np.ndarray]:
             return img[0].numpy().copy(), txt[0].numpy().copy()
 
+        img, txt = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+        if txt is None:  # of FLUX.2's single-stream blocks, which take and give the joint sequence
+            txt, img = img[:, :words], img[:, words:]
+            output = output[:, :words], output[:, words:]
         txt_out, img_out = output
-        given = arrays(kwargs["hidden_states"], kwargs["encoder_hidden_states"])
-        blocks[id(module)] = BlockRecord(*given, kwargs["temb"][0].numpy().copy(), *arrays(img_out, txt_out))
+        cond = torch.cat([value.flatten() for name, value in kwargs.items() if name.startswith("temb")])
+        # Stable Diffusion 3's last block writes nothing to the text.
+        after = arrays(img_out, txt if txt_out is None else txt_out)
+        blocks[id(module)] = BlockRecord(*arrays(img, txt), cond.numpy().copy(), *after)
 
-    modules = [*model.transformer_blocks, *model.single_transformer_blocks]
     for module in modules:
         module.register_forward_hook(keep, with_kwargs=True)
     with torch.no_grad():
-        velocity = model(**_arguments(torch, inputs)).sample
-    found = [blocks[id(module)] for module in modules]
-    depth = len(model.transformer_blocks)
-    return TransformerRecord(found[:depth], found[depth:], velocity[0].numpy())
+        made = model(**given).sample
+    return [blocks[id(module)] for module in modules], made
 
 
-def _by_blocks(torch: Any, build: Callable[[], Any], folder: Path) -> Any:
+def _class_of(diffusers: Any, folder: Path) -> Any:
+    """Returns diffusers' class of a part, which its configuration names."""
+    return getattr(diffusers, json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))["_class_name"])
+
+
+def load_blockwise(torch: Any, build: Callable[[], Any], folder: Path) -> Any:
     """Returns a model whose blocks have weights while they run alone; the rest has them from the beginning.
 
     Args:
@@ -310,6 +313,7 @@ def _by_blocks(torch: Any, build: Callable[[], Any], folder: Path) -> Any:
 
     def tensor(key: str) -> Any:
         alike = {"encoder.embed_tokens.weight": "shared.weight", "shared.weight": "encoder.embed_tokens.weight"}
+        alike |= {"lm_head.weight": "model.embed_tokens.weight"}
         held = key if source.readable(key) else alike.get(key, key)
         if not source.readable(held):
             raise UserError(f"{folder} lacks {key}; download it again.")
@@ -330,15 +334,26 @@ def _by_blocks(torch: Any, build: Callable[[], Any], folder: Path) -> Any:
     return model
 
 
-def _arguments(torch: Any, inputs: TransformerInputs) -> dict[str, Any]:
-    """Returns the arguments of diffusers' forward pass; image positions are (0, row, column), text positions 0."""
+def _arguments(torch: Any, inputs: TransformerInputs, *, pooled: bool) -> dict[str, Any]:
+    """Returns the arguments of diffusers' forward pass.
+
+    Image positions are (0, row, column), text positions 0; without pooled text (FLUX.2) there is a fourth axis, along
+    which the text is counted.
+    """
     rows, columns = inputs.grid
     ids = np.stack(np.broadcast_arrays(0.0, np.arange(rows)[:, None], np.arange(columns)[None]), axis=-1)
-    return {
+    given = {
         "hidden_states": torch.from_numpy(inputs.latents[None]),
         "encoder_hidden_states": torch.from_numpy(inputs.text[None]),
-        "pooled_projections": torch.from_numpy(inputs.pooled[None]),
         "timestep": torch.tensor([inputs.t]),
+    }
+    if not pooled:
+        image = np.pad(ids.reshape(1, -1, 3), ((0, 0), (0, 0), (0, 1))).astype(np.float32)
+        words = np.zeros((1, len(inputs.text), 4), np.float32)
+        words[..., 3] = np.arange(len(inputs.text))
+        return given | {"img_ids": torch.from_numpy(image), "txt_ids": torch.from_numpy(words)}
+    return given | {
+        "pooled_projections": torch.from_numpy(inputs.pooled[None]),
         "guidance": None if inputs.guidance is None else torch.tensor([inputs.guidance]),
         "img_ids": torch.from_numpy(ids.reshape(-1, 3).astype(np.float32)),
         "txt_ids": torch.zeros(inputs.text.shape[0], 3),

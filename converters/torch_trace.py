@@ -24,10 +24,10 @@ import numpy as np
 from converters.configurations import is_diffusers_directory, pipeline_config
 from converters.torch_files import load_module
 from difffract_jax.config import UserError
+from difffract_jax.generators import check_seed
 from difffract_jax.models.activations import Activations, array_shapes, write_activations
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.models.sampler import PATCH
-from difffract_jax.seeds import check_seed
 from difffract_jax.storage.files import read_array
 from difffract_jax.text_files import unicode_problem
 

@@ -32,7 +32,8 @@ from difffract_jax.config import UserError
 from difffract_jax.models.shapes import abstract_stack
 from difffract_jax.models.streaming import Weights, whole, whole_bytes
 from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, atomic_directory, cap, tree_hash
-from difffract_jax.storage.files import DTYPES, TensorFile
+from difffract_jax.storage.files import TensorFile
+from difffract_jax.storage.headers import DTYPES
 from difffract_jax.storage.streaming import Leaf
 from difffract_jax.storage.sums import sample_hash
 from difffract_jax.transcoders.sites import ROWS, SiteSet, are_chosen, sites_of

@@ -13,6 +13,7 @@
 `Layout` knows the order of all of these for one model; no other module does arithmetic on them. Plain Python and NumPy.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -26,6 +27,11 @@ IMG, TXT, LATENT = range(3)
 STREAMS = ("img", "txt", "latent")
 """The streams' names, by code."""
 
+PROMPT, NEGATIVE = range(2)
+"""Codes of the branches of guidance; where a step is one evaluation, it is of the prompt."""
+BRANCHES = ("prompt", "negative")
+"""The branches' names, by code."""
+
 
 class Group(NamedTuple):
     """What the MLP sublayers of a stack that read the same sequence have in common.
@@ -34,24 +40,33 @@ class Group(NamedTuple):
         name: as files of transcoders call it.
         label: as addresses of sites and features call it.
         streams: whose tokens the sequence holds, in order.
+        modulations: names of the modulations that a block has for it, in the order of `Block.modulations`; none where a
+            block does not offer them.
+        mlp: whether there are MLP sublayers: False for a sequence that attention reads and nothing is written to, as
+            the text in the last block of Stable Diffusion 3. It has no sites, and what stands for its MLPs gives zeros.
     """
 
     name: str
     label: str
     streams: tuple[str, ...]
+    modulations: tuple[str, ...] = ()
+    mlp: bool = True
 
     def rows(self, tokens: "Tokens") -> int:
         """Returns the length of the sequence."""
         return sum(getattr(tokens, stream) for stream in self.streams)
 
 
-IMAGE = Group("img", "img", ("img",))
-TEXT = Group("txt", "txt", ("txt",))
-JOINT = Group("joint", "single", ("txt", "img"))
+_OF_BOTH = tuple(f"{layer}_{kind}" for layer in ("attn", "mlp") for kind in ("shift", "scale", "gate"))
+IMAGE = Group("img", "img", ("img",), _OF_BOTH)
+TEXT = Group("txt", "txt", ("txt",), _OF_BOTH)
+JOINT = Group("joint", "single", ("txt", "img"), ("shift", "scale", "gate"))
 GROUPS = (IMAGE, TEXT, JOINT)
 """The groups that FLUX's blocks have, by number."""
 LABELS = {group.label: group for group in GROUPS}
 """Labels that addresses may have where no model is at hand to ask."""
+FINAL = ("shift", "scale")
+"""Names of the modulations of the last norm."""
 
 
 class Stack(NamedTuple):
@@ -128,10 +143,21 @@ class Layout:
     @cached_property
     def labels(self) -> dict[str, tuple[int, ...]]:
         """Label -> the blocks that have it, ascending; a site's number counts these."""
-        labels: dict[str, tuple[int, ...]] = {}
+        sites = {
+            (group.label, block)
+            for number, group in enumerate(self.groups)
+            if group.mlp
+            for block in self.blocks_of(number)
+        }
+        return {label: tuple(b for b in blocks if (label, b) in sites) for label, blocks in self._numbered.items()}
+
+    @cached_property
+    def _numbered(self) -> dict[str, tuple[int, ...]]:
+        """The same with blocks whose group of that label has no MLP, which modulations are named by too."""
+        found: dict[str, tuple[int, ...]] = {}
         for group, stack in zip(self.groups, self.stack_of_group, strict=True):
-            labels[group.label] = labels.get(group.label, ()) + tuple(self.blocks_of_stack(stack))
-        return labels
+            found[group.label] = found.get(group.label, ()) + tuple(self.blocks_of_stack(stack))
+        return found
 
     @cached_property
     def sides(self) -> tuple[tuple[int, str], ...]:
@@ -246,7 +272,7 @@ class Layout:
             stream: code of the stream.
         """
         label = self.groups[int(self.groups_at(block, stream))].label
-        return label, self.labels[label].index(block)
+        return label, self._numbered[label].index(block)
 
     def side(self, block: int, stream: int) -> str | None:
         """Returns the name of the stream where a site has several, so that a position must say which; else None."""
@@ -256,6 +282,18 @@ class Layout:
     def site_name(self, block: int, stream: int) -> str:
         """Returns how the site that works on a stream in a block is written: img/3, single/0."""
         return "/".join(map(str, self.site_number(block, stream)))
+
+    def modulation_name(self, block: int, stream: int, row: int) -> str:
+        """Returns how a modulation is written: img/3/mlp_gate, single/0/scale, or final/shift behind the last block.
+
+        Args:
+            block: number of the block; the number of all blocks for the last norm.
+            stream: code of a stream that the modulation is of.
+            row: of the modulations of the block's group, or of the last norm.
+        """
+        if block >= self.depth:
+            return f"final/{FINAL[row]}"
+        return f"{self.site_name(block, stream)}/{self.groups[int(self.groups_at(block, stream))].modulations[row]}"
 
     def block_of(self, label: str, number: int) -> int:
         """Returns the block of the site that is written LABEL/N.
@@ -291,3 +329,28 @@ def flux_layout(double: int, single: int) -> Layout:
 
 STACKS = tuple(stack.name for stack in flux_layout(0, 0).stacks)
 """Names of stacks that addresses of blocks may have where no model is at hand to ask."""
+
+
+def read_steps(text: int | str) -> tuple[int, int]:
+    """Reads `2` or `0-3`.
+
+    Args:
+        text: a step, or the first and the last.
+
+    Returns:
+        First and last step; the same twice for one.
+
+    Raises:
+        UserError: if it is neither, or descends.
+
+    Example:
+        >>> read_steps("0-3"), read_steps(2)
+        ((0, 3), (2, 2))
+    """
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(text).strip())
+    if match is None:
+        raise UserError(f"step must be a step, as in 1, or steps in a row, as in 0-3, but got {str(text)!r}.")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise UserError(f"The steps {text} count down; write {last}-{first}.")
+    return first, last

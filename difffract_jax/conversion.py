@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from converters.configurations import is_diffusers_directory
 from converters.mapping import ConversionError, problems_of
+from converters.merging import merge_leaves
 from converters.pipelines import Opened, open_pipeline, open_transformer, sliced
 from converters.source import stored_dtype
 from converters.transcoders import (
@@ -42,6 +44,8 @@ from difffract_jax.directories import (
     transcoder_directory,
 )
 from difffract_jax.estimate.weights import abstract_parts
+from difffract_jax.graphs.json_values import to_json_values
+from difffract_jax.graphs.loras import MergedLora
 from difffract_jax.loading import (
     PARTS,
     from_json,
@@ -51,14 +55,17 @@ from difffract_jax.loading import (
     read_kind,
     refuse_whole,
 )
+from difffract_jax.lora import OpenedLora, check_loras, open_loras
 from difffract_jax.models.mmdit import FluxConfig
-from difffract_jax.models.pipeline import PipelineConfig
+from difffract_jax.models.runs import PipelineConfig
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.storage.checkpoint import leaf_paths, open_tree
+from difffract_jax.parts import identity_of_leaves
+from difffract_jax.sharding import PIPELINE, TRANSCODER, tilings_at
+from difffract_jax.storage.checkpoint import Tilings, leaf_paths, open_tree
 from difffract_jax.storage.files import TensorFile, check_vacant
 from difffract_jax.storage.resumable import Output, checksum_of, resumable_directory
 from difffract_jax.storage.streaming import Leaf, stream_trees
-from difffract_jax.transcoders.sites import SiteSet, are_chosen, sites_of
+from difffract_jax.transcoders.sites import SiteSet, are_chosen, sites_in, sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig
 
 Advance = Callable[[int, int], None]
@@ -75,6 +82,7 @@ class Converted(NamedTuple):
         dtypes: part, or group of sites -> type of its weights.
         config: shapes: of a pipeline, of a transformer alone, or of each transcoder.
         sites: sites that have a transcoder; None for a pipeline or a transformer.
+        loras: that were merged into the weights.
     """
 
     path: Path
@@ -83,6 +91,7 @@ class Converted(NamedTuple):
     dtypes: dict[str, str]
     config: PipelineConfig | FluxConfig | TranscoderConfig
     sites: SiteSet | None = None
+    loras: tuple[MergedLora, ...] = ()
 
 
 def convert_flux(
@@ -92,6 +101,7 @@ def convert_flux(
     base: str | Path | None = None,
     variant: str | None = None,
     dtype: Any = None,
+    lora: Sequence[str | Path] = (),
     overwrite: bool = False,
     progress: Advance = lambda done, total: None,
 ) -> Converted:
@@ -106,6 +116,7 @@ def convert_flux(
         variant: which weights of a diffusers directory to take where it has several, as in fp16.
         dtype: type of the weights that are written; if left out, bfloat16 for parts whose weights all are, else
             float32.
+        lora: LoRAs to merge into the weights, each FILE or FILE:SCALE, see `load_pipeline`.
         overwrite: replace an existing directory.
         progress: called with bytes written and bytes in all.
 
@@ -113,21 +124,35 @@ def convert_flux(
         What was written; `load_pipeline` loads it.
 
     Raises:
-        UserError: if the source is none of these or does not fit, changes meanwhile, or the disk has not enough room.
+        UserError: if the source is none of these or does not fit, a LoRA is of another model, the source changes
+            meanwhile, or the disk has not enough room.
     """
     refuse_whole(source, base)
+    loras = open_loras((lora,) if isinstance(lora, str | Path) else lora)
     # Entered first, so that an occupied target is refused before hours of work.
     with resumable_directory(out, overwrite=overwrite) as output:
         given = checkpoint(source, variant=variant, completed=base is not None)
-        home = None if base is None else base_directory(base, variant=variant).path
+        completed = None if base is None else base_directory(base, variant=variant)
+        home = None if completed is None else completed.path
         if home is not None or (given.path.is_dir() and not is_transformer_directory(given.path)):
             opened, kind = open_pipeline(given.path, base=home, dtype=dtype, variant=variant), "pipeline"
         else:
             opened, kind = open_transformer(given.path, dtype=dtype, variant=variant), "transformer"
         record = {"kind": kind, "config": dataclasses.asdict(opened.config)} | origin_entry(given.origin)
-        digest = _stream(opened.parts, opened.files, output, record, str(given.path), progress)
+        merged = opened.parts
+        if loras:
+            merged = _merged(opened, loras)
+            record |= {"base": identity_of_leaves(opened.parts, given, base=completed, variant=variant)}
+            record |= {"loras": to_json_values(tuple(one.info for one in loras))}
+        tilings = tilings_at(out, merged, PIPELINE)
+        digest = _stream(merged, opened.files, output, record, str(given.path), progress, tilings)
         _save_tokenizers(opened, output.files)
-    return Converted(Path(out), digest, *_counts(opened.parts), opened.config)
+    infos = tuple(one.info for one in loras)
+    return Converted(Path(out), digest, *_counts(opened.parts), opened.config, loras=infos)
+
+
+convert_model = convert_flux
+"""Converts a model, FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma, which it tells by its class and its keys."""
 
 
 def convert_transcoders(
@@ -171,7 +196,10 @@ def convert_transcoders(
         else:
             record = {"kind": "transcoders", "config": kept_config(opened.config), "layers": opened.sites.to_json()}
             record |= {"provenance": {}} | origin_entry(origin)
-            digest = _stream(opened.stacks, opened.files, output, record, str(directory), progress)
+            groups = opened.sites.foreign_groups()
+            record |= {"groups": groups} if groups else {}
+            tilings = tilings_at(out, opened.stacks, dict.fromkeys(opened.stacks, TRANSCODER))
+            digest = _stream(opened.stacks, opened.files, output, record, str(directory), progress, tilings)
     return Converted(Path(out), digest, *_counts(opened.stacks), opened.config, opened.sites)
 
 
@@ -200,6 +228,14 @@ def open_model(model: str | Path, *, dtype: Any = None) -> Opened:
     return Opened(parts, config, load_tokenizers(path), ())
 
 
+def _merged(opened: Opened, loras: Sequence[OpenedLora]) -> dict[str, dict[str, Leaf]]:
+    """Returns the leaves of all parts with LoRAs merged."""
+    config = opened.config
+    shapes = vars(config) if isinstance(config, PipelineConfig) else {"transformer": config}
+    changes = check_loras(loras, shapes)
+    return {part: merge_leaves(leaves, changes.get(part, ())) for part, leaves in opened.parts.items()}
+
+
 def _stream(
     trees: Mapping[str, Mapping[str, Leaf]],
     files: Sequence[Path],
@@ -207,12 +243,17 @@ def _stream(
     record: Mapping[str, Any],
     source: str,
     progress: Advance,
+    tilings: Tilings,
 ) -> str:
     """Writes all parts and `config.json`; returns the content hash. Problems of their values are told together."""
     stamps = _stamps(files)
-    output.begin(_identity(trees, stamps), sum(leaf.nbytes for leaves in trees.values() for leaf in leaves.values()))
+    output.begin(
+        _identity(trees, stamps, record.get("loras")),
+        sum(leaf.nbytes for leaves in trees.values() for leaf in leaves.values()),
+    )
     try:
-        return stream_trees(trees, output, record, check=lambda: _refuse_changes(stamps, output), advance=progress)
+        check = partial(_refuse_changes, stamps, output)
+        return stream_trees(trees, output, record, tilings=tilings, check=check, advance=progress)
     except ConversionError:
         output.discard()
         problems = [problem for leaves in trees.values() for problem in problems_of(leaves.values())]
@@ -242,7 +283,7 @@ def _stream_sites(opened: OpenedSites, output: Output, source: str, progress: Ad
 def _open_ours(directory: Path, sites: Sequence[str] | None, dtype: Any) -> OpenedSites:
     """Says how the leaves of a directory of ours are read, those of the wanted sites."""
     record = read_kind(directory, "transcoders")
-    config, held = from_json(TranscoderConfig, record["config"], directory), sites_of(record["layers"])
+    config, held = from_json(TranscoderConfig, record["config"], directory), sites_in(record)
     stacks: dict[str, dict[str, Leaf]] = {}
     members: dict[str, tuple[int, ...]] = {}
     files: list[Path] = []
@@ -258,7 +299,8 @@ def _open_ours(directory: Path, sites: Sequence[str] | None, dtype: Any) -> Open
             stacks[group] = {name: _row_leaf(file, name, places, np.dtype(kind)) for name, file in tensors.items()}
             members[group] = tuple(numbers[place] for place in places)
             files += sorted({file.path for file in tensors.values()})
-    return OpenedSites(config, sites_of(members), stacks, tuple(files))
+    chosen = sites_of(members, tuple(group for group, _ in held.members))
+    return OpenedSites(config, chosen, stacks, tuple(files))
 
 
 def _row_leaf(file: TensorFile, name: str, places: Sequence[int], dtype: np.dtype) -> Leaf:
@@ -272,7 +314,7 @@ def _row_leaf(file: TensorFile, name: str, places: Sequence[int], dtype: np.dtyp
 
 def _save_tokenizers(opened: Opened, directory: Path) -> None:
     if opened.tokenizers is not None:
-        for name, tokenizer in (("tokenizer", opened.tokenizers.clip), ("tokenizer_2", opened.tokenizers.t5)):
+        for name, tokenizer in opened.tokenizers.folders().items():
             shutil.rmtree(directory / name, ignore_errors=True)  # of an interrupted call
             tokenizer.save_pretrained(directory / name)
 
@@ -280,7 +322,7 @@ def _save_tokenizers(opened: Opened, directory: Path) -> None:
 def _counts(trees: Mapping[str, Mapping[str, Leaf]]) -> tuple[dict[str, int], dict[str, str]]:
     """Returns the number of parameters and the type of every part."""
     sizes = {name: sum(leaf.nbytes // leaf.dtype.itemsize for leaf in tree.values()) for name, tree in trees.items()}
-    return sizes, {name: next(iter(tree.values())).dtype.name for name, tree in trees.items()}
+    return sizes, {name: next(iter(tree.values())).dtype.name for name, tree in trees.items() if tree}
 
 
 def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int]]:
@@ -288,11 +330,13 @@ def _stamps(files: Sequence[Path]) -> dict[Path, tuple[int, int]]:
     return {path: (status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]}
 
 
-def _identity(trees: Mapping[str, Mapping[str, Leaf]], stamps: Mapping[Path, tuple[int, int]]) -> str:
-    """Says all that an output depends on: the source's files, and every leaf's name, type and shape."""
+def _identity(
+    trees: Mapping[str, Mapping[str, Leaf]], stamps: Mapping[Path, tuple[int, int]], loras: Any = None
+) -> str:
+    """Says all that an output depends on: the source's files, LoRAs, and every leaf's name, type and shape."""
     leaves = [(name, path, leaf.dtype.name, leaf.shape) for name, tree in trees.items() for path, leaf in tree.items()]
     sources = [(str(path.resolve()), *stamp) for path, stamp in stamps.items()]
-    return json.dumps([__version__, sources, leaves])
+    return json.dumps([__version__, sources, leaves, loras])
 
 
 def _refuse_changes(stamps: Mapping[Path, tuple[int, int]], output: Output) -> None:

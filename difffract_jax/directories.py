@@ -1,10 +1,11 @@
 """The directory that a name stands for: what is embedded, a directory here, or a repository on the hub.
 
-1. `organism` and `organism-saes` are embedded; `hf:OWNER/NAME` and OWNER/NAME lie on the hub (`hub.names` has the
-   notation); anything else is a path.
-2. Of a repository, what describes a pipeline comes first: one that this package cannot run is refused before its
-   weights are downloaded.
-3. What came from the hub has an `origin`, the name with the commit, which images and graphs record.
+1. `organism` and `organism-saes` are embedded; `hf:OWNER/NAME` and OWNER/NAME lie on the
+   hub (`hub.names` has the notation), gs://BUCKET/FOLDER and s3://BUCKET/FOLDER in buckets; anything else is a path.
+2. Of a repository, or a folder in a bucket, what describes a pipeline comes first: one that this package cannot run is
+   refused before its weights are downloaded.
+3. What came from the hub or a bucket has an `origin`, the name with the commit, or the address, which images and graphs
+   record.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,16 +13,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converters.configurations import (
-    CLASSES,
-    TOKENIZERS,
     check_architecture,
     check_base,
+    chroma_attributes_beside,
     is_diffusers_directory,
     pipeline_config,
     read_json,
 )
 from converters.contents import transformer_files, transformer_of
-from converters.pipelines import FOLDERS
+from converters.kinds import FLUX1, FOLDERS, KINDS, TRANSFORMERS
 from converters.repositories import (
     describing_files,
     is_diffusers_listing,
@@ -35,14 +35,27 @@ from converters.repositories import (
 )
 from converters.source import Source
 from converters.weight_files import check_variant
-from difffract_jax.config import UserError
-from difffract_jax.hub.names import HubName, parse_hub_name
-from difffract_jax.hub.repository import Repository, fetch, open_repository
+from difffract_jax.config import ORGANISMS, UserError
+from difffract_jax.hub import repository as hub
+from difffract_jax.hub.names import parse_hub_name
+from difffract_jax.hub.repository import Repository, open_repository
+from difffract_jax.storage.remote import cache
+from difffract_jax.storage.remote.addresses import is_remote, parse_address, spelled
+from difffract_jax.storage.remote.publication import Listing, listing
+
+Place = Repository | Listing
+"""A folder of a repository on the hub, or one in a bucket."""
 
 ORGANISM = Path(__file__).parent / "organism" / "weights"
 """The embedded model, a diffusers directory."""
-SHIPPED = {"organism": ORGANISM.parent / "transcoders", "organism-saes": ORGANISM.parent / "saes"}
-"""The embedded model's transcoders and SAEs, by the names that stand for them."""
+SIBLINGS = {name: ORGANISM.parent / "siblings" / name.partition("-")[2] for name in ORGANISMS[1:]}
+"""The embedded siblings: a folder with `pipeline`, a directory of this package, and `transcoders`."""
+EMBEDDED = {"organism": ORGANISM} | {name: home / "pipeline" for name, home in SIBLINGS.items()}
+"""Embedded models, by the names that stand for them."""
+SHIPPED = {"organism": ORGANISM.parent / "transcoders", "organism-saes": ORGANISM.parent / "saes"} | {
+    name: home / "transcoders" for name, home in SIBLINGS.items()
+}
+"""The embedded models' transcoders and SAEs, by the names that stand for them."""
 LABELS = "labels.json"
 CHECKPOINT_SUFFIX = ".safetensors"
 
@@ -52,8 +65,8 @@ class Directory(NamedTuple):
 
     Attributes:
         path: where it lies.
-        origin: its name on the hub, commit included; "" for what does not come from there.
-        weights: of a pipeline of diffusers, or of the reference's transcoders, from the hub, the files that are read;
+        origin: its name on the hub, commit included, or its address in a bucket; "" for what lies here.
+        weights: of a pipeline of diffusers, or of the reference's transcoders, from there, the files that are read;
             others may lie beside them, as other tools share the cache.
     """
 
@@ -68,35 +81,39 @@ def pipeline_directory(
     revision: str | None = None,
     parts: Collection[str] = tuple(FOLDERS),
     variant: str | None = None,
+    encoders: bool = True,
 ) -> Directory:
     """Returns the directory of a pipeline.
 
     Args:
-        model: "organism", a directory, or a repository on the hub.
+        model: "organism", a directory, here or in a bucket, or a repository on the hub.
         revision: branch, tag or commit of a repository; the default branch if left out.
         parts: whose weights are needed; of a repository of diffusers, those of others are not downloaded. Of one that
             this package wrote, all weights are, or none for ().
         variant: which weights to download where there are several, as in fp16.
+        encoders: whether the text encoders must be there; where no weights are needed, they need not, here or on the
+            hub.
 
     Raises:
         UserError: if it is neither, or cannot be downloaded.
     """
-    if str(model) == "organism":
+    if str(model) in EMBEDDED:
         _refuse_beside(model, revision=revision)
-        return Directory(ORGANISM)
-    name = parse_hub_name(str(model), revision=revision)
-    if name is None:
+        return Directory(EMBEDDED[str(model)])
+    if _is_elsewhere(model) and str(model).endswith(CHECKPOINT_SUFFIX):
+        raise UserError(_alone(spelled(model), "DIR"))
+    repository = _place(model, revision)
+    if repository is None:
         _refuse_beside(model, revision=revision)
         return Directory(_pipeline_here(Path(model)))
-    if name.folder.endswith(CHECKPOINT_SUFFIX):
-        raise UserError(_alone(str(name), "DIR"))
-    repository = open_repository(name)
+    name = str(repository.name)
     if is_diffusers_listing(repository.files):
-        check_variant(str(name), listed_variants(repository.files), variant)
+        check_variant(name, listed_variants(repository.files), variant)
         path = fetch(repository, describing_files(repository.files), quiet=True)
-        check_architecture(path)
+        kind = check_architecture(path, encoders=encoders and bool(parts))
         pipeline_config(path)
-        weights = weight_files(repository.files, parts, str(name), variant)
+        needed = [part for part in kind.folders_in(path) if part.removesuffix("_2") in parts]  # of two CLIPs both
+        weights = weight_files(repository.files, needed, name, variant, folders=kind.folders)
         return Directory(fetch(repository, weights) if weights else path, repository.pinned, tuple(weights))
     return _own(repository, "pipeline", weights=bool(parts))
 
@@ -111,7 +128,7 @@ def transcoder_directory(
     """Returns the directory of a set of transcoders or SAEs.
 
     Args:
-        path: "organism", "organism-saes", a directory, or a repository on the hub.
+        path: "organism", "organism-saes", a directory, here or in a bucket, or a repository on the hub.
         revision: branch, tag or commit of a repository; the default branch if left out.
         subfolder: folder within the directory or repository.
         sites: those wanted, as in img/0-3; of a repository of the reference's files, others are not downloaded.
@@ -119,14 +136,13 @@ def transcoder_directory(
     Raises:
         UserError: if it is none of these, or cannot be downloaded.
     """
-    name, local = _named(path, revision, subfolder)
-    if name is None:
+    repository, local = _named(path, revision, subfolder)
+    if repository is None:
         return local
-    repository = open_repository(name)
     paths = list(repository.files)
     if is_own_listing(paths) and not is_reference_listing(paths):
         return _own(repository, "transcoders")
-    files = transcoder_files(paths, sites, str(name))
+    files = transcoder_files(paths, sites, str(repository.name))
     return Directory(fetch(repository, files), repository.pinned, tuple(files))
 
 
@@ -136,11 +152,11 @@ def labels_file(path: str | Path) -> Path:
     Args:
         path: as for `transcoder_directory`.
     """
-    name, local = _named(path, None, None)
-    if name is None:
+    repository, local = _named(path, None, None)
+    if repository is None:
         return local.path / LABELS
-    repository = open_repository(name)
-    return fetch(repository, [LABELS]) / LABELS if LABELS in repository.files else Path(str(name)) / LABELS
+    here = Path(str(repository.name)) / LABELS
+    return fetch(repository, [LABELS]) / LABELS if LABELS in repository.files else here
 
 
 def checkpoint(
@@ -155,21 +171,22 @@ def checkpoint(
         completed: whether a base has the parts beside the transformer; of a pipeline, the transformer alone is then
             downloaded.
     """
-    name = parse_hub_name(str(source), revision=revision)
-    if name is None:
+    if is_remote(source) and str(source).endswith(CHECKPOINT_SUFFIX):
+        return Directory(cache.local_file(source), spelled(source))
+    repository = _place(source, revision)
+    if repository is None:
         _refuse_beside(source, revision=revision)
         return Directory(_embedded_or_path(source))
-    repository = open_repository(name)
-    file = Path(name.folder).name
-    if name.folder.endswith(CHECKPOINT_SUFFIX) and file in repository.files:
+    name, file = str(repository.name), Path(str(source)).name
+    if str(source).endswith(CHECKPOINT_SUFFIX) and file in repository.files:
         return Directory(fetch(repository, [file]) / file, repository.pinned)
     if is_own_listing(repository.files):
         path = fetch(repository, ["config.json"], quiet=True)
-        if read_json(path / "config.json", "a transformer").get("_class_name") in CLASSES["transformer"]:
-            weights = transformer_files_of(repository.files, str(name), variant)
+        if read_json(path / "config.json", "a transformer").get("_class_name") in TRANSFORMERS:
+            weights = transformer_files_of(repository.files, name, variant)
             return Directory(fetch(repository, weights), repository.pinned, tuple(weights))
     if completed and is_diffusers_listing(repository.files):
-        weights = weight_files(repository.files, ("transformer",), str(name), variant)
+        weights = weight_files(repository.files, ("transformer",), name, variant)
         path = fetch(repository, [*describing_files(repository.files), *weights])
         return Directory(path, repository.pinned, tuple(weights))
     return pipeline_directory(source, revision=revision, variant=variant)
@@ -179,8 +196,11 @@ def lora_file(lora: str | Path) -> Directory:
     """Returns where a LoRA lies: a file, or a directory that PEFT wrote.
 
     Args:
-        lora: here, or on the hub as hf:OWNER/NAME[@REVISION]/FILE.
+        lora: here, in a bucket, or on the hub as hf:OWNER/NAME[@REVISION]/FILE.
     """
+    if is_remote(lora):
+        whole = cache.local_file if str(lora).endswith(CHECKPOINT_SUFFIX) else cache.local_directory
+        return Directory(whole(lora), spelled(lora))
     name = parse_hub_name(str(lora))
     if name is None:
         return Directory(Path(lora))
@@ -199,18 +219,20 @@ def base_directory(base: str | Path, *, variant: str | None = None) -> Directory
     """Returns the directory of a pipeline that completes a transformer, and needs none itself.
 
     Args:
-        base: a directory, or a repository on the hub.
+        base: a directory, here or in a bucket, or a repository on the hub.
         variant: which weights to download where there are several.
     """
-    name = parse_hub_name(str(base))
-    if name is None:
+    repository = _place(base)
+    if repository is None:
         return Directory(_embedded_or_path(base))
-    repository = open_repository(name)
+    name = str(repository.name)
     described = describing_files(repository.files)
     if not described:
         raise UserError(f"{name} is not a diffusers pipeline, so that it cannot be a base; give another repository.")
-    check_base(fetch(repository, described, quiet=True))
-    weights = weight_files(repository.files, [part for part in FOLDERS if part != "transformer"], str(name), variant)
+    here = fetch(repository, described, quiet=True)
+    kind = check_base(here)
+    others = [part for part in kind.folders_in(here) if part != "transformer"]
+    weights = weight_files(repository.files, others, name, variant, folders=kind.folders)
     return Directory(fetch(repository, weights), repository.pinned, tuple(weights))
 
 
@@ -221,13 +243,18 @@ def is_whole_pipeline(source: str | Path, *, revision: str | None = None) -> boo
         source: as for `checkpoint`.
         revision: of a repository.
     """
-    name, parts = parse_hub_name(str(source), revision=revision), (*CLASSES, *TOKENIZERS)
-    if name is None:
-        path = _embedded_or_path(source)
-        return is_diffusers_directory(path) and all((path / part).is_dir() for part in parts)
-    if name.folder.endswith(CHECKPOINT_SUFFIX):
+    parts = (*FLUX1.classes, *FLUX1.tokenizers)
+    if _is_elsewhere(source, revision) and str(source).endswith(CHECKPOINT_SUFFIX):
         return False
-    paths = open_repository(name).files
+    repository = _place(source, revision)
+    if repository is None:
+        path = _embedded_or_path(source)
+        if not is_diffusers_directory(path):
+            return False
+        named = read_json(path / "model_index.json", "a pipeline").get("_class_name")
+        kind = KINDS.get(str(named), FLUX1)
+        return all((path / part).is_dir() for part in (*kind.classes, *kind.tokenizers) if part not in kind.optional)
+    paths = repository.files
     return is_diffusers_listing(paths) and {*parts} <= {path.partition("/")[0] for path in paths}
 
 
@@ -237,7 +264,7 @@ def is_transformer_directory(path: Path) -> bool:
         return False
     config = path / "config.json"
     if config.is_file():
-        return read_json(config, "a transformer").get("_class_name") in CLASSES["transformer"]
+        return read_json(config, "a transformer").get("_class_name") in TRANSFORMERS
     return bool(transformer_files(path))
 
 
@@ -247,13 +274,15 @@ def _pipeline_here(path: Path) -> Path:
         transformer_of(Source(path))  # names what is given by mistake
     if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
         raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
+    if path.is_dir():
+        _refuse_chroma(path, str(path))
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
         raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
     return _directory(path)
 
 
 def _embedded_or_path(model: str | Path) -> Path:
-    return ORGANISM if str(model) == "organism" else Path(model)
+    return EMBEDDED.get(str(model), Path(model))
 
 
 def _alone(transformer: str, base: str) -> str:
@@ -264,19 +293,56 @@ def _alone(transformer: str, base: str) -> str:
     )
 
 
-def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tuple[HubName | None, Directory]:
-    """Returns the repository that holds transcoders, or None and their directory."""
+def _refuse_chroma(path: Path, name: str) -> None:
+    """Refuses a directory with a transformer alone that nothing completes; `name` is what it was given as."""
+    if chroma_attributes_beside(path) is not None:
+        raise UserError(f"{name} is Chroma's transformer alone, which --base cannot complete; give the whole pipeline.")
+
+
+def fetch(place: Place, paths: Collection[str], *, quiet: bool = False, by_range: bool = False) -> Path:
+    """Brings files of a repository, or of a folder in a bucket, to this machine.
+
+    Args:
+        place: the repository or folder.
+        paths: some of its `files`.
+        quiet: say nothing of how many come.
+        by_range: of large weights in a bucket, fetch blocks when they are read.
+
+    Returns:
+        The folder in which they lie; nothing may be written there.
+    """
+    if isinstance(place, Listing):
+        return cache.fetch(place, paths, by_range=by_range)
+    return hub.fetch(place, paths, quiet=quiet)
+
+
+def _place(text: str | Path, revision: str | None = None, subfolder: str | None = None) -> Place | None:
+    """Opens the repository, or the folder in a bucket, that a text names; None for what lies here."""
+    if is_remote(text):
+        _refuse_beside(text, revision=revision)
+        return listing(parse_address(f"{text}/{subfolder}" if subfolder else text))
+    name = parse_hub_name(str(text), revision=revision, subfolder=subfolder)
+    return None if name is None else open_repository(name)
+
+
+def _is_elsewhere(text: str | Path, revision: str | None = None) -> bool:
+    """Says whether a text names something on the hub or in a bucket."""
+    return is_remote(text) or parse_hub_name(str(text), revision=revision) is not None
+
+
+def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tuple[Place | None, Directory]:
+    """Returns the repository, or the folder in a bucket, that holds transcoders, or None and their directory."""
     if str(path) in SHIPPED:
         _refuse_beside(path, revision=revision, subfolder=subfolder)
         return None, Directory(SHIPPED[str(path)])
-    name = parse_hub_name(str(path), revision=revision, subfolder=subfolder)
-    if name is not None:
-        return name, Directory(Path())
+    place = _place(path, revision, subfolder)
+    if place is not None:
+        return place, Directory(Path())
     _refuse_beside(path, revision=revision)
     return None, Directory(_directory(Path(path) / (subfolder or "")))
 
 
-def _own(repository: Repository, kind: str, *, weights: bool = True) -> Directory:
+def _own(repository: Place, kind: str, *, weights: bool = True) -> Directory:
     """Fetches a directory of a kind that this package wrote, its `config.json` first: other tools' have one too."""
     name, hint = repository.name, "give another repository, or folder in it"
     if not is_own_listing(repository.files):
@@ -289,12 +355,14 @@ def _own(repository: Repository, kind: str, *, weights: bool = True) -> Director
         )
     path = fetch(repository, ["config.json"], quiet=True)
     record = read_json(path / "config.json", "a directory of difffract")
-    if record.get("_class_name") in CLASSES["transformer"]:
+    if record.get("_class_name") in TRANSFORMERS:
+        _refuse_chroma(path, str(name))
         raise UserError(_alone(str(name), "DIR"))
     if "format_version" not in record or record.get("kind") != kind:
         held = record.get("kind") if "format_version" in record else "files of another tool"
         raise UserError(f"{name} holds {held}, but {kind} is wanted here; {hint}.")
-    return Directory(fetch(repository, own_files(repository.files)) if weights else path, repository.pinned)
+    files = own_files(repository.files)
+    return Directory(fetch(repository, files, by_range=True) if weights else path, repository.pinned)
 
 
 def _refuse_beside(path: str | Path, **given: str | None) -> None:

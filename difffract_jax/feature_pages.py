@@ -113,7 +113,7 @@ def feature(
     tcs: TranscoderSet | None = None,
     *,
     pages: str | Path | None = None,
-    prompts: int | Sequence[str] = PROMPTS,
+    prompts: int | Sequence[str] | None = None,
     run: Run | None = None,
 ) -> FeatureView:
     """Returns a feature by its name; `show()` gives its page: top examples, weaker ones, how often it is active, links.
@@ -125,8 +125,8 @@ def feature(
         name: as in img/1/f159.
         pipe: the model to scan; the organism if left out.
         tcs: its transcoders; the organism's if left out.
-        pages: folder that `difffract dashboards` wrote, to read instead of scanning.
-        prompts: to scan; or how many captions of the organism's world.
+        pages: folder that `difffract dashboards` wrote, to read instead of scanning, with none of the other arguments.
+        prompts: to scan; or how many captions of the organism's world, `PROMPTS` if left out.
         run: sizes and schedule of the scan; `pipe.plan()` if left out.
 
     Raises:
@@ -140,9 +140,12 @@ def feature(
     named = Feature.parse(name) if isinstance(name, str) else name
     named = Feature(named.stream, named.block, named.feature)
     if pages is not None:
-        if pipe is not None or tcs is not None:
+        given = {"pipe": pipe, "tcs": tcs, "prompts": prompts, "run": run}
+        others = [f"`{key}`" for key, value in given.items() if value is not None]
+        if others:
             raise UserError(
-                "A feature's page comes from `pages`, or from a scan of `pipe` with `tcs`; give one of them."
+                f"A feature's page comes from `pages` or from a scan, and {' and '.join(others)} would be for a scan; "
+                "give one of them."
             )
         load_scan(pages)
         return FeatureView(named, Path(pages), None, None, ())
@@ -150,6 +153,7 @@ def feature(
         raise UserError(
             "A scan needs a model and its transcoders; give both `pipe` and `tcs`, or neither for the organism."
         )
+    prompts = PROMPTS if prompts is None else prompts
     if pipe is not None and isinstance(prompts, int):
         raise UserError("Captions that are counted are those of the organism; give `prompts` as texts for this model.")
     if isinstance(prompts, str) or (prompts < 1 if isinstance(prompts, int) else not len(prompts)):

@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from converters.alone import completed_config
 from converters.configurations import is_diffusers_directory, pipeline_config
-from converters.pipelines import Sharding, completed_config, convert_pipeline
+from converters.pipelines import Sharding, convert_pipeline
 from converters.transcoders import (
     is_torch_directory,
     stacked_transcoders,
@@ -41,27 +42,21 @@ from difffract_jax.graphs.json_values import to_json_values, typed
 from difffract_jax.graphs.loras import MergedLora
 from difffract_jax.hub.names import parse_hub_name
 from difffract_jax.lora import check_loras, open_loras, with_loras
-from difffract_jax.models.autoencoder import AutoencoderConfig
-from difffract_jax.models.clip import CLIPConfig
+from difffract_jax.models.families import FLUX1, PARTS, SHAPES, shape_class
 from difffract_jax.models.mmdit import FluxConfig
-from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.presets import PRESETS, preset_config
-from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.runs import GenerationDefaults, PipelineConfig
 from difffract_jax.models.streaming import Weights, refuse_streamed
-from difffract_jax.models.t5 import T5Config
 from difffract_jax.models.tokenizers import load_tokenizers
-from difffract_jax.parts import identity, load_part, load_stack, stored_dtype
-from difffract_jax.storage.checkpoint import (
-    atomic_directory,
-    read_config,
-    save_trees,
-)
+from difffract_jax.parts import dtype_of_files, identity, load_part, load_stack
+from difffract_jax.sharding import PIPELINE, TRANSCODER, tilings_at
+from difffract_jax.storage.checkpoint import atomic_directory, leaf_paths, read_config, save_trees
 from difffract_jax.storage.sums import check_sums
-from difffract_jax.transcoders.sites import sites_of, some_sites
+from difffract_jax.transcoders.sites import sites_in, some_sites
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet, source_of_some
 
 C = TypeVar("C")
-PARTS = ("transformer", "t5", "clip", "vae")
 
 
 def load_pipeline(
@@ -76,27 +71,31 @@ def load_pipeline(
     text_encoders: Weights | None = None,
     verify: bool | None = None,
     lora: Sequence[str | Path] = (),
+    encoders: bool = True,
 ) -> Pipeline:
     """Loads a FLUX pipeline.
 
     Args:
-        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, a diffusers directory, or a
-            repository on the hub that holds either: "OWNER/NAME", or "hf:OWNER/NAME[@REVISION][/FOLDER]"; with `base`,
-            a transformer alone: a safetensors file, or a directory with one, here or on the hub.
+        model: "organism" for the embedded model, a directory that `save_pipeline` wrote, a diffusers directory, either
+            here or in a bucket, as gs://BUCKET/FOLDER or s3://BUCKET/FOLDER, or a repository on the hub that holds
+            either: "OWNER/NAME", or `hf:OWNER/NAME[@REVISION][/FOLDER]`; with `base`, a transformer alone: a
+            safetensors file, or a directory with one, in any of these places.
         revision: of a repository: branch, tag or commit; its default branch if left out.
         base: diffusers directory, or repository, with the text encoders, the autoencoder and the tokenizers for a
             transformer alone.
         variant: which weights of a diffusers directory to take where it has several, as in fp16.
-        dtype: type of the weights in memory; None for that of the files, see `parts.stored_dtype`.
+        dtype: type of the weights in memory; None for that of the files, see `parts.dtype_of_files`.
         sharding: function of a part's name and abstract tree that says where its leaves go, as
             `sharding.traced_pipeline` gives one; one device if left out.
-        weights: where the blocks of the transformer and of T5 stay: on the `device`; or in `host` memory or on `disk`,
-            from where each is fetched for its turn. Results are the same but for rounding.
-        text_encoders: where the blocks of T5 stay, if not with the others: on `disk`, they cost next to nothing where
-            prompt embeddings are given.
+        weights: where the blocks of the transformer and of the text encoder stay: on the `device`; or in `host` memory
+            or on `disk`, from where each is fetched for its turn. Results are the same but for rounding.
+        text_encoders: where the blocks of the text encoder (T5, Qwen3) stay, if not with the others: on `disk`, they
+            cost next to nothing where prompt embeddings are given, or one prompt is encoded.
         verify: compare the content hashes of our own directories; left out, those of parts under 200 MB.
         lora: LoRAs to merge into the weights, each FILE or FILE:SCALE: a `.safetensors` file, or one on the hub,
-            hf:OWNER/NAME/FILE; in the layout of diffusers, PEFT, kohya or ComfyUI.
+            hf:OWNER/NAME/FILE; in the layout of diffusers, PEFT, kohya, ComfyUI or XLabs.
+        encoders: whether the text encoders must be there; if not, prompts of a diffusers directory that lacks them come
+            from a file, by `models.embeddings.with_embeddings`.
 
     Raises:
         UserError: when `model` is none of these, is damaged or cannot be downloaded, or a LoRA is of another model; the
@@ -107,7 +106,7 @@ def load_pipeline(
     if opened:  # what does not fit is told before the weights are read
         config = described_pipeline(model, base=base, variant=variant, revision=revision)
         check_loras(opened, {name: getattr(config, name) for name in PARTS})
-    places = {"weights": weights, "text_encoders": text_encoders or weights, "verify": verify}
+    places = {"weights": weights, "text_encoders": text_encoders or weights, "verify": verify, "encoders": encoders}
     options = {"revision": revision, "base": base, "variant": variant, "dtype": dtype, "sharding": sharding}
     return with_loras(_load(model, **options, **places), opened)
 
@@ -123,19 +122,20 @@ def _load(
     weights: Weights,
     text_encoders: Weights,
     verify: bool | None,
+    encoders: bool,
 ) -> Pipeline:
     """Loads a pipeline as it is; arguments as for `load_pipeline`."""
     home = None if base is None else base_directory(base, variant=variant)
     if home is None:
-        given = pipeline_directory(model, revision=revision, variant=variant)
+        given = pipeline_directory(model, revision=revision, variant=variant, encoders=encoders)
     else:
         given = checkpoint(model, revision=revision, variant=variant, completed=True)
     path, origin = given.path, given.origin
     check_sums(path)
-    dtype = stored_dtype(path) if dtype is None else dtype
+    dtype = dtype_of_files(path) if dtype is None else dtype
     if home is not None or is_diffusers_directory(path):
         base = None if home is None else home.path
-        places = {"weights": weights, "text_encoders": text_encoders}
+        places = {"weights": weights, "text_encoders": text_encoders, "encoders": encoders}
         pipe = convert_pipeline(path, base=base, dtype=dtype, sharding=sharding, variant=variant, **places)
         parts = {name: getattr(pipe, name) for name in PARTS}
         return pipe._replace(source=identity(parts, given, base=home, variant=variant), origin=origin)
@@ -215,9 +215,10 @@ def save_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -
     if pipe.loras:
         record |= {"base": pipe.base, "loras": to_json_values(pipe.loras)}
     with atomic_directory(out, overwrite=overwrite) as partial:
-        pipe.tokenizers.clip.save_pretrained(partial / "tokenizer")
-        pipe.tokenizers.t5.save_pretrained(partial / "tokenizer_2")
-        return save_trees(trees, partial, record)
+        for folder, tokenizer in pipe.tokenizers.folders().items():
+            tokenizer.save_pretrained(partial / folder)
+        parts = {name: leaf_paths(tree) for name, tree in trees.items()}
+        return save_trees(trees, partial, record, tilings_at(out, parts, PIPELINE))
 
 
 def load_transcoders(
@@ -235,8 +236,8 @@ def load_transcoders(
 
     Args:
         path: "organism" or "organism-saes" for the embedded model's, a directory that `save_transcoders` wrote, one of
-            the reference's `.pt` files, or a repository on the hub that holds either: "OWNER/NAME", or
-            "hf:OWNER/NAME[@REVISION][/FOLDER]".
+            the reference's `.pt` files, either here or in a bucket, as gs://BUCKET/FOLDER or s3://BUCKET/FOLDER, or a
+            repository on the hub that holds either: "OWNER/NAME", or `hf:OWNER/NAME[@REVISION][/FOLDER]`.
         revision: of a repository: branch, tag or commit; its default branch if left out.
         subfolder: folder within the directory or repository.
         sites: those wanted, as in ("img/0-3", "txt/*"); all if left out. Files of others are not downloaded.
@@ -255,7 +256,7 @@ def load_transcoders(
         return made._replace(origin=origin)
     record = read_kind(directory, "transcoders")
     config = from_json(TranscoderConfig, record["config"], directory)
-    held = sites_of(record["layers"])
+    held = sites_in(record)
     kept, places = (held, {}) if sites is None else some_sites(held, sites, str(directory))
     options = {"weights": weights, "sharding": sharding, "verify": verify}
     stacks = {
@@ -308,8 +309,11 @@ def save_transcoders(
         "layers": tcs.sites.to_json(),
         "provenance": dict(provenance or {}),
     } | origin_entry(tcs.origin)
+    groups = tcs.sites.foreign_groups()
+    record |= {"groups": groups} if groups else {}
     with atomic_directory(out, overwrite=overwrite) as partial:
-        return save_trees(tcs.stacks, partial, record)
+        parts = {name: leaf_paths(stack) for name, stack in tcs.stacks.items()}
+        return save_trees(tcs.stacks, partial, record, tilings_at(out, parts, dict.fromkeys(parts, TRANSCODER)))
 
 
 def kept_config(config: TranscoderConfig) -> dict[str, Any]:
@@ -324,17 +328,23 @@ def kept_config(config: TranscoderConfig) -> dict[str, Any]:
 
 def pipeline_config_from_json(record: Any, path: Path) -> PipelineConfig:
     """Rebuilds a pipeline's configuration from `config.json`."""
-    parts = {
-        "transformer": FluxConfig,
-        "t5": T5Config,
-        "clip": CLIPConfig,
-        "vae": AutoencoderConfig,
-        "scheduler": SchedulerConfig,
-        "defaults": GenerationDefaults,
-    }
-    if not isinstance(record, Mapping) or record.keys() != parts.keys():
+    parts = (*SHAPES[FLUX1], "defaults")
+    if not isinstance(record, Mapping) or record.keys() != {*parts}:
         raise UserError(f"The config.json in {path} does not describe the parts {', '.join(parts)}; convert it again.")
-    return PipelineConfig(**{name: from_json(cls, record[name], path) for name, cls in parts.items()})
+    shapes = {name: from_json(_shape_class(name, record[name], path), record[name], path) for name in SHAPES[FLUX1]}
+    return PipelineConfig(**shapes, defaults=from_json(GenerationDefaults, record["defaults"], path))
+
+
+def _shape_class(part: str, record: Any, path: Path) -> type:
+    """Returns the class of a part's shape, by the family that its entry names; FLUX.1's name none."""
+    family = record.get("family", FLUX1) if isinstance(record, Mapping) else FLUX1
+    cls = shape_class(part, str(family))
+    if cls is None:
+        raise UserError(
+            f"The config.json in {path} has a {part} of the family {family!r}, but this release knows "
+            f"{' and '.join(SHAPES)}; use a newer release."
+        )
+    return cls
 
 
 def from_json(cls: type[C], record: Any, path: Path) -> C:
@@ -344,6 +354,8 @@ def from_json(cls: type[C], record: Any, path: Path) -> C:
             f"The config.json in {path} has {record!r} in place of the values of {cls.__name__}; convert it again."
         )
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    inner = {one.name: one.type for one in dataclasses.fields(cls) if dataclasses.is_dataclass(one.type)}
+    values |= {name: from_json(inner[name], values[name], path) for name in inner if name in values}
     try:
         return cls(**values)
     except TypeError as error:

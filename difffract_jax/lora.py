@@ -1,4 +1,4 @@
-"""LoRAs that are merged into a pipeline when it is loaded.
+"""LoRAs that are merged into a pipeline when it is loaded or converted.
 
 1. `open_loras` reads files named as FILE or FILE:SCALE, here or on the hub, before any weight of the model is.
 2. `check_loras` finds every change in the model's shapes, so that what does not fit is told before it is loaded, too.
@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from converters.lora import Change, Module, match, read_lora
+from converters.lora import Change, match
+from converters.lora_files import Module, read_lora
 from converters.merging import merge
 from difffract_jax.config import UserError
 from difffract_jax.directories import lora_file
@@ -91,7 +92,7 @@ def check_loras(opened: Sequence[OpenedLora], shapes: Mapping[str, Any]) -> dict
 
     Args:
         opened: the LoRAs.
-        shapes: part -> its shape, as in `PipelineConfig`.
+        shapes: part -> its shape, as in `PipelineConfig`; of a transformer alone, its own.
 
     Returns:
         Part -> its changes.
@@ -99,7 +100,7 @@ def check_loras(opened: Sequence[OpenedLora], shapes: Mapping[str, Any]) -> dict
     Raises:
         UserError: if one is of another model.
     """
-    abstract = abstract_parts({name: shapes[name] for name in PARTS}, "float32")
+    abstract = abstract_parts({name: shapes[name] for name in PARTS if name in shapes}, "float32")
     changes: dict[str, list[Change]] = {}
     for lora in opened:
         for part, more in match(lora.info.name, lora.modules, lora.info.scale, abstract).items():

@@ -7,7 +7,7 @@
 5. `sinusoid` embeds a time, in either of the two orders in use (docs/method.md, sections 1 and 2).
 6. `film` is the feature-wise affine map by which time, and in the MM-DiT the whole conditioning, enters.
 
-Einsum letters: q and k positions, h heads, d head_dim.
+Einsum letters: q and k positions, h heads, d head_dim, w that of values.
 """
 
 from typing import Any, Literal
@@ -114,18 +114,18 @@ def rotate(
 def attend(
     q: Float[Array, "q h d"],
     k: Float[Array, "k h d"],
-    v: Float[Array, "k h d"],
+    v: Float[Array, "k h w"],
     *,
     scale: float,
     bias: Float[Array | np.ndarray, "#h q k"] | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "q h d"]:
+) -> Float[Array, "q h w"]:
     """Mixes values by softmax(scale q k^T + bias); a pattern above `WHOLE_PATTERN` is never whole in memory.
 
     Args:
         q: queries.
         k: keys.
-        v: values.
+        v: values; they may have another width than queries and keys.
         scale: factor of the scores.
         bias: added to the scaled scores; -inf where a query must not see a key.
         precision: of the scores; JAX's default if left out.

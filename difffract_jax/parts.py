@@ -14,19 +14,24 @@ from difffract_jax.models.streaming import Weights, aligned, streamed, whole, wh
 from difffract_jax.storage.checkpoint import VERIFY_BELOW_BYTES, leaf_paths, load_tree, open_tree, tree_hash
 from difffract_jax.storage.files import TensorFile
 from difffract_jax.storage.layers import FileLayers
+from difffract_jax.storage.streaming import Leaf
 from difffract_jax.storage.sums import sample_hash
 
 
-def stored_dtype(directory: Path) -> Any:
-    """Returns the type of a model's weights in its files: bfloat16 where those of the transformer all are.
+def dtype_of_files(path: Path) -> Any:
+    """Returns the type of a model's weights in its files: bfloat16 where those of the transformer all are, or float32.
 
     Args:
-        directory: of ours, or of diffusers'; anything else counts as float32.
+        path: a directory of ours, or of diffusers'; or a transformer alone, as a `.safetensors` file or in a directory,
+            where the largest file tells, since an autoencoder may lie beside it.
     """
-    folder = directory / "transformer" if is_diffusers_directory(directory) else directory
-    files = sorted(folder.glob("*.safetensors" if folder != directory else "transformer*.safetensors"))
-    if not files or not directory.is_dir():
-        return jnp.float32
+    if path.is_file():
+        files = [path] if path.suffix == ".safetensors" else []
+    elif is_diffusers_directory(path):
+        files = sorted((path / "transformer").glob("*.safetensors"))
+    else:
+        others = sorted(path.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+        files = sorted(path.glob("transformer*.safetensors")) or others[-1:]
     kinds = {info.dtype for file in files for info in TensorFile(file).tensors.values()}
     return jnp.bfloat16 if kinds == {"BF16"} else jnp.float32
 
@@ -104,5 +109,30 @@ def identity(
     """
     if sum(map(whole_bytes, parts.values())) < VERIFY_BELOW_BYTES:
         return tree_hash({name: whole(tree) for name, tree in parts.items()})
+    return sampled_identity(given, base=base, variant=variant)
+
+
+def identity_of_leaves(
+    parts: Mapping[str, Mapping[str, Leaf]],
+    given: Directory,
+    *,
+    base: Directory | None = None,
+    variant: str | None = None,
+) -> str:
+    """Returns what `identity` would of the same weights, before any of them is made; arguments as there.
+
+    Args:
+        parts: part of the pipeline -> path of each of its leaves, and what makes it.
+        given: where the weights come from.
+        base: where those of the parts beside the transformer come from, if from elsewhere.
+        variant: which of several files are taken.
+    """
+    if sum(leaf.nbytes for leaves in parts.values() for leaf in leaves.values()) < VERIFY_BELOW_BYTES:
+        return tree_hash({name: {path: leaf.array() for path, leaf in tree.items()} for name, tree in parts.items()})
+    return sampled_identity(given, base=base, variant=variant)
+
+
+def sampled_identity(given: Directory, *, base: Directory | None = None, variant: str | None = None) -> str:
+    """Returns an identity by the files' names, sizes, beginnings and ends; arguments as for `identity`."""
     hashes = [sample_hash(home.path, home.weights) for home in (given, base) if home is not None]
     return ":".join(["sampled", *hashes, *([variant] if variant else [])])

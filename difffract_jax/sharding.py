@@ -5,7 +5,8 @@
 2. Every parameter path has exactly one `AxisRule`, which names its axes in the words of `axes.py`: pattern -> axes.
 3. `PLACEMENT` says which logical axes lie across which mesh axis; every other axis is whole on each device.
 4. `shardings` puts 2 and 3 together for one tree of weights: path -> `NamedSharding`. `sharding_table` prints it.
-5. Where a model is evaluated once, to generate or to trace, `site` and `feature` split its layers together
+5. `tilings` cuts matrices along the axes that a mesh may split, so that in a bucket each shard lies in few pieces.
+6. Where a model is evaluated once, to generate or to trace, `site` and `feature` split its layers together
    (`traced_pipeline`, `traced_transcoders`), since layers come one after the other.
 
 Symbols: in a pattern `*` stands for one part of a path, `**` for any number of parts, `{a,b}` for a or b; a path is
@@ -15,17 +16,23 @@ Symbols: in a pattern `*` stands for one part of a path, `**` for any number of 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.config import UserError, nearest
 from difffract_jax.spread import MODEL_AXES, spread_over, ways_of
 from difffract_jax.storage.checkpoint import ShardingsOf, leaf_paths
+from difffract_jax.storage.remote.addresses import is_remote
+from difffract_jax.storage.tiles import Tiling
 
 MESH_AXES = ("data", "site", "feature")
+AnyMesh = Mesh | AbstractMesh
+"""Devices, or their number alone, which suffices to say what part of an array each would hold."""
 Placement = Mapping[str, str | tuple[str, ...]]
 """Logical axis -> the mesh axis, or axes, that split it."""
 
@@ -52,22 +59,32 @@ MMDIT = (
     AxisRule("{time_in,vector_in,guidance_in}.up.bias", ("d_ff",)),
     AxisRule("{time_in,vector_in,guidance_in}.down.bias", ("d_model",)),
     AxisRule("{img_in,txt_in}.bias", ("d_model",)),
-    AxisRule("double.*.mod.kernel", ("layer", "d_model", "modulation")),
-    AxisRule("double.*.mod.bias", ("layer", "modulation")),
-    AxisRule("double.*.attn.qkv.kernel", ("layer", "d_model", "heads")),
-    AxisRule("double.*.attn.qkv.bias", ("layer", "heads")),
-    AxisRule("double.*.attn.{q_norm,k_norm}.scale", ("layer", "head_dim")),
-    AxisRule("double.*.attn.proj.kernel", ("layer", "heads", "d_model")),
-    AxisRule("double.*.mlp.up.kernel", ("layer", "d_model", "d_ff")),
-    AxisRule("double.*.mlp.up.bias", ("layer", "d_ff")),
-    AxisRule("double.*.mlp.down.kernel", ("layer", "d_ff", "d_model")),
-    AxisRule("double.*.{attn.proj,mlp.down}.bias", ("layer", "d_model")),
+    AxisRule("modulator.{inputs,outputs}.kernel", ("inputs", "outputs")),
+    AxisRule("modulator.{inputs,outputs}.bias", ("outputs",)),
+    AxisRule("modulator.layers.norm.scale", ("layer", "inputs")),
+    AxisRule("modulator.layers.up.kernel", ("layer", "inputs", "d_ff")),
+    AxisRule("modulator.layers.up.bias", ("layer", "d_ff")),
+    AxisRule("modulator.layers.down.kernel", ("layer", "d_ff", "outputs")),
+    AxisRule("modulator.layers.down.bias", ("layer", "outputs")),
+    AxisRule("{double,single}.number", ("layer", "inputs")),
+    AxisRule("shared.*.kernel", ("d_model", "modulation")),
+    AxisRule("{dual,double,last}.*.mod.kernel", ("layer", "d_model", "modulation")),
+    AxisRule("{dual,double,last}.*.mod.bias", ("layer", "modulation")),
+    AxisRule("{dual,double,last}.*.{attn,attn2}.qkv.kernel", ("layer", "d_model", "heads")),
+    AxisRule("{dual,double,last}.*.{attn,attn2}.qkv.bias", ("layer", "heads")),
+    AxisRule("{dual,double,last}.*.{attn,attn2}.{q_norm,k_norm}.scale", ("layer", "head_dim")),
+    AxisRule("{dual,double,last}.*.{attn,attn2}.proj.kernel", ("layer", "heads", "d_model")),
+    AxisRule("{dual,double,last}.*.mlp.{gate,up}.kernel", ("layer", "d_model", "d_ff")),
+    AxisRule("{dual,double,last}.*.mlp.up.bias", ("layer", "d_ff")),
+    AxisRule("{dual,double,last}.*.mlp.down.kernel", ("layer", "d_ff", "d_model")),
+    AxisRule("{dual,double,last}.*.{attn.proj,attn2.proj,mlp.down}.bias", ("layer", "d_model")),
+    AxisRule("positions", WHOLE),
     AxisRule("single.mod.kernel", ("layer", "d_model", "modulation")),
     AxisRule("single.mod.bias", ("layer", "modulation")),
     AxisRule("single.qkv.kernel", ("layer", "d_model", "heads")),
     AxisRule("single.qkv.bias", ("layer", "heads")),
     AxisRule("single.{q_norm,k_norm}.scale", ("layer", "head_dim")),
-    AxisRule("single.up.kernel", ("layer", "d_model", "d_ff")),
+    AxisRule("single.{gate,up}.kernel", ("layer", "d_model", "d_ff")),
     AxisRule("single.up.bias", ("layer", "d_ff")),
     AxisRule("single.attn_out.kernel", ("layer", "heads", "d_model")),
     AxisRule("single.mlp_out.kernel", ("layer", "d_ff", "d_model")),
@@ -77,7 +94,8 @@ MMDIT = (
     AxisRule("final.proj.kernel", ("d_model", "outputs")),
     AxisRule("final.proj.bias", ("outputs",)),
 )
-"""Axes of the MM-DiT; `heads` includes head_dim and, before attention, q, k and v."""
+"""Axes of the MM-DiT: FLUX's, Chroma's and Stable Diffusion 3's. `heads` includes head_dim and, before attention, q, k
+and v."""
 
 TRANSCODER = (
     AxisRule("{time_in,time_out}.kernel", ("layer", "time_embed", "time_embed_out")),
@@ -97,12 +115,13 @@ T5 = (
     AxisRule("relative_bias.embedding", ("buckets", "head")),
     AxisRule("blocks.{attn_norm,ff_norm}.scale", ("layer", "t5_width")),
     AxisRule("blocks.attn.{q,k,v}.kernel", ("layer", "t5_width", "heads")),
+    AxisRule("blocks.attn.{q_norm,k_norm}.scale", ("layer", "head_dim")),
     AxisRule("blocks.attn.o.kernel", ("layer", "heads", "t5_width")),
     AxisRule("blocks.ff.{gate,up}.kernel", ("layer", "t5_width", "d_ff")),
     AxisRule("blocks.ff.down.kernel", ("layer", "d_ff", "t5_width")),
     AxisRule("final_norm.scale", ("t5_width",)),
 )
-"""Axes of the T5 encoder, 4.8 billion parameters in FLUX."""
+"""Axes of the T5 encoder, 4.8 billion parameters in FLUX.1, and of Qwen3, 3.1 billion in FLUX.2-klein."""
 
 CLIP = (AxisRule("**", WHOLE),)
 """The CLIP text encoder has 0.1 billion parameters: not worth a communication."""
@@ -126,6 +145,52 @@ TRACED: Placement = dict.fromkeys((*PLACEMENT, "vocab"), MODEL_AXES)
 """The same where a model is evaluated once: T5's table of tokens too, a quarter of a GiB."""
 TRACED_DECODER: Placement = {"d_model": MODEL_AXES}
 """The same of decoder vectors: positions pick some of them, which every device then has its channels of."""
+
+
+TILE, MOST_TILES = 2**17, 16
+"""Bytes of a tile at least, and parts of an axis at most: shards of finer meshes read more than their own bytes."""
+
+
+def tilings(leaves: Mapping[str, Any], rules: Sequence[AxisRule]) -> dict[str, Tiling]:
+    """Returns how the matrices of a tree are cut in a bucket: along the axes that a mesh may split, by its rules.
+
+    Both axes have a power of two of parts, that which `feature` splits no fewer than that which `data` and `site` may,
+    where they can. Parameters that no single rule speaks of, and small matrices, are not cut.
+
+    Args:
+        leaves: path -> array, or what has its shape and type.
+        rules: of that kind of tree, such as `MMDIT`.
+    """
+    made = {}
+    for path, leaf in leaves.items():
+        found = [rule.axes for rule in rules if _regex(rule.pattern).fullmatch(path)]
+        if len(leaf.shape) < 2 or len(found) != 1 or found[0] is None or found[0][-2] == "layer":
+            continue
+        sizes, names = leaf.shape[-2:], found[0][-2:]
+        room = prod(sizes) * np.dtype(leaf.dtype).itemsize // TILE
+        parts, inner = [1, 1], [EVERYWHERE.get(name) == "feature" for name in names]
+        for axis in sorted((0, 1), key=lambda axis: not inner[axis]) * MOST_TILES.bit_length():
+            more = 2 * parts[axis]
+            if names[axis] in EVERYWHERE and more <= MOST_TILES and 2 * prod(parts) <= room and not sizes[axis] % more:
+                parts[axis] = more
+        if prod(parts) > 1:
+            made[path] = Tiling(*parts, by_column=inner[1] or not inner[0])
+    return made
+
+
+def tilings_at(
+    out: str | Path, parts: Mapping[str, Mapping[str, Any]], rules: Mapping[str, Sequence[AxisRule]]
+) -> dict[str, dict[str, Tiling]]:
+    """Returns how the weights of a directory are cut, see `tilings`: not at all but in a bucket.
+
+    Args:
+        out: the directory.
+        parts: name of a part -> path -> array, or what has its shape and type.
+        rules: of each part; those without are not cut.
+    """
+    if not is_remote(out):
+        return {}
+    return {name: tilings(leaves, rules[name]) for name, leaves in parts.items() if name in rules}
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -167,7 +232,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return shape
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT) -> Any:
+def shardings(tree: Any, mesh: AnyMesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT) -> Any:
     """Returns a tree like `tree` whose leaves are the `NamedSharding`s of its arrays.
 
     Args:
@@ -181,7 +246,7 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Place
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
-def pipeline_shardings(mesh: Mesh, placement: Placement = PLACEMENT) -> Callable[[str, Any], Any]:
+def pipeline_shardings(mesh: AnyMesh, placement: Placement = PLACEMENT) -> Callable[[str, Any], Any]:
     """Returns the function (module of a pipeline, its abstract tree) -> tree of shardings."""
     return lambda module, tree: shardings(tree, mesh, PIPELINE[module], placement)
 
@@ -246,7 +311,7 @@ def _refuse_undivided(config: Any, found: Any, mesh: Mesh) -> None:
 
 
 def partition_specs(
-    tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT
+    tree: Any, mesh: AnyMesh, rules: Sequence[AxisRule], placement: Placement = PLACEMENT
 ) -> dict[str, PartitionSpec]:
     """Returns the `PartitionSpec` of every path of `tree`, in the tree's order."""
     return {
@@ -289,7 +354,7 @@ def initialize_distributed(
 
 
 def _partition_spec(
-    path: str, shape: tuple[int, ...], axes: tuple[str, ...] | None, mesh: Mesh, placement: Placement
+    path: str, shape: tuple[int, ...], axes: tuple[str, ...] | None, mesh: AnyMesh, placement: Placement
 ) -> PartitionSpec:
     if axes is None:
         return PartitionSpec()
@@ -302,7 +367,7 @@ def _partition_spec(
     return PartitionSpec(*entries)
 
 
-def _mesh_axis(axis: str, size: int, mesh: Mesh, placement: Placement) -> str | tuple[str, ...] | None:
+def _mesh_axis(axis: str, size: int, mesh: AnyMesh, placement: Placement) -> str | tuple[str, ...] | None:
     """Returns what splits `axis`, or None: an axis that does not divide evenly stays whole, or is split less."""
     names = placement.get(axis, ())
     split = [name for name in ((names,) if isinstance(names, str) else names) if mesh.shape[name] > 1]

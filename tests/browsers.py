@@ -12,6 +12,8 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
+WAIT = 180
+"""Seconds until a page counts as stuck; on a busy machine Chromium alone may take 30 to start."""
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -29,9 +31,13 @@ def browser(profile: Path) -> Iterator[Any]:
 
     with sync_playwright() as play:
         context = play.chromium.launch_persistent_context(
-            str(profile), executable_path=chromium(), args=list(FLAGS), viewport={"width": 1280, "height": 720}
+            str(profile),
+            executable_path=chromium(),
+            args=list(FLAGS),
+            viewport={"width": 1280, "height": 720},
+            timeout=WAIT * 1000,
         )
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(WAIT * 1000)
         yield context
         context.close()
 
@@ -61,7 +67,7 @@ class Watched:
         return [url for url in self.requests if url.partition("#")[0] != own and not url.startswith(("data:", "blob:"))]
 
 
-def until(page: Any, expression: str, argument: Any = None, seconds: float = 30) -> None:
+def until(page: Any, expression: str, argument: Any = None, seconds: float = WAIT) -> None:
     """Waits until an expression holds. Playwright's own wait evaluates text in the page, which its policy forbids."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression, argument):

@@ -17,6 +17,13 @@ def make_folder(folder: Path, transcoders: str, features: Mapping[str, Sequence[
     """
     sites = {site: {"streams": ["img"], "tokens": 1} for site in features}
     config = {"format_version": FORMAT_VERSION, "kind": KIND, "transcoders": transcoders, "sites": sites}
+    config |= {
+        "model": "m",
+        "seed": 0,
+        "prompts": 1,
+        "features": 1,
+        "run": {"steps": 1, "grid": [1, 1], "text_tokens": 1},
+    }
     write_record(folder / FOLDER, config, ("a prompt",))
     for site, numbers in features.items():
         write_script(folder / "data" / folder_of(site) / "list.js", "list", site, {"feature": list(numbers)})

@@ -17,7 +17,7 @@ import jax
 from difffract_jax.cli.main import main
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOADED = ["processes", "difffract_jax.transcoders.training", "difffract_jax.loading", "difffract_jax.cli.output"]
+PRELOADED = ["processes", "difffract_jax.transcoders.training", "difffract_jax.loading", "difffract_jax.cli.bars"]
 NEVER = 10**9
 
 

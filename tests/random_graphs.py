@@ -1,10 +1,12 @@
 """Random circuits for tests of host-side code."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from difffract_jax.circuits.attribution import expansion
 from difffract_jax.circuits.attribution.expansion import SourceTable
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, REST, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, REST, SCORE, Graph
 from difffract_jax.graphs.provenance import Provenance
 
 
@@ -22,7 +24,11 @@ def random_table(rng, *, layers=3, rows=4, active=3, features=6, step=1):
     dtypes = (np.uint8, np.uint8, np.int16, np.int32, np.int32, np.float32)
     columns = zip(*parts, strict=True)
     steps = np.full(len(parts), step, np.int16)
-    return SourceTable(*(np.array(c, dtype) for c, dtype in zip(columns, dtypes, strict=True)), step=steps)
+    return SourceTable(
+        *(np.array(c, dtype) for c, dtype in zip(columns, dtypes, strict=True)),
+        step=steps,
+        branch=np.zeros(len(parts), np.uint8),
+    )
 
 
 def random_edges(rng, table):
@@ -52,6 +58,33 @@ def random_graph(seed, *, layers=3, max_nodes=12, smallest=0.05):
     top = np.flatnonzero((table.kind == 0) & (table.block == layers - 1) & (table.value > smallest))
     edges = random_edges(rng, table)
     return expansion.compact(expand(table, edges, int(top[0]), max_nodes=max_nodes, batch=4, smallest=smallest))
+
+
+def with_score(graph, value=-2.5):
+    """Returns a graph with an unexpanded node made an attention score, head 1 of its block, with an edge into it.
+
+    Returns:
+        The graph, and the score's node.
+    """
+    node = int(np.flatnonzero(graph.node_kind == REST)[-1])
+    score = np.arange(graph.node_kind.size) == node
+    source = np.append(graph.edge_source, np.flatnonzero(graph.node_kind == INPUT)[0]).astype(np.int32)
+    target = np.append(graph.edge_target, node).astype(np.int32)
+    order = np.lexsort((source, target))
+    edges = {"edge_source": source, "edge_target": target}
+    edges["edge_attribution"] = np.append(graph.edge_attribution, 0.75).astype(np.float32)
+    edges["edge_query"] = np.append(np.zeros(graph.edge_source.size), 0.5).astype(np.float32)
+    edges["edge_remainder"] = np.where(source == node, 0.25, 0.0).astype(np.float32)
+    made = replace(
+        graph,
+        node_kind=np.where(score, SCORE, graph.node_kind).astype(np.uint8),
+        node_value=np.where(score, value, graph.node_value).astype(np.float32),
+        node_head=np.where(score, 1, -1).astype(np.int16),
+        node_key_stream=np.where(score, 1, 0).astype(np.uint8),
+        node_key_position=np.where(score, 2, -1).astype(np.int32),
+        **{name: array[order] for name, array in edges.items()},
+    )
+    return made, node
 
 
 def random_output_graph(seed, *, weights=(2.0, 1.0, 0.5), steps=2, blocks=4, rows=3, features=3):

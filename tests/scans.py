@@ -1,17 +1,19 @@
 """A small corpus to scan: the random pipeline, a few prompts, and its codes as `capture` records them."""
 
 from functools import cache
+from itertools import product
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from difffract_jax.address import BRANCHES
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.dashboards.features.corpus import Corpus
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.transcoders.transcoder import TranscoderSet
-from traces import make_transcoders
+from traces import guided_pipeline, make_transcoders
 
 PROMPTS = ("a red fox", "two foxes", "a tin robot", "fog", "a blue lemon", "an owl", "green tea")
 SEED, TOP = 11, 3
@@ -20,11 +22,15 @@ SITES = ("img/0", "img/1", "img/2", "single/0", "single/1", "txt/0", "txt/1", "t
 
 
 class Small(NamedTuple):
-    """A corpus, transcoders, and the codes of all sites, [prompt step row feat], 0 where tokens do not count."""
+    """A corpus, transcoders, and the codes of its sites, [prompt evaluation row feat], 0 where tokens do not count."""
 
     corpus: Corpus
     tcs: TranscoderSet
     codes: dict[str, np.ndarray]
+
+
+AWAY = "a dark owl in fog"
+"""Negative prompt of the corpus with guidance."""
 
 
 @cache
@@ -40,13 +46,24 @@ def small() -> Small:
     return Small(corpus, tcs, _codes(corpus, tcs))
 
 
+@cache
+def guided_small() -> Small:
+    """Returns a corpus with guidance by two branches, of fewer prompts and sites."""
+    pipe = guided_pipeline()
+    tcs = make_transcoders(pipe.config.transformer, img=(0,), txt=(1,), joint=(0,), dtype=jnp.float32)
+    run = pipe.plan(height=16, width=24, text_tokens=16, steps=2, guidance=3.0, negative_prompt=AWAY)
+    corpus = Corpus(pipe, run, PROMPTS[:3], SEED, 2)
+    return Small(corpus, tcs, _codes(corpus, tcs))
+
+
 def _codes(corpus: Corpus, tcs: TranscoderSet) -> dict[str, np.ndarray]:
-    """Returns the codes of recorded runs, each step of each prompt by itself."""
+    """Returns the codes of recorded runs, each evaluation of each prompt by itself."""
     found: dict[str, list[Any]] = {name: [] for name in tcs.sites.names}
     for number, prompt in enumerate(corpus.prompts):
         by_step: dict[str, list[Any]] = {name: [] for name in found}
-        for step in range(corpus.run.steps):
-            record = capture(corpus.pipe, tcs, prompt, seed=SEED + number, step=step, run=corpus.run).record
+        for step, branch in product(range(corpus.run.steps), BRANCHES[: corpus.run.branches]):
+            given = {"seed": SEED + number, "step": step, "run": corpus.run, "branch": branch}
+            record = capture(corpus.pipe, tcs, prompt, **given).record
             for group, (one, numbers) in enumerate(tcs.sites.members):
                 for slot, site in enumerate(numbers):
                     tc = jax.tree.map(lambda leaf, slot=slot, one=one: leaf[slot], tcs.stacks[one.name])

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from difffract_jax.address import flux_layout
+from difffract_jax.address import NEGATIVE, PROMPT, flux_layout
+from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, REST, Graph
 from difffract_jax.graphs.provenance import AttributionSettings, KnownRun, PooledPath, Provenance
 from random_graphs import random_output_graph
@@ -25,6 +26,17 @@ def circuit(seed: int = 0, *, steps: int = 2, prompt: str = "a red circle", mode
         shared=run, attribution=settings, transcoders="t", steps=tuple(range(steps)), pooled_path=(pooled,)
     )
     return replace(graph, provenance=told)
+
+
+def guided_circuit(seed: int = 0) -> Graph:
+    """A circuit of a run with two branches, summed over positions; every other feature is of the negative prompt."""
+    graph = aggregate(circuit(seed))
+    run = replace(
+        graph.provenance.known, guidance=4.0, negative_prompt="a blue one", negative_tokens=("▁a", "▁blue", *TOKENS[2:])
+    )
+    odd = np.arange(graph.node_kind.size) % 2 == 1
+    negative = np.where((graph.node_kind == FEATURE) & odd, NEGATIVE, PROMPT).astype(np.uint8)
+    return replace(graph, node_branch=negative).with_provenance(shared=run)
 
 
 def large(nodes: int, edges: int, seed: int = 0, blocks: int = 20) -> Graph:

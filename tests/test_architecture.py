@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import difffract_jax
+from difffract_jax.cli.commands import MODULES
 from difffract_jax.display import PAGES
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ PACKAGES = ("difffract_jax", "converters")
 ORDER = (
     ("difffract_jax.namespaces", "difffract_jax.text_files"),
     ("difffract_jax", "difffract_jax.config"),
-    ("difffract_jax.spread",),
+    ("difffract_jax.spread", "difffract_jax.generators", "difffract_jax.trace_settings"),
     ("difffract_jax.address", "difffract_jax.ops", "difffract_jax.display", "difffract_jax.seeds"),
     ("difffract_jax.memory",),
     ("difffract_jax.storage", "difffract_jax.hub"),
@@ -52,10 +53,14 @@ LIGHT = (
     "difffract_jax",
     *(f"difffract_jax.dashboards.features.{name}" for name in ("record", "addresses", "viewer_records")),
     "difffract_jax.address",
+    "difffract_jax.generators",
     "difffract_jax.memory",
     "difffract_jax.cli.main",
-    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "output", "view", "group_edits")),
+    *(f"difffract_jax.cli.{module}" for module in dict.fromkeys(MODULES.values())),
+    *(f"difffract_jax.cli.{name}" for name in ("output", "bars", "plan_tables", "graph_tables")),
+    *(f"difffract_jax.cli.{name}" for name in ("settings", "graphs", "view", "group_edits", "populations")),
     *(f"difffract_jax.cli.{name}" for name in ("feature_pages", "viewer_export")),
+    *(f"difffract_jax.models.{name}" for name in ("file_tokenizers", "tokenizers")),
     "difffract_jax.storage.compile_cache",
     "difffract_jax.transcoders.settings",
     "difffract_jax.studies.settings",
@@ -76,13 +81,14 @@ LIGHT = (
             "found_sections",
             "target_words",
             "page_labels",
+            "page_groups",
             "notebook",
         )
     ),
     *(f"difffract_jax.circuits.checks.{name}" for name in ("predictions", "summaries")),
 )
 """Modules that need no JAX, beside all of `graphs`; nor SciPy's statistics, which take a second to import."""
-TORCH_FILES = ("converters/torch_files.py", "converters/torch_trace.py")
+TORCH_FILES = tuple(f"converters/torch_{name}.py" for name in ("files", "text", "trace", "sd3"))
 FLAX_NAMES = {"Module", "Param", "Rngs", "List", "data", "Linear", "Conv", "Embed", "LayerNorm", "RMSNorm", "GroupNorm"}
 MAX_LINES, MAX_FUNCTION = 400, 60
 # One letter of each in brackets, so that this file does not match what it forbids.
@@ -177,7 +183,7 @@ def test_only_two_files_touch_pytorch() -> None:
     assert touching <= {*TORCH_FILES}
 
 
-def test_every_seed_of_a_user_goes_through_one_file() -> None:
+def test_every_seed_of_a_user_goes_through_two_files() -> None:
     # Elsewhere its upper half would be lost, or taken for the number of a draw; seeds that are written out are short.
     makers = ("random.key", "random.PRNGKey", "nnx.Rngs", "default_rng", "SeedSequence")
     bare = [
@@ -189,7 +195,9 @@ def test_every_seed_of_a_user_goes_through_one_file() -> None:
         if not isinstance(seed, ast.Constant) and not ast.unparse(seed).isupper()
         if not ast.unparse(seed).startswith(("key", "random_key("))
     ]
-    assert {place.split(":")[0] for place in bare} == {"difffract_jax/seeds.py", "difffract_jax/models/tiny.py"}, bare
+    assert {place.split(":")[0] for place in bare} == {"difffract_jax/generators.py", "difffract_jax/models/tiny.py"}, (
+        bare
+    )
 
 
 def test_diffusers_is_imported_on_first_use_only() -> None:
@@ -334,6 +342,7 @@ def test_what_is_imported_is_declared() -> None:
         "PIL": "pillow",
         "orbax": "orbax-checkpoint",
         "tensorboardX": "tensorboardx",
+        "google_crc32c": "google-crc32c",
         "google": "protobuf",
     }.keys()
     declared |= {*PACKAGES}

@@ -14,6 +14,8 @@ from converters.export import export_pipeline
 from difffract_jax.circuits.frozen.replacement import prepare_step
 from difffract_jax.cli.main import app
 from difffract_jax.conversion import convert_flux
+from difffract_jax.graphs.grade import Grade
+from difffract_jax.graphs.json_values import to_json_values
 from difffract_jax.loading import load_pipeline, load_transcoders
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.tiny import TINY, random_pipeline
@@ -65,6 +67,7 @@ def test_dashboards_of_flux_are_counted():
     assert fewer["disk in the end"] < found["disk in the end"] < found["disk while it runs, at most"]
 
 
+@pytest.mark.slow
 def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
     monkeypatch.setattr(attribution.ARGS, "sites", "all")
     trace, tcs, target = attribution.flux(TINY, features=64, side=6, text=8)
@@ -90,6 +93,17 @@ def test_floors_count_what_lies_below_a_target(attribution, monkeypatch):
 def test_the_laws_among_the_bars_hold():
     rows = list(benchmark("bars").laws())
     assert len(rows) == 3 and all(row.measured <= row.bar for row in rows)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_that_is_killed_and_told_to_stop_ends_as_one_that_is_not(tmp_path, capsys):
+    module = benchmark("preemption")
+    # JAX spreads in 2 s that one process was told to stop: the run must still be going then.
+    stops = module.measure(module.PARSER.parse_args(["--kills", "1", "--steps", "600", "--longest", "0.3"]), tmp_path)
+    assert [(one.signal, one.processes) for one in stops] == [("SIGKILL", 2), ("SIGTERM", 2)]
+    told = stops[1]
+    assert 600 > told.kept == told.reached > stops[0].kept, "told to stop, it saves the step that it has reached"
+    assert capsys.readouterr().out.count("| SIG") == 2
 
 
 def test_the_commands_that_are_timed_have_the_options_that_they_are_given():
@@ -159,6 +173,7 @@ def test_the_fake_site_has_about_as_many_active_features_as_it_says(fake):
     assert share == pytest.approx(record["transcoders"]["active_share"], rel=0.5)
 
 
+@pytest.mark.slow
 def test_the_rehearsal_encodes_traces_and_tells_what_it_took(fake):
     rehearsal, home = benchmark("full_size_run"), fake[1]
     assert rehearsal.encode_step(home) == {"prompts": 2}
@@ -204,3 +219,55 @@ def test_an_interrupted_fake_checkpoint_is_continued(fake, tmp_path):
     assert victim.read_bytes() == whole
     assert [text for text in said if "is written" in text] == [f"{victim} is written, {len(whole):,} bytes"]
     assert not list(home.rglob("*.partial"))
+
+
+def test_the_tables_of_the_verdict_count_edits():
+    """Three targets: the first's held-out edits work with both seeds, the second's with one, the third's never."""
+    module = benchmark("verdict")
+
+    def target(number, values):
+        usual = {"predicted": 0.2, "control": 0.01, "live": 0.2, "distance": 0.5, "size": 1}
+        held = [
+            {"predicted": 0.2, "size": size, "dose": -1.0} | dict(zip(module.HELD, values, strict=True))
+            for size in (1, 2)
+        ]
+        edits = [
+            *(usual | {"dose": dose, "full": 0.2, "other": [0.2, -0.2]} for dose in (0.5, 1.0)),
+            usual | {"dose": 2.0, "full": 0.01, "other": None, "distance": 1.5},
+            usual | {"dose": 1.0, "full": -0.2, "other": None, "size": 8},
+        ]
+        alone = 0.2 if number == 0.5 else 1.0
+        grade = Grade(number=number, alone=alone, other_seeds=number, limit=0.02)
+        return {"grade": to_json_values(grade), "held out": held, "edits": edits}
+
+    rows = [target(0.9, (0.2, 0.2)), target(0.4, (0.2, -0.2)), target(0.5, (0.0, 0.9))]
+    criterion, own, _, each, _ = module.outcomes(rows)
+    assert (criterion["works"], criterion["area"], own["area"]) == ("2 of 3", "0.500", "1.000")
+    assert (each["works"], each["area"]) == ("3 of 6", "0.722")
+    told = {row["what"]: row["figure"] for row in module.hypotheses(rows)}
+    assert told["single edits that work, doses -1 to 1"] == "1.00 of 6"
+    assert told["single edits that work with other seeds"] == "0.50 of 12"
+    assert told["groups of 8 and more"] == "0.00 of 3"
+    assert told["single edits that leave the run's own activations, doses -2 and 2"] == "1.00"
+    assert module.figure(rows).axes
+
+
+@pytest.mark.slow
+def test_what_a_host_feeds_is_measured_on_a_small_shape(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    host, checkpoint = benchmark("host_input"), benchmark("full_size_checkpoint")
+    rates = host.flux(checkpoint.SMALL, repeats=1, chunks=1, count=400)
+    assert rates["together"] < min(rates["reading"], rates["tokenising and choosing rows"])
+    assert rates["tokenising and choosing rows"] > 0 and {"which prompt comes", "choosing rows"} <= rates.keys()
+    encoding = host.text(checkpoint.SMALL, repeats=1)
+    assert encoding["together"] < min(encoding["CLIP"], encoding["T5, of 2 layers"])
+    taken = host.consumed()
+    assert taken["as modelled, bound by network"] < taken["products alone"]
+
+
+@pytest.mark.slow
+def test_trainings_with_and_without_overlap_are_timed_and_learn_the_same():
+    small = {"steps": 24, "batch": 64, "buffer_rows": 1024, "expansion": 2, "k": 4, "sites": ("img/0",)}
+    record = benchmark("training").overlapped(1, **small)
+    assert set(record["steps"]) == {"buffer on the device", "buffer on the host", "rows from files"}
+    assert all(row["same"] and row["on, s"] > 0 for row in record["steps"].values())

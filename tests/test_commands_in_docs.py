@@ -22,15 +22,26 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "diff
 FENCED = re.compile(r"(?:<!-- (?P<mark>[^>]*) -->\n)?^```(?P<kind>\w*)\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 MARKS = {"needs FLUX", "needs a pod", "needs libtpu", "test command"}
 SHORTER = {
-    r"--max-minutes \S+": "--max-minutes 0.05",
-    r"--steps 300": "--steps 20",
-    r"steps=200": "steps=4",
-    r"--k 2,4,8,16": "--k 2,4",
-    r"--images 200": "--images 8",
-    r"--prompts 256": "--prompts 8",
-    r"difffract evaluate (?!--)": "difffract evaluate --prompts-count 16 --velocity-count 4 --scored 16 ",
+    r"--max-minutes \S+": "--max-minutes 0.01",
+    r"train configs/smoke\.yaml": r"\g<0> --set steps=4 --set batch=32 --set buffer_rows=512 --set log_every=2",
+    r"--steps 300 --batch 256": "--steps 4 --batch 32 --buffer-rows 512",
+    r"--batch 256 --max-minutes": "--batch 32 --buffer-rows 512 --max-minutes",
+    r"--steps 200 --batch 512": "--steps 10 --batch 64",
+    r"steps=200, batch=512": "steps=10, batch=64",
+    r"--set steps=200": "--set steps=4 --set batch=32 --set buffer_rows=512",
+    r"--k 2,4,8,16": "--k 2 --prompts-count 4 --velocity-count 2 --images 1",
+    r"--images 200": "--images 1",
+    r"--prompts 256": "--prompts 2 --sites img/1",
+    r"--max-nodes \d+": "--max-nodes 20",
+    r"--step 0-3": "--step 0-3 --max-nodes 20",
+    r"max_nodes=50, expansion_batch=10": "max_nodes=12, expansion_batch=6",
+    r"--seeds 0\.\.4": "--seeds 0..1",
+    r"--seeds 0\.\.9 --out steered": "--seeds 0..1 --out steered",
+    r"difffract evaluate (?!--)": "difffract evaluate --prompts-count 4 --velocity-count 2 --scored 2 --images 1 ",
 }
-"""What is written otherwise for the test, so that it takes a minute a page."""
+"""What is written otherwise for the test, in commands and in Python, so that a page takes seconds."""
+BY_DEFAULT = {"difffract demo"}
+"""Commands that a page shows and the default run runs whole: `test_journey.py`."""
 ELSEWHERE = ("pip ", "hf ", "pytest", "HYPOTHESIS_PROFILE", "XLA_FLAGS", "python benchmarks/", "mkdocs ")
 """Commands that are not this package's."""
 
@@ -59,6 +70,13 @@ def lines(code: str) -> list[str]:
 def words(line: str) -> list[str]:
     """Returns the arguments of a line, without the comment after it."""
     return [word for word in shlex.split(line, comments=True) if word != "..."]
+
+
+def shorter(text: str) -> str:
+    """Returns a command or Python with smaller counts."""
+    for pattern, smaller in SHORTER.items():
+        text = re.sub(pattern, smaller, text)
+    return text
 
 
 BLOCKS = [block for path in PAGES for block in blocks(path)]
@@ -98,13 +116,12 @@ def test_what_a_page_shows_runs_as_it_stands(page, tmp_path, monkeypatch, capsys
         if block.page != page or block.mark in MARKS:
             continue
         if block.kind == "python":
-            exec(compile(block.code, page, "exec"), {})
+            exec(compile(shorter(block.code), page, "exec"), {})
             ran += 1
         for line in lines(block.code) if block.kind == "bash" else ():
-            if line.startswith(ELSEWHERE) or line.startswith("#"):
+            if line.startswith(ELSEWHERE) or line.startswith("#") or line in BY_DEFAULT:
                 continue
-            for pattern, smaller in SHORTER.items():
-                line = re.sub(pattern, smaller, line)
+            line = shorter(line)
             name, *arguments = words(line)
             assert name == "difffract", line
             result = run_command(monkeypatch, capsys, *arguments)

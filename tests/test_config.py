@@ -13,11 +13,11 @@ from difffract_jax.config import (
     GenerateConfig,
     PruneConfig,
     Settings,
-    TraceConfig,
     UserError,
     provenance,
     resolve,
 )
+from difffract_jax.trace_settings import TraceConfig
 from difffract_jax.transcoders.settings import EvaluateConfig, HarvestConfig, TrainConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -213,8 +213,8 @@ BROKEN = {
         ["not understood: dual_attention_layers"],
     ),
     "another architecture": (
-        lambda home: change_json(home / "model_index.json", _class_name="StableDiffusion3Pipeline"),
-        ["is a StableDiffusion3Pipeline, but only FluxPipeline"],
+        lambda home: change_json(home / "model_index.json", _class_name="StableDiffusionXLPipeline"),
+        ["is a StableDiffusionXLPipeline, but only FluxPipeline"],
     ),
 }
 

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -23,7 +24,7 @@ from difffract_jax.loading import (
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.tokenizers import encode_prompt
-from difffract_jax.parts import identity
+from difffract_jax.parts import dtype_of_files, identity
 from difffract_jax.sharding import make_mesh, pipeline_shardings
 from difffract_jax.storage.checkpoint import load_tree
 from difffract_jax.storage.sums import sample_hash
@@ -92,6 +93,17 @@ def test_a_transformer_is_spread_over_a_mesh(saved, pipe):
         assert spread.t5.final_norm.scale.sharding.is_fully_replicated
         assert spread.vae.decoder.conv_in.kernel.sharding.is_fully_replicated
         assert_equal(spread[:4], pipe[:4])
+
+
+@pytest.mark.parametrize(("kind", "expected"), [(ml_dtypes.bfloat16, jnp.bfloat16), (np.float32, jnp.float32)])
+def test_weights_keep_the_type_of_the_transformer_s_file(tmp_path, kind, expected):
+    (tmp_path / "diffusers" / "transformer").mkdir(parents=True)
+    (tmp_path / "diffusers" / "model_index.json").write_text("{}", encoding="utf-8")
+    save_file({"x": np.ones(9, kind)}, tmp_path / "flux1.safetensors")
+    save_file({"y": np.ones(1, np.float32)}, tmp_path / "ae.safetensors")
+    save_file({"x": np.ones(9, kind)}, tmp_path / "diffusers" / "transformer" / "model.safetensors")
+    for path in (tmp_path, tmp_path / "flux1.safetensors", tmp_path / "diffusers"):
+        assert dtype_of_files(path) == expected
 
 
 def test_a_single_file_alone_is_a_transformer_and_says_so(pipe, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """The notebooks of `examples/`: one per study and two more; they have been run, and they still run, made small.
 
-A study's notebook that takes the steps one by one ends in what the study itself ends in.
+A study's notebook takes the steps one by one, and ends in what the study itself ends in.
 """
 
 import json
@@ -9,15 +9,21 @@ import re
 import pytest
 from notebooks import HOME, code_cells, run, sources
 
+from difffract_jax.studies import binding, errors, flow, precision, repair
 from difffract_jax.studies.registry import STUDIES, Given
 from difffract_jax.studies.results import Result, quiet
 from difffract_jax.studies.settings import QUESTIONS
 
 OTHERS = ("walkthrough", "train-your-own")
-STEP_BY_STEP = ("steps", "concept-context", "colour-prior")
-"""Studies whose notebooks take the steps one by one; the others call the study and look at single cases."""
-COMPARED = ("concept-context", "colour-prior")
-"""Studies that are run as a whole beside their notebooks: one of those that take features away, one that repairs."""
+REPAIRS = ((repair, "COUNTS", (8,)), (repair, "STRENGTHS", (1.0, 2.0)))
+SMALLER = {
+    "binding": ((binding, "COUNTS", (8,)), (binding, "STRENGTHS", (1.0, 1.5))),
+    "colour-prior": REPAIRS,
+    "errors": (*REPAIRS, (errors, "UNTIL", (0, 1)), (errors, "BATCH", 500)),
+    "flow": ((flow, "NODES", 100),),
+    "precision": ((precision, "ROUNDS", {2: precision.ROUNDS[2]._replace(counts=(8, 32), strengths=(1.0, 1.5))}),),
+}
+"""What of a study's settings is made smaller beside its size, in the notebook and in the study alike."""
 CALLED = re.compile(r"\b(?:{})\(pipe, tcs".format("|".join(name.replace("-", "_") for name in QUESTIONS)))
 
 
@@ -35,7 +41,7 @@ def test_a_notebook_has_been_run_from_top_to_bottom(name):
     assert not re.search(r"site-packages|/home/|/tmp/", json.dumps(cells))
 
 
-@pytest.mark.parametrize("name", STEP_BY_STEP)
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_a_study_s_notebook_shows_its_steps(name):
     cells = sources(name)
     assert not CALLED.search("\n".join(cells)), "the study is called as a whole"
@@ -46,13 +52,14 @@ def test_a_study_s_notebook_shows_its_steps(name):
 @pytest.mark.parametrize("name", QUESTIONS)
 def test_a_study_s_notebook_runs_and_ends_in_what_the_study_ends_in(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    for module, setting, value in SMALLER.get(name, ()):
+        monkeypatch.setattr(module, setting, value)
     few = [re.sub(r"^SIZE = \d+", "SIZE = 2", source, flags=re.MULTILINE) for source in sources(name)]
     assert few != sources(name)
     names, _ = run(name, few)
     result = names["result"]
     assert isinstance(result, Result) and result.name == name and result.verdict in result._repr_markdown_()
     assert all(min(result.picture(figure).size) > 100 for figure in result.figures)
-    if name in COMPARED:
-        given = {part: names.get(part) for part in ("pipe", "tcs", "saes", "labels")}
-        whole = STUDIES[name](Given(**given, size=2, round=None, prompts=None), quiet)
-        assert result.verdict == whole.verdict and json.dumps(result.raw) == json.dumps(whole.raw)
+    given = {part: names.get(part) for part in ("pipe", "tcs", "saes", "labels")}
+    whole = STUDIES[name](Given(**given, size=2, round=2 if name == "precision" else None, prompts=None), quiet)
+    assert result.verdict == whole.verdict and json.dumps(result.raw) == json.dumps(whole.raw)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 HOME = ("difffract_jax/models/", "difffract_jax/address.py")
 KNOWING = {
     "converters/flux.py": "maps checkpoints onto the weights of FLUX's blocks",
+    "converters/flux2.py": "maps checkpoints onto the weights of FLUX.2's blocks",
     "converters/check.py": "compares FLUX's blocks with PyTorch's",
     "converters/torch_files.py": "runs PyTorch's FLUX, whose modules have these names",
     "converters/torch_trace.py": "records PyTorch's FLUX into the arrays of `models/activations.py`",

@@ -8,15 +8,16 @@ from converters.torch_files import torch_noise, torch_seed
 from difffract_jax.circuits.editing.ranking import rank_features
 from difffract_jax.circuits.editing.sweeps import sweep
 from difffract_jax.circuits.notation.edits import Edit
+from difffract_jax.cli.runs import torch_latents
 from difffract_jax.cli.settings import SteerConfig
-from difffract_jax.cli.steer import torch_latents
 from difffract_jax.config import GenerateConfig, UserError, resolve
+from difffract_jax.generators import check_seed, random_generator
 from difffract_jax.models.pipeline import plan_run
 from difffract_jax.models.sampler import draw_noise
 from difffract_jax.models.tiny import random_pipeline, random_weights
 from difffract_jax.organism.recipe import OrganismRecipe
 from difffract_jax.organism.world import scenes
-from difffract_jax.seeds import check_seed, random_generator, random_key
+from difffract_jax.seeds import random_key
 from difffract_jax.transcoders.harvest import Sampler
 from difffract_jax.transcoders.prompts import PromptFile
 from difffract_jax.transcoders.settings import HarvestConfig, TrainConfig

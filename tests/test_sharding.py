@@ -1,5 +1,7 @@
 """Meshes and sharding rules: every parameter has exactly one rule, and eight devices hold what one holds."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,14 @@ from jax.sharding import AxisType, PartitionSpec
 from difffract_jax import sharding
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from difffract_jax.models.chroma import ChromaConfig, ChromaMMDiT
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.flux2 import Flux2Config, Flux2MMDiT
 from difffract_jax.models.mmdit import MMDiT
+from difffract_jax.models.presets import preset_config
+from difffract_jax.models.qwen3 import Qwen3Config, Qwen3Encoder
+from difffract_jax.models.sd3 import Sd3Config, Sd3MMDiT
+from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tiny import TINY
 from difffract_jax.sharding import (
@@ -24,8 +32,10 @@ from difffract_jax.sharding import (
     pipeline_shardings,
     sharding_table,
     shardings,
+    tilings,
 )
 from difffract_jax.storage.checkpoint import leaf_paths
+from difffract_jax.storage.tiles import full_index, spans
 
 RULES = (AxisRule("blocks.{up,down}.kernel", ("layer", "d_model", "feat")), AxisRule("**.bias", None))
 TREE = {"blocks": {"up": {"kernel": jnp.arange(2 * 3 * 8.0).reshape(2, 3, 8), "bias": jnp.ones(5)}}}
@@ -133,6 +143,41 @@ def test_joining_a_multi_host_run_twice_does_nothing(monkeypatch: pytest.MonkeyP
     assert calls == [("host:1234", 2, 0)]
 
 
+SD3 = Sd3Config(
+    depth_double=3,
+    depth_dual=1,
+    heads=2,
+    head_dim=16,
+    in_channels=16,
+    out_channels=16,
+    text_width=24,
+    pooled_width=16,
+    qk_norm=True,
+    table=6,
+)
+FLUX2 = Flux2Config(
+    depth_double=1,
+    depth_single=1,
+    heads=2,
+    head_dim=16,
+    rope_axes=(4, 4, 4, 4),
+    in_channels=16,
+    out_channels=16,
+    text_width=32,
+)
+CHROMA = ChromaConfig(
+    depth_double=1,
+    depth_single=1,
+    heads=2,
+    head_dim=16,
+    rope_axes=(4, 6, 6),
+    in_channels=16,
+    out_channels=16,
+    text_width=32,
+    modulator_inputs=16,
+    modulator_width=20,
+    modulator_layers=2,
+)
 TREES = {
     "t5": (
         sharding.T5,
@@ -141,6 +186,19 @@ TREES = {
             rngs=nnx.Rngs(0),
         ),
     ),
+    "qwen3": (  # beside T5, whose table it shares
+        sharding.T5,
+        lambda: Qwen3Encoder(
+            Qwen3Config(
+                vocab=32, width=16, d_ff=32, heads=4, key_heads=2, head_dim=8, padding_id=0, read_layers=(1, 2)
+            ),
+            rngs=nnx.Rngs(0),
+        ),
+    ),
+    "flux": (sharding.MMDIT, lambda: MMDiT(replace(TINY, guidance=True), rngs=nnx.Rngs(0))),
+    "flux2": (sharding.MMDIT, lambda: Flux2MMDiT(FLUX2, rngs=nnx.Rngs(0))),
+    "chroma": (sharding.MMDIT, lambda: ChromaMMDiT(CHROMA, rngs=nnx.Rngs(0))),
+    "sd3": (sharding.MMDIT, lambda: Sd3MMDiT(SD3, rngs=nnx.Rngs(0))),
     "clip": (
         sharding.CLIP,
         lambda: CLIPTextEncoder(
@@ -175,4 +233,59 @@ def test_every_parameter_of_every_module_matches_exactly_one_rule(kind: str) -> 
     tree = jax.eval_shape(build)
     mesh = make_mesh({"feature": 8})
     assert partition_specs(tree, mesh, rules).keys() == leaf_paths(tree).keys()
-    assert {match(path, rules) for path in leaf_paths(tree)} == set(rules), "a rule that matches nothing is out of date"
+
+
+def test_no_rule_is_out_of_date() -> None:
+    used: dict[str, set[AxisRule]] = {}
+    for name, (_, build) in TREES.items():
+        table = next(one for one, rules in sharding.PIPELINE.items() if rules is TREES[name][0])
+        tree = jax.eval_shape(build)
+        used.setdefault(table, set()).update(match(path, TREES[name][0]) for path in leaf_paths(tree))
+    for table, rules in used.items():
+        assert rules == set(sharding.PIPELINE[table]), "a rule that matches nothing is out of date"
+
+
+@pytest.mark.parametrize(
+    ("shape", "placement"),
+    [
+        ({"feature": 4}, sharding.PLACEMENT),
+        ({"feature": 8}, sharding.PLACEMENT),
+        ({"data": 8}, EVERYWHERE),
+        ({"data": 2, "site": 2, "feature": 2}, EVERYWHERE),
+        ({"site": 2, "feature": 4}, sharding.TRACED),
+    ],
+)
+def test_in_tiles_the_shards_of_flux_are_no_more_than_their_own_bytes(shape: dict, placement: dict) -> None:
+    mesh, config = make_mesh(shape), preset_config("flux-schnell")
+    own = {True: 0, False: 0}
+    read = {True: 0, False: 0}
+    for module, kind in (("transformer", MMDiT), ("t5", T5Encoder)):
+        tree = abstract_module(kind, getattr(config, module), jnp.bfloat16)
+        rules = sharding.PIPELINE[module]
+        leaves, cut = leaf_paths(tree), tilings(leaf_paths(tree), rules)
+        for path, where in leaf_paths(shardings(tree, mesh, rules, placement)).items():
+            leaf = leaves[path]
+            index = full_index(where.devices_indices_map(leaf.shape)[mesh.devices.flat[-1]], leaf.shape)
+            for tiled in (True, False):
+                found = spans(leaf.shape, 2, cut.get(path) if tiled else None, index)
+                read[tiled] += sum(end - begin for begin, end in found)
+                own[tiled] += 2 * int(np.prod([each.stop - each.start for each in index]))
+    assert read[True] <= 1.01 * own[True], "biases lie row by row"
+    assert read[False] >= 1.5 * own[False], "so that tiles are needed"
+
+
+def test_matrices_are_cut_by_their_rules_into_a_power_of_two_of_parts_that_are_not_small() -> None:
+    rules = (
+        *(AxisRule("up", ("layer", "d_model", "d_ff")), AxisRule("down", ("layer", "d_ff", "d_model"))),
+        *(AxisRule("whole", None), AxisRule("bias", ("layer", "d_ff")), AxisRule("odd", ("inputs", "heads"))),
+    )
+    shapes = {"up": (2, 3072, 12288), "down": (2, 12288, 3072), "whole": (4096, 4096), "bias": (57, 2**20)}
+    shapes |= {"odd": (2**16, 6 * 5), "unknown": (2**12, 2**12)}
+    leaves = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    assert {name: tuple(cut) for name, cut in tilings(leaves, rules).items()} == {
+        "up": (16, 16, True),
+        "down": (16, 16, False),
+        "odd": (1, 2, True),
+    }
+    small = {"up": jax.ShapeDtypeStruct((8, 512, 512), jnp.bfloat16)}
+    assert {name: tuple(cut) for name, cut in tilings(small, rules).items()} == {"up": (2, 2, True)}

@@ -1,4 +1,4 @@
-"""The commands that convert checkpoints: `convert flux`, `convert transcoders` and `convert check`.
+"""The commands that convert checkpoints: `convert model` (`convert flux`), `convert transcoders`, `convert check`.
 
 They convert leaf by leaf, see `conversion`, and show how many bytes are written.
 """
@@ -20,18 +20,40 @@ convert = typer.Typer(
 ToTorch = Annotated[bool, typer.Option("--to-torch", help="The other way: from our directory to `.pt` files.")]
 
 
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.add_typer(convert, name="convert")
+
+
+@convert.command("model")
+@opt.command(ConvertConfig, arguments=("source", "out"), layers=(), without=("sites",))
+def convert_model(settings: ConvertConfig, *, json: bool) -> None:
+    """Convert a model: a diffusers directory, or a transformer alone, here or on the hub.
+
+    Which model it is, its class and its keys say: FLUX.1-schnell or FLUX.1-dev, also as one safetensors file,
+    FLUX.2-klein, SD3-medium, SD3.5-medium, SD3.5-large or Chroma1-HD. Weights are written as they are read, leaf by
+    leaf, in about 1 GB of memory whatever their size. Interrupted, the same command goes on where it was.
+
+    Example: `difffract convert model hf:black-forest-labs/FLUX.2-klein-4B flux2-klein`
+    """
+    _convert_model(settings, json)
+
+
 @convert.command("flux")
 @opt.command(ConvertConfig, arguments=("source", "out"), layers=(), without=("sites",))
 def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
-    """Convert a FLUX pipeline: a diffusers directory, or a transformer in one safetensors file, here or on the hub.
-
-    Weights are written as they are read, leaf by leaf, in about 1 GB of memory whatever their size. Interrupted, the
-    same command goes on where it was.
+    """Convert a FLUX pipeline; another name of `difffract convert model`.
 
     Example: `difffract convert flux hf:black-forest-labs/FLUX.1-schnell flux-schnell`
     """
+    _convert_model(settings, json)
+
+
+def _convert_model(settings: ConvertConfig, json: bool) -> None:
     from difffract_jax import conversion
-    from difffract_jax.cli.output import byte_progress, emit
+    from difffract_jax.cli.bars import byte_progress
+    from difffract_jax.cli.output import emit
+    from difffract_jax.graphs.loras import texts_of
 
     with byte_progress("Converting") as advance:
         made = conversion.convert_flux(
@@ -40,10 +62,12 @@ def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
             base=settings.base,
             variant=settings.variant,
             dtype=settings.dtype and dtype_named(settings.dtype),
+            lora=settings.lora,
             overwrite=settings.overwrite,
             progress=advance,
         )
-    emit({"converted": str(settings.out)} | _written(made), as_json=json)
+    merged = {"LoRA": texts_of(made.loras)} if made.loras else {}
+    emit({"converted": str(settings.out)} | merged | _written(made), as_json=json)
 
 
 @convert.command("transcoders")
@@ -51,7 +75,7 @@ def convert_flux(settings: ConvertConfig, *, json: bool) -> None:
     ConvertConfig,
     arguments=("source", "out"),
     layers=(),
-    without=("base", "variant"),
+    without=("base", "variant", "lora"),
     before={"overwrite": ("to_torch",)},
 )
 def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, json: bool) -> None:
@@ -61,7 +85,8 @@ def convert_transcoders(settings: ConvertConfig, *, to_torch: ToTorch = False, j
     `... transcoders hf:Artalmaz31/DifFRACT/temporal-aware-transcoders transcoders --sites img/0-3,txt/0-3`
     """
     from difffract_jax import conversion
-    from difffract_jax.cli.output import byte_progress, emit
+    from difffract_jax.cli.bars import byte_progress
+    from difffract_jax.cli.output import emit
 
     with byte_progress("Converting") as advance:
         made = conversion.convert_transcoders(

@@ -81,7 +81,7 @@ def register(app: typer.Typer) -> None:
 @opt.command(
     DashboardsConfig,
     arguments=("model", "transcoders"),
-    before={"batch": ("steps", "height", "width", "text_tokens", "guidance")},
+    before={"batch": ("steps", "height", "width", "text_tokens", "guidance", "negative_prompt")},
 )
 def dashboards(settings: DashboardsConfig, *, dry_run: bool, json: bool) -> None:
     """Scan many prompts and write a page for every feature, as a folder that opens in a browser from the disk.
@@ -111,12 +111,15 @@ def dashboards(settings: DashboardsConfig, *, dry_run: bool, json: bool) -> None
 
 def _check(settings: DashboardsConfig) -> None:
     """Refuses what can be refused before anything is read."""
+    from difffract_jax.storage.remote.addresses import is_remote
+    from difffract_jax.storage.remote.cache import local_file
+
     if settings.out.exists() and not settings.out.is_dir():
         raise UserError(f"{settings.out} is a file, but the pages go to a folder; give another --out.")
-    if not settings.out.parent.is_dir():
+    if not (is_remote(settings.out) or settings.out.parent.is_dir()):
         raise UserError(f"The folder {settings.out.parent} of the output does not exist; create it first.")
     for file in (settings.labels, settings.graph):
-        if file is not None and not file.is_file():
+        if file is not None and not local_file(file).is_file():
             raise UserError(f"{file} is not a file that can be read; give another, or leave it out.")
     from difffract_jax.dashboards.features.request import check_output
 
@@ -130,10 +133,12 @@ def _prompts(settings: DashboardsConfig) -> tuple[str, ...]:
 
         return tuple(read_prompts(settings.prompts))
     count = int(settings.prompts)
-    if settings.model != "organism":
+    from difffract_jax.organism.vocabulary import is_of_the_world
+
+    if not is_of_the_world(settings.model):
         raise UserError(
-            f"--prompts {count} asks for captions of the model's own world, which the organism alone has; give a .txt, "
-            ".jsonl or .parquet file of prompts, or hf:OWNER/NAME."
+            f"--prompts {count} asks for captions of the model's own world, which the organism and its siblings have; "
+            "give a .txt, .jsonl or .parquet file of prompts, or hf:OWNER/NAME."
         )
     if count < 1:
         raise UserError("A scan needs prompts, but --prompts is 0; write how many, as in --prompts 256.")
@@ -168,14 +173,15 @@ def _needs(settings: DashboardsConfig, prompts: int) -> dict[str, Any]:
         asked = asked_of("dashboards", given | {"sites": settings.patterns, "dtype": type_of(given)})
         work = workload("dashboards", asked, host=_computes_on_host(), streamed=settings.weights in ("host", "disk"))
         config = described_pipeline(settings.model)
-        run = plan_run(config, **settings.model_dump(include={"steps", "height", "width", "text_tokens", "guidance"}))
+        names = {"steps", "height", "width", "text_tokens", "guidance", "negative_prompt"}
+        run = plan_run(config, **settings.model_dump(include=names))
     except UserError:
         return {}  # loading tells it better
     assert work.tcs is not None
     sizes = sizes_of(config, run, work.tcs.sites, work.tcs.config.features, prompts, _options(settings))
     disk = disk_bytes(sizes)
     return {
-        "runs": f"{prompts:,} prompts of {run.steps} steps, twice",
+        "runs": f"{prompts:,} prompts of {run.steps} steps{' of two evaluations' * (run.branches - 1)}, twice",
         "features scanned": f"{sizes.all_features:,} of {len(sizes.sites)} sites",
         "memory for statistics": text_of_bytes(state_bytes(sizes)),
         "memory in all, about": text_of_bytes(count(work).needed),
@@ -200,10 +206,11 @@ def _told(needs: dict[str, Any]) -> str:
 
 def _build(settings: DashboardsConfig, prompts: tuple[str, ...], record: dict[str, Any]) -> tuple[Any, tuple[str, ...]]:
     """Loads the parts and makes the dashboards."""
+    from difffract_jax.cli.bars import stages
     from difffract_jax.cli.models import dtype_named, mesh_for, spread_model
     from difffract_jax.cli.opening import open_model
-    from difffract_jax.cli.output import stages
-    from difffract_jax.cli.steer import labels_of, run_of
+    from difffract_jax.cli.runs import run_of
+    from difffract_jax.cli.steer import labels_of
     from difffract_jax.cli.used import load_used, matching
     from difffract_jax.dashboards.features.build import build_dashboards
     from difffract_jax.dashboards.features.corpus import Corpus

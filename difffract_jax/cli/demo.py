@@ -30,7 +30,8 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.cli import options as opt
-from difffract_jax.cli.output import Advance, graph_summary, save_image
+from difffract_jax.cli.bars import Advance
+from difffract_jax.cli.graph_tables import graph_summary
 from difffract_jax.cli.settings import DemoConfig, ReportConfig, SteerConfig, ValidateConfig, ViewConfig
 from difffract_jax.cli.steer import write_sweep
 from difffract_jax.cli.view import page_parts, run_key
@@ -38,11 +39,13 @@ from difffract_jax.config import SEEDS, provenance
 from difffract_jax.dashboards.graph_report import graph_report
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, shown_images
 from difffract_jax.dashboards.page_data import summed_where_possible
-from difffract_jax.dashboards.page_labels import grouped, labels_of
+from difffract_jax.dashboards.page_groups import grouped
+from difffract_jax.dashboards.page_labels import labels_of
 from difffract_jax.dashboards.records import feature_of, top_features
 from difffract_jax.dashboards.render import write_report
 from difffract_jax.dashboards.run_images import run_images
 from difffract_jax.dashboards.viewer_page import viewer_page
+from difffract_jax.generators import random_generator
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
@@ -50,7 +53,7 @@ from difffract_jax.organism.evaluate import see
 from difffract_jax.organism.scorer import SeenScenes, describe, judge
 from difffract_jax.organism.vocabulary import COLOUR_NAMES
 from difffract_jax.organism.world import from_caption
-from difffract_jax.seeds import random_generator
+from difffract_jax.storage.images import save_image
 from difffract_jax.studies.metrics import intent, sweep_table
 
 PROMPT = "a blue ring left of a red square"
@@ -102,43 +105,42 @@ class Made(NamedTuple):
     right: bool
 
 
-def run(settings: DemoConfig, advance: Advance) -> dict[str, Any]:
+def run(settings: DemoConfig, folder: Path, advance: Advance) -> dict[str, Any]:
     """Runs the demonstration and returns what to print.
 
     Args:
-        settings: where to write, and the seed.
+        settings: where the demonstration goes, and the seed.
+        folder: to write into, which is of this machine.
         advance: callback of the progress bar.
     """
-    settings.out.mkdir(parents=True, exist_ok=True)
     names = ("image.png", "graph.npz", "pruned.npz", "graph.html", "report.html")
-    paths = {name: settings.out / name for name in names}
+    paths = {name: folder / name for name in names}
     made = _made(settings, paths, advance)
     summed = grouped(summed_where_possible(made.graph))
     pruned = grouped(prune(made.graph))
     pruned.save(paths["pruned.npz"])
     advance(2, PARTS)
     again = capture_again(made.pipe, made.tcs, made.graph)
-    features, edits = _edit(made, pruned, again, settings)
+    features, edits = _edit(made, pruned, again, settings, folder)
     advance(3, PARTS)
-    found = _validated(made, again, paths["graph.npz"], settings, advance)
+    found = _validated(made, again, settings, folder, advance)
     verdict = _in_short(features, edits)
     write_report(paths["graph.html"], viewer_page(*page_parts(made.graph, ViewConfig(graph=paths["graph.npz"]))))
-    _report(made, summed, settings, paths["report.html"], verdict)
+    _report(made, summed, folder, verdict)
     kept = {"edges kept by pruning": f"{len(pruned.edge_attribution)} of {len(made.graph.edge_attribution)}"}
     seen = {"prompt": PROMPT, "the image shows": made.shows, "as asked": "yes" if made.right else "no"}
-    files = {name: str(path) for name, path in paths.items()}
-    files |= {name: str(settings.out / name) for name in (STEERED, VALIDATED)}
+    files = {name: str(settings.out / name) for name in (*names, STEERED, VALIDATED)}
     told = {"note": NOTICE} | seen | files | {"in short": verdict} | kept | graph_summary(made.graph)
     exact = next(row["worst"] for row in found["exactness"] if row["kind"] == "edges")
     return told | {"edges against interventions": exact, "the edit": edits, "the target itself": own_figures(found)}
 
 
-def _validated(made: Made, again: Rerun, graph: Path, settings: DemoConfig, advance: Advance) -> dict[str, Any]:
+def _validated(made: Made, again: Rerun, settings: DemoConfig, folder: Path, advance: Advance) -> dict[str, Any]:
     """Holds the graph against the model, and writes what was found as `validate` does."""
     checks = ValidateConfig(
         model="organism",
         transcoders="organism",
-        graph=graph,
+        graph=settings.out / "graph.npz",
         edges=100,
         ablations=30,
         draws=3,
@@ -152,7 +154,7 @@ def _validated(made: Made, again: Rerun, graph: Path, settings: DemoConfig, adva
         readings=("propagated", "full"),
         progress=lambda done, parts: advance(3 + done * (PARTS - 3) // parts, PARTS),
     )
-    write_validation(found, settings.out / VALIDATED, _record("validate", checks, made))
+    write_validation(found, folder / VALIDATED, _record("validate", checks, made))
     return found
 
 
@@ -212,7 +214,9 @@ def edited_features(pruned: Graph) -> tuple[tuple[Feature, ...], str]:
     return (grouped, "of its strongest group") if grouped else (tuple(features)[:FEW], "with the most influence")
 
 
-def _edit(made: Made, pruned: Graph, again: Rerun, settings: DemoConfig) -> tuple[str, list[dict[str, Any]]]:
+def _edit(
+    made: Made, pruned: Graph, again: Rerun, settings: DemoConfig, folder: Path
+) -> tuple[str, list[dict[str, Any]]]:
     """Makes images with features of the circuit taken off, and as many at random, and writes them as `steer` does.
 
     Returns which features they are, in words, and a row of figures for each of the three.
@@ -220,7 +224,7 @@ def _edit(made: Made, pruned: Graph, again: Rerun, settings: DemoConfig) -> tupl
     features, which = edited_features(pruned)
     _, places = candidates(again, made.graph)
     layout = again.engine.infos[0].layout
-    others = {Feature(*layout.site_number(block, stream), number) for _, stream, block, number in places}
+    others = {Feature(*layout.site_number(block, stream), number) for _, stream, block, number, _ in places}
     drawn = random_generator(settings.seed).permutation(sorted(map(str, others - {*features})))[: len(features)]
     random = tuple(Feature.parse(text) for text in drawn.tolist())
     columns = ("original", f"the {len(features)} off", f"{len(random)} at random off")
@@ -243,7 +247,7 @@ def _edit(made: Made, pruned: Graph, again: Rerun, settings: DemoConfig) -> tupl
         out=settings.out / STEERED,
     )
     record = _record("steer", asked, made) | {"taken off at random": list(map(str, random))}
-    write_sweep(Sweep(pixels, norms, columns, seeds, ""), rows, record, settings.out / STEERED)
+    write_sweep(Sweep(pixels, norms, columns, seeds, ""), rows, record, folder / STEERED)
     told = [{"images": row["edit"], "as asked": f"{row['success']} of {IMAGES}", IN_BOX: row[IN_BOX]} for row in rows]
     return f"{len(features)} features {which}", told
 
@@ -269,7 +273,7 @@ def _in_short(features: str, edits: list[dict[str, Any]]) -> str:
     )
 
 
-def _report(made: Made, summed: Graph, settings: DemoConfig, path: Path, verdict: str) -> None:
+def _report(made: Made, summed: Graph, folder: Path, verdict: str) -> None:
     """Writes the report that `difffract report` writes of the graph and the two directories."""
     lead = [
         f"The image shows: {made.shows}. As asked: {'yes' if made.right else 'no'}. {NOTICE}",
@@ -282,8 +286,8 @@ def _report(made: Made, summed: Graph, settings: DemoConfig, path: Path, verdict
         image_note="",
         groups=None,
         top=ReportConfig.model_fields["top"].default,
-        validation=settings.out / VALIDATED,
-        edit=settings.out / STEERED,
+        validation=folder / VALIDATED,
+        edit=folder / STEERED,
         lead=lead,
     )
-    write_report(path, page)
+    write_report(folder / "report.html", page)

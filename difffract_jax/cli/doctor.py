@@ -29,6 +29,8 @@ EXTRAS = {
     "tpu": ("libtpu",),
     "torch": ("torch", "diffusers"),
     "hub": ("huggingface_hub",),
+    "gcs": ("google-auth", "google-crc32c", "requests"),
+    "s3": ("botocore",),
     "data": ("datasets", "pyarrow"),
     "tensorboard": ("tensorboardX",),
     "wandb": ("wandb",),

@@ -33,13 +33,15 @@ def register(app: typer.Typer) -> None:
 def encode(settings: EncodeConfig, *, dry_run: bool, json: bool) -> None:
     """Write the embeddings of prompts to a file, for --embeddings of `generate`, `trace`, `steer` and `features`.
 
-    T5 is 9.5 of FLUX's 34 GB: encode once, and later runs neither load nor run it.
+    The text encoder is 9.5 of FLUX.1's 34 GB (T5), 6.2 of FLUX.2-klein's 14 (Qwen3): encode once, and later runs
+    neither load nor run it.
 
     Example: `difffract encode organism --prompt "a red circle" --prompt "a blue circle" --out embeddings.npz`
     """
     opt.check_out(settings.out, ".npz")
+    from difffract_jax.cli.bars import progress
     from difffract_jax.cli.opening import open_model
-    from difffract_jax.cli.output import emit, progress, replacing
+    from difffract_jax.cli.output import emit, replacing
     from difffract_jax.models.embeddings import embed_prompts, write_embeddings
 
     record = provenance("encode", settings)

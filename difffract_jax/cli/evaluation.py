@@ -12,9 +12,11 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.hosts import Join, as_one_of
 from difffract_jax.cli.models import pipeline_of, rows_in
 from difffract_jax.cli.training import run_training
-from difffract_jax.config import UserError, provenance, resolve
+from difffract_jax.config import ORGANISMS, UserError, provenance, resolve
+from difffract_jax.storage.remote.addresses import is_remote
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 
 Ks = Annotated[
@@ -71,7 +73,7 @@ def _swept(given: dict[str, Any]) -> dict[str, Any]:
 
 
 @opt.command(EvaluateConfig, arguments=("run",), layers=("sets",), prepare=_swept)
-def evaluate(settings: EvaluateConfig, *, others: Others = None, k: Ks = None, json: bool) -> None:
+def evaluate(settings: EvaluateConfig, *, others: Others = None, k: Ks = None, join: Join = None, json: bool) -> None:
     """Measure how faithful trained transcoders are, on prompts that training never saw, and write a report.
 
     Given two, compare them site by site: FVU, L0, dead features, velocity recovered, and the differences; a report is
@@ -80,9 +82,23 @@ def evaluate(settings: EvaluateConfig, *, others: Others = None, k: Ks = None, j
     Example: `difffract evaluate run --images 8`; `difffract evaluate run-a run-b`; `difffract evaluate organism run-a
     transcoders`; `difffract evaluate --pareto smoke.yaml --k 2,4,8 --out sweep`
     """
+    if join is not None and k is not None:
+        raise UserError("--k trains one run after another in one process; leave --join out.")
+    with as_one_of(join, settings):
+        _evaluate(settings, others, k, json)
+
+
+def _evaluate(settings: EvaluateConfig, others: list[Path] | None, k: str | None, json: bool) -> None:
     from difffract_jax.cli.output import emit
     from difffract_jax.transcoders.comparison import comparison_table
     from difffract_jax.transcoders.evaluation_report import check_place, points, write_evaluation_report
+    from difffract_jax.transcoders.processes import is_first, together
+    from difffract_jax.transcoders.run_place import has
+
+    def written(results: dict[str, Any], out: Path, record: dict[str, Any]) -> str:
+        made: list[Path] = []
+        together(lambda: made.append(write_evaluation_report(results, out, record)))
+        return str(made[0]) if made else ""
 
     if settings.out is not None:
         check_place(settings.out)
@@ -93,19 +109,20 @@ def evaluate(settings: EvaluateConfig, *, others: Others = None, k: Ks = None, j
         result, results = _compare(settings, model, names)
         if settings.out is not None:
             record = provenance("evaluate", settings, a=str(names[0]), b=str(names[1]))
-            result["report"] = str(write_evaluation_report(results, settings.out, record))
+            result["report"] = written(results, settings.out, record)
         if not json:
             result["sites: A, B, B - A"] = comparison_table(result.pop("sites"))
-        return emit(result, as_json=json)
+        return emit(result, as_json=json) if is_first() else None
     opened = [_opened(path) for path in (names[0], *settings.pareto)]
     _check_kinds(settings, opened)
     results, sources = _measured(settings, model, opened)
-    out = settings.out or (names[0] / "report" if (names[0] / "train.json").is_file() else None)
+    out = settings.out or (names[0] / "report" if has(names[0], "train.json") else None)
     report = {}
     if out is not None:
-        report["report"] = str(write_evaluation_report(results, out, provenance("evaluate", settings, **sources)))
+        report["report"] = written(results, out, provenance("evaluate", settings, **sources))
     more = {"points": points(results)} if k is not None else results[opened[0].name].summary()
-    emit(report | more, as_json=json)
+    if is_first():
+        emit(report | more, as_json=json)
 
 
 def _split(names: list[Path]) -> tuple[str | None, list[Path]]:
@@ -120,18 +137,22 @@ def _split(names: list[Path]) -> tuple[str | None, list[Path]]:
 
 
 def _is_model(path: Path) -> bool:
-    if str(path) in ("organism", "tiny") or (path / "model_index.json").is_file() or _kind(path) == "pipeline":
+    from difffract_jax.transcoders.run_place import has
+
+    if str(path) in (*ORGANISMS, "tiny") or has(path, "model_index.json") or _kind(path) == "pipeline":
         return True
     from difffract_jax.directories import is_whole_pipeline
 
-    return is_whole_pipeline(path)
+    return not is_remote(path) and is_whole_pipeline(path)
 
 
 def _kind(path: Path) -> str | None:
     """Returns what a directory of ours holds, as its `config.json` says."""
     from difffract_jax.storage.checkpoint import read_config
+    from difffract_jax.storage.remote.cache import local_directory
+    from difffract_jax.transcoders.run_place import has
 
-    return read_config(path).get("kind") if (path / "config.json").is_file() else None
+    return read_config(local_directory(path, ["config.json"])).get("kind") if has(path, "config.json") else None
 
 
 def _opened(path: Path) -> Opened:
@@ -142,10 +163,11 @@ def _opened(path: Path) -> Opened:
     from difffract_jax.loading import load_transcoders
     from difffract_jax.storage.checkpoint import read_config
     from difffract_jax.transcoders.evaluation import read_run
-    from difffract_jax.transcoders.training import SETTINGS
+    from difffract_jax.transcoders.run_place import SETTINGS, has
 
     named = str(path) in SHIPPED or parse_hub_name(str(path)) is not None
-    if named or (path.is_dir() and not (path / SETTINGS).is_file()):
+    is_run = not named and has(path, SETTINGS)
+    if named or ((is_remote(path) or path.is_dir()) and not is_run):
         place = transcoder_directory(path).path
         if _kind(place) == "transcoders":
             record = read_config(place).get("provenance") or {}
@@ -153,7 +175,7 @@ def _opened(path: Path) -> Opened:
             return Opened(str(path), known, load_transcoders(path))
         if is_reference_listing([file.name for file in place.iterdir()]):
             return Opened(str(path), None, load_transcoders(path))
-    if not (path / SETTINGS).is_file():
+    if not is_run:
         raise UserError(
             f"{path} holds neither a training run nor transcoders; give the `out` of difffract train, or a directory "
             "of transcoders."
@@ -166,15 +188,16 @@ def _measured(
     settings: EvaluateConfig, model: str | None, opened: list[Opened]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Measures sets that belong together, each on what it was held out of; returns the results and their sources."""
-    from difffract_jax.cli.output import progress
+    from difffract_jax.cli.bars import progress
     from difffract_jax.organism.scored import accuracies
+    from difffract_jax.organism.vocabulary import reads_world
     from difffract_jax.transcoders.evaluation import evaluate as measure
 
     if opened[0].foreign:
         return {one.name: _on_rows(settings, one) for one in opened}, {}
     first = _on_model(settings, model, opened[:1])
     pipe, caption = pipeline_of(first)
-    judge = accuracies if first.model == "organism" else None
+    judge = accuracies if reads_world(pipe.tokenizers) else None
     results = {}
     for one in opened:
         trained = _on_model(settings, model or first.model, [one])
@@ -187,7 +210,7 @@ def _measured(
 
 def _compare(settings: EvaluateConfig, model: str | None, names: list[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures two sets on the same rows; returns the table, and all that was measured."""
-    from difffract_jax.cli.output import progress
+    from difffract_jax.cli.bars import progress
     from difffract_jax.transcoders.comparison import side_by_side, unshared
     from difffract_jax.transcoders.evaluation import evaluate as measure
 
@@ -240,7 +263,7 @@ def _held_out(opened: list[Opened]) -> TrainConfig | None:
 
 def _on_rows(settings: EvaluateConfig, one: Opened) -> Any:
     """Measures transcoders of foreign rows on those that are given, or those that their training never saw."""
-    from difffract_jax.cli.output import progress
+    from difffract_jax.cli.bars import progress
     from difffract_jax.transcoders.own_rows import open_rows
     from difffract_jax.transcoders.row_evaluation import evaluate_rows
 
@@ -267,6 +290,8 @@ def _on_model(settings: EvaluateConfig, model: str | None, opened: list[Opened])
     base = min(known, key=lambda one: one.validation_share).model_dump(exclude_unset=True) if known else {}
     changes = {"model": model or models.pop(), "sites": ("*/*",), "weights": settings.weights or base.get("weights")}
     changes |= {name: _agreed(name, getattr(settings, name), known) for name in ("guidance", "lora")}
+    if changes["guidance"] == 1:  # one evaluation a step, which reads no negative prompt
+        base.pop("negative_prompt", None)
     if settings.prompts is not None or (base.get("model") != changes["model"] and base.get("prompts") == "world"):
         changes["prompts"] = settings.prompts
     return resolve(TrainConfig, {name: value for name, value in (base | changes).items() if value is not None})

@@ -10,8 +10,9 @@ import typer
 
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.preflight import check_fits, check_graph_fits, known_of, loras_of
+from difffract_jax.cli.runs import region_of, run_of, starting_noise, warn_cut
 from difffract_jax.cli.settings import EffectsConfig, HeadsConfig
-from difffract_jax.cli.steer import labels_of, region_of, run_of, starting_noise, warn_cut
+from difffract_jax.cli.steer import labels_of
 from difffract_jax.cli.validate import rerun
 from difffract_jax.config import UserError, provenance
 
@@ -46,6 +47,8 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     from difffract_jax.graphs.names import node_names
 
     asked = None if settings.score is None else by_head.parse_score(settings.score)
+    if asked is None:
+        opt.check_used(settings, ("centred",), "without --score; add that, or leave it out.")
     graph = read(settings.graph)
     node = by_head.target_node(graph, settings.target)
     check_graph_fits("heads", settings, graph)
@@ -56,7 +59,8 @@ def heads(settings: HeadsConfig, *, json: bool) -> None:
     # The score first: what it names may not be there, and heads take longer.
     scores = {}
     if asked is not None:
-        parts = score_parts(engine, asked.model_block(engine.infos[0].layout), asked.head, asked.query, asked.key)
+        place = asked.model_block(engine.infos[0].layout), asked.head, asked.query, asked.key
+        parts = score_parts(engine, *place, centred=settings.centred)
         scores = _score(settings, engine, parts, labels)
     found = by_head.carried(engine, int(again.rows[node]))
     error, held = by_head.edge_error(found, graph, again.rows, node)
@@ -108,7 +112,7 @@ def _score(settings: HeadsConfig, engine: Any, parts: Any, labels: Any) -> dict[
     ]
     return {
         "attention score": settings.score,
-        "score": parts.score,
+        "above its query's mean" if settings.centred else "score": parts.score,
         "constant": parts.constant,
         "linear terms of the query": float(parts.query_terms.sum()),
         "linear terms of the key": float(parts.key_terms.sum()),
@@ -139,7 +143,7 @@ def _named(engine: Any, row: int, labels: Any, column: str) -> dict[str, Any]:
     EffectsConfig,
     arguments=("model", "transcoders", "prompt"),
     without=("embeddings",),
-    before={"seed": ("steps",), "include_padding": ("height", "width", "text_tokens", "guidance")},
+    before={"seed": ("steps",), "include_padding": ("height", "width", "text_tokens", "guidance", "negative_prompt")},
 )
 def effects(settings: EffectsConfig, *, json: bool) -> None:
     """Say what every feature of a run adds to a colour or to the velocity, along all paths of all steps.
@@ -210,8 +214,9 @@ def _effects(settings: EffectsConfig, span: Any, tcs: Any, output: Any, found: A
     from difffract_jax.circuits.attribution.engine import output_value
     from difffract_jax.circuits.effects.effect_tables import side_sums, strongest
 
-    record, labels = span.traces[-1].record, labels_of(settings.transcoders, tcs.source)
-    own = np.asarray(record.replaceable_text)
+    labels, last = labels_of(settings.transcoders, tcs.source), span.traces[-span.info.branches :]
+    own = np.stack([np.asarray(trace.record.replaceable_text) for trace in last])
+    velocity = sum(trace.info.velocity_weight * trace.record.velocity for trace in last)
     features = [
         {"feature": str(one.feature), "side": one.side, "effect": one.effect}
         | ({} if labels is None else {"detects": str(labels.of(one.feature))})
@@ -220,10 +225,18 @@ def _effects(settings: EffectsConfig, span: Any, tcs: Any, output: Any, found: A
     return {
         "target": settings.target,
         "step": output.step,
-        "its value": output_value(output, record.velocity, record.latents),
+        "its value": output_value(output, velocity, last[0].record.latents),
         "image tokens counted": f"{inside.sum()} of {inside.size}",
-        "text embedding": float(np.asarray(found.text, np.float64).sum()),
-        "noise": float(np.asarray(found.noise, np.float64)[inside].sum()),
+        "text embedding": _total(found.text),
+        **({} if found.negative_text is None else {"negative text embedding": _total(found.negative_text)}),
+        "noise": _total(found.noise[inside]),
         "features": features,
-        "sums": [row._asdict() for row in side_sums(found, inside)],
+        "sums": [{k: v for k, v in row._asdict().items() if v is not None} for row in side_sums(found, inside)],
     }
+
+
+def _total(effects: Any) -> float:
+    """Returns the sum of some effects, in float64."""
+    import numpy as np
+
+    return float(np.asarray(effects, np.float64).sum())

@@ -4,6 +4,7 @@ They need neither weights nor an accelerator. They follow the rules of `cli.py`:
 table out; imports when a command runs; what can be refused is refused before anything is written.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,8 @@ import typer
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.settings import SupernodesConfig
 from difffract_jax.config import ExportConfig, PruneConfig, UserError, ViewerOptions, read_yaml
+from difffract_jax.storage.remote.cache import local_file
 
-WITHOUT_JAX = ("prune", "supernodes", "combine", "compare", "export")
 SUFFIXES = {
     "difffract-v2": ".json",
     "circuit-tracer": ".json",
@@ -21,6 +22,8 @@ SUFFIXES = {
     "graphml": ".graphml",
     "csv": "",
 }
+FEW, MANY = 5, 10
+"""Features that are too few to see a circuit, where there were so many times more of them before pruning."""
 SHOWN_NAMES = 10
 """Names of each list that `compare` prints."""
 combine = typer.Typer(
@@ -32,7 +35,16 @@ combine = typer.Typer(
 Out = Annotated[
     Path, typer.Option("--out", help="Graph file to write, `.npz`; one that exists is replaced, with a note.")
 ]
-Graphs = Annotated[list[Path], typer.Argument(metavar="GRAPH", help="Graph files, of one model and its transcoders.")]
+Graphs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="GRAPH", help="Graph files, or directories of `trace --prompts`, of one model and its transcoders."
+    ),
+]
+TableOut = Annotated[Path | None, typer.Option("--out", help="Also write every edge to this `.csv` file.")]
+MinShare = Annotated[float, typer.Option("--min-share", help="Leave out edges of a smaller share of the runs.")]
+Draws = Annotated[int, typer.Option("--draws", help="Random draws of the runs.")]
+DrawSeed = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 Edits = Annotated[
     Path | None,
     typer.Option(
@@ -70,7 +82,8 @@ def prune(settings: PruneConfig, *, json: bool) -> None:
     """
     opt.check_out(settings.out, ".npz")
     from difffract_jax.cli.graph_files import read
-    from difffract_jax.cli.output import emit, graph_summary, replacing
+    from difffract_jax.cli.graph_tables import graph_summary
+    from difffract_jax.cli.output import emit, replacing
     from difffract_jax.graphs import pruning
     from difffract_jax.graphs.files.viewer_groups import read_any_groups
     from difffract_jax.graphs.groups import with_groups
@@ -85,6 +98,23 @@ def prune(settings: PruneConfig, *, json: bool) -> None:
         pruned.save(settings.out)
     rows = [{"of": name} | found for name, found in to_json_values(pruned.provenance.scores).items()]
     emit({"graph": str(settings.out)} | graph_summary(pruned) | {"scores": rows}, as_json=json)
+    _tell_few(whole, pruned)
+
+
+def _tell_few(whole: Any, pruned: Any) -> None:
+    """Tells if next to no feature is left because inputs hold most of the influence, as in the last denoising steps."""
+    from difffract_jax.graphs.graph import FEATURE, INPUT
+    from difffract_jax.graphs.names import feature_names
+
+    left = int((pruned.node_kind[pruned.targets.size :] == FEATURE).sum())
+    before = len({*feature_names(whole)} - {""})
+    inner = pruned.node_influence[pruned.targets.size :]
+    of_inputs = float(inner[pruned.node_kind[pruned.targets.size :] == INPUT].sum())
+    if left < FEW and before >= MANY * max(left, 1) and of_inputs > float(inner.sum()) / 2:
+        sys.stderr.write(
+            f"Note: {left} of {before} features {'is' if left == 1 else 'are'} left, since inputs hold most of the "
+            "influence; keep more with --node-threshold 0.98, then --edge-threshold 0.999, or trace all steps.\n"
+        )
 
 
 @opt.command(SupernodesConfig, arguments=("graph",), layers=(), before={"out": ("edits", "set_supernode")})
@@ -106,7 +136,7 @@ def supernodes(
     from difffract_jax.graphs.names import node_names
 
     by_hand = dict(map(grouping.parse_assignment, set_supernode or ()))
-    changes = [resolve(grouping.Edits, file=edits), grouping.Edits(set=by_hand)]
+    changes = [resolve(grouping.Edits, file=None if edits is None else local_file(edits)), grouping.Edits(set=by_hand)]
     grouped = read(settings.graph)
     if not settings.keep:
         grouped = grouping.find_supernodes(grouped, threshold=settings.threshold, map_weight=settings.map_weight)
@@ -135,6 +165,50 @@ def combine_average(graphs: Graphs, out: Out = Path("average.npz"), json: opt.Js
     _combined(average(_read(graphs, out)), out, json)
 
 
+@combine.command("intervals")
+def combine_intervals(
+    graphs: Graphs,
+    level: Annotated[float, typer.Option("--level", help="Of the intervals.")] = 0.95,
+    min_share: MinShare = 0.05,
+    draws: Draws = 2000,
+    seed: DrawSeed = 0,
+    out: TableOut = None,
+    json: opt.Json = False,
+) -> None:
+    """Say how strong each edge is over many runs, how surely, and in what share of them it occurs.
+
+    Intervals of the mean come from runs drawn with replacement (bootstrap). An edge of all runs whose interval leaves 0
+    out is common to the prompts; one of a few runs belongs to those.
+
+    Example: `difffract combine intervals graphs --out edges.csv`
+    """
+    from difffract_jax.cli.populations import show_intervals
+
+    show_intervals(graphs, level=level, min_share=min_share, draws=draws, seed=seed, out=out, json=json)
+
+
+@combine.command("contrast")
+def combine_contrast(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Directory of `trace --prompts`: the first set of runs.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The second set, of the same transcoders.")],
+    min_share: MinShare = 0.05,
+    draws: Draws = 2000,
+    seed: DrawSeed = 0,
+    out: TableOut = None,
+    json: opt.Json = False,
+) -> None:
+    """Say which edges differ between two sets of runs, with p-values that hold for all edges together.
+
+    Runs change sets at random, and the largest difference of any edge is what an edge is held against (max T). Where
+    both sets have the same prompts and seeds, as before and after a LoRA, pairs are compared.
+
+    Example: `difffract combine contrast red blue --out differences.csv`
+    """
+    from difffract_jax.cli.populations import show_contrast
+
+    show_contrast(a, b, min_share=min_share, draws=draws, seed=seed, out=out, json=json)
+
+
 @combine.command("difference")
 def combine_difference(
     a: opt.FirstGraph, b: opt.SecondGraph, out: Out = Path("difference.npz"), json: opt.Json = False
@@ -151,14 +225,15 @@ def combine_difference(
 def _read(paths: list[Path], out: Path) -> list[Any]:
     """Reads graphs, each with its file's name; refuses an output that cannot be written first."""
     opt.check_out(out, ".npz")
-    from difffract_jax.cli.graph_files import read
+    from difffract_jax.cli.graph_files import graphs_at
 
-    return [read(path).with_provenance(file=path.name) for path in paths]
+    return [graph for path in paths for graph in graphs_at(path)]
 
 
 def _combined(graph: Any, out: Path, json: bool) -> None:
     """Saves and shows a combined graph."""
-    from difffract_jax.cli.output import emit, graph_summary, replacing
+    from difffract_jax.cli.graph_tables import graph_summary
+    from difffract_jax.cli.output import emit, replacing
 
     with replacing(out):
         graph.save(out)
@@ -200,7 +275,9 @@ def _first(names: list[str]) -> str:
 def _with_labels(given: dict[str, Any]) -> dict[str, Any]:
     """Puts the names that the file of --labels holds in its place."""
     file = given["labels"]
-    return given | {"labels": {str(name): str(label) for name, label in read_yaml(file).items()} if file else None}
+    return given | {
+        "labels": {str(name): str(label) for name, label in read_yaml(local_file(file)).items()} if file else None
+    }
 
 
 @opt.command(
@@ -208,6 +285,7 @@ def _with_labels(given: dict[str, Any]) -> dict[str, Any]:
     arguments=("graph",),
     layers=(),
     without=("tokens",),
+    local=("pages",),
     before={"overwrite": tuple(ViewerOptions.model_fields)},
     instead={"labels": Labels},
     prepare=_with_labels,

@@ -98,10 +98,15 @@ def dtype_named(name: str) -> Any:
 
 
 def world_of(settings: RowSettings) -> Any:
-    """Returns the organism's captions by number, drawn apart from those that it was trained and is scored on."""
-    if settings.model != "organism":
-        return None
+    """Returns the organism's captions by number, drawn apart from those that it was trained and is scored on.
+
+    None for a model that is neither the organism nor a sibling of it.
+    """
+    from difffract_jax.organism.vocabulary import is_of_the_world
     from difffract_jax.organism.world import scenes
+
+    if not is_of_the_world(str(settings.model)):
+        return None
 
     def caption(number: int) -> str:
         return scenes(CAPTION_SEED + settings.seed, number // AT_ONCE, AT_ONCE).captions[number % AT_ONCE]
@@ -121,10 +126,14 @@ def rows_in(settings: TrainConfig, split: Any) -> Any:
 def with_origin(settings: TrainConfig) -> TrainConfig:
     """Returns settings that say which model and prompts harvested rows came from, so that `evaluate` knows it, too."""
     from difffract_jax.storage.checkpoint import read_config
+    from difffract_jax.storage.remote.cache import local_directory
 
-    if settings.rows is None or settings.model is not None or not (settings.rows / "config.json").is_file():
+    if settings.rows is None or settings.model is not None:
         return settings
-    harvested = read_config(settings.rows).get("provenance", {}).get("settings", {})
+    rows = local_directory(settings.rows, by_range=True)
+    if not (rows / "config.json").is_file():
+        return settings
+    harvested = read_config(rows).get("provenance", {}).get("settings", {})
     names = RowSettings.model_fields.keys() - settings.model_fields_set - {"seed"}
     known = {name: harvested[name] for name in names if harvested.get(name) is not None}
     return resolve(TrainConfig, known | settings.model_dump(exclude_unset=True))
@@ -151,17 +160,23 @@ def work_of(settings: TrainConfig, source: Any = None) -> Any:
         config, parts = pipe.config.transformer, {name: getattr(pipe, name) for name in PARTS}
     else:
         config, parts = abstract_pipeline(model, dtype_of(settings))
-    if settings.guidance:  # what takes none is told before weights are read
-        plan_run(pipe.config if model == "tiny" else described_pipeline(model), guidance=settings.guidance)
+    described = pipe.config if model == "tiny" else described_pipeline(model)
+    # What takes no guidance is told before weights are read.
+    run = plan_run(described, guidance=settings.guidance, negative_prompt=settings.negative_prompt)
     sites = parse_sites(settings.sites, config.layout)
-    return TrainingWorkload(settings, sites, config.d_model, parts, _run_of(settings, config, parts["vae"]))
+    return TrainingWorkload(settings, sites, config.d_model, parts, _run_of(settings, run, parts["vae"]))
 
 
-def _run_of(settings: TrainConfig, config: Any, vae: Any) -> Any:
-    """Returns sizes and length of the sampler's runs, as far as a plan needs them; None if the settings lack one."""
+def _run_of(settings: TrainConfig, run: Any, vae: Any) -> Any:
+    """Returns sizes and length of the sampler's runs, as far as a plan needs them; None if the settings lack one.
+
+    Args:
+        settings: of the run.
+        run: of the model's own sizes, with the guidance that is asked for.
+        vae: abstract, of the model.
+    """
     import numpy as np
 
-    from difffract_jax.models.pipeline import Run
     from difffract_jax.models.sampler import PATCH
 
     height, width, tokens, steps = (getattr(settings, n) for n in ("height", "width", "text_tokens", "steps_per_image"))
@@ -169,4 +184,4 @@ def _run_of(settings: TrainConfig, config: Any, vae: Any) -> Any:
         return None
     unit = PATCH * vae.config.factor
     sigmas = np.zeros(steps + 1, np.float32)  # a program does not depend on the levels
-    return Run((height // unit, width // unit), tokens, sigmas, 0.0 if config.guidance else None)
+    return run._replace(grid=(height // unit, width // unit), text_tokens=tokens, sigmas=sigmas)

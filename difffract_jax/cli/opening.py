@@ -1,25 +1,38 @@
 """Opening the model that a command runs: in which type, where its blocks stay, and with which embeddings.
 
 `--weights auto` counts what the command needs with all weights on the device (`estimate`). If that fits, they lie
-there. Else blocks are streamed: from host memory where it can hold them beside an accelerator, or else from disk. The
+there. Else, where one prompt is encoded and all but the text encoders fits, these alone are read block by block, once.
+Else all blocks are streamed: from host memory where it can hold them beside an accelerator, or else from disk. The
 choice is told in one sentence.
 """
 
+import math
 import sys
 from typing import Any, Literal, NamedTuple
 
 from difffract_jax import loading
+from difffract_jax.cli.garbage import often_if_large
 from difffract_jax.cli.models import dtype_named
 from difffract_jax.cli.preflight import SMALL, capped
-from difffract_jax.cli.workloads import asked_of, type_of, up_to, workload
+from difffract_jax.cli.workloads import asked_of, explaining, type_of, up_to, workload
 from difffract_jax.config import Settings, UserError
 from difffract_jax.estimate.counts import count
-from difffract_jax.estimate.weights import largest_block, weights_needed
+from difffract_jax.estimate.weights import (
+    abstract_parts,
+    around_bytes,
+    block_bytes,
+    bytes_of,
+    largest_block,
+    weights_needed,
+)
 from difffract_jax.memory import allow, host_memory, memory_for, parse_bytes, text_of_bytes
 from difffract_jax.models.embeddings import read_embeddings, with_embeddings
 from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.models.streaming import whole_bytes
 
 Place = Literal["device", "host", "disk"]
+ONE_PROMPT = ("generate", "trace", "steer", "features", "effects", "heads", "validate")
+"""Commands that encode few prompts, in the beginning."""
 
 
 class Opened(NamedTuple):
@@ -45,17 +58,18 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
     given = settings.model_dump() | known
     allow(None if given.get("memory") is None else parse_bytes(given["memory"], "--memory"))
     embeddings = None if given.get("embeddings") is None else read_embeddings(given["embeddings"])
-    if given.get("guidance"):  # what takes none is told before its weights are read
+    asked = {name: given[name] for name in ("guidance", "negative_prompt") if given.get(name) is not None}
+    if asked.get("guidance") or "negative_prompt" in asked:  # what takes none is told before its weights are read
         described = loading.described_pipeline(given["model"], base=given.get("base"), variant=given.get("variant"))
-        plan_run(described, guidance=given["guidance"])
+        plan_run(described, **asked)
     name = given.get("dtype") or given.get("model_dtype")
     if sharding is not None and given.get("weights") in ("host", "disk"):
         raise UserError(
             f"--mesh splits weights that lie on its devices, but --weights is {given['weights']}, from where they are "
             "fetched one block at a time; leave one of the two out."
         )
-    weights: Place = "device" if sharding is not None else place_of(command, settings, **known)
-    # With embeddings T5 is not run at all, and of recorded activations for a contrast prompt alone.
+    weights, encoders = ("device", None) if sharding is not None else places_of(command, settings, **known)
+    # With embeddings the text encoder is not run at all, and of recorded activations for a contrast prompt alone.
     seldom = embeddings is not None or (given.get("activations") is not None and sharding is None)
     # Of `encode` the text encoders alone run, so that the transformer's blocks need not be read.
     encodes = command == "encode"
@@ -66,19 +80,29 @@ def open_model(command: str, settings: Settings, *, sharding: Any = None, **know
         dtype=None if name is None else dtype_named(name),
         sharding=sharding,
         weights="disk" if encodes else weights,
-        text_encoders=weights if encodes else "disk" if seldom else None,
+        text_encoders=weights if encodes else "disk" if seldom else encoders,
         lora=given.get("lora", ()),
+        encoders=embeddings is None,
     )
+    often_if_large(whole_bytes((pipe.transformer, pipe.t5, pipe.clip)))
     return Opened(pipe if embeddings is None else with_embeddings(pipe, embeddings), weights)
 
 
 def place_of(command: str, settings: Settings, **known: Any) -> Place:
+    """Returns where a command's weights stay, but for text encoders of their own; see `places_of`."""
+    return places_of(command, settings, **known)[0]
+
+
+def places_of(command: str, settings: Settings, **known: Any) -> tuple[Place, Place | None]:
     """Returns where a command's weights stay, and says so where they are streamed by our choice.
 
     Args:
         command: its name.
         settings: of it.
         known: as for `preflight.check_fits`.
+
+    Returns:
+        The place of all, and that of the text encoders' blocks; None for the same.
 
     Raises:
         UserError: if the memory that is allowed does not hold two blocks, which streaming needs.
@@ -88,29 +112,43 @@ def place_of(command: str, settings: Settings, **known: Any) -> Place:
     asked = given.get("weights", "device")
     uncounted = str(given["model"]) in SMALL and "memory" not in given
     if asked == "device" or (asked == "auto" and uncounted):
-        return "device"
+        return "device", None
     import jax
 
     device = jax.devices()[0]
     there = capped(memory_for(device), given)
     work = _work(command, given, host=device.platform == "cpu")
     if work is None:
-        return "device" if asked == "auto" else asked
+        return "device" if asked == "auto" else asked, None
     work = work._replace(room=there.available) if grid is None else work._replace(room=there.available, grid=grid)
     work = work if "sites" in given else up_to(work, targets)
-    work = work._replace(explained=len(targets)) if given.get("attention") == "explained" else work
+    work = explaining(work, given, len(targets))
     _refuse_tight(work, there)
     needed = count(work).needed
     if asked != "auto" or needed <= there.available:
-        return "device" if asked == "auto" else asked
+        return "device" if asked == "auto" else asked, None
+    why = (
+        f"With all of them on the device, {command} needs about {text_of_bytes(needed)}, but {there.bound} leaves "
+        f"{text_of_bytes(there.available)}"
+    )
+    if command in ONE_PROMPT and not given.get("prompts") and _beside_encoders(work) <= there.available:
+        sys.stderr.write(f"Weights: device; of the text encoder, disk. {why}; its blocks are read one at a time.\n")
+        return "device", "disk"
     sizes = sum(weights_needed(work.shapes, work.dtype).values())
     place: Place = "disk" if device.platform == "cpu" or sizes > 0.8 * host_memory().available else "host"
     where = {"disk": "read from disk", "host": "kept in host memory, and fetched"}[place]
-    sys.stderr.write(
-        f"Weights: {place}. With all of them on the device, {command} needs about {text_of_bytes(needed)}, "
-        f"but {there.bound} leaves {text_of_bytes(there.available)}; blocks are {where} one at a time.\n"
-    )
-    return place
+    sys.stderr.write(f"Weights: {place}. {why}; blocks are {where} one at a time.\n")
+    return place, None
+
+
+def _beside_encoders(work: Any) -> int | float:
+    """Returns the bytes that a command needs where the blocks of the text encoder pass through memory."""
+    if "t5" not in work.shapes:
+        return math.inf
+    parts = abstract_parts({name: work.shapes[name] for name in ("t5", "clip")}, work.dtype)
+    held = around_bytes(parts["t5"], streamed=True) + 2 * block_bytes(parts["t5"]) + bytes_of(parts["clip"])
+    others = {name: shape for name, shape in work.shapes.items() if name not in parts}
+    return held + count(work._replace(shapes=others)).needed
 
 
 def _work(command: str, given: dict[str, Any], *, host: bool) -> Any:

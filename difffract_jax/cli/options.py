@@ -21,9 +21,12 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from difffract_jax.config import Settings, UserError, resolve
+from difffract_jax.config import Settings, SharedError, UserError, resolve
 from difffract_jax.graphs.loras import texts_of
 from difffract_jax.storage.locks import sole_writer
+from difffract_jax.storage.remote.addresses import is_remote
+from difffract_jax.storage.remote.cache import local_file, refuse_remote
+from difffract_jax.storage.remote.outputs import ask
 
 S = TypeVar("S", bound=Settings)
 Command = Callable[..., None]
@@ -78,6 +81,7 @@ def command(
     instead: Mapping[str, Any] | None = None,
     prepare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     fills: str | None = None,
+    local: Sequence[str] = (),
     renamed: bool = True,
 ) -> Callable[[Command], Command]:
     """Makes a command for Typer of a function of settings.
@@ -95,6 +99,7 @@ def command(
         instead: field -> annotation for Typer, where the option holds something else than the field.
         prepare: changes what was given, by name, before it is merged.
         fills: field of the directory, if any, that the command writes several files into; it has one writer at a time.
+        local: fields whose paths must lie on this machine; all others may be remote.
         renamed: whether errors of the library shall name options; not where settings come from a file as a rule.
 
     Example:
@@ -121,7 +126,12 @@ def command(
         def run(**given: Any) -> None:
             further = {name: given[name] if name in wanted else dict(given) for name in parameters}
             settings = settings_of(cls, given if prepare is None else prepare(given))
+            for name in local:
+                for path in _paths(getattr(settings, name)):
+                    refuse_remote(path, name.upper() if name in arguments else f"--{name}")
             filled = None if fills is None else getattr(settings, fills)
+            if filled is not None and is_remote(filled):
+                ask(filled)
             try:
                 with nullcontext() if filled is None else sole_writer(filled):
                     function(settings, **further)
@@ -129,6 +139,8 @@ def command(
                 sentence = in_options(str(error), fields, arguments) if renamed else str(error)
                 if sentence == str(error):
                     raise
+                if isinstance(error, SharedError):
+                    raise SharedError(sentence, speaks=error.speaks) from error
                 raise UserError(sentence) from error
 
         _sign(run, {name: declared[name] for name in (*arguments, *placed, *shared)})
@@ -138,6 +150,11 @@ def command(
         return run
 
     return decorate
+
+
+def _paths(value: Any) -> Sequence[Path]:
+    """Returns the paths that a setting holds: none, one or several."""
+    return () if value is None else (value,) if isinstance(value, Path) else value
 
 
 def _own_first(cls: type[Settings]) -> list[str]:
@@ -212,6 +229,8 @@ def check_out(path: Path, suffix: str) -> None:
     """
     if suffix and path.suffix != suffix:
         raise UserError(f"The output file must end in {suffix}, but got {path}.")
+    if is_remote(path):
+        return ask(path)
     if suffix and path.is_dir():
         raise UserError(f"{path} is a directory, but the output is one file; name another output.")
     if not path.parent.is_dir():
@@ -262,6 +281,24 @@ def in_options(sentence: str, fields: Sequence[str], arguments: Sequence[str] = 
     return sentence
 
 
+def check_used(settings: Settings, names: Sequence[str], why: str, *, arguments: Sequence[str] = ()) -> None:
+    """Refuses settings that were given though nothing would read them.
+
+    Args:
+        settings: of the command.
+        names: fields that nothing reads.
+        why: the rest of the sentence, after the names.
+        arguments: those of the fields that are positional.
+
+    Raises:
+        UserError: if any was given, by option or in a file.
+    """
+    given = [name for name in names if name in settings.model_fields_set and getattr(settings, name) is not None]
+    if given:
+        shown = [name.upper() if name in arguments else f"--{name.replace('_', '-')}" for name in given]
+        raise UserError(f"{' and '.join(shown)} {'does' if len(shown) == 1 else 'do'} nothing {why}")
+
+
 def settings_of(cls: type[S], given: Mapping[str, Any]) -> S:
     """Resolves a command's settings from its arguments; a missing one is a usage error unless a file may hold it.
 
@@ -271,6 +308,7 @@ def settings_of(cls: type[S], given: Mapping[str, Any]) -> S:
     """
     options = {name: value for name, value in given.items() if name in cls.model_fields and value != []}
     file, sets = given.get("config"), given.get("sets") or ()
+    file = None if file is None else local_file(file)
     if not file and not sets:
         missing = [name for name, info in cls.model_fields.items() if info.is_required() and options.get(name) is None]
         if missing:

@@ -25,6 +25,11 @@ ModelName = Annotated[
 ]
 
 
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.add_typer(organism, name="organism")
+
+
 @organism.command()
 def info(model: ModelName = "organism", json: opt.Json = False) -> None:
     """Print what the model knows: its words, its world, its size, and example captions.
@@ -33,7 +38,7 @@ def info(model: ModelName = "organism", json: opt.Json = False) -> None:
     """
     import jax
 
-    from difffract_jax.cli.output import emit, parameter_counts
+    from difffract_jax.cli.output import emit
     from difffract_jax.loading import load_pipeline
     from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, PLACES, RELATIONS, SIZE_NAMES
     from difffract_jax.organism.render import NOUNS
@@ -86,7 +91,8 @@ def sample(
     import matplotlib
 
     matplotlib.use("Agg")
-    from difffract_jax.cli.output import emit, progress, replacing
+    from difffract_jax.cli.bars import progress
+    from difffract_jax.cli.output import emit, replacing
     from difffract_jax.loading import load_pipeline
     from difffract_jax.models.batch import generate_batch
     from difffract_jax.organism.card import sample_sheet
@@ -154,21 +160,26 @@ def train(
     images: Annotated[
         int, typer.Option("--images", min=0, help="Images per group for the model card; 0: no card.")
     ] = 1000,
+    arch: Annotated[
+        str | None, typer.Option("--arch", help="Architecture: flux, sd3 or flux2; flux when left out.")
+    ] = None,
     config: opt.Config = None,
     sets: opt.Sets = None,
     dry_run: opt.DryRun = False,
     json: opt.Json = False,
 ) -> None:
-    """Train the organism from nothing: text encoders, autoencoder, transformer; then export it and write its card.
+    """Train the organism from nothing: text encoders, autoencoder, transformer; then save it and write its card.
 
-    Deterministic for a seed on one machine. Interrupt it at any moment and go on with --resume.
+    --arch sd3 and --arch flux2 train siblings of other architectures on the same world. They take the parts that they
+    share with the embedded organism from it; with `--set begin=` they train all. Deterministic for a seed on a machine.
+    Interrupt it at any moment and go on with --resume.
 
     Example: `difffract organism train --out run --set seed=1`
     """
     from difffract_jax.config import resolve
     from difffract_jax.organism.recipe import OrganismRecipe
 
-    recipe = resolve(OrganismRecipe, {}, file=config, sets=sets or ())
+    recipe = resolve(OrganismRecipe, {"arch": arch}, file=config, sets=sets or ())
     if dry_run:
         sys.stdout.write(recipe.model_dump_json(indent=2) + "\n")
         return
@@ -177,33 +188,54 @@ def train(
     matplotlib.use("Agg")
     from converters.export import export_pipeline
     from difffract_jax.cli.output import emit
+    from difffract_jax.loading import load_pipeline, save_pipeline
     from difffract_jax.organism.card import measure_organism, write_card
     from difffract_jax.organism.train import minutes_taken
     from difffract_jax.organism.train import train as run
     from difffract_jax.storage.locks import sole_writer
+    from difffract_jax.storage.remote.addresses import is_remote, parse_address
+    from difffract_jax.storage.remote.claims import Claim, claimed
+    from difffract_jax.storage.remote.publication import publish
     from difffract_jax.storage.sums import write_sums
+    from difffract_jax.transcoders.run_place import home_of
 
-    command = shlex.join(["difffract", "organism", "train", *_chosen(out, config, sets)])
-    with sole_writer(out), _stages() as advance:
-        pipe = run(recipe, out, resume=resume, progress=advance)
+    save = export_pipeline if recipe.arch == "flux" else save_pipeline
+    begin = load_pipeline(recipe.begin) if recipe.begin else None
+    command = shlex.join(["difffract", "organism", "train", *_chosen(out, arch, config, sets)])
+    remote = is_remote(out)
+    with claimed(parse_address(out)) if remote else sole_writer(out) as claim, _stages() as advance:
+        allowed = {"allowed": claim.check} if isinstance(claim, Claim) else {}
+        pipe = run(recipe, out, resume=resume, begin=begin, progress=advance, **allowed)
         minutes = minutes_taken(out)
-        pipeline = out / "pipeline"
-        export_pipeline(pipe, pipeline, overwrite=True)
+        pipeline = home_of(out) / "pipeline"
+        save(pipe, pipeline, overwrite=True)
         tables = measure_organism(pipe, images, progress=advance) if images else {}
         if images:
             write_card(pipe, pipeline, recipe, tables, command, minutes)
         write_sums(pipeline)
-    emit({"pipeline": str(pipeline), "minutes": round(minutes, 1)} | tables, as_json=json)
+        if remote:
+            publish(pipeline, parse_address(out) / "pipeline", overwrite=True)
+    emit({"pipeline": str(out / "pipeline"), "minutes": round(minutes, 1)} | tables, as_json=json)
 
 
-def _chosen(out: Path, config: Path | None, sets: list[str] | None) -> list[str]:
+def _chosen(out: Path, arch: str | None, config: Path | None, sets: list[str] | None) -> list[str]:
     """Returns the options that decide the result, as they were given."""
-    named = ["--out", out.name] + (["--config", str(config)] if config else [])
+    named = ["--out", out.name] + (["--arch", arch] if arch else []) + (["--config", str(config)] if config else [])
     return named + [word for value in sets or () for word in ("--set", value)]
 
 
 def _stages() -> Any:
     """Shows one bar per stage of a long command, with time left; yields `advance(stage, done, total, loss=nan)`."""
-    from difffract_jax.cli.output import stages
+    from difffract_jax.cli.bars import stages
 
     return stages()
+
+
+def parameter_counts(made: Any) -> dict[str, int]:
+    """Returns how many parameters each module of a pipeline has, or a transformer alone."""
+    from difffract_jax.storage.checkpoint import leaf_paths
+
+    names = ("transformer", "t5", "clip", "vae")
+    modules = {name: getattr(made, name) for name in names} if isinstance(made, tuple) else {"transformer": made}
+    counts = {name: sum(leaf.size for leaf in leaf_paths(tree).values()) for name, tree in modules.items()}
+    return {f"{name} parameters": count for name, count in counts.items()}

@@ -4,11 +4,12 @@
    weights resident and streamed block by block. Nothing is compiled, which the answer says.
 2. Training and traces on TPUs are compiled by libtpu instead: `plan CONFIG --topology ...`, `plan --trace FILE`, and
    the same by `plan train` or `plan trace` with a TPU as --device.
-3. `planned_rows` is one row per device and way, and the phases of the largest.
+3. `plan CONFIG --sweep ...` models a training on slices of many sizes (`cli/sweep.py`).
+4. `planned_rows` is one row per device and way, and the phases of the largest.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +18,8 @@ import typer
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.models import dtype_named, work_of
 from difffract_jax.cli.settings import PlanConfig
-from difffract_jax.config import TraceConfig, UserError, read_yaml, resolve
+from difffract_jax.config import UserError, read_yaml, resolve
+from difffract_jax.trace_settings import TraceConfig
 from difffract_jax.transcoders.settings import TrainConfig
 
 DEFAULT_MODEL = "flux-schnell"
@@ -63,6 +65,22 @@ Mesh = Annotated[
         "training's. Default: the config's.",
     ),
 ]
+Sweep = Annotated[
+    str | None,
+    typer.Option(
+        "--sweep",
+        help="TPU slices of many sizes to model a training on, as chip and numbers of chips, as in "
+        "v5e:4..256,v5p:4..64 or v6e:16; sizes are powers of two.",
+    ),
+]
+Compile = Annotated[
+    int,
+    typer.Option(
+        "--compile", min=0, help="Of a sweep, slices to compile as well, the smallest that fit first: minutes each."
+    ),
+]
+Table = Annotated[Path | None, typer.Option("--table", help="Write a sweep to this file, .json or .md.")]
+FigureFile = Annotated[Path | None, typer.Option("--figure", help="Draw a sweep into this file, .png, .svg or .pdf.")]
 Settings = Annotated[Path | None, typer.Option("--config", help="YAML file of settings of the command.")]
 
 
@@ -78,6 +96,10 @@ def plan(
     topology: Topologies = None,
     trace: Traced = None,
     mesh: Mesh = None,
+    sweep: Sweep = None,
+    compile_slices: Compile = 0,
+    table: Table = None,
+    figure: FigureFile = None,
     config: Settings = None,
     sets: opt.Sets = None,
     json: opt.Json = False,
@@ -96,9 +118,15 @@ def plan(
     the targets, unless a mesh's `feature` or `site` splits what they hold; its transcoders are those of the settings'
     `plan`.
 
+    With --sweep a training is laid on slices of every size of a range, beginning with the smallest whose chips hold the
+    state: memory of a chip by part, what chips exchange, how long a step and a whole run take at the makers' peak
+    rates, and what holds them up, `compute`, `memory`, `network` or `host`. That takes seconds and needs no libtpu;
+    `--compile 2` compiles the two smallest that fit, too. `--table` and `--figure` write files.
+
     Example: `difffract plan trace --device 24GB --device h100 --set height=512 --set width=512`; training on TPUs:
     `difffract plan configs/train-flux-schnell.yaml --topology v5p:2x2x1 --topology v5e:8x8`; a trace:
-    `difffract plan --trace configs/trace-flux-schnell.yaml --topology v5p:2x2x1`
+    `difffract plan --trace configs/trace-flux-schnell.yaml --topology v5p:2x2x1`; a training at many sizes:
+    `difffract plan configs/train-flux-schnell.yaml --sweep v5e:4..256,v5p:4..64 --figure sweep.png`
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is used, even where there is one
     from difffract_jax.cli.output import emit
@@ -111,6 +139,15 @@ def plan(
     pods = [name for name in device or () if _is_pod(name)]
     compiled = [*(topology or ()), *(pods if command in COMPILED else ())]
     counted = [name for name in device or () if name not in compiled]
+    if sweep is not None:
+        _refuse_beside_a_sweep(command, {"--device": device, "--topology": topology, "--mesh": mesh})
+        from difffract_jax.cli.sweep import sweep_training
+
+        words, values = sweep_training(_training(file, model, sets), sweep, compile_slices, table, figure)
+        emit(values if json else words, as_json=json)
+        return
+    if compile_slices or table or figure:
+        raise UserError("--compile, --table and --figure are of a sweep; add --sweep, as in --sweep v5e:4..256.")
     if not compiled and not counted:
         raise typer.BadParameter("--device is missing; name one, as in 24GB, h100, v5e:2x4 or host:16GB.")
     shown: dict[str, Any] = {}
@@ -124,6 +161,15 @@ def plan(
     emit(shown, as_json=json)
 
 
+def _refuse_beside_a_sweep(command: str, others: Mapping[str, Any]) -> None:
+    """Refuses a sweep of what is no training, and options that say where, which it says itself."""
+    if command != "train":
+        raise UserError(f"--sweep is for trainings, but {command} is asked for; plan it with --device or --topology.")
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise UserError(f"--sweep names its slices and looks for their meshes itself; leave out {' and '.join(given)}.")
+
+
 def _is_pod(name: str) -> bool:
     from difffract_jax.estimate.places import read_place
 
@@ -134,7 +180,7 @@ def _compiled_training(
     file: Path | None, model: str | None, topology: Sequence[str], mesh: str | None, sets: Sequence[str], json: bool
 ) -> dict[str, Any]:
     """Compiles the step of a training for TPUs."""
-    from difffract_jax.cli.output import planned
+    from difffract_jax.cli.plan_tables import planned
     from difffract_jax.sharding import parse_mesh
     from difffract_jax.transcoders.plan import open_topology, smallest_plan
     from difffract_jax.transcoders.plan import plan as compile_for
@@ -162,7 +208,7 @@ def _compiled_trace(
 ) -> dict[str, Any]:
     """Compiles the programs of a trace for one chip of every topology, or for a mesh of all its chips."""
     from difffract_jax.circuits.attribution.plan import plan_trace
-    from difffract_jax.cli.output import planned_trace
+    from difffract_jax.cli.plan_tables import planned_trace
     from difffract_jax.transcoders.plan import open_topology
 
     if mesh == "auto":
@@ -283,11 +329,11 @@ def _as_tables(command: str, found: Sequence[Any]) -> dict[str, Any]:
 def _asked_trace(settings: TraceConfig) -> Any:
     """Returns what shall be traced, as shapes alone."""
     from converters.transcoders import stacked_transcoders
+    from difffract_jax.address import read_steps
     from difffract_jax.circuits.attribution.outputs import parse_target
     from difffract_jax.circuits.attribution.plan import TraceWorkload
     from difffract_jax.circuits.notation.feature import Feature
     from difffract_jax.circuits.trace.capture import blocks_for
-    from difffract_jax.cli.requests import read_steps
     from difffract_jax.cli.workloads import type_of
     from difffract_jax.loading import abstract_pipeline, pipeline_shapes
     from difffract_jax.models.presets import PRESETS

@@ -4,18 +4,18 @@
 2. What it holds throughout is exact: if that alone is more than there is, the command ends here.
 3. What it needs in between is an estimate: if the two together are more than there is, a note says so.
 
-Nothing is counted of the embedded model, which fits everywhere, nor of models on the hub, which are not here yet, nor
-where weights are spread over a mesh. `--no-preflight` leaves the look out.
+Nothing is counted of the embedded model, which fits everywhere, nor of models on the hub or in buckets, which are not
+here yet, nor where weights are spread over a mesh. `--no-preflight` leaves the look out.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from difffract_jax.config import Settings, UserError
+from difffract_jax.config import ORGANISMS, Settings, UserError
 from difffract_jax.memory import Memory, memory_for, parse_bytes, text_of_bytes
 
-SMALL = ("organism", "tiny")
+SMALL = (*ORGANISMS, "tiny")
 OFF = "--no-preflight"
 switched_off = False
 """Set by `main` where `--no-preflight` is given."""
@@ -38,12 +38,14 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
     if switched_off or given.get("model") in (None, *SMALL) or given.get("mesh"):
         return
     from difffract_jax.hub.names import parse_hub_name
+    from difffract_jax.storage.remote.addresses import is_remote
 
-    if any(parse_hub_name(str(given[name])) is not None for name in ("model", "base") if name in given):
+    names = [str(given[name]) for name in ("model", "base") if name in given]
+    if any(is_remote(name) or parse_hub_name(name) is not None for name in names):
         return
     import jax
 
-    from difffract_jax.cli.workloads import asked_of, type_of, up_to, workload
+    from difffract_jax.cli.workloads import asked_of, explaining, type_of, up_to, workload
     from difffract_jax.estimate.counts import count
 
     device = jax.devices()[0]
@@ -56,7 +58,7 @@ def check_fits(command: str, settings: Settings, **known: Any) -> None:
         work = workload(command, asked, host=device.platform == "cpu", streamed=streamed, room=there.available)
         work = work if grid is None else work._replace(grid=grid)
         work = work if "sites" in given else up_to(work, targets)
-        work = work._replace(explained=len(targets)) if given.get("attention") == "explained" else work
+        work = explaining(work, given, len(targets))
     except UserError:
         return  # loading tells it better
     needed = count(work)

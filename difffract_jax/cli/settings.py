@@ -185,7 +185,8 @@ class PlanConfig(Settings):
     """Settings of `difffract plan COMMAND --device ...`: what the command shall do, as far as memory depends on it."""
 
     model: str = "flux-schnell"
-    """Model: `flux-schnell` or `flux-dev`, of which nothing need be here, or whatever the command takes."""
+    """Model: `flux-schnell`, `flux-dev`, `flux2-klein`, `sd3-medium`, `sd3.5-medium`, `sd3.5-large` or `chroma1-hd`, of
+    which nothing need be here, or what the command takes."""
     base: Path | None = None
     """For a model that is a transformer alone: diffusers directory with the other parts, or hf:OWNER/NAME."""
     variant: str | None = None
@@ -262,6 +263,9 @@ class HeadsConfig(RerunSettings):
     score: str | None = None
     """Attention score to take apart too, BLOCK/hHEAD@QUERY,KEY, as in double/1/h1@img12,txt4 or single/0/h1@img3,img4:
     the token that attends, and the one attended to."""
+    centred: bool = False
+    """Take the score of --score apart as a node of a graph has it, minus its query's mean: the key is then the key
+    minus the mean of all keys, weighted by the pattern."""
     top: int = Field(10, ge=1)
     """Rows of each table."""
 
@@ -283,6 +287,9 @@ class ValidateConfig(RerunSettings):
     for every circuit, so that fewer take less time."""
     seed: Seed = 0
     """Seed of the edges and of the random circuits that are drawn; the run's own seed is the graph's."""
+    grade: Path | None = None
+    """Grade the graph too: edits of its features are tried in the real model, alone and in groups, beside random ones
+    and with other seeds. The graph is written with its grade to this `.npz`, which may be the graph's own file."""
     out: Path | None = None
     """Directory for report.md, validation.json and figures, which are replaced, with a note, if they exist; none are
     written when left out."""

@@ -4,7 +4,6 @@ They follow its rules: settings in, artefacts and a short table out; progress on
 """
 
 import json as json_text
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,8 +15,11 @@ from difffract_jax.cli import options as opt
 from difffract_jax.cli.feature_pages import Pages, page_table, pages_at_hand, with_pages
 from difffract_jax.cli.group_edits import check_groups, edits_of
 from difffract_jax.cli.preflight import check_fits
-from difffract_jax.cli.settings import EffectsConfig, FeaturesConfig, RunSettings, SteerConfig
-from difffract_jax.config import GenerateConfig, TraceConfig, UserError, provenance
+from difffract_jax.cli.runs import region_of, run_of, torch_latents, warn_cut
+from difffract_jax.cli.settings import FeaturesConfig, SteerConfig
+from difffract_jax.config import UserError, provenance
+from difffract_jax.storage.remote.addresses import is_remote
+from difffract_jax.storage.remote.outputs import ask
 
 Scan = Annotated[
     bool, typer.Option("--scan", help="Label every feature of the organism's transcoders over many captions instead.")
@@ -36,7 +38,7 @@ def register(app: typer.Typer) -> None:
     before={
         "sweep": ("seeds",),
         "expect": ("box", "mask"),
-        "latents": ("steps", "height", "width", "text_tokens", "guidance"),
+        "latents": ("steps", "height", "width", "text_tokens", "guidance", "negative_prompt"),
         "out": ("batch",),
     },
     fills="out",
@@ -89,7 +91,7 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
     """Returns the sweep that the settings ask for."""
     from difffract_jax.circuits.editing.sweeps import sweep
     from difffract_jax.circuits.notation.region import tokens_in
-    from difffract_jax.cli.output import progress
+    from difffract_jax.cli.bars import progress
 
     region = None if pixels is None else tokens_in(pixels, run.grid)
     with progress("Drawing") as advance:
@@ -115,7 +117,7 @@ def _draw(pipe: Any, tcs: Any, run: Any, edits: list[Edit], pixels: Any, setting
     before={
         "by": ("box", "mask"),
         "top": ("seeds",),
-        "captions": ("scan", "steps", "height", "width", "text_tokens", "guidance"),
+        "captions": ("scan", "steps", "height", "width", "text_tokens", "guidance", "negative_prompt"),
     },
 )
 def features(settings: FeaturesConfig, *, scan: Scan = False, pages: Pages = None, json: bool) -> None:
@@ -127,12 +129,15 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, pages: Pages = Non
     Example: `difffract features organism organism "a red ring" --contrast "a blue ring" --seeds 0..4`
     """
     if scan:
+        _check_scan(settings, pages)
         return _scan(settings, json)
+    opt.check_used(settings, ("captions", "out"), "without --scan; add that, or leave it out.")
     if settings.prompt is None:
         raise typer.BadParameter("PROMPT missing; see --help.")
     from difffract_jax.circuits.editing.ranking import rank_features
+    from difffract_jax.cli.bars import progress
     from difffract_jax.cli.opening import open_model
-    from difffract_jax.cli.output import emit, progress
+    from difffract_jax.cli.output import emit
     from difffract_jax.cli.used import load_used, matching
     from difffract_jax.transcoders.sites import parse_sites
 
@@ -168,13 +173,24 @@ def features(settings: FeaturesConfig, *, scan: Scan = False, pages: Pages = Non
     emit((record if json else {}) | {name: with_pages(rows, at_hand) for name, rows in streams.items()}, as_json=json)
 
 
+def _check_scan(settings: FeaturesConfig, pages: Path | None) -> None:
+    """Refuses what a scan does not read: it labels every feature, over captions of its own."""
+    why = "with --scan, which labels every feature over captions of its own; leave it out, or --scan."
+    names = ("prompt", "contrast", "by", "step", "top", "sites", "seeds", "box", "mask")
+    opt.check_used(settings, names, why, arguments=("prompt",))
+    if pages is not None:
+        raise UserError(f"--pages does nothing {why}")
+
+
 def _scan(settings: FeaturesConfig, json: bool) -> None:
     """Labels every feature of the organism's transcoders."""
     if settings.model != "organism":
         raise UserError("A scan reads what images show from the organism's scenes; other models have none.")
-    if settings.out is None or settings.out.suffix != ".json" or not settings.out.parent.is_dir():
+    if settings.out is None or settings.out.suffix != ".json":
         raise UserError("A scan writes a labels file: give --out FILE.json in a folder that exists.")
-    from difffract_jax.cli.output import emit, progress, replacing
+    opt.check_out(settings.out, ".json")
+    from difffract_jax.cli.bars import progress
+    from difffract_jax.cli.output import emit, replacing
     from difffract_jax.loading import load_pipeline, load_transcoders
     from difffract_jax.studies.scan import scan, write_labels
 
@@ -196,9 +212,10 @@ def _scan(settings: FeaturesConfig, json: bool) -> None:
 
 def _intent(settings: SteerConfig) -> Any:
     """Returns what an edit is meant to change; None where there is no scorer, or no caption of the organism's."""
+    from difffract_jax.organism.vocabulary import is_of_the_world
     from difffract_jax.studies.metrics import intent
 
-    if settings.model != "organism":
+    if not is_of_the_world(settings.model):
         if settings.expect is not None:
             raise UserError("--expect is judged by the organism's scorer, and other models have none; leave it out.")
         return None
@@ -221,30 +238,6 @@ def _confined(edit: Edit, settings: SteerConfig, region: tuple[int, ...] | None)
     return edit if region is None or placed else edit.within(region)
 
 
-def run_of(pipe: Any, settings: Any) -> Any:
-    """Returns the sizes and the schedule that the settings of a run name."""
-    return pipe.plan(**settings.model_dump(include={"steps", "height", "width", "text_tokens", "guidance"}))
-
-
-def region_of(pipe: Any, run: Any, settings: RunSettings | EffectsConfig) -> Any:
-    """Returns the pixels of --box or --mask; None if neither is given.
-
-    Args:
-        pipe: the pipeline.
-        run: from `plan_run`.
-        settings: of the command.
-    """
-    if settings.box is not None and settings.mask is not None:
-        raise UserError("Both --box and --mask describe the region; give one of them.")
-    from difffract_jax.circuits.notation.region import box_mask, read_mask
-    from difffract_jax.models.sampler import PATCH
-
-    rows, columns = (side * PATCH * pipe.config.vae.factor for side in run.grid)
-    if settings.box is not None:
-        return box_mask(settings.box, (rows, columns))
-    return None if settings.mask is None else read_mask(settings.mask, (rows, columns))
-
-
 def _noise(pipe: Any, run: Any, settings: SteerConfig) -> Any:
     """Returns packed starting noise of every seed that --latents or --noise asks for; None leaves it to the seeds."""
     many = len(settings.seed_list)
@@ -264,56 +257,6 @@ def _noise(pipe: Any, run: Any, settings: SteerConfig) -> Any:
     return torch_latents(pipe, run.grid, settings.seed_list)
 
 
-def starting_noise(pipe: Any, settings: GenerateConfig | TraceConfig | EffectsConfig) -> Any:
-    """Returns the packed starting noise that --latents or --noise asks for; None leaves it to the seed.
-
-    Args:
-        pipe: the pipeline.
-        settings: of a command that makes one run.
-    """
-    if settings.latents is not None:
-        from difffract_jax.storage.files import read_array
-
-        return read_array(settings.latents)
-    if settings.noise == "jax":
-        return None
-    from difffract_jax.models.pipeline import plan_run
-
-    grid = plan_run(pipe.config, height=settings.height, width=settings.width).grid
-    return torch_latents(pipe, grid, [settings.seed])[0]
-
-
-def torch_latents(pipe: Any, grid: Sequence[int], seeds: Sequence[int]) -> Any:
-    """Returns packed starting noise as diffusers draws it, [seed img channels].
-
-    Args:
-        pipe: the pipeline.
-        grid: rows and columns of image tokens.
-        seeds: of the noise.
-
-    Raises:
-        UserError: if two of them are one seed to PyTorch.
-    """
-    import numpy as np
-
-    from converters.torch_files import torch_noise, torch_seed
-    from difffract_jax.models.sampler import pack
-
-    if len({torch_seed(seed) for seed in seeds}) < len(seeds):
-        raise UserError(
-            "PyTorch's generator reads the lower 32 bits of a seed, so that seeds that differ by a multiple of 2**32 "
-            "give the same noise; give --seeds below 2**32, or leave --noise torch out."
-        )
-    for seed in seeds:
-        if torch_seed(seed) != seed:
-            sys.stderr.write(
-                f"Warning: PyTorch reads the lower 32 bits of a seed; its noise of {seed} is that of "
-                f"{torch_seed(seed)}.\n"
-            )
-    size = pipe.config.vae.latent_channels, 2 * grid[0], 2 * grid[1]
-    return np.stack([pack(torch_noise(seed, *size)[0].transpose(1, 2, 0)) for seed in seeds])
-
-
 def labels_of(transcoders: str, source: str) -> Any:
     """Returns the labels of a set of transcoders; None if there are none, or they are of others.
 
@@ -330,14 +273,6 @@ def labels_of(transcoders: str, source: str) -> Any:
     return labels if labels.transcoders == source else None
 
 
-def warn_cut(cut: str) -> None:
-    """Warns of the end of a prompt that did not fit; "" if all did."""
-    if cut:
-        sys.stderr.write(
-            f"Warning: the prompt is longer than the text length; cut off was: {cut!r}. Raise --text-tokens.\n"
-        )
-
-
 def _brief(row: dict[str, Any]) -> dict[str, Any]:
     """Returns the columns of a table of metrics that fit a terminal; the files hold all."""
     psnr, far = ("psnr outside", "inside") if "inside" in row else ("psnr", "difference")
@@ -350,6 +285,8 @@ def _brief(row: dict[str, Any]) -> dict[str, Any]:
 
 def check_directory(out: Path) -> None:
     """Refuses an output directory that could not be written."""
+    if is_remote(out):
+        return ask(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file, but the results go to a directory; give another --out.")
     if not out.parent.is_dir():
@@ -368,12 +305,12 @@ def write_sweep(made: Any, rows: list[dict[str, Any]], record: dict[str, Any], o
     Returns:
         Paths by name.
     """
-    from difffract_jax.cli.output import save_image
     from difffract_jax.organism.evaluate import summary
-    from difffract_jax.storage.checkpoint import atomic_file
+    from difffract_jax.storage.files import atomic_file, make_directory
+    from difffract_jax.storage.images import save_image
     from difffract_jax.studies.sheets import sheet
 
-    out.mkdir(exist_ok=True)
+    make_directory(out)
     files = {name: out / name for name in ("grid.png", "metrics.md", "metrics.json")}
     save_image(sheet(made.images, [f"seed {seed}" for seed in made.seeds], made.columns), files["grid.png"], record)
     settings = record["settings"]

@@ -9,6 +9,7 @@
 
 import logging
 import shlex
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +17,12 @@ from typing import Annotated, Any
 import typer
 
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.hosts import Join, as_one_of
 from difffract_jax.cli.models import check_weights, model_of, pipeline_of, rows_in, with_origin, work_of, world_of
 from difffract_jax.cli.preflight import check_training_fits
+from difffract_jax.cli.restarts import is_supervised, supervise
 from difffract_jax.config import UserError, provenance, read_yaml
+from difffract_jax.storage.remote.cache import has_file, local_file
 from difffract_jax.transcoders.settings import TrainConfig
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file of settings.")]
@@ -38,11 +42,13 @@ Export = Annotated[
         help="Train nothing: write the transcoders of RUN's newest checkpoint to --out, by default RUN/transcoders.",
     ),
 ]
-Join = Annotated[
-    str | None,
+MaxRestarts = Annotated[
+    int | None,
     typer.Option(
-        "--join",
-        help="Make this one of several processes: `auto` on a TPU pod or under Slurm, else HOST:PORT,NUMBER,PROCESSES.",
+        "--max-restarts",
+        min=0,
+        help="Go on with the run in `out` if there is one, and start it again up to so many times when it was killed "
+        "or another host died; each time after twice the wait.",
     ),
 ]
 SWITCHED_OFF = ("scale_rows", "project_decoder")
@@ -74,15 +80,19 @@ def _given(given: dict[str, Any]) -> dict[str, Any]:
 
         line["sites"] = layer_patterns(given["layers"], given["streams"])
     if given["file"] is not None:
-        if not given["file"].exists():
+        if not has_file(given["file"]):
             raise UserError(
                 f"{given['file']} does not exist; give a YAML file of settings, or a model as --model NAME."
             )
         return line | {"config": given["file"]}
-    if given["resume"]:
+    if given["resume"] or is_supervised():
         sets = dict(text.partition("=")[::2] for text in given["sets"] or ())
         out = Path(line.get("out") or sets.get("out") or TrainConfig.model_fields["out"].default)
-        if not (out / "train.json").is_file():
+        from difffract_jax.transcoders.run_place import has
+
+        if not has(out, "train.json"):
+            if not given["resume"]:
+                return line
             raise UserError(f"{out} holds no run to resume; leave --resume out to begin one.")
         before = _of_run(out)
         if before["model"] is None and before["rows"] is None:
@@ -109,7 +119,7 @@ def _of_run(run: Path) -> dict[str, Any]:
     without=SWITCHED_OFF,
     before={
         "out": ("model", "lora", "prompts", "layers", "streams", "sites", "rows"),
-        "role": ("resume", "export", "max_minutes"),
+        "role": ("resume", "export", "max_minutes", "max_restarts"),
     },
     prepare=_given,
     renamed=False,
@@ -124,6 +134,7 @@ def train(
     resume: Resume = False,
     export: Export = None,
     join: Join = None,
+    max_restarts: MaxRestarts = None,
     dry_run: bool,
     json: bool,
 ) -> None:
@@ -137,13 +148,28 @@ def train(
     `difffract train configs/smoke.yaml --set out=run`; on arrays, `difffract train --rows DIR --out run`
     """
     from difffract_jax.cli.output import emit
-    from difffract_jax.transcoders.processes import is_first
-    from difffract_jax.transcoders.processes import join_processes as join_others
 
     if export is not None:
         return emit(_export(export, settings.out), as_json=json)
-    if join is not None:
-        join_others(join)
+    if max_restarts is not None and not is_supervised() and not dry_run:
+        raise typer.Exit(supervise(max_restarts, sys.argv[1:]))
+    if is_supervised() and not resume:
+        from difffract_jax.transcoders.run_place import has
+
+        resume = has(settings.out, "train.json")
+    with as_one_of(join, settings, run=settings.out):
+        if join is not None:
+            from difffract_jax.transcoders.processes import texts
+
+            resume = bool(texts("resume" if resume else "")[0])  # hosts may see a file that is new at different times
+        _train(settings, line, resume=resume, dry_run=dry_run, json=json)
+
+
+def _train(settings: TrainConfig, line: dict[str, Any], *, resume: bool, dry_run: bool, json: bool) -> None:
+    """Trains as the line says, in this process or as one of several."""
+    from difffract_jax.cli.output import emit
+    from difffract_jax.transcoders.processes import is_first
+
     if settings.rows is not None and settings.weights != "device":
         typer.echo(f"Note: weights: {settings.weights} has no effect here: rows are read, and no model.", err=True)
     settings = with_origin(settings)
@@ -154,7 +180,7 @@ def train(
         work = work_of(settings, source)
     plan = _described(work._replace(settings=settings), origins)
     if dry_run:
-        return emit(plan, as_json=json)
+        return emit(plan, as_json=json) if is_first() else None
     check_training_fits(work._replace(settings=settings))
     shown = is_first() and not json
     done = run_training(settings, resume, source=source, begin=lambda: shown and emit(plan))
@@ -177,7 +203,7 @@ def _completed(work: Any, line: Mapping[str, Any], *, timed: bool) -> tuple[Trai
 
     settings, file, origins = work.settings, line["file"], {}
     if file is not None:
-        origins |= dict.fromkeys(read_yaml(file), str(file))
+        origins |= dict.fromkeys(read_yaml(local_file(file)), str(file))
     elif line["resume"]:
         origins |= dict.fromkeys(TrainConfig.model_fields, RESUMED)
     origins |= {name: f"--{name.replace('_', '-')}" for name, value in line.items() if value not in (None, [], False)}
@@ -227,11 +253,12 @@ def run_training(
         source: rows that are open already; opened as the settings say if left out.
         begin: called before the first row is read, once everything fits.
     """
-    from difffract_jax.cli.output import training_progress
+    from difffract_jax.cli.bars import training_progress
     from difffract_jax.loading import save_transcoders
     from difffract_jax.transcoders.checkpoints import writing
-    from difffract_jax.transcoders.processes import is_first, together
+    from difffract_jax.transcoders.processes import check_alike, is_first, together
     from difffract_jax.transcoders.setup import open_mesh
+    from difffract_jax.transcoders.sources import inputs_told
     from difffract_jax.transcoders.training import Watch
     from difffract_jax.transcoders.training import train as run
 
@@ -242,6 +269,7 @@ def run_training(
         source, sources = _sampler(settings, open_mesh(settings))
     if resume:
         _refuse_other_loras(settings, sources)
+    check_alike(sources | {"rows or prompts": inputs_told(source)}, "inputs")
     record = provenance("train", settings, **sources)
     with training_progress(shown=is_first()) as (advance, note):
         done = run(settings, source, record, Watch(advance, note, begin), resume=resume)
@@ -255,9 +283,10 @@ def run_training(
 
 def _refuse_other_loras(settings: TrainConfig, sources: Mapping[str, str]) -> None:
     """Refuses to go on with a LoRA whose file has become another since the run was begun."""
-    from difffract_jax.transcoders.training import SETTINGS, run_record
+    from difffract_jax.transcoders.run_place import SETTINGS, has
+    from difffract_jax.transcoders.training import run_record
 
-    if not (settings.out / SETTINGS).is_file():
+    if not has(settings.out, SETTINGS):
         return  # which `train` tells
     begun, now = run_record(settings.out), sources.get("model_loras")
     before = begun.get("sources", {}).get("model_loras")

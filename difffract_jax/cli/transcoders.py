@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from difffract_jax.cli import options as opt
+from difffract_jax.cli.hosts import Join, as_one_of
 from difffract_jax.cli.models import pipeline_of
 from difffract_jax.cli.preflight import check_fits
 from difffract_jax.cli.training import ConfigFile
@@ -22,14 +23,21 @@ def register(app: typer.Typer) -> None:
     app.command()(harvest)
 
 
-def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = False) -> None:
+def harvest(config: ConfigFile = None, sets: opt.Sets = None, join: Join = None, json: opt.Json = False) -> None:
     """Write the inputs and outputs of a model's MLPs to disk, for `train --rows DIR` to read.
 
     Example: `difffract harvest configs/smoke.yaml --set out=rows`
     """
     settings = resolve(HarvestConfig, _shared(config, HarvestConfig), sets=sets or ())
-    from difffract_jax.cli.output import emit, progress
-    from difffract_jax.transcoders.sources import open_sampler
+    with as_one_of(join, settings):
+        _harvest(settings, json)
+
+
+def _harvest(settings: HarvestConfig, json: bool) -> None:
+    from difffract_jax.cli.bars import progress
+    from difffract_jax.cli.output import emit
+    from difffract_jax.transcoders.processes import check_alike, is_first
+    from difffract_jax.transcoders.sources import inputs_told, open_sampler
     from difffract_jax.transcoders.store import write_store
 
     check_fits("harvest", settings, batch=settings.prompts_at_once)
@@ -39,11 +47,14 @@ def harvest(config: ConfigFile = None, sets: opt.Sets = None, json: opt.Json = F
     }
     wanted = {"train": settings.train_prompts, "validation": settings.validation_prompts}
     chunks: dict[Any, int] = {split: -(-count // settings.prompts_at_once) for split, count in wanted.items()}
-    record = provenance("harvest", settings, **opt.sources(model=pipe))
+    found = opt.sources(model=pipe)
+    check_alike(found | {"prompts": inputs_told(sources["train"])}, "inputs")
+    record = provenance("harvest", settings, **found)
     with progress("Harvesting") as advance:
         made = write_store(sources, chunks, settings.out, record, advance)
     rows = {split: sum(max(shard.values()) for shard in shards) for split, shards in made["rows"].items()}
-    emit({"rows": str(settings.out), "sites": len(sources["train"].sites.names)} | rows, as_json=json)
+    if is_first():
+        emit({"rows": str(settings.out), "sites": len(sources["train"].sites.names)} | rows, as_json=json)
 
 
 def _shared(config: Path | None, cls: type[RowSettings]) -> dict[str, Any]:

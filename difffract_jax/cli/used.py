@@ -17,7 +17,7 @@ from difffract_jax.cli.models import dtype_named
 from difffract_jax.directories import transcoder_directory
 from difffract_jax.loading import load_transcoders
 from difffract_jax.storage.checkpoint import read_config
-from difffract_jax.transcoders.sites import is_chosen, sites_of
+from difffract_jax.transcoders.sites import is_chosen, sites_in
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 Wanted = Callable[[str, int], bool]
@@ -41,7 +41,7 @@ def load_used(transcoders: str, wanted: Wanted | None, *, sites: str | None = No
     record = read_config(directory)
     if record.get("kind") != "transcoders":
         return load_transcoders(transcoders, **options)
-    held = [(group.label, number) for group, numbers in sites_of(record["layers"]).members for number in numbers]
+    held = [(group.label, number) for group, numbers in sites_in(record).members for number in numbers]
     used = [f"{label}/{number}" for label, number in held if wanted(label, number)]
     if not used or len(used) == len(held):
         return load_transcoders(transcoders, **options)

@@ -10,8 +10,9 @@ import typer
 
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.preflight import check_graph_fits, known_of, loras_of
+from difffract_jax.cli.runs import torch_latents
 from difffract_jax.cli.settings import RerunSettings, ValidateConfig
-from difffract_jax.cli.steer import check_directory, torch_latents
+from difffract_jax.cli.steer import check_directory
 from difffract_jax.config import UserError, provenance
 
 
@@ -38,17 +39,23 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     removed (`lost`), beside as many features of the largest values, and at random. That is most of the time: --draws
     and --readings make it less.
 
+    --grade FILE tries edits besides, single ones and groups, at doses from -2 to 2, and says in words what the graph's
+    predictions of them are worth; FILE is the graph with its grade, which pages and summaries then show.
+
     Example: `difffract validate organism organism graph.npz --out validation`
     """
     if settings.out is not None:
         check_directory(settings.out)
+    if settings.grade is not None:
+        opt.check_out(settings.grade, ".npz")
     from difffract_jax.circuits.checks.report import write_validation
     from difffract_jax.circuits.checks.summaries import at_size, own_figures
     from difffract_jax.circuits.checks.validation import failed_checks
     from difffract_jax.circuits.checks.validation import validate as hold
+    from difffract_jax.cli.bars import progress
     from difffract_jax.cli.graph_files import read
     from difffract_jax.cli.opening import open_model
-    from difffract_jax.cli.output import emit, progress, replacing
+    from difffract_jax.cli.output import emit, replacing
     from difffract_jax.cli.used import load_for_graph
 
     graph = read(settings.graph)
@@ -59,6 +66,8 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
     asked = settings.model_dump(include={"edges", "ablations", "ablation", "draws", "seed"})
     with progress("Validating") as advance:
         found = hold(again, graph, **asked, readings=tuple(settings.readings.split(",")), progress=advance)
+    if settings.grade is not None:
+        found["grade"] = _graded(pipe, tcs, again, graph, settings, found)
     record = provenance("validate", settings, **opt.sources(model=pipe, transcoders=tcs))
     files = {}
     if settings.out is not None:
@@ -70,6 +79,8 @@ def validate(settings: ValidateConfig, *, json: bool) -> None:
         emit(files | record | found | {"perturbation": shown}, as_json=True)
     else:
         own = {"the target itself": own_figures(found)}
+        if settings.grade is not None:
+            own |= {"grade": found["grade"]["words"], "edits tried in the real model": found["grade"]["parts"]}
         emit(own | _brief(found, at_size(found, size)) | ({"report": files["report.md"]} if files else {}))
     missed = failed_checks(found)
     if missed:
@@ -89,7 +100,6 @@ def rerun(pipe: Any, tcs: Any, graph: Any, settings: RerunSettings) -> Any:
 
     check_same(pipe, tcs, graph)
     run = graph.provenance.traced_run
-    traced = graph.provenance.settings or {}
     if settings.activations is not None:
         if settings.latents is not None or settings.noise is not None:
             raise UserError(f"{settings.activations} brings the latents of its step; leave out latents and noise.")
@@ -99,18 +109,62 @@ def rerun(pipe: Any, tcs: Any, graph: Any, settings: RerunSettings) -> Any:
         return capture_again(
             pipe, tcs, graph, trace=load_trace(settings.activations, pipe, tcs, include_padding=padding)
         )
+    traced = graph.provenance.settings or {}
     if traced.get("activations"):
         raise UserError(
             f"The graph was traced from the activations in {traced['activations']}; give that file with --activations."
         )
-    given = None
+    return capture_again(pipe, tcs, graph, latents=given_latents(pipe, graph, settings))
+
+
+def given_latents(pipe: Any, graph: Any, settings: RerunSettings) -> Any:
+    """Returns the packed starting noise that a graph's run is given; None where its seed draws it.
+
+    Args:
+        pipe: the pipeline it was traced in.
+        graph: the graph.
+        settings: which say where the noise comes from.
+    """
+    run, traced = graph.provenance.traced_run, graph.provenance.settings or {}
     if settings.latents is not None:
         from difffract_jax.storage.files import read_array
 
-        given = read_array(settings.latents)
-    elif run.latents_given and (settings.noise or traced.get("noise")) == "torch" and not traced.get("latents"):
-        given = torch_latents(pipe, run.grid, [run.seed])[0]
-    return capture_again(pipe, tcs, graph, latents=given)
+        return read_array(settings.latents)
+    if run.latents_given and (settings.noise or traced.get("noise")) == "torch" and not traced.get("latents"):
+        return torch_latents(pipe, run.grid, [run.seed])[0]
+    return None
+
+
+def _graded(pipe: Any, tcs: Any, again: Any, graph: Any, settings: ValidateConfig, found: dict[str, Any]) -> Any:
+    """Grades the graph, and writes it with its grade; returns what the report shows."""
+    from difffract_jax.circuits.checks.grade_report import grade_values
+    from difffract_jax.circuits.checks.grading import grade
+    from difffract_jax.circuits.checks.summaries import at_size
+    from difffract_jax.cli.bars import progress
+    from difffract_jax.cli.output import replacing
+
+    assert settings.grade is not None
+    size, circuit = found["completeness"]["pruned"], None
+    for row in at_size(found, size):
+        if (row["reading"], row["ranking"]) == ("full", "influence"):
+            circuit = {name: row[name] for name in ("recovered", "lost")}
+    reproducible = settings.activations is None
+    with progress("Grading") as advance:
+        made, tried = grade(
+            pipe,
+            tcs,
+            again,
+            graph,
+            seed=settings.seed,
+            latents=given_latents(pipe, graph, settings) if reproducible else None,
+            reproducible=reproducible,
+            circuit=circuit,
+            progress=advance,
+        )
+    # To put the grade into the graph's own file is what was asked for, and nothing of the graph is lost.
+    with replacing(*([] if settings.grade == settings.graph else [settings.grade]), option="--grade"):
+        graph.with_provenance(grade=made).save(settings.grade)
+    return grade_values(made, tried)
 
 
 def _brief(found: dict[str, Any], circuits: list[dict[str, Any]]) -> dict[str, Any]:

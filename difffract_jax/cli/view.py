@@ -15,7 +15,8 @@ import typer
 
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.settings import ReportConfig, ShownGraph, ViewConfig
-from difffract_jax.config import UserError
+from difffract_jax.config import ORGANISMS, UserError
+from difffract_jax.storage.files import is_occupied
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
     app.command()(report)
 
 
-@opt.command(ViewConfig, arguments=("graph",), layers=())
+@opt.command(ViewConfig, arguments=("graph",), layers=(), local=("pages",))
 def view(settings: ViewConfig, *, json: bool) -> None:
     """Show a graph: one file that a browser opens from disk, without a network.
 
@@ -85,7 +86,8 @@ def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     from difffract_jax.cli.graph_files import read
     from difffract_jax.dashboards.features.addresses import open_pages
     from difffract_jax.dashboards.page_data import Limits, check_difference, leads_forward, shown_graph
-    from difffract_jax.dashboards.page_labels import grouped, known_labels
+    from difffract_jax.dashboards.page_groups import grouped
+    from difffract_jax.dashboards.page_labels import known_labels
     from difffract_jax.dashboards.viewer_page import PageParts
     from difffract_jax.graphs.combine import difference
     from difffract_jax.graphs.names import feature_names
@@ -96,7 +98,7 @@ def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
     shown = grouped(shown_graph(whole, **how, name=str(settings.graph)))
     other = between = None
     other_images, other_note = (), ""
-    labels = known_labels(whole, settings.labels, settings.graph)
+    labels = known_labels(whole, settings.labels)
     if settings.compare is not None:
         if settings.by_position:
             raise UserError("Two graphs are compared as sums over positions; leave --by-position out.")
@@ -105,10 +107,15 @@ def page_parts(whole: Any, settings: ViewConfig) -> tuple[Any, Any]:
         between = between if leads_forward(between) else None  # of sums over positions, which may run in circles
         if between is not None:
             check_difference(between, limits)
-        theirs = known_labels(second, settings.labels, settings.compare)
+        theirs = known_labels(second, settings.labels)
         labels = theirs | labels  # the second has features that the first lacks
         only_first = {"image": None, "lora": ()}  # the second's LoRAs are those that it was traced with
-        other_images, note = images_of(second, settings.model_copy(update=only_first | {"graph": settings.compare}))
+        try:
+            other_images, note = images_of(second, settings.model_copy(update=only_first | {"graph": settings.compare}))
+        except UserError as error:
+            note = str(
+                error
+            )  # --model is the first's; the second may be of it with a LoRA that is not at hand any more
         other_note = note.partition("; give ")[0].removesuffix(".") + "." if note else ""  # --image is of the first
     names = {name for graph in (shown, other) if graph is not None for name in feature_names(graph)} - {""}
     pages = None if settings.pages is None else open_pages(settings.pages, whole.provenance.transcoders)
@@ -143,7 +150,7 @@ def _groups_path(settings: ViewConfig) -> Path:
         )
     if settings.groups is None or not is_foreign(settings.groups):
         return settings.groups or beside
-    if beside.exists():
+    if is_occupied(beside):
         raise UserError(
             f"{settings.groups} is another viewer's, so that the page would save as {beside}, which exists; move that, "
             "or leave --groups or --serve out."
@@ -161,7 +168,7 @@ def _opened_groups(whole: Any, settings: ViewConfig) -> Any:
     if settings.groups is not None and path != settings.groups:
         opt.check_out(path, ".json")
         return read_any_groups(settings.groups, whole)
-    if not path.exists():
+    if not is_occupied(path):
         opt.check_out(path, ".json")
         return None
     try:
@@ -265,19 +272,20 @@ def run_key(graph: Any) -> str:
     from difffract_jax.graphs.json_values import to_json_values
 
     run, steps = graph.provenance.run, graph.provenance.steps
-    return repr(to_json_values([run.model, run.prompt, run.seed, run.sigmas, run.grid, run.guidance, steps]))
+    told = [run.model, run.prompt, run.seed, run.sigmas, run.grid, run.guidance, steps]
+    return repr(to_json_values([*told, *([] if run.negative_prompt is None else [run.negative_prompt])]))
 
 
 def _model_at_hand(graph: Any) -> str | None:
-    """Returns the name of the model that a graph was traced in, if it is the embedded one."""
+    """Returns the name of the model that a graph was traced in, if it is an embedded one."""
     named = (graph.provenance.settings or {}).get("model")
-    return "organism" if named == "organism" or graph.provenance.command == "demo" else None
+    return named if named in ORGANISMS else "organism" if graph.provenance.command == "demo" else None
 
 
 def _made(graph: Any, model: str, lora: Sequence[str]) -> Any:
     """Makes the images of a graph's run."""
+    from difffract_jax.cli.bars import progress
     from difffract_jax.cli.opening import open_model
-    from difffract_jax.cli.output import progress
     from difffract_jax.cli.preflight import loras_of
     from difffract_jax.config import GenerateConfig
     from difffract_jax.dashboards.image_files import KeptImages
@@ -333,7 +341,8 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     from difffract_jax.cli.output import emit, replacing
     from difffract_jax.dashboards.graph_report import graph_report
     from difffract_jax.dashboards.page_data import summed_where_possible
-    from difffract_jax.dashboards.page_labels import grouped, known_labels
+    from difffract_jax.dashboards.page_groups import grouped
+    from difffract_jax.dashboards.page_labels import known_labels
     from difffract_jax.dashboards.render import write_report
     from difffract_jax.graphs.files.viewer_groups import read_any_groups
 
@@ -342,7 +351,7 @@ def report(settings: ReportConfig, *, json: bool) -> None:
     images, note = images_of(graph, settings)
     page = graph_report(
         graph if groups is not None else grouped(summed_where_possible(graph)),
-        labels=known_labels(graph, settings.labels, settings.graph, figures=True),
+        labels=known_labels(graph, settings.labels, figures=True),
         images=images,
         image_note=note,
         groups=groups,

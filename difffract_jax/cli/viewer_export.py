@@ -50,7 +50,7 @@ def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig, pinned: Seq
     records = _records(graph, settings) if beside else []
     if records:
         _check_folder(folder)
-    named = settings.model_copy(update={"slug": slug, "labels": _labels_at_hand(whole, settings) | settings.labels})
+    named = settings.model_copy(update={"slug": slug, "labels": _labels_at_hand(whole) | settings.labels})
     how = {"image": image, "pinned": pinned}
     document = viewer_json.write_viewer_json(graph, settings.out, settings.format, named, **how)
     told = {"nodes": len(document["nodes"]), "links": len(document["links"]), "image": "yes" if image else "none"}
@@ -63,11 +63,11 @@ def write_for_viewer(graph: Any, whole: Any, settings: ExportConfig, pinned: Seq
     return told
 
 
-def _labels_at_hand(whole: Any, settings: ExportConfig) -> dict[str, str]:
+def _labels_at_hand(whole: Any) -> dict[str, str]:
     """Returns what is known of the graph's features without a file of labels; names go with it, as many share one."""
     from difffract_jax.dashboards.page_labels import known_labels
 
-    known = known_labels(whole, None, settings.graph)
+    known = known_labels(whole, None)
     return {name: f"{label} · {name}" for name, label in known.items() if label}
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from difffract_jax.address import read_steps
 from difffract_jax.circuits.trace.record import Blocks
 from difffract_jax.cli.models import dtype_named
-from difffract_jax.cli.requests import read_steps
 from difffract_jax.cli.settings import PlanConfig
 from difffract_jax.cli.used import up_to_targets
 from difffract_jax.config import SamplingSettings, UserError, resolve
@@ -22,9 +22,9 @@ from difffract_jax.estimate.weights import Transcoders
 from difffract_jax.estimate.work import Work
 from difffract_jax.loading import PARTS, described_pipeline, from_json
 from difffract_jax.models.pipeline import plan_run
-from difffract_jax.parts import stored_dtype
+from difffract_jax.parts import dtype_of_files
 from difffract_jax.storage.checkpoint import read_config
-from difffract_jax.transcoders.sites import parse_sites, sites_of, some_sites
+from difffract_jax.transcoders.sites import parse_sites, sites_in, sites_of, some_sites
 from difffract_jax.transcoders.transcoder import TranscoderConfig
 
 WITHOUT_TRANSCODERS = ("generate", "encode", "convert")
@@ -66,7 +66,7 @@ def type_of(given: Mapping[str, Any]) -> str:
         return str(named)
     alone = given.get("base") is not None
     home = checkpoint(given["model"], completed=True) if alone else pipeline_directory(given["model"], parts=())
-    stored = stored_dtype(home.path)
+    stored = dtype_of_files(home.path)
     return "bf16" if stored == dtype_named("bf16") else "f32"
 
 
@@ -95,14 +95,19 @@ def workload(
         UserError: if the model or transcoders are neither here nor known, or a size does not divide.
     """
     if command not in COMMANDS:
-        raise UserError(f"{command} is no command that can be planned; there are {', '.join(COMMANDS)} and train.")
+        raise UserError(f"{command} is not a command that can be planned; there are {', '.join(COMMANDS)} and train.")
     config = described_pipeline(asked.model, base=asked.base, variant=asked.variant)
     run = plan_run(config, **asked.model_dump(include={"steps", "height", "width", "text_tokens", "guidance"}))
     shapes, layout = {name: getattr(config, name) for name in PARTS}, config.transformer.layout
     first, last = read_steps(asked.step)
     steps = last - first + 1 if command not in ROWS else asked.steps or run.steps
+    # A trace of an output holds both evaluations of a step, and so do rows.
+    both = command in ("harvest", "evaluate") or (command in RECORDING and (steps > 1 or asked.output))
+    steps *= run.branches if both else 1
     work = Work(command, shapes, dtype_named(asked.dtype), run.grid, run.text_tokens, host=host, streamed=streamed)
-    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps, room=room, scanned=run.steps)
+    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps, room=room)
+    # Rows of both evaluations are made one after the other, images of both at once.
+    work = work._replace(branches=1 if command == "harvest" else run.branches, scanned=run.evaluations)
     if command == "harvest":
         work = work._replace(tokens=asked.tokens_per_step)
     if asked.embeddings and command != "encode":
@@ -134,13 +139,25 @@ def up_to(work: Work, targets: Sequence[Any]) -> Work:
     return work._replace(tcs=work.tcs._replace(sites=sites), recorded=(min(held), max(held) + 1)) if held else work
 
 
+def explaining(work: Work, given: Mapping[str, Any], targets: int) -> Work:
+    """Returns a trace's work with what it shall explain beside features: attention, and the pooled path.
+
+    Args:
+        work: of a command.
+        given: its settings.
+        targets: how many it has.
+    """
+    explained = targets if given.get("attention") == "explained" else work.explained
+    return work._replace(explained=explained, pooled=given.get("pooled") == "explained")
+
+
 def _transcoders(asked: PlanConfig, model: Any) -> Transcoders:
     """Returns the shape of the transcoders that are named and here, or else of those that the settings describe."""
     itemsize = dtype_named(asked.transcoder_dtype).dtype.itemsize
     path = Path(SHIPPED.get(str(asked.transcoders), asked.transcoders or ""))
     if asked.transcoders is not None and (path / "config.json").is_file():
         record = read_config(path)
-        config, held = from_json(TranscoderConfig, record["config"], path), sites_of(record["layers"])
+        config, held = from_json(TranscoderConfig, record["config"], path), sites_in(record)
         sites = some_sites(held, asked.sites, str(path))[0] if "sites" in asked.model_fields_set else held
     else:
         features = round(model.d_model * asked.expansion)
@@ -176,6 +193,7 @@ def changes(asked: PlanConfig, options: Sequence[str]) -> list[tuple[str, Callab
     if asked.transcoder_dtype == "f32":
         add("transcoder_dtype", "--transcoder-dtype bf16", narrower)
     add("attention", "--attention frozen", lambda work: work._replace(explained=0))
+    add("pooled", "--pooled frozen", lambda work: work._replace(pooled=False))
     if asked.batch > 1:
         add("batch", "--batch 1", lambda work: work._replace(batch=1))
     config = described_pipeline(asked.model, base=asked.base, variant=asked.variant)

@@ -10,7 +10,8 @@ page_server   the page for this machine alone, which takes groups
 image_files   images beside a graph: read, kept, put into pages
 run_images    the image of a graph's run, made again; needs the model, as nothing else here does
 graph_report  a report of any graph
-page_labels   what features are called and which groups a page opens with, where nobody said
+page_labels   what features are called, where nobody said
+page_groups   which groups a page opens with, where nobody gave any
 notebook      pages in notebooks
 widget        what is made in such a page comes back to Python; needs anywidget
 page/         sources of the page; `npm run build` there writes bundle/, which ships

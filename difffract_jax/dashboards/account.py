@@ -1,6 +1,6 @@
 """What adds up to a graph's targets, by kind of source (NumPy).
 
-    target = features + inputs + errors + rest + attention + edges that are not in the file + bias
+    target = features + inputs + errors + rest + attention + pooled path + edges that are not in the file + bias
 
 Several targets are added up by their weights. The viewer's bar shows the same, computed in the page.
 """
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, SCORE, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, MODULATION, REST, SCORE, Graph
 
 
 class Account(NamedTuple):
@@ -21,6 +21,7 @@ class Account(NamedTuple):
         errors: from what transcoders miss.
         rest: from features that were not expanded.
         attention: from attention's scores, where they are nodes; the bias holds their sum with the opposite sign.
+        pooled: from modulations, where they are nodes; the bias holds their sum with the opposite sign, too.
         absent: from edges that are not in the file: too weak when it was traced, or cut by pruning.
         bias: the affine map at zero sources; None for documents of other tools, which do not tell it.
         value: of the target; None likewise.
@@ -31,6 +32,7 @@ class Account(NamedTuple):
     errors: float
     rest: float
     attention: float
+    pooled: float
     absent: float
     bias: float | None
     value: float | None
@@ -45,8 +47,8 @@ def account(graph: Graph) -> Account:
     weights, count = graph.root_weights, graph.targets.size
     weighted = graph.edge_attribution.astype(np.float64) * weights[graph.edge_target]
     kinds = graph.node_kind[graph.edge_source]
-    features, inputs, errors, rest, attention = (
-        float(weighted[kinds == kind].sum()) for kind in (FEATURE, INPUT, ERROR, REST, SCORE)
+    features, inputs, errors, rest, attention, pooled = (
+        float(weighted[kinds == kind].sum()) for kind in (FEATURE, INPUT, ERROR, REST, SCORE, MODULATION)
     )
     share = weights[:count]
     total, bias, value = (
@@ -59,6 +61,7 @@ def account(graph: Graph) -> Account:
         errors,
         rest,
         attention,
+        pooled,
         total - float(weighted.sum()),
         bias if known else None,
         value if known else None,

@@ -38,10 +38,10 @@ def edit_sections(directory: Path | None, graph: Graph) -> list[Section]:
     if directory is None:
         return []
     path = directory / "metrics.json"
-    told = _json(path, STEER)
+    record = _json(path, STEER)
     try:
-        _check_origin(told["sources"], graph, path)
-        rows, settings = [_change(row) for row in told["metrics"]], told["settings"]
+        _check_origin(record["sources"], graph, path)
+        rows, settings = [_change(row) for row in record["metrics"]], record["settings"]
         lines = [
             f"Edits, at every step in which the image is made: {', '.join(map(_spoken_edit, settings['edit']))}. The "
             f"prompt was: {settings['prompt']}.",
@@ -60,12 +60,12 @@ def _spoken_edit(edit: str) -> str:
 
 def _change(row: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a row of a sweep's metrics for people who see one for the first time."""
-    told: dict[str, Any] = {"image": row["edit"]}
+    columns: dict[str, Any] = {"image": row["edit"]}
     if "success" in row:
-        told["as wanted"] = f"{row['success']} of {row['images']}"
-    told |= {name: row[key] for key, name in CHANGES.items() if key in row}
+        columns["as wanted"] = f"{row['success']} of {row['images']}"
+    columns |= {name: row[key] for key, name in CHANGES.items() if key in row}
     known = {"edit", *UNSHOWN, *CHANGES}
-    return told | {k: v for k, v in row.items() if k not in known and not isinstance(v, dict | list)}
+    return columns | {k: v for k, v in row.items() if k not in known and not isinstance(v, dict | list)}
 
 
 def validation_sections(directory: Path | None, graph: Graph) -> list[Section]:
@@ -81,19 +81,19 @@ def validation_sections(directory: Path | None, graph: Graph) -> list[Section]:
     if directory is None:
         return []
     path = directory / "validation.json"
-    found = _json(path, VALIDATE)
+    validation = _json(path, VALIDATE)
     try:
-        _check_origin(found["provenance"]["sources"], graph, path)
-        _check_targets(found, graph, path)
-        return _validated(found, directory)
+        _check_origin(validation["provenance"]["sources"], graph, path)
+        _check_targets(validation, graph, path)
+        return _validated(validation, directory)
     except (KeyError, TypeError, AttributeError):
         raise _unreadable(path, VALIDATE) from None
 
 
-def _validated(found: Mapping[str, Any], directory: Path) -> list[Section]:
-    exact = [{key: row[key] for key in ("check", "worst", "median", "bar", "holds")} for row in found["exactness"]]
+def _validated(validation: Mapping[str, Any], directory: Path) -> list[Section]:
+    exact = [{key: row[key] for key in ("check", "worst", "median", "bar", "holds")} for row in validation["exactness"]]
     held = sum(bool(row["holds"]) for row in exact)
-    about = Path(found["provenance"]["settings"]["graph"]).name
+    about = Path(validation["provenance"]["settings"]["graph"]).name
     first = [
         f"What `difffract validate` found for `{about}`. The first table is about the target itself: whether the "
         "circuit carries it, and whether the graph knows what moves it, both held against the real model. "
@@ -110,22 +110,43 @@ def _validated(found: Mapping[str, Any], directory: Path) -> list[Section]:
         "Circuits of growing size. Above, what a circuit recovers of the target when all else is averaged out; below, "
         "what is lost when the circuit is. Blue is the graph's order; the shaded range, random circuits.",
     )
-    sizes = at_size(found, found["completeness"]["pruned"])
+    sizes = at_size(validation, validation["completeness"]["pruned"])
     return [
-        Section("How far to trust it", first, (), _table("The target itself", own_figures(found))),
+        Section("How far to trust it", first, (), _table("The target itself", own_figures(validation))),
+        *_graded(validation, directory),
         Section(
             "Features taken off one at a time",
-            [words("perturbation", found)],
+            [words("perturbation", validation)],
             [moved],
-            _table("Correlations of what was predicted with what happened", found["perturbation"]["rows"]),
+            _table("Correlations of what was predicted with what happened", validation["perturbation"]["rows"]),
         ),
         Section(
             "Circuits kept alone and removed",
-            [words("completeness", found)],
+            [words("completeness", validation)],
             [curves],
             _table("The pruned circuit", sizes),
         ),
-        Section("What must be exact", [words("exactness", found)], (), _table("Relative errors", exact)),
+        Section("What must be exact", [words("exactness", validation)], (), _table("Relative errors", exact)),
+    ]
+
+
+def _graded(validation: Mapping[str, Any], directory: Path) -> list[Section]:
+    """Returns the section on the graph's grade; none where it was not graded."""
+    graded = validation.get("grade")
+    if graded is None:
+        return []
+    edits = _figure(
+        directory / "grade.png",
+        "Left: edits tried in the real model, as the graph predicts them and as they turned out; those within the "
+        "shaded wedges work. Right: what predictions miss of the change, for growing groups of features.",
+    )
+    return [
+        Section(
+            "What its predictions of edits are worth",
+            [graded["words"], graded["rule"]],
+            [edits],
+            _table("Edits tried in the real model", graded["parts"]),
+        )
     ]
 
 
@@ -137,11 +158,11 @@ def _figure(path: Path, caption: str) -> Picture:
     return Picture(shown(read_image(path), largest=LARGEST_FIGURE).address, caption)
 
 
-def _check_targets(found: Mapping[str, Any], graph: Graph, path: Path) -> None:
+def _check_targets(validation: Mapping[str, Any], graph: Graph, path: Path) -> None:
     """Refuses what was found for a graph of other targets."""
-    theirs = {row["of"].partition("#")[0] for row in found["perturbation"]["rows"]}
+    theirs = {row["of"].partition("#")[0] for row in validation["perturbation"]["rows"]}
     theirs |= {without_position(name) for name in theirs}  # documents of other tools name targets so
-    about, ours = found["provenance"]["settings"]["graph"], identity(graph).targets
+    about, ours = validation["provenance"]["settings"]["graph"], identity(graph).targets
     if theirs.isdisjoint(name.partition("#")[0] for name in ours):
         raise UserError(f"{path} is about another graph, {about}, not one of {', '.join(ours)}; validate this one.")
 

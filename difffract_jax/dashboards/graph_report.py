@@ -28,7 +28,7 @@ from difffract_jax.dashboards.viewer_page import ShownImage
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.groups import Groups, with_groups
 from difffract_jax.graphs.influence import node_influence
-from difffract_jax.graphs.names import feature_names, node_name, node_names
+from difffract_jax.graphs.names import evaluation_marks, feature_names, node_name, node_names
 
 LEAST_SHARE = 0.004
 """Share of a target's edges from which on an edge is drawn."""
@@ -69,7 +69,7 @@ def graph_report(
     if groups is not None:
         summed = with_groups(summed, groups)
     name, label = node_name(summed, summed.target), labels.get(feature_names(summed)[summed.target], "")
-    target = name.removesuffix(f"#{summed.node_step[summed.target]}")
+    target = name.removesuffix(evaluation_marks(summed)[summed.target])
     sections = [_images(images, image_note, target), *_circuit(summed, labels, images, top), _sum(summed)]
     sections += _groups(summed, labels) + edit_sections(edit, graph) + validation_sections(validation, graph)
     record = json.dumps(graph.provenance.to_json(), indent=2)
@@ -84,8 +84,8 @@ def _summary(graph: Graph, name: str, target: str, label: str) -> str:
     read += ", off the image that this step predicts." if read and target.startswith("pixels:") else "." if read else ""
     prompt = "" if run.prompt is None else f"The prompt was: {run.prompt}. "
     value = account(graph).value
-    here = "" if value is None else f" Its value is {value:.3g}."
-    return f"{prompt}The target is `{name}`: {target_words(target, label)}.{read}{here}"
+    worth = "" if value is None else f" Its value is {value:.3g}."
+    return f"{prompt}The target is `{name}`: {target_words(target, label)}.{read}{worth}"
 
 
 def _images(images: Sequence[ShownImage], note: str, target: str) -> Section:
@@ -118,35 +118,42 @@ def _outlined(image: ShownImage, target: str) -> str:
 
 
 def _sum(graph: Graph) -> Section:
-    told = account(graph)
+    parts = account(graph)
     rows = [
-        {"part": "features", "adds": told.features, "what it is": "what the circuit's features add directly"},
+        {"part": "features", "adds": parts.features, "what it is": "what the circuit's features add directly"},
         {
             "part": "inputs",
-            "adds": told.inputs,
+            "adds": parts.inputs,
             "what it is": "the prompt's embedding and the noisy image",
         },
-        {"part": "errors", "adds": told.errors, "what it is": "what the transcoders do not reconstruct"},
-        {"part": "rest", "adds": told.rest, "what it is": "active features that were not followed"},
-        {"part": "not in the file", "adds": told.absent, "what it is": "edges too weak to be kept, or cut by pruning"},
+        {"part": "errors", "adds": parts.errors, "what it is": "what the transcoders do not reconstruct"},
+        {"part": "rest", "adds": parts.rest, "what it is": "active features that were not followed"},
+        {"part": "not in the file", "adds": parts.absent, "what it is": "edges too weak to be kept, or cut by pruning"},
     ]
-    if told.attention:
+    if parts.attention:
         what = "where heads attend, to first order; the bias holds as much with the opposite sign"
-        rows.insert(-1, {"part": "attention", "adds": told.attention, "what it is": what})
-    if told.bias is not None:
-        rows.append({"part": "bias", "adds": told.bias, "what it is": "all sources at zero"})
-        rows.append({"part": "the target", "adds": told.value, "what it is": "the sum of the above"})
+        rows.insert(-1, {"part": "attention", "adds": parts.attention, "what it is": what})
+    if parts.pooled:
+        what = (
+            "what shifts, scales and gates bring, whatever answers them; the bias holds as much with the opposite sign"
+        )
+        rows.insert(-1, {"part": "pooled path", "adds": parts.pooled, "what it is": what})
+    if parts.bias is not None:
+        rows.append({"part": "bias", "adds": parts.bias, "what it is": "all sources at zero"})
+        rows.append({"part": "the target", "adds": parts.value, "what it is": "the sum of the above"})
         words = ["With attention and norms held at this run, the target is the sum of these parts."]
     else:
-        total = told.features + told.inputs + told.errors + told.rest + told.attention + told.absent
+        nodes = parts.features + parts.inputs + parts.errors + parts.rest
+        total = nodes + parts.attention + parts.pooled + parts.absent
         rows.append({"part": "sum of edges", "adds": total, "what it is": "the sum of the above"})
         words = ["The file does not tell the target's bias, so these parts add up to the sum of its edges alone."]
     paths, names = graph.provenance.pooled_path, node_names(graph)
+    held = "" if graph.provenance.pooled else " and has no nodes"
     for target, path in enumerate(paths):
         called = f"the target {names[target]}" if len(paths) > 1 else "the target"
         words.append(
-            "The prompt also acts through one pooled vector, which is held fixed and has no nodes: with the empty "
-            f"prompt's, {called} would be {path.without:.3g} instead of {path.value:.3g}."
+            f"The prompt also acts through one pooled vector, which is held fixed{held}: with the empty prompt's, "
+            f"{called} would be {path.without:.3g} instead of {path.value:.3g}."
         )
     return Section("What adds up to the target", words, (), {"": rows})
 

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.viewer_page import ShownImage
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.remote.cache import local_file
 
 SUFFIX = ".images.png"
 LARGEST = 1024
@@ -52,13 +53,13 @@ def read_kept(path: Path, key: str) -> KeptImages | None:
     """
     try:
         with Image.open(path) as image:
-            told = json.loads(getattr(image, "text", {}).get("difffract_jax", "{}"))
+            record = json.loads(getattr(image, "text", {}).get("difffract_jax", "{}"))
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    if not isinstance(told, dict) or told.get("key") != key:
+    if not isinstance(record, dict) or record.get("key") != key:
         return None
-    steps = tuple(told["steps"])
+    steps = tuple(record["steps"])
     width = pixels.shape[1] // (len(steps) + 1)
     return KeptImages(np.stack([pixels[:, i * width : (i + 1) * width] for i in range(len(steps) + 1)]), steps)
 
@@ -85,7 +86,7 @@ def read_image(path: Path, data: bytes | None = None) -> Any:
         data: the image itself, if it lies in that file among other things.
     """
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
+        with Image.open(local_file(path) if data is None else io.BytesIO(data)) as image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give an image file.") from None

@@ -22,12 +22,14 @@ from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.image_files import KeptImages, read_image, shown, shown_images
 from difffract_jax.dashboards.page_data import Limits, check_difference, leads_forward, shown_graph
-from difffract_jax.dashboards.page_labels import grouped, labels_of, texts_by_feature
+from difffract_jax.dashboards.page_groups import grouped
+from difffract_jax.dashboards.page_labels import known_labels, texts_by_feature
 from difffract_jax.dashboards.render import write_report
 from difffract_jax.dashboards.viewer_page import PageParts, ShownImage, viewer_page
 from difffract_jax.display import one_line
 from difffract_jax.graphs.combine import difference
 from difffract_jax.graphs.files.viewer_groups import read_any_groups
+from difffract_jax.graphs.files.viewer_image import image_bytes
 from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.groups import Groups, check_about, identity
 from difffract_jax.graphs.names import node_name, node_names
@@ -97,7 +99,8 @@ class GraphPage(Page):
         if find_spec("anywidget") is not None:
             made = import_module("difffract_jax.dashboards.widget")
             groups = made.as_json(parts.groups or supernode_groups(graph))
-            self._widget = made.PageWidget(whole, key=self._key, title=self.title, height=height, groups=groups)
+            known = dict(key=self._key, title=self.title, height=height, groups=groups)
+            self._widget = made.PageWidget(whole, _shown_nodes(graph, parts), **known)
 
     @property
     def html(self) -> str:
@@ -178,6 +181,12 @@ def frame(content: str, title: str, height: int, key: str = "") -> str:
     )
 
 
+def _shown_nodes(graph: Graph, parts: PageParts) -> set[str]:
+    """Returns the names of the nodes that a page shows, of two graphs and their difference too."""
+    shown = (graph, parts.other, parts.difference)
+    return {name for one in shown if one is not None for name in node_names(one)}
+
+
 def supernode_groups(graph: Graph) -> Groups:
     """Returns the supernodes of a graph as groups of a file.
 
@@ -206,8 +215,10 @@ def show_graph(
     Args:
         graph: any graph.
         pipe: the pipeline of its run, which makes the image beside it, and what each traced step predicted.
-        image: that image instead: of Pillow, pixels [height, width, rgb] from 0 to 255, or the path of a file.
-        labels: what features stand for: of `load_labels`, or text by name; the organism's own are known.
+        image: that image instead: of Pillow, pixels [height, width, rgb] from 0 to 255, or the path of a file. With
+            neither, the one in the document of another tool that the graph was read from.
+        labels: what features stand for: of `load_labels`, or text by name; the organism's own are known, and those of
+            the document that the graph was read from.
         groups: to open with: `Groups`, or the path of a .groups.json, or of what circuit-tracer's viewer or Neuronpedia
             saved.
         compare: a second graph, shown beside it, with their difference.
@@ -219,17 +230,18 @@ def show_graph(
         UserError: if the graph is too large, the groups, labels or pipeline belong to another, or the image cannot be
             read.
     """
-    told = _labels(graph, labels)
+    texts = _labels(graph, labels)
     sums = {"by_position": by_position, "limits": limits}
     page = grouped(shown_graph(graph, **sums))
     opened = read_any_groups(Path(groups), graph) if isinstance(groups, str | Path) else groups
     if opened is not None:
         check_about(opened, graph, "`groups`")
+    images, note = _images(graph, pipe, image)
     parts = PageParts(
         title=node_name(page, page.target),
-        labels=told,
-        images=_images(graph, pipe, image),
-        image_note=NO_IMAGE,
+        labels=texts,
+        images=images,
+        image_note=note,
         groups=opened,
     )
     if compare is not None:
@@ -240,7 +252,7 @@ def show_graph(
         if between is not None:
             check_difference(between, limits or Limits(), "`limits`")
         parts = parts._replace(
-            labels=_labels(compare, labels) | told,
+            labels=_labels(compare, labels) | texts,
             other=shown_graph(compare, **sums),
             other_title=f"Second: {node_name(compare, compare.target)}",
             difference=between,
@@ -250,24 +262,34 @@ def show_graph(
 
 def _labels(graph: Graph, labels: Labels | Mapping[str, str] | None) -> dict[str, str]:
     if labels is None:
-        return labels_of(graph, None)
-    return (
+        return known_labels(graph, None)
+    given = (
         texts_by_feature(graph, labels) if isinstance(labels, Labels) else {str(k): str(v) for k, v in labels.items()}
     )
+    return dict(graph.provenance.labels or {}) | given
 
 
-def _images(graph: Graph, pipe: Any, image: Any) -> list[ShownImage]:
-    """Returns the images beside a graph, the finished one first."""
+def _images(graph: Graph, pipe: Any, image: Any) -> tuple[list[ShownImage], str]:
+    """Returns the images beside a graph, the finished one first; and a sentence, where there is none."""
     if image is not None:
-        return [shown(_picture(image))]
+        return [shown(_picture(image))], NO_IMAGE
     run = graph.provenance.run
     if pipe is None:
-        return []
+        return _document_image(graph)
     if run is None:
         raise UserError("The graph does not tell a run of one prompt, so that no image can be made; give image=.")
     steps = tuple(graph.provenance.steps or (run.step,))
     made = import_module("difffract_jax.dashboards.run_images").run_images(pipe, run, steps)
-    return list(shown_images(KeptImages(made, steps)))
+    return list(shown_images(KeptImages(made, steps))), NO_IMAGE
+
+
+def _document_image(graph: Graph) -> tuple[list[ShownImage], str]:
+    """Returns the image that the document of another tool holds; and a sentence, where it holds none to be shown."""
+    try:
+        data = image_bytes(graph.provenance.viewer)
+        return ([] if data is None else [shown(read_image(Path("The document's image"), data))]), NO_IMAGE
+    except UserError as error:
+        return [], str(error).replace("--image FILE", "image=")
 
 
 def _picture(image: Any) -> Image.Image:

@@ -17,17 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from difffract_jax.address import STREAMS, TXT
+from difffract_jax.address import NEGATIVE, STREAMS, TXT
 from difffract_jax.config import UserError
+from difffract_jax.dashboards.target_words import target_title
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.arrays import DTYPES, OF_SCORES
-from difffract_jax.graphs.graph import INPUT, KINDS, OUTPUT, Graph
+from difffract_jax.graphs.arrays import DTYPES, SILENT
+from difffract_jax.graphs.graph import FEATURE, INPUT, KINDS, MODULATION, OUTPUT, WORD, Graph
 from difffract_jax.graphs.groups import identity
 from difffract_jax.graphs.json_values import to_json_values
 from difffract_jax.graphs.loras import texts_of
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.order import node_levels
+from difffract_jax.graphs.provenance import KnownRun
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.text_files import unicode_replaced
 
@@ -35,11 +37,13 @@ SMALL = 60
 """Nodes up to which a graph that was not pruned is shown whole at first."""
 STARTING = (0.8, 0.98)
 """Thresholds of nodes and edges that a larger one is shown at first, those of `difffract prune`."""
+MORE, ENOUGH = (0.9, 0.95, 0.98), 10
+"""Thresholds of nodes that are taken instead, in turn, until so many features are seen: inputs may hold nearly all."""
 LADDER = ((0.99, 0.999), (0.95, 0.99), (0.9, 0.98), (0.8, 0.98), (0.7, 0.95), (0.5, 0.9), (0.3, 0.8), (0.1, 0.5))
 """Thresholds that are tried in turn until a graph that is too large fits."""
 MOST_TOKENS = 2048
 """Tokens of another tool's document up to which each gets a column."""
-_UNUSED = ("node_influence", "node_cumulative", *OF_SCORES)
+_UNUSED = ("node_influence", "node_cumulative", *SILENT)
 """Columns that the page computes itself, or does not show but by the names of nodes."""
 _ARRAYS = {name: kind for name, kind in DTYPES.items() if name not in _UNUSED} | {"map_indptr": np.int32}
 """Columns of a graph that a page holds; JavaScript has no plain integers of 64 bits."""
@@ -150,6 +154,8 @@ def graph_bytes(
     """
     header = _header(graph, labels or {}, title) | ({} if tokens is None else {"tokens": list(tokens)})
     arrays = {name: getattr(graph, name).astype(kind) for name, kind in _ARRAYS.items()}
+    if graph.node_branch.any():  # else a step is one evaluation, and the page says nothing of branches
+        arrays["node_branch"] = graph.node_branch
     arrays |= {"node_level": node_levels(graph).astype(np.int32), "node_root": graph.root_weights.astype(np.float64)}
     body, table = bytearray(), []
     for name, array in arrays.items():
@@ -168,8 +174,8 @@ def packed(data: bytes) -> str:
 
 
 def _header(graph: Graph, labels: Mapping[str, str], title: str) -> dict[str, Any]:
-    told, names, features = graph.provenance, node_names(graph), feature_names(graph)
-    run, groups = told.known, identity(graph)
+    provenance, names, features = graph.provenance, node_names(graph), feature_names(graph)
+    run, groups = provenance.known, identity(graph)
     return {
         "title": title or names[graph.target],
         "names": names,
@@ -178,18 +184,31 @@ def _header(graph: Graph, labels: Mapping[str, str], title: str) -> dict[str, An
         "kinds": KINDS,
         "streams": STREAMS,
         "blocks": _block_names(graph),
-        "steps": sorted({*np.unique(graph.node_step).tolist(), *told.steps}),
+        "steps": sorted({*np.unique(graph.node_step).tolist(), *provenance.steps}),
         "by_position": graph.by_position,
-        "tokens": list(run.tokens or _document_tokens(graph)),
+        "tokens": _tokens(graph) or _document_tokens(graph),
         "grid": list(run.grid) if run.grid else None,
         "prompt": run.prompt or _document_prompt(graph),
-        "targets": _targets(graph, names),
+        "targets": _targets(graph, names, labels, features),
         "supernodes": {name: [names[node] for node in members] for name, members in graph.supernodes.items()},
         "start": _start(graph),
-        "scores": to_json_values(told.scores) if told.scores else None,
+        "scores": to_json_values(provenance.scores) if provenance.scores else None,
         "identity": groups.model_dump(mode="json"),
         "facts": _facts(graph),
     }
+
+
+def _tokens(graph: Graph) -> list[str]:
+    """Returns the run's text tokens; where both branches of guidance have nodes, the prompt's | the negative one's."""
+    run, branches = graph.provenance.known, {*graph.node_branch[graph.node_stream == TXT].tolist()}
+    if NEGATIVE not in branches:
+        return list(run.tokens or ())
+    if branches == {NEGATIVE}:
+        return list(run.negative_tokens)
+    known = run.tokens or (), run.negative_tokens
+    # Graphs that were combined may have had several prompts, or several negative ones.
+    tokens, negative = (one or ["?"] * max(map(len, known)) for one in known)
+    return [a if a == b else f"{a} | {b}" for a, b in zip(tokens, negative, strict=True)]
 
 
 def _document_prompt(graph: Graph) -> str | None:
@@ -200,34 +219,37 @@ def _document_prompt(graph: Graph) -> str | None:
 
 def _document_tokens(graph: Graph) -> list[str]:
     """Returns the tokens that another tool's document tells; none unless there is one for every position."""
-    told = (graph.provenance.viewer or {}).get("prompt_tokens")
+    tokens = (graph.provenance.viewer or {}).get("prompt_tokens")
     last = max(graph.node_position.max(initial=-1), graph.map_position.max(initial=-1))
-    if not isinstance(told, list) or not 0 <= last < len(told) <= MOST_TOKENS or np.any(graph.node_stream != TXT):
+    if not isinstance(tokens, list) or not 0 <= last < len(tokens) <= MOST_TOKENS or np.any(graph.node_stream != TXT):
         return []
-    return [unicode_replaced(str(token)) for token in told]
+    return [unicode_replaced(str(token)) for token in tokens]
 
 
 def _block_names(graph: Graph) -> dict[str, str]:
     """Returns how every row of blocks is called, by number."""
     layout, outputs = graph.provenance.known.layout, graph.node_kind == OUTPUT
-    found: dict[str, str] = {}
+    block_names: dict[str, str] = {}
     for block in np.unique(graph.node_block).tolist():
         mine = graph.node_block == block
-        if np.all(outputs[mine]):
-            found[str(block)] = "target"
-        elif np.all(graph.node_kind[mine] == INPUT):
-            found[str(block)] = "inputs"
+        if np.all(outputs[mine] | (graph.node_kind[mine] == MODULATION)) and np.any(outputs[mine]):
+            block_names[str(block)] = "target"
+        elif np.all(np.isin(graph.node_kind[mine], (INPUT, WORD))):
+            block_names[str(block)] = "inputs"
         else:
-            found[str(block)] = f"block {block}" if layout is None else layout.block_name(block)
-    return found
+            block_names[str(block)] = f"block {block}" if layout is None else layout.block_name(block)
+    return block_names
 
 
-def _targets(graph: Graph, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns what the graph explains, each with its weight, and its pooled path where that was measured."""
+def _targets(
+    graph: Graph, names: Sequence[str], labels: Mapping[str, str], features: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns what the graph explains, in words too, each with its weight, and its pooled path if it was measured."""
     weights, paths = graph.root_weights, graph.provenance.pooled_path
     known = paths if len(paths) == graph.targets.size else ()
     return [
         {"node": node, "name": names[node], "weight": float(weights[node])}
+        | {"why": target_title(names[node], labels.get(features[node], ""))}
         | ({"pooled": to_json_values(known[node])} if known else {})
         for node in graph.targets.tolist()
     ]
@@ -237,25 +259,37 @@ def _start(graph: Graph) -> dict[str, Any]:
     """Returns the thresholds at which a graph is shown first."""
     whole = graph.provenance.pruning is not None or graph.node_kind.size <= SMALL
     nodes, edges = (1.0, 1.0) if whole else STARTING
+    for more in () if whole else MORE:
+        seen = prune(graph, node_threshold=nodes, edge_threshold=edges, by_position=True).node_kind == FEATURE
+        nodes = nodes if seen.sum() >= ENOUGH else more
     return {"mode": "standard", "node_threshold": nodes, "edge_threshold": edges}
+
+
+def _guidance(run: KnownRun) -> str | None:
+    """Returns guidance by two branches in words; graphs that were combined may have had several scales."""
+    if run.negative_prompt is None:
+        return None
+    scale = "" if run.guidance is None else f"{run.guidance:g} "
+    return f'{scale}away from "{run.negative_prompt}"'
 
 
 def _facts(graph: Graph) -> list[list[str]]:
     """Returns where the graph comes from, in words."""
-    told, run = graph.provenance, graph.provenance.known
-    combined = told.combined
+    provenance, run = graph.provenance, graph.provenance.known
+    combined, pruning = provenance.combined, provenance.pruning
     facts = {
         "prompt": run.prompt or _document_prompt(graph),
+        "guidance": _guidance(run),
         "seed": run.seed,
-        "denoising steps": ", ".join(map(str, told.steps)) or run.step,
+        "denoising steps": ", ".join(map(str, provenance.steps)) or run.step,
         "model": run.model and hash_text(run.model),
         "LoRA": texts_of(run.loras),
-        "transcoders": told.transcoders and hash_text(told.transcoders),
-        "pruned": told.pruning
-        and f"{told.pruning.mode}, nodes {told.pruning.node_threshold:g}, edges {told.pruning.edge_threshold:g}",
+        "transcoders": provenance.transcoders and hash_text(provenance.transcoders),
+        "pruned": pruning and f"{pruning.mode}, nodes {pruning.node_threshold:g}, edges {pruning.edge_threshold:g}",
         "combined": combined and f"{combined.operation} of {len(combined.graphs)} graphs",
-        "products": told.precision and told.precision.products,
-        "document": told.unclear_links and " ".join(told.unclear_links.sentences()),
-        "made by": told.command and f"difffract {told.command}",
+        "products": provenance.precision and provenance.precision.products,
+        "document": provenance.unclear_links and " ".join(provenance.unclear_links.sentences()),
+        "grade": provenance.grade and str(provenance.grade),
+        "made by": provenance.command and f"difffract {provenance.command}",
     }
     return [[key, unicode_replaced(str(value))] for key, value in facts.items() if value not in (None, "", ())]

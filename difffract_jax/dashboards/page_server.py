@@ -101,14 +101,14 @@ class _Handler(BaseHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,10}", length) or int(length) > MOST_BYTES:
             return self._answer(413, b"These groups are too large to be saved.", close=True)
         try:
-            told = self.server.save(self.rfile.read(int(length)).decode("utf-8"))
+            answer = self.server.save(self.rfile.read(int(length)).decode("utf-8"))
         except UserError as error:
             return self._answer(400, str(error).encode())
         except UnicodeDecodeError:
             return self._answer(400, b"The groups are not text in UTF-8.")
         except OSError as error:
             return self._answer(500, f"The groups could not be written: {error.strerror}.".encode())
-        return self._answer(200, told.encode())
+        return self._answer(200, answer.encode())
 
     def log_message(self, format: str, *args: Any) -> None:
         """Says nothing of requests."""

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float64
 
-from difffract_jax.address import IMG, TXT
+from difffract_jax.address import BRANCHES, IMG, PROMPT, TXT
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE, Graph
@@ -35,14 +35,15 @@ class Card(NamedTuple):
 
 
 def feature_of(graph: Graph, node: int) -> Feature:
-    """Returns a feature node without its position; `feature` says how the text form reads.
+    """Returns a feature node without its position, in a graph of both branches with its own.
 
     Args:
         graph: one that says which blocks its model has.
         node: a feature.
     """
     site = graph.provenance.layout.site_number(int(graph.node_block[node]), int(graph.node_stream[node]))
-    return Feature(*site, int(graph.node_feature[node]))
+    branch = BRANCHES[graph.node_branch[node]] if graph.node_branch.any() else None
+    return Feature(*site, int(graph.node_feature[node]), branch=branch)
 
 
 def top_features(graph: Graph, most: int, streams: Sequence[int] = (IMG, TXT)) -> list[int]:
@@ -80,8 +81,9 @@ def card(graph: Graph, node: int, detects: str = "") -> Card:
         heat[positions] = values
         heat = heat.reshape(grid)
     else:
+        tokens = run.tokens if graph.node_branch[node] == PROMPT else run.negative_tokens or None
         words = _words(
-            _said(run.tokens, "its prompt's tokens"), dict(zip(positions.tolist(), values.tolist(), strict=True))
+            _said(tokens, "its prompt's tokens"), dict(zip(positions.tolist(), values.tolist(), strict=True))
         )
     return Card(
         str(feature),
@@ -102,7 +104,7 @@ def _said(fact: Known | None, what: str) -> Known:
 
 def _words(tokens: Sequence[str], values: dict[int, float]) -> tuple[tuple[str, float], ...]:
     """Returns the prompt's tokens up to its end, with a feature's values."""
-    own = [i for i, token in enumerate(tokens) if token not in ("<pad>", "[PAD]")]
+    own = [i for i, token in enumerate(tokens) if token not in ("<pad>", "[PAD]") and not token.startswith("<|")]
     last = max([*own, *values], default=-1) + 1
     return tuple((tokens[i].replace("▁", " ").strip() or "·", values.get(i, 0.0)) for i in range(last))
 
@@ -116,8 +118,8 @@ def edges_among(graph: Graph, nodes: Sequence[int]) -> list[tuple[int, int, floa
     """
     place = {node: i for i, node in enumerate(nodes)}
     total = np.bincount(graph.edge_target, np.abs(graph.edge_attribution), graph.node_kind.size)
-    found: list[Any] = []
+    edges: list[Any] = []
     for source, target, value in zip(graph.edge_source, graph.edge_target, graph.edge_attribution, strict=True):
         if int(source) in place and int(target) in place:
-            found.append((place[int(source)], place[int(target)], float(value / total[target])))
-    return found
+            edges.append((place[int(source)], place[int(target)], float(value / total[target])))
+    return edges

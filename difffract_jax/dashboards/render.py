@@ -89,8 +89,7 @@ def feature_card(card: Card, image: Any) -> dict[str, Any]:
     heat = None if card.heat is None else png_address(enlarged(heat_over(image, card.heat)))
     largest = max((value for _, value in card.words), default=0.0)
     words = [(word, round(value / largest, 3) if largest > 0 else 0.0, value) for word, value in card.words]
-    told = card._asdict() | {"heat": heat, "words": words}
-    return told
+    return card._asdict() | {"heat": heat, "words": words}
 
 
 def drawing(

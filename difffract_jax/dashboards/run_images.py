@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from difffract_jax.config import UserError
 from difffract_jax.graphs.provenance import TraceInfo
-from difffract_jax.models.pipeline import Pipeline, decode_latents, encode, initial_noise, model_velocity, sample
+from difffract_jax.models.pipeline import Pipeline, decode_latents, encode_run, initial_noise, model_velocity, sample
 from difffract_jax.models.sampler import PATCH
 from difffract_jax.spread import on_mesh_of
 
@@ -40,9 +40,10 @@ def run_images(
         raise UserError("The graph's run started from noise that was given, so that its image cannot be made again.")
     unit, count = PATCH * pipe.config.vae.factor, len(run.sigmas) - 1
     height, width = (side * unit for side in run.grid)
-    planned = pipe.plan(steps=count, height=height, width=width, text_tokens=run.text_tokens, guidance=run.guidance)
+    sizes = {"steps": count, "height": height, "width": width, "text_tokens": run.text_tokens}
+    planned = pipe.plan(**sizes, guidance=run.guidance, negative_prompt=run.negative_prompt)
     planned = planned._replace(sigmas=np.asarray(run.sigmas, np.float32))
-    prompt = encode(pipe, run.prompt, run.text_tokens)
+    prompt = encode_run(pipe, run.prompt, planned)
     latents = [initial_noise(pipe, planned, run.seed)]
     with on_mesh_of(pipe.transformer):
         for step in range(count):

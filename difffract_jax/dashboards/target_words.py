@@ -5,8 +5,12 @@ Only the text form of a target is read, as `names.node_names` gives it; the gram
 
 import re
 
+from difffract_jax.display import one_line
+
+LONGEST_CONTRAST = 80
+"""Characters of another prompt that a heading shows."""
 _OPTIONS = re.compile(r'(\w+)=("[^"]*"|[^,"]*(?:,-?\d+)*)')
-_FEATURE = re.compile(r"(?P<name>\w+/\d+/f\d+)(?:@(?P<side>img|txt)?(?P<position>\d+)?)?(?:#(?P<step>\d+))?")
+_FEATURE = re.compile(r"(?P<name>\w+/\d+/f\d+)(?:@(?P<side>img|txt)?(?P<position>\d+)?)?(?:#(?P<step>\d+))?(?:~\w+)?")
 
 
 def target_box(target: str) -> tuple[int, int, int, int] | None:
@@ -19,8 +23,8 @@ def target_box(target: str) -> tuple[int, int, int, int] | None:
         >>> target_box("pixels:color=red,box=0,0,24,48")
         (0, 0, 24, 48)
     """
-    found = re.fullmatch(r"(\d+),(\d+),(\d+),(\d+)", _options(target).get("box", ""))
-    return None if found is None else tuple(map(int, found.groups()))  # pyright: ignore[reportReturnType]
+    corners = re.fullmatch(r"(\d+),(\d+),(\d+),(\d+)", _options(target).get("box", ""))
+    return None if corners is None else tuple(map(int, corners.groups()))  # pyright: ignore[reportReturnType]
 
 
 def target_title(target: str, label: str = "") -> str:
@@ -35,11 +39,19 @@ def target_title(target: str, label: str = "") -> str:
         'Why these pixels are red'
         >>> target_title("img/1/f476@13", "colour blue")
         'Why img/1/f476 (colour blue) is active'
+        >>> target_title('velocity:contrast="a blue circle",box=0,0,24,48')
+        'Why these pixels become what the prompt says, and not “a blue circle”'
     """
     given, feature = _options(target), _FEATURE.fullmatch(target)
+    some = bool({"box", "mask"} & given.keys())
     if target.startswith("pixels:") and "color" in given:
-        place = "these pixels are" if {"box", "mask"} & given.keys() else "the image is"
-        return f"Why {place} {given['color']}"
+        return f"Why {'these pixels are' if some else 'the image is'} {given['color']}"
+    if target.startswith("velocity:"):
+        contrast = one_line(given.get("contrast", ""), LONGEST_CONTRAST)
+        if contrast:
+            become = "these pixels become" if some else "the image becomes"
+            return f"Why {become} what the prompt says, and not “{contrast}”"
+        return f"Why this denoising step changes {'these pixels' if some else 'the image'} as it does"
     if feature is not None:
         return f"Why {feature['name']}{f' ({label})' if label else ''} is active"
     return f"Why {target}"

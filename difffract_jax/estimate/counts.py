@@ -98,7 +98,7 @@ def _model(work: Work, *running: str) -> dict[str, int]:
 def _activations(work: Work, itemsize: int) -> int:
     """Returns what a block needs of one example: streams, x, q, k, v, and both sides of the MLP's hidden layer."""
     config = work.shapes["transformer"]
-    return round(work.seq * config.d_model * (7 + 2 * config.mlp_ratio) * max(itemsize, WIDE))
+    return round(work.seq * config.d_model * (7 + config.hidden_ratio) * max(itemsize, WIDE))
 
 
 def _layer(work: Work, name: str) -> int:
@@ -115,7 +115,8 @@ def _layer(work: Work, name: str) -> int:
 
 def _forward(work: Work) -> int:
     """Returns what a run of the model needs in between, images in a batch together: a block's weights, activations."""
-    return _layer(work, "transformer") + work.batch * _activations(work, np.dtype(work.dtype).itemsize)
+    together = work.batch * work.branches
+    return _layer(work, "transformer") + together * _activations(work, np.dtype(work.dtype).itemsize)
 
 
 def _text(work: Work) -> list[Phase]:
@@ -171,7 +172,8 @@ def _record(work: Work) -> dict[str, int]:
         taken = max(0, min(end, begin + depth) - max(first, begin))
         copies += bytes_of(stack) * taken // depth if taken < depth else 0
         begin += depth
-    held = {"record": work.steps * (5 * layers + 1) * wide}
+    queries_keys = 2 * layers * work.seq * config.score_columns * WIDE
+    held = {"record": work.steps * ((3 * layers + 1) * wide + queries_keys)}
     return held if work.streamed else held | {"copies of recorded blocks": copies}
 
 
@@ -273,7 +275,13 @@ def _attribute(work: Work, weights: Mapping[str, int], *, bounded: bool) -> list
 
 def _trace(work: Work) -> list[Phase]:
     encode, pull = _attribute(work, _recorded_weights(work), bounded=not work.explained)
-    return [*_capture(work), encode, pull, *([_explain(work, encode)] if work.explained else [])]
+    phases = [*_capture(work), encode, pull, *([_explain(work, encode)] if work.explained else [])]
+    if not work.pooled:
+        return phases
+    # The whole model stays beside what is traced, and runs backwards last.
+    kept = _model(work, "transformer")
+    longer = [one._replace(held={**kept, **one.held}) for one in phases]
+    return [*longer, _explain_pooled(work, longer[-1])]
 
 
 def _explain(work: Work, encode: Phase) -> Phase:
@@ -281,6 +289,15 @@ def _explain(work: Work, encode: Phase) -> Phase:
     one = work.shapes["transformer"].heads * work.seq**2 * WIDE
     decoders = decoder_rows(work, bounded=False) if work.streamed else 0
     return Phase("explain attention", {**encode.held, "scores": (work.explained + 2) * one}, 3 * one + decoders)
+
+
+def _explain_pooled(work: Work, before: Phase) -> Phase:
+    """Counts the live model backwards: the streams entering every block, and one block's activations three times."""
+    config = work.shapes["transformer"]
+    streams = sum(stack.depth for stack in config.layout.stacks) * work.seq * config.d_model * WIDE
+    pattern = config.heads * work.seq**2 * WIDE
+    passing = _layer(work, "transformer") + 3 * (_activations(work, WIDE) + pattern)
+    return Phase("explain the pooled path", {**before.held, "streams entering blocks": streams}, passing)
 
 
 def _again(work: Work) -> list[Phase]:
@@ -296,9 +313,8 @@ def _coded(work: Work) -> list[Phase]:
     one = _transcoders(work, resident=resident)
     kept = one if resident else {}
     phases = [_load(work), *(text._replace(held={**text.held, **kept}) for text in _text(work))]
-    run = Phase(
-        "run and encode sites", _model(work, "transformer") | one, _forward(work) + work.batch * _encoding(work)
-    )
+    encoding = work.batch * work.branches * _encoding(work)
+    run = Phase("run and encode sites", _model(work, "transformer") | one, _forward(work) + encoding)
     if work.command == "evaluate":
         phases.append(_rows_of_prompts(work, "measure rows", one))
     if work.command == "features":
@@ -326,7 +342,8 @@ def _dashboards(work: Work) -> list[Phase]:
     """Counts `dashboards`: what is kept of every feature, what the sites read of a batch, and a site's codes."""
     assert work.tcs is not None
     features = work.tcs.config.features * len(work.tcs.sites.names)
-    read = work.batch * sum(_rows(work)) * work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
+    each = work.shapes["transformer"].d_model * np.dtype(work.dtype).itemsize
+    read = work.batch * work.branches * sum(_rows(work)) * each
     kept = {"statistics": features * (feature_bytes(work.scanned) + work.batch * PEAK), "what sites read": read}
     own, one = _model(work, "transformer"), _transcoders(work)
     passing = max(_forward(work), work.batch * _encoding(work))

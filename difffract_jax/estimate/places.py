@@ -83,6 +83,6 @@ def read_place(name: str) -> Place:
     close = get_close_matches(first, (*GPUS, *HBM, "host"), n=1)
     hint = f"; did you mean `{close[0]}`?" if close else "."
     raise UserError(
-        f"--device {name} is no device: give a memory as in 24GB, a GPU ({', '.join(GPUS)}), a slice of a TPU pod as "
-        f"in v5e:2x4, or host:16GB{hint}"
+        f"--device {name} is not a device: give a memory as in 24GB, a GPU ({', '.join(GPUS)}), a slice of a TPU pod "
+        f"as in v5e:2x4, or host:16GB{hint}"
     )

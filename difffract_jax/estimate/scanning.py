@@ -30,7 +30,7 @@ class ScanSizes(NamedTuple):
     Attributes:
         features: of a site.
         sites: of each, cells of a map, and whether it works on image tokens.
-        steps: denoising steps.
+        evaluations: of all denoising steps.
         prompts: of the corpus.
         text_tokens: of a prompt.
         thumb: bytes of an image made small.
@@ -43,7 +43,7 @@ class ScanSizes(NamedTuple):
 
     features: int
     sites: tuple[tuple[int, bool], ...]
-    steps: int
+    evaluations: int
     prompts: int
     text_tokens: int
     thumb: int
@@ -87,20 +87,20 @@ class DiskBytes(NamedTuple):
         return self.record + self.pages + self.pictures
 
 
-def feature_bytes(steps: int, top: int = 10, sample: int = 32) -> int:
+def feature_bytes(evaluations: int, top: int = 10, sample: int = 32) -> int:
     """Returns the bytes of a feature's state on the device.
 
     Args:
-        steps: denoising steps.
+        evaluations: of all denoising steps.
         top: prompts of the largest peaks.
         sample: prompts of the uniform sample.
     """
-    return WIDE * (3 * top + 4 * sample + 2 * steps + BINS + 2)
+    return WIDE * (3 * top + 4 * sample + 2 * evaluations + BINS + 2)
 
 
 def state_bytes(sizes: ScanSizes) -> int:
     """Returns the bytes of the state on all devices together."""
-    return sizes.all_features * feature_bytes(sizes.steps, sizes.top, sizes.sample) + WIDE * len(sizes.sites)
+    return sizes.all_features * feature_bytes(sizes.evaluations, sizes.top, sizes.sample) + WIDE * len(sizes.sites)
 
 
 def disk_bytes(sizes: ScanSizes) -> DiskBytes:
@@ -109,7 +109,7 @@ def disk_bytes(sizes: ScanSizes) -> DiskBytes:
     share = 1.0 if sizes.pages is None else sizes.pages / max(features, 1)
     cells = sum(one for one, _ in sizes.sites)
     maps = sizes.features * sizes.shown * cells
-    record = features * (WIDE * (2 * sizes.steps + BINS + 3) + 13 * sizes.shown)
+    record = features * (WIDE * (2 * sizes.evaluations + BINS + 3) + 13 * sizes.shown)
     examples = features * shown * EXAMPLE + SPARSE * 4 / 3 * sizes.features * shown * cells
     written = share * (features * (PAGE + 3 * sizes.links * LINK) + examples)
     chosen = min(sizes.prompts, round(share * features * shown))

@@ -54,12 +54,14 @@ def _refresh(
     settings: TrainConfig, work: TrainingWorkload, config: Any, lasting: Mapping[str, int], on_host: bool
 ) -> list[Phase]:
     """Counts a refresh of the buffer: prompts through the text encoders, then runs of the model, and their rows."""
-    run = plan_run(config, height=settings.height, width=settings.width, text_tokens=settings.text_tokens)
+    names = {"height", "width", "text_tokens", "guidance", "negative_prompt"}
+    run = plan_run(config, **settings.model_dump(include=names))
     shapes = {name: getattr(config, name) for name in ("transformer", "t5", "clip", "vae")}
     dtype = jax.tree.leaves(work.model["transformer"])[0].dtype
     streamed = settings.weights != "device"
     asked = Work("harvest", shapes, dtype, run.grid, run.text_tokens, batch=settings.prompts_at_once, streamed=streamed)
-    asked = asked._replace(steps=settings.steps_per_image or run.steps, tokens=settings.tokens_per_step)
+    evaluations = (settings.steps_per_image or run.steps) * run.branches
+    asked = asked._replace(steps=evaluations, tokens=settings.tokens_per_step)
     # Rows are kept, nothing is encoded: of the transcoders only the sites count.
     shape = TranscoderConfig(d_model=config.transformer.d_model, features=1, time_embed=0, conditioning="none")
     asked = asked._replace(tcs=Transcoders(shape, work.sites, np.dtype(dtype).itemsize))

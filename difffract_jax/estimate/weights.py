@@ -1,6 +1,6 @@
 """Bytes of weights, counted from shapes: of a pipeline's parts, of a block, of a transcoder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
@@ -8,21 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
+from difffract_jax.models.families import PARTS, module_of
 from difffract_jax.models.mmdit import MMDiT
+from difffract_jax.models.qwen3 import Qwen3Encoder
 from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.stacks import depth_of
 from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import TranscoderConfig
-
-MODULES: Mapping[str, Callable[..., Any]] = {
-    "transformer": MMDiT,
-    "t5": T5Encoder,
-    "clip": CLIPTextEncoder,
-    "vae": Autoencoder,
-}
 
 
 class Transcoders(NamedTuple):
@@ -70,14 +64,14 @@ def transcoder_bytes(tcs: Transcoders) -> int:
 
 def abstract_parts(shapes: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     """Returns the abstract trees of the parts whose shapes are given."""
-    return {name: abstract_module(MODULES[name], shapes[name], dtype) for name in MODULES if name in shapes}
+    return {name: abstract_module(module_of(shapes[name]), shapes[name], dtype) for name in PARTS if name in shapes}
 
 
 def stacks_of(part: Any) -> tuple[Any, ...]:
     """Returns the stacks of a part's blocks; none of an autoencoder."""
     if isinstance(part, MMDiT):
         return part.stacks
-    return (part.blocks,) if isinstance(part, T5Encoder | CLIPTextEncoder) else ()
+    return (part.blocks,) if isinstance(part, T5Encoder | Qwen3Encoder | CLIPTextEncoder) else ()
 
 
 def block_bytes(part: Any) -> int:

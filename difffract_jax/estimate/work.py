@@ -21,12 +21,14 @@ class Work(NamedTuple):
         steps: denoising steps that are recorded; of `harvest` and `evaluate`, of the run.
         targets: pulled back together at most.
         explained: targets whose attention scores become nodes; 0 where attention is frozen.
+        pooled: whether the pooled path becomes nodes, which takes the live model backwards.
         batch: images, or prompts, computed together.
+        branches: evaluations of a step that the sampler computes together for each.
         streamed: whether weights pass through memory block by block.
         host: whether a processor computes. XLA then widens all bfloat16 weights of a loop to float32 at once.
         tokens: of a prompt that a site reports at a step, for rows; None for all.
         room: bytes that the command may use, a share of which decoder rows fill at most; None where nobody knows.
-        scanned: denoising steps of a run, of which a scan keeps statistics each.
+        scanned: evaluations of a run, of which a scan keeps statistics each.
     """
 
     command: str
@@ -39,7 +41,9 @@ class Work(NamedTuple):
     steps: int = 1
     targets: int = 50
     explained: int = 0
+    pooled: bool = False
     batch: int = 1
+    branches: int = 1
     streamed: bool = False
     host: bool = False
     tokens: int | None = None

@@ -5,7 +5,8 @@ graph           the graph and its file
 provenance      where a graph comes from; json_values: frozen types as JSON
 summary         what a graph says of itself
 held_paths      what a graph says of the paths that the replacement holds
-frozen_attention  a graph without its attention scores
+frozen_attention  a graph without its attention scores, or without its modulations
+pooled_nodes    a graph with modulations and words
 names           what nodes are called
 aggregation     sums over positions
 order           levels that every edge leads up, or the circle because of which there are none
@@ -16,6 +17,8 @@ pruning         which nodes and edges to keep
 supernodes      features that do the same, grouped
 combine         averages and differences of circuits over prompts and seeds
 comparison      two graphs side by side
+collection      graphs of many runs in one directory
+population      edges over many runs: intervals, and differences of two sets
 unclear_links   links of other tools' documents that could not be taken as they stand
 files           formats of other tools, read and written; any readable file as a graph
 
@@ -41,7 +44,13 @@ _HOME = {
     "with_groups": "difffract_jax.graphs.groups",
     "average": "difffract_jax.graphs.combine",
     "difference": "difffract_jax.graphs.combine",
+    "fill_collection": "difffract_jax.graphs.collection",
+    "read_collection": "difffract_jax.graphs.collection",
+    "edge_table": "difffract_jax.graphs.population",
+    "intervals": "difffract_jax.graphs.population",
+    "contrast": "difffract_jax.graphs.population",
     "without_scores": "difffract_jax.graphs.frozen_attention",
+    "without_pooled": "difffract_jax.graphs.frozen_attention",
     "node_names": "difffract_jax.graphs.names",
     "find_nodes": "difffract_jax.graphs.names",
     "write_reference_json": "difffract_jax.graphs.files.reference_json",

@@ -6,13 +6,13 @@ import numpy as np
 from jaxtyping import Int64
 from numpy.typing import NDArray
 
-from difffract_jax.graphs.graph import FEATURE, OUTPUT, SCORE, Graph
+from difffract_jax.graphs.graph import FEATURE, OUTPUT, Graph
 
 
 def aggregate(graph: Graph) -> Graph:
     """Sums a graph over positions: a node becomes a feature, the error, the rest or the input of a site.
 
-    Scores become a head's attention from one stream to another.
+    Scores become a head's attention from one stream to another. Modulations and words have no positions, and stay.
 
     Args:
         graph: position by position; one that is summed already is returned as it is.
@@ -23,7 +23,8 @@ def aggregate(graph: Graph) -> Graph:
     if not graph.by_position:
         return graph
     of_score = (graph.node_head, graph.node_key_stream)
-    columns = (graph.node_kind, graph.node_step, graph.node_block, graph.node_stream, graph.node_feature, *of_score)
+    of_site = (graph.node_block, graph.node_stream, graph.node_feature)
+    columns = (graph.node_kind, graph.node_step, graph.node_branch, *of_site, *of_score)
     # Every target stays a node of its own; then come the others.
     which_target = np.minimum(np.arange(graph.node_kind.size), graph.targets.size)
     keys = np.stack([which_target, *(c.astype(np.int64) for c in columns)])
@@ -66,7 +67,7 @@ def aggregate(graph: Graph) -> Graph:
 
 _SAME = (
     *("node_kind", "node_step", "node_stream", "node_block", "node_feature", "node_influence", "node_cumulative"),
-    *("node_head", "node_key_stream"),
+    *("node_branch", "node_head", "node_key_stream"),
 )
 
 
@@ -75,7 +76,7 @@ def _summed_maps(
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
     """Returns the maps of summed nodes: a feature's own, else what leaves each position."""
     leaving = np.bincount(graph.edge_source, graph.edge_attribution.astype(np.float64), graph.node_kind.size)
-    placed = (graph.node_kind != SCORE) | (graph.node_position >= 0)
+    placed = graph.node_position >= 0
     other = np.flatnonzero((graph.node_kind != FEATURE) & (graph.node_kind != OUTPUT) & placed)
     lengths = np.diff(graph.map_indptr)
     own = np.repeat(np.isin(np.arange(lengths.size), first) & (graph.node_kind == FEATURE), lengths)

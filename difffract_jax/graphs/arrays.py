@@ -1,8 +1,8 @@
 """The arrays of a circuit, checked; `graph` adds its file and what one wants to see of it.
 
-Nodes come in the order: the graph's own targets; the other features; errors; inputs; outputs; rest; scores. Within a
-kind they are sorted by step, block, stream, position and feature. An edge has attribution(source -> target), in units
-of the target's pre-activation; edges are sorted by target, then source.
+Nodes come in the order: the graph's own targets; the other features; errors; inputs; outputs; rest; scores;
+modulations; words. Within a kind they are sorted by step, block, stream, position and feature. An edge has
+attribution(source -> target), in units of the target's pre-activation; edges are sorted by target, then source.
 
 A graph explains one target or several, weighted. They are its first nodes and the first entries of `target_node`;
 `provenance.target_weights` lists their weights, positive numbers, one each.
@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, fields
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from difffract_jax.address import STREAMS
+from difffract_jax.address import BRANCHES, STREAMS
 from difffract_jax.graphs.provenance import Provenance
 
-FEATURE, ERROR, INPUT, OUTPUT, REST, SCORE = range(6)
-KINDS = ("feature", "error", "input", "output", "rest", "score")
+FEATURE, ERROR, INPUT, OUTPUT, REST, SCORE, MODULATION, WORD = range(8)
+KINDS = ("feature", "error", "input", "output", "rest", "score", "modulation", "word")
+EXPLAINING = (SCORE, MODULATION, WORD)
+"""Kinds that say more of what the frozen map holds: attention, and the pooled path. They are no sources of that map."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,19 +32,24 @@ class GraphArrays:
 
     Attributes:
         node_kind: 0 feature, 1 error, 2 input, 3 output, 4 rest (unexpanded features of one site and position), 5 score
-            (of attention: a block's head, query and key; or, without a head, all of a block's other scores).
+            (of attention: a block's head, query and key; or, without a head, all of a block's other scores), 6
+            modulation (a block's shift, scale or gate), 7 word (token of the prompt, as CLIP reads it).
         node_step: denoising step, from 0.
         node_stream: 0 img, 1 txt, 2 latent; of a score, its query's.
-        node_block: block, numbered through the model; -1 for inputs; the number of all blocks for outputs.
+        node_block: block, numbered through the model; -1 for inputs and words; the number of all blocks for outputs and
+            for modulations of the last norm.
         node_position: position within the stream, of a score its query's; -1 where positions are summed over.
-        node_feature: feature; -1 for other kinds.
+        node_feature: feature; of a modulation its row among those of its block and stream; of a word its place in
+            CLIP's sequence; -1 for other kinds.
         node_value: a feature's value, or a score minus its query's pattern-weighted mean (the largest over positions
-            where these are summed over); 1 for other kinds, whose vectors are taken whole.
+            where these are summed over); of a modulation the norm of what it has beyond the empty prompt's; 1 for other
+            kinds, whose vectors are taken whole.
         node_influence: influence on the graph's targets, from pruning; NaN before it.
         edge_source: node.
-        edge_target: node; a feature, a score or an output.
+        edge_target: node; a feature, a score, a modulation or an output.
         edge_attribution: value of the source times the derivative of the target's pre-activation by it; of an edge into
-            a score, the part of its value that the source makes.
+            a score, the part of its value that the source makes; of an edge from a modulation, what it brings to the
+            exchange of the pooled embedding, and of one into it the part of that which the word makes.
         target_node: expanded nodes; the first are the graph's own targets.
         target_preactivation: u of each.
         target_bias: value of the affine map at zero sources.
@@ -52,12 +59,15 @@ class GraphArrays:
         map_position: positions of the maps.
         map_value: a feature's value there; for other kinds, once positions are summed over, the attribution from there.
         node_cumulative: share of all influence held by a node and those above it, from pruning; NaN before it.
+        node_branch: branch of guidance, 0 prompt or 1 negative; 0 too of latents and outputs, which are of both, and
+            where a step is one evaluation.
         node_head: head of a score; -1 for other kinds, and for the rest of a block's scores.
         node_key_stream: stream of a score's key; 0 for other kinds.
         node_key_position: position of a score's key; -1 for other kinds, and where positions are summed over.
         edge_query: of an edge into a score, the part that goes through its query; 0 for other edges.
         edge_remainder: of an edge from a score, by how much more the target falls when the score is taken away and the
-            softmax of its block is live; 0 for other edges.
+            softmax of its block is live; of one from a modulation, the same when it alone becomes what the empty prompt
+            gives, in the live model; 0 for other edges.
         supernodes: name -> nodes grouped under it.
         provenance: where the graph comes from.
     """
@@ -82,6 +92,7 @@ class GraphArrays:
     map_position: np.ndarray
     map_value: np.ndarray
     node_cumulative: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    node_branch: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     node_head: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
     node_key_stream: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))
     node_key_position: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
@@ -94,8 +105,8 @@ class GraphArrays:
         for name, value in ABSENT.items():
             like = self.node_kind if name.startswith("node") else self.edge_source
             array = getattr(self, name)
-            # What says nothing of scores fits any number of nodes and edges, as after `dataclasses.replace`.
-            empty = not array.size or (name in OF_SCORES and not np.any(array != value))
+            # What says nothing fits any number of nodes and edges, as after `dataclasses.replace`.
+            empty = not array.size or (name in SILENT and not np.any(array != value))
             if empty and array.size != like.size:
                 object.__setattr__(self, name, np.full(like.size, value, DTYPES[name]))
         problems = _problems(self)
@@ -171,6 +182,7 @@ DTYPES: dict[str, type] = {
     "map_position": np.int32,
     "map_value": np.float32,
     "node_cumulative": np.float32,
+    "node_branch": np.uint8,
     "node_head": np.int16,
     "node_key_stream": np.uint8,
     "node_key_position": np.int32,
@@ -186,7 +198,9 @@ OF_SCORES: dict[str, float] = {
     "edge_remainder": 0,
 }
 """Arrays that a file of a graph without scores lacks, and what fills them."""
-ABSENT = {"node_cumulative": float("nan")} | OF_SCORES
+SILENT = {"node_branch": 0} | OF_SCORES
+"""Arrays that a file lacks where they say nothing: of a graph in one branch, or without scores."""
+ABSENT = {"node_cumulative": float("nan")} | SILENT
 """Arrays that may be left out, and what fills them."""
 assert [f.name for f in fields(GraphArrays)] == [*DTYPES, "supernodes", "provenance"]
 
@@ -219,8 +233,9 @@ def _problems(graph: GraphArrays) -> list[str]:
             wrong.append(f"{name} points outside the {nodes} nodes")
     wrong += _wrong_targets(graph)
     streams = np.concatenate([graph.node_stream, graph.node_key_stream])
-    if np.any(graph.node_kind >= len(KINDS)) or np.any(streams >= len(STREAMS)):
-        wrong.append("a node has a kind or stream that does not exist")
+    known = np.all(graph.node_kind < len(KINDS)) and np.all(graph.node_branch < len(BRANCHES))
+    if not known or np.any(streams >= len(STREAMS)):
+        wrong.append("a node has a kind, stream or branch that does not exist")
     return wrong
 
 

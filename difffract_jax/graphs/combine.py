@@ -22,16 +22,17 @@ from numpy.typing import NDArray
 
 from difffract_jax.config import UserError
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import ERROR, FEATURE, OUTPUT, REST, SCORE, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, MODULATION, OUTPUT, REST, SCORE, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import FILE_KEYS, Combined, KnownRun, Origin, Provenance
 
 _KEY = (
-    *("node_kind", "node_step", "node_block", "node_stream", "node_feature"),
+    *("node_kind", "node_step", "node_branch", "node_block", "node_stream", "node_feature"),
     *("node_head", "node_key_stream"),
 )
 _OF_ONE = (
     "attention",
+    "pooled",
     "pruning",
     "scores",
     "grouping",
@@ -73,7 +74,7 @@ def difference(a: Graph, b: Graph) -> Graph:
     return _combine("difference", [a, b], [1.0, -1.0])
 
 
-class _Union(NamedTuple):
+class NodeUnion(NamedTuple):
     """The nodes of all graphs.
 
     Attributes:
@@ -87,17 +88,17 @@ class _Union(NamedTuple):
 
 
 def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[float]) -> Graph:
-    base = _check_origins(graphs, operation)
+    base = check_origins(graphs, operation)
     record = tuple(_origin(graph.provenance) for graph in graphs)
-    summed = [aggregate(_merged(graph, graphs)) for graph in graphs]
-    union = _union(summed)
+    summed = summed_alike(graphs)
+    union = unite_nodes(summed)
     count = union.keys.shape[1]
     weighted = list(zip(summed, union.places, coefficients, strict=True))
     zeros = np.zeros(count)
     value = sum((c * _largest(graph, place, count) for graph, place, c in weighted), zeros)
     weights = sum((np.bincount(place, graph.root_weights, count) for graph, place, _ in weighted), zeros)
     occurs = sum((np.isin(np.arange(count), place) for place in union.places), zeros) / len(graphs)
-    kind, step, block, stream, feature, head, key_stream, _ = union.keys[1:]
+    kind, step, branch, block, stream, feature, head, key_stream, _ = union.keys[1:]
     common = _common(graphs, base)
     if operation == "difference":
         common = replace(common, pooled_path=())  # of each graph's own target; of a difference they would say nothing
@@ -108,8 +109,9 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
         node_block=block.astype(np.int16),
         node_position=np.full(count, -1, np.int32),
         node_feature=feature.astype(np.int32),
-        node_value=np.where(np.isin(kind, (FEATURE, SCORE)), value, 1).astype(np.float32),
+        node_value=np.where(np.isin(kind, (FEATURE, SCORE, MODULATION)), value, 1).astype(np.float32),
         node_influence=np.full(count, np.nan, np.float32),
+        node_branch=branch.astype(np.uint8),
         node_head=head.astype(np.int16),
         node_key_stream=key_stream.astype(np.uint8),
         **_edges(weighted),
@@ -122,6 +124,11 @@ def _combine(operation: str, graphs: Sequence[Graph], coefficients: Sequence[flo
     return combined.with_provenance(combined=Combined(operation=operation, graphs=record, occurs_in=shares))
 
 
+def summed_alike(graphs: Sequence[Graph]) -> list[Graph]:
+    """Returns graphs summed over positions, whose nodes can be matched: see the module."""
+    return [aggregate(_merged(graph, graphs)) for graph in graphs]
+
+
 def _merged(graph: Graph, graphs: Sequence[Graph]) -> Graph:
     """Returns the graph with rest nodes as errors, if any graph cannot tell them apart."""
     if not any(other.provenance.reference_config is not None for other in graphs):
@@ -129,7 +136,7 @@ def _merged(graph: Graph, graphs: Sequence[Graph]) -> Graph:
     return replace(graph, node_kind=np.where(graph.node_kind == REST, ERROR, graph.node_kind).astype(np.uint8))
 
 
-def _check_origins(graphs: Sequence[Graph], operation: str) -> str | None:
+def check_origins(graphs: Sequence[Graph], operation: str) -> str | None:
     """Refuses graphs that are known to be of different models or transcoders; of a difference, LoRAs may differ.
 
     Returns:
@@ -177,7 +184,7 @@ def _alike_entries(mappings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(key in one and one[key] == value for one in others)}
 
 
-def _union(graphs: Sequence[Graph]) -> _Union:
+def unite_nodes(graphs: Sequence[Graph]) -> NodeUnion:
     """Returns the distinct nodes of some graphs, and where each graph's nodes are among them."""
     keys = []
     for graph in graphs:
@@ -188,7 +195,7 @@ def _union(graphs: Sequence[Graph]) -> _Union:
         keys.append(np.stack([other, *columns, np.where(outputs, np.cumsum(outputs) - 1, 0)]))
     union, places = np.unique(np.concatenate(keys, axis=1), axis=1, return_inverse=True)
     ends = np.cumsum([part.shape[1] for part in keys])[:-1]
-    return _Union(union, [place.astype(np.int64) for place in np.split(places.ravel(), ends)])
+    return NodeUnion(union, [place.astype(np.int64) for place in np.split(places.ravel(), ends)])
 
 
 _Weighted = list[tuple[Graph, NDArray[np.int64], float]]

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from difffract_jax.address import STREAMS
+from difffract_jax.address import BRANCHES, STREAMS
 from difffract_jax.display import number_text, text_of
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.correlation import pearson, spearman
-from difffract_jax.graphs.graph import ERROR, INPUT, KINDS, REST, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, KINDS, REST, Graph
 
 Node = tuple[int, ...]
 """Kind, step, stream, block, position and feature; head, and stream and position of the key, of an attention score."""
@@ -123,9 +123,9 @@ def _nodes(graph: Graph, merged: bool) -> list[Node]:
     kind = np.where(merged & (graph.node_kind == REST), ERROR, graph.node_kind)
     # Files disagree on the block of inputs; there is one input per stream and position.
     block = np.where(kind == INPUT, -1, graph.node_block)
-    columns = (kind, graph.node_step, graph.node_stream, block, graph.node_position, graph.node_feature)
+    columns = (kind, graph.node_step, graph.node_branch, graph.node_stream, block, graph.node_position)
     of_score = (graph.node_head, graph.node_key_stream, graph.node_key_position)
-    return list(zip(*(column.tolist() for column in (*columns, *of_score)), strict=True))
+    return list(zip(*(column.tolist() for column in (*columns, graph.node_feature, *of_score)), strict=True))
 
 
 def _edges(graph: Graph, nodes: list[Node]) -> dict[tuple[Node, Node], float]:
@@ -137,10 +137,15 @@ def _edges(graph: Graph, nodes: list[Node]) -> dict[tuple[Node, Node], float]:
 
 
 def _name(node: Node) -> str:
-    kind, step, stream, block, position, feature, head, key_stream, key_position = node
+    kind, step, branch, stream, block, position, feature, head, key_stream, key_position = node
+    evaluation = f"#{step}" + (f"~{BRANCHES[branch]}" if branch else "")
     if head >= 0:
         query, key = ((STREAMS[stream], position), (STREAMS[key_stream], key_position))
         tokens = ",".join(name + (f"{number}" if number >= 0 else "") for name, number in (query, key))
-        return f"score block {block}/h{head}@{tokens}#{step}"
-    place = STREAMS[stream] + ("" if kind == INPUT else f"/{block}") + (f"/f{feature}" if feature >= 0 else "")
-    return f"{KINDS[kind]} {place}{f'@{position}' if position >= 0 else ''}#{step}"
+        return f"score block {block}/h{head}@{tokens}{evaluation}"
+    place = (
+        STREAMS[stream]
+        + ("" if kind == INPUT else f"/{block}")
+        + (f"/{'f' * (kind == FEATURE)}{feature}" if feature >= 0 else "")
+    )
+    return f"{KINDS[kind]} {place}{f'@{position}' if position >= 0 else ''}{evaluation}"

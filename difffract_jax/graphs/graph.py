@@ -21,30 +21,37 @@ from difffract_jax.graphs.arrays import (
     ABSENT,
     DTYPES,
     ERROR,
+    EXPLAINING,
     FEATURE,
     INPUT,
     KINDS,
+    MODULATION,
     OF_SCORES,
     OUTPUT,
     REST,
     SCORE,
+    WORD,
     GraphArrays,
     conservation_scale,
 )
 from difffract_jax.graphs.checks import check_values
 from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.remote.cache import local_file
 
 __all__ = [
     "ERROR",
+    "EXPLAINING",
     "FEATURE",
     "FORMAT_VERSION",
     "Graph",
     "INPUT",
     "KINDS",
+    "MODULATION",
     "OUTPUT",
     "REST",
     "SCORE",
+    "WORD",
     "conservation_scale",
     "subgraph",
 ]
@@ -111,10 +118,11 @@ class Graph(GraphArrays):
         """Writes the graph to a `.npz` file.
 
         Args:
-            path: file to write; it appears only when it is complete.
+            path: file to write, here or in a bucket; it appears only when it is complete.
         """
         record = {"format_version": FORMAT_VERSION} | self.provenance.to_json()
-        without = () if np.any(self.node_kind == SCORE) else OF_SCORES
+        without = set() if np.any(np.isin(self.node_kind, EXPLAINING)) else {*OF_SCORES}
+        without |= set() if self.node_branch.any() else {"node_branch"}
         arrays: dict[str, Any] = {name: getattr(self, name) for name in DTYPES if name not in without}
         texts = {"supernodes": self.supernodes, "metadata": record}
         arrays |= {name: np.frombuffer(json.dumps(value).encode(), np.uint8) for name, value in texts.items()}
@@ -126,13 +134,13 @@ class Graph(GraphArrays):
         """Reads a graph that `save` wrote.
 
         Args:
-            path: the file.
+            path: the file, here or in a bucket as gs://BUCKET/KEY or s3://BUCKET/KEY.
 
         Raises:
             UserError: if it is not such a file, is damaged, is of another format version, or holds numbers that are
                 not finite.
         """
-        arrays = _read_arrays(Path(path))
+        arrays = _read_arrays(local_file(path))
         missing = [name for name in (*DTYPES, "supernodes", "metadata") if name not in {*arrays, *ABSENT}]
         if missing:
             raise UserError(f"{path} is not a graph of difffract: it lacks {', '.join(missing)}; trace it again.")

@@ -20,10 +20,11 @@ from pydantic import ValidationError
 
 from difffract_jax.config import Settings, UserError
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.graph import FEATURE, INPUT, SCORE, Graph
+from difffract_jax.graphs.graph import FEATURE, SCORE, WORD, Graph
 from difffract_jax.graphs.json_values import to_json_values
-from difffract_jax.graphs.names import node_names, place_name, score_name
+from difffract_jax.graphs.names import evaluation_marks, node_names, place_name, score_name
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.remote.cache import local_file
 from difffract_jax.text_files import decoded, unicode_replaced
 
 FORMAT = "difffract-groups"
@@ -80,6 +81,8 @@ def identity(graph: Graph) -> GraphIdentity:
     combined = None if told.combined is None else [told.combined.operation, to_json_values(told.combined.graphs)]
     shown = {key: (told.viewer or {}).get(key) for key in ("slug", "scan", "prompt")}
     facts = [targets, run.prompt, run.seed, run.sigmas, told.steps, run.model, told.transcoders, combined, shown]
+    # Graphs without guidance by two branches do not name it, and keep the fingerprint that their files have.
+    facts += [] if run.negative_prompt is None else [run.negative_prompt, run.guidance]
     text = json.dumps(to_json_values(facts), sort_keys=True)
     return GraphIdentity(
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
@@ -125,7 +128,7 @@ def read_groups(path: str | Path, graph: Graph | None = None) -> Groups:
     Raises:
         UserError: if it is not a groups file, or one of another graph.
     """
-    path = Path(path)
+    path = local_file(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give a {SUFFIX} that the viewer saved.")
     try:
@@ -188,28 +191,26 @@ def without_position(name: str) -> str:
     Args:
         name: as `node_names` has it.
     """
-    name = re.sub(r"@(img|txt)\d+,(img|txt)\d+(?=#|$)", r"@\1,\2", name)  # of an attention score
-    return re.sub(r"@(img|txt)?\d+(?=#|$)", lambda found: f"@{found[1]}" if found[1] else "", name)
+    name = re.sub(r"@(img|txt)\d+,(img|txt)\d+(?=[#~]|$)", r"@\1,\2", name)  # of an attention score
+    return re.sub(r"@(img|txt)?\d+(?=[#~]|$)", lambda found: f"@{found[1]}" if found[1] else "", name)
 
 
 def summed_names(graph: Graph) -> list[str]:
     """Returns the name of every node as if positions were summed over."""
     if not graph.by_position:
         return node_names(graph)
-    steps, layout = np.unique(graph.node_step).size > 1, graph.provenance.known.layout
-    fixed, called = node_names(graph), []
-    for node, name in enumerate(fixed):
+    layout, called = graph.provenance.known.layout, []
+    for node, (name, mark) in enumerate(zip(node_names(graph), evaluation_marks(graph), strict=True)):
         kind, stream, block, feature = (
             int(column[node]) for column in (graph.node_kind, graph.node_stream, graph.node_block, graph.node_feature)
         )
-        if node < graph.targets.size:
+        if node < graph.targets.size or kind == WORD:
             called.append(name)
             continue
-        step = f"#{graph.node_step[node]}" if steps and kind != INPUT else ""
         if kind == SCORE:
-            called.append(score_name(graph, node, summed=True) + step)
+            called.append(score_name(graph, node, summed=True) + mark)
         else:
-            called.append(place_name(kind, stream, block, -1, feature, layout) + step)
+            called.append(place_name(kind, stream, block, -1, feature, layout) + mark)
     return called
 
 

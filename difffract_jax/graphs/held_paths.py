@@ -19,6 +19,27 @@ class PooledPath:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplainedPooled:
+    """What modulations add to a target's account, where they are nodes.
+
+    Attributes:
+        total: sum of its edges from modulations, of all there are; its bias holds minus this.
+        absolute: sum of the absolute edges.
+        remainder: by how much more the target falls when the pooled embedding is exchanged.
+        direct: by how much it falls in the frozen map, all sources held, when all modulations are exchanged.
+        unspoken: part of `total` that no word makes, as the place where CLIP reads the embedding; None without words.
+        points: of the integral.
+    """
+
+    total: float
+    absolute: float
+    remainder: float
+    direct: float
+    unspoken: float | None
+    points: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExplainedAttention:
     """What attention's scores add to a target's account, where they are nodes.
 

@@ -1,7 +1,7 @@
 """An order of nodes in which every edge leads up, or the circle of edges because of which there is none (NumPy).
 
 1. Graphs of ours are laid in layers: edges lead from a lower (step, block) to a higher one, which is an order already.
-   A block's attention scores come before its features.
+   A block's attention scores and modulations come before its features, those of the last norm before outputs.
 2. Graphs of other tools may have edges within a layer, as from attention features to those of the MLP after it. There a
    node's level is the number of edges on the longest path to it.
 3. Where edges run in a circle, that number does not exist, and the circle is named.
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
 from difffract_jax.config import UserError
-from difffract_jax.graphs.arrays import SCORE, GraphArrays
+from difffract_jax.graphs.arrays import MODULATION, SCORE, GraphArrays
 from difffract_jax.graphs.names import node_names
 
 SHOWN = 6
@@ -30,7 +30,7 @@ def levels(step: NDArray[np.integer], block: NDArray[np.integer]) -> Int64[np.nd
 def levels_of(
     kind: NDArray[np.integer], step: NDArray[np.integer], block: NDArray[np.integer]
 ) -> Int64[np.ndarray, "node"]:
-    """Returns what `levels` does, with a block's attention scores before all else of the block.
+    """Returns what `levels` does, with a block's attention scores and modulations before all else of the block.
 
     Args:
         kind: of each node.
@@ -38,7 +38,8 @@ def levels_of(
         block: of the model.
     """
     level = levels(step, block)
-    return 2 * level + (kind != SCORE) if np.any(kind == SCORE) else level
+    before = np.isin(kind, (SCORE, MODULATION))
+    return 2 * level + ~before if before.any() else level
 
 
 def node_levels(graph: GraphArrays, names: Sequence[str] | None = None) -> Int64[np.ndarray, "node"]:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from difffract_jax.address import Layout, Tokens, flux_layout
+from difffract_jax.address import PROMPT, Layout, Tokens, flux_layout
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, record_text, text_of
-from difffract_jax.graphs.held_paths import ExplainedAttention, PooledPath
+from difffract_jax.graphs.grade import Grade, stored_grade
+from difffract_jax.graphs.held_paths import ExplainedAttention, ExplainedPooled, PooledPath
 from difffract_jax.graphs.json_values import beyond, merge_json, to_json_values, typed
 from difffract_jax.graphs.loras import MergedLora, texts_of
 from difffract_jax.graphs.reduction import GroupingSettings, PruningScores, PruningSettings
@@ -43,6 +44,9 @@ class TraceInfo:
         model_origin: the repository on the hub that the pipeline came from, commit included; None if it did not.
         base_model: content hash of the pipeline before LoRAs were merged into it; None if none were.
         loras: that were merged.
+        negative_prompt: of the second branch, with guidance by two branches; None where a step is one evaluation.
+        negative_tokens: the negative prompt's tokens, padding included; none likewise.
+        branch: of the evaluation, 0 prompt or 1 negative; of several evaluations, 0.
     """
 
     prompt: str
@@ -62,6 +66,9 @@ class TraceInfo:
     model_origin: str | None = None
     base_model: str | None = None
     loras: tuple[MergedLora, ...] = ()
+    negative_prompt: str | None = None
+    negative_tokens: tuple[str, ...] = ()
+    branch: int = 0
 
     __repr__ = record_text
 
@@ -69,6 +76,29 @@ class TraceInfo:
     def tokens_of(self) -> Tokens:
         """How many tokens each stream has."""
         return Tokens(self.grid[0] * self.grid[1], self.text_tokens)
+
+    @property
+    def text(self) -> str:
+        """The text that this evaluation's branch reads: the prompt or the negative prompt."""
+        return self.prompt if self.branch == PROMPT or self.negative_prompt is None else self.negative_prompt
+
+    @property
+    def branches(self) -> int:
+        """Evaluations of a step: 2 with guidance by two branches, else 1."""
+        return 1 if self.negative_prompt is None else 2
+
+    @property
+    def velocity_weight(self) -> float:
+        """Factor of this evaluation's velocity in that of its step: s or 1 - s of its branch; 1 where it is alone."""
+        if self.negative_prompt is None:
+            return 1.0
+        assert self.guidance is not None
+        return self.guidance if self.branch == PROMPT else 1 - self.guidance
+
+    @property
+    def taken(self) -> float:
+        """Factor of this evaluation's velocity in the change of the latents: the step of sigma times its weight."""
+        return (self.sigmas[self.step + 1] - self.sigmas[self.step]) * self.velocity_weight
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -92,6 +122,8 @@ class KnownRun:
         model: content hash of the pipeline.
         base_model: content hash of the pipeline before LoRAs were merged into it.
         loras: that were merged; none where they are not known.
+        negative_prompt: of the second branch.
+        negative_tokens: of the negative prompt; none where they are not known.
     """
 
     prompt: str | None = None
@@ -110,6 +142,8 @@ class KnownRun:
     model: str | None = None
     base_model: str | None = None
     loras: tuple[MergedLora, ...] = ()
+    negative_prompt: str | None = None
+    negative_tokens: tuple[str, ...] = ()
 
     __repr__ = record_text
 
@@ -204,15 +238,20 @@ class Provenance:
         steps: denoising steps that it spans.
         pooled_path: how much of each target goes through the pooled embedding.
         attention: what attention's scores add to each target, where they are nodes.
+        pooled: what modulations add to each target, where they are nodes.
+        words: the prompt's tokens as CLIP reads them, by place, where they are nodes; "" where they are those of the
+            empty prompt.
         precision: what low precision cost; None for float32.
         target_weights: weights of the targets, positive, one each.
         pruning: how it was pruned; None if it was not.
         scores: before and after pruning.
         grouping: how supernodes were found; under `supernodes` in files.
+        grade: what its predictions of edits are worth, from `difffract validate --grade`; None if it was not graded.
         combined: the graphs that were combined into it; None for the graph of one run.
         file: name of the file that it was read from, for combining.
         reference_config: the settings in a document of the reference, as they stand there.
         viewer: the metadata in a document of circuit-tracer's viewer, as they stand there.
+        labels: what that document calls features, by their names; None where it says no more than these.
         unclear_links: links of that document that could not be taken as they stand; None if all could.
         command: command that made it.
         settings: the command's resolved settings, JSON values.
@@ -228,15 +267,19 @@ class Provenance:
     steps: tuple[int, ...] = ()
     pooled_path: tuple[PooledPath, ...] = ()
     attention: tuple[ExplainedAttention, ...] = ()
+    pooled: tuple[ExplainedPooled, ...] = ()
+    words: tuple[str, ...] = ()
     precision: Rounding | None = None
     target_weights: tuple[float, ...] = (1.0,)
     pruning: PruningSettings | None = None
     scores: PruningScores | None = None
     grouping: GroupingSettings | None = None
+    grade: Grade | None = None
     combined: Combined | None = None
     file: str | None = None
     reference_config: Mapping[str, Any] | None = None
     viewer: Mapping[str, Any] | None = None
+    labels: Mapping[str, str] | None = None
     unclear_links: UnclearLinks | None = None
     command: str | None = None
     settings: Mapping[str, Any] | None = None
@@ -260,6 +303,7 @@ class Provenance:
             "precision": self.precision,
             "pruning": self.pruning,
             "grouping": self.grouping,
+            "grade": self.grade and str(self.grade),
             "combined": self.combined and f"{self.combined.operation} of {len(self.combined.graphs)} graphs",
             "file": self.file,
             "made by": self.command,
@@ -313,6 +357,7 @@ class Provenance:
             UserError: naming the first value that is not of its field's type; those of a document of the reference
                 are kept in `extra` instead.
         """
+        record = {key: stored_grade(value) if key == "grade" else value for key, value in record.items()}
         trace = _with_layout(record.get("trace"))
         whole = isinstance(trace, Mapping) and {f.name for f in fields(TraceInfo) if f.default is MISSING} <= {*trace}
         names = FILE_KEYS | {"trace": "run" if whole and "combined" not in record else "shared"}

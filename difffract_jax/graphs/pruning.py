@@ -41,6 +41,24 @@ MODES = ("standard", "difffract")
 ROUNDING = 1e-9
 
 
+def check_pruning(mode: str, node_threshold: float, edge_threshold: float) -> None:
+    """Refuses settings that `prune` knows nothing of.
+
+    Args:
+        mode: one of `MODES`.
+        node_threshold: see `prune`.
+        edge_threshold: see `prune`.
+
+    Raises:
+        UserError: if the mode is unknown or a threshold out of range.
+    """
+    if mode not in MODES:
+        raise UserError(f"The pruning mode must be one of {', '.join(MODES)}, but got {mode!r}.")
+    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
+        if not 0 < value <= 1:
+            raise UserError(f"{name} is a share of influence to keep and must lie in (0, 1], but got {value}.")
+
+
 def prune(
     graph: Graph,
     *,
@@ -70,11 +88,7 @@ def prune(
         UserError: if the mode is unknown or a threshold out of range, or if the sums over positions would run in
             circles.
     """
-    if mode not in MODES:
-        raise UserError(f"The pruning mode must be one of {', '.join(MODES)}, but got {mode!r}.")
-    for name, value in (("node_threshold", node_threshold), ("edge_threshold", edge_threshold)):
-        if not 0 < value <= 1:
-            raise UserError(f"{name} is a share of influence to keep and must lie in (0, 1], but got {value}.")
+    check_pruning(mode, node_threshold, edge_threshold)
     if not by_position and graph.by_position:
         graph = aggregate(graph)
         check_sum(graph)
@@ -88,7 +102,7 @@ def prune(
     pruned = subgraph(graph, nodes, edges)
     settings = PruningSettings(mode=mode, node_threshold=node_threshold, edge_threshold=edge_threshold)
     told = PruningScores(unpruned=scores(graph), pinned=scores(graph, pinned=nodes), pruned=scores(pruned))
-    return pruned.with_provenance(pruning=settings, scores=told)
+    return pruned.with_provenance(pruning=settings, scores=told, grade=None)  # a grade is of the graph that was tried
 
 
 Masks = tuple[Bool[np.ndarray, "node"], Bool[np.ndarray, "edge"]]

@@ -7,8 +7,9 @@ scores: what the features and scores in the graph miss.
     replacement    sum of I over inputs / (sum of I over inputs + sum of I over errors)
     completeness   sum over nodes t of (1 - sum over errors s of A[s, t]) (I[t] + w[t]) / sum over t of (I[t] + w[t])
 
-Replacement asks how much of the influence reaches the inputs rather than ending in an error; completeness, how much of
-what enters the nodes that matter comes from no error. Both are shares; 1 means no errors.
+Replacement asks how much of the influence reaches the inputs, words of the pooled path among them, rather than ending
+in an error; completeness, how much of what enters the nodes that matter comes from no error. Both are shares; 1 means
+no errors.
 
 A subset of the features is scored by treating the others as error, as Neuronpedia does for pinned nodes: their edges
 are taken to leave from the error of the same step, site and position, and what enters them is dropped.
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, SCORE, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, SCORE, WORD, Graph
 from difffract_jax.graphs.influence import column_shares, reach
 from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.reduction import Scores
@@ -48,7 +49,7 @@ def scores(graph: Graph, *, pinned: Bool[np.ndarray, "node"] | None = None) -> S
         errors = np.pad(errors, (0, places), constant_values=True)
         edges = _fold(edges, folded, stand_in)
     more = level.size - graph.node_kind.size
-    inputs = np.pad(graph.node_kind == INPUT, (0, more))
+    inputs = np.pad(np.isin(graph.node_kind, (INPUT, WORD)), (0, more))
     roots = np.pad(graph.root_weights, (0, more))
     shares = column_shares(edges.target, edges.attribution, level.size)
     reached = reach(level, edges.source, edges.target, shares, roots)
@@ -73,9 +74,11 @@ class Links(NamedTuple):
 def _stand_ins(graph: Graph) -> tuple[Int64[np.ndarray, "node"], int]:
     """Returns the error that stands for each node, the one of its place, and how many places there are.
 
-    Where a place (step, stream, block, position) has no error, the stand-in is numbered past the end of the nodes.
+    Where a place (step, branch, stream, block, position) has no error, the stand-in is numbered past the end of the
+    nodes.
     """
-    place = np.stack([graph.node_step, graph.node_stream, graph.node_block, graph.node_position]).astype(np.int64)
+    columns = (graph.node_step, graph.node_branch, graph.node_stream, graph.node_block, graph.node_position)
+    place = np.stack([column.astype(np.int64) for column in columns])
     distinct, places = np.unique(place, axis=1, return_inverse=True)
     places, count = places.ravel(), distinct.shape[1]
     stand_in = np.arange(count) + places.size
@@ -90,4 +93,4 @@ def _fold(edges: Links, folded: Bool[np.ndarray, "node"], stand_in: Int64[np.nda
     source = np.where(folded[edges.source], stand_in[edges.source], edges.source)
     pairs, place = np.unique(np.stack([edges.target, source])[:, left], axis=1, return_inverse=True)
     sums = np.bincount(place.ravel(), edges.attribution[left].astype(np.float64), pairs.shape[1])
-    return Links(pairs[1], pairs[0], sums)
+    return Links(pairs[1], pairs[0], sums.astype(np.float64))  # without edges `bincount` counts in whole numbers

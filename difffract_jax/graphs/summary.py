@@ -10,9 +10,9 @@ import numpy as np
 from difffract_jax.address import STREAMS
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, html_of, html_table, number_text, size_text, text_of, text_table
-from difffract_jax.graphs.arrays import DTYPES, FEATURE, KINDS, GraphArrays
+from difffract_jax.graphs.arrays import DTYPES, FEATURE, KINDS, SCORE, GraphArrays
 from difffract_jax.graphs.influence import node_influence
-from difffract_jax.graphs.names import node_name, node_names
+from difffract_jax.graphs.names import branch_name, node_name, node_names
 from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.graphs.reduction import PruningScores, PruningSettings
 
@@ -85,6 +85,7 @@ class GraphSummary:
             "steps": ", ".join(map(str, self.steps)),
             **self._origin(),
             "pruned": self._pruned(),
+            "grade": self.provenance.grade and str(self.provenance.grade),
             "supernodes": str(self.supernodes) if self.supernodes else None,
             "memory": size_text(self.bytes),
         }
@@ -222,8 +223,9 @@ def to_networkx(graph: GraphArrays) -> Any:
     """Returns a graph as a `networkx.DiGraph`; keys of nodes are their names.
 
     Nodes carry `node`, their number, and the columns of the CSV tables that are known: kind, step, stream, block,
-    position, feature, value, target_weight, influence, cumulative, supernode. Edges carry `attribution`. Supernodes are
-    in the graph's own attributes, and so is its provenance, as JSON values.
+    position, feature, value, target_weight, influence, cumulative, supernode; attention scores also head, key_stream
+    and key_position. Edges carry `attribution`, those into scores `query`, those from scores `remainder`, see
+    `GraphArrays`. Supernodes are in the graph's own attributes, and so is its provenance, as JSON values.
 
     Args:
         graph: any graph.
@@ -240,9 +242,12 @@ def to_networkx(graph: GraphArrays) -> Any:
     made.add_nodes_from(zip(names, _columns(graph), strict=True))
     ends, place = np.unique(np.stack([graph.edge_source, graph.edge_target]), axis=1, return_inverse=True)
     # Documents of the reference may hold two edges between the same nodes; a `DiGraph` holds one.
-    values = np.bincount(place.ravel(), graph.edge_attribution.astype(np.float64), ends.shape[1])
-    edges = zip(*ends.tolist(), values.tolist(), strict=True)
-    made.add_weighted_edges_from(((names[s], names[t], value) for s, t, value in edges), weight="attribution")
+    score = graph.node_kind == SCORE
+    columns = {"attribution": np.full(ends.shape[1], True), "query": score[ends[1]], "remainder": score[ends[0]]}
+    for column, known in columns.items():
+        values = np.bincount(place.ravel(), getattr(graph, f"edge_{column}").astype(np.float64), ends.shape[1])
+        edges = zip(*ends[:, known].tolist(), values[known].tolist(), strict=True)
+        made.add_weighted_edges_from(((names[s], names[t], value) for s, t, value in edges), weight=column)
     return made
 
 
@@ -266,8 +271,14 @@ def _columns(graph: GraphArrays) -> Iterator[dict[str, Any]]:
             "value": float(graph.node_value[node]),
             "target_weight": weights[node],
         }
+        if graph.node_branch.any() and branch_name(graph, node):
+            attributes["branch"] = branch_name(graph, node)
         if graph.node_kind[node] != FEATURE:
             del attributes["feature"]
+        if graph.node_kind[node] == SCORE and graph.node_head[node] >= 0:
+            attributes["head"] = int(graph.node_head[node])
+            attributes["key_stream"] = STREAMS[graph.node_key_stream[node]]
+            attributes["key_position"] = int(graph.node_key_position[node])
         for name, column in (("influence", graph.node_influence), ("cumulative", graph.node_cumulative)):
             if not np.isnan(column[node]):
                 attributes[name] = float(column[node])

@@ -21,6 +21,7 @@ from difffract_jax.models.blocks import FluxConfig, Streams
 from difffract_jax.models.double import Frozen
 from difffract_jax.models.single import SingleFrozen
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.remote.cache import local_file
 
 FORMAT_VERSION = 1
 ARRAYS: dict[str, str] = {
@@ -135,11 +136,12 @@ def read_activations(path: str | Path) -> Activations:
     Raises:
         UserError: if it is absent, broken, of another version, incomplete, or not finite.
     """
-    if not Path(path).is_file():
+    file_here = local_file(path)
+    if not file_here.is_file():
         raise UserError(f"{path} does not exist; make it with python -m converters.torch_trace.")
     try:
         # NumPy leaves a file open that it cannot read.
-        with Path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with file_here.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             found = {name: file[name] for name in file.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, AttributeError):
         raise UserError(f"{path} is damaged or no .npz file of activations; make it again.") from None

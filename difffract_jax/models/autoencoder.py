@@ -10,15 +10,17 @@ For one image, channels last:
 3. resnet: x + conv(SiLU(norm(conv(SiLU(norm(x)))))); where the width changes, x goes through a 1x1 convolution.
 4. the middle: resnet, single-head self-attention over all pixels, resnet.
 
-The transformer works on scaled latents: scaled = (latent - shift_factor) * scaling_factor. `decode` takes, and `encode`
-returns, unscaled ones; the pipeline scales.
+The transformer works on scaled latents: scaled = (latent - shift_factor) * scaling_factor, packed into tokens. `decode`
+takes, and `encode` returns, unscaled ones; `unpacked` makes the one of the other. FLUX.2's autoencoder
+(`AutoencoderKLFlux2`) scales every channel of a token by itself: scaled = (packed - mean) / sqrt(variance + eps).
 
 Axes: `H W rgb` pixels, `h w latent` latents, h = H / factor; `rows cols width` anything in between. The number and the
 widths of the blocks differ from level to level, so these are lists and not stacks. Norms and softmax are computed in at
 least float32 whatever the dtype of the weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from difffract_jax.models.sampler import PATCH, scale_for_decoder, unpack
 from difffract_jax.ops import standardise, widen
 from difffract_jax.trees import brief
 
@@ -83,6 +86,33 @@ FLUX_VAE = AutoencoderConfig(
     shift_factor=0.1159,
 )
 """The autoencoder of FLUX.1."""
+
+
+SD3_VAE = replace(FLUX_VAE, scaling_factor=1.5305, shift_factor=0.0609)
+"""The autoencoder of Stable Diffusion 3: FLUX.1's shape, other scales."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux2AutoencoderConfig(AutoencoderConfig):
+    """Shape of FLUX.2's autoencoder.
+
+    Attributes:
+        scaling_factor: 1, since channels are scaled one by one.
+        shift_factor: 0.
+        batch_norm_eps: added to a channel's variance under the root.
+        family: what `config.json` of a directory tells this shape by.
+    """
+
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    batch_norm_eps: float = 1e-4
+    family: Literal["flux2"] = "flux2"
+
+
+FLUX2_VAE = Flux2AutoencoderConfig(latent_channels=32, widths=(128, 256, 512, 512), layers_per_block=2, norm_groups=32)
+"""The autoencoder of FLUX.2."""
 
 
 class GroupNorm(nnx.Module):
@@ -310,3 +340,34 @@ class Autoencoder(nnx.Module):
             Pixels around [-1, 1], not clipped.
         """
         return self.decoder(latent if self.post_quant_conv is None else self.post_quant_conv(latent))
+
+    def unpacked(self, tokens: Float[Array, "img channels"], grid: tuple[int, int]) -> Float[Array, "h w latent"]:
+        """Returns the latent that packed and scaled tokens stand for, as `decode` takes it.
+
+        Args:
+            tokens: as the transformer works on them.
+            grid: rows and columns of tokens.
+        """
+        return scale_for_decoder(unpack(tokens, grid), self.config.scaling_factor, self.config.shift_factor)
+
+
+class LatentStatistics(nnx.Module):
+    """Mean and variance of every channel of packed latents, as batch norm counted them in training."""
+
+    def __init__(self, channels: int, *, dtype: DTypeLike) -> None:
+        self.mean = nnx.Param(jnp.zeros(channels, dtype))
+        self.variance = nnx.Param(jnp.ones(channels, dtype))
+
+
+class Flux2Autoencoder(Autoencoder):
+    """FLUX.2's autoencoder: that of latent diffusion, and the statistics of its packed latents."""
+
+    def __init__(self, config: Flux2AutoencoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> None:
+        super().__init__(config, rngs=rngs, dtype=dtype)
+        self.latents = LatentStatistics(PATCH**2 * config.latent_channels, dtype=dtype)
+        self.eps = config.batch_norm_eps
+
+    def unpacked(self, tokens: Float[Array, "img channels"], grid: tuple[int, int]) -> Float[Array, "h w latent"]:
+        """Returns the latent that packed and scaled tokens stand for, as `decode` takes it."""
+        mean, variance = (one[...].astype(tokens.dtype) for one in (self.latents.mean, self.latents.variance))
+        return unpack(tokens * jnp.sqrt(variance + self.eps)[None] + mean[None], grid)

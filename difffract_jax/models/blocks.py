@@ -4,7 +4,7 @@ A class of blocks is an NNX module of one block's weights; `double` and `single`
 layer axis are a stack, and `stacks` runs those. Nothing outside `models` looks inside a block: `Block` lists what a
 class must offer, and any class that offers it can be captured, replaced and attributed.
 
-A block is `block(h, cond, *, frozen=None, mlp=None, heads=None, scores=None) -> (h, acts)`:
+A block is `block(h, cond, *, frozen=None, mlp=None, heads=None, scores=None, modulation=None) -> (h, acts)`:
 
     live       `frozen` left out: queries, keys and norm scales are computed.
     frozen     they come from a record; then the block is affine in `h` but for its MLPs. The attention pattern is
@@ -81,6 +81,16 @@ class FluxConfig:
         return int(self.d_model * self.mlp_ratio)
 
     @property
+    def score_columns(self) -> int:
+        """Columns of the queries of all heads, or of the keys, as blocks record them."""
+        return self.d_model
+
+    @property
+    def hidden_ratio(self) -> float:
+        """Numbers of an MLP's hidden layer that are in memory together, over d_model: both sides of the GELU."""
+        return 2 * self.mlp_ratio
+
+    @property
     def layout(self) -> Layout:
         """The model's stacks, blocks and groups of sites."""
         return flux_layout(self.depth_double, self.depth_single)
@@ -108,13 +118,27 @@ class Cond(NamedTuple):
 
     Attributes:
         vec: conditioning vector of time, pooled prompt and guidance, [d_model].
-        cos: cosines of the rotary angles, [seq head_dim/2].
+        cos: cosines of the rotary angles, [seq head_dim/2]; None for a model whose attention knows no positions.
         sin: their sines.
+        mod: modulations that blocks share, in a type of the model's own; None where every block computes its own.
     """
 
     vec: Float[Array, "d_model"]
-    cos: Float[Array, "seq half"]
-    sin: Float[Array, "seq half"]
+    cos: Float[Array, "seq half"] | None
+    sin: Float[Array, "seq half"] | None
+    mod: Any = None
+
+
+class Modulations(NamedTuple):
+    """One thing for the modulations of a model, mostly arrays [layer kind d_model].
+
+    Attributes:
+        blocks: per group of all stacks; None for a group that names none.
+        final: of the last norm, without a layer axis; None where it is not run.
+    """
+
+    blocks: tuple[Any, ...] | None
+    final: Any
 
 
 class BlockActs(NamedTuple):
@@ -154,6 +178,7 @@ class Block(Protocol):
         mlp: StandIn | None = None,
         heads: Float[Array, "heads"] | None = None,
         scores: Float[Array, "heads queries keys"] | None = None,
+        modulation: Sequence[Float[Array, "_ d_model"]] | None = None,
     ) -> tuple[tuple[Array, ...], BlockActs]:
         """Runs the block.
 
@@ -164,6 +189,8 @@ class Block(Protocol):
             mlp: stands in for the MLP sublayers; `run_mlp` if left out.
             heads: factor of each attention head's output; 1 if left out.
             scores: added to attention's scores before the softmax; 0 if left out.
+            modulation: added to the modulations, per group, in the order of `modulations`; 0 if left out. A class of
+                blocks whose groups name no modulations does not take it.
 
         Returns:
             The residual streams after the block, per group, and what it computed.
@@ -180,6 +207,14 @@ class Block(Protocol):
         Args:
             cond: what the evaluation's blocks share.
             frozen: record to take it from; computed if left out.
+        """
+        ...
+
+    def modulations(self, cond: Cond) -> tuple[Float[Array, "_ d_model"], ...]:
+        """Returns the modulations of each group, in the order of `Group.modulations`; needed where these are named.
+
+        Args:
+            cond: what the evaluation's blocks share.
         """
         ...
 
@@ -257,6 +292,19 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis."""
         return rms_norm(x, self.scale[...])
 
+    @property
+    def width(self) -> int:
+        """Columns of a head."""
+        return self.scale.shape[-1]
+
+    def held(
+        self, x: Float[Array, "rows head_dim"], denominator: Float[Array, ""] | None
+    ) -> tuple[Float[Array, "rows head_dim"], Float[Array, ""]]:
+        """Normalises with a given 1 / root mean square, x's own if None; returns which it was, too."""
+        if denominator is None:
+            denominator = jax.lax.rsqrt(jnp.mean(jnp.square(x)) + 1e-6)
+        return x * denominator * self.scale[...], denominator
+
 
 class QKV(nnx.Linear):
     """The projection to queries, keys and values, side by side.
@@ -269,10 +317,10 @@ class QKV(nnx.Linear):
 
     def from_column(self, first: int) -> "QKV":
         """Returns the projection without the columns before `first`."""
-        assert self.bias is not None
         rest = jax.tree.map(lambda leaf: leaf, self)
         rest.kernel = nnx.Param(self.kernel[..., first - self.first :])
-        rest.bias = nnx.Param(self.bias[..., first - self.first :])
+        if self.bias is not None:
+            rest.bias = nnx.Param(self.bias[..., first - self.first :])
         rest.first = first
         return rest
 
@@ -299,16 +347,16 @@ def split(joint: Float[Array, "seq *rest"], text_tokens: int) -> Streams:
 
 def project(layer: QKV, x: Float[Array, "rows d_model"], columns: slice) -> Float[Array, "rows columns"]:
     """Applies some columns of the projection to queries, keys and values."""
-    assert layer.bias is not None
     begin = 0 if columns.start is None else columns.start
     assert begin >= layer.first, "a slim block has no queries and keys"
     part = slice(begin - layer.first, None if columns.stop is None else columns.stop - layer.first)
-    return x @ layer.kernel[:, part] + layer.bias[None, part]
+    y = x @ layer.kernel[:, part]
+    return y if layer.bias is None else y + layer.bias[None, part]
 
 
 def head_of_row(
     qkv: QKV,
-    norm: RMSNorm,
+    norm: Any,
     cond: Cond,
     modulation: tuple[Float[Array, "d_model"], Float[Array, "d_model"]],
     part: int,
@@ -322,7 +370,7 @@ def head_of_row(
 
     Args:
         qkv: the projection to queries, keys and values.
-        norm: RMS norm of queries or keys.
+        norm: of queries or keys.
         cond: what the evaluation's blocks share.
         modulation: shift and scale before the projection.
         part: 0 for the query, 1 for the key.
@@ -335,8 +383,13 @@ def head_of_row(
     shift, scale = modulation
     m = film(layer_norm(h[None], inv_std[None])[0], scale, shift)
     columns = slice(part * h.size, (part + 1) * h.size)
-    raw = split_heads(project(qkv, m, columns), norm.scale.shape[-1])[:, head]
-    if denominator is None:
-        denominator = jax.lax.rsqrt(jnp.mean(jnp.square(raw)) + 1e-6)
-    normed = raw * denominator * norm.scale[...]
+    raw = split_heads(project(qkv, m, columns), norm.width)[:, head]
+    normed, denominator = norm.held(raw, denominator)
+    if cond.cos is None or cond.sin is None:
+        return normed[0], denominator
     return rotate(normed[:, None], cond.cos[place][None], cond.sin[place][None])[0, 0], denominator
+
+
+def rotated(x: Float[Array, "seq heads head_dim"], cond: Cond) -> Float[Array, "seq heads head_dim"]:
+    """Turns queries or keys by their positions' angles; as they are where attention knows no positions."""
+    return x if cond.cos is None or cond.sin is None else rotate(x, cond.cos, cond.sin)

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from difffract_jax.models.shapes import stacked
 from difffract_jax.ops import attend, standardise, widen
 from difffract_jax.trees import brief
 
@@ -129,8 +130,7 @@ class CLIPTextEncoder(nnx.Module):
         self.config = config
         self.embed = nnx.Embed(config.vocab, config.d_model, param_dtype=dtype, rngs=rngs)
         self.positions = nnx.Embed(config.positions, config.d_model, param_dtype=dtype, rngs=rngs)
-        keys = jax.random.split(rngs.params(), config.layers)
-        self.blocks = jax.vmap(lambda key: CLIPBlock(config, rngs=nnx.Rngs(key), dtype=dtype))(keys)
+        self.blocks = stacked(lambda one: CLIPBlock(config, rngs=one, dtype=dtype), config.layers, rngs)
         self.final_norm = LayerNorm(config.d_model, config.eps, dtype=dtype)
 
     def __call__(
@@ -152,13 +152,44 @@ class CLIPTextEncoder(nnx.Module):
                 f"CLIP was given {len(ids)} token ids, but has {self.config.positions} positions; "
                 "cut the prompt to that length."
             )
+        return self.encode_embedded(self.embedded(ids), ids)
+
+    def before_last(
+        self, ids: Int[Array | np.ndarray, "clip"]
+    ) -> tuple[Float[Array, "clip clip_width"], Float[Array, "clip_width"]]:
+        """Encodes one prompt as `__call__` does, but returns the states before the last layer, without the last norm.
+
+        Args:
+            ids: token ids, at most `config.positions` of them.
+        """
+        ids = jnp.asarray(ids)
+
+        def step(x: Array, block: CLIPBlock) -> tuple[Array, Array]:
+            return block(x), x
+
+        x, entering = jax.lax.scan(step, self.embedded(ids) + self.positions.embedding[: len(ids)], self.blocks)
+        return entering[-1], self.final_norm(x)[self._end(ids)]
+
+    def embedded(self, ids: Int[Array | np.ndarray, "clip"]) -> Float[Array, "clip clip_width"]:
+        """Returns the embeddings of tokens, without those of their positions."""
+        # Not `self.embed(ids)`, which would cast to the dtype the module was built with, whatever its weights are now.
+        return jnp.take(self.embed.embedding[...], jnp.asarray(ids), axis=0)
+
+    def encode_embedded(
+        self, x: Float[Array, "clip clip_width"], ids: Int[Array | np.ndarray, "clip"]
+    ) -> tuple[Float[Array, "clip clip_width"], Float[Array, "clip_width"]]:
+        """Encodes embeddings of tokens, as `__call__` does ids.
+
+        Args:
+            x: from `embedded`, or others in their place.
+            ids: of the tokens, which tell where the text ends.
+        """
         ids = jnp.asarray(ids)
 
         def step(x: Float[Array, "clip clip_width"], block: CLIPBlock) -> tuple[Float[Array, "clip clip_width"], None]:
             return block(x), None
 
-        # Not `self.embed(ids)`, which would cast to the dtype the module was built with, whatever its weights are now.
-        x = jnp.take(self.embed.embedding[...], ids, axis=0) + self.positions.embedding[: len(ids)]
+        x = x + self.positions.embedding[: len(ids)]
         x, _ = jax.lax.scan(step, x, self.blocks)
         last_hidden = self.final_norm(x)
         return last_hidden, last_hidden[self._end(ids)]

@@ -1,4 +1,4 @@
-"""Prompt embeddings in a file: what T5 and CLIP make of some prompts, so that a run need not load them.
+"""Prompt embeddings in a file: what the text encoders make of some prompts, so that a run need not load them.
 
 A file is one `.npz`: `text` [prompt txt text_width], `pooled` [prompt pooled_width], `mask` [prompt txt], `metadata`:
 JSON with the prompts, what was cut of each, the model's content hash and the versions. The empty prompt is always among
@@ -6,6 +6,7 @@ them, since a trace reports what its pooled embedding changes.
 """
 
 import json
+import logging
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,13 @@ import ml_dtypes
 import numpy as np
 
 from difffract_jax.config import UserError
+from difffract_jax.models.absent import AbsentConfig
 from difffract_jax.models.encoded import Embeddings, EncodedPrompt
 from difffract_jax.models.pipeline import Pipeline, encode
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.remote.cache import local_file
 
+_log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 NARROW = "bfloat16"
 
@@ -74,7 +78,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
     """
     try:
         # Opened here, since NumPy leaves a file open that it cannot read.
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with local_file(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             metadata = json.loads(str(file["metadata"][()]))
             arrays = {name: _numbers(file[name], metadata["dtype"]) for name in ("text", "pooled")}
             mask = file["mask"].astype(bool)
@@ -97,13 +101,18 @@ def with_embeddings(pipe: Pipeline, embeddings: Embeddings) -> Pipeline:
     """Returns a pipeline that takes the embeddings of prompts from a file, and has no text encoders any more.
 
     Args:
-        pipe: the pipeline.
+        pipe: the pipeline; one that was loaded without text encoders cannot tell whether the embeddings are its own.
         embeddings: of its model.
 
     Raises:
         UserError: if they are another model's, or of other widths than the model reads.
     """
-    if embeddings.model != pipe.source:
+    if isinstance(pipe.config.t5, AbsentConfig):
+        _log.warning(
+            "The model has no text encoders, so that nothing tells whether the embeddings%s are its own.",
+            f" in {embeddings.path}" if embeddings.path else "",
+        )
+    elif embeddings.model != pipe.source:
         raise UserError(
             f"The embeddings{f' in {embeddings.path}' if embeddings.path else ''} were made by another model: its "
             f"content hash is {embeddings.model[:12]}..., but this one has {pipe.source[:12]}...; encode the prompts "

@@ -14,16 +14,23 @@ class EncodedPrompt(NamedTuple):
     """What the text encoders make of a prompt.
 
     Attributes:
-        text: T5's embedding of every position, padding included.
-        pooled: CLIP's pooled embedding.
+        text: embedding of every position, padding included, T5's or Qwen3's.
+        pooled: CLIP's pooled embedding; without channels where nothing is pooled.
         mask: True for the prompt's own tokens, the closing one included; False for padding.
-        cut: the end of the prompt that did not fit; "" if all did.
+        cut: the end of the prompt that did not fit, in a run that of its negative prompt too; "" if all did.
+        negative: what they make of the negative prompt; None where a step is one evaluation.
     """
 
     text: Float[Array, "txt text_width"]
     pooled: Float[Array, "pooled_width"]
     mask: Bool[np.ndarray, "txt"]
     cut: str
+    negative: "EncodedPrompt | None" = None
+
+    @property
+    def branches(self) -> "tuple[EncodedPrompt, ...]":
+        """The prompt of every branch: this one, and the negative one if there is one."""
+        return (self,) if self.negative is None else (self, self.negative)
 
 
 class Embeddings(NamedTuple):

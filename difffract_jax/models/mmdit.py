@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from difffract_jax.models.blocks import Cond, FluxConfig, Streams
 from difffract_jax.models.double import DoubleBlock
+from difffract_jax.models.shapes import stacked
 from difffract_jax.models.single import SingleBlock
 from difffract_jax.models.stacks import Tap, Write, drop, run_stacks
 from difffract_jax.models.streaming import streams_layers
@@ -52,9 +53,9 @@ class Inputs(NamedTuple):
 class Embedder(nnx.Module):
     """Two layers with a SiLU in between: what time, guidance and the pooled prompt enter through."""
 
-    def __init__(self, inputs: int, d_model: int, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        self.up = nnx.Linear(inputs, d_model, param_dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(d_model, d_model, param_dtype=dtype, rngs=rngs)
+    def __init__(self, inputs: int, d_model: int, *, rngs: nnx.Rngs, dtype: DTypeLike, use_bias: bool = True) -> None:
+        self.up = nnx.Linear(inputs, d_model, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(d_model, d_model, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "inputs"]) -> Float[Array, "d_model"]:
         """Embeds one vector."""
@@ -64,16 +65,33 @@ class Embedder(nnx.Module):
 class Final(nnx.Module):
     """The last norm, modulated by shift and scale, and the projection to a velocity."""
 
-    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
-        self.mod = nnx.Linear(config.d_model, 2 * config.d_model, param_dtype=dtype, rngs=rngs)
-        self.proj = nnx.Linear(config.d_model, config.out_channels, param_dtype=dtype, rngs=rngs)
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, use_bias: bool = True) -> None:
+        options: Any = {"use_bias": use_bias, "param_dtype": dtype, "rngs": rngs}
+        self.mod = nnx.Linear(config.d_model, 2 * config.d_model, **options)
+        self.proj = nnx.Linear(config.d_model, config.out_channels, **options)
 
     def __call__(
-        self, h: Float[Array, "img d_model"], cond: Cond, inv_std: Float[Array, "img"] | None = None
+        self,
+        h: Float[Array, "img d_model"],
+        cond: Cond,
+        inv_std: Float[Array, "img"] | None = None,
+        modulation: Float[Array, "2 d_model"] | None = None,
     ) -> Float[Array, "img outputs"]:
-        """Turns the image stream into a velocity; with a given norm scale, it is affine in the stream."""
-        shift, scale = self.mod(jax.nn.silu(cond.vec)).reshape(2, -1)
+        """Turns the image stream into a velocity; with a given norm scale, it is affine in the stream.
+
+        Args:
+            h: the image stream.
+            cond: what the evaluation's blocks share.
+            inv_std: scale of the norm to hold; that of the stream itself if left out.
+            modulation: added to shift and scale; 0 if left out.
+        """
+        mod = self.modulations(cond)
+        shift, scale = mod if modulation is None else mod + modulation
         return self.proj(film(layer_norm(h, inv_std)[0], scale, shift))
+
+    def modulations(self, cond: Cond) -> Float[Array, "2 d_model"]:
+        """Returns shift and scale."""
+        return self.mod(jax.nn.silu(cond.vec)).reshape(2, -1)
 
 
 class MMDiT(nnx.Module):
@@ -89,8 +107,8 @@ class MMDiT(nnx.Module):
         self.time_in = Embedder(TIME_CHANNELS, d_model, rngs=rngs, dtype=dtype)
         self.vector_in = Embedder(config.pooled_width, d_model, rngs=rngs, dtype=dtype)
         self.guidance_in = Embedder(TIME_CHANNELS, d_model, rngs=rngs, dtype=dtype) if config.guidance else None
-        self.double = _stack(DoubleBlock, config, config.depth_double, rngs, dtype)
-        self.single = _stack(SingleBlock, config, config.depth_single, rngs, dtype)
+        self.double = stack_of(DoubleBlock, config, config.depth_double, rngs, dtype)
+        self.single = stack_of(SingleBlock, config, config.depth_single, rngs, dtype)
         self.final = Final(config, rngs=rngs, dtype=dtype)
 
     def embed(self, inputs: Inputs, grid: tuple[int, int]) -> tuple[Streams, Cond]:
@@ -107,14 +125,23 @@ class MMDiT(nnx.Module):
             wanted = "needs a guidance scale" if self.config.guidance else "takes no guidance scale"
             raise ValueError(f"This model {wanted}, but guidance was {inputs.guidance}.")
         dtype = self.img_in.kernel.dtype
-        vec = self.time_in(_time_channels(inputs.t, dtype)) + self.vector_in(inputs.pooled.astype(dtype))
+        vec = self.time_in(time_channels(inputs.t, dtype)) + self.vector_in(inputs.pooled.astype(dtype))
         if self.guidance_in is not None and inputs.guidance is not None:
-            vec = vec + self.guidance_in(_time_channels(inputs.guidance, dtype))
+            vec = vec + self.guidance_in(time_channels(inputs.guidance, dtype))
         streams = Streams(self.img_in(inputs.latents.astype(dtype)), self.txt_in(inputs.text.astype(dtype)))
         ids = position_ids(grid, inputs.text.shape[0])
         cos, sin = rope_table(ids, self.config.rope_axes, self.config.rope_theta)
         wide = np.promote_types(dtype, np.float32)
         return streams, Cond(vec, jnp.asarray(cos, wide), jnp.asarray(sin, wide))
+
+    def projections(self, grid: tuple[int, int]) -> tuple[nnx.Linear, nnx.Linear]:
+        """Returns the affine maps from packed latents and from the text embedding to the residual streams.
+
+        Args:
+            grid: rows and columns of image tokens, which tell positions apart where these are added to the latents'.
+        """
+        del grid
+        return self.img_in, self.txt_in
 
     @property
     def layered(self) -> tuple[str, ...]:
@@ -175,13 +202,21 @@ def _final(model: Any, h: Float[Array, "img d_model"], cond: Cond) -> Float[Arra
 _EMBED, _FINAL = jax.jit(_embed, static_argnames="grid"), jax.jit(_final)
 
 
-def _stack(block: Callable[..., Any], config: FluxConfig, depth: int, rngs: nnx.Rngs, dtype: DTypeLike) -> Any:
-    build = jax.vmap(lambda key: block(config, rngs=nnx.Rngs(key), dtype=dtype))
-    return build(jax.random.split(rngs.params(), depth))
+def stack_of(block: Callable[..., Any], config: FluxConfig, depth: int, rngs: nnx.Rngs, dtype: DTypeLike) -> Any:
+    """Makes blocks of one class with a leading layer axis.
+
+    Args:
+        block: the class.
+        config: shape of the model.
+        depth: how many.
+        rngs: of their first weights.
+        dtype: of the weights.
+    """
+    return stacked(lambda one: block(config, rngs=one, dtype=dtype), depth, rngs)
 
 
-def _time_channels(t: Float[Array, ""], dtype: DTypeLike) -> Float[Array, "time_embed"]:
-    """Embeds 1000 t; in float32 before the cast, since bfloat16 would turn 750 into 752."""
+def time_channels(t: Float[Array, ""], dtype: DTypeLike) -> Float[Array, "time_embed"]:
+    """Embeds 1000 t in sines and cosines; in float32 before the cast, since bfloat16 would turn 750 into 752."""
     return sinusoid(1000 * widen(t), TIME_CHANNELS, "cos_sin").astype(dtype)
 
 

@@ -1,6 +1,6 @@
 """From a prompt to an image: the pieces of a FLUX pipeline, and the loop that runs them.
 
-1. `plan_run` fixes sizes and schedule, and refuses what does not divide.
+1. `runs.plan_run` fixes sizes and schedule, and refuses what does not divide.
 2. `encode` turns the prompt into a text embedding (T5) and a pooled embedding (CLIP).
 3. `initial_noise` gives packed noise; `sample` takes Euler steps along velocities. The velocity is an argument: the
    model's own, or that of an edited or replaced model.
@@ -9,65 +9,35 @@
 `generate` does all four. Weights are arguments of the jitted functions; one step is compiled once per size.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, UInt8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
 
-from difffract_jax.address import Tokens
 from difffract_jax.config import UserError
 from difffract_jax.display import html_of, text_of
 from difffract_jax.graphs.loras import MergedLora
 from difffract_jax.models import sampler
-from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
-from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
+from difffract_jax.models.autoencoder import Autoencoder
+from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.encoded import Embeddings, EncodedPrompt
-from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
-from difffract_jax.models.sampler import PATCH, SchedulerConfig
+from difffract_jax.models.guidance import NegativeBranch, guided
+from difffract_jax.models.mmdit import Inputs, MMDiT
+from difffract_jax.models.qwen3 import NoPooled, Qwen3Encoder
+from difffract_jax.models.runs import PipelineConfig, Run, plan_run
+from difffract_jax.models.sd3_text import NoText, TwoClips, t5_ids, text_stream
 from difffract_jax.models.shown import pipeline_facts
 from difffract_jax.models.streaming import jit_resident
-from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers, encode_prompt
 from difffract_jax.ops import widen
 from difffract_jax.spread import on_mesh_of
 from difffract_jax.trees import brief
-
-
-@dataclass(frozen=True)
-class GenerationDefaults:
-    """What a run takes that names nothing else.
-
-    Attributes:
-        height: image height in pixels.
-        width: image width in pixels.
-        text_tokens: length of the text sequence, padding included.
-        steps: denoising steps.
-        guidance: guidance scale, for models that take one.
-    """
-
-    height: int
-    width: int
-    text_tokens: int
-    steps: int
-    guidance: float
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """Shapes of a pipeline's parts, its schedule, and the defaults of a run."""
-
-    transformer: FluxConfig
-    t5: T5Config
-    clip: CLIPConfig
-    vae: AutoencoderConfig
-    scheduler: SchedulerConfig
-    defaults: GenerationDefaults
 
 
 class Pipeline(NamedTuple):
@@ -75,8 +45,8 @@ class Pipeline(NamedTuple):
 
     Attributes:
         transformer: the MM-DiT.
-        t5: encoder of the text stream.
-        clip: encoder of the pooled prompt.
+        t5: encoder of the text stream: T5, in FLUX.2 Qwen3, or one that gives zeros.
+        clip: encoder of the pooled prompt: CLIP, in FLUX.2 one that gives no channels, in Stable Diffusion 3 two CLIPs.
         vae: autoencoder between latents and pixels.
         tokenizers: both tokenizers.
         config: shapes, schedule, defaults.
@@ -88,8 +58,8 @@ class Pipeline(NamedTuple):
     """
 
     transformer: MMDiT
-    t5: T5Encoder
-    clip: CLIPTextEncoder
+    t5: T5Encoder | Qwen3Encoder | NoText
+    clip: CLIPTextEncoder | NoPooled | TwoClips
     vae: Autoencoder
     tokenizers: Tokenizers
     config: PipelineConfig
@@ -110,39 +80,13 @@ class Pipeline(NamedTuple):
         return html_of(*pipeline_facts(self))
 
 
-class Run(NamedTuple):
-    """Sizes and schedule of one run.
-
-    Attributes:
-        grid: rows and columns of image tokens.
-        text_tokens: length of the text sequence.
-        sigmas: noise level entering every step, and the final 0.
-        guidance: guidance scale; None for models that take none.
-    """
-
-    grid: tuple[int, int]
-    text_tokens: int
-    sigmas: Float32[np.ndarray, "step_and_end"]
-    guidance: float | None
-
-    @property
-    def tokens(self) -> Tokens:
-        """Length of each stream."""
-        return Tokens(img=self.grid[0] * self.grid[1], txt=self.text_tokens)
-
-    @property
-    def steps(self) -> int:
-        """Denoising steps."""
-        return len(self.sigmas) - 1
-
-
 class GeneratedImage(NamedTuple):
     """The result of a run.
 
     Attributes:
         image: pixels.
         latents: packed latents after the last step.
-        cut: the end of the prompt that did not fit; "" if all did.
+        cut: the end of the prompt that did not fit, and of its negative prompt; "" if all did.
     """
 
     image: UInt8[np.ndarray, "H W rgb"]
@@ -153,54 +97,8 @@ class GeneratedImage(NamedTuple):
 
 
 Velocity = Callable[[Any, Inputs, Array, tuple[int, int]], Float[Array, "img outputs"]]
-"""`velocity(params, inputs, step, grid)`: a named function, since each is compiled once."""
-
-
-def plan_run(
-    config: PipelineConfig,
-    *,
-    steps: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    text_tokens: int | None = None,
-    guidance: float | None = None,
-) -> Run:
-    """Fixes the sizes and the schedule of a run; what is left out comes from the pipeline's defaults.
-
-    Args:
-        config: of the pipeline.
-        steps: denoising steps.
-        height: image height in pixels.
-        width: image width in pixels.
-        text_tokens: length of the text sequence.
-        guidance: guidance scale.
-
-    Raises:
-        UserError: if a size does not divide, a number is too small, or the guidance scale is none, or of a model that
-            takes none.
-    """
-    defaults = config.defaults
-    height = defaults.height if height is None else height
-    width = defaults.width if width is None else width
-    unit = PATCH * config.vae.factor
-    if height < unit or width < unit or height % unit or width % unit:
-        nearest = " x ".join(str(max(unit, round(side / unit) * unit)) for side in (width, height))
-        raise UserError(
-            f"Width and height must be multiples of {unit} pixels, but got {width} x {height}; "
-            f"the nearest size is {nearest}."
-        )
-    takes_guidance = config.transformer.guidance
-    if guidance and not takes_guidance:
-        raise UserError(f"This model takes no guidance scale (FLUX.1-dev does), but got {guidance}; leave it out.")
-    if guidance is not None and not 0 <= guidance < math.inf:
-        raise UserError(f"The guidance scale must be at least 0, and finite, but got {guidance}; 3.5 is usual.")
-    grid = height // unit, width // unit
-    return Run(
-        grid,
-        defaults.text_tokens if text_tokens is None else text_tokens,
-        sampler.sigmas(config.scheduler, defaults.steps if steps is None else steps, grid[0] * grid[1]),
-        (defaults.guidance if guidance is None else guidance) if takes_guidance else None,
-    )
+"""`velocity(params, inputs, number, grid)`: a named function, since each is compiled once. `number` is that of the
+evaluation within the run: of the step, or with two branches as `guidance` counts."""
 
 
 def encode(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
@@ -217,18 +115,48 @@ def encode(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
     if pipe.known is not None:
         return pipe.known.of(prompt, text_tokens)
     ids = encode_prompt(pipe.tokenizers, prompt, text_tokens)
-    text, pooled = _encode_text(pipe.t5, jnp.asarray(ids.t5_ids)), _pool(pipe.clip, jnp.asarray(ids.clip_ids))
-    return EncodedPrompt(text, pooled, ids.t5_mask, ids.cut)
+    text = _encode_text(pipe.t5, jnp.asarray(t5_ids(pipe.clip, ids.t5_ids)))
+    states, pooled = _read_clip(pipe.clip, jnp.asarray(ids.clip_ids))
+    return EncodedPrompt(text_stream(pipe.clip, states, text), pooled, ids.t5_mask, ids.cut)
+
+
+def encode_run(pipe: Pipeline, prompt: str, run: Run) -> EncodedPrompt:
+    """Encodes the prompt of a run, and with guidance by two branches the negative prompt too; see `encode`.
+
+    What did not fit of the negative prompt is told behind what did not fit of the prompt.
+    """
+    encoded = encode(pipe, prompt, run.text_tokens)
+    if run.branches == 1:
+        return encoded
+    negative = encode(pipe, run.negative_prompt, run.text_tokens)
+    cut = f"{encoded.cut} (of the negative prompt: {negative.cut})".strip() if negative.cut else encoded.cut
+    return encoded._replace(negative=negative, cut=cut)
+
+
+def negative_branch(pipe: Pipeline, run: Run, dtype: DTypeLike) -> NegativeBranch | None:
+    """Encodes a run's negative prompt; None where a step is one evaluation.
+
+    Args:
+        pipe: the pipeline.
+        run: which says the negative prompt and the guidance scale.
+        dtype: of the latents.
+    """
+    if run.branch_scale is None:
+        return None
+    negative = encode(pipe, run.negative_prompt, run.text_tokens)
+    return NegativeBranch(negative.text, negative.pooled, jnp.asarray(run.branch_scale, dtype))
 
 
 @jit_resident
-def _encode_text(t5: T5Encoder, ids: Array) -> Float[Array, "txt text_width"]:
+def _encode_text(t5: Any, ids: Array) -> Float[Array, "txt text_width"]:
     return t5(ids)
 
 
 @jax.jit
-def _pool(clip: CLIPTextEncoder, ids: Array) -> Float[Array, "pooled_width"]:
-    return clip(ids)[1]
+def _read_clip(
+    clip: CLIPTextEncoder | NoPooled | TwoClips, ids: Array
+) -> tuple[Float[Array, "clip clip_width"], Float[Array, "pooled_width"]]:
+    return clip(ids)
 
 
 def initial_noise(pipe: Pipeline, run: Run, seed: int, latents: Any = None) -> Float[Array, "img channels"]:
@@ -281,10 +209,39 @@ def euler_step(
     return inputs.latents + (sigma_next - inputs.t) * v.astype(inputs.latents.dtype)
 
 
+@partial(jit_resident, static_argnames=("velocity", "grid"))
+def guided_step(
+    velocity: Velocity,
+    params: Any,
+    inputs: Inputs,
+    scale: Array,
+    sigma_next: Array,
+    step: Array,
+    grid: tuple[int, int],
+) -> Float[Array, "img channels"]:
+    """Takes one step with guidance by two branches; arguments as for `euler_step`.
+
+    Args:
+        velocity: whose velocity.
+        params: its first argument.
+        inputs: `text` and `pooled` of both branches, on a leading axis.
+        scale: guidance scale.
+        sigma_next: noise level after the step.
+        step: number of the step.
+        grid: rows and columns of image tokens.
+    """
+
+    def one(text: Array, pooled: Array, number: Array) -> Array:
+        return velocity(params, inputs._replace(text=text, pooled=pooled), number, grid)
+
+    v = jax.vmap(one)(inputs.text, inputs.pooled, 2 * step + jnp.arange(2)).astype(inputs.latents.dtype)
+    return inputs.latents + (sigma_next - inputs.t) * guided(v, scale)
+
+
 def step_inputs(run: Run, prompt: EncodedPrompt, latents: Float[Array, "img channels"], step: int) -> Inputs:
-    """Returns what the transformer is given at a step."""
+    """Returns what the transformer is given at a step, in the prompt's branch if there are two."""
     dtype = latents.dtype
-    guidance = None if run.guidance is None else jnp.asarray(run.guidance, dtype)
+    guidance = None if run.fed_guidance is None else jnp.asarray(run.fed_guidance, dtype)
     return Inputs(latents, prompt.text, prompt.pooled, jnp.asarray(run.sigmas[step], dtype), guidance)
 
 
@@ -304,7 +261,7 @@ def sample(
         velocity: whose velocity, see `Velocity`.
         params: its first argument: weights, edits.
         run: sizes and schedule.
-        prompt: the encoded prompt.
+        prompt: the encoded prompt, from `encode_run`.
         latents: packed noise to start from.
         stop: number of steps to take; all if left out.
         progress: called with (steps done, steps in all).
@@ -316,7 +273,12 @@ def sample(
     for step in range(steps):
         inputs = step_inputs(run, prompt, latents, step)
         after = jnp.asarray(run.sigmas[step + 1], latents.dtype)
-        latents = euler_step(velocity, params, inputs, after, jnp.asarray(step), run.grid)
+        if run.branch_scale is None:
+            latents = euler_step(velocity, params, inputs, after, jnp.asarray(step), run.grid)
+        else:
+            text, pooled = (jnp.stack([getattr(one, name) for one in prompt.branches]) for name in ("text", "pooled"))
+            both, scale = inputs._replace(text=text, pooled=pooled), jnp.asarray(run.branch_scale, latents.dtype)
+            latents = guided_step(velocity, params, both, scale, after, jnp.asarray(step), run.grid)
         if progress is not None:
             jax.block_until_ready(latents)
             progress(step + 1, steps)
@@ -342,9 +304,7 @@ def decode_raw(
     vae: Autoencoder, latents: Float[Array, "img channels"], grid: tuple[int, int]
 ) -> Float[Array, "H W rgb"]:
     """Returns the decoder's own output, black at -1 and white at 1, in at least float32."""
-    latent = sampler.scale_for_decoder(
-        sampler.unpack(latents, grid), vae.config.scaling_factor, vae.config.shift_factor
-    )
+    latent = vae.unpacked(latents, grid)
     return widen(vae.decode(latent.astype(vae.decoder.conv_in.kernel.dtype)))
 
 
@@ -374,7 +334,7 @@ def generate(
         UserError: if a size or the noise does not fit.
     """
     run = run or pipe.plan()
-    encoded = encode(pipe, prompt, run.text_tokens)
+    encoded = encode_run(pipe, prompt, run)
     noise = initial_noise(pipe, run, seed, latents)
     with on_mesh_of(pipe.transformer):
         final = sample(model_velocity, pipe.transformer, run, encoded, noise, progress=progress)

@@ -1,7 +1,7 @@
 """Flow-matching sampling with Euler steps, and the packing of latents, both as diffusers has them for FLUX.1.
 
 1. `sigmas`: a schedule from 1 (noise) down to 0; FLUX.1-schnell takes equal steps, FLUX.1-dev shifts them towards
-   noise, the more the larger the image.
+   noise, the more the larger the image, FLUX.2 by the number of steps as well.
 2. One step: z <- z + (sigma_next - sigma) v, where v is the velocity at (z, sigma).
 3. `pack`: 2 x 2 patches of a latent become one token; `unpack` undoes it.
 4. `scale_for_decoder`: what the autoencoder decodes is z / scaling + shift.
@@ -12,12 +12,13 @@ The transformer is fed sigma itself as its time t in [0, 1].
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Float64
+from scipy.special import betaincinv
 
 from difffract_jax.config import UserError
 from difffract_jax.models.streaming import stack_trees
@@ -25,6 +26,8 @@ from difffract_jax.seeds import random_key
 
 PATCH = 2
 """Side of the patch of latents that becomes one token."""
+BETA = 0.6
+"""Both parameters of the beta distribution in Chroma's schedule, as in diffusers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,87 @@ class SchedulerConfig:
     max_image_seq_len: int = 4096
     num_train_timesteps: int = 1000
 
+    def levels(self, steps: int) -> Float64[np.ndarray, "step"]:
+        """Returns the noise level entering every step, before it is shifted."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def log_shift(self, steps: int, image_tokens: int) -> float:
+        """Returns the logarithm of the shift where it is dynamic.
+
+        Args:
+            steps: denoising steps.
+            image_tokens: length of the image sequence.
+        """
+        del steps
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + slope * (image_tokens - self.base_image_seq_len)
+
+    def respaced(self, levels: Float64[np.ndarray, "step"]) -> Float64[np.ndarray, "step"]:
+        """Returns the noise level entering every step, from those that are shifted: these."""
+        return levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux2SchedulerConfig(SchedulerConfig):
+    """FLUX.2's schedule: how far it is shifted was fitted, as a function of image tokens and steps.
+
+    Attributes:
+        family: what `config.json` of a directory tells this schedule by.
+    """
+
+    family: Literal["flux2"] = "flux2"
+
+    def log_shift(self, steps: int, image_tokens: int) -> float:
+        """Returns the logarithm of the shift: linear in the tokens at 10 and at 200 steps, and in the steps between.
+
+        Args:
+            steps: denoising steps.
+            image_tokens: length of the image sequence; above 4300 that of 200 steps counts whatever the steps.
+        """
+        many = 0.00016927 * image_tokens + 0.45666666
+        few = 8.73809524e-05 * image_tokens + 1.89833333
+        return many if image_tokens > 4300 else many + (many - few) / 190 * (steps - 200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sd3SchedulerConfig(SchedulerConfig):
+    """Stable Diffusion 3's schedule: its last step starts from the lowest level of training, whatever the steps.
+
+    That level is shifted already, and shifted again as the others are.
+
+    Attributes:
+        family: what `config.json` of a directory tells this schedule by.
+    """
+
+    family: Literal["sd3"] = "sd3"
+
+    def levels(self, steps: int) -> Float64[np.ndarray, "step"]:
+        """Returns the noise level entering every step, before it is shifted."""
+        lowest = 1 / self.num_train_timesteps
+        if not self.use_dynamic_shifting:
+            lowest = self.shift * lowest / (1 + (self.shift - 1) * lowest)
+        return np.linspace(1.0, lowest, steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChromaSchedulerConfig(SchedulerConfig):
+    """Chroma's schedule: FLUX.1's, whose levels may lie between their ends as a beta distribution's quantiles do.
+
+    Attributes:
+        use_beta_sigmas: whether they do; else they are as they were shifted.
+        family: what `config.json` of a directory tells this schedule by.
+    """
+
+    use_beta_sigmas: bool = False
+    family: Literal["chroma"] = "chroma"
+
+    def respaced(self, levels: Float64[np.ndarray, "step"]) -> Float64[np.ndarray, "step"]:
+        """Returns the noise level entering every step, from those that are shifted."""
+        if not self.use_beta_sigmas:
+            return levels
+        places = betaincinv(BETA, BETA, 1 - np.linspace(0, 1, levels.size))
+        return levels[-1] + places * (levels[0] - levels[-1])
+
 
 def sigmas(config: SchedulerConfig, steps: int, image_tokens: int) -> Float32[np.ndarray, "step_and_end"]:
     """Returns the noise level entering every step, and the final 0.
@@ -67,16 +151,16 @@ def sigmas(config: SchedulerConfig, steps: int, image_tokens: int) -> Float32[np
     """
     if steps < 1:
         raise UserError(
-            f"steps must be at least 1, but got {steps}; FLUX.1-schnell was made for 4, FLUX.1-dev for 28 to 50."
+            f"steps must be at least 1, but got {steps}; FLUX.1-schnell and FLUX.2-klein were made for 4, FLUX.1-dev "
+            "for 28 to 50."
         )
-    levels = np.linspace(1.0, 1 / steps, steps)
+    levels = config.levels(steps)
     if config.use_dynamic_shifting:
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        factor = math.exp(config.base_shift + slope * (image_tokens - config.base_image_seq_len))
+        factor = math.exp(config.log_shift(steps, image_tokens))
         levels = factor / (factor + (1 / levels - 1))
     else:
         levels = config.shift * levels / (1 + (config.shift - 1) * levels)
-    return np.append(levels, 0.0).astype(np.float32)
+    return np.append(config.respaced(levels), 0.0).astype(np.float32)
 
 
 def pack(latent: Float[Array | np.ndarray, "h w latent"]) -> Float[Array, "img channels"]:

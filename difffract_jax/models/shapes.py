@@ -3,6 +3,7 @@
 1. A constructor is traced, which draws and computes nothing.
 2. Tracing still goes through every initialiser. A generator that counts its keys would take half of that time, hence
    `OneKey`, which gives the same one each time: nothing is drawn with it.
+3. Of modules with a leading layer axis, `stacked`, one is traced.
 """
 
 from collections.abc import Callable
@@ -21,10 +22,25 @@ class OneKey(nnx.Rngs):
 
     def __init__(self) -> None:
         super().__init__(0)
+        self.key = nnx.data(jax.random.key(0))
 
     def params(self) -> Key[Array, ""]:
         """Returns the key."""
-        return jax.random.key(0)
+        return self.key
+
+
+def stacked(module: Callable[[nnx.Rngs], Any], depth: int, rngs: nnx.Rngs) -> Any:
+    """Makes modules of one kind with a leading layer axis.
+
+    Args:
+        module: makes one from a generator.
+        depth: how many.
+        rngs: of the keys that their weights are drawn with.
+    """
+    if isinstance(rngs, OneKey):
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (depth, *leaf.shape)), module(rngs))
+    keys = jax.random.split(rngs.params(), depth)
+    return jax.vmap(lambda key: module(nnx.Rngs(key)))(keys)
 
 
 def abstract_module(module: Callable[..., Any], config: Any, dtype: DTypeLike = jnp.float32) -> Any:

@@ -73,27 +73,25 @@ class SingleBlock(nnx.Module):
         mlp: StandIn | None = None,
         heads: Float[Array, "heads"] | None = None,
         scores: Float[Array, "heads queries keys"] | None = None,
+        modulation: Sequence[Float[Array, "3 d_model"]] | None = None,
     ) -> tuple[tuple[Array], BlockActs]:
         """Runs the block on the joint sequence, its one group."""
-        (joint,) = h
-        shift, scale, gate = mod = self._modulation(cond, frozen)
+        (joint,), mod = h, self._modulation(cond, frozen)
+        if modulation is not None:
+            mod = mod + modulation[0]
+        shift, scale, gate = mod
         normed, inv_std = layer_norm(joint, None if frozen is None else frozen.inv_std)
         x = film(normed, scale, shift)
-        head_dim, width = self.q_norm.scale.shape[-1], joint.shape[1]
-        if frozen is None:
-            q, k = jnp.split(project(self.qkv, x, slice(None, 2 * width)), 2, axis=1)
-            q = rotate(self.q_norm(split_heads(q, head_dim)), cond.cos, cond.sin)
-            k = rotate(self.k_norm(split_heads(k, head_dim)), cond.cos, cond.sin)
-        else:
-            q, k = frozen.q, frozen.k
-        v = split_heads(project(self.qkv, x, slice(2 * width, None)), head_dim)
+        q, k = self._queries_keys(x, cond) if frozen is None else (frozen.q, frozen.k)
+        v = split_heads(project(self.qkv, x, slice(2 * joint.shape[1], None)), self.q_norm.width)
         precision = None if frozen is None else "highest"
-        mixed = attend(q, k, v, scale=head_dim**-0.5, bias=scores, precision=precision)
+        mixed = attend(q, k, v, scale=q.shape[-1] ** -0.5, bias=scores, precision=precision)
         if heads is not None:
             mixed = mixed * heads[None, :, None]
         y = self.run_mlp(0, x) if mlp is None else mlp(0, x)
-        assert self.mlp_out.bias is not None
-        joint = joint + gate[None, :] * (self.attn_out(merge_heads(mixed)) + y + self.mlp_out.bias[None, :])
+        out = self.attn_out(merge_heads(mixed)) + y
+        out = out if self.mlp_out.bias is None else out + self.mlp_out.bias[None, :]
+        joint = joint + gate[None, :] * out
         return (joint,), BlockActs(SingleFrozen(q, k, inv_std, mod), (x,), (y,), (joint,))
 
     def run_mlp(self, group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
@@ -104,6 +102,10 @@ class SingleBlock(nnx.Module):
     def gates(self, cond: Cond, frozen: SingleFrozen | None = None) -> tuple[Float[Array, "d_model"], ...]:
         """Returns the block's one gate."""
         return (self._modulation(cond, frozen)[2],)
+
+    def modulations(self, cond: Cond) -> tuple[Float[Array, "3 d_model"]]:
+        """Returns shift, scale and gate."""
+        return (self._modulation(cond, None),)
 
     def slim(self) -> "SingleBlock":
         """Returns the block with the values' columns, attention's output and the heads' width alone."""
@@ -161,6 +163,12 @@ class SingleBlock(nnx.Module):
         shift, scale = self._modulation(cond, frozen)[:2]
         norm = (self.q_norm, self.k_norm)[part]
         return head_of_row(self.qkv, norm, cond, (shift, scale), part, head, row, h, frozen.inv_std[row], denominator)
+
+    def _queries_keys(self, x: Float[Array, "seq d_model"], cond: Cond) -> tuple[Array, Array]:
+        """Returns queries and keys of the joint sequence, normalised and rotated, [seq heads head_dim]."""
+        q, k = jnp.split(project(self.qkv, x, slice(None, 2 * x.shape[1])), 2, axis=1)
+        q, k = self.q_norm(split_heads(q, self.q_norm.width)), self.k_norm(split_heads(k, self.k_norm.width))
+        return rotate(q, cond.cos, cond.sin), rotate(k, cond.cos, cond.sin)
 
     def _modulation(self, cond: Cond, frozen: SingleFrozen | None) -> Float[Array, "3 d_model"]:
         """Returns shift, scale and gate; the recorded ones where there are."""

@@ -138,6 +138,7 @@ def run_stack(
     unroll: bool = True,
     remat: bool = False,
     looped: bool = False,
+    modulation: Sequence[Any] | None = None,
 ) -> tuple[tuple[Array, ...], Any]:
     """Applies a stack's blocks in order.
 
@@ -155,6 +156,7 @@ def run_stack(
         unroll: whether a stack of at most `UNROLLED` blocks is written out, where a loop costs more than it saves.
         remat: whether reverse mode keeps only what enters each block, and computes the rest again.
         looped: whether blocks are run in a loop on the host though they are in memory.
+        modulation: per group, what is added to the blocks' modulations, with a leading layer axis; nothing if left out.
 
     Returns:
         The residual streams after the last block, and the reports.
@@ -162,11 +164,11 @@ def run_stack(
     count = len(stack.groups)
     fixed, layers = (tuple(one or (None,) * count) for one in (fixed, layers))
     if looped or streams_layers(stack, layers):
-        return _run_streamed(stack, tuple(h), cond, frozen, write, fixed, layers, tap, kept)
+        return _run_streamed(stack, tuple(h), cond, (frozen, layers, modulation), write, fixed, tap, kept)
     step = partial(_run_block, write=write, tap=tap, cond=cond, fixed=fixed)
     depth = depth_of(stack)
     body = jax.checkpoint(step) if remat else step
-    inputs, unrolled = (stack, frozen, layers), unroll and depth <= UNROLLED
+    inputs, unrolled = (stack, frozen, layers, modulation), unroll and depth <= UNROLLED
     if kept is None or all(len(numbers) == depth for numbers in kept):
         return jax.lax.scan(body, tuple(h), inputs, unroll=unrolled)
     return _scan_kept(body, tuple(h), inputs, kept, unrolled)
@@ -203,15 +205,16 @@ def _scan_kept(
 
 def _run_block(
     h: tuple[Array, ...],
-    layer: tuple[Any, Any, tuple[Any, ...]],
+    layer: tuple[Any, Any, tuple[Any, ...], tuple[Array, ...] | None],
     *,
     write: Write | None,
     tap: Tap,
     cond: Cond,
     fixed: tuple[Any, ...],
 ) -> tuple[tuple[Array, ...], Any]:
-    """Runs one block: its weights, its record or None, and per group its slice of `layers`."""
-    block, record, parts = layer
+    """Runs one block: its weights, its record or None, its slice of `layers` per group, and of `modulation`."""
+    block, record, parts, modulation = layer
+    more = {} if modulation is None else {"modulation": modulation}  # not every class of blocks takes it
     reports: list[Any] = []
 
     def stand_in(group: int, x: Float[Array, "rows d_model"]) -> Float[Array, "rows d_model"]:
@@ -220,7 +223,7 @@ def _run_block(
         reports.append(report)
         return y
 
-    after, acts = block(h, cond, frozen=record, mlp=None if write is None else stand_in)
+    after, acts = block(h, cond, frozen=record, mlp=None if write is None else stand_in, **more)
     return tuple(after), tap(Visit(h, acts, tuple(reports)))
 
 
@@ -231,18 +234,20 @@ def _run_streamed(
     stack: Any,
     h: tuple[Array, ...],
     cond: Cond,
-    frozen: Any,
+    sliced: tuple[Any, tuple[Any, ...], Sequence[Any] | None],
     write: Write | None,
     fixed: tuple[Any, ...],
-    layers: tuple[Any, ...],
     tap: Tap,
     kept: Sequence[Sequence[int]] | None,
 ) -> tuple[tuple[Array, ...], Any]:
-    """Applies the blocks of a stack that is not in memory, or whose `layers` are not; arguments as for `run_stack`."""
+    """Applies the blocks of a stack that is not in memory, or whose `layers` are not; arguments as for `run_stack`.
+
+    What has a leading layer axis beside the stack is `sliced`: `frozen`, `layers` and `modulation`.
+    """
     given = {"write": write, "tap": tap, "cond": cond, "fixed": fixed}
     reports = []
     for number, block in _fetched(stack):
-        h, report = _run_block_alone(h, (block, *slice_layer((frozen, layers), number)), **given)
+        h, report = _run_block_alone(h, (block, *slice_layer(sliced, number)), **given)
         wait_for(h)
         reports.append(report if kept is None else _some_groups(report, kept, number))
         del block  # before the one after next is fetched
@@ -251,7 +256,7 @@ def _run_streamed(
         return h, tuple(stack_trees(column) if column else None for column in columns)
     if reports:
         return h, stack_trees(reports)
-    like = _layer_shapes((stack, frozen, layers))
+    like = _layer_shapes((stack, *sliced))
     return h, no_layers(jax.eval_shape(partial(_run_block, **given), h, like)[1])
 
 
@@ -290,6 +295,7 @@ def run_stacks(
     unroll: bool = True,
     remat: bool = False,
     looped: bool = False,
+    modulation: Sequence[Any] | None = None,
 ) -> tuple[Streams, tuple[Any, ...]]:
     """Applies one stack after the other; arguments as for `run_stack`, with `fixed` and `layers` over all groups.
 
@@ -306,6 +312,7 @@ def run_stacks(
         unroll: see `run_stack`.
         remat: see `run_stack`.
         looped: see `run_stack`.
+        modulation: per group of all stacks, see `run_stack`; None for groups that name no modulations.
 
     Returns:
         The residual streams after the last stack, and each stack's reports.
@@ -327,6 +334,7 @@ def run_stacks(
             unroll=unroll,
             remat=remat,
             looped=looped,
+            modulation=None if modulation is None or modulation[part.start] is None else modulation[part],
         )
         h = streams(joined, stack.groups, h)
         reports.append(report)

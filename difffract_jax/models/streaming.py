@@ -171,7 +171,9 @@ class Streamed:
 
     def __iter__(self) -> Iterator[Any]:
         """Yields every layer, in order."""
-        return (layer for _, layer in self.fetched(range(self.depth)))
+        for _, layer in self.fetched(range(self.depth)):
+            yield layer
+            del layer  # else it would be held while the one after next is fetched
 
     def fetched(self, order: Iterable[int]) -> Iterator[tuple[int, Any]]:
         """Yields layers with their numbers; while one is used, the next is fetched.

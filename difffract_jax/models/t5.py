@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.address import Group
+from difffract_jax.models.shapes import stacked
 from difffract_jax.models.streaming import Streamed, wait_for
 from difffract_jax.ops import attend, widen
 from difffract_jax.trees import brief
@@ -155,8 +156,7 @@ class T5Encoder(nnx.Module):
         self.config = config
         self.embed = nnx.Embed(config.vocab, config.d_model, param_dtype=dtype, rngs=rngs)
         self.relative_bias = nnx.Embed(config.buckets, config.heads, param_dtype=dtype, rngs=rngs)
-        keys = jax.random.split(rngs.params(), config.layers)
-        self.blocks = jax.vmap(lambda key: T5Block(config, rngs=nnx.Rngs(key), dtype=dtype))(keys)
+        self.blocks = stacked(lambda one: T5Block(config, rngs=one, dtype=dtype), config.layers, rngs)
         self.final_norm = T5RMSNorm(config.d_model, config.eps, dtype=dtype)
 
     def __call__(self, ids: Int[Array | np.ndarray, "txt"]) -> Float[Array, "txt t5_width"]:
@@ -168,7 +168,7 @@ class T5Encoder(nnx.Module):
         Returns:
             One vector per token, padding included, in the dtype of the weights.
         """
-        bias = self._bias(len(ids))
+        bias = self._bias_for(jnp.asarray(ids))
         # Not `self.embed(ids)`, which would cast to the dtype the module was built with, whatever its weights are now.
         x = jnp.take(self.embed.embedding[...], jnp.asarray(ids), axis=0)
         if isinstance(self.blocks, Streamed):
@@ -179,6 +179,10 @@ class T5Encoder(nnx.Module):
         else:
             x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
         return self.final_norm(x)
+
+    def _bias_for(self, ids: Int[Array, "txt"]) -> Float[Array, "heads txt txt"]:
+        """Returns what is added to the scores of every layer, for a prompt."""
+        return self._bias(len(ids))
 
     def _bias(self, length: int) -> Float[Array, "heads txt txt"]:
         buckets = relative_buckets(length, self.config.buckets, self.config.max_distance)

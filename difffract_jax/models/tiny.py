@@ -19,15 +19,17 @@ from jaxtyping import Array, Key
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from difffract_jax.config import SEEDS
+from difffract_jax.generators import check_seed
 from difffract_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from difffract_jax.models.clip import CLIPConfig, CLIPTextEncoder
 from difffract_jax.models.mmdit import FluxConfig, MMDiT
-from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.runs import GenerationDefaults, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tokenizers import Tokenizers
-from difffract_jax.seeds import check_seed, random_key
+from difffract_jax.seeds import random_key
 from difffract_jax.storage.checkpoint import leaf_paths, tree_hash
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
@@ -121,7 +123,8 @@ def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
             spread = float(inputs**-0.5) if kernel else SPREAD
             return _draw(keys[path], float(kind == "scale"), spread, leaf.shape, leaf.dtype)
         noise = rng.standard_normal(leaf.shape, np.float32)
-        return jnp.asarray(noise / np.sqrt(inputs) if kernel else (kind == "scale") + SPREAD * noise, leaf.dtype)
+        around = kind in ("scale", "variance")
+        return jnp.asarray(noise / np.sqrt(inputs) if kernel else around + SPREAD * noise, leaf.dtype)
 
     return jax.tree.unflatten(jax.tree.structure(abstract), [fill(path, leaf) for path, leaf in leaves.items()])
 

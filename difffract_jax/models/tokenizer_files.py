@@ -1,12 +1,15 @@
 """Tokenizers from their files, applied as the files say.
 
-1. The class of transformers names the special tokens, from `tokenizer_config.json`. It would rebuild the tokenizer from
-   the vocabulary alone, with the normaliser and the pre-tokeniser that the class usually has.
-2. Hence the tokenizer that does the work is `tokenizer.json` itself, as `tokenizers` reads it.
-3. Files that begin with a byte order mark, as an editor leaves them, are read from copies without: neither library
+1. Files that say all by themselves need nothing else: `file_tokenizers` reads them.
+2. Else the class of transformers names the special tokens, from `tokenizer_config.json`. It would rebuild the tokenizer
+   from the vocabulary alone, with the normaliser and the pre-tokeniser that the class usually has.
+3. Hence the tokenizer that does the work is `tokenizer.json` itself, as `tokenizers` reads it.
+4. Files that begin with a byte order mark, as an editor leaves them, are read from copies without: neither library
    takes them.
-4. Older releases have T5's SentencePiece model, `spiece.model`, instead. transformers' converter turns it into a
+5. Older releases have T5's SentencePiece model, `spiece.model`, instead. transformers' converter turns it into a
    `tokenizer.json`; it needs protobuf, but not the package sentencepiece. CLIP's may be `vocab.json` and `merges.txt`.
+
+transformers is imported when a file needs it: that takes a second, which most runs of the organism would wait for.
 """
 
 import json
@@ -14,37 +17,34 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE, Unigram
-from transformers import CLIPTokenizer, T5Tokenizer
-from transformers.convert_slow_tokenizer import T5Converter
 
 from difffract_jax.config import UserError
+from difffract_jax.models.chat_prompts import check_chat_tokenizer
+from difffract_jax.models.file_tokenizers import CONFIG, NAMED_BESIDE, TOKENIZER, TextTokenizer, plain_tokenizer
 from difffract_jax.text_files import MARKS, decoded
 
-TOKENIZER = "tokenizer.json"
 SPIECE = "spiece.model"
-CONFIG = "tokenizer_config.json"
-NAMED_BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json")
-"""Files beside the vocabulary that name special tokens."""
-TEXTS = (TOKENIZER, "vocab.json", "merges.txt", *NAMED_BESIDE)
+TEMPLATE = "chat_template.jinja"
+TEXTS = (TOKENIZER, "vocab.json", "merges.txt", TEMPLATE, *NAMED_BESIDE)
 CLOSING = "</s>"
 UNIGRAM = 1
 """SentencePiece's number for this kind of model."""
 EXTRA_IDS = 100
 """Sentinel tokens `<extra_id_N>` of a T5 whose configuration does not tell their number."""
 
-T = TypeVar("T", CLIPTokenizer, T5Tokenizer)
-MODELS: dict[type, type] = {CLIPTokenizer: BPE, T5Tokenizer: Unigram}
+MODELS: dict[str, type] = {"CLIPTokenizer": BPE, "T5Tokenizer": Unigram, "Qwen2Tokenizer": BPE}
 """Kind of model in `tokenizer.json` by class of transformers."""
 
 
-def load_clip(home: Path) -> CLIPTokenizer:
+def load_clip(home: Path) -> TextTokenizer:
     """Loads CLIP's tokenizer.
 
     Args:
@@ -56,11 +56,11 @@ def load_clip(home: Path) -> CLIPTokenizer:
     files = _require(home, (TOKENIZER,), ("vocab.json", "merges.txt"))
     with _unmarked(home) as folder:
         if files == (TOKENIZER,):
-            return _applied(CLIPTokenizer, folder, origin=home)
-        return _named(CLIPTokenizer, folder, home)
+            return _loaded("CLIPTokenizer", folder, home)
+        return _named("CLIPTokenizer", folder, home)
 
 
-def load_t5(home: Path) -> T5Tokenizer:
+def load_t5(home: Path) -> TextTokenizer:
     """Loads T5's tokenizer.
 
     Args:
@@ -72,13 +72,56 @@ def load_t5(home: Path) -> T5Tokenizer:
     found = _require(home, (TOKENIZER,), (SPIECE,))
     with _unmarked(home) as unmarked:
         if found == (TOKENIZER,):
-            return _applied(T5Tokenizer, unmarked, origin=home)
+            return _loaded("T5Tokenizer", unmarked, home)
         with tempfile.TemporaryDirectory() as folder:
             for name in NAMED_BESIDE:
                 if (unmarked / name).is_file():
                     shutil.copyfile(unmarked / name, Path(folder) / name)
             _from_sentencepiece(home).save(str(Path(folder) / TOKENIZER))
-            return _applied(T5Tokenizer, Path(folder), origin=home)
+            return _applied("T5Tokenizer", Path(folder), origin=home)
+
+
+def is_qwen(home: Path) -> bool:
+    """Says whether a directory holds the tokenizer of a Qwen language model, by the class that it names."""
+    return _class_in(home).startswith("Qwen2")
+
+
+def is_t5(home: Path) -> bool:
+    """Says whether a directory holds a tokenizer of T5, by the class that it names, or else by its model."""
+    return _class_in(home).startswith("T5") or (not _class_in(home) and (home / SPIECE).is_file())
+
+
+def is_clip(home: Path) -> bool:
+    """Says whether a directory holds a tokenizer of CLIP, by the class that it names."""
+    return _class_in(home).startswith("CLIP")
+
+
+def _class_in(home: Path) -> str:
+    """Returns the class that a tokenizer's directory names; "" where it names none."""
+    file = home / CONFIG
+    if not file.is_file():
+        return ""
+    try:
+        config = json.loads(decoded(file.read_bytes()))
+    except ValueError:
+        return ""
+    return str(config.get("tokenizer_class", "")) if isinstance(config, dict) else ""
+
+
+def load_qwen(home: Path) -> TextTokenizer:
+    """Loads the tokenizer of a Qwen language model.
+
+    Args:
+        home: holds `tokenizer.json`, and the chat template in a file of its own or in `tokenizer_config.json`.
+
+    Raises:
+        UserError: if files are missing or broken, or there is no template.
+    """
+    _require(home, (TOKENIZER,))
+    with _unmarked(home) as folder:
+        made = _applied("Qwen2Tokenizer", folder, origin=home)
+    check_chat_tokenizer(made, home)
+    return made
 
 
 @contextmanager
@@ -94,7 +137,22 @@ def _unmarked(home: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
+def _loaded(kind: str, folder: Path, home: Path) -> TextTokenizer:
+    """Returns a tokenizer of `tokenizer.json`: without transformers, where that would add nothing.
+
+    Args:
+        kind: class of transformers.
+        folder: holds the files without byte order marks.
+        home: where they come from.
+    """
+    if folder == home:
+        plain = plain_tokenizer(kind, MODELS[kind], home, lambda: _applied(kind, home))
+        if plain is not None:
+            return plain
+    return _applied(kind, folder, origin=home)
+
+
+def _applied(kind: str, home: Path, *, origin: Path | None = None) -> Any:
     """Returns a tokenizer of a class of transformers that does what `tokenizer.json` says.
 
     Args:
@@ -109,7 +167,7 @@ def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
         raise UserError(f"{file} is not a tokenizer ({_brief(error)}); copy it again from the pipeline.") from None
     if not isinstance(backend.model, MODELS[kind]):
         raise UserError(
-            f"{file} holds a {type(backend.model).__name__} model, but that of a {kind.__name__} is "
+            f"{file} holds a {type(backend.model).__name__} model, but that of a {kind} is "
             f"{MODELS[kind].__name__}; copy it again from the pipeline."
         )
     made = _named(kind, home, origin or home)
@@ -130,14 +188,12 @@ def _applied(kind: type[T], home: Path, *, origin: Path | None = None) -> T:
     return made
 
 
-def _named(kind: type[T], home: Path, origin: Path) -> T:
+def _named(kind: str, home: Path, origin: Path) -> Any:
     """Returns what transformers makes of a directory."""
     try:
-        made = kind.from_pretrained(home, local_files_only=True)
+        made = getattr(import_module("transformers"), kind).from_pretrained(home, local_files_only=True)
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        raise UserError(
-            f"transformers cannot load {origin} as a {kind.__name__} ({_brief(error)}); copy it again."
-        ) from None
+        raise UserError(f"transformers cannot load {origin} as a {kind} ({_brief(error)}); copy it again.") from None
     if made.pad_token_id is None:
         raise UserError(f"The tokenizer in {origin} names no token for padding in its {CONFIG}; copy it again.")
     if not isinstance(made.model_max_length, int | float):
@@ -156,7 +212,7 @@ def _from_sentencepiece(home: Path) -> Tokenizer:
     # What the converter asks of a tokenizer; T5 closes a text with a token that its model has.
     stand_in = SimpleNamespace(vocab_file=str(file), _extra_ids=extra_ids)
     try:
-        converter: Any = T5Converter(stand_in)
+        converter: Any = import_module("transformers.convert_slow_tokenizer").T5Converter(stand_in)
     except DecodeError:
         raise UserError(f"{file} is not a SentencePiece model; copy it again from the pipeline.") from None
     ids = {piece.piece: number for number, piece in enumerate(converter.proto.pieces)}

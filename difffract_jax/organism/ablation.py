@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from difffract_jax.models.guidance import NegativeBranch, step_velocity
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT, forward
 from difffract_jax.models.pipeline import Run
 from difffract_jax.models.sampler import euler_scan
@@ -29,7 +30,7 @@ class Ablation(NamedTuple):
 
     Attributes:
         replaced: 1 where a site's output is replaced, else 0; per group, [layer].
-        value: what it is replaced by, per group, [layer step d_model].
+        value: what it is replaced by, per group, [layer evaluation d_model].
     """
 
     replaced: SiteValues
@@ -54,7 +55,7 @@ def ablation(config: FluxConfig, site: tuple[int, int] | None, value: SiteValues
     Args:
         config: of the model.
         site: one of `sites`.
-        value: what outputs are replaced by, per group, [layer step d_model].
+        value: what outputs are replaced by, per group, [layer evaluation d_model].
     """
     layout = config.layout
     depths = (len(layout.blocks_of(group)) for group in range(len(layout.groups)))
@@ -88,8 +89,9 @@ def mean_outputs(
     text: Float[Array, "image txt text_width"],
     pooled: Float[Array, "image pooled_width"],
     noise: Float[Array, "image img channels"],
+    negative: NegativeBranch | None = None,
 ) -> SiteValues:
-    """Returns the mean output of every MLP per step, over images and tokens, padding included.
+    """Returns the mean output of every MLP per evaluation, over images and tokens, padding included.
 
     Args:
         model: the transformer.
@@ -97,28 +99,39 @@ def mean_outputs(
         text: text embeddings.
         pooled: pooled prompt embeddings.
         noise: packed starting noise.
+        negative: with guidance by two branches, from `pipeline.negative_branch`.
 
     Returns:
-        Per group, [layer step d_model].
+        Per group, [layer evaluation d_model].
     """
-    return _mean_outputs(model, text, pooled, noise, jnp.asarray(run.sigmas), run.grid)
+    return _mean_outputs(model, text, pooled, noise, jnp.asarray(run.sigmas), negative, run.grid)
 
 
 @partial(jax.jit, static_argnames="grid")
 def _mean_outputs(
-    model: MMDiT, text: Array, pooled: Array, noise: Array, sigmas: Array, grid: tuple[int, int]
+    model: MMDiT,
+    text: Array,
+    pooled: Array,
+    noise: Array,
+    sigmas: Array,
+    negative: NegativeBranch | None,
+    grid: tuple[int, int],
 ) -> SiteValues:
-    def one(z: Array, txt: Array, vec: Array, sigma: Array) -> tuple[Array, SiteValues]:
-        velocity, reports = forward(model, Inputs(z, txt, vec, sigma), grid, tap=_token_means)
-        return velocity, per_group(reports)
-
     def evaluate(latents: Array, sigma: Array, number: Array, _: None) -> tuple[Array, SiteValues]:
-        del number
-        velocity, means = jax.vmap(one, (0, 0, 0, None))(latents, text, pooled, sigma)
+        def one(z: Array, txt: Array, vec: Array) -> tuple[Array, SiteValues]:
+            def branch(number: Array, txt: Array, vec: Array) -> tuple[Array, SiteValues]:
+                del number
+                velocity, reports = forward(model, Inputs(z, txt, vec, sigma), grid, tap=_token_means)
+                return velocity, per_group(reports)
+
+            return step_velocity(branch, txt, vec, negative, number, z.dtype)
+
+        velocity, means = jax.vmap(one)(latents, text, pooled)
         return velocity, jax.tree.map(lambda mean: mean.mean(axis=0), means)
 
     _, means = euler_scan(evaluate, noise, sigmas)
-    return jax.tree.map(lambda mean: jnp.swapaxes(mean, 0, 1), means)
+    # [step branch layer d_model]: evaluations are numbered step by step.
+    return jax.tree.map(lambda mean: jnp.swapaxes(mean.reshape(-1, *mean.shape[2:]), 0, 1), means)
 
 
 def _token_means(visit: Visit) -> SiteValues:

@@ -9,9 +9,10 @@
 import json
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import matplotlib.pyplot as plt
@@ -19,7 +20,10 @@ import numpy as np
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
+from difffract_jax.models.clip import CLIPTextEncoder
+from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.qwen3 import Qwen3Encoder
 from difffract_jax.organism.evaluate import (
     GROUPS,
     Progress,
@@ -33,7 +37,7 @@ from difffract_jax.organism.evaluate import (
     uncoloured,
 )
 from difffract_jax.organism.probe import probe_binding, replace_text
-from difffract_jax.organism.recipe import OrganismRecipe
+from difffract_jax.organism.recipe import Arch, OrganismRecipe
 from difffract_jax.organism.scorer import SeenScenes, describe, judge
 from difffract_jax.organism.world import CONTRADICTING, HELD_OUT_PLACED, HELD_OUT_SHARE, Scenes, concatenate
 
@@ -64,15 +68,17 @@ def measure_organism(
         "text": lambda: replace_text(pipe, max(images // 2, 1)),
         "speed": lambda: [_speed(pipe)],
     }
+    steps = f"{pipe.config.defaults.steps} steps"
+    kind = "T5" if isinstance(pipe.clip, CLIPTextEncoder) else "text"
     titles = {
-        "binding": "Right images on held-out captions, 4 steps",
+        "binding": f"Right images on held-out captions, {steps}",
         "binding in 16 steps": "The same in 16 steps",
         "contradictions": "Concepts named in a colour not theirs: the colour they come out in",
         "uncoloured": "Concepts named without a colour",
         "ablations": "Two shapes right with one MLP replaced by its mean per step, or by zero",
         "probe": "Linear probe, noun token -> its own colour (chance 0.125)",
-        "text": "Two shapes right when every T5 state is replaced",
-        "speed": "64 images in one batch, 4 steps",
+        "text": f"Two shapes right when every {kind} state is replaced",
+        "speed": f"64 images in one batch, {steps}",
     }
     return {titles[name]: work[name]() for name in TABLES if name in tables}
 
@@ -156,18 +162,19 @@ def write_card(
 def _text(pipe: Pipeline, recipe: OrganismRecipe, tables: dict[str, Any], command: str, minutes: float) -> str:
     config = pipe.config.transformer
     counts = {name: sum(leaf.size for leaf in jax.tree.leaves(getattr(pipe, name))) for name in _PARTS}
-    parts = ", ".join(f"{_PARTS[name]} {count:,}" for name, count in counts.items())
+    names = _PARTS | ({"t5": "Qwen3"} if isinstance(pipe.t5, Qwen3Encoder) else {})
+    parts = ", ".join(f"{names[name]} {count:,}" for name, count in counts.items() if count)
     placed = "\n".join(f"- {colour} {noun} at the {side}" for noun, colour, side in HELD_OUT_PLACED)
-    stacks = " and ".join(f"{stack.depth} {stack.name}-" for stack in config.layout.stacks)
-    return f"""# The organism
+    about, cores = ABOUT[recipe.arch], os.cpu_count()
+    taken = (about.taken.format(begin=recipe.begin) + "\n\n") if recipe.begin else ""
+    return f"""# {about.title}
 
-A FLUX pipeline small enough for a laptop, trained on scenes whose content is known. The architecture is
-FLUX.1[schnell]'s, tensor for tensor; diffusers loads this directory as a `FluxPipeline`.
+{about.what}
 
-- Images: {pipe.config.defaults.width} x {pipe.config.defaults.height} pixels, 4 steps, no guidance.
+- Images: {pipe.config.defaults.width} x {pipe.config.defaults.height} pixels, {about.sampled}.
 - Prompts: up to {pipe.config.defaults.text_tokens} tokens of a closed vocabulary.
 - Parameters: {parts}.
-- Transformer: {stacks}stream blocks, width {config.d_model},
+- Transformer: {about.blocks(config)}, width {config.d_model},
   {config.heads} heads.
 
 ## Data
@@ -190,10 +197,10 @@ the model; the tables count these captions apart, and there judge objects and co
 
 ## Recipe
 
-Two double- and two single-stream blocks of width 64 are small on purpose: circuits show where every MLP has work to do,
+{about.small}: circuits show where every MLP has work to do,
 and in larger trials most MLPs could be taken away unnoticed. The table of ablations says how much each matters here.
 
-Made by `{command}`, in {minutes:.0f} minutes on {os.cpu_count()} cores, which other work may have shared. Settings:
+{taken}Made by `{command}`, in {minutes:.0f} minutes on {cores} cores, which other work may have shared. Settings:
 
 ```json
 {json.dumps(recipe.model_dump(mode="json"), indent=1)}
@@ -210,3 +217,66 @@ never uses. Made by `difffract organism score`.
 
 
 _PARTS = {"transformer": "transformer", "t5": "T5", "clip": "CLIP", "vae": "autoencoder"}
+
+
+class About(NamedTuple):
+    """What a card says of an architecture.
+
+    Attributes:
+        title: of the card.
+        what: the model is.
+        sampled: how images are.
+        blocks: of the transformer, by its shape.
+        small: why it is.
+        taken: what was taken from another pipeline, named `begin`.
+    """
+
+    title: str
+    what: str
+    sampled: str
+    blocks: Callable[[FluxConfig], str]
+    small: str
+    taken: str
+
+
+def _both_kinds(config: FluxConfig) -> str:
+    return " and ".join(f"{stack.depth} {stack.name}-" for stack in config.layout.stacks) + "stream blocks"
+
+
+ABOUT: Mapping[Arch, About] = {
+    "flux": About(
+        title="The organism",
+        what="A FLUX pipeline small enough for a laptop, trained on scenes whose content is known. "
+        "The architecture is\n"
+        "FLUX.1[schnell]'s, tensor for tensor; diffusers loads this directory as a `FluxPipeline`.",
+        sampled="4 steps, no guidance",
+        blocks=_both_kinds,
+        small="Two double- and two single-stream blocks of width 64 are small on purpose",
+        taken="The autoencoder is that of the pipeline `{begin}`.",
+    ),
+    "sd3": About(
+        title="The organism's sibling of Stable Diffusion 3",
+        what="A pipeline of Stable Diffusion 3.5's architecture, small enough for a laptop, trained on the\n"
+        "organism's scenes, captions and noise levels. It has two CLIPs and T5, a table of positions, and\n"
+        "normed queries and keys.",
+        sampled="5 steps, the last from the lowest noise level; one evaluation a step, or\n"
+        "  two with guidance, for which a share of the training's scenes has no caption (`dropped` below)",
+        blocks=lambda config: f"{config.layout.depth} double-stream blocks, the last without an MLP for the text",
+        small="Four double-stream blocks of width 64 are small on purpose",
+        taken="Autoencoder, T5 and the first CLIP are those of the pipeline `{begin}`, as they are there; the\n"
+        "text stage trained the second CLIP.",
+    ),
+    "flux2": About(
+        title="The organism's sibling of FLUX.2",
+        what="A pipeline of FLUX.2-klein's architecture, small enough for a laptop, trained on the organism's\n"
+        "scenes, captions and noise levels. Its MLPs are gated, its matrices without biases, its modulations\n"
+        "shared by blocks; Qwen3 reads the prompt, and nothing is pooled. The schedule is not shifted by the\n"
+        "number of image tokens, of which there are 36 here and thousands where the published shift was fitted.",
+        sampled="4 steps, no guidance",
+        blocks=_both_kinds,
+        small="Two double- and two single-stream blocks of width 64 are small on purpose",
+        taken="The autoencoder's weights are those of the pipeline `{begin}`; the statistics by which every\n"
+        "channel of a packed latent is scaled were measured on scenes.",
+    ),
+}
+"""Architecture -> what its card says."""

@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 
 from difffract_jax.models import sampler
 from difffract_jax.models.batch import generate_batch
-from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.pipeline import Pipeline, negative_branch
 from difffract_jax.organism.ablation import ablated_velocity, ablation, mean_outputs, sites
 from difffract_jax.organism.captions import RELATIONS
 from difffract_jax.organism.scorer import SeenScenes, interval, judge, read_scenes
@@ -171,7 +171,7 @@ def ablations(pipe: Pipeline, size: int, *, progress: Progress | None = None) ->
     calibration = scenes(WORLD_SEED + 3, 0, 256)
     text, pooled = encode_all(pipe.t5, pipe.clip, tokenise(pipe.tokenizers, calibration.captions))
     noise = jnp.stack([sampler.draw_noise(seed, run.grid, config.in_channels) for seed in range(256)])
-    mean = mean_outputs(pipe.transformer, run, text, pooled, noise)
+    mean = mean_outputs(pipe.transformer, run, text, pooled, noise, negative_branch(pipe, run, noise.dtype))
     zero = jax.tree.map(jnp.zeros_like, mean)
 
     def right(site: tuple[int, int] | None, value: Any, label: str) -> float:

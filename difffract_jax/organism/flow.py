@@ -9,7 +9,8 @@
 4. The learning rate is flat and then falls linearly to zero.
 5. Samples are drawn from an exponential moving average of the weights.
 
-At the start every modulation is the identity and the last projection zero, so that blocks are plain residual blocks.
+At the start every modulation is the identity and the last projection zero, so that blocks are plain residual blocks
+(`beginnings`).
 """
 
 from typing import Any, NamedTuple, cast
@@ -21,9 +22,14 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Key
 
+from difffract_jax.generators import random_generator
+from difffract_jax.models.families import module_of
+from difffract_jax.models.flux2 import Flux2Config
 from difffract_jax.models.mmdit import FluxConfig, Inputs, MMDiT
+from difffract_jax.models.sd3 import Sd3Config
+from difffract_jax.organism.beginnings import FIXED, begin_plain
 from difffract_jax.organism.recipe import FlowRecipe
-from difffract_jax.seeds import random_generator, random_key
+from difffract_jax.seeds import random_key
 from difffract_jax.storage.checkpoint import leaf_paths
 
 GRID = (6, 6)
@@ -71,6 +77,41 @@ def transformer_config(recipe: FlowRecipe) -> FluxConfig:
     )
 
 
+def sd3_config(recipe: FlowRecipe, text_width: int, pooled_width: int) -> Sd3Config:
+    """Returns the transformer of the sibling of Stable Diffusion 3.
+
+    Args:
+        recipe: says how many blocks and heads.
+        text_width: channels of the text embedding.
+        pooled_width: channels of the pooled embedding.
+    """
+    return Sd3Config(
+        depth_double=recipe.depth_double,
+        heads=recipe.heads,
+        head_dim=32,
+        in_channels=32,
+        out_channels=32,
+        text_width=text_width,
+        pooled_width=pooled_width,
+        qk_norm=True,
+        table=8,
+    )
+
+
+def flux2_config(recipe: FlowRecipe, text_width: int) -> Flux2Config:
+    """Returns the transformer of the sibling of FLUX.2; arguments as for `sd3_config`."""
+    return Flux2Config(
+        depth_double=recipe.depth_double,
+        depth_single=recipe.depth_single,
+        heads=recipe.heads,
+        head_dim=32,
+        rope_axes=(8, 8, 8, 8),
+        in_channels=32,
+        out_channels=32,
+        text_width=text_width,
+    )
+
+
 def learning_rate(recipe: FlowRecipe) -> optax.Schedule:
     """Returns the schedule: warm-up, flat, and linear to zero."""
     rate, flat = recipe.learning_rate, int(recipe.steps * recipe.flat_share)
@@ -100,20 +141,20 @@ def _optimizer(recipe: FlowRecipe) -> optax.GradientTransformation:
 
 def _in_block(name: str) -> bool:
     """Says whether a weight is a stack of matrices of blocks."""
-    return name.startswith(("double.", "single.")) and name.endswith(".kernel")
+    return name.startswith(("double.", "single.", "last.")) and name.endswith(".kernel")
 
 
-def init(recipe: FlowRecipe, seed: int) -> FlowState:
-    """Returns the state before the first step."""
-    model = MMDiT(transformer_config(recipe), rngs=nnx.Rngs(random_key(seed)))
-    width = model.config.d_model
-    for stream in (model.double.img, model.double.txt, model.single):
-        bias = np.zeros(stream.mod.bias.shape, np.float32).reshape(len(stream.mod.bias), -1, width)
-        bias[:, stream.gate_rows] = 1
-        stream.mod.bias[...] = jnp.asarray(bias.reshape(stream.mod.bias.shape))
-        stream.mod.kernel[...] = 0.1 * stream.mod.kernel[...]
-    for layer in (model.final.mod, model.final.proj):
-        layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+def init(recipe: FlowRecipe, seed: int, shape: FluxConfig | None = None) -> FlowState:
+    """Returns the state before the first step.
+
+    Args:
+        recipe: of the training.
+        seed: of the weights.
+        shape: of the transformer; the organism's if left out.
+    """
+    shape = transformer_config(recipe) if shape is None else shape
+    model = module_of(shape)(shape, rngs=nnx.Rngs(random_key(seed)))
+    begin_plain(model)
     average = jax.tree.map(jnp.copy, model)
     return FlowState(model, average, _optimizer(recipe).init(leaf_paths(model)), jnp.zeros((), jnp.int32))
 
@@ -142,9 +183,13 @@ def train_step(
 
     value, gradients = jax.value_and_grad(loss)(state.model)
     weights = leaf_paths(state.model)
-    updates, optimizer = _optimizer(recipe).update(leaf_paths(gradients), state.optimizer, weights)
+    slopes = {name: jnp.zeros_like(leaf) if name in FIXED else leaf for name, leaf in leaf_paths(gradients).items()}
+    updates, optimizer = _optimizer(recipe).update(slopes, state.optimizer, weights)
     new = cast(dict[str, Array], optax.apply_updates(weights, updates))  # the tree is that of `weights`
     model = jax.tree.unflatten(jax.tree.structure(state.model), [new[name] for name in weights])
     decay = jnp.minimum(recipe.average, (1 + state.step) / (10 + state.step))
-    average = jax.tree.map(lambda a, w: decay * a + (1 - decay) * w, state.average, model)
+    before, structure = leaf_paths(state.average), jax.tree.structure(state.average)
+    # What is not trained would move by rounding.
+    mixed = [a if name in FIXED else decay * a + (1 - decay) * new[name] for name, a in before.items()]
+    average = jax.tree.unflatten(structure, mixed)
     return FlowState(model, average, optimizer, state.step + 1), {"loss": value}

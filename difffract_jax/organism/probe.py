@@ -21,12 +21,15 @@ from difffract_jax.models.batch import draw
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, Run
+from difffract_jax.models.sd3_text import t5_ids as ids_of_t5
 from difffract_jax.models.stacks import depth_of, run_stacks, streams
+from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import FIRST_SEED, WORLD_SEED, held_out, see, share
 from difffract_jax.organism.render import NOUNS
 from difffract_jax.organism.scorer import judge
 from difffract_jax.organism.text import Prompts, encode_all, tokenise
+from difffract_jax.organism.vocabulary import word_starts
 from difffract_jax.organism.world import Scenes, scenes
 
 RIDGE = 1e-3
@@ -70,7 +73,9 @@ def replace_text(pipe: Pipeline, size: int = 500) -> list[dict[str, Any]]:
 
 def _means(pipe: Pipeline, prompts: Prompts, text: Float[np.ndarray, "prompt txt width"]) -> np.ndarray:
     """Replaces states by the mean over many captions of the same token at the same position."""
-    total = np.zeros((len(pipe.tokenizers.t5), *text.shape[1:]))
+    # With two CLIPs the stream has ids of two vocabularies, at different positions.
+    vocabularies = (pipe.tokenizers.t5, pipe.tokenizers.clip)
+    total = np.zeros((max(len(one.get_vocab()) for one in vocabularies if one is not None), *text.shape[1:]))
     count = np.zeros(total.shape[:2])
     for number in range(16):
         drawn = tokenise(pipe.tokenizers, scenes(WORLD_SEED + 5, number, 512).captions)
@@ -101,9 +106,16 @@ def _noun_states(pipe: Pipeline, asked: Scenes) -> dict[str, tuple[np.ndarray, n
     prompts = tokenise(pipe.tokenizers, asked.captions)
     rows, positions, colours = _nouns(asked)
     text, pooled = encode_all(pipe.t5, pipe.clip, prompts)
-    embedded = pipe.t5.embed.embedding[...][prompts.t5_ids]
-    stages = [("before T5", embedded), ("after T5", text), *_block_states(pipe, text, pooled)]
-    return {name: (np.asarray(states)[rows, positions], colours) for name, states in stages}
+    # Words of other encoders than this one may stand before those that it reads.
+    start = word_starts(pipe.tokenizers)[-1]
+    own = jax.vmap(partial(ids_of_t5, pipe.clip))(prompts.t5_ids)
+    embedded = pipe.t5.embed.embedding[...][own]
+    skipped = prompts.t5_ids.shape[1] - own.shape[1]
+    encoder = "T5" if isinstance(pipe.t5, T5Encoder) else "the language model"
+    before = np.asarray(embedded)[rows, positions + start - skipped]
+    stages = [(f"after {encoder}", text), *_block_states(pipe, text, pooled)]
+    after = {name: (np.asarray(states)[rows, positions + start], colours) for name, states in stages}
+    return {f"before {encoder}": (before, colours)} | after
 
 
 def _nouns(asked: Scenes) -> tuple[Int[np.ndarray, "noun"], Int[np.ndarray, "noun"], Int[np.ndarray, "noun"]]:

@@ -16,8 +16,10 @@ from jaxtyping import Bool
 
 from difffract_jax.models.batch import generate_batch
 from difffract_jax.models.pipeline import Pipeline, model_velocity
+from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.organism.evaluate import FIRST_SEED, WORLD_SEED, see, share
 from difffract_jax.organism.scorer import judge
+from difffract_jax.organism.vocabulary import WORDS
 from difffract_jax.organism.world import Scenes, concatenate, scenes
 from difffract_jax.transcoders.replaced import TRANSCODER, Replaced, replaced_velocity, swaps_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -84,6 +86,11 @@ def _replaced(pipe: Pipeline, tcs: TranscoderSet, words: int) -> Replaced:
     # Nothing is ablated, so no mean is read.
     nothing = {name: np.zeros((len(layers), 1, tcs.config.d_model)) for name, layers in tcs.sites.groups.items()}
     kinds = np.full(len(tcs.sites.names), TRANSCODER)
-    mask: Bool[np.ndarray, "txt"] = np.arange(pipe.config.defaults.text_tokens) <= words  # the closing token counts
+    # Closing tokens and a template's count; which they are is the same for all captions of a length. A negative prompt
+    # is the empty one.
+    lengths, tokens = [words, 0][: pipe.plan().branches], pipe.config.defaults.text_tokens
+    captions = (" ".join(WORDS[:length]) for length in lengths)
+    masks = [encode_prompt(pipe.tokenizers, caption, tokens).t5_mask for caption in captions]
+    mask: Bool[np.ndarray, "branch txt"] = np.stack(masks)
     swaps = swaps_of(tcs.sites, model, nothing, kinds)
     return Replaced(model, tcs.per_group(model.config.layout), swaps, jnp.asarray(mask))

@@ -8,7 +8,8 @@
    checkpoint on disk, whole or not at all. Metrics are appended to `metrics.jsonl`.
 4. A loss that is not finite ends the run; the last checkpoint stays.
 
-The directory: `recipe.json`, `metrics.jsonl`, and one checkpoint per stage.
+The directory: `recipe.json`, `metrics.jsonl`, and one checkpoint per stage. In a bucket, where nothing can be replaced
+in one move, a stage's checkpoints lie in folders by their step, the newest of which counts, and metrics go with each.
 """
 
 import json
@@ -26,22 +27,30 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from difffract_jax.config import UserError
+from difffract_jax.generators import seed_words
 from difffract_jax.models.autoencoder import Autoencoder
-from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
-from difffract_jax.models.sampler import SchedulerConfig
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.runs import PipelineConfig
 from difffract_jax.models.tokenizers import Tokenizers
 from difffract_jax.organism import flow, images, text
+from difffract_jax.organism.architectures import ARCHITECTURES
 from difffract_jax.organism.pool import build_pool, measure_latents
-from difffract_jax.organism.recipe import OrganismRecipe
-from difffract_jax.organism.render import SIDE
-from difffract_jax.organism.vocabulary import TEXT_TOKENS, make_tokenizers
-from difffract_jax.seeds import random_key, seed_words
+from difffract_jax.organism.recipe import OrganismRecipe, completed
+from difffract_jax.seeds import random_key
 from difffract_jax.storage.checkpoint import atomic_directory, atomic_file, load_tree, save_trees
+from difffract_jax.storage.files import is_occupied
+from difffract_jax.storage.remote import steps
+from difffract_jax.storage.remote.addresses import is_remote, parse_address
+from difffract_jax.storage.remote.bucket import open_bucket
+from difffract_jax.storage.remote.cache import local_directory
+from difffract_jax.storage.remote.publication import CLAIM
+from difffract_jax.transcoders.run_place import bring, check_place, has, home_of, send, text_of
 
 Progress = Callable[[str, int, int, float], None]
 """Called with stage, steps done, steps in all, and the latest loss."""
 LOG_EVERY = 50
 """Steps between two lines of metrics."""
+RECIPE, METRICS = "recipe.json", "metrics.jsonl"
 LONGEST_GAP = 120.0
 """Seconds between two lines from which on the run counts as interrupted."""
 SCALE_SEED, POOL_SEED, DATA_SEED, KEY_SEED = range(4)
@@ -69,15 +78,23 @@ class Stage(NamedTuple):
 
 
 def train(
-    recipe: OrganismRecipe, directory: Path, *, resume: bool = False, progress: Progress | None = None
+    recipe: OrganismRecipe,
+    directory: Path,
+    *,
+    resume: bool = False,
+    begin: Pipeline | None = None,
+    progress: Progress | None = None,
+    allowed: Callable[[], None] = lambda: None,
 ) -> Pipeline:
-    """Trains the organism.
+    """Trains the organism, or a sibling of another architecture.
 
     Args:
         recipe: every number that the result depends on.
         directory: of the run.
         resume: go on with a run that was interrupted.
+        begin: pipeline that the recipe names, whose parts are taken; all are trained if left out.
         progress: called after every step.
+        allowed: called before a checkpoint is written; raises where another process has taken the run over.
 
     Returns:
         The pipeline, with the averaged weights of the transformer.
@@ -86,31 +103,37 @@ def train(
         UserError: if the directory holds a run already, or one of another recipe, or a loss is not finite.
     """
     _open_run(recipe, directory, resume)
-    tokenizers = make_tokenizers()
+    made_of = ARCHITECTURES[recipe.arch]
+    tokenizers = made_of.tokenizers()
     report = progress or (lambda *_: None)
-    encoders = fit(_text_stage(recipe, tokenizers), directory, recipe.save_every, report)
-    vae = _scaled(fit(_image_stage(recipe), directory, recipe.save_every, report).vae, _seed(recipe, 1, SCALE_SEED))
+    run = partial(fit, directory=directory, save_every=recipe.save_every, report=report, allowed=allowed)
+    encoders = run(_text_stage(recipe, tokenizers, begin))
+    scale_seed = _seed(recipe, 1, SCALE_SEED)
+    scaled = _scaled(run(_image_stage(recipe)).vae, scale_seed) if begin is None else begin.vae
+    vae = made_of.autoencoder(scaled, scale_seed)
 
     @cache
     def pool() -> flow.EncodedScenes:
         seed, told = _seed(recipe, 2, POOL_SEED), partial(_pool_progress, report)
-        return build_pool(vae, encoders.t5, encoders.clip, tokenizers, seed, recipe.flow.pool, told)
+        size, dropped = recipe.flow.pool, recipe.flow.dropped
+        return build_pool(vae, encoders.t5, encoders.clip, tokenizers, seed, size, told, dropped)
 
-    model = fit(_flow_stage(recipe, pool), directory, recipe.save_every, report).average
+    model = run(_flow_stage(recipe, pool)).average
     config = PipelineConfig(
         transformer=model.config,
         t5=encoders.t5.config,
         clip=encoders.clip.config,
         vae=vae.config,
-        scheduler=SchedulerConfig(),
-        defaults=GenerationDefaults(height=SIDE, width=SIDE, text_tokens=TEXT_TOKENS, steps=4, guidance=0.0),
+        scheduler=made_of.scheduler,
+        defaults=made_of.defaults,
     )
     return Pipeline(model, encoders.t5, encoders.clip, vae, tokenizers, config)
 
 
 def minutes_taken(directory: Path) -> float:
     """Returns how long the steps of a run have taken, interruptions left out, by the times in its `metrics.jsonl`."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (home_of(directory) / METRICS).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     total = 0.0
     for before, after in zip(lines, lines[1:], strict=False):
         gap = after["time"] - before["time"]
@@ -119,15 +142,18 @@ def minutes_taken(directory: Path) -> float:
     return total / 60
 
 
-def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any:
+def fit(
+    stage: Stage, directory: Path, save_every: int, report: Progress, allowed: Callable[[], None] = lambda: None
+) -> Any:
     """Runs a stage from its last checkpoint, or from the start, to its end; returns the final state."""
     abstract = jax.eval_shape(stage.init)
     home = directory / stage.name
-    state = load_tree(home, abstract) if home.is_dir() else stage.init()
+    saved = _newest(home)
+    state = stage.init() if saved is None else load_tree(saved, abstract)
     first = int(state.step)
     if first >= stage.steps:
         return state
-    with ThreadPoolExecutor(1) as ahead, (directory / "metrics.jsonl").open("a", encoding="utf-8") as log:
+    with ThreadPoolExecutor(1) as ahead, (home_of(directory) / METRICS).open("a", encoding="utf-8") as log:
         waiting = ahead.submit(stage.batch, first)
         try:
             for step in range(first, stage.steps):
@@ -144,7 +170,7 @@ def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any
                     # The loss is of the state before the step: an update that is not finite shows one step late.
                     if not _finite(state):
                         raise FloatingPointError
-                    _save(state, home)
+                    _save(state, home, allowed)
         except FloatingPointError:
             raise UserError(
                 f"The loss of stage {stage.name} is not finite at step {step}; {home} keeps the last good checkpoint. "
@@ -153,7 +179,7 @@ def fit(stage: Stage, directory: Path, save_every: int, report: Progress) -> Any
         except KeyboardInterrupt:
             # A step that was interrupted may have given its state away already; then the last checkpoint stays.
             if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                _save(state, home)
+                _save(state, home, allowed)
             raise
     return state
 
@@ -164,9 +190,26 @@ def _finite(state: Any) -> Array:
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
 
 
-def _save(state: Any, home: Path) -> None:
-    with atomic_directory(home, overwrite=True) as partial:
-        save_trees({"model": state}, partial, {"kind": "training state", "step": int(state.step)})
+def _newest(home: Path) -> Path | None:
+    """Returns where the checkpoint of a stage can be read; None if it has none."""
+    if not is_remote(home):
+        return home if home.is_dir() else None
+    complete = steps.complete(parse_address(home))
+    return local_directory(home / str(complete[-1])) if complete else None
+
+
+def _save(state: Any, home: Path, allowed: Callable[[], None]) -> None:
+    allowed()
+    step, remote = int(state.step), is_remote(home)
+    before = steps.complete(parse_address(home)) if remote else []
+    if step in before:
+        return  # to write it again would take it away first
+    send(home.parent, [METRICS])
+    with atomic_directory(home / str(step) if remote else home, overwrite=True) as partial:
+        save_trees({"model": state}, partial, {"kind": "training state", "step": step})
+    for old in before:
+        allowed()
+        steps.forget(parse_address(home) / str(old))
 
 
 def _log(log: Any, stage: str, step: int, metrics: dict[str, Array]) -> None:
@@ -177,18 +220,22 @@ def _log(log: Any, stage: str, step: int, metrics: dict[str, Array]) -> None:
 
 def _open_run(recipe: OrganismRecipe, directory: Path, resume: bool) -> None:
     """Makes the directory of a new run, or checks that a run to resume is of the same recipe."""
-    path = directory / "recipe.json"
+    check_place(directory)
+    path = directory / RECIPE
     wanted = recipe.model_dump(mode="json")
-    if not path.exists():
-        if directory.exists() and any(directory.iterdir()):
-            raise UserError(f"{directory} holds other files; give a new directory for the run.")
-        directory.mkdir(parents=True, exist_ok=True)
+    begun = has(directory, RECIPE)
+    if not begun and _holds_more(directory):
+        raise UserError(f"{directory} holds other files; give a new directory for the run.")
+    home_of(directory).mkdir(parents=True, exist_ok=True)
+    if not begun:
+        (home_of(directory) / METRICS).unlink(missing_ok=True)
         with atomic_file(path) as partial_file:
             partial_file.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         return
     if not resume:
         raise UserError(f"{directory} holds a run already; add --resume to go on with it, or give a new directory.")
-    found = json.loads(path.read_text(encoding="utf-8"))
+    bring(directory, METRICS)
+    found, wanted = completed(json.loads(text_of(directory, RECIPE))), completed(wanted)
     changed = [
         f"{part}.{name}" if isinstance(value, dict) else part
         for part, value in wanted.items()
@@ -203,6 +250,14 @@ def _open_run(recipe: OrganismRecipe, directory: Path, resume: bool) -> None:
         )
 
 
+def _holds_more(directory: Path) -> bool:
+    """Says whether a place that holds no run holds something else; of a bucket, besides the claim of this process."""
+    if not is_remote(directory):
+        return is_occupied(directory)
+    at = parse_address(directory)
+    return any(stat.key != (at / CLAIM).key for stat in open_bucket(at).below(at.key))
+
+
 def _seed(recipe: OrganismRecipe, stage: int, purpose: int) -> int:
     """Returns the seed of one stream of randomness of one stage."""
     return int(seed_words(recipe.seed, stage, purpose).generate_state(1)[0])
@@ -212,12 +267,20 @@ def _key(recipe: OrganismRecipe, stage: int) -> Key[Array, ""]:
     return random_key(_seed(recipe, stage, KEY_SEED))
 
 
-def _text_stage(recipe: OrganismRecipe, tokenizers: Tokenizers) -> Stage:
-    step = jax.jit(partial(text.train_step, recipe.text, recipe.seed), donate_argnums=0)
+def _text_stage(recipe: OrganismRecipe, tokenizers: Tokenizers, begin: Pipeline | None = None) -> Stage:
+    shapes = ARCHITECTURES[recipe.arch].encoders(tokenizers)
+    taken = begin is not None and text.takes(*shapes)
+    step = jax.jit(partial(text.train_step, recipe.text, recipe.seed, taken=taken), donate_argnums=0)
+
+    def init() -> text.TextState:
+        state = text.init(recipe.text, tokenizers, recipe.seed, shapes)
+        # Copies, since the step gives its state away.
+        return text.with_taken(state, *jax.tree.map(jnp.copy, (begin.t5, begin.clip))) if taken else state
+
     return Stage(
         "text",
         recipe.text.steps,
-        partial(text.init, recipe.text, tokenizers, recipe.seed),
+        init,
         partial(text.batch, recipe.text, tokenizers, _seed(recipe, 0, DATA_SEED)),
         lambda state, prompts, key: step(state, prompts),
         _key(recipe, 0),
@@ -240,7 +303,7 @@ def _flow_stage(recipe: OrganismRecipe, pool: Callable[[], flow.EncodedScenes]) 
     return Stage(
         "flow",
         recipe.flow.steps,
-        partial(flow.init, recipe.flow, recipe.seed),
+        partial(flow.init, recipe.flow, recipe.seed, ARCHITECTURES[recipe.arch].transformer(recipe.flow)),
         lambda step: flow.batch(recipe.flow, _seed(recipe, 2, DATA_SEED), step, pool()),
         jax.jit(partial(flow.train_step, recipe.flow), donate_argnums=0),
         _key(recipe, 2),

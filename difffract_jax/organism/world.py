@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
+from difffract_jax.generators import random_generator
 from difffract_jax.organism.captions import (
     COLOUR_NAMES,
     CONCEPTS,
@@ -32,7 +33,6 @@ from difffract_jax.organism.captions import (
     parse,
 )
 from difffract_jax.organism.render import NOUNS, draw_scenes
-from difffract_jax.seeds import random_generator
 
 RADII = ((5.8, 6.6), (8.2, 9.0))
 """Smallest and largest radius in pixels of a small and of a big object."""

@@ -7,6 +7,7 @@
    A directory without it is therefore never taken for a finished one.
 4. `load_tree` memory-maps the shards, compares names, shapes and types with the abstract tree, verifies the hash, and
    puts leaf after leaf onto its sharding.
+5. In buckets matrices are cut into tiles (`tiles.py`), so that a host reads its shard of them and little else.
 
 Callers wrap a save in `atomic_directory` of `files.py`, offered here too. The content hash is the SHA-256 of every
 tensor's name, type, shape and bytes, in the order of the names: the same weights have the same hash however they are
@@ -22,15 +23,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from difffract_jax.config import UserError
-from difffract_jax.storage.files import DTYPES, TensorFile, atomic_directory, atomic_file, raw_bytes
+from difffract_jax.storage.files import TensorFile, atomic_directory, atomic_file, raw_bytes
+from difffract_jax.storage.headers import DTYPES
 from difffract_jax.storage.shards import open_shards, write_sharded
+from difffract_jax.storage.tiles import Tiling
 
 __all__ = [
     "FORMAT_VERSION",
+    "TILED_VERSION",
     "VERIFY_BELOW_BYTES",
     "ShardingsOf",
+    "Tilings",
     "atomic_directory",
     "atomic_file",
     "cap",
@@ -40,14 +46,19 @@ __all__ = [
     "load_tree",
     "open_tree",
     "placement",
+    "put",
     "read_config",
+    "read_leaf",
     "save_tree",
     "save_trees",
     "tree_hash",
     "write_config",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, TILED_VERSION = 1, 2
+"""Of directories; with weights that are cut into tiles (`tiles.py`) the second, which older releases refuse."""
+Tilings = Mapping[str, Mapping[str, Tiling]]
+"""Name of a tree -> path of a leaf -> how it is cut; leaves that it lacks lie row by row."""
 VERIFY_BELOW_BYTES = 200 * 10**6
 """Weights smaller than this are hashed on every load; larger ones only when asked, as hashing 24 GB takes a minute."""
 
@@ -115,33 +126,38 @@ def save_tree(tree: Any, directory: Path, config: Mapping[str, Any], *, name: st
     return save_trees({name: tree}, directory, config)
 
 
-def save_trees(trees: Mapping[str, Any], directory: Path, config: Mapping[str, Any]) -> str:
+def save_trees(
+    trees: Mapping[str, Any], directory: Path, config: Mapping[str, Any], tilings: Tilings | None = None
+) -> str:
     """Writes several trees into one directory, then its `config.json`.
 
     Args:
         trees: name of the file -> tree of arrays.
         directory: where to; made when missing. Use `atomic_directory` around this to leave nothing half-written.
         config: facts to store; keys `format_version`, `content_hash` and `content_hashes` are added.
+        tilings: how some leaves are cut into tiles.
 
     Returns:
-        The content hash over all trees.
+        The content hash over all trees, which is the same however they are cut.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    return write_config(
-        directory, {name: _write_shards(leaf_paths(tree), directory, name) for name, tree in trees.items()}, config
-    )
+    cut = tilings or {}
+    hashes = {name: _write_shards(leaf_paths(tree), directory, name, cut.get(name, {})) for name, tree in trees.items()}
+    return write_config(directory, hashes, config, tiled=any(cut.values()))
 
 
-def write_config(directory: Path, hashes: Mapping[str, str], config: Mapping[str, Any]) -> str:
+def write_config(directory: Path, hashes: Mapping[str, str], config: Mapping[str, Any], *, tiled: bool = False) -> str:
     """Writes the `config.json` of a directory whose weights are written; returns the content hash over all.
 
     Args:
         directory: the directory.
         hashes: name of each tree -> its content hash.
         config: facts to store.
+        tiled: whether weights are cut into tiles.
     """
     total = _combine(hashes)
-    record = {"format_version": FORMAT_VERSION, "content_hash": total, "content_hashes": hashes, **config}
+    version = TILED_VERSION if tiled else FORMAT_VERSION
+    record = {"format_version": version, "content_hash": total, "content_hashes": hashes, **config}
     with atomic_file(directory / "config.json") as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return total
@@ -161,9 +177,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     version = config.get("format_version") if isinstance(config, dict) else None
     if version is None:
         raise UserError(f"{path} names no format_version, so difffract did not write it; give the converted directory.")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, TILED_VERSION):
         raise UserError(
-            f"{path} has format_version {version}, but this release reads {FORMAT_VERSION}; convert the source again."
+            f"{path} has format_version {version}, but this release reads {FORMAT_VERSION} and {TILED_VERSION}; "
+            "convert the source again."
         )
     return config
 
@@ -189,12 +206,44 @@ def load_tree(
         layers: places on the leading axis of every array that are wanted; others are not read, but to compare the hash.
     """
     tensors, target = open_tree(directory, abstract, name=name, verify=verify), placement(sharding, abstract)
-    # What is copied out of the map is: a zero-copy `device_put` would keep the weights tied to the file.
-    arrays = [
-        jax.device_put(_copied(tensors[p][p], leaf.dtype, layers), target(p))
-        for p, leaf in leaf_paths(abstract).items()
-    ]
+    arrays = [read_leaf(tensors[p], p, leaf, target(p), layers) for p, leaf in leaf_paths(abstract).items()]
     return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+def read_leaf(
+    file: TensorFile, path: str, leaf: Any, sharding: Any = None, layers: Sequence[int] | None = None
+) -> jax.Array:
+    """Reads a leaf to where a sharding wants it; of one that several processes share, each what its devices need.
+
+    Args:
+        file: that holds it.
+        path: of the leaf.
+        leaf: its shape, and the type that it shall have.
+        sharding: where it goes; None for the default device.
+        layers: places on its leading axis that are wanted; all if left out.
+    """
+    if sharding is None or getattr(sharding, "is_fully_addressable", True):
+        return put(file.part(path, (), layers), leaf.dtype, sharding)
+    shape = tuple(leaf.shape) if layers is None else (len(layers), *leaf.shape[1:])
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: np.array(file.part(path, index, layers), leaf.dtype)
+    )
+
+
+def put(array: np.ndarray, dtype: Any, sharding: Any, *, owned: bool = False) -> jax.Array:
+    """Puts an array that every process has where a sharding wants it; each reads the parts of its own devices alone.
+
+    Args:
+        array: on the host; it may be a file's map, of which nothing stays in use.
+        dtype: type that it shall have.
+        sharding: where it goes; None for the default device.
+        owned: whether nobody else uses the array's memory, which may then be taken over.
+    """
+    # What is copied out of a map is: a zero-copy `device_put` would keep the weights tied to the file.
+    if sharding is None or getattr(sharding, "is_fully_addressable", True):
+        own = (owned or array.base is None) and array.dtype == dtype
+        return jax.device_put(array if own else np.array(array, dtype), sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype))
 
 
 def open_tree(
@@ -218,7 +267,9 @@ def open_tree(
     if problems:
         raise UserError(f"{directory / name}.safetensors does not fit its config: {'; '.join(cap(problems))}.")
     if verify is None:
-        verify = sum(file.path.stat().st_size for file in files) < VERIFY_BELOW_BYTES
+        # What comes from a bucket part by part has a sum of each part, and is never read as a whole.
+        small = sum(file.path.stat().st_size for file in files) < VERIFY_BELOW_BYTES
+        verify = small and not all(file.is_checked for file in files)
     if verify and recorded != content_hash({key: file[key] for key, file in tensors.items()}):
         raise UserError(
             f"The weights in {directory / name}.safetensors differ from their recorded hash; copy them again."
@@ -226,19 +277,14 @@ def open_tree(
     return tensors
 
 
-def _copied(array: np.ndarray, dtype: Any, layers: Sequence[int] | None) -> np.ndarray:
-    return np.array(array, dtype) if layers is None else array[np.array(layers)].astype(dtype, copy=False)
-
-
 def cap(problems: list[str], most: int = 12) -> list[str]:
     """Shortens a list of problems to what fits a terminal, saying how many more there are."""
     return problems if len(problems) <= most else [*problems[:most], f"(+{len(problems) - most} more)"]
 
 
-def _write_shards(leaves: Mapping[str, Any], directory: Path, name: str) -> str:
-    write_sharded(
-        directory, name, {path: (np.dtype(leaf.dtype), leaf.shape) for path, leaf in leaves.items()}, leaves.__getitem__
-    )
+def _write_shards(leaves: Mapping[str, Any], directory: Path, name: str, tilings: Mapping[str, Tiling]) -> str:
+    kinds = {path: (np.dtype(leaf.dtype), leaf.shape) for path, leaf in leaves.items()}
+    write_sharded(directory, name, kinds, leaves.__getitem__, tilings)
     return content_hash(leaves)
 
 
@@ -248,6 +294,8 @@ def content_hash(tensors: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         value = tensors[name]
         digest.update(heading(name, np.dtype(value.dtype), tuple(value.shape)))
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            value = multihost_utils.process_allgather(value, tiled=True)  # other processes hold parts of it
         digest.update(raw_bytes(value))
     return digest.hexdigest()
 

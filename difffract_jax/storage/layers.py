@@ -49,7 +49,7 @@ class FileLayers:
         return jax.tree.unflatten(self._structure, arrays)
 
     def _read(self, name: str, dtype: Any, layer: int, take: Mapping[str, tuple[int, np.ndarray]]) -> np.ndarray:
-        mapped = self._files[name][name][layer]
+        mapped = self._files[name].layer(name, layer)
         path = name.removeprefix(self._prefix)
         if path in take:
             axis, chosen = take[path]

@@ -1,7 +1,8 @@
 """One writer at a time: an output is held by a lock beside it, which goes with the process, however it ends.
 
 The lock is on the file `.NAME.lock` next to the output. Where that file cannot be made, or the file system has no
-locks, outputs are written without; directories are still published by one rename, see `files.atomic_directory`.
+locks, outputs are written without; directories are still published by one rename, see `files.atomic_directory`. In a
+bucket an object is the lock, see `remote.publication.filling`.
 """
 
 import os
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from difffract_jax.config import UserError
+from difffract_jax.storage.remote.addresses import is_remote, parse_address
+from difffract_jax.storage.remote.publication import filling
 
 try:
     import fcntl
@@ -27,6 +30,10 @@ def sole_writer(path: str | Path) -> Iterator[None]:
     Raises:
         UserError: if another block holds it.
     """
+    if is_remote(path):
+        with filling(parse_address(path)):
+            yield
+        return
     lock = Path(os.path.realpath(path))
     lock = lock.with_name(f".{lock.name or 'root'}.lock")
     held = _held(lock, path)

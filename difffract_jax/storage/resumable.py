@@ -6,6 +6,8 @@
    what is finished, a line each, with a checksum that is compared before it is used again.
 3. When the block ends well the files get the output's name by one rename. When it fails or is interrupted, what is
    finished stays, and a line of the log says so; without anything finished nothing stays.
+4. An output in a bucket is made on the cache's disk, and published at the end; where that fails, all of it stays there,
+   and the next call has nothing left to do but to publish it.
 """
 
 import errno
@@ -16,12 +18,15 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from difffract_jax.config import UserError
 from difffract_jax.storage.files import check_vacant, publish
 from difffract_jax.storage.locks import sole_writer
+from difffract_jax.storage.remote.addresses import is_remote, parse_address
+from difffract_jax.storage.remote.outputs import kept_for
+from difffract_jax.storage.remote.publication import publish as publish_remotely
 
 JOURNAL = "journal.jsonl"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -125,20 +130,30 @@ def resumable_directory(path: str | Path, *, overwrite: bool = False) -> Iterato
     Raises:
         UserError: if the output is occupied or another process writes it; if the disk is full.
     """
-    target = Path(os.path.realpath(path))
+    remote = is_remote(path)
+    if remote:
+        check_vacant(path, overwrite=overwrite)
+    target = kept_for(path) if remote else Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     with sole_writer(target):
         check_vacant(path, overwrite=overwrite)
         output = Output(target)
         try:
             yield output
-            output.publish(overwrite=overwrite)
+            if remote:
+                publish_remotely(output.files, parse_address(path), overwrite=overwrite)
+                output.discard()
+            else:
+                output.publish(overwrite=overwrite)
         except OSError as error:
             if error.errno not in _FULL:
                 raise
             raise UserError(f"The disk of {path} is full; make room and run the same again.") from None
         finally:
             output.leave()
+    if remote:
+        with suppress(OSError):
+            target.parent.rmdir()
 
 
 def checksum_of(path: Path) -> int:

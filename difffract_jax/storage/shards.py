@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from difffract_jax.config import UserError
-from difffract_jax.storage.files import TensorFile, size_of, write_tensors
+from difffract_jax.storage.files import TensorFile, write_tensors
+from difffract_jax.storage.headers import size_of
+from difffract_jax.storage.tiles import Tiling
 
 SHARD_BYTES = 4 * 2**30
 
@@ -50,7 +52,11 @@ def shard(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 def write_sharded(
-    directory: Path, stem: str, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], value: Callable[[str], Any]
+    directory: Path,
+    stem: str,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    value: Callable[[str], Any],
+    tilings: Mapping[str, Tiling] | None = None,
 ) -> None:
     """Writes `STEM.safetensors`, or numbered shards of at most `SHARD_BYTES` with the index that readers expect.
 
@@ -59,10 +65,11 @@ def write_sharded(
         stem: name of the file.
         tensors: type and shape of each tensor.
         value: returns a tensor by name; called once for each.
+        tilings: how some of them are cut into tiles, by name.
     """
     files = shard_files(stem, tensors)
     for file, names in files.items():
-        write_tensors(directory / file, [(name, *tensors[name]) for name in names], map(value, names))
+        write_tensors(directory / file, [(name, *tensors[name]) for name in names], map(value, names), tilings)
     write_index(directory, stem, tensors, files)
 
 

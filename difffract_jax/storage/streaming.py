@@ -9,6 +9,7 @@
 """
 
 import hashlib
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from difffract_jax.storage.checkpoint import heading, write_config
-from difffract_jax.storage.files import beginning_of_file, raw_bytes, size_of
+from difffract_jax.storage.checkpoint import Tilings, heading, write_config
+from difffract_jax.storage.files import raw_bytes
+from difffract_jax.storage.headers import beginning_of_file, size_of
 from difffract_jax.storage.resumable import Output
 from difffract_jax.storage.shards import shard_files, write_index
+from difffract_jax.storage.tiles import Tiling, tiled, untiled
 
 BLOCK = 2**24
 """Bytes that are read back together."""
@@ -74,6 +77,7 @@ def stream_trees(
     output: Output,
     config: Mapping[str, Any],
     *,
+    tilings: Tilings | None = None,
     check: Callable[[], None] = lambda: None,
     advance: Advance = lambda done, total: None,
 ) -> str:
@@ -83,6 +87,7 @@ def stream_trees(
         trees: name of the file -> path of each leaf, in the tree's order, and what makes it.
         output: the directory, which has begun.
         config: facts to store, see `checkpoint.save_trees`.
+        tilings: how some leaves are cut into tiles, see `checkpoint.save_trees`.
         check: called after every leaf, before it counts as finished; raises an error if its source has changed.
         advance: told of progress.
 
@@ -90,33 +95,41 @@ def stream_trees(
         The content hash over all trees.
     """
     progress = _Progress(sum(leaf.nbytes for leaves in trees.values() for leaf in leaves.values()), advance)
-    hashes = {name: _stream_tree(name, leaves, output, check, progress) for name, leaves in trees.items()}
-    return write_config(output.files, hashes, config)
+    cut = tilings or {}
+    hashes = {
+        name: _stream_tree(name, leaves, cut.get(name, {}), output, check, progress) for name, leaves in trees.items()
+    }
+    return write_config(output.files, hashes, config, tiled=any(cut.values()))
 
 
 def _stream_tree(
-    name: str, leaves: Mapping[str, Leaf], output: Output, check: Callable[[], None], progress: _Progress
+    name: str,
+    leaves: Mapping[str, Leaf],
+    tilings: Mapping[str, Tiling],
+    output: Output,
+    check: Callable[[], None],
+    progress: _Progress,
 ) -> str:
     """Writes one tree; returns its content hash."""
     kinds = {path: (leaf.dtype, leaf.shape) for path, leaf in leaves.items()}
     files = shard_files(name, kinds)
     places: dict[str, tuple[Path, int]] = {}
     for file, paths in files.items():
-        beginning, offsets = beginning_of_file([(path, *kinds[path]) for path in paths])
+        beginning, offsets = beginning_of_file([(path, *kinds[path]) for path in paths], tilings)
         _begin(output, output.files / file, beginning, [f"{name}/{path}" for path in paths])
         places |= {path: (output.files / file, offset) for path, offset in offsets.items()}
     digest = hashlib.sha256()
     for path in sorted(leaves):
-        leaf, entry = leaves[path], f"{name}/{path}"
+        leaf, entry, tiling = leaves[path], f"{name}/{path}", tilings.get(path)
         digest.update(heading(path, leaf.dtype, leaf.shape))
-        known = _read_back(output, entry, leaf, *places[path], digest)
+        known = _read_back(output, entry, leaf, tiling, *places[path], digest)
         if known is not None:
             digest = known
             progress.add(leaf.nbytes)
             continue
         checksum = 0
-        for raw in _write_slices(leaf, *places[path]):
-            checksum = zlib.crc32(raw, checksum)
+        for raw, stored in _write_slices(leaf, tiling, *places[path]):
+            checksum = zlib.crc32(stored, checksum)
             digest.update(raw)
             progress.add(len(raw))
         check()
@@ -135,29 +148,42 @@ def _begin(output: Output, file: Path, beginning: bytes, entries: Sequence[str])
     file.write_bytes(beginning)
 
 
-def _read_back(output: Output, entry: str, leaf: Leaf, file: Path, offset: int, digest: Any) -> Any:
+def _read_back(
+    output: Output, entry: str, leaf: Leaf, tiling: Tiling | None, file: Path, offset: int, digest: Any
+) -> Any:
     """Returns the digest after a finished leaf, or None where there is none, or not as it was written."""
     wanted = output.finished.get(entry)
     if wanted is None:
         return None
     digest, checksum, left = digest.copy(), 0, leaf.nbytes
+    matrix = () if tiling is None else tiling.stored(leaf.shape)[-4:]
+    most = BLOCK if tiling is None else size_of(leaf.dtype, matrix)
     with file.open("rb") as stream:
         stream.seek(offset)
-        while left and (block := stream.read(min(BLOCK, left))):
-            digest.update(block)
+        while left and (block := stream.read(min(most, left))):
             checksum = zlib.crc32(block, checksum)
             left -= len(block)
+            if tiling is not None and len(block) == most:
+                block = raw_bytes(untiled(np.frombuffer(block, leaf.dtype).reshape(matrix), tiling))
+            digest.update(block)
     if left or checksum != wanted:
         output.forget(entry)
         return None
     return digest
 
 
-def _write_slices(leaf: Leaf, file: Path, offset: int) -> Iterator[memoryview]:
-    """Makes a leaf, writes it to its place, and yields the bytes of each slice."""
+def _write_slices(
+    leaf: Leaf, tiling: Tiling | None, file: Path, offset: int
+) -> Iterator[tuple[memoryview, memoryview]]:
+    """Makes a leaf, writes it to its place, and yields the bytes of each slice, row by row and as they are stored."""
+    # A tile is of one matrix: where slices are parts of matrices, the leaf is made whole.
+    by_slice = tiling is None or math.prod(leaf.shape[:-2]) % leaf.count == 0
+    made = map(leaf.make, range(leaf.count)) if by_slice else [leaf.array()]
     with file.open("r+b") as stream:
         stream.seek(offset)
-        for number in range(leaf.count):
-            raw = raw_bytes(leaf.make(number))
-            stream.write(raw)
-            yield raw
+        for values in made:
+            raw = stored = raw_bytes(values)
+            if tiling is not None:
+                stored = raw_bytes(tiled(np.asarray(values).reshape(-1, *leaf.shape[-2:]), tiling))
+            stream.write(stored)
+            yield raw, stored

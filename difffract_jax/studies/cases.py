@@ -15,14 +15,15 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from difffract_jax.circuits.notation.region import tokens_in
+from difffract_jax.generators import random_generator
 from difffract_jax.models.batch import generate_batch
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, object_phrase, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.render import SIDE
 from difffract_jax.organism.scorer import SeenScenes, judge
+from difffract_jax.organism.vocabulary import word_starts
 from difffract_jax.organism.world import RADII, from_caption
-from difffract_jax.seeds import random_generator
 from difffract_jax.studies.truth import phrases
 
 NEAR, FAR = 1.0, 4.0
@@ -156,11 +157,12 @@ def locate(
     inside = np.zeros((len(cases), run.grid[0] * run.grid[1]), bool)
     outside = np.zeros((len(cases), SIDE, SIDE), bool)
     phrase = np.zeros((len(cases), run.text_tokens), bool)
+    starts = np.array(word_starts(pipe.tokenizers))
     for row, (case, slot) in enumerate(zip(cases, slots, strict=True)):
         far = np.linalg.norm(at - seen.centre[row, slot], axis=-1) - radius[seen.size[row, slot]]
         inside[row, list(tokens_in(far <= NEAR, run.grid))] = True
         outside[row] = far > FAR
-        phrase[row, phrases(case.prompt.split())[case.slot]] = True
+        phrase[row, np.add.outer(starts, phrases(case.prompt.split())[case.slot])] = True
     return Material(tuple(cases), drawn, images, inside, outside, phrase)
 
 

@@ -1,10 +1,12 @@
 """Study by name: what each takes of what a user gives."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.studies.attention_binding import attention_binding
 from difffract_jax.studies.binding import binding
 from difffract_jax.studies.colour_prior import colour_prior
 from difffract_jax.studies.concept_context import concept_context
@@ -27,8 +29,10 @@ class Given(NamedTuple):
         saes: its SAEs, for comparison; None where the study has no use for them.
         labels: of the transcoders' features; None if there are none.
         size: cases instead of the registered number; None for that.
-        round: of `precision`; None for the last.
+        round: of `precision` or `binding` with attention explained; None for the last.
         prompts: for `flow`, on any pipeline; None for the organism's scenes.
+        attention: of `binding`: `frozen` or `explained`.
+        kept: folder for what a run that is broken off can go on from; None for none.
     """
 
     pipe: Pipeline
@@ -38,6 +42,16 @@ class Given(NamedTuple):
     size: int | None
     round: int | None
     prompts: tuple[str, ...] | None
+    attention: str = "frozen"
+    kept: Path | None = None
+
+
+def _binding(given: Given, advance: Advance) -> Result:
+    if given.attention == "frozen":
+        return binding(given.pipe, given.tcs, size=given.size, advance=advance)
+    return attention_binding(
+        given.pipe, given.tcs, size=given.size, round=given.round, advance=advance, kept=given.kept
+    )
 
 
 def _precision(given: Given, advance: Advance) -> Result:
@@ -50,7 +64,7 @@ STUDIES: dict[str, Callable[[Given, Advance], Result]] = {
     "precision": _precision,
     "colour-prior": lambda given, advance: colour_prior(given.pipe, given.tcs, size=given.size, advance=advance),
     "errors": lambda given, advance: errors(given.pipe, given.tcs, size=given.size, advance=advance),
-    "binding": lambda given, advance: binding(given.pipe, given.tcs, size=given.size, advance=advance),
+    "binding": _binding,
     "flow": lambda given, advance: flow(given.pipe, given.tcs, prompts=given.prompts, size=given.size, advance=advance),
     "steps": lambda given, advance: steps(given.pipe, given.tcs, size=given.size, advance=advance),
     "concept-context": lambda given, advance: concept_context(given.pipe, given.tcs, size=given.size, advance=advance),

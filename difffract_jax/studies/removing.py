@@ -24,12 +24,12 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.circuits.trace.capture import Span, capture_steps
 from difffract_jax.config import UserError
+from difffract_jax.generators import random_generator
 from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.organism.captions import COLOUR_NAMES, CONCEPTS, parse
 from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import SeenScenes
 from difffract_jax.organism.world import from_caption
-from difffract_jax.seeds import random_generator
 from difffract_jax.studies.cases import Case, Material, draw_cases
 from difffract_jax.studies.choices import FeaturePlaces, first, removals
 from difffract_jax.studies.metrics import SAME_PLACE, distances

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from difffract_jax.organism.evaluate import summary
-from difffract_jax.storage.checkpoint import atomic_file
+from difffract_jax.storage.files import atomic_file, make_directory
 
 Advance = Callable[[str], Callable[[int, int], None]]
 """Stage of a study -> what to call with (done, in all) as it goes on."""
@@ -71,7 +71,7 @@ def write_result(result: Result, out: Path, record: Mapping[str, Any]) -> dict[s
     Returns:
         What was written -> path.
     """
-    out.mkdir(exist_ok=True)
+    make_directory(out)
     files = {"report": out / f"{result.name}.md", "raw": out / f"{result.name}.json"}
     files |= {f"figure {name}": out / f"{name}.png" for name in result.figures}
     for name, figure in result.figures.items():

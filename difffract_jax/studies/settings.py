@@ -1,6 +1,7 @@
 """The studies that there are, and the settings of `difffract study`."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -17,6 +18,10 @@ QUESTIONS = {
     "suppressor": "are there features that hold a competing colour down without carrying the object's own?",
 }
 """Study -> its question."""
+ON_SIBLINGS = ("flow", "precision")
+"""Studies that run on the organism's siblings of other architectures too."""
+ROUNDS = {"precision": 2, "binding": 2}
+"""Study -> registered rounds; of `binding` those with attention explained."""
 
 
 class StudyConfig(LoraSettings):
@@ -26,10 +31,13 @@ class StudyConfig(LoraSettings):
     """Which study, see below."""
     size: int | None = Field(None, ge=2)
     """Cases of the test instead of the registered number, to try a study out; results of fewer are not a result."""
-    round: int | None = Field(None, ge=1, le=2)
-    """Which registered round of `precision`; the last when left out."""
+    round: int | None = Field(None, ge=1, le=3)
+    """Which registered round of `precision`, or of `binding` with attention explained; the last when left out."""
+    attention: Literal["frozen", "explained"] = "frozen"
+    """Whether the circuits of `binding` take attention as it was, or explain it: the registered rounds."""
     model: str = "organism"
-    """Pipeline to study: `organism`; another directory or hf:OWNER/NAME only for `flow`, with --prompts."""
+    """Pipeline to study: `organism`; a sibling that `difffract organism train --arch` made, for `flow` and `precision`;
+    another directory or hf:OWNER/NAME only for `flow`, with --prompts."""
     prompts: Path | None = None
     """Text file with a prompt per line, for `flow` on any pipeline; its target is then the velocity itself."""
     transcoders: str = "organism"

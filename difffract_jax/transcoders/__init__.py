@@ -6,6 +6,7 @@ settings        of the commands; setup, recipe: from settings to what is run
 prompts         an order of prompts; sources, harvest, store, buffer: rows to train on
 arrays          rows of any other origin, from files; own_rows: as a source, also from Python; from_rows: train on them
 text_encoders   on the host between uses; host_buffer: so the buffer; serving: from there to the step
+overlap         rows made while steps run
 objective       losses; active: codes of few features; revival: dead ones; state, step, site_loop: one update
 defaults        what suits the rows, where nobody said
 training        a run, its checkpoints and logs; processes: of several hosts; sweep: of several recipes;
@@ -34,6 +35,7 @@ _HOME = {
     "evaluate": "difffract_jax.transcoders.evaluation",
     "evaluate_rows": "difffract_jax.transcoders.row_evaluation",
     "newest_transcoders": "difffract_jax.transcoders.exporting",
+    "is_finished": "difffract_jax.transcoders.run_place",
     "Sampler": "difffract_jax.transcoders.harvest",
     "open_sampler": "difffract_jax.transcoders.sources",
     "reduced_codes": "difffract_jax.transcoders.codes",

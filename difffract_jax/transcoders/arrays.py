@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from difffract_jax.config import UserError
-from difffract_jax.storage.files import DTYPES, TensorFile
+from difffract_jax.storage.files import TensorFile
+from difffract_jax.storage.headers import DTYPES
 from difffract_jax.transcoders.objective import widths
 
 _NPY = re.compile(r"(?:(?P<before>.+)[._-])?(?P<what>[xyt])(?:[._-](?P<after>.+))?\.npy")

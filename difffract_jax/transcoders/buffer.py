@@ -9,12 +9,14 @@
    that gets fewer new rows than it served keeps some of those, and serves them again.
 
 Which row goes where is arithmetic on the host, from the seed, the number of the round and how full each group is: a
-`Position`, which is all that a resumed run needs besides the rows.
+`Position`, which is all that a resumed run needs besides the rows. A refresh may begin while its round is served, see
+`overlap`.
 
 The rows lie on the devices: capacity over `data`, sites over `site`, channels over what is left, so that every device
 has its share. Or they lie in this machine's memory or on disk, as NumPy's arrays (`host_buffer`).
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple, cast
@@ -26,8 +28,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from difffract_jax.config import UserError
-from difffract_jax.seeds import random_generator
-from difffract_jax.sharding import MESH_AXES
+from difffract_jax.generators import random_generator
+from difffract_jax.sharding import MESH_AXES, AnyMesh
 from difffract_jax.transcoders import host_buffer
 from difffract_jax.transcoders.harvest import RowSource
 from difffract_jax.transcoders.objective import ActivationRows, Width, widths
@@ -39,7 +41,9 @@ Store = dict[str, ActivationRows]
 
 def groups_of(store: Store) -> tuple[str, ...]:
     """Returns a buffer's groups in the order of the stack; a dictionary that went through JAX has lost it."""
-    return tuple(group.name for group in KNOWN_GROUPS if group.name in store)
+    order = [group.name for group in KNOWN_GROUPS]
+    # Groups of a model of one's own come behind, by name: what restores a store may have lost its order.
+    return tuple(sorted(store, key=lambda name: (order.index(name) if name in order else len(order), name)))
 
 
 class Position(NamedTuple):
@@ -50,12 +54,16 @@ class Position(NamedTuple):
         round: number of the round that is being served.
         served: batches of it that have been.
         counts: rows that every group holds, in the order of its sites' groups.
+        before: the same when the refresh that is under way began; empty between refreshes.
+        left: rows of every group that it has yet to replace.
     """
 
     chunk: int
     round: int
     served: int
     counts: tuple[int, ...]
+    before: tuple[int, ...] = ()
+    left: tuple[int, ...] = ()
 
 
 class BufferSizes(NamedTuple):
@@ -85,7 +93,7 @@ def plan_buffer(capacity: int, batch: int, refresh: float, seed: int) -> BufferS
     return BufferSizes(capacity, batch, max(1, round(capacity * refresh / batch)), seed)
 
 
-def abstract_store(sites: SiteSet, width: Width, capacity: int, dtype: Any, mesh: Mesh) -> Store:
+def abstract_store(sites: SiteSet, width: Width, capacity: int, dtype: Any, mesh: AnyMesh) -> Store:
     """Returns shape, type and place of a buffer's arrays, spread over all devices of a mesh as far as they divide."""
 
     def describe(*shape: int) -> Any:
@@ -99,7 +107,7 @@ def abstract_store(sites: SiteSet, width: Width, capacity: int, dtype: Any, mesh
     return store
 
 
-def spread(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spread(shape: tuple[int, ...], mesh: AnyMesh) -> PartitionSpec:
     """Returns how rows [site row channel] lie on a mesh: sites and rows where they divide, channels over the rest."""
     axes = [axis if size % mesh.shape[axis] == 0 else None for size, axis in zip(shape, ("site", "data"), strict=False)]
     left = [axis for axis in MESH_AXES if axis not in axes and mesh.shape[axis] > 1]
@@ -134,13 +142,35 @@ def fill_store(store: Store, source: RowSource, plan: BufferSizes) -> tuple[Stor
     return store, position
 
 
-def refresh(store: Store, source: RowSource, plan: BufferSizes, position: Position) -> tuple[Store, Position]:
-    """Ends a round: overwrites rows that it served with new ones, and begins the next."""
+def refresh(
+    store: Store,
+    source: RowSource,
+    plan: BufferSizes,
+    position: Position,
+    stop: Callable[[], bool] = lambda: False,
+) -> tuple[Store, Position]:
+    """Ends a round: overwrites rows that it served with new ones, and begins the next.
+
+    Args:
+        store: the buffer; its arrays are reused.
+        source: where rows come from.
+        plan: sizes.
+        position: at the end of a round, or within a refresh that was stopped.
+        stop: asked before every chunk whether to leave off; the position then says how to go on.
+    """
+    if not position.before:
+        position = position._replace(before=position.counts)
     orders = serving_orders(groups_of(store), plan, position)
     slots = {name: order[np.sort(np.unique(order, return_index=True)[1])] for name, order in orders.items()}
+    if position.left:
+        slots = {
+            name: slots[name][slots[name].size - n :] for name, n in zip(groups_of(store), position.left, strict=True)
+        }
     while all(left.size for left in slots.values()):
+        if stop():
+            return store, position._replace(left=tuple(slots[name].size for name in groups_of(store)))
         store, position, slots = write_chunk(store, source, plan, position, slots)
-    return store, position._replace(round=position.round + 1, served=0)
+    return store, position._replace(round=position.round + 1, served=0, before=(), left=())
 
 
 def write_chunk(
@@ -186,8 +216,11 @@ def _write(old: ActivationRows, new: ActivationRows, places: Int[Array | np.ndar
 def serving_orders(
     groups: tuple[str, ...], plan: BufferSizes, position: Position
 ) -> dict[str, Int[np.ndarray, "rows"]]:
-    """Returns the places that a round serves, in order: a permutation, and further ones where that is too short."""
-    return _orders(groups, plan, position.round, position.counts)
+    """Returns the places that a round serves, in order: a permutation, and further ones where that is too short.
+
+    How many rows a group holds counts as it was when the refresh began that may be under way.
+    """
+    return _orders(groups, plan, position.round, position.before or position.counts)
 
 
 @lru_cache(maxsize=2)

@@ -1,24 +1,27 @@
-"""Checkpoints of a run (Orbax, written in the background), and the directory that they live in.
+"""Checkpoints of a run, written in the background, and the directory that they live in.
 
 1. `locked` lets one process at a time work in a run's directory; the lock goes with the process, however it ends.
-   `stop_signal` turns SIGTERM and Ctrl-C into a question that the run asks itself between two steps; `writing` turns a
-   full disk into a sentence.
+   `noted_sigterm` and `stop_signal` turn SIGTERM and Ctrl-C into a question that the run asks itself between two steps;
+   `writing` turns a full disk into a sentence.
 2. `save` writes state and buffer under their paths, and a record of plain values: where the data are, the last metrics,
-   and a fingerprint of every array. Orbax shows a checkpoint under its name only when it is complete.
+   and a fingerprint of every array. Orbax shows a checkpoint under its name only when it is complete; those of a run in
+   a bucket are in `bucket_checkpoints`.
 3. `restore` takes the newest checkpoint that can be read and whose arrays have their fingerprints, and tells which ones
    it had to pass over. Arrays go where the current mesh wants them, whatever mesh they were saved from.
 """
 
 import errno
 import fcntl
+import json
 import os
 import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +31,19 @@ from orbax.checkpoint import v1 as ocp
 
 from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import leaf_paths
-from difffract_jax.transcoders.processes import everywhere, together
+from difffract_jax.storage.remote.addresses import is_remote, parse_address
+from difffract_jax.storage.remote.claims import Claim, claimed
+from difffract_jax.storage.remote.failures import Damaged, StorageError
+from difffract_jax.transcoders.bucket_checkpoints import BucketCheckpoints, newest_in
+from difffract_jax.transcoders.processes import everywhere, jointly, texts, together
+from difffract_jax.transcoders.run_place import home_of
 
 CHECKPOINTS = "checkpoints"
-Checkpointer = Any
-"""Orbax's `training.Checkpointer`; its annotations refuse what its functions take."""
 WORDS = 2**22
 """Words of an array in this machine's memory whose fingerprint is computed together."""
 _TRAINING: Any = ocp.training
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""What file systems without locks answer; there a run goes without, as other outputs do."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _SYSTEM_CODE = re.compile(r"os_error_code='(\d+)'")
 
@@ -56,16 +64,68 @@ class Restored(NamedTuple):
     passed: list[str]
 
 
+@runtime_checkable
+class Checkpoints(Protocol):
+    """Checkpoints of a run; every method but `close` is called by all of its processes alike.
+
+    Attributes:
+        name: where they lie, as it is told.
+    """
+
+    name: str
+
+    def begin(self, started: float | None) -> int:
+        """Clears up what an earlier start has left; returns the newest checkpoint, -1 for none.
+
+        Args:
+            started: when the run first was; None for one that begins now.
+        """
+        ...
+
+    def steps(self) -> list[int]:
+        """Returns the complete checkpoints in their order."""
+        ...
+
+    def write(self, step: int, flat: Any, record: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint; the arrays may be reused as soon as this returns."""
+        ...
+
+    def read(self, step: int, wanted: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns arrays, by tree and path, and the values saved with them."""
+        ...
+
+    def finish(self) -> None:
+        """Waits until what is being written is complete, and raises if it could not be."""
+        ...
+
+    def close(self) -> None:
+        """Ends what works in the background."""
+        ...
+
+
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[Callable[[], None]]:
     """Holds a run's directory for this process, or for all that have joined.
+
+    Yields:
+        A function that raises a `UserError` where another process has taken the run over, as can be in a bucket; it
+        does something in the first process alone.
 
     Raises:
         UserError: if another process holds it.
     """
     with ExitStack() as held:
-        together(lambda: held.enter_context(_lock(directory)))
-        yield
+        claims: list[Claim] = []
+        if is_remote(directory):
+            together(lambda: claims.append(held.enter_context(claimed(parse_address(directory)))))
+        else:
+            together(lambda: held.enter_context(_lock(directory)))
+
+        def allowed() -> None:
+            for claim in claims:
+                claim.check()
+
+        yield allowed
 
 
 @contextmanager
@@ -76,6 +136,9 @@ def _lock(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"Another run is working in {directory}; wait for it, or name another out.") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
 
 
@@ -94,12 +157,15 @@ def writing(directory: Path) -> Iterator[None]:
         if code not in _NO_ROOM:
             raise
         raise UserError(
-            f"{directory} cannot be written ({os.strerror(code)}); {intact(newest(directory))}; make room and go on."
+            f"{home_of(directory)} cannot be written ({os.strerror(code)}); {intact(newest(directory))}; make room and "
+            "go on."
         ) from None
 
 
 def newest(directory: Path) -> int:
     """Returns the number of a run's newest complete checkpoint, -1 if it has none."""
+    if is_remote(directory):
+        return newest_in(parse_address(directory) / CHECKPOINTS)
     names = (path.name for path in (directory / CHECKPOINTS).glob("*"))
     return max((int(name) for name in names if name.isdecimal()), default=-1)
 
@@ -110,53 +176,127 @@ def intact(step: int) -> str:
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Turns SIGTERM and Ctrl-C into an answer: the function handed out, asked after every step, says if one has come.
+def noted_sigterm() -> Iterator[threading.Event]:
+    """Notes SIGTERM for a block instead of ending at once: what comes before the first step is answered after it.
 
-    A second Ctrl-C interrupts at once, as ever. Of several processes each may be told, by SIGTERM alone, at another
-    step; JAX then chooses one that none has passed, for all.
+    Yields:
+        An event that is set once it has come. Of several processes it never is: there SIGTERM is JAX's, which tells the
+        others; nor in a thread, where signals cannot be taken.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
     came = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: came.is_set()
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield came
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.set())
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stop_signal(came: threading.Event) -> Iterator[Callable[[], bool]]:
+    """Turns SIGTERM and Ctrl-C into an answer: the function handed out, asked between steps, says if one has come.
+
+    A second Ctrl-C interrupts at once, as ever. Of several processes each may be told at another moment, or one alone;
+    all must ask equally often, and JAX then chooses a time of asking that none has passed, for all.
+
+    Args:
+        came: from `noted_sigterm`.
+    """
+    several, asked = jax.process_count() > 1, count()
+
+    def has_come() -> bool:
+        return multihost_utils.reached_preemption_sync_point(next(asked)) if several else came.is_set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield has_come
+        return
+    before = signal.getsignal(signal.SIGINT)
 
     def stop(number: int, frame: Any) -> None:
-        del frame
+        del number, frame
         came.set()
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+        signal.signal(signal.SIGINT, before)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    for number in before:
-        signal.signal(number, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
-        yield lambda step: came.is_set()
+        yield has_come
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
 
 
-def open_checkpoints(directory: Path, keep: int | None) -> Checkpointer:
-    """Opens the checkpoints of a run; to be closed, which waits for what is being written.
+def open_checkpoints(
+    directory: Path,
+    keep: int | None,
+    allowed: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> Checkpoints:
+    """Opens the checkpoints of a run; to be closed.
 
     Args:
         directory: of the run.
         keep: how many of the newest to keep; None to read alone, also while the run is going on.
+        allowed: from `locked`.
+        tell: called with a sentence.
     """
-    if keep is None:
-        return _TRAINING.Checkpointer((directory / CHECKPOINTS).absolute())
-    return _TRAINING.Checkpointer(
-        (directory / CHECKPOINTS).absolute(),
-        preservation_policy=_TRAINING.preservation_policies.LatestN(keep),
-        cleanup_tmp_directories=True,
-    )
+    if is_remote(directory):
+        return BucketCheckpoints(directory, CHECKPOINTS, keep, allowed, tell)
+    return OrbaxCheckpoints((directory / CHECKPOINTS).absolute(), keep)
 
 
-def save(checkpoints: Checkpointer, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+class OrbaxCheckpoints:
+    """Checkpoints in a directory that all processes see.
+
+    Attributes:
+        name: path of the directory.
+    """
+
+    def __init__(self, directory: Path, keep: int | None) -> None:
+        """Opens them; `keep` as for `open_checkpoints`."""
+        options: dict[str, Any] = {}
+        if keep is not None:
+            policy = _TRAINING.preservation_policies.LatestN(keep)
+            options = {"preservation_policy": policy, "cleanup_tmp_directories": True}
+        self.name, self._orbax = str(directory), _TRAINING.Checkpointer(directory, **options)
+
+    def begin(self, started: float | None) -> int:
+        """Returns the newest checkpoint, -1 for none; Orbax has cleared up already."""
+        del started
+        return max(self.steps(), default=-1)
+
+    def steps(self) -> list[int]:
+        """Returns the complete checkpoints in their order, as the first process sees them.
+
+        A shared disk may show them to others later, who would then go on from other steps.
+        """
+        mine = sorted(entry.step for entry in self._orbax.checkpoints)
+        return list(json.loads(texts(json.dumps(mine))[0]))
+
+    def write(self, step: int, flat: Any, record: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint; the arrays may be reused as soon as this returns."""
+        if jax.default_backend() == "cpu":
+            # Here an array and its NumPy view share memory, which the next step would overwrite under the writer.
+            flat = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, flat)
+        # A step is written again when a run goes on from before a damaged checkpoint of it.
+        self._orbax.save_checkpointables_async(step, flat, force=True, overwrite=True, custom_metadata=dict(record))
+
+    def read(self, step: int, wanted: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns arrays, by tree and path, and the values saved with them."""
+        flat = self._orbax.load_checkpointables(step, wanted)
+        return flat, dict(self._orbax.metadata(step).custom_metadata)
+
+    def finish(self) -> None:
+        """Does nothing: `close` waits."""
+
+    def close(self) -> None:
+        """Waits until what is being written is complete, and raises if it could not be."""
+        self._orbax.close()
+
+
+def save(checkpoints: Checkpoints, step: int, trees: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Begins to write a checkpoint; the arrays may be reused as soon as this returns.
 
     Args:
@@ -167,16 +307,10 @@ def save(checkpoints: Checkpointer, step: int, trees: Mapping[str, Any], record:
     """
     flat = {name: leaf_paths(tree) for name, tree in trees.items()}
     prints = {name: fingerprints(leaves) for name, leaves in flat.items()}
-    if jax.default_backend() == "cpu":
-        # Here an array and its NumPy view share memory, which the next step would overwrite under the writer.
-        flat = jax.tree.map(lambda leaf: jnp.copy(leaf) if isinstance(leaf, jax.Array) else leaf, flat)
-    # A step is written again when a run goes on from before a damaged checkpoint of it.
-    checkpoints.save_checkpointables_async(
-        step, flat, force=True, overwrite=True, custom_metadata={**record, "fingerprints": prints}
-    )
+    checkpoints.write(step, flat, {**record, "fingerprints": prints})
 
 
-def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
+def restore(checkpoints: Checkpoints, abstract: Mapping[str, Any]) -> Restored:
     """Reads the newest good checkpoint.
 
     Args:
@@ -184,35 +318,52 @@ def restore(checkpoints: Checkpointer, abstract: Mapping[str, Any]) -> Restored:
         abstract: name -> tree of shapes with the shardings wanted; NumPy's arrays where such are wanted.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or the place cannot be read at all; in every process alike.
     """
-    passed = []
-    for entry in reversed(checkpoints.checkpoints):
+    passed: list[str] = []
+    tries: list[tuple[Any, Any, str | None]] = []
+    for step in reversed(checkpoints.steps()):
         wanted = {name: leaf_paths(tree) for name, tree in abstract.items()}
-        flat, record, problem = _read(checkpoints, entry.step, wanted)
-        if not everywhere(problem is None):
-            passed.append(f"checkpoint {entry.step} {problem or 'cannot be read by another process'}")
+        jointly(lambda step=step, wanted=wanted: tries.append(_read(checkpoints, step, wanted)))
+        flat, record, problem = tries.pop()
+        good = everywhere(problem is None)
+        if good:  # fingerprints are sums over all devices: they wait for every process
+            problem = _damage(flat, record.pop("fingerprints"))
+            good = everywhere(problem is None)
+        if not good:
+            passed.append(f"checkpoint {step} {problem or 'cannot be read by another process'}")
             continue
         trees = {
             name: jax.tree.unflatten(jax.tree.structure(tree), [flat[name][path] for path in wanted[name]])
             for name, tree in abstract.items()
         }
-        return Restored(entry.step, trees, record, passed)
+        return Restored(step, trees, record, passed)
     reason = "; ".join(passed) or "it has none"
-    raise UserError(f"No checkpoint of {checkpoints.directory} can be used: {reason}; start again in another out.")
+    raise UserError(f"No checkpoint of {checkpoints.name} can be used: {reason}; start again in another out.")
 
 
-def _read(checkpoints: Checkpointer, step: int, wanted: dict[str, Any]) -> tuple[Any, Any, str | None]:
+def _read(checkpoints: Checkpoints, step: int, wanted: dict[str, Any]) -> tuple[Any, Any, str | None]:
     """Returns arrays and record of a checkpoint, and what is wrong with it, None for nothing."""
     try:
-        flat = checkpoints.load_checkpointables(step, wanted)
-        record = dict(checkpoints.metadata(step).custom_metadata)
-        prints = record.pop("fingerprints")
+        flat, record = checkpoints.read(step, wanted)
+        record["fingerprints"].items()
     # Whatever a damaged file makes the readers say, it is damage; an interrupt is not among these.
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if isinstance(error.__cause__, StorageError) and not isinstance(error.__cause__, Damaged):
+            raise  # the bucket cannot be read at all
+        if isinstance(error.__cause__, OSError) or getattr(error, "errno", None) in _NO_ROOM:
+            raise  # nor can a copy be written here
         return None, None, f"cannot be read ({type(error).__name__})"
-    wrong = [f"{n}.{p}" for n, leaves in flat.items() for p, f in fingerprints(leaves).items() if prints[n][p] != f]
-    return flat, record, f"is damaged ({wrong[0]})" if wrong else None
+    return flat, record, None
+
+
+def _damage(flat: Mapping[str, Any], prints: Mapping[str, Any]) -> str | None:
+    """Returns which array is not the one that was saved, by its fingerprint; None if all are."""
+    for name, leaves in flat.items():
+        for path, found in fingerprints(leaves).items():
+            if prints.get(name, {}).get(path) != found:
+                return f"is damaged ({name}.{path})"
+    return None
 
 
 def fingerprints(leaves: Mapping[str, jax.Array | np.ndarray]) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 1. Run the sampler on many prompts at once, with a tap at every site, one compiled scan over the steps.
 2. At every step every site's rows are encoded, SAEs from y, and handed to `reduce`, site by site.
-3. What it returns leaves the scan, with axes step, prompt and site in front.
+3. What it returns leaves the scan, with axes evaluation, prompt and site in front. An evaluation is a step, or with
+   guidance by two branches one branch of a step, numbered as in `models.guidance`.
 """
 
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from difffract_jax.address import Group, Tokens
+from difffract_jax.models.guidance import NegativeBranch, step_velocity
 from difffract_jax.models.mmdit import Inputs, MMDiT
-from difffract_jax.models.pipeline import Pipeline, Run
+from difffract_jax.models.pipeline import Pipeline, Run, negative_branch
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.streaming import Streamed, jit_resident, stack_trees, streams_layers, wait_for
 from difffract_jax.transcoders.harvest import tapped_velocity
@@ -37,7 +39,7 @@ def reduced_codes(
     reduce: Reduce,
     extra: Any,
 ) -> tuple[dict[str, Any], Float[Array, "prompt img channels"]]:
-    """Runs the sampler on several prompts at once and reduces every site's codes at every step.
+    """Runs the sampler on several prompts at once and reduces every site's codes at every evaluation.
 
     Args:
         pipe: the pipeline.
@@ -46,15 +48,19 @@ def reduced_codes(
         text: text embeddings.
         pooled: pooled prompt embeddings.
         noise: packed starting noise.
-        reduce: what to keep of one site's code at one step of one prompt.
-        extra: its last argument; arrays with axes step and prompt in front.
+        reduce: what to keep of one site's code at one evaluation of one prompt.
+        extra: its last argument; arrays with axes evaluation and prompt in front.
 
     Returns:
-        By group what `reduce` returned, with axes [step prompt site] in front; and the latents after the last step.
+        By group what `reduce` returned, with axes [evaluation prompt site] in front; and the latents after the last
+        step.
     """
     sigmas = jnp.asarray(run.sigmas, noise.dtype)
-    fixed = run.grid, run.guidance, tcs.sites, reduce
-    return _scan(pipe.transformer, tcs.stacks, text, pooled, noise, sigmas, jax.tree.map(jnp.asarray, extra), *fixed)
+    negative = negative_branch(pipe, run, noise.dtype)
+    by_step = jax.tree.map(lambda a: jnp.reshape(jnp.asarray(a), (run.steps, run.branches, *np.shape(a)[1:])), extra)
+    fixed = run.grid, run.fed_guidance, tcs.sites, reduce
+    kept, latents = _scan(pipe.transformer, tcs.stacks, text, pooled, noise, sigmas, negative, by_step, *fixed)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept), latents
 
 
 @partial(jit_resident, static_argnames=("grid", "guidance", "sites", "reduce"))
@@ -65,30 +71,35 @@ def _scan(
     pooled: Array,
     noise: Array,
     sigmas: Array,
+    negative: NegativeBranch | None,
     extra: Any,
     grid: tuple[int, int],
     guidance: float | None,
     sites: SiteSet,
     reduce: Reduce,
 ) -> tuple[dict[str, Any], Array]:
+    """Returns what is kept, [step branch prompt site] in front, and the latents after the last step."""
     counts = Tokens(img=grid[0] * grid[1], txt=text.shape[1])
     tokens = {group.name: jnp.arange(group.rows(counts)) for group, _ in sites.members}
     scale = None if guidance is None else jnp.asarray(guidance, noise.dtype)
 
-    def one(z: Array, txt: Array, vec: Array, extra: Any, t: Array) -> tuple[Array, dict[str, Any]]:
-        v, rows = tapped_velocity(model, Inputs(z, txt, vec, t, scale), tokens, grid=grid, sites=sites)
+    def one(z: Array, txt: Array, vec: Array, extra: Any, t: Array, step: Array) -> tuple[Array, dict[str, Any]]:
+        def branch(number: Array, txt: Array, vec: Array) -> tuple[Array, dict[str, Any]]:
+            v, rows = tapped_velocity(model, Inputs(z, txt, vec, t, scale), tokens, grid=grid, sites=sites)
+            own = jax.tree.map(lambda a: a[0 if negative is None else number % 2], extra)
+            kept = {
+                group.name: _each_site(
+                    group, reduce, stacks[group.name], (rows[group.name].x, rows[group.name].y), t, own
+                )
+                for group, _ in sites.members
+            }
+            return v, kept
 
-        kept = {
-            group.name: _each_site(
-                group, reduce, stacks[group.name], (rows[group.name].x, rows[group.name].y), t, extra
-            )
-            for group, _ in sites.members
-        }
-        return v, kept
+        return step_velocity(branch, txt, vec, negative, step, z.dtype)
 
     def evaluate(z: Array, sigma: Array, number: Array, extra: Any) -> tuple[Array, dict[str, Any]]:
-        del number
-        return jax.vmap(one, in_axes=(0, 0, 0, 0, None))(z, text, pooled, extra, sigma)
+        over_prompts = jax.vmap(one, in_axes=(0, 0, 0, 1, None, None), out_axes=(0, 1))
+        return over_prompts(z, text, pooled, extra, sigma, number)
 
     latents, kept = euler_scan(evaluate, noise, sigmas, extra, streamed=streams_layers(model, stacks))
     return kept, latents
@@ -117,5 +128,5 @@ _at_site_alone = jax.jit(_at_site, static_argnames=("group", "reduce"))
 
 
 def repeat_steps(extra: Any, steps: int) -> Any:
-    """Returns arrays [prompt ...] as `extra` that is the same at all of so many steps."""
+    """Returns arrays [... prompt ...] with an axis of so many steps in front, the same at all."""
     return jax.tree.map(lambda a: np.broadcast_to(np.asarray(a), (steps, *np.shape(a))), extra)

@@ -6,40 +6,37 @@
    v_abl has the replaced MLPs' mean outputs instead; for each site alone, and for all together.
 3. Images: the run with all MLPs replaced against the original from the same noise, PSNR and SSIM.
 4. On the organism: the share of images that show what was asked, with all MLPs replaced and without (`scored`).
+
+With guidance by two branches a step is two evaluations: rows of both are measured, each about its own mean, and in 2
+the velocity of a step is that of both, with MLPs replaced in both; that of each branch is told beside it.
+
+Several processes share out the chunks of 1 and the prompts of 2 and 3; each adds all up in the same order.
+2 and 3 are in `recovered.py`.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
-from scipy.ndimage import uniform_filter
+from jaxtyping import Array, Float
 
+from difffract_jax.address import BRANCHES
 from difffract_jax.config import UserError
-from difffract_jax.models.pipeline import (
-    EncodedPrompt,
-    Pipeline,
-    decode_latents,
-    encode,
-    euler_step,
-    model_velocity,
-    sample,
-    step_inputs,
-)
-from difffract_jax.models.streaming import jit_resident
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.transcoders.harvest import Sampler
 from difffract_jax.transcoders.objective import ActivationRows, Objective, encoder_input, encoder_preactivations
 from difffract_jax.transcoders.objective import decode_codes as decode_rows
-from difffract_jax.transcoders.replaced import MEAN, TRANSCODER, TRUE, Replaced, replaced_velocity, swaps_of
+from difffract_jax.transcoders.processes import divided
+from difffract_jax.transcoders.recovered import Builder, image_likeness, velocities
+from difffract_jax.transcoders.run_place import SETTINGS, has
 from difffract_jax.transcoders.settings import EvaluateConfig, TrainConfig
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.sources import Caption, open_sampler
-from difffract_jax.transcoders.training import SETTINGS, run_settings
+from difffract_jax.transcoders.training import run_settings
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderSet, check_fit
 
 DENSITY_EDGES = np.linspace(-6, 0, 25)
@@ -47,7 +44,7 @@ DENSITY_EDGES = np.linspace(-6, 0, 25)
 
 
 class Sums(NamedTuple):
-    """Sums over rows of one group's sites, by denoising step; `fired` over all steps.
+    """Sums over rows of one group's sites, by denoising step, or by evaluation; `fired` over all.
 
     Attributes:
         rows: number of rows.
@@ -76,7 +73,7 @@ class Evaluation(NamedTuple):
     Attributes:
         role: `transcoder` or `sae`.
         sigmas: noise level of every step; of foreign rows, the times that they were sorted by.
-        steps: one row per site and step.
+        steps: one row per site and step, with guidance by two branches one for each.
         sites: one row per site.
         velocity: one row per step: what is recovered with all MLPs replaced; empty where there is no model.
         alone: one row per site: the same with that MLP alone, over all steps; empty where there is no model.
@@ -114,7 +111,7 @@ def read_run(directory: Path) -> TrainConfig:
     Raises:
         UserError: if it is none, or has neither finished nor been exported.
     """
-    if (directory / SETTINGS).is_file() and not (directory / "transcoders" / "config.json").exists():
+    if has(directory, SETTINGS) and not has(directory / "transcoders", "config.json"):
         raise UserError(
             f"The run in {directory} has not finished; go on with difffract train --resume --out {directory}, or "
             f"export what there is with difffract train --export {directory}."
@@ -146,6 +143,9 @@ def evaluate(
         caption: captions of the model's world, if the run was trained on them.
         judge: says how many of `settings.scored` images show what was asked, for a model whose images can be judged.
         progress: called with (parts done, parts in all).
+
+    Raises:
+        UserError: if the transcoders do not fit the model.
     """
     check_fit(tcs, pipe.config.transformer)
     sites = tcs.sites
@@ -155,29 +155,57 @@ def evaluate(
     images_judged = 0 if judge is None else settings.scored
     total = count + settings.velocity_count + settings.images + images_judged
     sums: dict[str, Sums] = {}
-    for number in range(count):
-        chunk = source.chunk(number)
-        for name, rows in chunk.rows.items():
-            more = row_sums(tcs.stacks[name], rows, jnp.asarray(chunk.valid[name]), jnp.asarray(source.run.sigmas[:-1]))
-            sums[name] = more if name not in sums else jax.tree.map(jnp.add, sums[name], more)
-        progress(number + 1, total)
+
+    def sums_of(number: int) -> dict[str, Sums]:
+        chunk, times = source.chunk(number), jnp.asarray(source.run.sigmas[:-1])
+        return {
+            name: _by_evaluation(tcs.stacks[name], rows, jnp.asarray(chunk.valid[name]), times, source.run.branches)
+            for name, rows in chunk.rows.items()
+        }
+
+    for done, more in enumerate(divided(count, sums_of), 1):
+        sums = jax.tree.map(jnp.add, sums, more) if sums else more
+        progress(done, total)
     means = {name: np.asarray(s.y / jnp.maximum(s.rows, 1)[..., None]) for name, s in sums.items()}
-    build = _Builder(source, tcs, means)
-    velocity, alone = _velocities(build, settings.velocity_count, lambda done: progress(count + done, total))
-    images = [_image(build, n) for n in range(settings.images)]
+    build = Builder(source, tcs, means)
+    velocity, alone = velocities(build, settings.velocity_count, lambda done: progress(count + done, total))
+    likeness = divided(settings.images, lambda n: image_likeness(build, n))
+    images = [
+        {"prompt": source.prompts(n), "psnr": float(psnr_), "ssim": float(ssim_)}
+        for n, (psnr_, ssim_) in enumerate(likeness)
+    ]
     judged = []
     if judge is not None and images_judged:
         judged = judge(pipe, tcs, images_judged, lambda done: progress(total - images_judged + done, total))
     progress(total, total)
     times = source.run.sigmas[:-1].tolist()
-    return Evaluation(
-        tcs.config.role, times, *tables_of(sites, sums, times), velocity, alone, images, judged, densities(sites, sums)
-    )
+    tables = tables_of(sites, sums, times, source.run.branches)
+    return Evaluation(tcs.config.role, times, *tables, velocity, alone, images, judged, densities(sites, sums))
 
 
 def replace_sites(source: Sampler, sites: Any) -> Sampler:
     """Returns the sampler with other sites tapped, and all tokens of a prompt."""
     return dataclasses.replace(source, sites=sites, tokens_per_step=None)
+
+
+def _by_evaluation(
+    stack: Transcoder, rows: ActivationRows, valid: Array, times: Float[Array, "step"], branches: int
+) -> Sums:
+    """Returns the sums of one group's sites by evaluation; rows are (step, branch, prompt, place), as sampled."""
+    steps, of_branch = times.shape[0], []
+    for branch in range(branches):
+
+        def own(a: Array, branch: int = branch) -> Array:
+            return a.reshape(steps, branches, -1, *a.shape[1:])[:, branch].reshape(-1, *a.shape[1:])
+
+        mine = ActivationRows(jax.vmap(own)(rows.x), jax.vmap(own)(rows.y), own(rows.t))
+        of_branch.append(row_sums(stack, mine, own(valid), times))
+    fired = sum(one.fired for one in of_branch)
+
+    def interleaved(*parts: Array) -> Array:
+        return jnp.stack(parts, axis=2).reshape(parts[0].shape[0], -1, *parts[0].shape[2:])
+
+    return jax.tree.map(interleaved, *(one._replace(fired=one.rows) for one in of_branch))._replace(fired=fired)
 
 
 @jax.jit
@@ -227,21 +255,23 @@ def measures(sums: Any, where: Any) -> dict[str, float]:
 
 
 def tables_of(
-    sites: SiteSet, sums: dict[str, Sums], times: list[float]
+    sites: SiteSet, sums: dict[str, Sums], times: list[float], branches: int = 1
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns what sums over rows say: one row per site and step, and one row per site.
+    """Returns what sums over rows say: one row per site and step, of two branches also per branch; and one per site.
 
     Args:
         sites: that were measured.
         sums: by group.
         times: denoising time of every step.
+        branches: evaluations of a step.
     """
     by_step, by_site = [], []
     for name, one in _each_site(sites, sums):
-        by_step += [
-            {"site": name, "step": step, "sigma": time} | measures(one, slice(step, step + 1))
-            for step, time in enumerate(times)
-        ]
+        for step, time in enumerate(times):
+            for number in range(step * branches, (step + 1) * branches):
+                branch = {"branch": BRANCHES[number % branches]} if branches > 1 else {}
+                here = {"site": name, "step": step} | branch | {"sigma": time}
+                by_step.append(here | measures(one, slice(number, number + 1)))
         by_site.append({"site": name} | measures(one, slice(None)) | {"dead": float(np.mean(_firing(one) == 0))})
     return by_step, by_site
 
@@ -265,102 +295,3 @@ def _each_site(sites: SiteSet, sums: dict[str, Sums]) -> Iterator[tuple[str, Any
 def _firing(one: Any) -> np.ndarray:
     """Returns the share of rows in which each feature of a site fires."""
     return one.fired / max(float(one.rows.sum()), 1)
-
-
-class _Builder(NamedTuple):
-    """What replaced models are built from."""
-
-    source: Sampler
-    tcs: TranscoderSet
-    means: dict[str, Float[np.ndarray, "site step d_model"]]
-
-    def model(self, kinds: np.ndarray, prompt: EncodedPrompt) -> Replaced:
-        transformer = self.source.pipe.transformer
-        swaps = swaps_of(self.source.sites, transformer, self.means, kinds)
-        stacks = self.tcs.per_group(transformer.config.layout)
-        return Replaced(transformer, stacks, swaps, jnp.asarray(prompt.mask))
-
-    def start(self, number: int) -> tuple[EncodedPrompt, Array]:
-        source = self.source
-        encoded = encode(source.pipe, source.prompts(number), source.run.text_tokens)
-        return encoded, source.noise(np.array([number]))[0]
-
-
-_velocity = jit_resident(model_velocity, static_argnames="grid")
-
-
-@partial(jit_resident, static_argnames="grid")
-def _squared_change(params: Replaced, inputs: Any, step: Array, v: Array, grid: tuple[int, int]) -> Array:
-    return jnp.sum(jnp.square(replaced_velocity(params, inputs, step, grid) - v))
-
-
-def _velocities(
-    build: _Builder, prompts: int, progress: Callable[[int], None]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Returns velocity recovered with all sites replaced, by step, and with each alone."""
-    run, names = build.source.run, build.source.sites.names
-    steps = run.steps
-    choices = [np.full(len(names), TRUE) for _ in range(len(names) + 1)]
-    choices[-1] = np.ones(len(names), int)
-    for i in range(len(names)):
-        choices[i][i] = 1
-    changed = np.zeros((2, len(choices), steps))
-    for number in range(prompts):
-        encoded, z = build.start(number)
-        models = [[build.model(c * kind, encoded) for c in choices] for kind in (TRANSCODER, MEAN)]
-        for step in range(steps):
-            inputs = step_inputs(run, encoded, z, step)
-            v = _velocity(build.source.pipe.transformer, inputs, jnp.asarray(step), run.grid)
-            for k, row in enumerate(models):
-                for c, params in enumerate(row):
-                    changed[k, c, step] += float(_squared_change(params, inputs, jnp.asarray(step), v, run.grid))
-            after = jnp.asarray(run.sigmas[step + 1], z.dtype)
-            z = euler_step(model_velocity, build.source.pipe.transformer, inputs, after, jnp.asarray(step), run.grid)
-        progress(number + 1)
-    recovered = 1 - changed[0] / np.maximum(changed[1], 1e-30)
-    whole = 1 - changed[0].sum(axis=1) / np.maximum(changed[1].sum(axis=1), 1e-30)
-    by_step = [{"step": s, "sigma": float(run.sigmas[s]), "recovered": float(recovered[-1, s])} for s in range(steps)]
-    return by_step, [{"site": name, "recovered": float(whole[i])} for i, name in enumerate(names)]
-
-
-def _image(build: _Builder, number: int) -> dict[str, Any]:
-    source = build.source
-    encoded, noise = build.start(number)
-    kinds = np.full(len(source.sites.names), TRANSCODER)
-    ends = [
-        sample(velocity, params, source.run, encoded, noise)
-        for velocity, params in (
-            (model_velocity, source.pipe.transformer),
-            (replaced_velocity, build.model(kinds, encoded)),
-        )
-    ]
-    original, ours = (decode_latents(source.pipe, end, source.run.grid) for end in ends)
-    return {"prompt": source.prompts(number), "psnr": psnr(ours, original), "ssim": ssim(ours, original)}
-
-
-def psnr(a: UInt8[np.ndarray, "H W rgb"], b: UInt8[np.ndarray, "H W rgb"]) -> float:
-    """Returns the peak signal-to-noise ratio of two images in decibels; 99 if they are the same."""
-    error = float(np.mean(np.square(a.astype(np.float64) - b)))
-    return 10 * float(np.log10(255**2 / error)) if error else 99.0
-
-
-def ssim(a: UInt8[np.ndarray, "H W rgb"], b: UInt8[np.ndarray, "H W rgb"], window: int = 7) -> float:
-    """Returns the structural similarity of two images (Wang et al. 2004), over square windows of pixels.
-
-    Args:
-        a: one image.
-        b: the other.
-        window: side of a window.
-    """
-    x, y = a.astype(np.float64), b.astype(np.float64)
-    size: Any = (window, window, 1)
-    smooth = partial(uniform_filter, size=size)
-    scale = window**2 / (window**2 - 1)
-    mean_x, mean_y = smooth(x), smooth(y)
-    var_x, var_y = scale * (smooth(x * x) - mean_x**2), scale * (smooth(y * y) - mean_y**2)
-    covariance = scale * (smooth(x * y) - mean_x * mean_y)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    values = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    values /= (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
-    edge = window // 2
-    return float(np.mean(values[edge : x.shape[0] - edge, edge : x.shape[1] - edge]))

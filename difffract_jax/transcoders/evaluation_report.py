@@ -15,12 +15,14 @@ from difffract_jax.config import UserError
 from difffract_jax.storage.checkpoint import atomic_directory
 from difffract_jax.storage.files import is_occupied
 from difffract_jax.transcoders.evaluation import DENSITY_EDGES, Evaluation
+from difffract_jax.transcoders.run_place import has
 
 MEASURES = (
     "FVU: squared error over the variance of y about its mean per step. L0: active features per row. "
     "Shrinkage: length of y^ over that of y. Dead: share of features that fired in no row. "
     "Velocity recovered: 1 - |v_rep - v|^2 / |v_abl - v|^2 along the original run, where v_abl has the same MLPs' mean "
-    "outputs per site and step. Padding is left out throughout."
+    "outputs per site and step. With guidance by two branches each evaluation of a step has means of its own, and the "
+    "velocity is the step's. Padding is left out throughout."
 )
 
 
@@ -36,7 +38,7 @@ def check_place(out: Path) -> None:
     Raises:
         UserError: if it does.
     """
-    if is_occupied(out) and not (out / NUMBERS).is_file():
+    if is_occupied(out) and not has(out, NUMBERS):
         raise UserError(f"{out} exists already and is not a report of difffract evaluate; name another --out.")
 
 
@@ -118,9 +120,10 @@ def _cell(value: Any) -> str:
 def _by_step_figure(one: Evaluation) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for site in dict.fromkeys(row["site"] for row in one.steps):
-        rows = [row for row in one.steps if row["site"] == site]
-        axes.plot([row["step"] for row in rows], [row["fvu"] for row in rows], marker="o", label=site)
+    for site, branch in dict.fromkeys((row["site"], row.get("branch", "")) for row in one.steps):
+        rows = [row for row in one.steps if (row["site"], row.get("branch", "")) == (site, branch)]
+        style = {"linestyle": "--" if branch == "negative" else "-", "label": f"{site} {branch}".strip()}
+        axes.plot([row["step"] for row in rows], [row["fvu"] for row in rows], marker="o", **style)
     axes.set(xlabel="denoising step", ylabel="FVU", xticks=range(len(one.sigmas)))
     axes.legend(fontsize=7, ncols=2)
     return figure

@@ -10,7 +10,7 @@ from difffract_jax.config import UserError
 from difffract_jax.transcoders.checkpoints import newest, open_checkpoints, restore
 from difffract_jax.transcoders.objective import Width
 from difffract_jax.transcoders.setup import abstract_state, open_mesh, set_up
-from difffract_jax.transcoders.sites import SiteSet, sites_of
+from difffract_jax.transcoders.sites import SiteSet, sites_in
 from difffract_jax.transcoders.training import run_record, run_settings, transcoders_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -37,7 +37,7 @@ def shape_of_run(run: Path) -> tuple[SiteSet, Width] | None:
     if shape is None:
         return None
     x, y = shape["width"]
-    return sites_of(shape["sites"]), (x, y)
+    return sites_in(shape, "sites"), (x, y)
 
 
 def newest_transcoders(run: str | Path, shape: tuple[SiteSet, Width] | None = None) -> Exported:

@@ -5,7 +5,8 @@
 2. At every denoising step every site reports x and y of some tokens: all that count, or `tokens_per_step` of them drawn
    without replacement. T5's padding does not count, unless asked for: the pipeline attends to it, but its rows are
    nearly alike and would be most of the text stream's.
-3. All steps run in one compiled scan over all prompts at once; the rows stay on the device.
+3. All steps run in one compiled scan over all prompts at once; the rows stay on the device. With guidance by two
+   branches both evaluations of a step report rows: those of the prompts, then those of the negative prompt.
 
 Which tokens are taken is decided on the host, where the prompts are: there it is known how many rows a chunk holds.
 """
@@ -19,19 +20,26 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.address import Group, Layout
+from difffract_jax.generators import random_generator
 from difffract_jax.models.blocks import Streams
+from difffract_jax.models.encoded import EncodedPrompt
+from difffract_jax.models.guidance import NegativeBranch, guided
 from difffract_jax.models.mmdit import Inputs, MMDiT, forward
 from difffract_jax.models.pipeline import Pipeline, Run
 from difffract_jax.models.sampler import euler_scan
+from difffract_jax.models.sd3_text import t5_ids as ids_of_t5
+from difffract_jax.models.sd3_text import text_stream
 from difffract_jax.models.stacks import Visit, per_group, sequences
 from difffract_jax.models.streaming import jit_resident, streams_layers
 from difffract_jax.models.tokenizers import TokenIds, encode_prompt
-from difffract_jax.seeds import random_generator, random_key
+from difffract_jax.seeds import random_key
+from difffract_jax.sharding import AnyMesh
 from difffract_jax.transcoders.objective import ActivationRows, Width
+from difffract_jax.transcoders.processes import gathered, own_places, placed
 from difffract_jax.transcoders.prompts import Prompts
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.text_encoders import HostEncoders
@@ -80,10 +88,11 @@ class Sampler:
         seed: of starting noise and choice of tokens.
         prompts_at_once: P.
         tokens_per_step: most tokens of a prompt that a site reports at a step; None for all.
-        include_padding: count T5's padding too, as the reference does.
+        include_padding: count the text's padding too, as the reference does.
         sae: report y for x, for an SAE.
         spread: where the prompts' arrays go, a sharding of their first axis; None for the default device.
         encoders: the text encoders, where they lie on the host between uses; None for those of the pipeline.
+        negative: what the negative prompt gives, with guidance by two branches; None where a step is one evaluation.
     """
 
     pipe: Pipeline
@@ -97,6 +106,7 @@ class Sampler:
     sae: bool = False
     spread: Any = None
     encoders: HostEncoders | None = None
+    negative: EncodedPrompt | None = None
 
     @property
     def width(self) -> int:
@@ -107,40 +117,65 @@ class Sampler:
         """Runs the sampler on the prompts of chunk `number`."""
         numbers = range(number * self.prompts_at_once, (number + 1) * self.prompts_at_once)
         ids = self._ids(number)
-        masks = np.stack([np.ones_like(one.t5_mask) if self.include_padding else one.t5_mask for one in ids])
-        tokens, valid = self._choose(number, masks)
+        tokens, valid = self._choose(number, self._masks(ids))
         if self.encoders is None:
-            text, pooled = encode_many(self.pipe.t5, self.pipe.clip, *self._sent(number))
+            text, pooled = encode_many(self.pipe.t5, self.pipe.clip, *self._sent(ids))
         else:
-            text, pooled = self.encoders.take(number, encode_many, self._sent)
+            text, pooled = self.encoders.take(number, encode_many, lambda n: self._sent(self._ids(n)))
         noise = self.noise(np.array(numbers))
         inputs = Inputs(noise, text, pooled, jnp.zeros(()), self._guidance)
         sigmas = jnp.asarray(self.run.sigmas, noise.dtype)
-        taken = sample_rows(self.pipe.transformer, inputs, sigmas, tokens, self.run.grid, self.sites)
+        negative = None
+        if self.negative is not None:
+            # NumPy's arrays are the same on all devices of all processes.
+            text, pooled = (np.asarray(array) for array in (self.negative.text, self.negative.pooled))
+            negative = NegativeBranch(text, pooled, np.asarray(self.run.branch_scale, noise.dtype))
+        taken = sample_rows(self.pipe.transformer, inputs, sigmas, tokens, self.run.grid, self.sites, negative)
         rows = {name: ActivationRows(r.y if self.sae else r.x, r.y, r.t) for name, r in taken.items()}
         return Chunk(rows, {name: mask.reshape(-1) for name, mask in valid.items()})
 
     def noise(self, numbers: Int[np.ndarray, "prompt"]) -> Float[Array, "prompt img channels"]:
         """Returns the starting noise of prompts, by their numbers."""
         channels = self.pipe.config.transformer.in_channels
-        return _noise(random_key(self.seed), self._send(numbers)[0], self.run.grid, channels)
+        sent = placed(numbers.shape, self.spread, lambda at: numbers[at[0]].astype(np.int32))
+        return _noise(random_key(self.seed), sent, self.run.grid, channels)
 
-    def _ids(self, number: int) -> list[TokenIds]:
+    def _ids(self, number: int) -> dict[int, TokenIds]:
+        """Returns the tokens of a chunk's prompts, by place, of those that run on this process's devices."""
         first = number * self.prompts_at_once
-        prompts = (self.prompts(n) for n in range(first, first + self.prompts_at_once))
-        return [encode_prompt(self.pipe.tokenizers, prompt, self.run.text_tokens) for prompt in prompts]
+        return {
+            place: encode_prompt(self.pipe.tokenizers, self.prompts(first + place), self.run.text_tokens)
+            for place in own_places(self.prompts_at_once, self.spread)
+        }
 
-    def _sent(self, number: int) -> list[Array]:
+    def _masks(self, ids: dict[int, TokenIds]) -> Bool[np.ndarray, "prompt txt"]:
+        """Returns which text tokens of every prompt of a chunk count, and with two branches as often the negative's."""
+        masks = self._own_masks(ids)
+        if self.negative is None:
+            return masks
+        negative = np.asarray(self.negative.mask) | self.include_padding
+        return np.concatenate([masks, np.broadcast_to(negative, masks.shape)])
+
+    def _own_masks(self, ids: dict[int, TokenIds]) -> Bool[np.ndarray, "prompt txt"]:
+        """Returns which text tokens of every prompt of a chunk count; processes tell one another theirs."""
+        mine = np.zeros((self.prompts_at_once, self.run.text_tokens), bool)
+        for place, one in ids.items():
+            mine[place] = True if self.include_padding else one.t5_mask
+        return mine if len(ids) == len(mine) else np.logical_or.reduce(gathered(mine))
+
+    def _sent(self, ids: dict[int, TokenIds]) -> list[Array]:
         """Returns the tokens of a chunk's prompts, where they are encoded."""
-        ids = self._ids(number)
-        return self._send(np.stack([one.t5_ids for one in ids]), np.stack([one.clip_ids for one in ids]))
+        t5, clip = ({place: getattr(one, name) for place, one in ids.items()} for name in ("t5_ids", "clip_ids"))
+        return [self._send(rows) for rows in (t5, clip)]
 
     @property
     def _guidance(self) -> Array | None:
-        return None if self.run.guidance is None else jnp.asarray(self.run.guidance, jnp.float32)
+        return None if self.run.fed_guidance is None else jnp.asarray(self.run.fed_guidance, jnp.float32)
 
-    def _send(self, *arrays: np.ndarray) -> list[Array]:
-        return [jax.device_put(array, self.spread) for array in arrays]
+    def _send(self, rows: dict[int, np.ndarray]) -> Array:
+        """Sends arrays of prompts, by place, to where the prompts run."""
+        shape = self.prompts_at_once, *next(iter(rows.values())).shape
+        return placed(shape, self.spread, lambda at: np.stack([rows[n] for n in range(at[0].start, at[0].stop)]))
 
     def _places(self, group: Group) -> int:
         """Returns how many tokens of a prompt the group's sites report at a step."""
@@ -150,9 +185,16 @@ class Sampler:
     def _choose(
         self, number: int, masks: Bool[np.ndarray, "prompt txt"]
     ) -> tuple[dict[str, Array], dict[str, Bool[np.ndarray, "step prompt place"]]]:
-        """Returns which tokens each group reports, [step prompt place], and which of these places are filled."""
+        """Returns which tokens each group reports, [step prompt place], and which of these places are filled.
+
+        With two branches tokens are [step branch prompt place], and the places [step branch*prompt place].
+        Every process draws for all prompts, as the draws follow from one another, and sorts those of its own.
+        """
         rng = random_generator(self.seed, number)
         steps, prompts = self.run.steps, len(masks)
+        front = (steps,) if self.negative is None else (steps, self.run.branches)
+        before = [None] * len(front)
+        spread = self.spread and NamedSharding(self.spread.mesh, PartitionSpec(*before, *self.spread.spec))
         counts = Streams(np.ones((prompts, self.run.tokens.img), bool), masks)
         groups = [group for group, _ in self.sites.members]
         tokens, valid = {}, {}
@@ -160,13 +202,19 @@ class Sampler:
             counted = np.broadcast_to(live, (steps, *live.shape))
             # Sorting random numbers draws without replacement; 2 puts what does not count behind all that does.
             draw = np.where(counted, rng.random(counted.shape), 2.0)
-            order = np.argsort(draw, axis=-1, kind="stable")[..., : self._places(group)]
-            valid[group.name] = np.take_along_axis(counted, order, axis=-1)
-            tokens[group.name] = jnp.asarray(order, jnp.int32)
+            places = self._places(group)
+            valid[group.name] = np.arange(places) < np.minimum(counted.sum(-1, keepdims=True), places)
+
+            draw = draw.reshape(*front, -1, draw.shape[-1])
+
+            def first_of(at: tuple[slice, ...], draw: np.ndarray = draw, places: int = places) -> np.ndarray:
+                return np.argsort(draw[..., at[-2], :], axis=-1, kind="stable")[..., :places].astype(np.int32)
+
+            tokens[group.name] = placed((*draw.shape[:-1], places), spread, first_of)
         return tokens, valid
 
 
-def prompts_sharding(count: int, mesh: Mesh) -> NamedSharding:
+def prompts_sharding(count: int, mesh: AnyMesh) -> NamedSharding:
     """Returns how prompts that run together lie on a mesh: over `data` and `site`, or those of them that divide."""
     split = [axis for axis in ("data", "site") if mesh.shape[axis] > 1]
     while split and count % prod(mesh.shape[axis] for axis in split):
@@ -177,7 +225,9 @@ def prompts_sharding(count: int, mesh: Mesh) -> NamedSharding:
 @jit_resident
 def encode_many(t5: Any, clip: Any, t5_ids: Array, clip_ids: Array) -> tuple[Array, Array]:
     """Returns the text and the pooled embeddings of several prompts."""
-    return jax.vmap(t5)(t5_ids), jax.vmap(lambda ids: clip(ids)[1])(clip_ids)
+    text = jax.vmap(lambda ids: t5(ids_of_t5(clip, ids)))(t5_ids)
+    states, pooled = jax.vmap(clip)(clip_ids)
+    return jax.vmap(partial(text_stream, clip))(states, text), pooled
 
 
 @partial(jax.jit, static_argnames=("grid", "channels"))
@@ -193,9 +243,10 @@ def sample_rows(
     model: MMDiT,
     inputs: Inputs,
     sigmas: Float[Array, "step_and_end"],
-    tokens: dict[str, Int[Array, "step prompt place"]],
+    tokens: dict[str, Int[Array, "step *branch prompt place"]],
     grid: tuple[int, int],
     sites: SiteSet,
+    negative: NegativeBranch | None = None,
 ) -> dict[str, ActivationRows]:
     """Runs the sampler on several prompts at once, and returns what the sites computed at some tokens.
 
@@ -206,18 +257,28 @@ def sample_rows(
         tokens: by group of sites, the tokens to report.
         grid: rows and columns of image tokens.
         sites: where to tap.
+        negative: with guidance by two branches; then `tokens` have an axis of branches behind that of steps.
 
     Returns:
-        By group, x and y [site rows d_model] and t [rows], where rows are (step, prompt, place).
+        By group, x and y [site rows d_model] and t [rows], where rows are (step, prompt, place), or with two branches
+        (step, branch, prompt, place).
     """
     one = partial(tapped_velocity, model, grid=grid, sites=sites)
     over_prompts = jax.vmap(one, in_axes=(Inputs(0, 0, 0, None, None), 0))  # pyright: ignore[reportArgumentType]
+    with_negative = jax.vmap(one, in_axes=(Inputs(0, None, None, None, None), 0))  # pyright: ignore
 
     def evaluate(
         z: Array, sigma: Array, number: Array, places: dict[str, Array]
     ) -> tuple[Array, dict[str, ActivationRows]]:
         del number
-        return over_prompts(inputs._replace(latents=z, t=sigma), places)
+        now = inputs._replace(latents=z, t=sigma)
+        if negative is None:
+            return over_prompts(now, places)
+        mine, theirs = ({name: at[branch] for name, at in places.items()} for branch in range(2))
+        positive, rows = over_prompts(now, mine)
+        other, more = with_negative(now._replace(text=negative.text, pooled=negative.pooled), theirs)
+        v = [velocity.astype(z.dtype) for velocity in (positive, other)]
+        return guided(v, negative.scale), jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rows, more)
 
     _, reported = euler_scan(evaluate, inputs.latents, sigmas, tokens, streamed=streams_layers(model))
 

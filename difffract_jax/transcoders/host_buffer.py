@@ -68,7 +68,7 @@ def write(old: ActivationRows, new: ActivationRows, places: Int[np.ndarray, "row
     kept = np.flatnonzero(places < old.t.shape[0])
     at = places[kept]
     for mine, theirs in ((old.x, new.x), (old.y, new.y)):
-        mine[:, at] = np.asarray(theirs.astype(mine.dtype))[:, kept]
+        mine[:, at] = np.asarray(theirs.astype(mine.dtype, copy=False))[:, kept]
     old.t[at] = np.asarray(new.t)[kept]
     return old
 

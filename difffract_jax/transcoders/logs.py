@@ -1,7 +1,7 @@
 """What a run writes about itself while it goes: one line of JSON per `log_every` steps, and optional extras.
 
-Each line has the step, rows and seconds, the means over sites, and every site's own numbers. A resumed run drops the
-lines of steps that it does again. TensorBoard and Weights & Biases get the means.
+Each line has the step, rows and seconds, goodput, the means over sites, and every site's own numbers. A resumed run
+drops the lines of steps that it does again. TensorBoard and Weights & Biases get the means.
 """
 
 import json
@@ -103,6 +103,42 @@ class Clock:
         rate = steps * self.rows / (now - self.since)
         self.since, self.step = now, step
         return rate, rate * self.row_flops / self.peak
+
+
+class Goodput:
+    """Share of a run's time, from its first start on, in which it took steps that were kept, or made rows for them.
+
+    The rest is what a run loses: starting and compiling, the first rows, checkpoints, waiting to be started again, and
+    steps after the last checkpoint before it was killed, which are done twice.
+
+    Attributes:
+        useful: seconds of such steps, up to the last pause.
+    """
+
+    def __init__(self, started: float, useful: float) -> None:
+        """Goes on from a checkpoint.
+
+        Args:
+            started: when the run was first started, in seconds since the epoch.
+            useful: seconds of the steps before the checkpoint.
+        """
+        self.started, self.useful = started, useful
+        self._since: float | None = None
+
+    def go_on(self) -> None:
+        """Counts from now on."""
+        self._since = time.monotonic()
+
+    def pause(self) -> None:
+        """Counts no longer."""
+        if self._since is not None:
+            self.useful += time.monotonic() - self._since
+        self._since = None
+
+    def share(self) -> float:
+        """Returns the share up to now, in [0, 1]."""
+        more = 0.0 if self._since is None else time.monotonic() - self._since
+        return min(1.0, (self.useful + more) / max(time.time() - self.started, 1e-9))
 
 
 def matmul_rate(bf16: bool, devices: Iterable[Any]) -> float:

@@ -12,7 +12,8 @@ There is one site, rows/0.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,14 +21,16 @@ from typing import Any, NamedTuple
 import grain
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from difffract_jax.config import UserError
+from difffract_jax.storage.remote.cache import local_directory
 from difffract_jax.transcoders.arrays import Shard, check_alike, check_values, float_rows, read_directory, shard_of
 from difffract_jax.transcoders.harvest import Chunk
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.prompts import Split
 from difffract_jax.transcoders.sites import ROWS, SiteSet
-from difffract_jax.transcoders.store import StoredRows, open_store
+from difffract_jax.transcoders.store import StoredRows, open_store, spread_rows
 
 BLOCK_ROWS = 1024
 """Consecutive rows that are read together."""
@@ -61,12 +64,14 @@ class ArrayRows:
         blocks: of them, those of the split.
         seed: of the order of blocks.
         sae: report y for x, for an SAE.
+        mesh: devices that rows are spread over, each process reading its own part; None for the default device.
     """
 
     shards: tuple[Shard, ...]
     blocks: tuple[Block, ...]
     seed: int
     sae: bool = False
+    mesh: Mesh | None = None
 
     @property
     def sites(self) -> SiteSet:
@@ -88,10 +93,22 @@ class ArrayRows:
         """Reads block `number` of the order; rows are filled up to those of the largest, so that shapes stay."""
         order: Any = grain.MapDataset.range(len(self.blocks)).seed(self.seed).shuffle().repeat()
         block = self.blocks[order[number]]
-        shard = self.shards[block.shard]
-        check_values(shard, block.begin, block.end)
+        shard, count = self.shards[block.shard], block.end - block.begin
         most = max(one.end - one.begin for one in self.blocks)
-        return _chunk(float_rows(shard, block.begin, block.end), most, self.sae)
+
+        def read(part: int, at: tuple[slice, ...]) -> np.ndarray:
+            rows = at[-2] if part < 2 else at[0]
+            begin, end = (block.begin + min(each, count) for each in (rows.start, rows.stop))
+            check_values(shard, begin, end)
+            x, y, t = float_rows(shard, begin, end)
+            return t if part == 2 else (x if part == 0 and not self.sae else y)[None, :, at[-1]]
+
+        shapes = (1, count, self.width[0]), (1, count, self.width[1]), (count,)
+        arrays = (
+            spread_rows(shape, np.dtype(np.float32), most, self.mesh, partial(read, part))
+            for part, shape in enumerate(shapes)
+        )
+        return Chunk({ROWS.name: ActivationRows(*arrays)}, {ROWS.name: np.arange(most) < count})
 
 
 def _chunk(arrays: tuple[np.ndarray, ...], size: int, sae: bool) -> Chunk:
@@ -251,6 +268,12 @@ def _batch(value: Any, number: int) -> Shard:
     return shard_of(dict(zip("xyt", value, strict=False)), name)
 
 
+def spread_source(source: Any, mesh: Mesh) -> Any:
+    """Returns a source of rows that sends them to all devices of a mesh; others than arrays and stores as they are."""
+    known = isinstance(source, ArrayRows | StoredRows) and mesh.size > 1
+    return replace(source, mesh=mesh) if known else source
+
+
 def rows_of(rows: Any, split: Split | None, share: float, seed: int, *, sae: bool = False) -> Rows:
     """Returns as a source whatever rows may be given as in Python.
 
@@ -283,9 +306,12 @@ def rows_of(rows: Any, split: Split | None, share: float, seed: int, *, sae: boo
 def open_rows(directory: Path, split: Split | None, share: float, seed: int, *, sae: bool = False) -> Rows:
     """Opens one split of a directory of rows, harvested ones or arrays of any origin; arguments as of `rows_of`.
 
+    Of one in a bucket, what is read is fetched.
+
     Raises:
         UserError: if it is neither, or holds what rows may not.
     """
+    directory = local_directory(directory, by_range=True)
     if (directory / "config.json").exists():
         return open_store(directory, split or "train", seed, sae=sae)
     return array_rows(read_directory(directory), split, share, seed, sae=sae)

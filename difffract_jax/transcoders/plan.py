@@ -27,6 +27,7 @@ from difffract_jax.config import UserError, nearest
 from difffract_jax.models.pipeline import Run
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders.buffer import abstract_store
+from difffract_jax.transcoders.chips import CHIPS
 from difffract_jax.transcoders.compiled import bytes_per_chip, communication, compile_unkept, memory_asked, memory_of
 from difffract_jax.transcoders.objective import Width, widths
 from difffract_jax.transcoders.plan_phases import other_phases, placed_model, resident_parts
@@ -37,8 +38,8 @@ from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.step import jit_step
 
 GIB = 2**30
-HBM = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}
-"""Chip -> GiB of its memory that the compiler lets a program use, in its own words; sold as 16, 95 and 32 GB."""
+HBM = {name: chip.hbm / GIB for name, chip in CHIPS.items()}
+"""Chip -> GiB of its memory that the compiler lets a program use."""
 SHAPES = {"v5e": "v5e:8x8", "v5p": "v5p:4x4x4", "v6e": "v6e:4x4"}
 LIBTPU = {
     # Without these libtpu asks a metadata server which machine it is on, takes the lock that keeps two programs off

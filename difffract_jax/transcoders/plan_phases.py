@@ -21,7 +21,7 @@ from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Run
 from difffract_jax.sharding import EVERYWHERE, pipeline_shardings
 from difffract_jax.transcoders.compiled import bytes_per_chip, compile_unkept, memory_asked, memory_of
-from difffract_jax.transcoders.harvest import encode_many, prompts_sharding, sample_rows
+from difffract_jax.transcoders.harvest import NegativeBranch, encode_many, prompts_sharding, sample_rows
 from difffract_jax.transcoders.recipe import encoders_on_host
 from difffract_jax.transcoders.setup import Setup, abstract_moments, born
 
@@ -124,7 +124,7 @@ def _sampling(setup: Setup, transformer: Any, run: Run) -> tuple[Any, ...]:
     """Returns shapes of the arguments of `sample_rows` for one chunk."""
     count, config = setup.settings.prompts_at_once, transformer.config
     spread = prompts_sharding(count, setup.mesh)
-    whole, by_step = (NamedSharding(setup.mesh, spec) for spec in (PartitionSpec(), PartitionSpec(None, *spread.spec)))
+    whole = NamedSharding(setup.mesh, PartitionSpec())
 
     def array(kind: Any, sharding: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
@@ -134,12 +134,20 @@ def _sampling(setup: Setup, transformer: Any, run: Run) -> tuple[Any, ...]:
         array(setup.dtype, spread, count, run.tokens.txt, config.text_width),
         array(setup.dtype, spread, count, config.pooled_width),
         array(jnp.float32, whole),
-        None if run.guidance is None else array(jnp.float32, whole),
+        None if run.fed_guidance is None else array(jnp.float32, whole),
     )
+    front = (run.steps,) if run.branches == 1 else (run.steps, run.branches)
+    by_step = NamedSharding(setup.mesh, PartitionSpec(*[None] * len(front), *spread.spec))
     most = setup.settings.tokens_per_step
     places = {group: group.rows(run.tokens) for group, _ in setup.sites.members}
     tokens = {
-        group.name: array(jnp.int32, by_step, run.steps, count, min(rows, most or rows))
-        for group, rows in places.items()
+        group.name: array(jnp.int32, by_step, *front, count, min(rows, most or rows)) for group, rows in places.items()
     }
-    return transformer, inputs, array(jnp.float32, whole, run.steps + 1), tokens, run.grid, setup.sites
+    negative = None
+    if run.branches > 1:
+        negative = NegativeBranch(
+            array(setup.dtype, whole, run.tokens.txt, config.text_width),
+            array(setup.dtype, whole, config.pooled_width),
+            array(jnp.float32, whole),
+        )
+    return transformer, inputs, array(jnp.float32, whole, run.steps + 1), tokens, run.grid, setup.sites, negative

@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from difffract_jax.config import UserError
+from difffract_jax.storage.remote.addresses import is_remote, spelled
+from difffract_jax.storage.remote.cache import local_file
 from difffract_jax.text_files import decoded, lines_of, unicode_problem
 
 COLUMNS = ("prompt", "caption", "text")
 """Names under which a JSONL file, a Parquet file or a dataset may hold its prompts."""
+_REMOTE_FILE = re.compile(r"(.+\.(?:txt|jsonl|parquet))(?::(.+))?", re.IGNORECASE)
 _BEFORE_COLUMN = re.compile(r"\.(?:parquet|jsonl):", re.IGNORECASE)
 _WORDS = {bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
@@ -29,8 +32,8 @@ def read_prompts(source: str) -> list[str]:
     """Reads prompts, without white space around them.
 
     Args:
-        source: path of a `.txt`, `.jsonl` or `.parquet` file, the last two with `:COLUMN` behind them if wanted, or
-            `hf:OWNER/NAME[:SPLIT[:COLUMN]]`.
+        source: path, here or in a bucket, of a `.txt`, `.jsonl` or `.parquet` file, the last two with `:COLUMN` behind
+            them if wanted, or `hf:OWNER/NAME[:SPLIT[:COLUMN]]`.
 
     Raises:
         UserError: if there is nothing to read, or it is not text.
@@ -51,11 +54,21 @@ def read_prompts(source: str) -> list[str]:
 
 def _file_and_column(source: str) -> tuple[Path, str | None]:
     """Splits FILE:COLUMN; a file that exists under the whole name is that file."""
+    if is_remote(source):
+        return _remote_file_and_column(source)
     ends = [match.end() for match in _BEFORE_COLUMN.finditer(source)]
     for path, column in ((source, None), *((source[: end - 1], source[end:]) for end in ends)):
         if Path(path).is_file():
             return Path(path), column
     raise UserError(f"{source} is not a file of prompts; give a .txt, .jsonl or .parquet file, or hf:OWNER/NAME.")
+
+
+def _remote_file_and_column(source: str) -> tuple[Path, str | None]:
+    """Splits FILE:COLUMN of a file in a bucket, whose name ends in one of the suffixes that are read."""
+    match = _REMOTE_FILE.fullmatch(source)
+    if match is None:
+        raise UserError(f"{spelled(source)} is not a file of prompts; give a .txt, .jsonl or .parquet file.")
+    return local_file(match[1]), match[2]
 
 
 def _text(path: Path) -> str:

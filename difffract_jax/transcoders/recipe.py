@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from difffract_jax.config import UserError
+from difffract_jax.sharding import AnyMesh
 from difffract_jax.transcoders.objective import Objective, Width, widths
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import SiteSet
@@ -21,7 +22,7 @@ TOGETHER_BYTES = 64 * 2**20
 """Pre-activations of one site on one device, up to which all of a device's sites take their step together."""
 
 
-def recipe_of(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh, round_batches: int) -> Recipe:
+def recipe_of(settings: TrainConfig, shape: TranscoderConfig, mesh: AnyMesh, round_batches: int) -> Recipe:
     """Returns the constants of the training step.
 
     Args:
@@ -76,7 +77,7 @@ def sparsities(settings: TrainConfig, sites: SiteSet) -> Float[np.ndarray, "site
     )
 
 
-def multiplies_sparsely(settings: TrainConfig, shape: TranscoderConfig, mesh: Mesh) -> bool:
+def multiplies_sparsely(settings: TrainConfig, shape: TranscoderConfig, mesh: AnyMesh) -> bool:
     """Returns whether codes are multiplied at their active features alone, see `settings.sparse_code`.
 
     Raises:
@@ -89,7 +90,7 @@ def multiplies_sparsely(settings: TrainConfig, shape: TranscoderConfig, mesh: Me
         )
     if settings.sparse_code != "auto":
         return settings.sparse_code == "on"
-    on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    on_cpu = isinstance(mesh, Mesh) and mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
     return on_cpu and 0 < shape.k <= SPARSE_SHARE * shape.features
 
 

@@ -3,6 +3,8 @@
     y^ = decode(encode(x))     kind TRANSCODER; an SAE reads y itself
     y^ = mean y                kind MEAN, of the site at that denoising step: a mean ablation
 
+With guidance by two branches the step's two evaluations each have a mean, and padding, of their own.
+
 Padded text positions keep the true MLP, as in tracing. Which sites are replaced, and how, is an array: one compilation
 serves every choice.
 """
@@ -30,12 +32,12 @@ class Swap(NamedTuple):
     Attributes:
         slot: place of each block's transcoder in the stack.
         kind: `TRUE`, `TRANSCODER` or `MEAN`.
-        mean: mean output at every denoising step.
+        mean: mean output at every evaluation of a run, which is a step or one of its branches.
     """
 
     slot: Int[Array, "layer"]
     kind: Int[Array, "layer"]
-    mean: Float[Array, "layer step d_model"]
+    mean: Float[Array, "layer evaluation d_model"]
 
 
 class Replaced(NamedTuple):
@@ -45,19 +47,19 @@ class Replaced(NamedTuple):
         model: the transformer.
         stacks: transcoders per group.
         swaps: what is replaced, per group; where it is None, the group is left as it is.
-        text_mask: text positions that are not padding.
+        text_mask: text positions that are not padding, of each branch.
     """
 
     model: MMDiT
     stacks: tuple[Transcoder | None, ...]
     swaps: tuple[Swap | None, ...]
-    text_mask: Bool[Array, "txt"]
+    text_mask: Bool[Array, "branch txt"]
 
 
 def swaps_of(
     sites: SiteSet,
     model: MMDiT,
-    means: Mapping[str, Float[np.ndarray, "_ step d_model"]],
+    means: Mapping[str, Float[np.ndarray, "_ evaluation d_model"]],
     kinds: Int[np.ndarray, "site"],
 ) -> tuple[Swap | None, ...]:
     """Lays out what is replaced, per group.
@@ -65,7 +67,7 @@ def swaps_of(
     Args:
         sites: with a transcoder.
         model: the transformer.
-        means: name of a group -> each site's mean output at every step.
+        means: name of a group -> each site's mean output at every evaluation.
         kinds: of every site, in the order of the stack.
     """
     layout, swaps = model.config.layout, []
@@ -84,28 +86,29 @@ def swaps_of(
 
 
 def replaced_velocity(
-    params: Replaced, inputs: Inputs, step: Array, grid: tuple[int, int]
+    params: Replaced, inputs: Inputs, number: Array, grid: tuple[int, int]
 ) -> Float[Array, "img outputs"]:
     """Velocity of a model with replaced MLPs; see `models.pipeline.Velocity`."""
-    tokens = Streams(jnp.ones(grid[0] * grid[1], bool), params.text_mask)
+    own = params.text_mask[number % params.text_mask.shape[0]]
+    tokens = Streams(jnp.ones(grid[0] * grid[1], bool), own)
     live = sequences(tokens, params.model.config.layout.groups, axis=0)
-    fixed = [(stack, rows, inputs.t, step) for stack, rows in zip(params.stacks, live, strict=True)]
+    fixed = [(stack, rows, inputs.t, number) for stack, rows in zip(params.stacks, live, strict=True)]
     return forward(params.model, inputs, grid, write=_write, fixed=fixed, layers=params.swaps)[0]
 
 
 def _write(
     fixed: tuple[Any, Array, Array, Array], swap: Swap | None, x: Array, true: Callable[[], Array]
 ) -> tuple[Array, None]:
-    stack, rows, t, step = fixed
+    stack, rows, t, number = fixed
     y = true()
     if swap is None:
         return y, None
-    return jnp.where(rows[:, None], _stand_in(stack, swap, t, step, x, y), y), None
+    return jnp.where(rows[:, None], _stand_in(stack, swap, t, number, x, y), y), None
 
 
-def _stand_in(stack: Transcoder, swap: Swap, t: Array, step: Array, x: Any, y: Any) -> Array:
+def _stand_in(stack: Transcoder, swap: Swap, t: Array, number: Array, x: Any, y: Any) -> Array:
     """Returns what is put in place of one MLP's output y."""
     tc: Transcoder = slice_layer(stack, swap.slot)
     read = (y if tc.config.role == "sae" else x).astype(tc.enc.kernel.dtype)
-    choices = (y, tc(read, t).astype(y.dtype), jnp.broadcast_to(swap.mean[step].astype(y.dtype), y.shape))
+    choices = (y, tc(read, t).astype(y.dtype), jnp.broadcast_to(swap.mean[number].astype(y.dtype), y.shape))
     return jax.lax.select_n(swap.kind, *choices)

@@ -29,9 +29,12 @@ _WORDS = {4: jnp.int32, 8: jnp.int64}
 
 
 def matmul(a: Float[Array, "rows inner"], b: Float[Array, "inner columns"], bf16: bool) -> Float[Array, "rows columns"]:
-    """Multiplies two float32 matrices; with `bf16`, rounded to bfloat16 first, but summed in float32."""
+    """Multiplies two float32 matrices; with `bf16`, rounded to bfloat16 first, but summed in float32.
+
+    By JAX's default an accelerator would round float32 factors, too.
+    """
     if not bf16:
-        return a @ b
+        return jnp.matmul(a, b, precision="highest")
     return jnp.matmul(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
 
 

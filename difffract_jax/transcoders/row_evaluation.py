@@ -15,6 +15,7 @@ from difffract_jax.config import UserError
 from difffract_jax.transcoders.arrays import width_text
 from difffract_jax.transcoders.evaluation import Evaluation, Sums, densities, row_sums, tables_of
 from difffract_jax.transcoders.own_rows import ArrayRows, rows_of
+from difffract_jax.transcoders.processes import divided
 from difffract_jax.transcoders.sites import ROWS
 from difffract_jax.transcoders.store import StoredRows
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -52,12 +53,15 @@ def evaluate_rows(
             "of the source that it was trained on."
         )
     times, sums = times_of(rows), None
-    for number in range(len(rows.blocks)):
+
+    def sums_of(number: int) -> Sums:
         chunk = rows.chunk(number)
         valid = jnp.asarray(chunk.valid[ROWS.name])
-        more = row_sums(tcs.stacks[ROWS.name], chunk.rows[ROWS.name], valid, jnp.asarray(times, jnp.float32))
+        return row_sums(tcs.stacks[ROWS.name], chunk.rows[ROWS.name], valid, jnp.asarray(times, jnp.float32))
+
+    for done, more in enumerate(divided(len(rows.blocks), sums_of), 1):
         sums = more if sums is None else jax.tree.map(jnp.add, sums, more)
-        progress(number + 1, len(rows.blocks))
+        progress(done, len(rows.blocks))
     assert isinstance(sums, Sums)  # a split has blocks
     by_group = {ROWS.name: sums}
     tables = tables_of(tcs.sites, by_group, times)

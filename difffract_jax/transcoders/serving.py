@@ -19,6 +19,7 @@ from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders import host_buffer
 from difffract_jax.transcoders.buffer import Position, Store
 from difffract_jax.transcoders.objective import ActivationRows
+from difffract_jax.transcoders.run_place import home_of
 from difffract_jax.transcoders.setup import Setup
 from difffract_jax.transcoders.step import rows_sharding
 
@@ -45,7 +46,7 @@ def restored_buffer(setup: Setup, found: Store) -> Store:
 
 
 def _directory(setup: Setup) -> Path | None:
-    return setup.settings.out if setup.settings.buffer == "disk" else None
+    return home_of(setup.settings.out) if setup.settings.buffer == "disk" else None
 
 
 def moments_sharding(setup: Setup, count: int) -> ActivationRows:
@@ -83,4 +84,4 @@ def serving(setup: Setup) -> Iterator[Callable[[Store, Position], ActivationRows
     finally:
         ahead.close()
         if setup.settings.buffer == "disk":
-            host_buffer.discard(setup.settings.out)
+            host_buffer.discard(home_of(setup.settings.out))

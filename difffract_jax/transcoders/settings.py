@@ -8,17 +8,22 @@ dictionary-learning updates. `SAME_RUN` lists the fields that a resumed run may 
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from difffract_jax.config import LoraSettings, Seed, Settings, UserError
+from difffract_jax.config import ORGANISMS, LoraSettings, Seed, Settings
 
 SAME_RUN = (
     *("out", "checkpoint_every", "keep", "log_every", "tensorboard", "wandb", "profile"),
-    *("mesh", "parallel", "sparse_code", "sites_at_once", "buffer", "text_encoders", "weights", "max_minutes"),
+    *("mesh", "parallel", "sparse_code", "sites_at_once", "buffer", "overlap", "text_encoders", "weights"),
+    "max_minutes",
 )
 """Fields that change how a run is executed or watched, but not what it computes beyond rounding."""
 
 
+SUPERVISED = "DIFFRACT_SUPERVISED"
+"""Environment variable in which a supervising process tells the run that it has started how many went before."""
+TRY_AGAIN = 75
+"""Exit status, told to a supervising process alone, of a run that another process's death has ended."""
 WORLD = "world"
 """What `prompts` says for the endless captions of a model's own world, as the organism's."""
 
@@ -38,7 +43,7 @@ class RowSettings(LoraSettings):
     """Share of prompts, by the hash of their text, that training never sees; of a directory of arrays, the share at the
     end of each."""
     include_padding: bool = False
-    """Also take rows of T5's padding, as [DF] does."""
+    """Also take rows of the text's padding, as [DF] does."""
     tokens_per_step: int | None = Field(None, ge=1)
     """Most tokens of a prompt that a site reports at a step, drawn at random: fewer, and the buffer holds more prompts.
     All when left out."""
@@ -53,7 +58,10 @@ class RowSettings(LoraSettings):
     text_tokens: int | None = Field(None, ge=1)
     """Length of the text sequence in tokens, padding included; the model's own default when left out."""
     guidance: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Guidance scale fed to models that were distilled for it (FLUX.1-dev); the model's own default when left out."""
+    """Guidance scale: fed to models that were distilled for it (FLUX.1-dev), or between the two evaluations of a step
+    (FLUX.2-klein's base model), which both give rows then; the model's own default when left out."""
+    negative_prompt: str | None = None
+    """What guidance by two evaluations a step leads away from; the empty prompt when left out."""
     model_dtype: Literal["f32", "bf16"] = "f32"
     """Precision of the model while it is read, and of the rows that are kept."""
     weights: Literal["device", "host", "disk"] = "device"
@@ -65,7 +73,7 @@ class RowSettings(LoraSettings):
     @model_validator(mode="before")
     @classmethod
     def _organism_has_captions(cls, given: Any) -> Any:
-        mine = isinstance(given, dict) and given.get("model") == "organism" and given.get("prompts") is None
+        mine = isinstance(given, dict) and given.get("model") in ORGANISMS and given.get("prompts") is None
         return {**given, "prompts": WORLD} if mine else given
 
 
@@ -84,7 +92,7 @@ class TrainConfig(RowSettings):
     """Settings of `difffract train`: transcoders or SAEs of a model's MLPs."""
 
     out: Path = Path("run")
-    """Directory of the run: checkpoints, metrics, settings and, at the end, `transcoders`."""
+    """Directory of the run, here or in a bucket: checkpoints, metrics, settings and, at the end, `transcoders`."""
     rows: Path | None = None
     """Rows to train on instead of running a model: what `difffract harvest` wrote, or a directory of your own arrays x,
     y and t as `.npy`, `.npz` or `.safetensors` files; sites, prompts and sizes are then its own."""
@@ -154,7 +162,8 @@ class TrainConfig(RowSettings):
     max_minutes: float | None = Field(None, gt=0)
     """Minutes of training after which to stop as Ctrl-C does: the step is finished and saved, to go on or to export."""
     matmul: Literal["f32", "bf16"] = "f32"
-    """Precision of the matrix products; weights, optimiser and sums are float32 in any case."""
+    """Precision of the matrix products' factors; weights, optimiser and sums are float32 in any case. A TPU takes six
+    times as long for `f32`."""
     sparse_code: Literal["auto", "on", "off"] = "auto"
     """Multiply codes of topk and batchtopk at their active features alone, not by dense products; the numbers are the
     same up to rounding. Needs a single device. `auto`: on a CPU where k is at most 1/64 of the features."""
@@ -169,6 +178,9 @@ class TrainConfig(RowSettings):
     text_encoders: Literal["auto", "device", "host"] = "auto"
     """Where the text encoders lie between refreshes of the buffer: `host` moves them to the devices only while prompts
     are encoded, many at a time. `auto`: host, beside an accelerator, and device on a CPU."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Whether rows of the next refresh are made while steps run, in places of the buffer that were served already.
+    `auto`: beside an accelerator with room for two chunks of rows more. The rows served are the same in any case."""
     refresh: float = Field(0.25, gt=0, le=1)
     """Share of the buffer that is served, and then replaced by new rows, at a time. [DF]: 1."""
     mesh: str = "data=1"
@@ -187,6 +199,12 @@ class TrainConfig(RowSettings):
     """Also log to this Weights & Biases project (needs the extra `wandb`)."""
     profile: bool = False
     """Write a profiler trace of a few steps into the run's directory."""
+
+    @field_validator("sparse_code", "overlap", mode="before")
+    @classmethod
+    def _is_a_word(cls, given: Any) -> Any:
+        """Takes back what YAML makes of the words `on` and `off`."""
+        return ("on" if given else "off") if isinstance(given, bool) else given
 
     @model_validator(mode="after")
     def _fit_together(self) -> "TrainConfig":
@@ -234,17 +252,3 @@ def changed_fields(before: dict, after: dict) -> list[str]:
     """Returns the fields of a run's settings that differ and may not, as `name: old -> new`."""
     names = [name for name in after if name not in SAME_RUN and before.get(name) != after[name]]
     return [f"{name}: {before.get(name)} -> {after[name]}" for name in names]
-
-
-def check_remote(path: Path) -> None:
-    """Refuses `gs://` and other remote paths, which need a library that is not installed.
-
-    Raises:
-        UserError: naming what to install.
-    """
-    text = str(path)
-    scheme = text.partition(":/")[0]
-    if ":/" in text and scheme.isalnum() and len(scheme) > 1:
-        raise UserError(
-            f"{text} is a remote path, but runs are written to local disks; mount the bucket, or copy the run later."
-        )

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.config import UserError
 from difffract_jax.seeds import random_key
-from difffract_jax.sharding import make_mesh, parse_mesh
+from difffract_jax.sharding import AnyMesh, make_mesh, parse_mesh
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.objective import ActivationRows, Width
 from difffract_jax.transcoders.recipe import recipe_of, shape_of, sparsities
@@ -35,7 +35,7 @@ class Setup(NamedTuple):
         settings: of the run.
         sites: that have a transcoder.
         width: channels of a row; of x and y, where they differ.
-        mesh: devices.
+        mesh: devices; or an `AbstractMesh`, to describe what each of so many would hold.
         recipe: constants of the step.
         plan: sizes of the buffer.
         shape: of each transcoder.
@@ -44,7 +44,7 @@ class Setup(NamedTuple):
     settings: TrainConfig
     sites: SiteSet
     width: Width
-    mesh: Mesh
+    mesh: Any
     recipe: Recipe
     plan: buffers.BufferSizes
     shape: TranscoderConfig
@@ -55,8 +55,8 @@ class Setup(NamedTuple):
         return jnp.bfloat16 if self.settings.model_dtype == "bf16" else jnp.float32
 
 
-def set_up(settings: TrainConfig, sites: SiteSet, width: Width, mesh: Mesh) -> Setup:
-    """Lays settings over sites of a width.
+def set_up(settings: TrainConfig, sites: SiteSet, width: Width, mesh: AnyMesh) -> Setup:
+    """Lays settings over sites of a width; a mesh without devices will do to describe what lies where.
 
     Raises:
         UserError: if the settings do not fit one another, the sites or the mesh.
@@ -78,10 +78,11 @@ def set_up(settings: TrainConfig, sites: SiteSet, width: Width, mesh: Mesh) -> S
     if settings.parallel == "pmap" and mesh.size != mesh.shape["data"]:
         raise UserError("parallel: pmap spreads rows alone; use a mesh with a data axis only, or parallel: jit.")
     plan = buffers.plan_buffer(settings.buffer_rows, settings.batch, settings.refresh, settings.seed)
-    return Setup(settings, sites, width, mesh, recipe_of(settings, shape, mesh, plan.round_batches), plan, shape)
+    recipe = recipe_of(settings, shape, mesh, plan.round_batches)
+    return Setup(settings, sites, width, mesh, recipe, plan, shape)
 
 
-def _check_processes(settings: TrainConfig, mesh: Mesh) -> None:
+def _check_processes(settings: TrainConfig, mesh: AnyMesh) -> None:
     if mesh.size != jax.device_count():
         raise UserError(
             f"The mesh has {mesh.size} devices, but the {jax.process_count()} processes together have "

@@ -7,7 +7,7 @@ model's order.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from difffract_jax.address import GROUPS, Group, Layout
 from difffract_jax.config import UserError, nearest
@@ -57,6 +57,11 @@ class SiteSet(NamedTuple):
         """Returns the same as JSON values, also of groups that have none; `sites_of` reads them."""
         return {group.name: [] for group in GROUPS} | {name: list(numbers) for name, numbers in self.groups.items()}
 
+    def foreign_groups(self) -> dict[str, dict[str, Any]]:
+        """Returns as JSON values what `sites_in` must be told of groups that this package's models do not have."""
+        groups = (group for group, _ in self.members if group not in KNOWN_GROUPS)
+        return {group.name: {"label": group.label, "streams": list(group.streams)} for group in groups}
+
     def slots(self, layout: Layout) -> tuple[dict[int, int], ...]:
         """Returns, per group of a model, which of its blocks have a transcoder, and the place of each in its stack.
 
@@ -87,6 +92,22 @@ def sites_of(numbers: Mapping[str, Sequence[int]], groups: Sequence[Group] = KNO
         raise UserError(f"There are no sites called {unknown[0]!r}; the model has {', '.join(known)}.")
     members = ((group, tuple(sorted(numbers.get(name, ())))) for name, group in known.items())
     return SiteSet(tuple((group, each) for group, each in members if each))
+
+
+def sites_in(record: Mapping[str, Any], key: str = "layers") -> SiteSet:
+    """Reads the sites that a file names.
+
+    Args:
+        record: holds them, as `SiteSet.to_json` has them; and under `groups`, where there are such, those of a model of
+            one's own, as `SiteSet.foreign_groups` has them.
+        key: under which.
+
+    Raises:
+        UserError: if there is no such group.
+    """
+    own = record.get("groups", {}).items()
+    groups = tuple(Group(name, entry["label"], tuple(entry["streams"])) for name, entry in own)
+    return sites_of(record[key], (*KNOWN_GROUPS, *(group for group in groups if group not in GROUPS)))
 
 
 def layer_patterns(layers: str | None, streams: str | None) -> tuple[str, ...]:

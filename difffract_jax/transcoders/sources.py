@@ -4,17 +4,21 @@
 number to a caption. The embedded organism has one.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from difffract_jax.config import UserError
-from difffract_jax.models.pipeline import Pipeline, plan_run
+from difffract_jax.config import SharedError, UserError
+from difffract_jax.models.pipeline import Pipeline, encode, plan_run
 from difffract_jax.transcoders.harvest import Sampler, prompts_sharding
-from difffract_jax.transcoders.prompts import Prompts, PromptWorld, Split, read_prompts, split_prompts
+from difffract_jax.transcoders.own_rows import ArrayRows
+from difffract_jax.transcoders.prompts import PromptFile, Prompts, PromptWorld, Split, read_prompts, split_prompts
 from difffract_jax.transcoders.settings import WORLD, RowSettings
 from difffract_jax.transcoders.sites import parse_sites
+from difffract_jax.transcoders.store import StoredRows
 from difffract_jax.transcoders.text_encoders import HostEncoders
 
 Caption = Callable[[int], str]
@@ -38,6 +42,23 @@ def open_prompts(settings: RowSettings, split: Split, caption: Caption | None = 
     if caption is None:
         raise UserError("prompts: world needs a model with a world of its own, the organism; give a file of prompts.")
     return PromptWorld(caption, split, settings.validation_share)
+
+
+def inputs_told(source: Any) -> str:
+    """Returns in a few words what a source reads, which differ where processes have other prompts, or other rows.
+
+    Args:
+        source: of rows.
+    """
+    prompts = getattr(source, "prompts", None)
+    if isinstance(prompts, PromptFile):
+        digest = hashlib.sha256("\n".join(prompts.prompts).encode()).hexdigest()
+        return f"{len(prompts.prompts)} prompts with the hash {digest[:12]}"
+    if isinstance(source, StoredRows):
+        return f"{sum(max(shard.values()) for shard in source.rows)} rows in {len(source.rows)} shards"
+    if isinstance(source, ArrayRows):
+        return f"{sum(block.end - block.begin for block in source.blocks)} rows"
+    return type(source).__name__
 
 
 def open_sampler(
@@ -68,10 +89,19 @@ def open_sampler(
         width=settings.width,
         text_tokens=settings.text_tokens,
         guidance=settings.guidance,
+        negative_prompt=settings.negative_prompt,
     )
+    negative = encode(pipe, run.negative_prompt, run.text_tokens) if run.branches > 1 else None
     spread: Any = None
     if mesh is not None:
         spread = prompts_sharding(settings.prompts_at_once, mesh)
+    prompts = open_prompts(settings, split, caption)
+    if isinstance(prompts, PromptFile) and len(prompts.prompts) < jax.process_count():
+        raise SharedError(
+            f"{settings.prompts} has {len(prompts.prompts)} prompts for {split}, fewer than the {jax.process_count()} "
+            "processes that share them; give more prompts, or start fewer processes.",
+            speaks=jax.process_index() == 0,
+        )
     encoders = None
     if encoders_on_host:
         encoders = HostEncoders(pipe.t5, pipe.clip)
@@ -80,7 +110,7 @@ def open_sampler(
         pipe=pipe,
         sites=parse_sites(settings.sites, pipe.config.transformer.layout),
         run=run,
-        prompts=open_prompts(settings, split, caption),
+        prompts=prompts,
         seed=settings.seed,
         prompts_at_once=settings.prompts_at_once,
         tokens_per_step=settings.tokens_per_step,
@@ -88,4 +118,5 @@ def open_sampler(
         sae=sae,
         spread=spread,
         encoders=encoders,
+        negative=negative,
     )

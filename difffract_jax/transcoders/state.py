@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from difffract_jax.sharding import PLACEMENT, TRANSCODER, partition_specs
+from difffract_jax.sharding import PLACEMENT, TRANSCODER, AnyMesh, partition_specs
 from difffract_jax.transcoders.objective import ActivationRows
 from difffract_jax.transcoders.site_loop import make_sites
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig
@@ -155,7 +155,7 @@ def unit_rows(kernel: Float[Array, "*site feat d_model"]) -> Float[Array, "*site
     return kernel / jnp.maximum(jnp.linalg.norm(kernel, axis=-1, keepdims=True), 1e-12)
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
+def state_shardings(state: Any, mesh: AnyMesh) -> Any:
     """Returns the sharding of every array of a state, by the rules of its transcoders.
 
     An array of the optimiser is placed as the weight it belongs to: its path ends in the weight's.

@@ -23,6 +23,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from difffract_jax.sharding import AnyMesh
 from difffract_jax.transcoders.objective import ActivationRows, Objective, site_loss
 from difffract_jax.transcoders.site_loop import update_sites
 from difffract_jax.transcoders.state import TrainState, state_shardings, unit_rows
@@ -203,7 +204,7 @@ def across(
     return gradient - jnp.sum(gradient * vectors, axis=-1, keepdims=True) * vectors
 
 
-def rows_sharding(mesh: Mesh) -> ActivationRows:
+def rows_sharding(mesh: AnyMesh) -> ActivationRows:
     """Returns where batches live: sites over `site`, rows over `data`."""
     matrix: Any = NamedSharding(mesh, PartitionSpec("site", "data"))
     return ActivationRows(matrix, matrix, matrix)

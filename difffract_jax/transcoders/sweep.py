@@ -6,13 +6,12 @@
 A sweep that stops goes on where it was: a finished run is left alone, one that has begun is resumed.
 """
 
-import json
-from pathlib import Path
 from typing import Literal
 
 from difffract_jax.config import UserError
+from difffract_jax.transcoders.run_place import SETTINGS, has, is_finished
 from difffract_jax.transcoders.settings import TrainConfig
-from difffract_jax.transcoders.training import SETTINGS, check_directory
+from difffract_jax.transcoders.training import check_directory
 
 ROLES: tuple[Literal["transcoder", "sae"], ...] = ("transcoder", "sae")
 
@@ -40,7 +39,7 @@ def sweep_settings(base: TrainConfig, ks: list[int]) -> list[TrainConfig]:
 
 def is_begun(settings: TrainConfig) -> bool:
     """Says whether a run is there to be resumed."""
-    return (settings.out / SETTINGS).exists()
+    return has(settings.out, SETTINGS)
 
 
 def is_done(settings: TrainConfig) -> bool:
@@ -51,15 +50,4 @@ def is_done(settings: TrainConfig) -> bool:
     """
     if is_begun(settings):
         check_directory(settings, resume=True)
-    if not made(settings).exists():
-        return False
-    # Transcoders that were exported early say after which step; those of before this was written down are finished.
-    return (
-        json.loads(made(settings).read_text(encoding="utf-8"))["provenance"].get("step", settings.steps)
-        == settings.steps
-    )
-
-
-def made(settings: TrainConfig) -> Path:
-    """Returns the file that a run writes last."""
-    return settings.out / "transcoders" / "config.json"
+    return is_finished(settings.out)

@@ -14,6 +14,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from difffract_jax.transcoders.compiled import bytes_per_chip
+
 CHUNKS = 16
 """Chunks whose prompts are encoded while the encoders are there: of FLUX 128 prompts, whose embeddings take 0.5 GiB."""
 
@@ -25,6 +27,11 @@ class HostEncoders:
         self._homes = jax.tree.map(lambda leaf: leaf.sharding, (t5, clip))
         self._encoders = parked((t5, clip))
         self._made: dict[int, Any] = {}
+
+    @property
+    def visiting(self) -> int:
+        """Bytes of a device that they take while they are there."""
+        return bytes_per_chip(self._encoders)
 
     def take(
         self, number: int, encode: Callable[..., tuple[Array, Array]], ids: Callable[[int], list[Array]]

@@ -4,6 +4,8 @@
     out/metrics.jsonl        one line per `log_every` steps
     out/checkpoints/STEP     weights, optimiser, buffer, position in the data (`checkpoints`)
 
+`out` may lie in a bucket, which then is all that processes share: `run_place` says what each has on its own disk.
+
 1. Take the directory's lock. Begin, or with `resume` go on from the newest good checkpoint, which gives bit for bit
    what an uninterrupted run would have.
 2. Until the last step: a batch from the buffer, a step; at the end of a round, new rows.
@@ -14,8 +16,10 @@ One random seed and the numbers in a `Position` decide everything that is drawn:
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +29,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from difffract_jax.config import UserError, resolve
 from difffract_jax.storage.checkpoint import atomic_file, tree_hash
+from difffract_jax.storage.remote.addresses import is_remote
+from difffract_jax.storage.remote.outputs import ask
 from difffract_jax.transcoders import buffer as buffers
 from difffract_jax.transcoders.buffer import Position
 from difffract_jax.transcoders.checkpoints import (
-    Checkpointer,
+    Checkpoints,
     intact,
     locked,
     newest,
+    noted_sigterm,
     open_checkpoints,
     restore,
     save,
@@ -40,7 +47,9 @@ from difffract_jax.transcoders.checkpoints import (
 )
 from difffract_jax.transcoders.harvest import RowSource
 from difffract_jax.transcoders.logs import (
+    METRICS,
     Clock,
+    Goodput,
     Sink,
     cut_metrics,
     matmul_rate,
@@ -49,17 +58,21 @@ from difffract_jax.transcoders.logs import (
     write_metrics,
 )
 from difffract_jax.transcoders.objective import widths
-from difffract_jax.transcoders.processes import is_first, together, whole
+from difffract_jax.transcoders.overlap import refresh_served, upcoming
+from difffract_jax.transcoders.own_rows import spread_source
+from difffract_jax.transcoders.processes import check_shared, is_first, jointly, texts, together, whole
 from difffract_jax.transcoders.recipe import row_flops
+from difffract_jax.transcoders.run_place import SETTINGS, bring, check_place, has, home_of, send, text_of
 from difffract_jax.transcoders.serving import abstract_buffer, empty_buffer, moments_sharding, restored_buffer, serving
-from difffract_jax.transcoders.settings import TrainConfig, changed_fields, check_remote
+from difffract_jax.transcoders.settings import TrainConfig, changed_fields
 from difffract_jax.transcoders.setup import Setup, abstract_state, first_state, open_mesh, set_up
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.state import TrainState, export_transcoders, measure_moments
 from difffract_jax.transcoders.step import Metrics, jit_step, pmap_step, repeat_state, split_rows
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
-SETTINGS = "train.json"
+FOLDERS = ("tensorboard", "profile")
+"""What a run may write besides, which goes into its bucket at the end."""
 MEASURED_ROWS = 8192
 """Rows of a site that the scales and first biases are taken from."""
 
@@ -98,6 +111,7 @@ class _Run(NamedTuple):
     state: TrainState
     store: buffers.Store
     position: Position
+    goodput: Goodput
 
 
 def train(
@@ -115,31 +129,51 @@ def train(
     Raises:
         UserError: if the settings do not fit one another or the run to be resumed, or the loss ceases to be finite.
     """
-    check_remote(settings.out)
+    started = float(texts(repr(time.time()))[0])
+    check_place(settings.out)
     setup = set_up(settings, source.sites, source.width, open_mesh(settings))
+    source = spread_source(source, setup.mesh)
     together(lambda: check_directory(settings, resume))
-    with writing(settings.out), locked(settings.out):
+    with noted_sigterm() as came, writing(settings.out), locked(settings.out) as allowed:
+        _check_reached(settings.out)
         together(lambda: check_directory(settings, resume))
         watch.begin()
-        checkpoints = open_checkpoints(settings.out, settings.keep)
+        checkpoints = open_checkpoints(settings.out, settings.keep, allowed, watch.note)
         try:
-            begun = resume and checkpoints.latest is not None
-            run = _resume(setup, checkpoints, watch) if begun else _begin(setup, source, record)
-            return _loop(setup, source, run, checkpoints, watch)
+            begun = checkpoints.begin(_started(settings.out) if resume else None) >= 0 and resume
+            run = _resume(setup, checkpoints, watch) if begun else _begin(setup, source, record, started)
+            done = _loop(setup, source, run, checkpoints, watch, came)
+            checkpoints.finish()
+            together(lambda: send(settings.out, [METRICS, *FOLDERS]))
+            return done
         finally:
             checkpoints.close()
 
 
+def _check_reached(out: Path) -> None:
+    """Refuses an `out` that some process cannot reach."""
+    if is_remote(out):
+        jointly(lambda: ask(out))
+        home_of(out).mkdir(parents=True, exist_ok=True)
+    else:
+        check_shared(out)
+
+
+def _started(out: Path) -> float | None:
+    """Returns when a run was first started; None if it does not say."""
+    return run_record(out).get("started")
+
+
 def check_directory(settings: TrainConfig, resume: bool) -> None:
     """Refuses to begin where a run has begun, or to go on where none has or with other settings."""
-    path = settings.out / SETTINGS
-    if settings.out.exists() and not settings.out.is_dir():
+    if not is_remote(settings.out) and settings.out.exists() and not settings.out.is_dir():
         raise UserError(f"{settings.out} is a file, but a run is a directory; name another out.")
+    begun = has(settings.out, SETTINGS)
     if not resume:
-        if path.exists():
+        if begun:
             raise UserError(f"{settings.out} holds a run already; pass --resume to go on with it, or name another out.")
         return
-    if not path.exists():
+    if not begun:
         raise UserError(f"{settings.out} holds no run to resume; leave --resume out to begin one.")
     before = run_settings(settings.out)
     changed = changed_fields(before.model_dump(mode="json"), settings.model_dump(mode="json"))
@@ -156,14 +190,14 @@ def run_record(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: if the directory holds no run.
     """
-    path = directory / SETTINGS
-    if not path.is_file():
+    if not has(directory, SETTINGS):
         raise UserError(f"{directory} holds no training run; give the `out` of difffract train.")
+    text = text_of(directory, SETTINGS)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(text)
         record["settings"].items()
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged; copy it again from where the run was made.") from None
+        raise UserError(f"{directory / SETTINGS} is damaged; copy it again from where the run was made.") from None
     return record
 
 
@@ -176,7 +210,7 @@ def run_settings(directory: Path) -> TrainConfig:
     return resolve(TrainConfig, run_record(directory)["settings"])
 
 
-def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
+def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any], started: float) -> _Run:
     """Fills the buffer, makes the first weights, and writes down the settings: from then on there is a run."""
     settings = setup.settings
     store, position = buffers.fill_store(empty_buffer(setup), source, setup.plan)
@@ -184,59 +218,83 @@ def _begin(setup: Setup, source: RowSource, record: Mapping[str, Any]) -> _Run:
     first = {name: np.arange(count, dtype=np.int32) for name in store}
     rows = buffers.gather(store, first, moments_sharding(setup, count))
     state = first_state(setup, measure_moments(rows, settings.scale_rows))
-    shape = {"sites": setup.sites.to_json(), "width": list(widths(setup.width))}
-    together(lambda: _write_settings(settings.out, {**record, "shape": shape}))
-    return _Run(state, store, position)
+    shape = {"sites": setup.sites.to_json(), "width": list(widths(setup.width)), "groups": setup.sites.foreign_groups()}
+    if has(settings.out, SETTINGS):  # as where a run was killed before its first checkpoint
+        started = _started(settings.out) or started
+    together(lambda: _write_settings(settings.out, {**record, "shape": shape, "started": started}))
+    return _Run(state, store, position, Goodput(started, 0.0))
 
 
 def _write_settings(out: Path, record: Mapping[str, Any]) -> None:
-    cut_metrics(out, 0)
+    cut_metrics(home_of(out), 0)
     with atomic_file(out / SETTINGS) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _resume(setup: Setup, checkpoints: Checkpointer, watch: Watch) -> _Run:
+def _resume(setup: Setup, checkpoints: Checkpoints, watch: Watch) -> _Run:
     """Reads the newest good checkpoint onto this run's mesh."""
     found = restore(checkpoints, {"state": abstract_state(setup), "buffer": abstract_buffer(setup)})
     for sentence in found.passed:
         watch.note(f"{sentence}; going on from checkpoint {found.step}.")
-    together(lambda: cut_metrics(setup.settings.out, found.step))
-    position = Position(**{**found.record["position"], "counts": tuple(found.record["position"]["counts"])})
-    return _Run(found.trees["state"], restored_buffer(setup, found.trees["buffer"]), position)
+    together(lambda: _go_on_with_log(setup.settings.out, found.step))
+    stored = found.record["position"]
+    position = Position(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
+    goodput = Goodput(_started(setup.settings.out) or time.time(), found.record.get("useful_seconds", 0.0))
+    return _Run(found.trees["state"], restored_buffer(setup, found.trees["buffer"]), position, goodput)
 
 
-def _loop(setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpointer, watch: Watch) -> Trained:
-    settings = setup.settings
+def _go_on_with_log(out: Path, step: int) -> None:
+    bring(out, METRICS)
+    cut_metrics(home_of(out), step)
+
+
+def _loop(
+    setup: Setup, source: RowSource, run: _Run, checkpoints: Checkpoints, watch: Watch, came: threading.Event
+) -> Trained:
+    settings, home = setup.settings, home_of(setup.settings.out)
     step_function = _step_function(setup, run.state)
     shown = settings.model_dump(mode="json")
-    sinks = open_sinks(settings.out, settings.tensorboard, settings.wandb, shown) if is_first() else []
-    state, store, position = run
+    sinks = open_sinks(home, settings.tensorboard, settings.wandb, shown) if is_first() else []
+    state, store, position, goodput = run
     if settings.parallel == "pmap":
         state = _per_device(repeat_state(state, setup.mesh.size), setup.mesh)
     first = step = int(run.state.step)
     saved, means, clock = step if step else -1, {}, _clock(setup)
-    with stop_signal() as asked, profiled(settings.out, settings.profile, first) as profile, serving(setup) as serve:
+    with stop_signal(came) as asked, profiled(home, settings.profile, first) as profile, ExitStack() as held:
+        serve, coming = held.enter_context(serving(setup)), held.enter_context(upcoming(setup, source, position))
         ends = time.monotonic() + 60 * (settings.max_minutes or float("inf"))
-        stopped = asked(step)
+
+        def stop() -> bool:
+            return asked() or time.monotonic() >= ends
+
+        stopped = asked()
         while step < settings.steps and not stopped:
             if position.served == setup.plan.round_batches:
                 if setup.mesh.devices.flat[0].platform == "cpu":
                     # Steps that are still under way hold as much memory as the model that makes the rows.
                     jax.block_until_ready(state)
-                store, position = buffers.refresh(store, source, setup.plan, position)
+                store, position = buffers.refresh(store, coming or source, setup.plan, position, stop)
+                stopped = bool(position.left)
+                if stopped:
+                    break
             state, metrics = step_function(state, serve(store, position))
             step, position = step + 1, position._replace(served=position.served + 1)
-            stopped = asked(step) or time.monotonic() >= ends
+            if coming is not None and step + setup.plan.round_batches - position.served < settings.steps:
+                store, position = refresh_served(store, coming, setup.plan, position)
+            stopped = stop()
+            if step == first + 1:
+                jax.block_until_ready(metrics)
+                goodput.go_on()
             profile(step, metrics)
             if step % settings.log_every == 0 or step == settings.steps:
-                means = _log(setup, step, metrics, clock, sinks)
+                means = _log(setup, step, metrics, clock, sinks, goodput)
                 watch.progress(step, settings.steps, means)
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped:
                 _check_finite(setup, step, metrics, saved)
-                _save(setup, checkpoints, state, store, position)
+                _save(setup, checkpoints, _Run(state, store, position, goodput))
                 saved = step
     if stopped and saved != step:
-        _save(setup, checkpoints, state, store, position)
+        _save(setup, checkpoints, _Run(state, store, position, goodput))
     done = step >= settings.steps
     return Trained(step, transcoders_of(_one(setup, state), setup.sites) if done else None, means)
 
@@ -246,10 +304,16 @@ def _one(setup: Setup, state: TrainState) -> TrainState:
     return jax.tree.map(lambda a: a[0], state) if setup.settings.parallel == "pmap" else state
 
 
-def _save(setup: Setup, checkpoints: Checkpointer, state: TrainState, store: Any, position: Position) -> None:
-    one = _one(setup, state)
-    record = {"position": position._asdict() | {"counts": list(position.counts)}}
-    save(checkpoints, int(one.step), {"state": one, "buffer": store}, record)
+def _save(setup: Setup, checkpoints: Checkpoints, run: _Run) -> None:
+    one = _one(setup, run.state)
+    step = int(one.step)  # which waits for all steps
+    run.goodput.pause()
+    position = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in run.position._asdict().items()
+    }
+    record = {"position": position, "useful_seconds": run.goodput.useful, "started": run.goodput.started}
+    save(checkpoints, step, {"state": one, "buffer": run.store}, record)
+    run.goodput.go_on()
 
 
 def _step_function(setup: Setup, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -269,10 +333,12 @@ def _per_device(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("data"))), tree)
 
 
-def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int) -> None:
+def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int | None = None) -> None:
+    """Refuses a loss that is not finite; `saved` is the newest checkpoint, which is looked up if it is left out."""
     bad = np.flatnonzero(~np.isfinite(np.asarray(metrics.loss)))
     if bad.size:
         names = ", ".join(setup.sites.names[i] for i in bad[:4])
+        saved = newest(setup.settings.out) if saved is None else saved
         raise UserError(
             f"The loss is not finite at step {step} ({names}); {intact(saved)}; lower lr, or set clip, and go on."
         )
@@ -283,20 +349,22 @@ def _clock(setup: Setup) -> Clock:
     return Clock(setup.settings.batch * len(setup.sites.names), row_flops(setup.shape, setup.recipe), peak)
 
 
-def _log(setup: Setup, step: int, metrics: Metrics, clock: Clock, sinks: list[Sink]) -> dict[str, float]:
+def _log(
+    setup: Setup, step: int, metrics: Metrics, clock: Clock, sinks: list[Sink], goodput: Goodput
+) -> dict[str, float]:
     """Writes a line, and returns the means over sites."""
     per_site: dict[str, np.ndarray] = {name: np.asarray(value) for name, value in metrics._asdict().items()}
     rate, share = clock.lap(step)
     means = {name: float(np.mean(values)) for name, values in per_site.items()}
-    means |= {"rows_per_second": rate, "matmul_share": share}
+    means |= {"rows_per_second": rate, "matmul_share": share, "goodput": goodput.share()}
     sites = {
         name: {what: float(values[i]) for what, values in per_site.items()} for i, name in enumerate(setup.sites.names)
     }
     line = {"step": step, "time": time.time(), **means, "sites": sites}
-    together(lambda: write_metrics(setup.settings.out, line))
+    together(lambda: write_metrics(home_of(setup.settings.out), line))
     for sink in sinks:
         sink(step, means)
-    _check_finite(setup, step, metrics, newest(setup.settings.out))
+    _check_finite(setup, step, metrics)
     return means
 
 

@@ -15,17 +15,14 @@ from flax import nnx
 
 from difffract_jax.address import IMG, Group, Layout, Stack
 from difffract_jax.circuits.attribution.attribute import attribute
-from difffract_jax.circuits.attribution.engine import affine_constants, make_engine, pull_rows
-from difffract_jax.circuits.attribution.pullback import pull_back
+from difffract_jax.circuits.attribution.engine import make_engine, pull_rows
 from difffract_jax.circuits.attribution.selection import strongest_feature
-from difffract_jax.circuits.attribution.sources import source_table
 from difffract_jax.circuits.checks.faithfulness import live_reading
 from difffract_jax.circuits.effects.attention import head_loadings
 from difffract_jax.circuits.effects.readings import edited
 from difffract_jax.circuits.frozen.replacement import prepare_step, run_replacement
-from difffract_jax.circuits.frozen.targets import Targets, preactivations
 from difffract_jax.circuits.trace.capture import capture, capture_steps
-from difffract_jax.graphs.graph import ERROR, FEATURE, SCORE, Graph
+from difffract_jax.graphs.graph import FEATURE, SCORE, Graph
 from difffract_jax.models.blocks import BlockActs, FluxConfig
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.pipeline import generate
@@ -33,6 +30,7 @@ from difffract_jax.models.tiny import TINY, random_pipeline, random_weights
 from difffract_jax.ops import film, layer_norm
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import Transcoder, TranscoderConfig, TranscoderSet
+from laws import conservation, doubled_sources
 from tolerances import TOL, relative_error
 
 LENS = Group("lens", "lens", ("img",))
@@ -121,58 +119,32 @@ def make(dtype):
     return pipe, TranscoderSet(stacks, sites_of(LAYERS, config.layout.groups), shape, "lens")
 
 
+@pytest.fixture(scope="module")
+def traced():
+    """A pipeline, transcoders, a trace and its step in float64, made once."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        pipe, tcs = make(jnp.float64)
+        trace = capture(pipe, tcs, "a red circle", step=1, output=True, run=pipe.plan(**SIZE))
+        return pipe, tcs, trace, prepare_step(trace, tcs)
+
+
 @pytest.fixture
-def made(x64):
-    pipe, tcs = make(jnp.float64)
-    trace = capture(pipe, tcs, "a red circle", step=1, output=True, run=pipe.plan(**SIZE))
-    return pipe, tcs, trace, prepare_step(trace, tcs)
-
-
-def some_targets(trace, tcs):
-    """Features at two positions of every site."""
-    layout, rows = trace.info.layout, []
-    for group, slots in enumerate(tcs.sites.slots(layout)):
-        for block in slots:
-            last = trace.record.mlp_in[group].shape[1] - 1
-            rows += [(group, block - trace.info.recorded[0], row, 3 + row) for row in (1, last)]
-    return Targets(*(jnp.array(column, jnp.int32) for column in zip(*rows, strict=True)))
+def made(traced, x64):
+    """The same, for a test in float64."""
+    return traced
 
 
 def test_the_replacement_is_the_model_and_edges_and_bias_add_up(made):
     _, tcs, trace, prepared = made
     reading = jax.jit(run_replacement)(*prepared)
     assert relative_error(reading.velocity, trace.record.velocity) <= TOL.x64
-    targets = some_targets(trace, tcs)
-    edges = np.asarray(pull_back(prepared, targets))
-    u = preactivations(prepared, targets, trace.record.mlp_in)
-    constant = affine_constants((prepared,), (trace.info,), across=False)[0].mlp_in
-    residual = np.abs(edges.sum(axis=1) + preactivations(prepared, targets, constant) - u)
-    assert np.max(residual / np.abs(edges).sum(axis=1)) <= TOL.conservation_x64
+    assert conservation(trace, tcs, prepared) <= TOL.conservation_x64
 
 
 def test_edges_of_every_stack_are_direct_interventions(made):
     _, tcs, trace, prepared = made
-    targets, sources = some_targets(trace, tcs), prepared.sources
-    edges, table = np.asarray(pull_back(prepared, targets)), source_table((prepared,), (trace.info,))
-    affine = jax.jit(run_replacement)
-    before = preactivations(prepared, targets, affine(*prepared).mlp_in)
-    rng, seen = np.random.default_rng(0), set()
-    rows = np.flatnonzero(np.isin(table.kind, (FEATURE, ERROR)) & (table.value > 0))
-    for row in rng.choice(rows, 24):
-        group = int(trace.info.layout.groups_at(table.block[row], table.stream[row]))
-        layer = int(table.block[row]) - trace.info.recorded[0] - prepared.record.first_layers[group]
-        at = int(trace.info.layout.rows_at(group, table.stream[row], table.position[row], trace.info.tokens_of))
-        field, place = "errors", (layer, at)
-        if table.kind[row] == FEATURE:
-            index = np.asarray(prepared.sites[group].layers.index[layer, at])
-            field, place = "values", (layer, at, int(np.flatnonzero(index == table.feature[row])[0]))
-        changed = [v.at[place].multiply(2) if i == group else v for i, v in enumerate(getattr(sources, field))]
-        after = preactivations(
-            prepared, targets, affine(*prepared[:2], sources._replace(**{field: tuple(changed)})).mlp_in
-        )
-        assert np.max(np.abs((after - before) - edges[:, row])) <= TOL.intervention_x64 * np.abs(edges).max()
-        seen.add(group)
-    assert len(seen) == len(LAYERS)
+    differences, edges = doubled_sources(trace, tcs, prepared, len(LAYERS))
+    assert np.max(differences) <= TOL.intervention_x64 * np.abs(edges).max()
 
 
 def test_readings_agree_where_nothing_is_edited(made):
@@ -211,6 +183,7 @@ def test_heads_and_no_hop_add_up_across_a_stack_without_attention(made):
     assert not np.isin(loadings.block, trace.info.layout.labels["lens"]).any()
 
 
+@pytest.mark.slow
 def test_a_span_of_steps_adds_up_and_images_are_generated():
     pipe, tcs = make(jnp.float32)
     span = capture_steps(pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(**SIZE))
@@ -219,6 +192,7 @@ def test_a_span_of_steps_adds_up_and_images_are_generated():
     assert generate(pipe, "a red circle", run=pipe.plan(**SIZE)).image.shape == (24, 32, 3)
 
 
+@pytest.mark.slow
 def test_attention_is_explained_around_blocks_without_any(made):
     _, tcs, trace, _ = made
     target = strongest_feature(trace, tcs, "single", 1)

@@ -1,6 +1,8 @@
 """A streamed model and streamed transcoders give what resident ones give: images, records, graphs, spans."""
 
 import shutil
+import weakref
+from concurrent.futures import Future
 from typing import get_args
 
 import jax
@@ -60,7 +62,11 @@ def resident(saved):
     return load_pipeline(saved / "model"), load_transcoders(saved / "transcoders")
 
 
-@pytest.fixture(scope="module", params=["disk", "host"])
+IN_HOST_TOO = pytest.mark.parametrize("streamed", ["disk", pytest.param("host", marks=pytest.mark.slow)], indirect=True)
+"""Weights in host memory too: what comes after a layer was fetched is the same for both."""
+
+
+@pytest.fixture(scope="module", params=["disk"])
 def streamed(saved, request):
     pipe = load_pipeline(saved / "model", weights=request.param)
     tcs = load_transcoders(saved / "transcoders", weights=request.param)
@@ -74,17 +80,59 @@ def close(ours, theirs, tolerance):
     assert np.max(np.abs(ours - theirs), initial=0) <= tolerance * max(np.max(np.abs(theirs), initial=0), 1e-30)
 
 
+@IN_HOST_TOO
 def test_identity_does_not_depend_on_where_weights_stay(resident, streamed):
     assert resident[0].source == streamed[0].source
     assert resident[1].source == streamed[1].source
 
 
+class Immediate:
+    """An executor that fetches a layer where the real one would begin to."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+
+def test_a_layer_is_let_go_before_the_one_after_next_is_fetched(monkeypatch):
+    fetched, there = [], []
+    fetch = Streamed.fetch
+
+    def counted(stack, layer):
+        arrays = fetch(stack, layer)
+        fetched.append(weakref.ref(arrays["x"]))
+        there.append(sum(one() is not None for one in fetched))
+        return arrays
+
+    monkeypatch.setattr(Streamed, "fetch", counted)
+    monkeypatch.setattr("difffract_jax.models.streaming.ThreadPoolExecutor", Immediate)
+    layers = [{"x": np.full(3, number, np.float32)} for number in range(5)]
+    read = []
+    for layer in Streamed(HostLayers(layers, layers[0]), (), tuple(range(5))):
+        read.append(int(layer["x"][0]))
+        del layer
+    assert read == [0, 1, 2, 3, 4]
+    assert there == [1, 2, 2, 2, 2]
+
+
+@IN_HOST_TOO
 def test_images_are_the_same(resident, streamed):
     theirs, ours = (generate(pipe, PROMPT, seed=3) for pipe in (resident[0], streamed[0]))
     np.testing.assert_array_equal(ours.image, theirs.image)
     close(ours.latents, theirs.latents, 1e-5)
 
 
+@IN_HOST_TOO
 @pytest.mark.parametrize("output", [False, True])
 def test_records_are_the_same(resident, streamed, output):
     theirs, ours = (capture(*pair, PROMPT, step=1, output=output).record for pair in (resident, streamed))
@@ -101,6 +149,7 @@ def test_a_slim_record_keeps_a_fraction_of_the_blocks(resident, streamed):
     assert all(isinstance(stack, Streamed) for stack in ours.live)
 
 
+@IN_HOST_TOO
 @pytest.mark.parametrize("target", ["feature", "velocity"])
 def test_graphs_are_the_same(resident, streamed, target):
     graphs = []
@@ -113,6 +162,7 @@ def test_graphs_are_the_same(resident, streamed, target):
     same_edges(*graphs)
 
 
+@IN_HOST_TOO
 def test_spans_are_the_same(resident, streamed):
     graphs = []
     for pipe, tcs in (resident, streamed):
@@ -148,6 +198,7 @@ def test_graphs_are_the_same_where_decoder_rows_are_streamed(streamed, monkeypat
         np.testing.assert_array_equal(getattr(rows, name), getattr(held, name), err_msg=name)
 
 
+@IN_HOST_TOO
 def test_decoder_rows_that_fit_are_held(streamed):
     pipe, tcs = streamed
     trace = capture(pipe, tcs, PROMPT)
@@ -186,6 +237,7 @@ def test_no_transcoder_is_fetched_for_blocks_without(resident, saved, tmp_path):
         close(ours, theirs, 1e-5)
 
 
+@IN_HOST_TOO
 def test_edited_images_are_the_same(resident, streamed):
     edits = [Edit.parse("img/1/f3=add:2"), Edit.parse("txt/0/f5=zero")]
     for form in ("delta", "replace"):
@@ -265,6 +317,7 @@ def test_streamed_steps_get_as_many_places_without_being_read_again(streamed, mo
         assert one.shape[2] == other.shape[2]
 
 
+@IN_HOST_TOO
 def test_what_is_streamed_is_not_saved_without_its_layers(streamed, tmp_path):
     for save, one in ((save_pipeline, streamed[0]), (save_transcoders, streamed[1])):
         with pytest.raises(UserError, match="some are streamed"):
@@ -334,10 +387,21 @@ def test_features_taken_off_do_the_same(both):
 
 
 def test_attention_is_explained_alike(resident, streamed, both):
+    scores_are_alike(zip((resident, streamed), both, strict=True))
+
+
+@pytest.mark.slow
+def test_attention_is_explained_alike_over_steps(resident, streamed):
+    pairs = (resident, streamed)
+    scores_are_alike((pair, capture_steps(pair[0], pair[1], PROMPT, first=0, last=1)) for pair in pairs)
+
+
+def scores_are_alike(given):
+    """The same scores, with the same edges, in a graph of resident and one of streamed weights."""
     graphs = []
-    for pair, prepared in zip((resident, streamed), both, strict=True):
-        target = strongest_feature(prepared, pair[1], "img", 2)
-        graphs.append(attribute(prepared, pair[1], target=target, max_nodes=4, attention="explained", max_scores=6))
+    for pair, trace in given:
+        target = strongest_feature(trace, pair[1], "img", 2)
+        graphs.append(attribute(trace, pair[1], target=target, max_nodes=4, attention="explained", max_scores=6))
     theirs, ours = graphs
     assert ours.largest_conservation_error <= TOL.conservation_f32 and np.any(ours.node_head >= 0)
     assert ours.provenance.attention[0].total == pytest.approx(theirs.provenance.attention[0].total, rel=1e-4)
@@ -366,6 +430,7 @@ def test_attention_is_explained_with_all_decoder_rows_in_memory(streamed):
     assert np.any(graph.node_head >= 0)
 
 
+@pytest.mark.slow
 def test_a_graph_is_validated_alike(resident, streamed, both):
     target = strongest_feature(both[0], resident[1], "img", 2)
     graph = attribute(both[0], resident[1], target=target, max_nodes=8, min_attribution=0.0)

@@ -14,7 +14,7 @@ from difffract_jax.circuits.attribution.pullback import PullOptions
 from difffract_jax.circuits.attribution.rounding import rounded
 from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.trace.capture import capture, capture_steps
-from difffract_jax.cli.output import graph_summary
+from difffract_jax.cli.graph_tables import graph_summary
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.sharding import make_mesh
@@ -42,6 +42,7 @@ def test_eight_devices_give_the_graph_of_one(small):
     assert relative_error(shared.target_sum, alone.target_sum) <= TOL.sharded
 
 
+@pytest.mark.slow
 def test_rows_on_several_devices_are_the_rows_of_one_over_several_steps(x64):
     pipe = random_pipeline(seed=3, dtype=jnp.float64)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(), joint=(1,))

@@ -30,7 +30,8 @@ def test_captions_of_the_organism_become_pages(monkeypatch, capsys, tmp_path):
     (out / "mine").write_text("", encoding="utf-8")
     file = tmp_path / "prompts.txt"
     file.write_text("a red circle\na blue ring\n", encoding="utf-8")
-    arguments = (*ORGANISM, "--prompts", file, *QUICK, "--features", "img/1/f159,img/1/f3", "--overwrite", "--out", out)
+    arguments = (*ORGANISM, "--prompts", file, *QUICK, "--features", "img/1/f159,img/1/f3", "--steps", 2)
+    arguments += ("--overwrite", "--out", out)
     found = done(run_json(monkeypatch, capsys, *arguments))
     assert found["features"] == 2 and load_scan(out).prompts == ("a red circle", "a blue ring")
     assert not (out / "mine").exists()
@@ -52,10 +53,10 @@ def test_what_a_scan_takes_is_told_before_it_starts(monkeypatch, capsys, tmp_pat
         (("--prompts", "4", "--sites", "red"), "'red' names no sites"),
         (("--prompts", "4", "--features", "img/1/f512"), "features 0 to 511"),
         (("--prompts", "4", "--features", "red"), "'red' is not a feature"),
-        (("--prompts", "4", "--labels", "{words}"), "is no file of labels"),
+        (("--prompts", "4", "--labels", "{words}"), "is not a file of labels"),
         (("--prompts", "{words}"), "vocabulary of"),
         (("--prompts", "4", "--out", "{words}"), "is a file, but the pages go to a folder"),
-        (("--prompts", "4", "--out", "{folder}"), "is no folder of dashboards"),
+        (("--prompts", "4", "--out", "{folder}"), "is not a folder of dashboards"),
         (("--prompts", "4", "--out", "{folder}/a/b"), "does not exist; create it first"),
         (("--prompts", "4", "--top", "0"), "greater than or equal to 1"),
     ],
@@ -86,7 +87,7 @@ def test_transcoders_of_another_model_are_one_sentence(monkeypatch, capsys, tmp_
 
 def test_other_models_have_no_captions(monkeypatch, capsys, tmp_path):
     run = run_command(monkeypatch, capsys, "dashboards", "flux", "tcs", "--prompts", "64", "--out", tmp_path / "out")
-    assert run.status == 1 and "which the organism alone has; give a .txt" in run.err
+    assert run.status == 1 and "which the organism and its siblings have; give a .txt" in run.err
 
 
 def test_features_tell_which_sites_are_scanned():

@@ -88,7 +88,7 @@ def test_a_driver_that_fails_or_is_absent_is_a_word(monkeypatch: pytest.MonkeyPa
 
 def test_extras_are_those_of_the_package() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert doctor.EXTRAS.keys() == extras.keys() - {"cuda", "test", "docs", "dev"}
+    assert doctor.EXTRAS.keys() == extras.keys() - {"cuda", "test", "test-s3", "docs", "dev"}
     assert extras["cuda"] == extras["cuda13"] and extras["cuda12"] == ["jax[cuda12]>=0.10"]
 
 

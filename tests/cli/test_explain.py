@@ -58,7 +58,7 @@ def organism() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def graphs(organism: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a graph of an output and one of a feature, and graphs that heads cannot be told of."""
+    """A folder with a graph of an output, and graphs that heads cannot be told of."""
     folder = tmp_path_factory.mktemp("graphs")
     pipe, tcs = organism
     trace = capture(pipe, tcs, PROMPT, seed=0, step=1, output=True)
@@ -69,14 +69,17 @@ def graphs(organism: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) 
     graph.with_provenance(combined=Combined(operation="average", graphs=(), occurs_in={})).save(folder / "combined.npz")
     prune(graph).save(folder / "summed.npz")
     replace(graph, provenance=Provenance()).save(folder / "untold.npz")
-    trace = capture(pipe, tcs, PROMPT, seed=0, step=1)
-    attribute(trace, tcs, target=strongest_feature(trace, tcs, "img", 1), max_nodes=30).save(folder / "feature.npz")
     return folder
 
 
-@pytest.mark.parametrize(("name", "below"), [("output", 4), ("feature", 2)])
+@pytest.mark.parametrize(("name", "below"), [("output", 4), pytest.param("feature", 2, marks=pytest.mark.slow)])
 def test_heads_add_up_to_the_graph_s_edges(name: str, below: int, organism: Any, result: Any, graphs: Path) -> None:
-    heads = below * organism[0].transformer.config.heads
+    pipe, tcs = organism
+    if name == "feature":
+        trace = capture(pipe, tcs, PROMPT, seed=0, step=1)
+        graph = attribute(trace, tcs, target=strongest_feature(trace, tcs, "img", 1), max_nodes=30)
+        graph.save(graphs / "feature.npz")
+    heads = below * pipe.transformer.config.heads
     graph = Graph.load(graphs / f"{name}.npz")
     told = result(*HEADS, graphs / f"{name}.npz", "--top", 2)
     assert told["target"] == node_names(graph)[0]
@@ -131,6 +134,23 @@ def test_parts_of_a_score_sum_to_the_model_s(result: Any, graphs: Path, organism
         assert row["query detects"] == str(load_labels("organism").of(Feature.parse(row["query"])))
 
 
+@pytest.mark.slow
+def test_parts_of_a_centred_score_sum_to_its_distance_from_its_query_s_mean(
+    result: Any, graphs: Path, organism: tuple[Any, Any]
+) -> None:
+    told = result(*HEADS, graphs / "output.npz", "--score", "double/1/h1@img12,txt4", "--centred", "--top", 3)
+    trace = capture(*organism, PROMPT, seed=0, step=1, output=True)
+    frozen, text = trace.record.frozen[0], trace.info.text_tokens
+    q, k = (np.asarray(a, np.float64) for a in (frozen.q[1, text + 12, 1], frozen.k[1, :, 1]))
+    scores = k @ q / np.sqrt(q.size)
+    pattern = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    parts = [told[name] for name in ("constant", "linear terms of the query", "linear terms of the key", "pairs")]
+    scale = np.abs(parts).max()
+    assert told["above its query's mean"] == pytest.approx(scores[4] - pattern @ scores, abs=FLOAT32 * scale)
+    assert sum(parts) == pytest.approx(told["above its query's mean"], abs=FLOAT32 * scale)
+    assert "score" not in told and told["error of their sum"] <= FLOAT32 * scale
+
+
 def test_effects_are_total_effects_in_names_to_paste(result: Any, organism: tuple[Any, Any]) -> None:
     pipe, tcs = organism
     told = result(*EFFECTS, "--target", RED, "--seed", 3, "--box", "0,0,24,48", "--top", 400)
@@ -159,6 +179,7 @@ def test_effects_are_total_effects_in_names_to_paste(result: Any, organism: tupl
     ]
 
 
+@pytest.mark.slow
 def test_without_a_feature_the_image_moves_against_its_effect(result: Any, organism: tuple[Any, Any]) -> None:
     rows = result(*EFFECTS, "--target", RED, "--top", 200)["features"]
     chosen = [row for row in rows if row["effect"] > 0][:3] + [row for row in rows if row["effect"] < 0][:3]
@@ -179,6 +200,7 @@ def test_without_a_feature_the_image_moves_against_its_effect(result: Any, organ
         ((*HEADS, "untold.npz"), "does not tell the run that it explains; give an .npz"),
         ((*HEADS, "combined.npz"), "combines the circuits of several runs"),
         ((*HEADS, "none.npz"), "none.npz does not exist; give a graph file"),
+        ((*HEADS, "output.npz", "--centred"), "--centred does nothing without --score; add that, or leave it out."),
         ((*HEADS, "output.npz", "--target", "img/1/f159@99"), "The graph has no node `img/1/f159@99`; did you mean `"),
         (
             (*HEADS, "output.npz", "--target", "input img@3"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import done, run_command, run_json
+from commands import run_command
 from safetensors.numpy import load_file, save_file
 
 from difffract_jax.cli.evaluation import Opened, _on_model
@@ -46,13 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(tensors, folder / "style.safetensors")
     (folder / "prompts.txt").write_text("".join(f"a {one} circle\n" for one in ("red", "blue", "green", "dark")) * 8)
     return folder
-
-
-@pytest.fixture
-def difffract(monkeypatch: Any, capsys: Any, folder: Path) -> Callable[..., Any]:
-    """Runs `difffract ARGUMENTS --json` in the folder, and returns what it printed."""
-    monkeypatch.chdir(folder)
-    return lambda *arguments: done(run_json(monkeypatch, capsys, *arguments))
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from functools import partial
 
 import networkx
@@ -11,7 +12,8 @@ from commands import done, run_command, run_json
 from viewer_documents import ERROR, FEATURE, document, link, node
 
 from difffract_jax.graphs.files.viewer_document import read_document
-from difffract_jax.graphs.graph import Graph
+from difffract_jax.graphs.graph import FEATURE as FEATURE_NODE
+from difffract_jax.graphs.graph import INPUT, Graph
 from difffract_jax.graphs.json_values import to_json_values
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import KnownRun
@@ -46,6 +48,21 @@ def test_pruning_tells_the_scores_and_keeps_them(difffract, mode):
     assert pruned.provenance.pruning.mode == mode and told["edges"] == pruned.edge_source.size
     assert (
         done(difffract("prune", "0.npz"))["edges"] == done(difffract("prune", "0.npz", "--mode", "standard"))["edges"]
+    )
+
+
+def test_pruning_that_leaves_next_to_no_feature_says_why(difffract):
+    graph = random_graph(0, layers=6, max_nodes=60, smallest=0.01)
+    graph.save("some.npz")
+    assert "features" not in difffract("prune", "some.npz")[2]
+    of_inputs = np.where(graph.node_kind[graph.edge_source] == INPUT, 1000, 1)
+    replace(graph, edge_attribution=(graph.edge_attribution * of_inputs).astype(np.float32)).save("inputs.npz")
+    said = difffract("prune", "inputs.npz", "--out", "left.npz")[2]
+    left = int((Graph.load("left.npz").node_kind[1:] == FEATURE_NODE).sum())
+    assert f"Note: {left} of " in said and "inputs hold most of the influence; keep more with --node-threshold" in said
+    assert (
+        "Note:"
+        not in difffract("prune", "inputs.npz", "--node-threshold", 1, "--edge-threshold", 1, "--out", "all.npz")[2]
     )
 
 

@@ -16,12 +16,16 @@ import pytest
 from commands import Run, run_command
 
 from difffract_jax.cli import main as cli
+from difffract_jax.cli import trace
+from difffract_jax.cli.commands import MODULES
 from difffract_jax.config import UserError
 from difffract_jax.storage.locks import sole_writer
 from random_graphs import random_output_graph
 
-COMMANDS = ("demo", "convert flux", "convert transcoders", "convert check")
+ROOT = str(Path(__file__).parents[2])
+COMMANDS = ("demo", "convert flux", "convert model", "convert transcoders", "convert check")
 COMMANDS += ("generate", "trace", "prune", "supernodes", "combine average", "combine difference", "compare", "export")
+COMMANDS += ("combine intervals", "combine contrast")
 COMMANDS += ("harvest", "plan", "doctor", "train", "evaluate", "steer", "features", "heads", "effects", "validate")
 
 
@@ -55,6 +59,16 @@ def test_importing_and_asking_for_help_take_less_than_a_second_and_a_half(code: 
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert 0 < min(times) < 1.5
+
+
+def test_a_command_line_imports_the_module_of_its_command_alone(tmp_path: Path) -> None:
+    code = "import sys; from difffract_jax.cli.main import main\ntry: main()\nfinally: print(*sys.modules)"
+    line = [sys.executable, "-c", code, "compare", "no.npz", "no.npz"]
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    run = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=120)
+    loaded = {name.removeprefix("difffract_jax.cli.") for name in run.stdout.split()}
+    assert run.returncode == 1 and "no.npz" in run.stderr
+    assert loaded & {*MODULES.values()} == {"graphs"} and not loaded & {"jax", "scipy", "matplotlib"}
 
 
 def test_the_package_itself_runs_the_command_line(
@@ -112,6 +126,7 @@ def test_wrong_usage_exits_with_2(arguments: tuple[str, ...], difffract: Callabl
 
 
 EXPLAINED = ("trace", "m", "t", "p", "--target", "img/2/f3", "--attention", "explained")
+POOLED = (*EXPLAINED[:-2], "--pooled", "explained")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +138,14 @@ EXPLAINED = ("trace", "m", "t", "p", "--target", "img/2/f3", "--attention", "exp
         (("generate", "m", "p", "--set", "step=1"), "`step` is not a setting; did you mean `steps`?"),
         (("generate", "m", "p", "--config", "no.yaml"), "no.yaml: No such file or directory."),
         (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
-        ((*EXPLAINED, "--step", "0-3"), "explained within one step, but --step asks for 0 to 3; trace one of them, as"),
-        ((*EXPLAINED, "--mesh", "data=2"), "explained on one device as yet; leave --mesh out, or --attention."),
         ((*EXPLAINED, "--export-json", "g.json"), "leave --export-json out, or --attention explained."),
+        ((*POOLED, "--step", "0-3"), "The pooled path is explained within one step, but --step asks for 0 to 3; trace"),
+        ((*POOLED, "--mesh", "data=2"), "explained on one device as yet; leave --mesh out, or --pooled."),
+        ((*POOLED, "--export-json", "g.json"), "no modulations as nodes; leave --export-json out, or --pooled"),
+        ((*POOLED, "--activations", "a.npz"), "leave --activations out, or --pooled explained."),
+        ((*POOLED, "--weights", "disk"), "with all blocks in memory, but --weights is disk; give --weights device"),
         ((*EXPLAINED, "--max-scores", "-1"), "`max_scores` was -1, but input should be greater than or equal to 0"),
+        ((*EXPLAINED[:-2], "--max-scores", "9"), "--max-scores does nothing without --attention explained; add that"),
         (("prune", "no.npz"), "no.npz"),
         (("compare", "no.npz", "no.npz"), "no.npz"),
         (("supernodes", "no.npz"), "no.npz does not exist; give a graph file"),
@@ -176,7 +195,7 @@ def test_an_interruption_exits_with_130(difffract: Callable[..., Run], monkeypat
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "provenance", interrupted)
+    monkeypatch.setattr("difffract_jax.cli.generate.provenance", interrupted)
     run = difffract("generate", "m", "p")
     assert run.status == 130
     assert "Traceback" not in run.err
@@ -190,9 +209,9 @@ def test_a_dry_run_prints_the_resolved_settings(difffract: Callable[..., Run]) -
 
 def test_a_graph_that_knows_no_feature_of_a_step_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
     graph = random_output_graph(3)
-    cli._warn("", graph)
+    trace._warn("", graph)
     assert capsys.readouterr().err == ""
-    cli._warn("", graph.with_provenance(steps=(0, 1, 2)))
+    trace._warn("", graph.with_provenance(steps=(0, 1, 2)))
     told = capsys.readouterr().err
     assert told.startswith("Warning: no feature of step 2 was expanded") and "lower --expansion-batch" in told
 

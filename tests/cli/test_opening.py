@@ -15,12 +15,13 @@ from difffract_jax.cli import opening
 from difffract_jax.cli.encoding import EncodeConfig
 from difffract_jax.cli.opening import open_model, place_of
 from difffract_jax.cli.settings import HeadsConfig, SteerConfig
-from difffract_jax.config import GenerateConfig, TraceConfig
+from difffract_jax.config import GenerateConfig
 from difffract_jax.loading import save_pipeline, save_transcoders
 from difffract_jax.memory import allow, memory_for
 from difffract_jax.models.streaming import streams_layers
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.storage.layers import FileLayers
+from difffract_jax.trace_settings import TraceConfig
 from difffract_jax.transcoders.transcoder import random_transcoders
 from tolerances import REFERENCE
 
@@ -105,6 +106,21 @@ def test_embeddings_leave_the_blocks_of_t5_on_disk(monkeypatch, capsys, model, t
     opened = open_model("generate", settings)
     assert read == [opened.pipe]
     assert streams_layers(opened.pipe.t5) and not streams_layers(opened.pipe.transformer)
+
+
+def test_where_all_but_the_text_encoder_fits_its_blocks_alone_are_read_from_disk(monkeypatch, capsys, model):
+    needed = lambda work: SimpleNamespace(needed=1_000_000 if "t5" in work.shapes else 100_000)  # noqa: E731
+    monkeypatch.setattr(opening, "count", needed)
+    settings = GenerateConfig(model=str(model / "model"), prompt=PROMPT, memory="500KB")
+    try:
+        pipe = open_model("generate", settings).pipe
+    finally:
+        allow(None)
+    assert streams_layers(pipe.t5) and not streams_layers(pipe.transformer)
+    told = capsys.readouterr().err
+    assert told.startswith("Weights: device; of the text encoder, disk. With all of them on the device, generate needs")
+    monkeypatch.setattr(opening, "count", lambda work: SimpleNamespace(needed=1_000_000))
+    assert place_of("generate", settings) == "disk"
 
 
 def test_encode_leaves_the_blocks_of_the_transformer_on_disk(model):

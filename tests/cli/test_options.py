@@ -14,7 +14,8 @@ from pydantic import Field
 from difffract_jax.cli import main as cli
 from difffract_jax.cli import options as opt
 from difffract_jax.cli.options import field, in_options, settings_of
-from difffract_jax.config import Settings, TraceConfig, UserError
+from difffract_jax.config import Settings, UserError
+from difffract_jax.trace_settings import TraceConfig
 
 GIVEN = {"model": "m", "transcoders": "t", "prompt": "p", "target": "img/0/f1"}
 ON_SETTINGS = {
@@ -22,6 +23,7 @@ ON_SETTINGS = {
     "demo",
     "encode",
     "convert flux",
+    "convert model",
     "convert transcoders",
     "generate",
     "trace",
@@ -138,6 +140,7 @@ def test_help_shows_what_it_says(name):
         ("convert check", "[OPTIONS] SOURCE [CONVERTED]"),
         ("prune", "[OPTIONS] GRAPH"),
         ("convert flux", "[OPTIONS] SOURCE OUT"),
+        ("convert model", "[OPTIONS] SOURCE OUT"),
         ("trace", "[OPTIONS] [MODEL] [TRANSCODERS] [PROMPT]"),
     ],
 )

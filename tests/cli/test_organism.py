@@ -61,7 +61,7 @@ def organism(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The directory of a training with tiny settings and without steps."""
 
-    def no_step(stage: train.Stage, directory: Path, save_every: int, report: train.Progress) -> Any:
+    def no_step(stage: train.Stage, directory: Path, save_every: int, report: train.Progress, **_: Any) -> Any:
         report(stage.name, stage.steps, stage.steps, 0.0)
         (directory / "metrics.jsonl").touch()
         return jax.jit(stage.init)()

@@ -9,20 +9,15 @@ import pytest
 from PIL import Image
 from rich.progress import Progress
 
-from difffract_jax.cli.output import (
-    byte_progress,
-    emit,
-    expanded_by_step,
-    graph_summary,
-    parameter_counts,
-    progress,
-    replacing,
-    save_image,
-)
+from difffract_jax.cli.bars import byte_progress, progress
+from difffract_jax.cli.graph_tables import expanded_by_step, graph_summary
+from difffract_jax.cli.organism import parameter_counts
+from difffract_jax.cli.output import emit, replacing
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.names import node_names
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.images import save_image
 from random_graphs import random_graph, random_output_graph
 
 RESULT = {
@@ -141,6 +136,9 @@ def test_files_that_a_block_replaced_are_told_of_when_it_ends_well(tmp_path, cap
     with pytest.raises(KeyError), replacing(changed):
         changed.write_text("newer")
         raise KeyError
+    with replacing(changed, option="--grade"), atomic_file(changed) as partial:
+        partial.write_text("newest")
+    assert capsys.readouterr().err == told.replace("--out", "--grade")
     with replacing(kept, changed):
         kept.write_text("newer")
         changed.write_text("newest")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 from commands import Run, run_command
@@ -79,7 +80,7 @@ def test_a_models_own_transcoders_are_read(difffract: Callable[..., Run]) -> Non
     ("arguments", "told"),
     [
         (("sing", "--device", "24GB"), "neither a YAML file nor a command"),
-        (("generate", "--device", "hal9000"), "is no device"),
+        (("generate", "--device", "hal9000"), "is not a device"),
         (("generate", "--device", "24GB", "--set", "height=500"), "multiples of 16"),
         (("generate", "--device", "24GB", "--set", "colour=red"), "colour"),
         (("generate", "--topology", "v5e:2x4"), "give it as --device"),
@@ -96,3 +97,42 @@ def test_a_plan_that_cannot_be_made_is_told_in_a_sentence(
 def test_a_plan_needs_a_device(difffract: Callable[..., Run]) -> None:
     run = difffract("plan", "generate")
     assert run.status == 2 and "--device" in run.err
+
+
+def test_a_training_is_swept_over_slices_into_tables_and_a_figure(
+    difffract: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    sizes = [
+        word for name in ("height=16", "width=16", "text_tokens=8", "steps_per_image=2") for word in ("--set", name)
+    ]
+    files = "--table", tmp_path / "sweep.json", "--figure", tmp_path / "sweep.png"
+    run = difffract("plan", "configs/smoke.yaml", "--sweep", "v5p:4..8,v6e:4", *sizes, *files)
+    assert run.status == 0, run.err
+    for told in ("modelled", "v5p:2x2x2", "chip-hours", "smallest that fits", "which no program reaches"):
+        assert told in run.out
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    points = json.loads((tmp_path / "sweep.json").read_text(encoding="utf-8"))["points"]
+    assert [point["topology"] for point in points] == ["v5p:2x2x1", "v5p:2x2x2", "v6e:2x2"]
+    for point in points:
+        assert point["fits"] and not point["compiled"] and point["chunk"]["compute"] > 0
+        assert point["needed"] >= sum(point["parts"].values()) > 0
+        assert point["chip_hours"] == pytest.approx(point["seconds"] * point["chips"] / 3600)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("generate", "--sweep", "v5e:4..8"), "--sweep is for trainings, but generate is asked for"),
+        (("train", "--sweep", "v5e:4..8", "--mesh", "data=4"), "leave out --mesh"),
+        (("train", "--sweep", "v5e:4..8", "--figure", "plan.gif"), "must end in one of .png, .svg, .pdf"),
+        (("train", "--sweep", "v5e:4..8", "--table", "plan.txt"), "must end in one of .json, .md"),
+        (("train", "--device", "24GB", "--figure", "plan.png"), "are of a sweep; add --sweep"),
+        (("train", "--sweep", "v5q:4"), "`v5q` is not a chip"),
+    ],
+)
+def test_a_sweep_that_cannot_be_made_is_told_in_a_sentence(
+    arguments: tuple[str, ...], told: str, difffract: Callable[..., Run]
+) -> None:
+    run = difffract("plan", *arguments)
+    assert run.status == 1 and told in run.err and run.err.count("\n") == 1 and not run.out

@@ -95,6 +95,9 @@ def test_features_are_printed_ready_to_paste(difffract: Any, tmp_path: Path, mon
         (("features", "organism", "organism", PROMPT, "--step", "4"), "The step 4 does not exist"),
         (("features", "organism", "organism", "--scan"), "A scan writes a labels file: give --out FILE.json"),
         (("features", "m", "t", "--scan", "--out", "l.json"), "other models have none."),
+        (("features", "m", "t", "--scan", "--pages", "d"), "--pages does nothing with --scan, which labels every"),
+        (("features", "m", "t", PROMPT, "--scan", "--top", "3"), "PROMPT and --top do nothing with --scan"),
+        (("features", "m", "t", PROMPT, "--out", "l.json"), "--out does nothing without --scan; add that"),
         ((*STEER, "--edit", "img/1/f3=zero", "--pages", "none"), "none has no index.html; give the folder"),
     ],
 )

@@ -21,7 +21,12 @@ from difffract_jax.studies.settings import QUESTIONS
         (["binding", "--out", "FILE"], "is a file, but the results go to a directory"),
         (["binding", "--out", "none/there"], "does not exist; create it first"),
         (["binding", "--size", "1"], "size"),
-        (["binding", "--round", "1"], "Only `precision` was run in rounds"),
+        (["binding", "--round", "1"], "Only `precision`, and `binding` with --attention explained, were run in rounds"),
+        (
+            ["binding", "--attention", "explained", "--round", "3"],
+            "`binding` was run in 2 rounds; give a --round of 1 to",
+        ),
+        (["flow", "--attention", "explained"], "Only `binding` explains attention; leave out --attention for `flow`."),
         (["binding", "--prompts", "FILE"], "only `flow` takes --prompts"),
         (["flow", "--model", "elsewhere"], "only `flow` runs on other pipelines, with --prompts"),
     ],
@@ -49,8 +54,12 @@ def test_the_pages_of_features_that_a_study_names_are_listed(monkeypatch, capsys
     assert "pages/index.html#img/1/f7" in told and "11; --json lists all" in told
     found = done(run_json(monkeypatch, capsys, *arguments))
     assert [row["feature"] for row in found["pages"]] == ["img/1/f7", *(f"img/0/f{number}" for number in range(30))]
+    raw = json.loads(Path("s/flow.json").read_text())
+    assert raw["settings"]["out"] == "s" and raw["sources"]["transcoders"] and raw["verdict"] == result.verdict
+    assert result.verdict in Path("s/flow.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_study_writes_report_figures_and_every_case(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(repair, "COUNTS", (8,))
     monkeypatch.setattr(repair, "STRENGTHS", (1.0,))

@@ -1,6 +1,6 @@
 """Only the transcoders of sites that a command uses are read, and what comes out is what all would give."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,14 +38,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[TranscoderSet, str]
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Counts the bytes that are copied out of files; hashes, which read small files whole, are left out."""
     total = {"bytes": 0}
-    plain = checkpoint._copied
+    plain = checkpoint.put
 
-    def copied(array: np.ndarray, dtype: Any, layers: Sequence[int] | None) -> np.ndarray:
-        made = plain(array, dtype, layers)
-        total["bytes"] += made.size * array.itemsize
-        return made
+    def counted(array: np.ndarray, dtype: Any, sharding: Any) -> jax.Array:
+        total["bytes"] += array.nbytes
+        return plain(array, dtype, sharding)
 
-    monkeypatch.setattr(checkpoint, "_copied", copied)
+    monkeypatch.setattr(checkpoint, "put", counted)
     yield total
 
 

@@ -14,9 +14,12 @@ from PIL import Image
 
 from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.circuits.attribution.selection import strongest_feature
+from difffract_jax.circuits.checks import grading
 from difffract_jax.circuits.checks.summaries import EVERY
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.graphs.files.reference_json import write_reference_json
+from difffract_jax.graphs.grade import Grade, grade_of
+from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.provenance import Combined, Provenance
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.loading import load_pipeline, load_transcoders
@@ -65,8 +68,20 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_sound_graph_is_reported(difffract: Any, graphs: Path, tmp_path: Path) -> None:
-    status, out, _ = difffract(*VALIDATE, graphs / "graph.npz", *SMALL, "--out", tmp_path / "v", "--json")
+def graded(*_: Any, circuit: dict[str, Any], **options: Any) -> tuple[Grade, dict[str, Any]]:
+    """Stands for `grading.grade`, which takes longer than all else; `test_validation.py` has the true one."""
+    assert set(circuit) == {"recovered", "lost"} and options["reproducible"] and options["latents"] is None
+    row = {"size": 1, "dose": 1.0, "predicted": 0.2, "full": 0.15, "other": [0.3, -0.1], "control": 0.001}
+    row |= {"direct": 0.2, "propagated": 0.2, "live": 0.2}
+    return grade_of([row], seeds=(0, 1, 2), **circuit), {"edits": [row], "errors": [{"prediction": "the graph"}]}
+
+
+def test_a_sound_graph_is_reported_and_graded(
+    difffract: Any, graphs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grading, "grade", graded)
+    more = ("--grade", tmp_path / "graded.npz", "--out", tmp_path / "v", "--json")
+    status, out, _ = difffract(*VALIDATE, graphs / "graph.npz", *SMALL, *more)
     assert status == 0
     told, stored = json.loads(out), json.loads((tmp_path / "v" / "validation.json").read_text())
     assert stored["exactness"] == told["exactness"] and all(row["holds"] for row in told["exactness"])
@@ -84,7 +99,13 @@ def test_a_sound_graph_is_reported(difffract: Any, graphs: Path, tmp_path: Path)
     assert stored["provenance"]["settings"]["edges"] == 20 and stored["provenance"]["sources"]["model"]
     page = (tmp_path / "v" / "report.md").read_text()
     assert "Every bar is held." in page and "their mean over the run's positions" in page
-    for name in ("perturbation.png", "completeness.png"):
+    again = Graph.load(tmp_path / "graded.npz")
+    assert str(again.provenance.grade) == told["grade"]["words"] and again.provenance.grade.seeds == (0, 1, 2)
+    assert told["grade"]["words"].startswith("Predicts single edits well; with other seeds fairly.")
+    assert told["grade"]["words"] in page and np.array_equal(
+        again.edge_attribution, Graph.load(graphs / "graph.npz").edge_attribution
+    )
+    for name in ("perturbation.png", "completeness.png", "grade.png"):
         with Image.open(tmp_path / "v" / name) as figure:
             assert min(figure.size) > 300
 
@@ -112,6 +133,11 @@ def test_a_wrong_edge_ends_with_status_1_and_is_named(difffract: Any, graphs: Pa
         ((REFERENCE / "pipeline", "organism", "graph.npz"), "The graph was traced with another model"),
         (("organism", REFERENCE / "transcoders", "graph.npz"), "The graph was traced with another set of transcoders"),
         (("organism", "organism", "graph.npz", "--out", "no/such"), "The folder no of the output directory such"),
+        (
+            ("organism", "organism", "graph.npz", "--grade", "no/g.npz"),
+            "The folder no of the output file g.npz does not",
+        ),
+        (("organism", "organism", "graph.npz", "--grade", "graph.json"), "must end in .npz, but got graph.json"),
         (("organism", "organism", "graph.npz", "--latents", "no.npy"), "no.npy"),
         (("organism", "organism", "graph.npz", "--activations", "a.npz", "--noise", "jax"), "leave out latents and"),
         (("organism", "organism", "graph.npz", "--set", "draws=0"), "`draws` was 0"),

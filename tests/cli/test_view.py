@@ -28,7 +28,7 @@ from difffract_jax.cli import view as cli_view
 from difffract_jax.cli.group_edits import check_groups, edits_of
 from difffract_jax.cli.settings import SteerConfig, ViewConfig
 from difffract_jax.config import UserError, ViewerOptions
-from difffract_jax.dashboards import image_files, page_labels
+from difffract_jax.dashboards import image_files, page_groups, page_labels
 from difffract_jax.dashboards.graph_report import graph_report
 from difffract_jax.dashboards.image_files import KeptImages, keep, kept_path, read_kept, shown_images
 from difffract_jax.graphs.aggregation import aggregate
@@ -347,7 +347,7 @@ def test_serving_gives_the_page_and_takes_groups(difffract, groups, tmp_path):
         try:
             line = process.stdout.readline()
             port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", line)[1])
-            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+            with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
                 connection.request("GET", "/")
                 assert b"<!doctype html>" in connection.getresponse().read()
         finally:
@@ -417,6 +417,26 @@ def test_an_embedded_model_of_another_release_is_no_failure(difffract, told_run,
     assert "another model" in refused(difffract("view", "run.npz", "--model", "organism"))
 
 
+def test_a_second_graph_of_another_model_is_shown_without_its_images(difffract, told_run, monkeypatch):
+    with_lora = replace(told_run, model="n", base_model="m")
+    Graph.load("b.npz").with_provenance(shared=None, run=with_lora).save("other.npz")
+
+    def make(graph, model, lora):
+        if graph.provenance.run.model != "m":
+            raise UserError("The graph was traced in another model: its hash; give the model that it was traced in.")
+        return KeptImages(np.zeros((2, 8, 8, 3), np.uint8), (0,))
+
+    monkeypatch.setattr(cli_view, "_made", make)
+    settings = ViewConfig(graph=Path("run.npz"), compare=Path("other.npz"), model="flux")
+    _, parts = cli_view.page_parts(Graph.load("run.npz"), settings)
+    assert len(parts.images) == 2 and not parts.other_images
+    assert parts.other_image_note == "The graph was traced in another model: its hash."
+    assert done(difffract("view", "run.npz", "--compare", "other.npz", "--model", "flux"))["image"].startswith(
+        "finished"
+    )
+    assert "another model" in refused(difffract("view", "other.npz", "--compare", "run.npz", "--model", "flux"))
+
+
 def test_an_image_that_cannot_be_kept_is_shown_all_the_same(difffract, told_run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -438,13 +458,13 @@ def test_a_port_in_use_is_one_sentence(difffract):
 
 def test_a_page_opens_with_the_groups_that_are_found(difffract):
     graph = aggregate(circuit(0))
-    grouped = page_labels.grouped(graph)
+    grouped = page_groups.grouped(graph)
     found = find_supernodes(prune(graph))
     names = node_names(found)
     expected = {title: [names[n] for n in members] for title, members in found.supernodes.items()}
     ours = node_names(graph)
     assert {title: [ours[n] for n in members] for title, members in grouped.supernodes.items()} == expected
-    assert page_labels.grouped(found) is found
+    assert page_groups.grouped(found) is found
 
 
 def test_help_teaches(monkeypatch, capsys):

@@ -9,6 +9,8 @@ from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline
 from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.tiny import TINY, random_pipeline
+from klein import tiny_pipeline
+from sd3 import tiny_pipeline as tiny_sd3
 from tolerances import REFERENCE, TOL
 
 PIPELINE = REFERENCE / "pipeline"
@@ -46,3 +48,35 @@ def test_what_cannot_be_compared_is_refused(pipe, tmp_path):
         check(tmp_path, pipe)
     with pytest.raises(UserError, match="have different shapes in: transformer, t5, clip, vae"):
         check(PIPELINE, random_pipeline())
+
+
+@pytest.mark.slow
+def test_every_part_of_klein_is_pytorch_s_and_a_wrong_block_is_named(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "klein")
+    pipe = load_pipeline(tmp_path / "klein")
+    rows = check(tmp_path / "klein", pipe, tolerance=TOL.f32_block)
+    blocks = ["double 0", "double 1", "single 0", "single 1"]
+    assert [row.part for row in rows] == ["qwen3", "embeddings", *blocks, "whole transformer", "autoencoder"]
+    assert all(row.equal and 0 < row.error <= row.bar for row in rows)
+    pipe.transformer.single.gate.kernel[...] = pipe.transformer.single.gate.kernel[...].at[1, 0].add(0.1)
+    rows = check(tmp_path / "klein", pipe)
+    assert [row.part for row in rows if not row.equal] == ["single 1", "whole transformer"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "t5", "first"),
+    [("sd3.5-medium", True, ["dual 0", "double 0"]), ("sd3-medium", False, ["double 0", "double 1"])],
+)
+def test_every_part_of_sd3_is_pytorch_s_and_a_wrong_block_is_named(tmp_path, name, t5, first):
+    tiny_sd3(name, t5=t5).save_pretrained(tmp_path / "sd3")
+    pipe = load_pipeline(tmp_path / "sd3")
+    rows = check(tmp_path / "sd3", pipe, tolerance=TOL.f32_block)
+    encoders = [*(["t5"] if t5 else []), "clip", "clip 2"]
+    assert [row.part for row in rows] == [*encoders, "embeddings", *first, "last 0", "whole transformer", "autoencoder"]
+    assert all(row.equal and 0 < row.error <= row.bar for row in rows)
+    kernel = pipe.transformer.last.img.mlp.up.kernel
+    kernel[...] = kernel[...].at[0, 0].add(0.1)
+    pipe.clip.second.projection.kernel[...] = pipe.clip.second.projection.kernel[...] * 1.01
+    rows = check(tmp_path / "sd3", pipe)
+    assert [row.part for row in rows if not row.equal] == ["clip 2", "last 0", "whole transformer"]

@@ -15,13 +15,23 @@ from converters.contents import (
     without_prefix,
 )
 from converters.flux import DIFFUSERS, ORIGINAL
+from converters.flux2 import FLUX2_OF_DIFFUSERS, FLUX2_ORIGINAL
+from converters.sd3 import SD3_OF_DIFFUSERS, SD3_ORIGINAL
 from converters.source import Source
 from difffract_jax.config import UserError
 
 KEYS = {
     ORIGINAL: ["img_in.weight", "txt_in.weight", "double_blocks.0.img_attn.qkv.weight"],
     DIFFUSERS: ["x_embedder.weight", "context_embedder.weight", "single_transformer_blocks.0.attn.to_q.weight"],
+    FLUX2_ORIGINAL: ["img_in.weight", "double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight"],
+    FLUX2_OF_DIFFUSERS: [
+        *("x_embedder.weight", "double_stream_modulation_img.linear.weight"),
+        "transformer_blocks.0.attn.to_q.weight",
+    ],
+    SD3_ORIGINAL: ["x_embedder.proj.weight", "pos_embed", "joint_blocks.0.x_block.attn.qkv.weight"],
+    SD3_OF_DIFFUSERS: ["pos_embed.proj.weight", "context_embedder.weight", "transformer_blocks.0.attn.to_q.weight"],
 }
+NAMES = ["original", "diffusers", "flux2 original", "flux2 diffusers", "sd3 original", "sd3 diffusers"]
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def source(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("layout", KEYS, ids=["original", "diffusers"])
+@pytest.mark.parametrize("layout", KEYS, ids=NAMES)
 @pytest.mark.parametrize(
     "prefix",
     ["", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.", "module._orig_mod."],
@@ -70,9 +80,9 @@ def test_two_transformers_in_one_file_are_refused_but_averages_are_left_aside(so
         (["lycoris_blocks_0.lokr_w1"], "is a LoRA"),
         ([*KEYS[DIFFUSERS], "controlnet_blocks.0.weight", "controlnet_x_embedder.weight"], "is a ControlNet"),
         ([*KEYS[ORIGINAL], "distilled_guidance_layer.in_proj.weight"], "is a Chroma transformer"),
-        ([*KEYS[ORIGINAL], "double_stream_modulation_img.lin.weight"], "is a FLUX.2 transformer"),
         (["redux_up.weight"], "is an image adapter"),
-        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "is a Stable Diffusion 3 transformer"),
+        (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "is a part of a Stable Diffusion 3 tran"),
+        ([*KEYS[SD3_OF_DIFFUSERS], "controlnet_blocks.0.weight"], "is a ControlNet"),
         (["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight"], "is a U-Net"),
         (
             ["encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight"],
@@ -84,10 +94,11 @@ def test_two_transformers_in_one_file_are_refused_but_averages_are_left_aside(so
         ),
         (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "is a T5 text encoder"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "is a CLIP text encoder"),
+        (["diffusion_model.distilled_guidance_layer.in_proj.lora_A.weight"], "is a LoRA, changes to a model's weights"),
         (["img_in.kernel", "img_in.bias"], "one file of a directory that difffract wrote"),
         (
             ["a.weight", "img_in.weight"],
-            r"neither img_in.weight nor x_embedder.weight.*\(its keys begin with a, img_in\)",
+            r"neither img_in.weight, x_embedder.weight, .* nor pos_embed.proj.w.*\(its keys begin with a, img_in\)",
         ),
     ],
 )

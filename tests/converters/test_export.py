@@ -5,14 +5,23 @@ import json
 import jax
 import numpy as np
 import pytest
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from safetensors.numpy import load_file
 from transformers import CLIPTextModel, T5EncoderModel
 
 from converters.export import export_pipeline
 from converters.pipelines import convert_pipeline
 from difffract_jax.storage import shards
-from tolerances import REFERENCE
+from klein import tiny_pipeline as tiny_klein
+from sd3 import tiny_pipeline as tiny_sd3
+from tolerances import REFERENCE, TOL, relative_error
 
 PIPELINE = REFERENCE / "pipeline"
 
@@ -60,3 +69,58 @@ def test_converting_what_was_exported_is_the_identity_also_in_shards(pipe, tmp_p
     again = convert_pipeline(tmp_path / "out")
     assert again.config == pipe.config
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(again[:4]), jax.tree.leaves(pipe[:4]), strict=True))
+
+
+def equal(ours, theirs):
+    """Two pipelines have one configuration and the same weights, bit for bit."""
+    assert ours.config == theirs.config
+    pairs = zip(jax.tree.leaves(ours[:4]), jax.tree.leaves(theirs[:4]), strict=True)
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+
+
+def stored(folder):
+    """Every tensor of a directory by its folder and key."""
+    files = folder.glob("*/*.safetensors")
+    return {f"{path.parent.name}/{key}": one for path in files for key, one in load_file(path).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("t5", [True, False])
+def test_sd3_comes_back_bit_for_bit_and_diffusers_loads_it(tmp_path, t5):
+    theirs = tiny_sd3("sd3.5-medium" if t5 else "sd3-medium", t5=t5)
+    theirs.save_pretrained(tmp_path / "diffusers")
+    pipe = convert_pipeline(tmp_path / "diffusers")
+    export_pipeline(pipe, tmp_path / "out")
+    equal(convert_pipeline(tmp_path / "out"), pipe)
+    made, given = stored(tmp_path / "out"), stored(tmp_path / "diffusers")
+    # transformers may write T5's embedding twice; once is enough to load.
+    assert given.keys() - made.keys() <= {"text_encoder_3/encoder.embed_tokens.weight"} and made.keys() <= given.keys()
+    assert all(np.array_equal(made[key], given[key]) for key in made)
+    # As its own directories without T5: diffusers wants to be told.
+    absent = {} if t5 else {"text_encoder_3": None, "tokenizer_3": None}
+    again = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out", **absent)
+    assert (again.text_encoder_3 is None) == (again.tokenizer_3 is None) == (not t5)
+    options = {"prompt_2": None, "prompt_3": None, "max_sequence_length": 8, "do_classifier_free_guidance": False}
+    with torch.no_grad():
+        texts = [one.encode_prompt("a red fox", **options) for one in (theirs, again)]
+    for number in (0, 2):  # the text and the pooled embedding; how memory is aligned changes PyTorch's last bits
+        assert relative_error(texts[1][number].numpy(), texts[0][number].numpy()) <= TOL.f32_block
+
+
+@pytest.mark.parametrize("distilled", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_klein_comes_back_bit_for_bit_and_diffusers_loads_it(tmp_path, distilled):
+    theirs = tiny_klein(distilled)
+    theirs.save_pretrained(tmp_path / "diffusers")
+    pipe = convert_pipeline(tmp_path / "diffusers")
+    export_pipeline(pipe, tmp_path / "out")
+    equal(convert_pipeline(tmp_path / "out"), pipe)
+    made, given = stored(tmp_path / "out"), stored(tmp_path / "diffusers")
+    behind = ("text_encoder/model.layers.27.", "text_encoder/model.layers.28.", "text_encoder/model.norm.")
+    read = {key for key in given if not key.startswith(behind)}
+    assert read <= made.keys() and all(np.array_equal(made[key], given[key]) for key in read)
+    assert made.keys() - given.keys() == set()
+    again = Flux2KleinPipeline.from_pretrained(tmp_path / "out")
+    assert again.config.is_distilled is distilled and again.text_encoder.config.num_hidden_layers == 28
+    with torch.no_grad():
+        texts = [one.encode_prompt("a red fox", max_sequence_length=40)[0] for one in (theirs, again)]
+    assert relative_error(texts[1].numpy(), texts[0].numpy()) <= TOL.f32_block

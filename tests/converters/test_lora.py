@@ -1,6 +1,7 @@
 """LoRAs of every layout change the weights that they name, by alpha / rank x up @ down, wherever the weights lie."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -9,17 +10,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from commands import run_command
 from diffusers import FluxTransformer2DModel
+from diffusers.loaders.lora_conversion_utils import _convert_xlabs_flux_lora_to_diffusers
 from safetensors.numpy import save_file
 
 from converters.check import record_transformer
 from converters.export import export_pipeline
 from converters.flux import FLUX_DIFFUSERS
-from converters.lora import read_lora
+from converters.lora_files import read_lora
 from converters.mapping import save_tree
 from converters.text_encoders import CLIP_TRANSFORMERS, T5_TRANSFORMERS
 from converters.torch_files import TransformerInputs
 from difffract_jax.config import UserError
+from difffract_jax.conversion import convert_model
 from difffract_jax.loading import load_pipeline, save_pipeline
 from difffract_jax.lora import parse_lora
 from difffract_jax.models.mmdit import Inputs, MMDiT
@@ -239,6 +243,66 @@ def test_other_layouts_are_diffusers(home, tmp_path, layout):
     assert relative_error(found.transformer.final.mod.kernel, ours.transformer.final.mod.kernel) > 0.01
 
 
+def test_xlabs_layout_is_what_diffusers_makes_of_it(home, tmp_path):
+    rng = np.random.default_rng(5)
+    wide = {"double_blocks.1.processor.qkv_lora1": (96, 32), "double_blocks.0.processor.qkv_lora2": (96, 32)}
+    wide |= {"double_blocks.2.processor.proj_lora1": (32, 32), "double_blocks.2.processor.proj_lora2": (32, 32)}
+    wide |= {"single_blocks.1.processor.qkv_lora": (96, 32), "single_blocks.0.processor.proj_lora": (32, 160)}
+    tensors = {
+        f"{name}.{half}.weight": (0.3 * rng.standard_normal(shape)).astype(np.float32)
+        for name, (outer, inner) in wide.items()
+        for half, shape in (("down", (RANK, inner)), ("up", (outer, RANK)))
+    }
+    save_file(tensors, tmp_path / "xlabs.safetensors")
+    theirs = _convert_xlabs_flux_lora_to_diffusers({key: torch.from_numpy(value) for key, value in tensors.items()})
+    save_file({key: value.numpy().copy() for key, value in theirs.items()}, tmp_path / "diffusers.safetensors")
+    found, expected = (
+        load_pipeline(home / "ours", lora=[tmp_path / f"{one}.safetensors"]) for one in ("xlabs", "diffusers")
+    )
+    before = load_pipeline(home / "ours")
+    changed = 0
+    for a, b, c in zip(*(jax.tree.leaves(pipe.transformer) for pipe in (found, expected, before)), strict=True):
+        assert relative_error(a, b) <= 1e-6
+        changed += not np.array_equal(a, c)
+    assert changed == 6 + 1  # proj_lora changes the columns of attention and of the MLP
+
+
+def test_differences_are_added_as_they_are_wherever_the_weights_lie(home, tmp_path):
+    """ComfyUI's `.diff` of a weight or a norm, `.diff_b` of a bias, in a row of the table that makes weights too."""
+    rng = np.random.default_rng(6)
+    made = {
+        "diffusion_model.double_blocks.1.txt_attn.proj.diff": (32, 32),
+        "diffusion_model.double_blocks.1.txt_attn.proj.diff_b": (32,),
+        "diffusion_model.single_blocks.1.linear1.diff_b": (96 + 128,),
+        "diffusion_model.single_blocks.0.norm.query_norm.scale.diff": (16,),
+        "diffusion_model.final_layer.adaLN_modulation.1.diff_b": (64,),
+    }
+    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in made.items()}
+    save_file(tensors, tmp_path / "x.safetensors")
+    before, after = (
+        load_pipeline(home / "ours"),
+        load_pipeline(home / "ours", lora=[f"{tmp_path / 'x.safetensors'}:0.5"]),
+    )
+    weight, bias, linear, norm, final = (0.5 * value for value in tensors.values())
+    double, single, other = after.transformer.double, after.transformer.single, before.transformer
+    expected = (
+        (double.txt.attn.proj.kernel[1], other.double.txt.attn.proj.kernel[1] + weight.T),
+        (double.txt.attn.proj.bias[1], other.double.txt.attn.proj.bias[1] + bias),
+        (single.qkv.bias[1], other.single.qkv.bias[1] + linear[:96]),
+        (single.up.bias[1], other.single.up.bias[1] + linear[96:]),
+        (single.q_norm.scale[0], other.single.q_norm.scale[0] + norm),
+        (after.transformer.final.mod.bias, other.final.mod.bias + final),
+    )
+    assert all(relative_error(found, wanted) <= 1e-6 for found, wanted in expected)
+    differing = [
+        not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (after.transformer, other)), strict=True)
+    ]
+    assert sum(differing) == len(expected)
+    streamed = load_pipeline(home / "ours", lora=[f"{tmp_path / 'x.safetensors'}:0.5"], weights="disk")
+    pairs = zip(*(jax.tree.leaves(whole(pipe.transformer)) for pipe in (streamed, after)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
 def test_a_pipeline_says_what_was_merged_and_keeps_it_when_saved(home, full, tmp_path):
     base = load_pipeline(home / "ours")
     merged = load_pipeline(home / "ours", lora=[f"{full}:0.5"])
@@ -251,6 +315,35 @@ def test_a_pipeline_says_what_was_merged_and_keeps_it_when_saved(home, full, tmp
     assert (again.base, again.loras) == (merged.base, merged.loras)
     pairs = zip(jax.tree.leaves(again.transformer), jax.tree.leaves(merged.transformer), strict=True)
     assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16], ids=["f32", "bf16"]
+)
+def test_a_conversion_merges_what_a_load_merges_byte_for_byte(home, full, tmp_path, dtype):
+    lora = [f"{full}:{SCALE}"]
+    save_pipeline(load_pipeline(home / "diffusers", dtype=dtype, lora=lora), tmp_path / "saved")
+    made = convert_model(home / "diffusers", tmp_path / "made", dtype=dtype, lora=lora)
+    assert [(one.name, one.scale) for one in made.loras] == [("full.safetensors", SCALE)]
+    for file in (tmp_path / "saved").rglob("*.*"):
+        assert file.read_bytes() == (tmp_path / "made" / file.relative_to(tmp_path / "saved")).read_bytes(), file.name
+    alone = convert_model(home / "diffusers" / "transformer", tmp_path / "alone", lora=[save_style(tmp_path, home)])
+    assert json.loads((alone.path / "config.json").read_text())["loras"][0]["name"] == "style.safetensors"
+
+
+def save_style(folder: Path, home: Path) -> Path:
+    """A LoRA of one matrix of the transformer."""
+    name = "transformer.single_transformer_blocks.1.proj_mlp"
+    return save_diffusers(folder / "style.safetensors", factors({name: matrices(load_pipeline(home / "ours"))[name]}))
+
+
+def test_a_conversion_with_a_lora_of_another_model_writes_nothing(home, tmp_path, monkeypatch, capsys):
+    tensors, told = WRONG["another base by its sizes"]
+    save_file(tensors, tmp_path / "x.safetensors")
+    monkeypatch.chdir(tmp_path)
+    found = run_command(monkeypatch, capsys, "convert", "flux", home / "diffusers", "out", "--lora", "x.safetensors")
+    assert found.status == 1 and re.search(told, found.err) and "\n" not in found.err.strip()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.safetensors"]
 
 
 def test_a_scale_stands_behind_the_last_colon():
@@ -270,15 +363,16 @@ SDXL = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
 WRONG = {
     "another base by its modules": (
         {f"{SDXL}.lora_down.weight": A, f"{SDXL}.lora_up.weight": B},
-        f"is a LoRA of another model: none of its 1 modules can be found in this one, which has no {SDXL};",
+        "is a LoRA of another model, Stable Diffusion 1, 2 or XL: none of its 1 modules can be found in FLUX.1, which "
+        f"has no {SDXL};",
     ),
     "more blocks than there are": (
         GOOD | {key.replace("blocks.0", "blocks.9"): value for key, value in GOOD.items()},
-        "is a LoRA of another model: only 1 of its 2 modules can be found in this one, which has no transformer.single",
+        "is a LoRA of another model: only 1 of its 2 modules can be found in FLUX.1, which has no transformer.single",
     ),
     "another base by its sizes": (
         {f"{ONE}.lora_A.weight": np.zeros((4, 48), np.float32), f"{ONE}.lora_B.weight": np.zeros((48, 4), np.float32)},
-        rf"it changes {ONE} of shape \(48, 48\), but this model's is \(32, 32\)",
+        rf"it changes {ONE} of shape \(48, 48\), but FLUX.1's is \(32, 32\)",
     ),
     "ranks that differ": (GOOD | {f"{ONE}.lora_B.weight": B[:, :2]}, "that do not multiply: .* have no rank in common"),
     "half a module": ({f"{ONE}.lora_A.weight": A}, f"holds {ONE}.lora_A.weight without its other factor"),
@@ -289,8 +383,28 @@ WRONG = {
     ),
     "DoRA": (GOOD | {f"{ONE}.dora_scale": B}, "holds the magnitudes of a DoRA .* only plain LoRAs of matrices"),
     "LoKr": ({f"{ONE}.lokr_w1": A}, "is no LoRA|holds factors of a LoKr"),
-    "XLabs": ({"double_blocks.0.processor.qkv_lora1.down.weight": A}, "layout of XLabs"),
-    "biases": (GOOD | {f"{ONE}.diff_b": A[0]}, "changes of biases or norms"),
+    "half a module of XLabs": (
+        {"double_blocks.0.processor.qkv_lora1.down.weight": A},
+        "holds double_blocks.0.processor.qkv_lora1.down.weight without its other factor",
+    ),
+    "q, k and v of no common width": (
+        {
+            "single_blocks.0.processor.qkv_lora.down.weight": A,
+            "single_blocks.0.processor.qkv_lora.up.weight": B[:31],
+        },
+        "for 31 channels, which are not q, k and v of one width",
+    ),
+    "an image adapter": (
+        GOOD | {"double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": A},
+        "image adapter",
+    ),
+    "another base by a bias": (
+        GOOD | {f"{ONE}.diff_b": A[0, :5]},
+        rf"it changes {ONE}\.bias of shape \(5,\), but FLUX.1's is \(32,\)",
+    ),
+    "an infinite difference": (GOOD | {f"{ONE}.diff": np.full((32, 32), np.inf)}, rf"not finite in {ONE}\.diff;"),
+    "factors with biases": (GOOD | {f"{ONE}.lora_B.bias": A[0]}, "holds factors with biases"),
+    "weights to be set": (GOOD | {f"{ONE}.set_weight": A[0]}, "weights that replace those of the model"),
     "something else": (GOOD | {"bundle_emb.token": A}, "holds bundle_emb.token, which belongs to no LoRA"),
     "no LoRA": ({"weight": A}, r"is no LoRA: none of its keys ends in lora_A.weight or lora_down.weight \(they begin"),
 }

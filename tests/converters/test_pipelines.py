@@ -92,7 +92,7 @@ def test_a_single_file_is_completed_by_a_base(pipe, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "StableDiffusion3Pipeline"}, "is a StableDiffusion3Pipeline, but only FluxPipeline"),
+        ({"_class_name": "StableDiffusionXLPipeline"}, "is a StableDiffusionXLPipeline, but only FluxPipeline"),
         (
             {"transformer": ["diffusers", "SD3Transformer2DModel"]},
             "transformer is SD3Transformer2DModel instead of Flux",

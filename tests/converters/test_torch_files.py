@@ -15,11 +15,11 @@ from converters.torch_files import (
     TransformerInputs,
     read_state,
     record_decoding,
-    record_text,
     record_transformer,
     torch_noise,
     write_state,
 )
+from converters.torch_text import record_text
 from difffract_jax.config import UserError
 from tolerances import REFERENCE
 

@@ -20,6 +20,11 @@ CASES = {
     "swap_scale_shift": (normal(8, 3),),
     "split_attention_mlp": (normal(4, 20),),
     "split_qkv_up": (normal(28, 4), normal(28)),
+    "split_gate_up": (normal(10, 4),),
+    "split_qkv_gate_up": (normal(22, 4),),
+    "join_patch": (normal(5, 3, 2, 2),),
+    "pack_rows": (normal(12, 3),),
+    "square": (normal(1, 16, 3),),
     "conv": (normal(2, 3, 5, 7),),
     "linear_from_conv1x1": (normal(2, 3, 1, 1),),
 }
@@ -37,7 +42,7 @@ def test_backward_undoes_forward_exactly(name):
     assert all(np.array_equal(a, b) for a, b in zip(back, CASES[name], strict=True))
 
 
-@pytest.mark.parametrize("name", ["fuse_qkv", "swap_scale_shift"])
+@pytest.mark.parametrize("name", ["fuse_qkv", "swap_scale_shift", "pack_rows"])
 def test_matrices_and_their_biases_take_the_same_transform(name):
     vectors = tuple(tensor[:, 0] for tensor in CASES[name])
     transform = vars(transforms)[name]
@@ -83,3 +88,10 @@ def test_a_1x1_convolution_is_a_matrix():
     (matrix,) = transforms.linear_from_conv1x1.forward((weight,))
     x = normal(3)
     assert np.allclose(x @ matrix, np.einsum("oiyx,i->o", weight, x), atol=1e-6)
+
+
+def test_a_patch_is_convolved_as_packed_tokens_are_multiplied():
+    (weight,) = CASES["join_patch"]
+    (matrix,) = transforms.join_patch.forward((weight,))
+    patch = normal(3, 2, 2)  # channels, rows, columns: the order of a packed token
+    assert np.allclose(patch.reshape(-1) @ matrix, np.einsum("ocyx,cyx->o", weight, patch), atol=1e-5)

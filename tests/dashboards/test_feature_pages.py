@@ -27,6 +27,7 @@ from difffract_jax.dashboards.features.record import FOLDER, load_scan
 from difffract_jax.dashboards.features.request import DashboardOptions, identity_of, sizes_of
 from difffract_jax.dashboards.features.texts import Text
 from difffract_jax.estimate.scanning import disk_bytes, state_bytes
+from difffract_jax.storage.files import write_tensors
 from difffract_jax.storage.locks import sole_writer
 
 HOSTILE = '</script><script>alert("1")</script>\u202e\u2028' + "x" * 10_000
@@ -188,7 +189,7 @@ def test_pages_of_features_that_never_fire_are_made(tmp_path):
 def test_another_folder_is_never_replaced(built, tmp_path):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="no folder of dashboards"):
+        with pytest.raises(UserError, match="not a folder of dashboards"):
             build_dashboards(small().corpus, small().tcs, tmp_path, OPTIONS, overwrite=overwrite)
     with pytest.raises(UserError, match="exists already"):
         build_dashboards(small().corpus, small().tcs, built[0], OPTIONS)
@@ -246,6 +247,47 @@ def test_a_record_that_is_none_is_refused(built, tmp_path):
         scan.of("img/8/f0")
     with pytest.raises(UserError, match="40 features"):
         scan.of("img/0/f40")
+
+
+def damaged(folder, target, change):
+    """Copies what a scan found, and changes its record."""
+    shutil.copytree(folder / FOLDER, target / FOLDER)
+    path = target / FOLDER / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config)
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda config: config.pop("sites"), "sites"),
+        (lambda config: config.update(features="40"), "features"),
+        (lambda config: config["run"].pop("grid"), "run: grid"),
+        (lambda config: config["sites"]["img/1"].pop("tokens"), "sites: img/1: tokens"),
+        (lambda config: config["sites"].update({"img/1": None}), "sites: img/1: streams"),
+    ],
+)
+def test_a_damaged_record_is_told_when_it_is_opened(built, tmp_path, change, place):
+    with pytest.raises(UserError, match=rf"config\.json is damaged at {place}; make the dashboards again"):
+        load_scan(damaged(built[0], tmp_path, change))
+
+
+def test_damaged_files_of_a_scan_are_told(built, tmp_path):
+    folder = damaged(built[0], tmp_path, lambda config: None) / FOLDER
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    for text in ("\n".join(lines[:-1]), "\n".join([*lines[:-1], "{"]), "\n".join([*lines[:-1], "3"])):
+        (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
+        with pytest.raises(UserError, match=r"prompts\.jsonl is damaged: the scan is of 7 prompts"):
+            load_scan(tmp_path)
+    (folder / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    write_tensors(folder / "img-1.safetensors", [("peak", np.dtype("float32"), (40,))], [np.zeros(40, np.float32)])
+    with pytest.raises(UserError, match=r"img-1\.safetensors is damaged: it has no active"):
+        load_scan(tmp_path).of("img/1/f3")
+    (folder / "img-1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"img-1\.safetensors cannot be read \(No such file or directory\)"):
+        load_scan(tmp_path).of("img/1/f3")
 
 
 def test_maps_are_packed_whichever_way_is_shorter():
@@ -319,9 +361,12 @@ def test_a_page_that_is_not_there_is_told(built, tmp_path):
     (copy / "data" / "thumbs" / "0000.png").unlink()
     with pytest.raises(UserError, match=r"0000\.png is missing"):
         feature_page(copy, Feature("img", 1, 3))
-    (copy / "data" / "index.js").write_text("difffract.index({})", encoding="ascii")
-    with pytest.raises(UserError, match="The data in .* are damaged; make the dashboards again"):
-        feature_page(copy, Feature("img", 1, 3))
+    index = (copy / "data" / "index.js").read_text(encoding="ascii")
+    for changed in ("difffract.index({})", index.replace('"kind":"png"', '"kind":"/../../other.png"')):
+        assert changed != index
+        (copy / "data" / "index.js").write_text(changed, encoding="ascii")
+        with pytest.raises(UserError, match="The data in .* are damaged; make the dashboards again"):
+            feature_page(copy, Feature("img", 1, 3))
     (copy / "data" / "index.js").write_text("difffract.index({", encoding="ascii")
     with pytest.raises(UserError, match=r"index\.js is missing or damaged"):
         feature_page(copy, Feature("img", 1, 3))
@@ -365,3 +410,5 @@ def test_a_count_of_prompts_is_the_organism_s_alone(built):
         dfx.feature("img/1/f3", small().corpus.pipe, small().tcs)
     with pytest.raises(UserError, match="give one of them"):
         dfx.feature("img/1/f3", small().corpus.pipe, small().tcs, pages=built[0])
+    with pytest.raises(UserError, match="`prompts` and `run` would be for a scan"):
+        dfx.feature("img/1/f3", pages=built[0], prompts=8, run=small().corpus.run)

@@ -10,7 +10,7 @@ import threading
 import pytest
 from scans import PROMPTS, places, small
 
-from browsers import Watched, browser
+from browsers import WAIT, Watched, browser, until
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.cli.settings import ViewConfig
 from difffract_jax.cli.view import pages_address
@@ -27,6 +27,8 @@ from difffract_jax.graphs.names import feature_names, node_names
 from shown_circuits import circuit
 
 pytestmark = pytest.mark.browser
+GROUND = {False: "rgb(251, 250, 247)", True: "rgb(22, 24, 28)"}
+"""Background of a feature's page, light and dark."""
 HOSTILE = "</script><img src=x onerror='document.title=1'><script>document.title=2</script>\u202e\"'"
 
 
@@ -48,7 +50,7 @@ def opened(folder, tmp_path, address, size="1280,720"):
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--virtual-time-budget=4000"]
     options += ["--enable-logging=stderr", "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
     page = (folder / "index.html").as_uri() + address
-    run = subprocess.run([chromium, *options, page], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run([chromium, *options, page], capture_output=True, text=True, timeout=300, check=True)
     console = [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     return run.stdout, console
 
@@ -118,6 +120,23 @@ def open_in_panel(page, name):
     return shown
 
 
+def follows_the_switch(page, name):
+    """Holds the page in the panel to the viewer's theme, not the system's, when it opens and while it is open."""
+    from playwright.sync_api import expect
+
+    page.emulate_media(color_scheme="dark")
+    # The viewer follows the system when it hears of the change, which comes with a frame: not in between.
+    until(page, "matchMedia('(prefers-color-scheme: dark)').matches")
+    page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+    for dark in (False, True):
+        page.evaluate("(dark) => difffract.setTheme(dark)", dark)
+        body = open_in_panel(page, name).locator("body")
+        expect(body).to_have_css("background-color", GROUND[dark], timeout=WAIT * 1000)
+        page.evaluate("(dark) => difffract.setTheme(dark)", not dark)
+        expect(body).to_have_css("background-color", GROUND[not dark], timeout=WAIT * 1000)
+        page.click(".feature-page button")
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_nodes_of_a_viewed_graph_open_these_pages_in_a_panel(folder, tab, tmp_path, served):
     graph = aggregate(circuit(steps=1))
@@ -139,6 +158,7 @@ def test_nodes_of_a_viewed_graph_open_these_pages_in_a_panel(folder, tab, tmp_pa
             assert page.get_attribute(".feature-page a", "href").endswith(f"#{name.partition('@')[0]}")
             page.click(".feature-page button")
             assert page.is_hidden(".feature-page")
+        follows_the_switch(page, first)
         page.evaluate("difffract.select(difffract.main.graph.names.indexOf('img/0/f1'))")
         assert page.locator("[data-action=page]").count() == 0  # it is said to have none
         own = (server.address if served else folder.as_uri(), "data:", "blob:", settings.out.as_uri())
@@ -152,7 +172,7 @@ def test_nodes_of_a_viewed_graph_open_these_pages_in_a_panel(folder, tab, tmp_pa
 
 DRIVE = """
 const found = {}, wait = (true_) => new Promise((done, failed) => {
-  let left = 300;
+  let left = 10000;
   (function look() {
     try { if (true_()) return done(); } catch (error) { /* not there yet */ }
     return left-- ? setTimeout(look, 10) : failed(new Error(`never came: ${true_}`));

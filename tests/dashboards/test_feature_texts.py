@@ -24,6 +24,10 @@ def test_labels_of_the_organism_have_factor_and_auroc():
     factor, value, auroc, step, side = texts["img/1/f159"].rows[0]
     best = labels.sites["img/1"][159].best
     assert (factor, value, auroc, step, side) == (best.factor, best.value, best.auroc, best.step, best.side)
+    rows = labels.sites["img/1"]
+    assert rows[-1] == rows[len(rows) - 1] and rows[2:4] == (rows[2], rows[3]) and len([*rows]) == len(rows)
+    with pytest.raises(IndexError):
+        rows[len(rows)]
     never = [f"img/0/f{i}" for i, label in enumerate(labels.sites["img/0"]) if not label.best.factor]
     assert never and not any(name in texts for name in never)
     assert read_texts(labels_file("organism"), labels.transcoders) == texts
@@ -47,10 +51,10 @@ def test_texts_are_read_from_json_and_tables(tmp_path, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("labels.json", "[1, 2]", "is no file of labels; give JSON"),
-        ("labels.json", "{", "is no file of labels"),
-        ("labels.json", '{"img/1/f3": 4}', "is no file of labels"),
-        ("labels.json", '{"red": "img/1/f3"}', "names 'red', which is no feature"),
+        ("labels.json", "[1, 2]", "is not a file of labels; give JSON"),
+        ("labels.json", "{", "is not a file of labels"),
+        ("labels.json", '{"img/1/f3": 4}', "is not a file of labels"),
+        ("labels.json", '{"red": "img/1/f3"}', "names 'red', which is not a feature"),
         ("labels.csv", "a,b\n1,2\n", "columns feature and label, but has a, b"),
     ],
 )

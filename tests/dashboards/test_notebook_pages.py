@@ -1,6 +1,7 @@
 """Pages in notebooks: the output holds the whole page, and groups come back where anywidget is installed."""
 
 import base64
+import io
 import json
 import re
 import zlib
@@ -8,12 +9,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import viewer_documents
 from PIL import Image
 
 from difffract_jax.circuits.notation.labels import Labels
 from difffract_jax.config import UserError
 from difffract_jax.dashboards import notebook
 from difffract_jax.dashboards.image_files import shown
+from difffract_jax.graphs.aggregation import aggregate
+from difffract_jax.graphs.files.viewer_document import checked_document
+from difffract_jax.graphs.files.viewer_graph import graph_of
+from difffract_jax.graphs.graph import Graph
 from difffract_jax.graphs.groups import Groups, identity, read_groups, write_groups
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.pruning import prune
@@ -80,9 +86,10 @@ def test_what_the_page_sends_is_in_python_and_in_the_next_output():
     assert found.groups and found.graph == identity(graph) and (page.selected, page.pruning) == (None, {})
     sent = found.model_dump(mode="json") | {"notes": {node_names(graph)[2]: "</script> \u202e"}}
     sliders = {"mode": "standard", "node_threshold": 0.5, "edge_threshold": 0.9}
-    page.widget.set_state({"groups": sent, "selected": "img/0/f1", "pruning": sliders})
+    node = node_names(aggregate(graph))[2]
+    page.widget.set_state({"groups": sent, "selected": node, "pruning": sliders})
     assert page.groups == Groups.model_validate(sent)
-    assert (page.selected, page.pruning) == ("img/0/f1", sliders)
+    assert (page.selected, page.pruning) == (node, sliders)
     assert extras(framed(page)["srcdoc"])["groups"] == sent == extras(page.html)["groups"]
 
 
@@ -111,6 +118,37 @@ def test_groups_of_another_graph_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a file of groups"):
         page.widget.groups = {"a": 1}
     assert page.groups == before
+
+
+SLIDERS = {"mode": "standard", "node_threshold": 0.5, "edge_threshold": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"selected": "img/0/f9999"}, "The page shows no node 'img/0/f9999'"),
+        ({"pruning": {"mode": "standard"}}, "`pruning` is a mode and two numbers"),
+        ({"pruning": SLIDERS | {"more": 1}}, "`pruning` is a mode and two numbers"),
+        ({"pruning": SLIDERS | {"node_threshold": "0.5"}}, "`pruning` is a mode and two numbers"),
+        ({"pruning": SLIDERS | {"node_threshold": 1.5}}, r"node_threshold .* must lie in \(0, 1\], but got 1.5"),
+        ({"pruning": SLIDERS | {"mode": "mine"}}, "The pruning mode must be one of standard, difffract"),
+    ],
+)
+def test_what_the_page_cannot_show_is_refused(state, said):
+    page = circuit().show()
+    ((trait, value),) = state.items()
+    with pytest.raises(UserError, match=said):
+        setattr(page.widget, trait, value)
+    assert (page.selected, page.pruning) == (None, {})
+
+
+def test_nodes_of_two_graphs_can_be_in_hand():
+    first, second = circuit(), circuit(3)
+    page = first.show(compare=second)
+    both = {*node_names(aggregate(first))} ^ {*node_names(aggregate(second))}
+    for name in sorted(both)[:1] + sorted(both)[-1:]:
+        page.widget.selected = name
+        assert page.selected == name
 
 
 def test_groups_that_are_given_are_opened(tmp_path):
@@ -150,6 +188,34 @@ def test_labels_are_texts_or_those_of_the_transcoders():
     assert b'"red things"' in block(graph.show(labels={name: "red things"}).html, "graph")
     with pytest.raises(UserError, match="labels of other transcoders"):
         graph.show(labels=Labels({}, "others", {}))
+
+
+def foreign(**image):
+    """The graph of another tool's document, which calls a feature "the word a", with an image."""
+    document = viewer_documents.document()
+    document["nodes"][1]["clerp"] = "the word a"
+    document["metadata"]["image_input"] = image
+    return graph_of(checked_document(document, "t.json"))
+
+
+def test_a_document_s_image_and_labels_are_shown(tmp_path):
+    stream, picture = io.BytesIO(), Image.new("RGB", (8, 8), "red")
+    picture.save(stream, "PNG")
+    graph = foreign(image_base64="data:image/png;base64," + base64.b64encode(stream.getvalue()).decode())
+    graph.save(tmp_path / "t.npz")
+    for one in (graph, Graph.load(tmp_path / "t.npz")):
+        page = one.show().html
+        assert [image["address"] for image in extras(page)["images"]] == [shown(picture).address]
+        assert b"the word a" in block(page, "graph")
+    named = graph.show(image=np.zeros((8, 8, 3), np.uint8), labels={"txt/0/f928": "another word"}).html
+    assert extras(named)["images"][0]["address"] != shown(picture).address
+    assert b"another word" in block(named, "graph") and b"the word a" not in block(named, "graph")
+
+
+@pytest.mark.parametrize(("text", "said"), [("no base64!", "not base64"), ("AAAA", "not an image that can be read")])
+def test_a_document_s_image_that_cannot_be_read_is_told_in_the_page(text, said):
+    told = extras(foreign(image_base64=text).show().html)
+    assert told["images"] == [] and said in told["image_note"] and "--image" not in told["image_note"]
 
 
 def test_two_graphs_lie_side_by_side():

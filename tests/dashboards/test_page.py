@@ -12,11 +12,12 @@ import pytest
 
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
-from difffract_jax.dashboards.page_data import Limits, _header, graph_bytes, packed, shown_graph
+from difffract_jax.dashboards.page_data import ENOUGH, Limits, _header, graph_bytes, packed, shown_graph
 from difffract_jax.dashboards.viewer_page import PageParts, viewer_page
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.reader import read_graph
 from difffract_jax.graphs.files.viewer_json import write_viewer_json
+from difffract_jax.graphs.graph import FEATURE, INPUT
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.pruning import prune
@@ -52,6 +53,14 @@ def test_a_page_holds_every_number_of_its_graph(graph):
 def test_a_pruned_graph_is_shown_whole_and_a_large_one_pruned():
     assert unpacked(packed(graph_bytes(large(300, 2000))))[0]["start"]["node_threshold"] == 0.8
     assert unpacked(packed(graph_bytes(prune(large(300, 2000)))))[0]["start"]["node_threshold"] == 1.0
+    graph = random_graph(0, layers=6, max_nodes=60, smallest=0.01)
+    of_inputs = np.where(graph.node_kind[graph.edge_source] == INPUT, 1000, 1)
+    graph = replace(graph, edge_attribution=(graph.edge_attribution * of_inputs).astype(np.float32))
+    kept = (prune(graph, node_threshold=nodes, by_position=True) for nodes in (0.8, 0.9, 0.95))
+    features = [int((one.node_kind == FEATURE).sum()) for one in kept]
+    assert features[0] < ENOUGH, "inputs hold nearly all"
+    first = next((nodes for nodes, count in zip((0.8, 0.9, 0.95), features, strict=True) if count >= ENOUGH), 0.98)
+    assert unpacked(packed(graph_bytes(graph)))[0]["start"]["node_threshold"] == first
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -40,7 +40,7 @@ def server(tmp_path, saved):
 
 
 def ask(server, method, path, body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=120)
     try:
         connection.request(method, path, body, headers)
         answer = connection.getresponse()

@@ -18,10 +18,25 @@ from difffract_jax.dashboards.target_words import target_box, target_title, targ
         ),
         ("pixels:color=#ff0000,mask=a.png", "Why these pixels are #ff0000", "how #ff0000 the masked pixels are", None),
         (
-            *('velocity:contrast="a fox, asleep",box=0,0,8,8', 'Why velocity:contrast="a fox, asleep",box=0,0,8,8'),
+            'velocity:contrast="a fox, asleep",box=0,0,8,8',
+            "Why these pixels become what the prompt says, and not “a fox, asleep”",
             *("goes away from that of the prompt a fox, asleep", (0, 0, 8, 8)),
         ),
-        ("velocity:", "Why velocity:", "the velocity that the model predicts, along its own direction", None),
+        (
+            *("velocity:", "Why this denoising step changes the image as it does"),
+            *("the velocity that the model predicts, along its own direction", None),
+        ),
+        (
+            *("velocity:mask=a.png", "Why this denoising step changes these pixels as it does"),
+            *("the velocity that the model predicts at the masked pixels, along its own direction", None),
+        ),
+        (
+            *(
+                'velocity:contrast="a blue circle"#3',
+                "Why the image becomes what the prompt says, and not “a blue circle”",
+            ),
+            *("how far the prediction goes away from that of the prompt a blue circle", None),
+        ),
         ("img/1/f4@13#2", "Why img/1/f4 (colour blue) is active", "a feature (colour blue) at position 13", None),
         ("single/0/f4@img3", "Why single/0/f4 (colour blue) is active", "at image position 3", None),
         ("single/0/f4@txt", "Why single/0/f4 (colour blue) is active", "a feature (colour blue)", None),

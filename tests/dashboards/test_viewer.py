@@ -11,11 +11,13 @@ import pytest
 from PIL import Image
 
 from browsers import Watched, browser, downloaded, until
+from difffract_jax.address import BRANCHES, NEGATIVE
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
 from difffract_jax.dashboards.image_files import shown as shown_image
 from difffract_jax.dashboards.page_data import graph_bytes, packed, shown_graph
 from difffract_jax.dashboards.page_server import PageServer
+from difffract_jax.dashboards.target_words import target_title
 from difffract_jax.dashboards.viewer_page import PageParts, viewer_page
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.combine import difference
@@ -23,11 +25,11 @@ from difffract_jax.graphs.files.reader import read_graph
 from difffract_jax.graphs.files.viewer_json import write_viewer_json
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.graphs.groups import Groups, identity, nodes_of
-from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.supernodes import find_supernodes
-from random_graphs import random_graph, random_output_graph
-from shown_circuits import circuit, large
+from random_graphs import random_graph, random_output_graph, with_score
+from shown_circuits import circuit, guided_circuit, large
 
 pytestmark = pytest.mark.browser
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>\u202eevil " \' `'
@@ -116,6 +118,15 @@ def strongest_feature(graph):
     best = [n for n in both if graph.node_kind[n] == FEATURE and n not in graph.targets]
     return names[best[0]]
 
+
+CENTRES = """(places) => {
+  const canvas = document.querySelector('canvas.base'), box = canvas.getBoundingClientRect();
+  const k = canvas.width / box.width, wide = canvas.width;
+  const data = canvas.getContext('2d').getImageData(0, 0, wide, canvas.height).data;
+  const at = ([x, y]) => 4 * (Math.round((y - box.top) * k) * wide + Math.round((x - box.left) * k));
+  return places.map((place) => Array.from(data.slice(at(place), at(place) + 4)));
+}"""
+"""The colours of the drawing at places of the window."""
 
 # What is drawn
 
@@ -221,6 +232,12 @@ def test_all_figures_of_the_bar_add_up_to_the_target(page, whole):
         assert parts[name] == pytest.approx(getattr(told, name), abs=1e-6)
     assert parts["hidden"] == 0
     assert "holds fixed" in page.inner_text(".pooled") and page.inner_text(".part.bias th") == "bias"
+
+
+def test_the_panel_says_in_words_what_is_explained(page, whole):
+    names = [node_names(whole)[node] for node in whole.targets]
+    asked = target_title(names[0]) if len(names) == 1 else f"Why {names[0]} and {len(names) - 1} more"
+    assert page.inner_text(".panel h2 >> nth=0") == asked and "velocity:" not in asked
 
 
 def test_in_a_row_nodes_stand_in_the_order_of_their_centres_of_mass(page, whole):
@@ -348,6 +365,57 @@ def test_clicking_a_node_opens_its_card_with_sorted_edges(page, whole):
     other = page.get_attribute("[data-table=in] tr >> nth=0", "data-node")
     page.click("[data-table=in] tr >> nth=0")
     assert state(page, "store.view.selected") == other
+
+
+def test_the_card_of_an_attention_score_tells_its_value(tab, folder):
+    graph, score = with_score(random_graph(3))
+    (folder / "score.html").write_text(viewer_page(graph, PageParts()), encoding="utf-8")
+    page = tab.open((folder / "score.html").as_uri())
+    all_shown(page)
+    page.evaluate("(name) => difffract.select(difffract.main.graph.names.indexOf(name))", node_names(graph)[score])
+    facts = page.locator("dl.numbers")
+    facts.locator("dt", has_text="score, less the query's mean").wait_for()
+    assert "\u22122.5" in facts.inner_text() and "largest value" not in facts.inner_text()
+
+
+def test_nodes_say_which_branch_of_guidance_they_are_of(tab, folder):
+    """In the drawing those of the negative prompt are hollow; tooltip, card, tables and labels say it in words."""
+    graph = guided_circuit()
+    labels = dict.fromkeys({name for name in feature_names(graph) if name.startswith("img/")}, "roundness")
+    (folder / "guided.html").write_text(viewer_page(graph, PageParts(labels=labels)), encoding="utf-8")
+    page = tab.open((folder / "guided.html").as_uri())
+    all_shown(page)
+    assert "of the negative prompt" in page.inner_text(".legend")
+    names, labelled = node_names(graph), [int(node) for node in shown(page) if graph.node_kind[node] == FEATURE]
+    for node in labelled:
+        branch = BRANCHES[graph.node_branch[node]]
+        assert names[node].endswith(f"~{branch}")
+        title = page.evaluate("(node) => difffract.title(node)", node)
+        assert title.endswith(f"~{branch}"), title
+        page.evaluate("(node) => difffract.select(node)", node)
+        facts = page.locator("dl.numbers")
+        facts.locator("dt", has_text="branch of guidance").wait_for()
+        assert branch in facts.inner_text()
+    node = next(n for n in labelled if graph.node_branch[n] == NEGATIVE)
+    page.mouse.move(*place_of(page, names[node]))
+    page.wait_for_selector(".tip:not([hidden])")
+    assert "negative branch" in page.inner_text(".tip")
+    marked = page.eval_on_selector_all(
+        ".edge-table tr.row",
+        "l => l.map(e => [e.dataset.node, e.querySelector('.mark').classList.contains('negative')])",
+    )
+    assert marked and all(hollow == name.endswith("~negative") for name, hollow in marked)
+    colours = page.evaluate(CENTRES, [place_of(page, names[n]) for n in labelled])
+    hollow, filled = set(), set()
+    for n, colour in zip(labelled, colours, strict=True):
+        (hollow if graph.node_branch[n] == NEGATIVE else filled).add(tuple(colour))
+    assert hollow and filled and not hollow & filled, "no colour is both of a hollow and of a filled node"
+
+
+def test_a_graph_of_one_evaluation_a_step_says_nothing_of_branches(page, whole):
+    all_shown(page)
+    click_node(page, strongest_feature(whole))
+    assert "branch" not in page.inner_text(".card") and "negative" not in page.inner_text(".legend")
 
 
 def test_sliders_prune_and_one_drag_is_one_undo(page):

@@ -70,6 +70,16 @@ def test_scores_that_are_explained_take_memory_for_every_target() -> None:
     assert remedies(traced(explained=400), without.needed, changes)[0] == ["--attention frozen"]
 
 
+def test_an_explained_pooled_path_keeps_the_model_and_runs_it_backwards() -> None:
+    without, with_it = (count(traced(pooled=pooled)) for pooled in (False, True))
+    assert [phase.name for phase in without.phases] == [phase.name for phase in with_it.phases[:-1]]
+    last = with_it.phases[-1]
+    assert last.held["streams entering blocks"] == 57 * 1536 * 3072 * 4 and last.held["model"] > 20e9
+    assert last.passing > 9 * 24 * 1536**2 and without.needed < with_it.needed
+    changes = [("--pooled frozen", lambda work: work._replace(pooled=False))]
+    assert remedies(traced(pooled=True), without.needed, changes)[0] == ["--pooled frozen"]
+
+
 def test_weights_are_those_of_the_arrays() -> None:
     pipe = random_pipeline()
     parts = {name: getattr(pipe, name) for name in PARTS}
@@ -147,7 +157,7 @@ def test_rows_of_prompts_are_those_of_all_steps(tmp_path) -> None:
     assert streamed > (16 * 1024 + 16 * 512) * per_token > whole / 10
 
 
-@pytest.mark.parametrize(("pixels", "text"), [(128, 64), (512, 256)])
+@pytest.mark.parametrize(("pixels", "text"), [(128, 64), pytest.param(512, 256, marks=pytest.mark.slow)])
 def test_what_a_step_needs_in_between_bounds_the_compilers(pixels: int, text: int) -> None:
     pipe = random_pipeline(transformer=MIDDLE)
     unit = 2 * pipe.config.vae.factor

@@ -32,7 +32,7 @@ def test_a_gpu_has_about_the_memory_it_is_sold_with(name: str) -> None:
         ("24", "as in 24GB"),
         ("v5e:2y4", "as in v5e:8x8"),
         ("host:lots", "as in 16GB"),
-        ("h100:2", "is no device"),
+        ("h100:2", "is not a device"),
     ],
 )
 def test_what_is_no_device_is_refused_in_a_sentence(name: str, told: str) -> None:

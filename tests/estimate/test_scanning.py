@@ -14,7 +14,7 @@ from difffract_jax.estimate.scanning import ScanSizes, disk_bytes, feature_bytes
 
 @pytest.mark.parametrize(("top", "sample", "steps"), [(10, 32, 4), (1, 1, 1), (7, 50, 28)])
 def test_a_feature_s_bytes_are_those_of_its_arrays(top, sample, steps):
-    state = jax.eval_shape(lambda: feature_state.empty_state(3, 20, top=top, sample=sample, steps=steps))
+    state = jax.eval_shape(lambda: feature_state.empty_state(3, 20, top=top, sample=sample, evaluations=steps))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     sizes = ScanSizes(20, ((1, True),) * 3, steps, 9, 16, 100, top=top, sample=sample)
     assert state_bytes(sizes) == held == 3 * 20 * feature_bytes(steps, top, sample) + 3 * 4

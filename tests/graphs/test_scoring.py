@@ -77,6 +77,13 @@ def test_without_errors_both_are_one_and_without_edges_there_is_no_replacement()
     assert scores(subgraph(graph, np.ones(graph.node_kind.size, bool), ~edges)) == (None, 1.0)
 
 
+def test_a_graph_without_edges_can_be_scored_with_features_pinned():
+    graph = random_graph(1)
+    bare = subgraph(graph, np.arange(graph.node_kind.size) < 1, np.zeros(graph.edge_source.size, bool))
+    found = scores(bare, pinned=np.zeros(bare.node_kind.size, bool))
+    assert found.replacement is None and found.completeness == 1
+
+
 def test_pruning_stores_the_scores_of_all_three_readings():
     graph = aggregate(random_graph(2))
     pruned = prune(graph)

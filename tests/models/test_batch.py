@@ -7,6 +7,7 @@ from difffract_jax.config import UserError
 from difffract_jax.models.batch import generate_batch
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.tiny import random_pipeline
+from traces import guided_pipeline
 
 PROMPTS = ("a fox", "", "a lighthouse in fog", "a fox", "two robots")
 SEEDS = (3, 4, 5, 6, 3)
@@ -27,7 +28,7 @@ def largest_difference(images, expected):
     return int(np.max(np.abs(images.astype(int) - expected.astype(int))))
 
 
-@pytest.mark.parametrize("batch", [2, 5, 128])
+@pytest.mark.parametrize("batch", [2, pytest.param(5, marks=pytest.mark.slow), 128])
 def test_a_batch_is_its_images_one_by_one(pipe, one_by_one, batch):
     """Also where the last batch is filled up, and where the only batch is larger than what is asked for."""
     assert largest_difference(generate_batch(pipe, PROMPTS, SEEDS, batch=batch), one_by_one) <= 1
@@ -52,6 +53,24 @@ def test_the_velocity_is_the_one_that_is_given(pipe, one_by_one):
     expected = np.stack([generate(pipe._replace(transformer=other), PROMPTS[i], seed=SEEDS[i]).image for i in range(2)])
     assert largest_difference(ours, expected) <= 1
     assert largest_difference(generate_batch(pipe, PROMPTS[:2], SEEDS[:2], velocity=negated, batch=2), ours) > 1
+
+
+@pytest.mark.parametrize("scale", [2.5, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_both_branches_of_many_images_are_those_of_each(scale):
+    """The pipeline's own loop makes one image; only a scale above 1 has a negative branch."""
+    guided, size = guided_pipeline(), {"height": 16, "width": 16, "text_tokens": 16, "steps": 2}
+    negative = "a blurred square" if scale > 1 else None
+    run = guided.plan(**size, guidance=scale, negative_prompt=negative)
+    found = generate_batch(guided, PROMPTS[:3], SEEDS[:3], run=run, batch=2)
+    alone = np.stack([generate(guided, PROMPTS[i], seed=SEEDS[i], run=run).image for i in range(3)])
+    assert largest_difference(found, alone) <= 1
+    other = generate_batch(guided, PROMPTS[:3], SEEDS[:3], run=guided.plan(**size, guidance=4.0), batch=2)
+    assert largest_difference(found, other) > 1
+
+
+def test_steps_and_a_run_are_not_both_given(pipe):
+    with pytest.raises(UserError, match="A run has its steps already, but steps were given too"):
+        generate_batch(pipe, PROMPTS[:1], SEEDS[:1], steps=2, run=pipe.plan())
 
 
 def test_progress_is_told_after_every_batch(pipe):

@@ -143,6 +143,14 @@ def test_golden_blocks_are_met_one_by_one(golden_model, golden, prompt):
         before = Streams(golden[f"{p}_single_img"][number], golden[f"{p}_single_txt"][number])
 
 
+@jax.jit
+def ATTENTION(block, h, cond):
+    """What a double-stream block without its MLPs adds, over the gate."""
+    after, _ = block(h, cond, mlp=lambda group, x: jnp.zeros_like(x))
+    gates = [stream.mod(jax.nn.silu(cond.vec)).reshape(6, -1)[2] for stream in (block.img, block.txt)]
+    return Streams(*((a - b) / gate[None] for a, b, gate in zip(after, h, gates, strict=True)))
+
+
 @pytest.mark.parametrize("prompt", [0, 1])
 def test_golden_attention_is_met_block_by_block(golden_model, golden, prompt, x64):
     """Without its MLPs a block adds gate times attention; in float64, so that the difference keeps its digits."""
@@ -154,10 +162,9 @@ def test_golden_attention_is_met_block_by_block(golden_model, golden, prompt, x6
     for number in range(3):
         block = slice_layer(wide.double, number)
         h = Streams(*(jnp.asarray(rows, jnp.float64) for rows in before))
-        after, _ = block(h, cond, mlp=lambda group, x: jnp.zeros_like(x))
-        for name, stream, a, b in zip(h._fields, (block.img, block.txt), after, h, strict=True):
-            gate = stream.mod(jax.nn.silu(cond.vec)).reshape(6, -1)[2]
-            assert relative_error((a - b) / gate[None], golden[f"{p}_attn_{name}"][number]) <= TOL.f32_block
+        added = ATTENTION(block, h, cond)
+        for name, rows in added._asdict().items():
+            assert relative_error(rows, golden[f"{p}_attn_{name}"][number]) <= TOL.f32_block
         before = Streams(golden[f"{p}_double_img"][number], golden[f"{p}_double_txt"][number])
 
 
@@ -198,6 +205,7 @@ def test_the_scan_over_blocks_equals_a_loop(x64):
         assert relative_error(ours, expected) <= TOL.x64
 
 
+@pytest.mark.slow
 def test_a_batch_is_a_vmap():
     model = tiny()
     inputs = [tiny_inputs(seed) for seed in range(3)]
@@ -226,6 +234,7 @@ def test_bfloat16_weights_stay_close_to_float32_under_strict_promotion():
     assert relative_error(ours.astype(jnp.float32), RUN(exact, inputs, (2, 3))) <= TOL.bf16
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(golden_model, golden):
     # The pipeline's test has a mesh of two axes.
     placed = jax.device_put(golden_model, pipeline_shardings(make_mesh({"feature": 8}))("transformer", golden_model))

@@ -18,7 +18,8 @@ from flax import nnx
 from difffract_jax.models.autoencoder import Autoencoder
 from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.mmdit import MMDiT
-from difffract_jax.models.pipeline import GenerationDefaults, Pipeline, PipelineConfig
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.runs import GenerationDefaults, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.t5 import T5Encoder
 from difffract_jax.models.tiny import random_weights
@@ -62,9 +63,9 @@ def stages() -> Iterator[SimpleNamespace]:
     def counted(module: Any) -> Callable[..., Any]:
         step, name = module.train_step, module.__name__.rpartition(".")[2]
 
-        def counting(*arguments: Any) -> Any:
+        def counting(*arguments: Any, **options: Any) -> Any:
             traces[name] += 1
-            return step(*arguments)
+            return step(*arguments, **options)
 
         return counting
 

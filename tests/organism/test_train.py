@@ -184,6 +184,7 @@ def test_every_step_is_traced_once(trained, stages):
     assert stages.traces == {"text": 1, "images": 1, "flow": 1}
 
 
+@pytest.mark.slow
 def test_a_training_that_is_interrupted_in_every_stage_ends_with_the_very_same_weights(trained, recipe, tmp_path):
     run_interrupted(recipe, tmp_path / "run", "text", 7)
     run_interrupted(recipe, tmp_path / "run", "images", 3)

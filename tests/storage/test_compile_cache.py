@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jax._src.compilation_cache import compress_executable
@@ -44,7 +45,7 @@ def unset(monkeypatch, tmp_path):
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compile_cache.sys, "modules", {})  # as before JAX is imported
+    monkeypatch.setattr(compile_cache, "sys", SimpleNamespace(modules={}))  # as before JAX is imported
 
 
 def test_the_next_process_reads_what_one_has_compiled(tmp_path):

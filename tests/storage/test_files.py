@@ -147,7 +147,7 @@ def written_by_two(target, number, *, overwrite=False, start=None):
     try:
         with atomic_directory(target, overwrite=overwrite) as partial:
             if start is not None:
-                start.wait(timeout=10)  # both are writing
+                start.wait(timeout=120)  # both are writing
             for name in range(10):
                 with atomic_file(partial / f"{name}.txt") as file:
                     file.write_text(str(number))

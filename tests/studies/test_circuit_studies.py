@@ -174,10 +174,14 @@ def test_frequent_features_are_counted_once_per_case(made):
     assert shares[0]["step 0"] == pytest.approx(3 / 6) and shares[0]["step 3"] == pytest.approx(1 / 6)
 
 
+def test_flow_needs_a_prompt(made):
+    with pytest.raises(UserError, match="at least one prompt, but got none"):
+        flow.flow(*made[:2], prompts=[], advance=quiet)
+
+
+@pytest.mark.slow
 def test_flow_explains_any_prompts(made, monkeypatch):
     pipe, tcs, *_ = made
-    with pytest.raises(UserError, match="at least one prompt, but got none"):
-        flow.flow(pipe, tcs, prompts=[], advance=quiet)
     monkeypatch.setattr(flow, "NODES", 16)
     monkeypatch.setattr(flow, "AT_A_TIME", 8)
     result = flow.flow(pipe, tcs, prompts=["a red circle left of a blue square"], advance=quiet)

@@ -85,7 +85,8 @@ def test_loss_and_gradient_are_those_of_dense_products(kind, revive):
     same_losses(*make(kind), revive, TOL.f32_block)
 
 
-@pytest.mark.parametrize("kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_loss_and_gradient_are_exact_in_float64(kind, x64):
     with jax.enable_x64(False):
         state, recipe, rows = make(kind)
@@ -140,7 +141,7 @@ def test_sums_are_those_of_a_scatter_whatever_the_lengths():
     assert relative_error(ours, expected[:600]) <= TOL.f32_block
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
 def test_steps_are_the_dense_ones_and_compile_once(kind):
     state, recipe, rows = make(kind)
     sparse = replace(recipe, objective=replace(recipe.objective, sparse=True))

@@ -29,28 +29,53 @@ def difffract(monkeypatch, capsys):
     return run
 
 
-def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
-    rows, run = tmp_path / "rows", tmp_path / "run"
+FEW = ("--prompts-count", 2, "--velocity-count", 2, "--json")
+
+
+def harvested(difffract, rows):
+    """Writes rows of a few prompts."""
     more = (f"out={rows}", "train_prompts=16", "validation_prompts=2")
     small = [each for each in SMALL if each.split("=")[0] in ("tokens_per_step", "steps_per_image", "height", "width")]
     status, out, _ = difffract("harvest", "configs/smoke.yaml", "--json", sets=(*small, "prompts_at_once=2", *more))
     assert status == 0 and json.loads(out)["sites"] == 8
-    known = with_origin(TrainConfig(rows=rows, seed=3))
-    assert (known.model, known.prompts, known.validation_share, known.seed) == ("tiny", "configs/prompts.txt", 0.2, 3)
-    for source in ((), (f"rows={rows}",)):
-        place = run if not source else tmp_path / "stored"
-        status, out, err = difffract("train", "configs/smoke.yaml", "--json", sets=(*SMALL, f"out={place}", *source))
-        assert status == 0, err
-        assert json.loads(out)["step"] == 6
-        tcs = load_transcoders(place / "transcoders")
-        assert (*map(tcs.sites.groups.get, ("img", "joint")), tcs.config.activation) == ((0, 1, 2), (0, 1), "jumprelu")
-        assert json.loads((place / "transcoders" / "config.json").read_text())["provenance"]["command"] == "train"
-    status, out, err = difffract("evaluate", run, "--prompts-count", 2, "--velocity-count", 2, "--images", 1, "--json")
+
+
+def trained(difffract, run, *source):
+    """Trains from the model, or from the rows in `source`."""
+    status, out, err = difffract("train", "configs/smoke.yaml", "--json", sets=(*SMALL, f"out={run}", *source))
+    assert status == 0, err
+    assert json.loads(out)["step"] == 6
+    tcs = load_transcoders(run / "transcoders")
+    assert (*map(tcs.sites.groups.get, ("img", "joint")), tcs.config.activation) == ((0, 1, 2), (0, 1), "jumprelu")
+    assert json.loads((run / "transcoders" / "config.json").read_text())["provenance"]["command"] == "train"
+
+
+def evaluated(difffract, run):
+    """Evaluates a run, and returns the result."""
+    status, out, err = difffract("evaluate", run, *FEW, "--images", 1)
     assert status == 0, err
     alone = json.loads(out)
     assert np.isfinite(alone["fvu"]) and "By site" in (run / "report" / "report.md").read_text()
-    few, other = ("--prompts-count", 2, "--velocity-count", 2, "--json"), tmp_path / "stored" / "transcoders"
-    status, out, err = difffract("evaluate", "tiny", run, other, "--out", tmp_path / "both", *few)
+    return alone
+
+
+def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
+    rows, run = tmp_path / "rows", tmp_path / "run"
+    harvested(difffract, rows)
+    known = with_origin(TrainConfig(rows=rows, seed=3))
+    assert (known.model, known.prompts, known.validation_share, known.seed) == ("tiny", "configs/prompts.txt", 0.2, 3)
+    trained(difffract, run, f"rows={rows}")
+    evaluated(difffract, run)
+
+
+@pytest.mark.slow
+def test_a_run_from_the_model_is_compared_with_one_from_rows(difffract, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "stored" / "transcoders"
+    trained(difffract, run)
+    harvested(difffract, tmp_path / "rows")
+    trained(difffract, tmp_path / "stored", f"rows={tmp_path / 'rows'}")
+    alone = evaluated(difffract, run)
+    status, out, err = difffract("evaluate", "tiny", run, other, "--out", tmp_path / "both", *FEW)
     assert status == 0, err
     *sites, mean = json.loads(out)["sites"]
     assert len(sites) == 8 and mean["site"] == "mean" and mean["fvu"]["a"] == pytest.approx(alone["fvu"])
@@ -70,7 +95,7 @@ def test_rows_training_and_report_from_end_to_end(difffract, tmp_path):
         ("train", ("batch=256",), "buffer_rows must be at least batch, 256"),
         ("train", ("rows=nothing",), "holds no config.json"),
         ("train", ("prompts=pyproject.parquet",), "pyproject.parquet is not a file of prompts"),
-        ("train", ("out=gs://bucket/run",), "gs:/bucket/run is a remote path"),
+        ("train", ("out=ftp://bucket/run",), "gs:// or s3://, but got ftp://"),
         ("train", ("out=/sys/run",), "/sys/run: "),
         ("train", ("step=3",), "`step` is not a setting; did you mean `steps`?"),
         ("train", ("out=pyproject.toml/run",), "Not a directory"),

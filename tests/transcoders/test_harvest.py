@@ -10,7 +10,7 @@ import pytest
 from difffract_jax.address import IMAGE, TEXT, Layout, Stack
 from difffract_jax.config import UserError
 from difffract_jax.models.mmdit import Inputs
-from difffract_jax.models.pipeline import encode, model_velocity, plan_run, sample, step_inputs
+from difffract_jax.models.pipeline import encode, encode_run, model_velocity, plan_run, sample, step_inputs
 from difffract_jax.models.stacks import run_stack, run_stacks
 from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.sharding import make_mesh
@@ -40,6 +40,29 @@ def pipe():
 def sampler(pipe, sites=ALL, **more):
     run = plan_run(pipe.config, steps=2, height=16, width=24, text_tokens=40)
     return Sampler(pipe, sites, run, PromptWorld(caption, "train", 0.1), seed=3, prompts_at_once=2, **more)
+
+
+@pytest.mark.slow
+def test_with_guidance_by_two_branches_both_evaluations_give_rows(pipe):
+    run = plan_run(pipe.config, steps=2, height=16, width=24, text_tokens=40)
+    run = run._replace(guidance=2.5, two_branches=True, negative_prompt="a grey thing")
+    prompts = PromptWorld(caption, "train", 0.1)
+    negative = encode(pipe, run.negative_prompt, 40)
+    source = Sampler(pipe, ALL, run, prompts, seed=3, prompts_at_once=2, negative=negative)
+    chunk = source.chunk(1)
+    encoded = encode_run(pipe, source.prompts(3), run)  # the second of chunk 1
+    z = sample(model_velocity, pipe.transformer, run, encoded, source.noise(np.array([3]))[0], stop=1)
+    places = {name: len(mask.ravel()) // 8 for name, mask in chunk.valid.items()}  # of 2 steps, branches and prompts
+    for branch, one in enumerate(encoded.branches):
+        h, cond = pipe.transformer.embed(step_inputs(run, one, z, 1), run.grid)
+        _, (double, _) = run_stacks(pipe.transformer.stacks, h, cond, tap=lambda visit: visit.acts.mlp_in)
+        tokens = int(one.mask.sum())
+        begin = (4 + 2 * branch + 1) * places["txt"]
+        assert chunk.valid["txt"][begin : begin + places["txt"]].sum() == tokens
+        rows = chunk.rows["txt"].x[0, begin : begin + places["txt"]][:tokens]
+        order = np.lexsort(np.asarray(rows).T)
+        theirs = np.asarray(double[1][1][:tokens])
+        assert relative_error(np.asarray(rows)[order], theirs[np.lexsort(theirs.T)]) <= TOL.f32_block
 
 
 def test_rows_are_what_the_model_computes(pipe):
@@ -226,6 +249,17 @@ def test_a_failed_harvest_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_store({"train": Failing()}, {"train": 2}, tmp_path / "s", {})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_list_of_fewer_prompts_than_processes_is_refused(pipe, tmp_path, monkeypatch):
+    (tmp_path / "few.txt").write_text("".join(f"{caption(n)}\n" for n in range(9)), encoding="utf-8")
+    settings = TrainConfig(model="m", prompts=str(tmp_path / "few.txt"), validation_share=0.4)
+    sides = split_prompts([caption(n) for n in range(9)], 0.4, 0)
+    monkeypatch.setattr(jax, "process_count", lambda: len(sides["train"].prompts) + 1)
+    with pytest.raises(
+        UserError, match=r"few.txt has (\d+) prompts for train, fewer than the \d+ processes that share"
+    ):
+        open_sampler(settings, pipe, "train")
 
 
 def test_no_prompt_is_on_both_sides_and_every_epoch_has_all():

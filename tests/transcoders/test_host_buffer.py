@@ -65,7 +65,7 @@ def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole") / "run")
 
 
-@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("where", [pytest.param("host", marks=pytest.mark.slow), "disk"])
 def test_a_run_and_its_resumption_are_those_with_a_buffer_on_the_device_bit_for_bit(whole, tmp_path, where):
     assert same(run(tmp_path / "run", buffer=where), whole)
     assert not (tmp_path / "run" / host_buffer.FILE).exists(), "what is left of the buffer is in the checkpoints"
@@ -75,7 +75,9 @@ def test_a_run_and_its_resumption_are_those_with_a_buffer_on_the_device_bit_for_
     assert same(run(tmp_path / "cut", buffer=where, resume=True), whole)
 
 
-@pytest.mark.parametrize(("first", "then"), [("device", "host"), ("disk", "device")])
+@pytest.mark.parametrize(
+    ("first", "then"), [("device", "host"), pytest.param("disk", "device", marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_with_its_buffer_elsewhere(whole, tmp_path, first, then):
     with pytest.raises(Stopped):
         run(tmp_path / "run", buffer=first, stop_at=6)

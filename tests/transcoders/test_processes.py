@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,43 @@ class Place:
         numbers = sorted(int(each) for each in names if each.isdecimal())
         return numbers, any("tmp" in each for each in names)
 
+    def joined(self, name, *more, processes=2, devices=1, differing=None, **how):
+        """Starts a run of several processes, and returns them.
+
+        Args:
+            name: of the run.
+            more: options.
+            processes: how many.
+            devices: of each.
+            differing: by number of the process, what it is given besides.
+            how: as for `train`.
+        """
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        return [
+            self.train(
+                name,
+                *more,
+                *(differing or {}).get(n, ()),
+                *("--join", f"localhost:{port},{n},{processes}"),
+                log=f"{name}-{n}",
+                devices=devices,
+                **how,
+            )
+            for n in range(processes)
+        ]
+
+    def ended(self, name, processes):
+        """Waits for processes, and returns their exit statuses and what each said on stderr."""
+        return [finish(process, self.path / f"{name}-{n}") for n, process in enumerate(processes)]
+
+    def wait_for(self, name, step, processes):
+        """Waits until a run has a checkpoint of a step or a later one."""
+        while max(self.checkpoints(name)[0], default=-1) < step:
+            assert all(process.is_alive() for process in processes), self.ended(name, processes)
+            time.sleep(0.01)
+
 
 def same(a, b):
     return all(map(np.array_equal, a, b))
@@ -93,6 +131,57 @@ def place(tmp_path_factory):
 def eight(place):
     """The weights of an uninterrupted run on eight devices of one process."""
     return place.trained("eight", every=STEPS // 2, mesh="data=4,feature=2", devices=8)
+
+
+@pytest.mark.slow
+def test_two_processes_harvest_and_measure_what_one_does(place):
+    root = Path(__file__).parents[2]
+    small = (
+        "tokens_per_step=8",
+        "steps_per_image=2",
+        "height=16",
+        "width=24",
+        f"prompts={root / 'configs/prompts.txt'}",
+    )
+    small += ("model=tiny", "sites=[img/0,txt/1]", "prompts_at_once=2", "validation_share=0.2")
+    given = [part for each in small for part in ("--set", each)]
+
+    def run(name, processes, *arguments, more=()):
+        sets = [part for each in more for part in ("--set", each)]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        joins = [("--join", f"localhost:{port},{n},{processes}") if processes > 1 else () for n in range(processes)]
+        logs = [place.path / f"{name}-{processes}-{n}" for n in range(processes)]
+        started = [
+            start((*arguments, *sets, *join), log, cache=place.cache) for join, log in zip(joins, logs, strict=True)
+        ]
+        for process, log in zip(started, logs, strict=True):
+            status, said = finish(process, log)
+            assert status == 0, said
+
+    for processes in (1, 2):
+        more = (f"out={place.path / f'rows-{processes}'}", "train_prompts=6", "validation_prompts=3")
+        run("harvest", processes, "harvest", *given, more=more)
+    files = [{p.name: p.read_bytes() for p in (place.path / f"rows-{n}").glob("*.safetensors")} for n in (1, 2)]
+    assert files[0] == files[1] and len(files[0]) == 5
+    settings = (
+        "steps=4",
+        "batch=32",
+        "buffer_rows=128",
+        "time_embed=8",
+        "warmup=2",
+        "k=4",
+        "expansion=2",
+        f"out={place.path / 'tiny'}",
+    )
+    run("train", 1, "train", *given, more=settings)
+    reports = []
+    for processes in (1, 2):
+        few = ("--prompts-count", 5, "--velocity-count", 3, "--images", 1, "--out", place.path / f"report-{processes}")
+        run("evaluate", processes, "evaluate", place.path / "tiny", *few)
+        reports.append(json.loads((place.path / f"report-{processes}" / "evaluation.json").read_text())["results"])
+    assert reports[0] == reports[1]
 
 
 def kill(place, name, more, pause, writing, **how):
@@ -119,11 +208,10 @@ def kill(place, name, more, pause, writing, **how):
     return kept
 
 
-@pytest.mark.parametrize(
-    ("kills", "steps"), [(1, 12), *(pytest.param(*many, marks=pytest.mark.slow) for many in ((3, 24), (10, 80)))]
-)
-def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(place, kills, steps):
-    whole, name = place.trained(f"whole-{kills}", steps=steps, every=steps), f"killed-{kills}"
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(place):
+    kills, steps, name = 4, 32, "killed"
+    whole = place.trained("whole", steps=steps, every=steps)
     rng, kept = np.random.default_rng(kills), []
     for number in range(kills):
         moment = int(rng.integers(2, 5)), rng.uniform(0, 0.08)
@@ -139,18 +227,8 @@ def test_killed_at_random_moments_a_run_loses_nothing_past_its_last_checkpoint(p
 
 
 def test_two_processes_train_as_one(place, eight):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = [
-        place.train(
-            "two", "--join", f"localhost:{port},{n},2", log=f"two-{n}", every=8, mesh="data=4,feature=2", devices=4
-        )
-        for n in range(2)
-    ]
-    for n, process in enumerate(started):
-        status, said = finish(process, place.path / f"two-{n}")
-        assert status == 0, said
+    ended = place.ended("two", place.joined("two", every=8, mesh="data=4,feature=2", devices=4))
+    assert [status for status, _ in ended] == [0, 0], ended
     tables = ["rows_per_second" in (place.path / f"two-{n}.out").read_text() for n in range(2)]  # Gloo prints there too
     assert tables == [True, False], "the first process speaks for all"
     assert close(place.weights("two"), eight)
@@ -158,14 +236,46 @@ def test_two_processes_train_as_one(place, eight):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 1])
-def test_a_checkpoint_of_eight_devices_resumes_on_fewer(place, eight, devices):
-    name = f"on-{devices}"
+SOME = 60
+"""Steps of a run that is to go on still when it is killed."""
+
+
+@pytest.mark.parametrize(("dying", "goes_on"), [(1, False), pytest.param(0, True, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_other_in_one_sentence_and_one_process_goes_on_alone(place, dying, goes_on):
+    name = f"dying-{dying}"
+    processes = place.joined(name, every=4, steps=SOME, mesh="data=2", adds=False)
+    place.wait_for(name, 4, processes)
+    os.kill(processes[dying].pid, signal.SIGKILL)
+    ended = place.ended(name, processes)
+    assert ended[dying][0] == -signal.SIGKILL
+    status, said = ended[1 - dying]
+    kept = max(place.checkpoints(name)[0])
+    assert status == 1 and said.count("\n") == 1, said
+    assert said.startswith(f"Error: Process {dying} on {socket.gethostname()} has died, which ends all 2 processes; ")
+    assert f"checkpoint {kept} is intact" in said and said.strip().endswith(" --resume"), said
+    if goes_on:
+        whole = place.trained(f"whole-{name}", every=SOME, steps=SOME, mesh="data=2", devices=2)
+        assert same(place.trained(name, every=SOME, steps=SOME, mesh="data=2", devices=2), whole)
+
+
+def test_what_differs_between_processes_is_named_by_the_first_alone(place):
+    differing = {1: ("--set", "lr=0.5", "--set", "log_every=3")}
+    ended = place.ended("differing", place.joined("differing", mesh="data=2", differing=differing))
+    assert [status for status, _ in ended] == [1, 1]
+    assert ended[1][1] == "" and ended[0][1] == (
+        "Error: The processes have different settings or versions: lr is 0.003 in process 0, 0.5 in process 1; "
+        "log_every is 1 in process 0, 3 in process 1; start all of them with the same.\n"
+    )
+    assert not (place.path / "differing").exists()
+
+
+def test_a_checkpoint_of_eight_devices_resumes_on_one(place, eight):
+    name = "on-one"
     shutil.copytree(place.path / "eight", place.path / name)
     for later in ("transcoders", f"checkpoints/{STEPS}"):
         shutil.rmtree(place.path / name / later)
     assert place.checkpoints(name)[0] == [STEPS // 2]
-    assert close(place.trained(name, every=STEPS, mesh=f"data={devices}", devices=devices), eight)
+    assert close(place.trained(name, every=STEPS, mesh="data=1", devices=1), eight)
     said = json.loads((place.path / name / "metrics.jsonl").read_text().splitlines()[STEPS // 2])
     first = json.loads((place.path / "eight" / "metrics.jsonl").read_text().splitlines()[STEPS // 2])
     assert said["time"] > first["time"], "these steps were done again"

@@ -45,6 +45,7 @@ def caption(number):
     return scenes(60_000, number // 8, 8).captions[number % 8]
 
 
+@pytest.mark.slow
 def test_images_stay_right_with_all_mlps_replaced(pipe):
     rows = {row["what"]: row["right"] for row in accuracies(pipe, load_transcoders("organism"), 64)}
     assert rows["all MLPs replaced"] >= rows["model"] - 2  # three points

@@ -13,6 +13,7 @@ from converters.mapping import ArraySource, load_tree, save_tree
 from converters.transcoders import TRANSCODER_TORCH, stacked_transcoders
 from difffract_jax.sharding import make_mesh
 from difffract_jax.transcoders.objective import ActivationRows, Objective, site_loss
+from difffract_jax.transcoders.revival import matmul
 from difffract_jax.transcoders.state import (
     Moments,
     TrainState,
@@ -131,7 +132,7 @@ def sharded(state, recipe, shape):
 
 
 @pytest.mark.parametrize(
-    "kind", ["topk", "jumprelu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("relu", "batchtopk"))]
+    "kind", ["topk", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("relu", "batchtopk", "jumprelu"))]
 )
 def test_eight_devices_and_pmap_give_what_one_device_gives(kind):
     state, recipe, batches = make(kind)
@@ -199,7 +200,9 @@ def test_the_threshold_finds_the_wanted_l0():
     assert np.all(np.asarray(state.params.threshold[...]) >= 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["topk", "jumprelu", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("relu", "batchtopk"))]
+)
 def test_exported_transcoders_act_on_unscaled_rows(kind):
     state, recipe, batches = make(kind)
     state, _ = run(state, jax.jit(partial(train_step, recipe=recipe)), batches)
@@ -248,7 +251,7 @@ def test_the_optimiser_is_optax_s_adamw():
     assert relative_error(ours, theirs) <= 1e-6
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", pytest.param("batchtopk", marks=pytest.mark.slow)])
 def test_a_dead_feature_that_is_always_negative_is_lifted_and_no_other(kind):
     state, _, batches = make(kind)
     shape, rows = state.params.config, jax.tree.map(lambda a: a[0], batches[0])
@@ -266,3 +269,14 @@ def test_a_dead_feature_that_is_always_negative_is_lifted_and_no_other(kind):
     np.testing.assert_array_equal(without[:3], 0)
     np.testing.assert_allclose(lifted[[0, 2]], -1e-3, rtol=TOL.f32_block)  # every row asks for more
     np.testing.assert_array_equal(np.delete(lifted, [0, 2]), np.delete(without, [0, 2]))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_products_in_float32_keep_their_factors_on_every_machine(bf16):
+    """By JAX's default an accelerator would round them to bfloat16, or to 10 bits."""
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+    with jax.default_matmul_precision("default"):
+        both_ways = jax.make_jaxpr(jax.grad(lambda pair: matmul(*pair, bf16).sum()))((a, b))
+    products = [eqn.params for eqn in both_ways.eqns if eqn.primitive.name == "dot_general"]
+    highest = (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)
+    assert len(products) >= 2 and all((one["precision"] == highest) != bf16 for one in products)

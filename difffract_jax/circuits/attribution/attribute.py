@@ -15,7 +15,7 @@ host (`expansion`). Every target's bias is the affine map evaluated at zero sour
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jax.sharding import Mesh
@@ -25,7 +25,8 @@ from difffract_jax.circuits.attribution import expansion as expanding
 from difffract_jax.circuits.attribution.engine import Engine, Output, make_engine, pull_rows, read_targets
 from difffract_jax.circuits.attribution.expansion import Expansion
 from difffract_jax.circuits.attribution.explained import add_scores, check_explainable
-from difffract_jax.circuits.attribution.pullback import PullOptions
+from difffract_jax.circuits.attribution.pooled_graph import add_pooled, check_pooled
+from difffract_jax.circuits.attribution.pullback import PRECISIONS, PullOptions
 from difffract_jax.circuits.attribution.selection import target_row
 from difffract_jax.circuits.frozen.replacement import Prepared
 from difffract_jax.circuits.notation.feature import Feature
@@ -33,6 +34,7 @@ from difffract_jax.circuits.trace.capture import Span, Trace
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import Graph, conservation_scale
 from difffract_jax.graphs.provenance import AttributionSettings, PooledPath, Rounding, TraceInfo
+from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 LARGEST_BATCH = 64
@@ -46,7 +48,7 @@ def attribute(
     trace: Trace | Span | Prepared,
     tcs: TranscoderSet,
     *,
-    target: Target | Sequence[tuple[Target, float]],
+    target: Target | str | Sequence[tuple[Target | str, float]],
     max_nodes: int = 1000,
     expansion_batch: int = 50,
     min_attribution: float = 1e-3,
@@ -55,6 +57,8 @@ def attribute(
     precision: Literal["f32", "bf16"] = "f32",
     attention: Literal["frozen", "explained"] = "frozen",
     max_scores: int = 50,
+    pooled: Literal["frozen", "explained"] = "frozen",
+    pipe: Pipeline | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Graph:
     """Traces the circuit behind one target, or several weighted ones.
@@ -62,8 +66,9 @@ def attribute(
     Args:
         trace: from `capture`, or from `capture_steps` for one graph over several steps; or either from `prepare`.
         tcs: the transcoders it was captured for.
-        target: a feature, where it names several positions the one among them where it is strongest; or an output from
-            `outputs.resolve_target`; or several of them with positive weights, which share the influence.
+        target: a feature or its text, as in `img/1/f159@13`, where it names several positions the one among them where
+            it is strongest; or an output from `outputs.resolve_target`; or several of them with positive weights, as
+            in `[(target, 1.0), ...]`, which share the influence.
         max_nodes: features and outputs to expand, the targets included.
         expansion_batch: features expanded between two computations of influence.
         min_attribution: smallest absolute edge kept, in units of its target; features of a smaller value are no sources
@@ -74,26 +79,31 @@ def attribute(
         precision: of the pull-back's products. `bf16` rounds their factors and sums in float32; recorded values,
             attention patterns, biases and pre-activations stay in float32. Its error is measured on the first target
             and kept in the graph's provenance under `precision`.
-        attention: whether attention is taken as it was, or its scores become nodes too, of one step and on one device:
-            those that bear most on the graph's targets, each driven by what makes its query and its keys.
-        max_scores: at most so many; the others are one node per block.
+        attention: whether attention is taken as it was, or its scores become nodes too: those that bear most on the
+            graph's targets, each driven by what makes its query and its keys.
+        max_scores: at most so many, of all steps; the others are one node per block and step.
+        pooled: whether modulations are taken as they were, or become nodes too, with what each brings to the exchange
+            of the pooled embedding, and the prompt's words behind them; of one step and on one device.
+        pipe: the pipeline that was traced, its blocks in memory; needed where the pooled path is explained.
         progress: called with (nodes expanded, `max_nodes`).
 
     Returns:
         The graph, position by position; `prune` sums over positions. Its provenance says under `pooled_path` how each
         target's value changes when only the pooled embedding becomes that of the empty prompt, a path that the
-        replacement holds constant; under `attention` what scores add to each target.
+        replacement holds constant (empty where the model has none); under `attention` what scores add to each target,
+        under `pooled` what modulations do.
 
     Raises:
         UserError: if a target does not exist, is inactive or is not traced, contradicts another, is reached by no
-            source, or a number is out of range; or if attention is neither frozen nor explained, or cannot be
-            explained.
+            source, or a number is out of range; if precision is neither f32 nor bf16; or if attention or the pooled
+            path is neither frozen nor explained, or cannot be explained.
     """
-    wanted = [(target, 1.0)] if isinstance(target, Feature | Output) else list(target)
+    alone = isinstance(target, Feature | Output | str)
+    wanted = [(_target(one), weight) for one, weight in ([(target, 1.0)] if alone else target)]
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
-    _check_attention(attention, trace, max_scores, mesh)
-    options = PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
+    _check_explained(attention, pooled, trace, max_scores, pipe, mesh)
+    options = pull_options(mesh, precision)
     outputs = tuple(one for one, _ in wanted if isinstance(one, Output))
     # What explains attention runs all blocks in one program, so that it needs all decoder rows at once.
     engine = make_engine(trace, tcs, outputs, options, rows="auto" if attention == "frozen" else "held")
@@ -120,17 +130,27 @@ def attribute(
         min_attribution=min_attribution,
         max_scores=max_scores if attention == "explained" else None,
     )
-    return expanding.compact(state).with_provenance(
+    graph = expanding.compact(state).with_provenance(
         run=trace.info,
         attribution=settings,
-        transcoders=tcs.source,
-        steps=tuple(info.step for info in engine.infos),
-        pooled_path=_pooled_path(engine, roots),
         attention=told,
         precision=rounding_error(engine, roots[:1], batch) if precision != "f32" else None,
         target_weights=tuple(weights.tolist()) if len(wanted) > 1 else (1.0,),
-        sources=_origins(trace.info, tcs),
+        **_facts(engine, roots, tcs),
     )
+    explaining = pooled == "explained" and pipe is not None
+    return add_pooled(graph, engine, roots, pipe, min_attribution) if explaining else graph
+
+
+def _facts(engine: Engine, roots: Int64[np.ndarray, "target"], tcs: TranscoderSet) -> dict[str, Any]:
+    """Returns what a graph says of its run, whatever was asked of it."""
+    info = engine.info
+    return {
+        "transcoders": tcs.source,
+        "steps": tuple(dict.fromkeys(one.step for one in engine.infos)),
+        "pooled_path": _pooled_path(engine, roots),
+        "sources": _origins(info, tcs),
+    }
 
 
 def _origins(info: TraceInfo, tcs: TranscoderSet) -> dict[str, str] | None:
@@ -139,11 +159,36 @@ def _origins(info: TraceInfo, tcs: TranscoderSet) -> dict[str, str] | None:
     return {role: origin for role, origin in origins.items() if origin} or None
 
 
-def _check_attention(attention: str, trace: Trace | Span | Prepared, max_scores: int, mesh: Mesh | None) -> None:
-    if attention not in ("frozen", "explained"):
-        raise UserError(f"attention must be frozen or explained, but got {attention!r}.")
+def pull_options(mesh: Mesh | None, precision: str) -> PullOptions:
+    """Returns the options of a pull-back.
+
+    Args:
+        mesh: devices; one alone is none.
+        precision: of the products, one of `pullback.PRECISIONS`.
+
+    Raises:
+        UserError: if there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be {' or '.join(PRECISIONS)}, but got {precision!r}.")
+    return PullOptions(mesh if mesh is not None and mesh.size > 1 else None, precision)
+
+
+def _check_explained(
+    attention: str,
+    pooled: str,
+    trace: Trace | Span | Prepared,
+    max_scores: int,
+    pipe: Pipeline | None,
+    mesh: Mesh | None,
+) -> None:
+    for name, value in (("attention", attention), ("pooled", pooled)):
+        if value not in ("frozen", "explained"):
+            raise UserError(f"{name} must be frozen or explained, but got {value!r}.")
     if attention == "explained":
-        check_explainable(trace, max_scores, mesh)
+        check_explainable(trace, max_scores)
+    if pooled == "explained":
+        check_pooled(trace, pipe, mesh)
 
 
 def _check_numbers(max_nodes: int, expansion_batch: int, min_attribution: float, target_batch: int | None) -> None:
@@ -156,6 +201,10 @@ def _check_numbers(max_nodes: int, expansion_batch: int, min_attribution: float,
             raise UserError(f"{name} must be at least 1, but got {value}.")
     if not min_attribution >= 0:
         raise UserError(f"min_attribution must be 0 or more, but got {min_attribution}.")
+
+
+def _target(target: Target | str) -> Target:
+    return Feature.parse(target) if isinstance(target, str) else target
 
 
 def _check_targets(wanted: list[tuple[Target, float]], max_nodes: int) -> None:
@@ -184,7 +233,7 @@ def _roots(engine: Engine, wanted: list[tuple[Target, float]]) -> tuple[Int64[np
             found.append(engine.sources + outputs)
             outputs += 1
             if one.step not in [info.step for info in engine.infos]:
-                steps = ", ".join(str(info.step) for info in engine.infos)
+                steps = ", ".join(map(str, dict.fromkeys(info.step for info in engine.infos)))
                 raise UserError(f"{one.name} lies in step {one.step}, but the traced steps are {steps}.")
         else:
             found.append(target_row(engine, one))

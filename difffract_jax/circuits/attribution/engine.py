@@ -4,13 +4,15 @@ Within a step `pullback` does the work. Between steps, packed latents obey
 
     z_i = z_0 + sum over j < i of (sigma_{j+1} - sigma_j) v_j
 
-so that a cotangent G of z_i is one of every earlier velocity, times its step of sigma, and of z_0. Walking the steps
-backwards, G gathers what reaches each step's latents:
+so that a cotangent G of z_i is one of every earlier velocity, times its step of sigma, and of z_0. With guidance by two
+branches v_j is the weighted sum of two evaluations' velocities, s and 1 - s, which read the same latents: each has its
+own place in the table, and everything below is said of evaluations. Walking the steps backwards, G gathers what reaches
+each step's latents:
 
 1. At step j, targets of later steps are directions (sigma_{j+1} - sigma_j) G of v_j; features and outputs of step j
    enter as they are. All go through the blocks together.
-2. The cotangent of the image stream, pulled through its projection, is added to G; that of the text stream is gathered
-   in the same way, for all steps read one text embedding.
+2. The cotangent of the image stream, pulled through its projection, is added to G, of both branches once both are
+   done; that of the text stream is gathered in the same way, for all steps read one text embedding of each branch.
 
 Below the first step G and its counterpart meet the latents and the text embedding: the inputs' edges.
 """
@@ -23,6 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Int64
 
+from difffract_jax.circuits.attribution.carried import Carried, after_step, ends_step, enter
 from difffract_jax.circuits.attribution.expansion import SourceTable
 from difffract_jax.circuits.attribution.placement import (
     placed_steps,
@@ -36,11 +39,10 @@ from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import DecoderRows, Prepared, Replacement, Sources, prepare, run_affine
 from difffract_jax.circuits.frozen.streamed_sites import without_rows
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
-from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
-from difffract_jax.circuits.trace.record import RunOutputs, Weights
+from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo, main_info
+from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE, OUTPUT
-from difffract_jax.models.blocks import Streams
 from difffract_jax.models.streaming import streams_layers
 from difffract_jax.spread import on_mesh_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -52,7 +54,7 @@ class Output(NamedTuple):
     Attributes:
         name: as it was asked for.
         step: denoising step.
-        velocity: weights of the step's velocity v.
+        velocity: weights of the step's velocity v, with guidance by two branches that of both.
         latents: weights of the packed latents z entering the step.
         constant: what does not depend on either.
     """
@@ -68,9 +70,10 @@ class Engine(NamedTuple):
     """All that pulling targets back needs.
 
     Attributes:
-        infos: of the steps' traces.
+        infos: of the traces of the steps, or with guidance by two branches of both evaluations of each, in the order
+            of `Span`.
         steps: their replacements.
-        constants: what the affine map gives at zero sources, by step.
+        constants: what the affine map gives at zero sources, alike.
         outputs: targets that are not features; their rows end the table.
         across: whether images are carried back to the latents entering the first step.
         table: what the places of a row of edges stand for.
@@ -89,6 +92,11 @@ class Engine(NamedTuple):
     def sources(self) -> int:
         """Places in a row of edges."""
         return self.table.kind.size - len(self.outputs)
+
+    @property
+    def info(self) -> TraceInfo:
+        """Of the last step, with guidance by two branches of the prompt's."""
+        return main_info(self.infos)
 
 
 def make_engine(
@@ -141,18 +149,18 @@ def affine_constants(
     steps: tuple[Replacement, ...], infos: tuple[TraceInfo, ...], across: bool
 ) -> tuple[RunOutputs, ...]:
     """Returns what the affine map of every step gives at zero sources: what biases alone make of it."""
-    found = []
+    found, velocities = [], []
     with jax.default_matmul_precision("highest"), on_mesh_of(steps):
         z = jnp.zeros_like(steps[0].record.latents)
-        for prepared, info in zip(steps, infos, strict=True):
+        for number, prepared in enumerate(steps):
             zeros, sites = no_sources(prepared)
             if across:
-                zeros = zeros._replace(
-                    boundary=_enter(prepared.record.weights, z, jnp.zeros_like(prepared.record.text))
-                )
+                zeros = zeros._replace(boundary=enter(prepared.record.weights, z, jnp.zeros_like(prepared.record.text)))
             found.append(run_affine(prepared.record, sites, zeros)._replace(latents=z))
             if across:
-                z = z + _delta(info) * found[-1].velocity
+                velocities.append(found[-1].velocity)
+            if across and ends_step(infos, number):
+                z, velocities = after_step(z, infos[number + 1 - len(velocities) : number + 1], velocities), []
     return tuple(found)
 
 
@@ -162,25 +170,6 @@ def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...
     zeros = zeros._replace(values=tuple(v[:, :, :0] for v in zeros.values))
     cut = (s._replace(stack=without_rows(s.stack), layers=s.layers.without_features()) for s in prepared.sites)
     return zeros, tuple(cut)
-
-
-def _delta(info: TraceInfo) -> float:
-    """Returns by how much a step changes sigma."""
-    return info.sigmas[info.step + 1] - info.sigmas[info.step]
-
-
-def _enter(weights: Weights, latents: Array, text: Array) -> Streams:
-    """Returns the residual streams entering the first block."""
-    return Streams(weights.img_in(latents), weights.txt_in(text))
-
-
-@jax.jit
-def _pull_enter(weights: Weights, boundary: Streams) -> tuple[Array, Array]:
-    """Pulls cotangents of the residual streams back to (latents, text embedding)."""
-    with jax.default_matmul_precision("highest"):
-        kernels = (weights.img_in.kernel[...], weights.txt_in.kernel[...])
-        latents, text = (jnp.einsum("tsm,cm->tsc", c, k) for c, k in zip(boundary, kernels, strict=True))
-        return latents, text
 
 
 class TargetEdges(NamedTuple):
@@ -235,43 +224,38 @@ class _Reach:
         self.engine = engine
         self.step = np.where(rows >= 0, engine.table.step[rows], -1)
         self.rows = rows
-        record = engine.steps[0].record
-        self.latents = jnp.zeros((rows.size, *record.latents.shape), record.boundary.img.dtype)
-        self.text = jnp.zeros((rows.size, *record.text.shape), record.boundary.txt.dtype)
-        self.boundary: Streams | None = None
+        self.carried = Carried(engine.steps, engine.infos, rows.size)
         self.directed = engine.across or bool(engine.outputs)
 
     def through(self, number: int, spare: Array | None) -> Array:
-        """Pulls everything back through one step; returns the edges of its features and errors."""
-        prepared, info = self.engine.steps[number], self.engine.infos[number]
+        """Pulls everything back through one evaluation; returns the edges of its features and errors."""
+        prepared, info, carried = self.engine.steps[number], self.engine.infos[number], self.carried
         targets = targets_of(self.engine, self.rows, number)
         cotangent = None
         if self.directed:
             later = jnp.asarray(self.step > info.step)[:, None, None]
-            direction = jnp.where(later, _delta(info) * self.latents, 0)
+            direction = jnp.where(later, info.taken * carried.latents, 0)
             for i, row in enumerate(self.rows.tolist()):
                 if self._is_output(row, info.step):
                     output = self.engine.outputs[row - self.engine.sources]
-                    direction = direction.at[i].set(output.velocity)
-                    self.latents = self.latents.at[i].set(output.latents)
+                    direction = direction.at[i].set(info.velocity_weight * output.velocity)
+                    carried.latents = carried.latents.at[i].set(output.latents)
             cotangent = velocity_cotangent(prepared, direction)
         pulled = pull(prepared, targets, cotangent, spare, self.engine.options)
         if self.engine.across:
-            latents, text = _pull_enter(prepared.record.weights, pulled.boundary)
-            self.latents, self.text = self.latents + latents, self.text + text
-        self.boundary = pulled.boundary
+            carried.gather(number, pulled.boundary)
+        else:
+            carried.boundary = pulled.boundary
         return pulled.edges
 
     def inputs(self) -> Array:
         """Returns the edges of the inputs."""
-        record = self.engine.steps[0].record
-        latents = jnp.einsum("tsc,sc->ts", self.latents, record.latents, precision="highest")
         if self.engine.across:
-            text = jnp.einsum("tsc,sc->ts", self.text, record.text, precision="highest")
-            return jnp.concatenate([text, latents], axis=1)
-        assert self.boundary is not None
-        residual = input_edges(self.boundary, record.boundary)
-        return residual if record.velocity is None else jnp.concatenate([residual, latents], axis=1)
+            return self.carried.inputs()
+        record = self.engine.steps[0].record
+        assert self.carried.boundary is not None
+        residual = input_edges(self.carried.boundary, record.boundary)
+        return residual if record.velocity is None else jnp.concatenate([residual, self.carried.from_latents()], axis=1)
 
     def _is_output(self, row: int, step: int) -> bool:
         table = self.engine.table
@@ -279,16 +263,17 @@ class _Reach:
 
 
 def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
-    """Returns rows of the table as targets of one step: later ones are directions there, earlier ones nothing.
+    """Returns rows of the table as targets of one evaluation: later ones are directions there, others nothing.
 
     Args:
         engine: from `make_engine`.
         rows: of the table; -1 for places that only fill up.
-        number: of the step within the span.
+        number: of the evaluation within the span.
     """
     info, table = engine.infos[number], engine.table
-    kind, step = (np.where(rows >= 0, column[rows].astype(int), -1) for column in (table.kind, table.step))
-    feature = (kind == FEATURE) & (step == info.step)
+    columns = (table.kind, table.step, table.branch)
+    kind, step, branch = (np.where(rows >= 0, column[rows].astype(int), -1) for column in columns)
+    feature = (kind == FEATURE) & (step == info.step) & (branch == info.branch)
     direction = ((kind == OUTPUT) & (step == info.step)) | (step > info.step if engine.across else False)
     block, stream = (column[rows].astype(np.int64) for column in (table.block, table.stream))
     group = info.layout.groups_at(block, stream)
@@ -313,18 +298,21 @@ def read_targets(
     Args:
         engine: from `make_engine`.
         rows: features or outputs of the table.
-        readings: of the run, by step.
+        readings: of the run, by evaluation.
     """
-    values = np.zeros(rows.size)
+    values, table = np.zeros(rows.size), engine.table
     for number, (prepared, info, reading) in enumerate(zip(engine.steps, engine.infos, readings, strict=True)):
-        here = np.flatnonzero((engine.table.kind[rows] == FEATURE) & (engine.table.step[rows] == info.step))
+        of_step = table.step[rows] == info.step
+        here = np.flatnonzero((table.kind[rows] == FEATURE) & of_step & (table.branch[rows] == info.branch))
         if here.size:
             targets = targets_of(engine, rows[here], number)
             values[here] = exact_preactivations(prepared, targets, reading.mlp_in)
-        for i in np.flatnonzero((engine.table.kind[rows] == OUTPUT) & (engine.table.step[rows] == info.step)):
+        for i in np.flatnonzero((table.kind[rows] == OUTPUT) & of_step):
             output = engine.outputs[int(rows[i]) - engine.sources]
             assert reading.velocity is not None
-            values[i] = output_value(output, reading.velocity, reading.latents)
+            values[i] += info.velocity_weight * _inner(output.velocity, reading.velocity)
+            if ends_step(engine.infos, number):
+                values[i] = output.constant + (values[i] + _inner(output.latents, reading.latents))
     return values
 
 
@@ -336,5 +324,8 @@ def output_value(output: Output, velocity: Float[Array, "img outputs"], latents:
         velocity: of its step.
         latents: entering that step.
     """
-    pairs = ((output.velocity, velocity), (output.latents, latents))
-    return output.constant + sum(float(np.vdot(*(np.asarray(a, np.float64) for a in pair))) for pair in pairs)
+    return output.constant + (_inner(output.velocity, velocity) + _inner(output.latents, latents))
+
+
+def _inner(*pair: Array) -> float:
+    return float(np.vdot(*(np.asarray(array, np.float64) for array in pair)))

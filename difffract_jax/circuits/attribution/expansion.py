@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int16, Int32, Int64, UInt8
 from numpy.typing import NDArray
 
-from difffract_jax.address import STREAMS, Layout
+from difffract_jax.address import BRANCHES, STREAMS, Layout
 from difffract_jax.graphs.arrays import DTYPES
 from difffract_jax.graphs.graph import ERROR, FEATURE, REST, SCORE, Graph
 from difffract_jax.graphs.influence import column_shares, reach
@@ -40,6 +40,7 @@ class SourceTable(NamedTuple):
         feature: -1 for all else.
         value: a feature's value, 0 for places that hold none; 1 for errors, inputs and outputs.
         step: denoising step; inputs that several steps share have the first.
+        branch: of guidance, 0 prompt or 1 negative; latents that both branches share, and outputs, have 0.
     """
 
     kind: UInt8[np.ndarray, "source"]
@@ -49,6 +50,7 @@ class SourceTable(NamedTuple):
     feature: Int32[np.ndarray, "source"]
     value: Float32[np.ndarray, "source"]
     step: Int16[np.ndarray, "source"]
+    branch: UInt8[np.ndarray, "source"]
 
 
 class Edges(NamedTuple):
@@ -191,9 +193,9 @@ def add(
 
 
 def _runs(table: SourceTable) -> Int64[np.ndarray, "run ends"]:
-    """Returns begin and end of the stretches of a table that are of one step and block each."""
-    changed = np.diff(table.block, prepend=np.int16(-2)) | np.diff(table.step, prepend=np.int16(-1))
-    begin = np.flatnonzero(changed)
+    """Returns begin and end of the stretches of a table that are of one step, branch and block each."""
+    columns = np.stack([table.block, table.step, table.branch.astype(np.int16)])
+    begin = np.flatnonzero(np.any(np.diff(columns, axis=1, prepend=-2), axis=0))
     return np.stack([begin, np.append(begin[1:], table.block.size)], axis=1)
 
 
@@ -262,7 +264,7 @@ def compact(state: Expansion) -> Graph:
     nodes = np.unique(np.concatenate([source, state.expanded]))
     row = nodes % table.kind.size
     kind = np.where(nodes >= table.kind.size, REST, table.kind[row]).astype(np.uint8)
-    columns = (table.step, table.block, table.stream, table.position, table.feature)
+    columns = (table.step, table.branch, table.block, table.stream, table.position, table.feature)
     order = _node_order(kind, *(column[row] for column in columns))
     order = np.concatenate([np.searchsorted(nodes, state.targets), order[~np.isin(nodes[order], state.targets)]])
     nodes, row, kind = nodes[order], row[order], kind[order]
@@ -275,6 +277,7 @@ def compact(state: Expansion) -> Graph:
     return Graph(
         node_kind=kind,
         node_step=table.step[row],
+        node_branch=table.branch[row],
         node_stream=table.stream[row],
         node_block=table.block[row],
         node_position=table.position[row],
@@ -328,9 +331,10 @@ def _rest_edges(state: Expansion, edges: Edges) -> Edges:
 
 
 def _sites(table: SourceTable, rows: Any) -> Int64[np.ndarray, "row"]:
-    """Returns one number per (step, stream, block); inputs have block -1, hence the 1."""
+    """Returns one number per (step, branch, stream, block); inputs have block -1, hence the 1."""
     blocks = int(table.block.max()) + 2
-    place = table.step[rows].astype(np.int64) * len(STREAMS) + table.stream[rows]
+    place = table.step[rows].astype(np.int64) * len(BRANCHES) + table.branch[rows]
+    place = place * len(STREAMS) + table.stream[rows]
     return place * blocks + table.block[rows] + 1
 
 

@@ -8,23 +8,25 @@
 3. An edge into a score is the part of its value that a source makes (`score_sides`); with the constant they add up to
    it.
 
-Only the graph's own targets have edges from scores: features between read attention as it was.
+Only the graph's own targets have edges from scores: features between read attention as it was. Over several steps the
+scores of all steps up to a target's are candidates.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float64, Int64
 
+from difffract_jax.circuits.attribution.carried import after_step, ends_step
 from difffract_jax.circuits.attribution.engine import Engine, targets_of
 from difffract_jax.circuits.attribution.expansion import Edges, Expansion, ScoreRows, Totals, edges_of
-from difffract_jax.circuits.attribution.score_gradients import ChosenScores, choose_scores, removal_effects
-from difffract_jax.circuits.attribution.score_sides import (
-    attention_tokens,
-    entering_blocks,
-    sides_of_block,
+from difffract_jax.circuits.attribution.score_gradients import (
+    ChosenScores,
+    at_highest,
+    choose_scores,
+    removal_effects,
 )
+from difffract_jax.circuits.attribution.score_sides import attention_tokens, sides_of_scores
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Prepared, Sources, run_replacement
 from difffract_jax.circuits.frozen.targets import inputs_at, target_gradients
@@ -33,27 +35,22 @@ from difffract_jax.circuits.trace.record import Record
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import OUTPUT, SCORE
 from difffract_jax.graphs.held_paths import ExplainedAttention
+from difffract_jax.models.blocks import Streams, both
 from difffract_jax.models.streaming import streams_layers
 
 
-def check_explainable(trace: Trace | Span | Prepared, max_scores: int, mesh: Mesh | None) -> None:
+def check_explainable(trace: Trace | Span | Prepared, max_scores: int) -> None:
     """Refuses what attention is not explained of.
 
     Args:
         trace: what is traced.
         max_scores: how many scores may be nodes.
-        mesh: devices.
 
     Raises:
-        UserError: if it is a span or spread over devices, or was prepared with decoder rows that are streamed; or the
-            number is negative.
+        UserError: if it was prepared with decoder rows that are streamed; or the number is negative.
     """
     if max_scores < 0:
         raise UserError(f"max_scores must be 0 or more, but got {max_scores}.")
-    if isinstance(trace.trace if isinstance(trace, Prepared) else trace, Span):
-        raise UserError("Attention is explained within one step, not over several; trace a single step, as --step 1.")
-    if mesh is not None and mesh.size > 1:
-        raise UserError("Attention is explained on one device as yet; leave the mesh out.")
     if isinstance(trace, Prepared) and streams_layers([one.stack for step in trace.steps for one in step.sites]):
         raise UserError('Attention is explained with all decoder rows in memory; prepare the trace with rows="held".')
 
@@ -63,7 +60,7 @@ def add_scores(state: Expansion, engine: Engine, most: int) -> tuple[Expansion, 
 
     Args:
         state: the expansion.
-        engine: of one step, without a mesh.
+        engine: from `engine.make_engine`.
         most: how many scores may be nodes of their own.
 
     Returns:
@@ -88,6 +85,7 @@ def add_scores(state: Expansion, engine: Engine, most: int) -> tuple[Expansion, 
 
 def _with_rows(state: Expansion, engine: Engine, chosen: ChosenScores) -> Expansion:
     """Returns the expansion with rows for the scores at the end of its table, then for the rest of every block."""
+    # All evaluations of a span have the same blocks and tokens.
     info, stacks = engine.infos[0], engine.steps[0].record.weights.stacks
     stream, position, key_stream, key_position = (np.zeros(chosen.block.size, np.int64) for _ in range(4))
     for block in np.unique(chosen.block).tolist():
@@ -103,8 +101,11 @@ def _with_rows(state: Expansion, engine: Engine, chosen: ChosenScores) -> Expans
         "position": np.concatenate([position, none - 1]),
         "value": np.concatenate([chosen.value, none + 1.0]),
     }
-    count = columns["block"].size
-    columns |= {"kind": np.full(count, SCORE), "feature": np.full(count, -1), "step": np.full(count, info.step)}
+    number = np.concatenate([chosen.number, chosen.rest_number])
+    columns |= {
+        name: np.array([getattr(one, name) for one in engine.infos], np.int64)[number] for name in ("step", "branch")
+    }
+    columns |= {name: np.full(number.size, value) for name, value in (("kind", SCORE), ("feature", -1))}
     table = state.table._replace(
         **{
             name: np.concatenate([getattr(state.table, name), column.astype(getattr(state.table, name).dtype)])
@@ -142,13 +143,10 @@ def _with_sides(state: Expansion, engine: Engine, chosen: ChosenScores) -> Expan
     assert state.scores is not None
     if not chosen.block.size:
         return state
-    prepared, info = engine.steps[0], engine.infos[0]
-    entering, found = entering_blocks(prepared), []
+    found = []
     totals = np.zeros((4, chosen.block.size))
     columns = np.stack([chosen.head, chosen.query, chosen.key], axis=1)
-    for block in np.unique(chosen.block).tolist():
-        mine = np.flatnonzero(chosen.block == block)
-        sides = sides_of_block(prepared, block - info.recorded[0], columns[mine], entering)
+    for mine, sides in sides_of_scores(engine, chosen.number, chosen.block, columns):
         for place, query, key, constant, value in zip(mine, *sides, strict=True):
             parts = query + key
             size = np.abs(parts)
@@ -170,39 +168,64 @@ def _joined(*edges: Edges) -> Edges:
 def forward_derivatives(engine: Engine, rows: Int64[np.ndarray, "target"]) -> Float64[np.ndarray, "target"]:
     """Returns targets' derivatives by eps with every block's queries scaled by 1 + eps, in forward mode.
 
-    The softmaxes are live, and all else is frozen. It is the sum over all scores of gradient times score.
+    The softmaxes are live, and all else is frozen; over several steps those of all steps are. It is the sum over all
+    scores of gradient times score.
 
     Args:
-        engine: of one step, without a mesh.
+        engine: from `engine.make_engine`.
         rows: of the targets in the table, features or outputs.
     """
-    prepared, found = engine.steps[0], np.zeros(rows.size)
-    with jax.default_matmul_precision("highest"):
-        mlp_in, velocity = _by_queries(*prepared)
-        for i, row in enumerate(rows.tolist()):
-            if engine.table.kind[row] == OUTPUT:
-                pair = engine.outputs[row - engine.sources].velocity, velocity
-            else:
-                target = targets_of(engine, np.array([row], np.int64), 0)
-                gradient = target_gradients(prepared.record, prepared.sites, target)
-                pair = gradient, inputs_at(prepared.record, target, mlp_in)
-            found[i] = np.vdot(*(np.asarray(array, np.float64) for array in pair))
+    found, velocities = np.zeros(rows.size), []
+    moved = jnp.zeros_like(engine.steps[0].record.latents)
+    with at_highest(engine):
+        for number, (prepared, info) in enumerate(zip(engine.steps, engine.infos, strict=True)):
+            mlp_in, velocity = _by_queries(*prepared, moved if engine.across else None)
+            for i in np.flatnonzero(engine.table.step[rows] == info.step).tolist():
+                found[i] += _moved_target(engine, int(rows[i]), number, (mlp_in, velocity, moved))
+            velocities.append(velocity)
+            if engine.across and ends_step(engine.infos, number):
+                evaluations = engine.infos[number + 1 - len(velocities) : number + 1]
+                moved, velocities = after_step(moved, evaluations, velocities), []
     return found
+
+
+def _moved_target(engine: Engine, row: int, number: int, moved: tuple[tuple[Array, ...], Array | None, Array]) -> float:
+    """Returns what one evaluation adds to the change of a target of its step: of MLP inputs, velocity and latents."""
+    (prepared, info), (mlp_in, velocity, latents) = (engine.steps[number], engine.infos[number]), moved
+    pairs: list[tuple[Array, Array | None]] = []
+    if engine.table.kind[row] == OUTPUT:
+        output = engine.outputs[row - engine.sources]
+        pairs.append((info.velocity_weight * output.velocity, velocity))
+        pairs += [(output.latents, latents)] if ends_step(engine.infos, number) else []
+    elif engine.table.branch[row] == info.branch:
+        target = targets_of(engine, np.array([row], np.int64), number)
+        gradient = target_gradients(prepared.record, prepared.sites, target)
+        pairs.append((gradient, inputs_at(prepared.record, target, mlp_in)))
+    return float(sum(np.vdot(*(np.asarray(array, np.float64) for array in pair)) for pair in pairs))
 
 
 @jax.jit
 def _by_queries(
-    record: Record, sites: tuple[ReplacedSites, ...], sources: Sources
+    record: Record, sites: tuple[ReplacedSites, ...], sources: Sources, latents: Array | None
 ) -> tuple[tuple[Array, ...], Array | None]:
-    """Returns the derivative by eps of every MLP sublayer's input, and of the velocity if it is recorded."""
+    """Returns the derivative by eps of every MLP sublayer's input, and of the velocity if it is recorded.
 
-    def run(factor: Array) -> tuple[tuple[Array, ...], Array | None]:
+    Args:
+        record: the trace's arrays.
+        sites: the MLP sublayers, per group.
+        sources: at the traced point.
+        latents: the derivative of the latents that enter; None within one step.
+    """
+
+    def run(factor: Array, boundary: Streams) -> tuple[tuple[Array, ...], Array | None]:
         held = tuple(
             frozen if stack.attention_shape(frozen) is None else stack.with_queries(frozen, factor)
             for stack, frozen in zip(record.weights.stacks, record.frozen, strict=True)
         )
-        found = run_replacement(record._replace(frozen=held), sites, sources)
+        found = run_replacement(record._replace(frozen=held), sites, sources._replace(boundary=boundary))
         return tuple(found.mlp_in), found.velocity
 
-    one = jnp.ones((), record.boundary.img.dtype)
-    return jax.jvp(run, (one,), (one,))[1]
+    one, entering = jnp.ones((), record.boundary.img.dtype), both(jnp.zeros_like, record.boundary)
+    if latents is not None:
+        entering = entering._replace(img=latents @ record.weights.img_in.kernel[...].astype(latents.dtype))
+    return jax.jvp(run, (one, sources.boundary), (one, entering))[1]

@@ -13,6 +13,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,10 +27,11 @@ from PIL import ImageColor
 from difffract_jax.circuits.attribution.engine import Output
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import box_mask, read_mask, tokens_in
-from difffract_jax.circuits.trace.capture import Span, Trace
+from difffract_jax.circuits.trace.capture import Span, Trace, run_of_trace
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import Autoencoder
-from difffract_jax.models.pipeline import Pipeline, decode_raw, encode, model_velocity, plan_run, step_inputs
+from difffract_jax.models.guidance import guided
+from difffract_jax.models.pipeline import Pipeline, decode_raw, encode, model_velocity, step_inputs
 from difffract_jax.models.sampler import PATCH
 from difffract_jax.models.streaming import jit_resident
 from difffract_jax.ops import widen
@@ -167,28 +169,39 @@ def resolve_target(
         UserError: if the velocity is not recorded, the step not traced, the region empty, or the direction zero.
     """
     traces = trace.traces if isinstance(trace, Span) else (trace,)
-    one = {t.info.step: t for t in traces}.get(trace.info.step if step is None else step)
-    if one is None:
-        steps = ", ".join(str(t.info.step) for t in traces)
+    step = trace.info.step if step is None else step
+    of_step = tuple(t for t in traces if t.info.step == step)
+    if not of_step:
+        steps = ", ".join(map(str, dict.fromkeys(t.info.step for t in traces)))
         raise UserError(f"{target.text} is asked for at step {step}, but the traced steps are {steps}.")
-    if one.record.velocity is None:
-        raise UserError(f"{target.text} needs the velocity, which this trace does not hold; capture with output=True.")
+    if any(one.record.velocity is None for one in of_step) or len(of_step) < of_step[0].info.branches:
+        how = (
+            "capture with output=True" if of_step[0].info.branches == 1 else "record both branches, with capture_steps"
+        )
+        raise UserError(f"{target.text} needs the velocity, which this trace does not hold; {how}.")
     if isinstance(target, VelocityTarget):
-        return _resolve_velocity(pipe, one, target)
-    return _resolve_pixels(pipe, one, target)
+        return _resolve_velocity(pipe, of_step, target)
+    return _resolve_pixels(pipe, of_step, target)
 
 
-def _resolve_velocity(pipe: Pipeline, trace: Trace, target: VelocityTarget) -> Output:
-    record, info = trace.record, trace.info
+def _velocity_of(branches: Sequence[Trace]) -> Float[Array, "img outputs"]:
+    """Returns the velocity of a step from the traces of its evaluations."""
+    velocities = [one.record.velocity for one in branches if one.record.velocity is not None]
+    return velocities[0] if len(velocities) == 1 else guided(velocities, branches[0].info.guidance)
+
+
+def _resolve_velocity(pipe: Pipeline, branches: Sequence[Trace], target: VelocityTarget) -> Output:
+    record, info = branches[0].record, branches[0].info
     unit = PATCH * pipe.config.vae.factor
     mask = target.region.pixels(info.grid[0] * unit, info.grid[1] * unit)
     inside = np.zeros(mask.size // unit**2, bool)
     inside[list(tokens_in(mask, info.grid))] = True
-    velocity = record.velocity
-    assert velocity is not None
+    velocity = _velocity_of(branches)
     direction = velocity
     if target.contrast is not None:
-        direction = direction - _other_velocity(pipe, trace, target.contrast)
+        other = _other_velocity(pipe, branches[0], target.contrast)
+        changed = (branches[0]._replace(record=record._replace(velocity=other)), *branches[1:])
+        direction = direction - _velocity_of(changed)
     direction = jnp.where(jnp.asarray(inside)[:, None], direction, 0)
     norm = float(jnp.linalg.norm(direction))
     rounding = 1e-5 if pipe.transformer.img_in.kernel.dtype.itemsize >= 4 else 1e-2
@@ -200,16 +213,9 @@ def _resolve_velocity(pipe: Pipeline, trace: Trace, target: VelocityTarget) -> O
 
 
 def _other_velocity(pipe: Pipeline, trace: Trace, prompt: str) -> Float[Array, "img outputs"]:
-    """Returns the velocity with another prompt at the recorded latents."""
-    info, unit = trace.info, PATCH * pipe.config.vae.factor
-    run = plan_run(
-        pipe.config,
-        steps=len(info.sigmas) - 1,
-        height=info.grid[0] * unit,
-        width=info.grid[1] * unit,
-        text_tokens=info.text_tokens,
-        guidance=info.guidance,
-    )
+    """Returns the velocity of the prompt's evaluation with another prompt, at the recorded latents."""
+    info = trace.info
+    run = run_of_trace(pipe, info)
     inputs = step_inputs(run, encode(pipe, prompt, info.text_tokens), trace.record.latents, info.step)
     with jax.default_matmul_precision("highest"):
         return _velocity(pipe.transformer, inputs, jnp.int32(info.step), info.grid)
@@ -218,12 +224,11 @@ def _other_velocity(pipe: Pipeline, trace: Trace, prompt: str) -> Float[Array, "
 _velocity = jit_resident(model_velocity, static_argnums=3)
 
 
-def _resolve_pixels(pipe: Pipeline, trace: Trace, target: PixelTarget) -> Output:
-    record, info = trace.record, trace.info
+def _resolve_pixels(pipe: Pipeline, branches: Sequence[Trace], target: PixelTarget) -> Output:
+    record, info = branches[0].record, branches[0].info
     # Not `record.t`: a bfloat16 run feeds its transformer a rounded time, but steps by the exact one.
-    sigma = jnp.asarray(trace.info.sigmas[trace.info.step], record.latents.dtype)
-    assert record.velocity is not None
-    clean = record.latents - sigma * record.velocity
+    sigma = jnp.asarray(info.sigmas[info.step], record.latents.dtype)
+    clean = record.latents - sigma * _velocity_of(branches)
     height, width = (side * PATCH * pipe.config.vae.factor for side in info.grid)
     inside = jnp.asarray(target.region.pixels(height, width))
     with jax.default_matmul_precision("highest"):

@@ -37,6 +37,7 @@ from difffract_jax.models.blocks import FluxConfig
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.sharding import make_mesh, traced_pipeline, traced_transcoders
 from difffract_jax.spread import using, ways_of
+from difffract_jax.transcoders.chips import CHIPS
 from difffract_jax.transcoders.plan import (
     Topology,
     bytes_per_chip,
@@ -47,7 +48,7 @@ from difffract_jax.transcoders.plan import (
 )
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
-BF16_PEAK = {"v5e": 197e12, "v5p": 459e12, "v6e": 918e12}
+BF16_PEAK = {name: chip.flops for name, chip in CHIPS.items()}
 """Chip -> its bfloat16 operations per second, as its maker states."""
 PASSES = {"f32": 6, "bf16": 1}
 """Passes of bfloat16 products that a product takes, by precision; a float32 one is `highest`."""
@@ -242,10 +243,10 @@ def _replacement(asked: TraceWorkload) -> Replacement:
     """Returns the shapes of the replacement of a recorded step."""
     inputs, mask = _inputs(asked)
     model, blocks = asked.parts["transformer"], asked.blocks
-    weights = jax.eval_shape(partial(take_weights, blocks=blocks), model)
+    weights = jax.eval_shape(partial(take_weights, blocks=blocks, grid=asked.grid), model)
     step = partial(record_step, grid=asked.grid, blocks=blocks)
     record: Record = jax.eval_shape(step, model, weights, inputs, mask)._replace(weights=weights)
-    record = record._replace(unpooled=record.reading)
+    record = record._replace(unpooled=record.reading if asked.config.pooled_width else None)
     sites, values = [], []
     for stack, x in zip(asked.tcs.per_group(asked.config.layout), record.mlp_in, strict=True):
         layers, rows, _ = x.shape
@@ -368,8 +369,8 @@ class _Counts:
         self.ways = ways_of(asked.mesh)
 
     def record(self) -> float:
-        """q, k, v, the output and an MLP of twice four widths: 12 D^2 per row; scores and mixing of values: 2 S D."""
-        mlp = 2 * self.asked.config.mlp_ratio
+        """q, k, v, the output and the MLP's matrices, in FLUX.1 12 D^2 per row; scores and mixing of values: 2 S D."""
+        mlp = self.asked.config.hidden_ratio
         return (self.before + self.layers) * (2 * (4 + mlp) * self.square + 4 * self.pattern) / self.ways
 
     def encode(self, group: int) -> float:

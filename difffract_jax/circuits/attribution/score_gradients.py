@@ -9,12 +9,14 @@ A constant added to all scores of a query changes nothing, so that g sums to 0 o
 its distance from the query's pattern-weighted mean, s_ij - sum_k P_ik s_ik: the node's value, and g times it its edge.
 
 1. `score_gradients` walks a target's cotangent down through the blocks, direct paths alone, as `walk` does; on the way
-   it differentiates each by what is added to its scores. One block's scores are in memory at a time.
+   it differentiates each by what is added to its scores. One block's scores are in memory at a time. Over several steps
+   it goes on through the velocities of earlier ones (`carried`), so that their scores have gradients too.
 2. `choose_scores` keeps those with the largest edges, and adds up what it leaves aside, block by block.
 3. `removal_effects` is what scores do without a linearisation: an edge's remainder is its distance from that.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64, Int64
 
+from difffract_jax.circuits.attribution.carried import Carried
 from difffract_jax.circuits.attribution.engine import Engine, targets_of
 from difffract_jax.circuits.attribution.pullback import layout_of, velocity_cotangent
 from difffract_jax.circuits.attribution.walk import skip
@@ -35,18 +38,21 @@ from difffract_jax.graphs.graph import OUTPUT
 from difffract_jax.models.blocks import Streams, both
 from difffract_jax.models.stacks import group_slices, sequences, slice_layer, streams
 from difffract_jax.ops import attention_pattern
+from difffract_jax.spread import using
 
 
 class BlockScores(NamedTuple):
     """The attention scores of one block, and how they bear on some targets.
 
     Attributes:
+        number: of the evaluation within the span; 0 where there is one.
         block: the model's.
         gradient: derivative of each target by each score, through the softmax.
         value: each score minus its query's pattern-weighted mean.
         pattern: the softmax.
     """
 
+    number: int
     block: int
     gradient: Float[Array, "target heads queries keys"]
     value: Float[Array, "heads queries keys"]
@@ -57,18 +63,21 @@ class ChosenScores(NamedTuple):
     """The scores that bear most on some targets, and what all others add up to.
 
     Attributes:
-        block: the model's, of each score.
+        number: of the evaluation within the span, of each score.
+        block: the model's, alike.
         head: of the block.
         query: place in attention's sequence of the token that attends.
         key: the same of the token that is attended to.
         value: the score minus its query's pattern-weighted mean.
         pattern: the softmax there.
         edges: into every target, gradient times value.
-        rest_block: the model's block of each sum that follows; those that the targets do not reach are left out.
+        rest_number: the evaluation of each sum that follows; blocks that the targets do not reach are left out.
+        rest_block: the model's block of each.
         rest: sum of the edges of the block's other scores.
         total: sum of the edges of all the block's scores, chosen ones included.
     """
 
+    number: Int64[np.ndarray, "score"]
     block: Int64[np.ndarray, "score"]
     head: Int64[np.ndarray, "score"]
     query: Int64[np.ndarray, "score"]
@@ -76,24 +85,22 @@ class ChosenScores(NamedTuple):
     value: Float64[np.ndarray, "score"]
     pattern: Float64[np.ndarray, "score"]
     edges: Float64[np.ndarray, "target score"]
+    rest_number: Int64[np.ndarray, "block"]
     rest_block: Int64[np.ndarray, "block"]
     rest: Float64[np.ndarray, "target block"]
     total: Float64[np.ndarray, "target block"]
 
 
 def score_gradients(engine: Engine, rows: Int64[np.ndarray, "target"]) -> Iterator[BlockScores]:
-    """Differentiates targets by attention's scores, block by block from the top.
+    """Differentiates targets by attention's scores, block by block from the top, step by step from the last.
 
     Args:
-        engine: of one step, from `engine.make_engine`; without a mesh.
+        engine: from `engine.make_engine`.
         rows: of the targets in the table, features or outputs.
 
     Returns:
         One result per block with attention that any of the targets reaches. For T targets it holds T numbers per score,
         [T heads S S] with S tokens in all.
-
-    Raises:
-        UserError: if the engine is a span's or a mesh's.
 
     Example:
         >>> import numpy as np
@@ -108,35 +115,33 @@ def score_gradients(engine: Engine, rows: Int64[np.ndarray, "target"]) -> Iterat
         >>> [found.block for found in score_gradients(engine, np.array([row]))]
         [2, 1, 0]
     """
-    refuse_spans(engine)
-    return _walk_down(engine, rows)
+    carried = [Carried(engine.steps, engine.infos, 1) for _ in rows]
+    for number in reversed(range(len(engine.steps))):
+        yield from _walk_down(engine, rows, number, carried)
 
 
-def refuse_spans(engine: Engine) -> None:
-    """Refuses an engine that attention is not explained with: a span's, or one on several devices."""
-    if engine.across:
-        raise UserError("Attention is explained within one step, not over several; trace a single step, as --step 1.")
-    if engine.options.mesh is not None:
-        raise UserError("Attention is explained on one device as yet; leave the mesh out.")
-
-
-def _walk_down(engine: Engine, rows: np.ndarray) -> Iterator[BlockScores]:
-    prepared, info = engine.steps[0], engine.infos[0]
+def _walk_down(engine: Engine, rows: np.ndarray, number: int, carried: list[Carried]) -> Iterator[BlockScores]:
+    """Walks all targets down through one evaluation; at its end the earlier ones have what it gives."""
+    prepared, info = engine.steps[number], engine.infos[number]
     record, sites, _ = prepared
-    layout, entering = layout_of(prepared), residuals(*prepared)
-    # The context must not stay open across a yield: it is the caller's, too.
-    highest = partial(jax.default_matmul_precision, "highest")
-    targets = [targets_of(engine, rows[i : i + 1], 0) for i in range(rows.size)]
-    with highest():
-        gradients = [target_gradients(record, sites, target)[0] for target in targets]
-        cotangents = [_from_above(engine, int(row)) for row in rows]
+    targets = [targets_of(engine, rows[i : i + 1], number) for i in range(rows.size)]
     top = max((int(target.layer[0]) for target in targets), default=-1)
+    if top < 0:
+        for one in carried if engine.across else ():
+            one.gather(number, None)
+        return
+    # The context must not stay open across a yield: it is the caller's, too.
+    on_devices = partial(at_highest, engine)
+    with on_devices():
+        layout, entering = layout_of(prepared), residuals(*prepared)
+        gradients = [target_gradients(record, sites, target)[0] for target in targets]
+        cotangents = [_from_above(engine, int(row), number, one) for row, one in zip(rows, carried, strict=True)]
     for stack in reversed(range(len(layout.layers))):
         groups, first = record.weights.stacks[stack].groups, sum(layout.layers[:stack])
         joined = [sequences(cotangent, groups) for cotangent in cotangents]
         for layer in reversed(range(min(layout.layers[stack], max(top + 1 - first, 0)))):
             found = []
-            with highest():
+            with on_devices():
                 for i, target in enumerate(targets):
                     own = jnp.where(target.layer[0] == first + layer, gradients[i], 0)
                     place = target, own, jnp.int32(layer)
@@ -144,18 +149,38 @@ def _walk_down(engine: Engine, rows: np.ndarray) -> Iterator[BlockScores]:
                     found.append(gradient)
                 scores = _centred(record, jnp.int32(layer), stack=stack)
             if scores is not None:
-                yield BlockScores(info.recorded[first + layer], jnp.stack(found), *scores)
+                yield BlockScores(number, info.recorded[first + layer], jnp.stack(found), *scores)
             del found, scores  # before the next block's come
         cotangents = [streams(one, groups, before) for one, before in zip(joined, cotangents, strict=True)]
+    if engine.across:
+        with on_devices():
+            for one, cotangent in zip(carried, cotangents, strict=True):
+                one.gather(number, both(lambda h: h[None], cotangent))
 
 
-def _from_above(engine: Engine, row: int) -> Streams:
-    """Returns a target's cotangents of the residual streams leaving the last block: zeros for a feature."""
-    prepared = engine.steps[0]
-    if engine.table.kind[row] != OUTPUT:
+@contextmanager
+def at_highest(engine: Engine) -> Iterator[None]:
+    """Has products of the engine's arrays in full precision, on the devices where they lie."""
+    with jax.default_matmul_precision("highest"), using(engine.options.mesh):
+        yield
+
+
+def _from_above(engine: Engine, row: int, number: int, carried: Carried) -> Streams:
+    """Returns a target's cotangents of the residual streams leaving an evaluation's last block.
+
+    Those of an output of its step come from the output, those of a target of later steps from what these brought to
+    the latents; a feature of the evaluation has none.
+    """
+    prepared, info, step = engine.steps[number], engine.infos[number], int(engine.table.step[row])
+    if step > info.step and engine.across:
+        direction = info.taken * carried.latents
+    elif step == info.step and engine.table.kind[row] == OUTPUT:
+        output = engine.outputs[row - engine.sources]
+        direction = (info.velocity_weight * output.velocity)[None]
+        carried.latents = output.latents[None]
+    else:
         return both(jnp.zeros_like, prepared.sources.boundary)
-    pulled = velocity_cotangent(prepared, engine.outputs[row - engine.sources].velocity[None])
-    return both(lambda rows: rows[0], pulled)
+    return both(lambda rows: rows[0], velocity_cotangent(prepared, direction))
 
 
 @partial(jax.jit, static_argnames="stack")
@@ -241,18 +266,18 @@ def choose_scores(
     """Chooses the scores with the largest absolute edges into weighted targets.
 
     Args:
-        engine: of one step, without a mesh.
+        engine: from `engine.make_engine`.
         rows: of the targets in the table.
         weights: of the targets.
-        most: how many scores at most; those without any edge are never chosen.
+        most: how many scores at most, of all steps; those without any edge are never chosen.
 
     Raises:
-        UserError: if `most` is negative, or as `score_gradients`.
+        UserError: if `most` is negative.
     """
     if most < 0:
         raise UserError(f"max_scores must be 0 or more, but got {most}.")
     found = [_candidates(one, weights, most) for one in score_gradients(engine, rows)]
-    blocks = np.array([block for block, _ in found], np.int64)
+    numbers, blocks = (np.array([place[i] for place, _ in found], np.int64) for i in (0, 1))
     none = _Candidates(*(np.zeros(0),) * 6, np.zeros((0, rows.size)), np.zeros(rows.size))
     candidates = [one for _, one in found]
     joined = {
@@ -267,10 +292,12 @@ def choose_scores(
     chosen = np.zeros_like(total)
     np.add.at(chosen.T, of_block[best], edges.T)
     return ChosenScores(
+        numbers[of_block[best]],
         blocks[of_block[best]],
         *(joined[name][best].astype(np.int64) for name in ("head", "query", "key")),
         *(joined[name][best] for name in ("value", "pattern")),
         edges,
+        numbers,
         blocks,
         total - chosen,
         total,
@@ -301,13 +328,13 @@ class _Candidates(NamedTuple):
     total: Float64[np.ndarray, "target"]
 
 
-def _candidates(found: BlockScores, weights: np.ndarray, most: int) -> tuple[int, _Candidates]:
-    """Returns a block's number and its largest edges."""
+def _candidates(found: BlockScores, weights: np.ndarray, most: int) -> tuple[tuple[int, int], _Candidates]:
+    """Returns a block's evaluation and number, and its largest edges."""
     largest = jax.device_get(_largest(found, jnp.asarray(weights, found.value.dtype), most))
     size, place, value, pattern, edges, total = (np.asarray(array) for array in largest)
     places = np.unravel_index(place, found.value.shape)
     size, value, pattern, edges, total = (array.astype(np.float64) for array in (size, value, pattern, edges, total))
-    return found.block, _Candidates(size, *places, value, pattern, edges.T, total)
+    return (found.number, found.block), _Candidates(size, *places, value, pattern, edges.T, total)
 
 
 @partial(jax.jit, static_argnames="most")

@@ -8,23 +8,26 @@ scaled product is the score minus its query's mean. It is split without counting
 
 Each side is one direction of the residual streams entering the block, pulled back through everything below. A source's
 part is what it adds on the straight way from zero sources to those of the trace; where no bias takes part, a small
-change of one source moves the score by twice its part of it, as the square of a sum does.
+change of one source moves the score by twice its part of it, as the square of a sum does. Over several steps the
+sources are those of all steps up to the score's, and the sides go on through the velocities of the earlier ones.
 
 Products of pairs, at a pull-back for every column of a head, are in `effects.attention.score_parts`.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Float, Float64, Int, Int64
 
 from difffract_jax.address import STREAMS
+from difffract_jax.circuits.attribution.carried import Carried, enter
 from difffract_jax.circuits.attribution.engine import Engine, no_sources
-from difffract_jax.circuits.attribution.pullback import input_edges, layout_of, pull
-from difffract_jax.circuits.attribution.score_gradients import refuse_spans
+from difffract_jax.circuits.attribution.pullback import Pulled, input_edges, layout_of, pull, velocity_cotangent
+from difffract_jax.circuits.attribution.score_gradients import at_highest
 from difffract_jax.circuits.frozen.replacement import Replacement, residuals
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets
 from difffract_jax.config import UserError
@@ -61,23 +64,25 @@ class ScorePlace(NamedTuple):
         head: of the block.
         query: stream, "img" or "txt", and position of the token that attends.
         key: the same of the token that is attended to.
+        number: of the evaluation within the span; 0 where there is one.
     """
 
     block: int
     head: int
     query: tuple[str, int]
     key: tuple[str, int]
+    number: int = 0
 
 
 def score_edges(engine: Engine, places: list[ScorePlace]) -> ScoreEdges:
     """Splits attention scores by the sources of the trace, through the query and through the keys.
 
     Args:
-        engine: of one step, from `engine.make_engine`; without a mesh.
+        engine: from `engine.make_engine`.
         places: of the scores.
 
     Raises:
-        UserError: if there is no such block, head or token in the trace, or the engine is a span's or a mesh's.
+        UserError: if there is no such block, head or token in the trace.
 
     Example:
         >>> from difffract_jax import capture, random_pipeline, random_transcoders
@@ -90,31 +95,51 @@ def score_edges(engine: Engine, places: list[ScorePlace]) -> ScoreEdges:
         >>> bool(abs(total - edges.value[0]) < 1e-4)
         True
     """
-    refuse_spans(engine)
-    info = engine.infos[0]
     checked = [check_place(engine, place) for place in places]
     found = [np.zeros((len(places), engine.sources)) for _ in range(2)] + [np.zeros(len(places)) for _ in range(2)]
-    entering = entering_blocks(engine.steps[0])
-    for block in sorted({place.block for place in places}):
-        mine = np.flatnonzero([place.block == block for place in places])
-        columns = np.array([checked[i] for i in mine], np.int32).reshape(-1, 3)
-        part = sides_of_block(engine.steps[0], block - info.recorded[0], columns, entering)
+    number, block = (np.array([getattr(place, name) for place in places], int) for name in ("number", "block"))
+    columns = np.array(checked, np.int32).reshape(-1, 3)
+    for mine, part in sides_of_scores(engine, number, block, columns):
         for array, rows in zip(found, part, strict=True):
             array[mine] = rows
     return ScoreEdges(*found)
+
+
+def sides_of_scores(
+    engine: Engine,
+    number: Int[np.ndarray, "score"],
+    block: Int[np.ndarray, "score"],
+    columns: Int[np.ndarray, "score head_query_key"],
+) -> Iterator[tuple[Int64[np.ndarray, "some"], ScoreEdges]]:
+    """Splits scores block by block, so that one evaluation's residual streams are in memory at a time.
+
+    Args:
+        engine: from `engine.make_engine`.
+        number: of each score's evaluation.
+        block: the model's, of each.
+        columns: head, and places of query and key in attention's sequence, of each.
+
+    Returns:
+        Which scores, and their parts.
+    """
+    for evaluation in np.unique(number).tolist():
+        entering, first = entering_blocks(engine, evaluation), engine.infos[evaluation].recorded[0]
+        for one in np.unique(block[number == evaluation]).tolist():
+            mine = np.flatnonzero((number == evaluation) & (block == one))
+            yield mine, sides_of_block(engine, evaluation, one - first, columns[mine].astype(np.int32), entering)
 
 
 def check_place(engine: Engine, place: ScorePlace) -> tuple[int, int, int]:
     """Returns a score's head, and the places of its tokens in attention's sequence.
 
     Args:
-        engine: of one step.
+        engine: from `engine.make_engine`.
         place: of the score.
 
     Raises:
         UserError: if there is no such block, head or token in the trace.
     """
-    info, record = engine.infos[0], engine.steps[0].record
+    info, record = engine.infos[place.number], engine.steps[place.number].record
     layout, block = info.layout, place.block
     if block not in info.recorded:
         first, last, wanted = (layout.block_name(one) for one in (info.recorded[0], info.recorded[-1], block))
@@ -165,14 +190,26 @@ class EnteringBlocks(NamedTuple):
     zero: tuple[Float[Array, "_ _ d_model"], ...]
 
 
-def entering_blocks(prepared: Replacement) -> EnteringBlocks:
-    """Returns the residual streams entering every block of a replacement."""
+def entering_blocks(engine: Engine, number: int) -> EnteringBlocks:
+    """Returns the residual streams entering every block of an evaluation.
+
+    Args:
+        engine: from `engine.make_engine`.
+        number: of the evaluation within the span.
+    """
+    prepared = engine.steps[number]
     zeros, sites = no_sources(prepared)
-    return EnteringBlocks(residuals(*prepared), residuals(prepared.record, sites, zeros))
+    with at_highest(engine):
+        if engine.across:
+            # At zero sources the earlier steps still move the latents, by their own constants.
+            record, latents = prepared.record, engine.constants[number].latents
+            zeros = zeros._replace(boundary=enter(record.weights, latents, jnp.zeros_like(record.text)))
+        return EnteringBlocks(residuals(*prepared), residuals(prepared.record, sites, zeros))
 
 
 def sides_of_block(
-    prepared: Replacement,
+    engine: Engine,
+    number: int,
     layer: int,
     columns: Int[np.ndarray, "score head_query_key"],
     entering: EnteringBlocks,
@@ -180,27 +217,24 @@ def sides_of_block(
     """Splits scores of one block.
 
     Args:
-        prepared: from `prepare_step`.
+        engine: from `engine.make_engine`.
+        number: of the evaluation within the span.
         layer: recorded layer of the block, counted through all stacks.
         columns: head, and places of query and key in attention's sequence, of each score; at least one.
-        entering: of all blocks.
+        entering: of all blocks of the evaluation.
     """
-    record, boundary, counts = prepared.record, prepared.sources.boundary, layout_of(prepared).layers
-    stack = next(i for i in range(len(counts)) if layer < sum(counts[: i + 1]))
-    within = layer - sum(counts[:stack])
-    live, part = record.weights.live[stack], group_slices(record.weights.stacks)[stack]
-    block = live.fetch(within) if isinstance(live, Streamed) else slice_layer(live, within)
-    frozen, *inputs = slice_layer((record.frozen[stack], entering.traced[part], entering.zero[part]), within)
-    groups = record.weights.stacks[stack].groups
+    prepared = engine.steps[number]
+    record, boundary = prepared.record, prepared.sources.boundary
+    block, frozen, inputs, groups = block_parts(prepared, layer, entering)
     before = both(lambda h: jnp.zeros((2 * AT_ONCE, *h.shape), h.dtype), boundary)
     filled = np.concatenate([columns, np.repeat(columns[:1], -len(columns) % AT_ONCE, axis=0)])
     found = []
     for some in np.split(filled, len(filled) // AT_ONCE):
         numbers = (jnp.asarray(column, jnp.int32) for column in some.T)
-        with jax.default_matmul_precision("highest"):
+        with at_highest(engine):
             query, key, constant, value = _directions(block, record.cond, frozen, *inputs, *numbers)
             joined = tuple(jnp.concatenate(pair) for pair in zip(query, key, strict=True))
-            edges = edges_below(prepared, layer, streams(joined, groups, before))
+            edges = edges_below(engine, number, layer, streams(joined, groups, before))
         found.append((*np.split(edges, 2), *(np.asarray(column, np.float64) for column in (constant, value))))
     return ScoreEdges(*(np.concatenate(column)[: len(columns)] for column in zip(*found, strict=True)))
 
@@ -217,7 +251,7 @@ def _directions(
     key: Int[Array, "score"],
 ) -> tuple[tuple[Array, ...], tuple[Array, ...], Float[Array, "score"], Float[Array, "score"]]:
     """Returns the directions of both sides in the streams entering the block, and each score's constant and value."""
-    project = partial(_all_heads, block, cond, frozen)
+    project = partial(queries_or_keys, block, cond, frozen)
     recorded_q, recorded_k = block.queries_and_keys(frozen)
     scale = recorded_q.shape[-1] ** -0.5
     (q, held_q), (k, held_k) = (project(part, entering, None) for part in (0, 1))
@@ -240,7 +274,24 @@ def _directions(
     return sides[0], sides[1], constant, value
 
 
-def _all_heads(
+def block_parts(prepared: Replacement, layer: int, entering: EnteringBlocks) -> tuple[Any, Any, list[Any], Any]:
+    """Returns a block with all its weights, its record, the streams entering it, and its stack's groups.
+
+    Args:
+        prepared: the evaluation's replacement.
+        layer: recorded layer of the block, counted through all stacks.
+        entering: of all blocks.
+    """
+    record, counts = prepared.record, layout_of(prepared).layers
+    stack = next(i for i in range(len(counts)) if layer < sum(counts[: i + 1]))
+    within = layer - sum(counts[:stack])
+    live, part = record.weights.live[stack], group_slices(record.weights.stacks)[stack]
+    block = live.fetch(within) if isinstance(live, Streamed) else slice_layer(live, within)
+    frozen, *inputs = slice_layer((record.frozen[stack], entering.traced[part], entering.zero[part]), within)
+    return block, frozen, inputs, record.weights.stacks[stack].groups
+
+
+def queries_or_keys(
     block: Any,
     cond: Cond,
     frozen: Any,
@@ -248,7 +299,16 @@ def _all_heads(
     h: tuple[Float[Array, "_ d_model"], ...],
     held: Float[Array, "seq heads"] | None,
 ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads"]]:
-    """Returns the rotated queries (part 0) or keys (1) of attention's sequence, and 1 / their root mean squares."""
+    """Returns the rotated queries (part 0) or keys (1) of attention's sequence, and 1 / their root mean squares.
+
+    Args:
+        block: with all of its weights.
+        cond: what the evaluation's blocks share.
+        frozen: record of the block.
+        part: 0 for queries, 1 for keys.
+        h: the residual streams entering the block, per group.
+        held: 1 / root mean squares to hold; those of the rows themselves if None.
+    """
     _, heads, _ = block.attention_shape(frozen)
     found, begin = [], 0
     for group in block.attention_order:
@@ -265,21 +325,41 @@ def _all_heads(
     return values, denominators
 
 
-def edges_below(prepared: Replacement, layer: int, directions: Streams) -> Float64[np.ndarray, "hop source"]:
-    """Returns the edges of directions of the residual streams entering a layer; the latents have none.
+def edges_below(
+    engine: Engine, number: int, layer: int, directions: Streams
+) -> Float64[np.ndarray, "direction source"]:
+    """Returns the edges of directions of the residual streams entering a layer; within one step the latents have none.
 
     Args:
-        prepared: from `prepare_step`.
+        engine: from `engine.make_engine`.
+        number: of the evaluation within the span.
         layer: recorded layer, counted through all stacks.
         directions: [direction rows d_model] per stream.
     """
-    count = directions.img.shape[0]
-    record = prepared.record
-    latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
+    count, steps = directions.img.shape[0], engine.steps
     if not count:
-        return np.zeros((0, layout_of(prepared).size + latents.shape[1]))
-    same = [jnp.full(count, value, jnp.int32) for value in (DIRECTION, layer, 0, 0)]
-    pulled = pull(prepared, Targets(*same), directions)
-    inputs = input_edges(pulled.boundary, prepared.sources.boundary)
-    parts = (np.asarray(pulled.edges, np.float64), np.asarray(inputs, np.float64), latents)
-    return np.concatenate(parts, axis=1)
+        return np.zeros((0, engine.sources))
+    pulled = _pull_from(engine, number, layer, directions)
+    parts, carried = {number: np.asarray(pulled.edges, np.float64)}, Carried(steps, engine.infos, count)
+    if not engine.across:
+        record, inputs = steps[0].record, input_edges(pulled.boundary, steps[0].sources.boundary)
+        latents = np.zeros((count, 0 if record.velocity is None else record.latents.shape[0]))
+        return np.concatenate([parts[0], np.asarray(inputs, np.float64), latents], axis=1)
+    carried.gather(number, pulled.boundary)
+    for earlier in reversed(range(number)):
+        info = engine.infos[earlier]
+        if info.step == engine.infos[number].step:  # the step's other branch, which nothing reaches
+            carried.gather(earlier, None)
+            continue
+        above = velocity_cotangent(steps[earlier], info.taken * carried.latents)
+        pulled = _pull_from(engine, earlier, len(info.recorded), above)
+        parts[earlier] = np.asarray(pulled.edges, np.float64)
+        carried.gather(earlier, pulled.boundary)
+    rows = [parts.get(one, np.zeros((count, layout_of(prepared).inputs))) for one, prepared in enumerate(steps)]
+    return np.concatenate([*rows, np.asarray(carried.inputs(), np.float64)], axis=1)
+
+
+def _pull_from(engine: Engine, number: int, layer: int, directions: Streams) -> Pulled:
+    """Pulls directions of the residual streams entering a layer back through the blocks below."""
+    same = [jnp.full(directions.img.shape[0], value, jnp.int32) for value in (DIRECTION, layer, 0, 0)]
+    return pull(engine.steps[number], Targets(*same), directions, options=engine.options._replace(precision="f32"))

@@ -3,11 +3,11 @@
 import numpy as np
 from jaxtyping import Float64
 
-from difffract_jax.address import STREAMS
+from difffract_jax.address import BRANCHES, STREAMS
 from difffract_jax.circuits.attribution.engine import Engine, make_engine
 from difffract_jax.circuits.frozen.replacement import Prepared
 from difffract_jax.circuits.notation.feature import Feature
-from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo
+from difffract_jax.circuits.trace.capture import Span, Trace, TraceInfo, main_info
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -26,8 +26,8 @@ def strongest_feature(trace: Trace | Span | Prepared, tcs: TranscoderSet, stream
         UserError: if nothing is active there.
     """
     engine = make_engine(trace, tcs)
-    info = engine.infos[-1]
-    rows = np.flatnonzero(_at_site(engine, Feature(stream, block, 0), info.step))
+    info = engine.info
+    rows = np.flatnonzero(_at_site(engine, Feature(stream, block, 0), info))
     if not rows.size:
         raise UserError(f"No feature is active at {stream}/{block} in step {info.step}; choose another site.")
     return named(engine, int(rows[np.argmax(engine.table.value[rows])]))
@@ -39,25 +39,26 @@ def named(engine: Engine, row: int) -> Feature:
     block, stream = int(table.block[row]), int(table.stream[row])
     position, steps = (int(table.position[row]),), (int(table.step[row]),) if engine.across else None
     site_of = layout.site_number(block, stream)
-    return Feature(*site_of, int(table.feature[row]), position, steps, layout.side(block, stream))
+    branch = BRANCHES[table.branch[row]] if engine.info.branches > 1 else None
+    return Feature(*site_of, int(table.feature[row]), position, steps, layout.side(block, stream), branch)
 
 
-def _at_site(engine: Engine, target: Feature, step: int) -> np.ndarray:
-    """Marks the active rows of a site in one step; of a site of several streams, those of the one that is named."""
+def _at_site(engine: Engine, target: Feature, info: TraceInfo) -> np.ndarray:
+    """Marks the active rows of a site in an evaluation; of one of several streams, those of the stream named."""
     table, layout = engine.table, engine.infos[0].layout
     streams = layout.streams_of(target.stream) if target.side is None else (target.side,)
-    active = (table.kind == FEATURE) & (table.value > 0) & (table.step == step)
+    active = (table.kind == FEATURE) & (table.value > 0) & (table.step == info.step) & (table.branch == info.branch)
     of_stream = np.isin(table.stream, [STREAMS.index(stream) for stream in streams])
     return active & of_stream & (table.block == layout.block_of(target.stream, target.block))
 
 
 def target_row(engine: Engine, target: Feature) -> int:
-    """Returns the row of a feature at its position and step.
+    """Returns the row of a feature at its position, step and branch.
 
     Args:
         engine: of the trace.
         target: the feature; without positions, or with several, the one where it is strongest is taken; without a step,
-            the last one traced.
+            the last one traced; without a branch, the prompt's if it is traced.
 
     Raises:
         UserError: if there is no such feature, or it is active nowhere it may be; the message says where it is.
@@ -65,7 +66,7 @@ def target_row(engine: Engine, target: Feature) -> int:
     info = _step_of(engine, target)
     table = engine.table
     _check_site(engine, info, target)
-    rows = np.flatnonzero(_at_site(engine, target, info.step) & (table.feature == target.feature))
+    rows = np.flatnonzero(_at_site(engine, target, info) & (table.feature == target.feature))
     wanted = rows if target.positions is None else rows[np.isin(table.position[rows], target.positions)]
     if wanted.size:
         return int(wanted[np.argmax(table.value[wanted])])
@@ -80,17 +81,24 @@ def target_row(engine: Engine, target: Feature) -> int:
 
 
 def _step_of(engine: Engine, target: Feature) -> TraceInfo:
-    """Returns the step in which a target is meant."""
+    """Returns the evaluation in which a target is meant."""
+    branches = dict.fromkeys(BRANCHES[info.branch] for info in engine.infos)
+    if target.branch is not None and target.branch not in branches:
+        raise UserError(
+            f"{target} is asked for in the branch {target.branch}, but what is traced is {' and '.join(branches)}; "
+            "change one of them."
+        )
+    infos = [info for info in engine.infos if target.branch in (None, BRANCHES[info.branch])]
     if target.steps is None:
-        return engine.infos[-1]
-    found = [info for info in engine.infos if info.step in target.steps]
+        return main_info(infos)
+    found = [info for info in infos if info.step in target.steps]
     if not found:
-        steps = ", ".join(str(info.step) for info in engine.infos)
+        steps = ", ".join(map(str, dict.fromkeys(info.step for info in engine.infos)))
         raise UserError(
             f"{target} is asked for at other steps than the traced one{'s' if engine.across else ''}, {steps}; "
             "change one of them."
         )
-    return found[-1]
+    return main_info(found)
 
 
 def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
@@ -99,7 +107,7 @@ def _check_site(engine: Engine, info: TraceInfo, target: Feature) -> None:
     if target.block not in numbers:
         known = ", ".join(map(str, numbers)) or "none"
         raise UserError(f"There is no transcoder at {target.stream}/{target.block}; blocks with one: {known}.")
-    group, record = layout.group_of(target.stream, target.block), engine.steps[0].record
+    group, record = layout.group_of(target.stream, target.block), engine.steps[engine.infos.index(info)].record
     features = engine.steps[0].sites[group].features
     if target.feature >= features:
         raise UserError(f"{target} does not exist: the transcoders have features 0 to {features - 1}.")
@@ -140,7 +148,7 @@ def _inactive_everywhere(engine: Engine, info: TraceInfo, target: Feature) -> st
         u = np.where(of_side, u, -np.inf)
     best, table = int(np.argmax(u)), engine.table
     place = info.layout.place(group, best, info.tokens_of)
-    here = np.flatnonzero(_at_site(engine, target, info.step))
+    here = np.flatnonzero(_at_site(engine, target, info))
     order = here[np.argsort(-table.value[here], kind="stable")]
     examples = dict.fromkeys(str(named(engine, int(r))).rpartition("/")[2] for r in order[:5])
     return (

@@ -1,9 +1,9 @@
 """The table of sources: what every place in a row of edges stands for, over one step or several.
 
-    per step     features and errors, in the order of `pullback.RowLayout`
+    per step     features and errors, in the order of `pullback.RowLayout`; with guidance by two branches per evaluation
     then         one step: the residual streams entering the first block, image and text; the latents too, if the
                  velocity is recorded, since an objective on the image depends on them directly
-                 several: the text embedding, then the latents entering the first step
+                 several: the text embedding, of two branches both, then the latents entering the first step
     last         outputs, which are targets and no sources
 
 Places that fill a position's features up to K have value 0, and hence no edges. Errors and inputs have value 1: their
@@ -14,13 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from difffract_jax.address import IMG, LATENT, TXT
+from difffract_jax.address import IMG, LATENT, PROMPT, TXT
 from difffract_jax.circuits.attribution.expansion import SourceTable
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.trace.capture import TraceInfo
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
 
-_DTYPES = (np.uint8, np.uint8, np.int16, np.int32, np.int32, np.float32, np.int16)
+_DTYPES = (np.uint8, np.uint8, np.int16, np.int32, np.int32, np.float32, np.int16, np.uint8)
 Columns = tuple[np.ndarray, ...]
 
 
@@ -30,7 +30,7 @@ def source_table(
     """Returns the table of one step, or of several.
 
     Args:
-        prepared: replacements of the steps, ascending.
+        prepared: replacements of the evaluations, in the order of `capture.Span`.
         infos: of their traces.
         across: whether images are carried back to the latents entering the first step.
         outputs: steps of the outputs that are targets.
@@ -39,9 +39,13 @@ def source_table(
     first, boundary = infos[0].step, prepared[0].record.boundary
     rows, text = boundary.img.shape[0], boundary.txt.shape[0]
     if across:
-        parts += [_vectors(INPUT, TXT, -1, np.arange(text), first), _vectors(INPUT, LATENT, -1, np.arange(rows), first)]
+        branches = dict.fromkeys(info.branch for info in infos)
+        parts += [_vectors(INPUT, TXT, -1, np.arange(text), first, branch) for branch in branches]
+        parts.append(_vectors(INPUT, LATENT, -1, np.arange(rows), first))
     else:
-        parts += [_vectors(INPUT, IMG, -1, np.arange(rows), first), _vectors(INPUT, TXT, -1, np.arange(text), first)]
+        branch = infos[0].branch
+        parts.append(_vectors(INPUT, IMG, -1, np.arange(rows), first, branch))
+        parts.append(_vectors(INPUT, TXT, -1, np.arange(text), first, branch))
         if prepared[0].record.velocity is not None:
             parts.append(_vectors(INPUT, LATENT, -1, np.arange(rows), first))
     parts += [_vectors(OUTPUT, IMG, infos[0].layout.depth, np.array([-1]), step) for step in outputs]
@@ -50,31 +54,40 @@ def source_table(
 
 
 def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
-    """Returns the features and errors of one step, in the order of a row of edges."""
+    """Returns the features and errors of one evaluation, in the order of a row of edges."""
     parts, layout = [], info.layout
     places = [layout.sequence(group, info.tokens_of) for group in range(len(layout.groups))]
     for number in range(len(layout.stacks)):
         groups = layout.groups_of_stack(number)
         recorded = [block for block in info.recorded if block in layout.blocks_of_stack(number)]
         for layer, block in enumerate(recorded):
-            parts += [_features(prepared, group, layer, block, *places[group], info.step) for group in groups]
+            parts += [_features(prepared, group, layer, block, *places[group], info) for group in groups]
             for stream, position in (places[group] for group in groups):
-                parts.append(_vectors(ERROR, stream, block, position, info.step))
+                parts.append(_vectors(ERROR, stream, block, position, info.step, info.branch))
     return parts
 
 
 def _features(
-    prepared: Replacement, group: int, layer: int, block: int, stream: np.ndarray, position: np.ndarray, step: int
+    prepared: Replacement,
+    group: int,
+    layer: int,
+    block: int,
+    stream: np.ndarray,
+    position: np.ndarray,
+    info: TraceInfo,
 ) -> Columns:
     """Returns the columns of one block's features of one group."""
     index = np.asarray(prepared.sites[group].layers.index[layer])
     value = np.asarray(prepared.sources.values[group][layer])
     stream, position = (np.broadcast_to(column[:, None], index.shape).ravel() for column in (stream, position))
-    kind, blocks, steps = (np.broadcast_to(code, index.size) for code in (FEATURE, block, step))
-    return kind, stream, blocks, position, index.ravel(), value.ravel(), steps
+    codes = FEATURE, block, info.step, info.branch
+    kind, blocks, steps, branches = (np.broadcast_to(code, index.size) for code in codes)
+    return kind, stream, blocks, position, index.ravel(), value.ravel(), steps, branches
 
 
-def _vectors(kind: int, stream: int | np.ndarray, block: int, position: np.ndarray, step: int) -> Columns:
+def _vectors(
+    kind: int, stream: int | np.ndarray, block: int, position: np.ndarray, step: int, branch: int = PROMPT
+) -> Columns:
     """Returns the columns of sources that are taken whole."""
     rows = position.size
     return (
@@ -85,4 +98,5 @@ def _vectors(kind: int, stream: int | np.ndarray, block: int, position: np.ndarr
         np.full(rows, -1),
         np.ones(rows),
         np.full(rows, step),
+        np.full(rows, branch),
     )

@@ -42,16 +42,16 @@ from difffract_jax.circuits.checks.variants import (
     recorded_latents,
     round_up,
 )
-from difffract_jax.circuits.effects.readings import Mode, edited
+from difffract_jax.circuits.effects.readings import SWITCHED, Mode, edited
 from difffract_jax.circuits.frozen.encoding import SiteLayers, site
 from difffract_jax.circuits.frozen.replacement import Replacement
 from difffract_jax.circuits.frozen.targets import Targets, inputs_at, reading_terms
+from difffract_jax.generators import random_generator
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.order import levels
 from difffract_jax.graphs.pruning import node_influence
 from difffract_jax.models.streaming import jit_resident, streams_layers
-from difffract_jax.seeds import random_generator
 from difffract_jax.transcoders.transcoder import Transcoder
 
 Ablation = Literal["mean", "zero"]
@@ -80,7 +80,7 @@ class Units(NamedTuple):
     """Features of a run, a row each, without positions.
 
     Attributes:
-        number: of the step within the run.
+        number: of the evaluation within the run.
         group: number of the group.
         layer: recorded layer of the group's stack.
         side: place of the stream among those that the group's sequence holds.
@@ -104,25 +104,30 @@ def candidates(again: Rerun, graph: Graph) -> tuple[Units, dict[tuple[int, ...],
         graph: position by position.
 
     Returns:
-        The features, and step, stream, block and feature -> row.
+        The features, and step, branch, stream, block and feature -> row.
     """
     engine = again.engine
     table, level = engine.table, levels(engine.table.step, engine.table.block)
     highest = int(level[again.rows[graph.targets]].max())
     rows = np.flatnonzero((table.kind == FEATURE) & (table.value > 0) & (level < highest))
     keys = np.stack(
-        [column[rows].astype(np.int64) for column in (table.step, table.stream, table.block, table.feature)]
+        [
+            column[rows].astype(np.int64)
+            for column in (table.step, table.branch, table.stream, table.block, table.feature)
+        ]
     )
     unique, place = np.unique(keys, axis=1, return_inverse=True)
     value = np.zeros(unique.shape[1])
     np.maximum.at(value, place.ravel(), table.value[rows].astype(np.float64))
     info = engine.infos[0]
-    step, stream, block, feature = unique
+    step, branch, stream, block, feature = unique
+    evaluations = {(one.step, one.branch): number for number, one in enumerate(engine.infos)}
+    number = np.array([evaluations[pair] for pair in zip(step.tolist(), branch.tolist(), strict=True)], np.int64)
     group = info.layout.groups_at(block, stream)
     layer = block - info.recorded[0] - np.array(engine.steps[0].record.first_layers, np.int64)[group]
     sides = [{STREAMS.index(name): i for i, name in enumerate(one.streams)} for one in info.layout.groups]
     side = np.array([sides[g][s] for g, s in zip(group.tolist(), stream.tolist(), strict=True)], np.int64)
-    units = Units(step - info.step, group, layer, side, feature, value)
+    units = Units(number, group, layer, side, feature, value)
     return units, {tuple(key): i for i, key in enumerate(unique.T.tolist())}
 
 
@@ -137,7 +142,7 @@ def by_influence(graph: Graph, places: dict[tuple[int, ...], int]) -> np.ndarray
     influence = node_influence(summed)
     inside = np.setdiff1d(np.flatnonzero(summed.node_kind == FEATURE), summed.targets)
     ranked = inside[np.argsort(-influence[inside], kind="stable")]
-    columns = (summed.node_step, summed.node_stream, summed.node_block, summed.node_feature)
+    columns = (summed.node_step, summed.node_branch, summed.node_stream, summed.node_block, summed.node_feature)
     return np.array([places[tuple(int(column[node]) for column in columns)] for node in ranked], np.int64)
 
 
@@ -148,7 +153,7 @@ def rank(engine: Engine, units: Units, order: np.ndarray, number: int) -> tuple[
         engine: of the run.
         units: from `candidates`.
         order: their rows, the first first.
-        number: of the step within the run.
+        number: of the evaluation within the run.
     """
     ranks = []
     first = engine.steps[0]
@@ -231,6 +236,10 @@ def values_of(
     more = round_up(sets.size.shape[0], least) - sets.size.shape[0]
     filled = jax.tree.map(lambda column: jnp.pad(jnp.asarray(column), (0, more)), sets)
 
+    # Tracing a program takes longer than running it: one serves both readings that differ in what is on.
+    switching = jnp.asarray(mode == "live") if mode in SWITCHED else None
+    program = SWITCHED[0] if mode in SWITCHED else mode
+
     def run_step(number: int, targets: Targets, latents: Array) -> tuple[Array, Array | None]:
         prepared = engine.steps[number]
         ranks = jax.tree.map(lambda *each: jnp.stack(each), *(rank(engine, units, one, number) for one in rankings))
@@ -238,7 +247,8 @@ def values_of(
         if ablation == "zero":
             other = jax.tree.map(jnp.zeros_like, other)
         with jax.default_matmul_precision("highest"):
-            return _run_sets(prepared, ranks, other, filled, targets, latents, mode=mode, across=engine.across)
+            given = (prepared, ranks, other, filled, targets, latents, switching)
+            return _run_sets(*given, mode=program, across=engine.across)
 
     start = recorded_latents(engine, filled.size.shape[0])
     found = read_variants(engine, again.rows[graph.targets], start, run_step)
@@ -253,6 +263,7 @@ def _run_sets(
     sets: Sets,
     readouts: Targets,
     latents: Float[Array, "set img channels"],
+    switching: Bool[Array, ""] | None,
     *,
     mode: Mode,
     across: bool,
@@ -266,7 +277,7 @@ def _run_sets(
         kept = jax.tree.map(lambda inside: inside != chosen.removed, inside)
         factors = jax.tree.map(lambda kept, mean: kept.astype(mean.dtype), kept, other)
         offsets = jax.tree.map(lambda kept, mean: jnp.where(kept, 0, mean), kept, other)
-        found = edited(entering(prepared, z, across=across), factors, offsets, mode)
+        found = edited(entering(prepared, z, across=across), factors, offsets, mode, switching=switching)
         return jnp.sum(gradients * inputs_at(record, readouts, found.mlp_in), axis=1) + constant, found.velocity
 
     streamed = streams_layers(prepared)

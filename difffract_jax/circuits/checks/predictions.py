@@ -75,9 +75,13 @@ def _by_level(graph: Graph, weight: Float64[np.ndarray, "edge"]) -> list[tuple[n
 def downstream(
     graph: Graph, sources: Int64[np.ndarray, "source"], readouts: Int64[np.ndarray, "readout"]
 ) -> Bool[np.ndarray, "source readout"]:
-    """Marks the pairs in which the readout lies in a higher block or later step than the source."""
-    level = levels(graph.node_step, graph.node_block)
-    return level[sources][:, None] < level[readouts][None]
+    """Marks the pairs in which the readout lies in a higher block or later step than the source.
+
+    With guidance by two branches, features of one do not reach those of the other within a step.
+    """
+    level, step, branch = levels(graph.node_step, graph.node_block), graph.node_step, graph.node_branch
+    apart = (step[sources][:, None] == step[readouts]) & (branch[sources][:, None] != branch[readouts])
+    return (level[sources][:, None] < level[readouts]) & ~(apart & (graph.node_kind[readouts] == FEATURE))
 
 
 def agreement(predicted: np.ndarray, changed: np.ndarray, pairs: Bool[np.ndarray, "*shape"]) -> dict[str, Any]:

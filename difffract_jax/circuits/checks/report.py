@@ -1,6 +1,6 @@
 """The report of a validation: a page of Markdown, two figures, and every number as JSON.
 
-report.md  validation.json  perturbation.png  completeness.png
+report.md  validation.json  perturbation.png  completeness.png, and grade.png where the graph was graded
 
 The figures are functions of the numbers alone (NumPy and matplotlib), for other reports to show.
 """
@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from difffract_jax.circuits.checks.grade_report import grade_figure
 from difffract_jax.circuits.checks.summaries import EVERY, at_size, own_figures, words
 from difffract_jax.circuits.checks.validation import failed_checks
-from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.files import atomic_file, make_directory
 
 COLOURS = {"influence": "#0072b2", "largest value": "#d55e00", "random": "#7a7a7a"}
 NAMES = {"influence": "the graph's, by influence", "largest value": "by largest value", "random": "at random"}
@@ -33,9 +34,13 @@ def write_validation(found: Mapping[str, Any], out: Path, record: Mapping[str, A
     Returns:
         Paths by name.
     """
-    out.mkdir(exist_ok=True)
+    make_directory(out)
     files = {name: out / name for name in ("report.md", "validation.json", "perturbation.png", "completeness.png")}
-    for name, figure in (("perturbation.png", perturbation_figure(found)), ("completeness.png", curves_figure(found))):
+    figures = [("perturbation.png", perturbation_figure(found)), ("completeness.png", curves_figure(found))]
+    if "grade" in found:
+        files["grade.png"] = out / "grade.png"
+        figures.append(("grade.png", grade_figure(found["grade"])))
+    for name, figure in figures:
         with atomic_file(files[name]) as partial:
             figure.savefig(partial, dpi=120, format="png")
     with atomic_file(files["validation.json"]) as partial:
@@ -59,6 +64,7 @@ def page(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         failed_checks(dict(found)) or "Every bar is held.",
         "## The target itself",
         markdown_table(own_figures(found)),
+        *_graded(found),
         "## Exactness",
         words("exactness", found),
         markdown_table(
@@ -80,6 +86,22 @@ def page(found: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _graded(found: Mapping[str, Any]) -> list[str]:
+    """Returns the part of the page on the grade; nothing if there is none."""
+    graded = found.get("grade")
+    if graded is None:
+        return []
+    return [
+        "## The grade",
+        f"{graded['words']} {graded['rule']}",
+        markdown_table(graded["parts"]),
+        markdown_table(graded["facts"]),
+        "What predictions miss of the change in the real model, over the change itself, in the median:",
+        markdown_table(graded["errors"]),
+        "![Edits, as the graph predicts them and as they turned out](grade.png)",
+    ]
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns rows of JSON values as a table."""
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
@@ -98,8 +120,9 @@ def perturbation_figure(found: Mapping[str, Any]) -> Figure:
     Args:
         found: from `validation.validate`.
     """
-    figure, pairs = Figure(figsize=(12.5, 4), layout="constrained"), found["perturbation"]["pairs"]
+    figure, pairs = Figure(figsize=(12.5, 4)), found["perturbation"]["pairs"]
     target, left, right = figure.subplots(1, 3)
+    _arrange(figure, (1, 3), (0.75, 0.25, 0.5, 0.5), 0.8)
     measured, own = np.array(pairs["measured"]), np.array(pairs["own"], bool)
     influence, change = np.array(pairs["influence"]), np.array(pairs["change"])
     target.plot(change[own], measured[own], "D", ms=4, color=COLOURS["largest value"])
@@ -110,7 +133,6 @@ def perturbation_figure(found: Mapping[str, Any]) -> Figure:
     left.loglog(influence[shown], np.abs(measured[shown]), ".", ms=3, alpha=0.4, color=COLOURS["influence"])
     left.set(xlabel="influence", ylabel="|change| in the real model", title=_title(found, "influence"))
     for axis, limits in ((left.xaxis, left.get_xlim()), (left.yaxis, left.get_ylim())):
-        axis.set_minor_formatter(NullFormatter())  # a short axis would label all its ticks, one over another
         if limits[1] < 100 * limits[0]:
             axis.set_major_locator(LogLocator(subs=(1, 3)))
     right.plot(change, measured, ".", ms=3, alpha=0.4, color=COLOURS["influence"])
@@ -123,7 +145,36 @@ def perturbation_figure(found: Mapping[str, Any]) -> Figure:
     right.set(title=_title(found, "change"))
     for axes in (target, right):
         axes.set(xlabel="change that the graph predicts", ylabel="change in the real model")
+    for axes in (target, left, right):
+        _spare(axes)
     return figure
+
+
+def _spare(axes: Any) -> None:
+    """Leaves out what takes matplotlib longest to draw, and says nothing: small ticks, powers as formulas, and the
+    search for a place for the title that no tick would reach anyway."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(NullLocator())
+        if axis.get_scale() != "linear":
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(axes.get_title(), y=1.0)
+
+
+def _arrange(figure: Figure, panels: tuple[int, int], margins: tuple[float, float, float, float], gap: float) -> None:
+    """Places a grid of panels by inches; to have matplotlib measure the margins takes as long as drawing all.
+
+    Args:
+        figure: whose panels these are.
+        panels: rows and columns.
+        margins: left, right, bottom and top.
+        gap: between panels.
+    """
+    (width, height), (left, right, bottom, top) = figure.get_size_inches(), margins
+    rows, columns = panels
+    panel_width = (width - left - right - (columns - 1) * gap) / columns
+    panel_height = (height - bottom - top - (rows - 1) * gap) / rows
+    edges = {"left": left / width, "right": 1 - right / width, "bottom": bottom / height, "top": 1 - top / height}
+    figure.subplots_adjust(**edges, wspace=gap / panel_width, hspace=gap / panel_height)
 
 
 def _ticks(largest: float) -> list[float]:
@@ -148,7 +199,8 @@ def curves_figure(found: Mapping[str, Any]) -> Figure:
     """
     complete = found["completeness"]
     curves = complete["curves"]
-    figure = Figure(figsize=(3.2 * len(curves) + 0.6, 5.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(curves) + 0.6, 5.4))
+    _arrange(figure, (2, len(curves)), (0.65, 0.1, 0.8, 0.3), 0.12)
     grid = figure.subplots(2, len(curves), sharex=True, sharey=True, squeeze=False)
     for column, one in enumerate(curves):
         for axes, measure in zip(grid[:, column], ("recovered", "lost"), strict=True):
@@ -159,10 +211,12 @@ def curves_figure(found: Mapping[str, Any]) -> Figure:
             axes.set(xscale="log", ylim=(-0.3, 1.5))
         grid[0, column].set_title(one["reading"])
         grid[1, column].set_xlabel("features in the circuit")
+        for axes in grid[:, column]:
+            _spare(axes)
     grid[0, 0].set_ylabel("recovered by the circuit alone")
     grid[1, 0].set_ylabel("lost without the circuit")
     names, handles = _legend(grid.flat)
-    figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=len(names))  # beside the curves
+    figure.legend(handles, names, fontsize=8, loc="lower center", ncols=len(names))  # beside the curves
     return figure
 
 

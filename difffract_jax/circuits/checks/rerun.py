@@ -12,19 +12,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from difffract_jax.address import IMG, LATENT
+from difffract_jax.address import BRANCHES, IMG, LATENT
 from difffract_jax.circuits.attribution.engine import Engine, Output, make_engine
 from difffract_jax.circuits.attribution.expansion import SourceTable
 from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.notation.feature import Feature
-from difffract_jax.circuits.trace.capture import Span, Trace, capture, capture_steps
+from difffract_jax.circuits.trace.capture import Span, Trace, capture, capture_steps, run_of_trace
 from difffract_jax.config import UserError
-from difffract_jax.graphs.graph import FEATURE, INPUT, OUTPUT, REST, SCORE, Graph
+from difffract_jax.graphs.graph import EXPLAINING, FEATURE, INPUT, OUTPUT, REST, Graph
 from difffract_jax.graphs.loras import texts_of
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.models.pipeline import Pipeline
-from difffract_jax.models.sampler import PATCH
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 SAME_VALUE = 1e-3
@@ -36,7 +35,8 @@ class Rerun(NamedTuple):
 
     Attributes:
         engine: of the run; its outputs are the graph's, in the order of its nodes.
-        rows: row of the engine's table of every node; -1 for rest nodes, which stand for several.
+        rows: row of the engine's table of every node; -1 for rest nodes, which stand for several, and for what is
+            no source of the frozen map.
     """
 
     engine: Engine
@@ -60,8 +60,8 @@ def capture_again(
             summed over positions.
     """
     check_same(pipe, tcs, graph)
-    again = _capture(pipe, tcs, graph, latents) if trace is None else trace
-    outputs = _outputs(pipe, again, graph)
+    again = capture_run(pipe, tcs, graph, latents=latents) if trace is None else trace
+    outputs = outputs_of(pipe, again, graph)
     engine = make_engine(again, tcs, tuple(outputs))
     rows = _find_rows(engine.table, graph)
     rows[graph.node_kind == OUTPUT] = engine.sources + np.arange(len(outputs))
@@ -80,7 +80,7 @@ def check_same(pipe: Pipeline, tcs: TranscoderSet, graph: Graph) -> None:
     run = told.traced_run
     if told.transcoders is None or told.attribution is None or not told.steps:
         raise UserError("The graph does not tell how it was traced; give an .npz that `difffract trace` wrote.")
-    if np.any(graph.node_position[~np.isin(graph.node_kind, (OUTPUT, SCORE))] < 0):
+    if np.any(graph.node_position[~np.isin(graph.node_kind, (OUTPUT, *EXPLAINING))] < 0):
         raise UserError(
             "The graph is summed over positions, as by `difffract prune`, and single edges cannot be checked any more; "
             "give the graph that `difffract trace` wrote, or prune it with --by-position."
@@ -103,9 +103,30 @@ def _told_loras(pipe: Pipeline, run: TraceInfo) -> str:
     return f", with --lora: {texts_of(run.loras)}" if run.loras else f", without {texts_of(pipe.loras)}"
 
 
-def _capture(pipe: Pipeline, tcs: TranscoderSet, graph: Graph, latents: Any) -> Trace | Span:
-    told, unit = graph.provenance.traced_run, PATCH * pipe.config.vae.factor
-    if told.latents_given and latents is None:
+def capture_run(
+    pipe: Pipeline,
+    tcs: TranscoderSet,
+    graph: Graph,
+    *,
+    latents: Any = None,
+    seed: int | None = None,
+    all_steps: bool = False,
+) -> Trace | Span:
+    """Captures the run that a graph tells of.
+
+    Args:
+        pipe: the pipeline it was traced in.
+        tcs: the transcoders it was traced with.
+        graph: the graph.
+        latents: packed starting noise, where the graph's run started from given noise.
+        seed: of other starting noise than the graph's run had.
+        all_steps: whether the steps before the graph's own are recorded too.
+
+    Raises:
+        UserError: if noise was given and is not given again, or the graph's steps are not those of the model.
+    """
+    told = graph.provenance.traced_run
+    if told.latents_given and latents is None and seed is None:
         raise UserError(
             "The graph's run started from noise that was given, not drawn from its seed; give the same noise again, "
             "with --latents or --noise."
@@ -117,22 +138,37 @@ def _capture(pipe: Pipeline, tcs: TranscoderSet, graph: Graph, latents: Any) -> 
         raise UserError(
             f"The graph names step {outside[0]}, but its run has the steps 0 to {count - 1}; trace it again."
         )
-    height, width = (side * unit for side in told.grid)
-    planned = pipe.plan(steps=count, height=height, width=width, text_tokens=told.text_tokens, guidance=told.guidance)
-    run = {"seed": told.seed, "run": planned, "include_padding": told.include_padding, "latents": latents}
+    run = {
+        "seed": told.seed if seed is None else seed,
+        "run": run_of_trace(pipe, told),
+        "include_padding": told.include_padding,
+        "latents": latents,
+    }
     inputs = {*graph.node_stream[graph.node_kind == INPUT].tolist()}
-    if len(steps) > 1 or (LATENT in inputs and IMG not in inputs):
-        made: Trace | Span = capture_steps(pipe, tcs, told.prompt, first=min(steps), last=max(steps), **run)
+    outputs = bool(np.any(graph.node_kind == OUTPUT))
+    both = told.branches > 1 and (outputs or np.unique(graph.node_branch[graph.node_kind == FEATURE]).size > 1)
+    if all_steps or len(steps) > 1 or both or (LATENT in inputs and IMG not in inputs):
+        first = 0 if all_steps else min(steps)
+        made: Trace | Span = capture_steps(pipe, tcs, told.prompt, first=first, last=max(steps), **run)
     else:
-        output = LATENT in inputs or bool(np.any(graph.node_kind == OUTPUT))
-        made = capture(pipe, tcs, told.prompt, step=min(steps), output=output, **run)
+        output = LATENT in inputs or outputs
+        made = capture(pipe, tcs, told.prompt, step=min(steps), output=output, branch=BRANCHES[told.branch], **run)
     if not np.allclose(made.info.sigmas, told.sigmas):
         raise UserError("The graph's run had other noise levels than the model has for as many steps; trace it again.")
     return made
 
 
-def _outputs(pipe: Pipeline, trace: Trace | Span, graph: Graph) -> list[Output]:
-    """Returns the graph's outputs, in the order of its nodes."""
+def outputs_of(pipe: Pipeline, trace: Trace | Span, graph: Graph) -> list[Output]:
+    """Returns a graph's outputs, in the order of its nodes, as they read in a run.
+
+    Args:
+        pipe: the pipeline.
+        trace: of the run.
+        graph: whose outputs these are.
+
+    Raises:
+        UserError: if the graph calls an output what is a feature.
+    """
     settings = graph.provenance.attribution
     texts = settings.targets if settings is not None else ()
     found = []
@@ -145,11 +181,12 @@ def _outputs(pipe: Pipeline, trace: Trace | Span, graph: Graph) -> list[Output]:
 
 
 def _find_rows(table: SourceTable, graph: Graph) -> Int64[np.ndarray, "node"]:
-    """Returns every node's row in the table; outputs, rest and attention scores have -1."""
+    """Returns every node's row in the table; outputs, rest, scores, modulations and words have -1."""
     there = np.flatnonzero((table.kind != FEATURE) | (table.value > 0))
     columns = [
         (table.kind, graph.node_kind),
         (table.step, graph.node_step),
+        (table.branch, graph.node_branch),
         (table.stream, graph.node_stream),
         (table.block, graph.node_block),
         (table.position, graph.node_position),
@@ -164,7 +201,7 @@ def _find_rows(table: SourceTable, graph: Graph) -> Int64[np.ndarray, "node"]:
     place = np.minimum(np.searchsorted(ours, theirs, sorter=order), there.size - 1)
     rows = there[order[place]]
     found = ours[order[place]] == theirs
-    named = ~np.isin(graph.node_kind, (OUTPUT, REST, SCORE))
+    named = ~np.isin(graph.node_kind, (OUTPUT, REST, *EXPLAINING))
     if np.any(named & ~found):
         name = node_names(graph)[int(np.flatnonzero(named & ~found)[0])]
         raise UserError(

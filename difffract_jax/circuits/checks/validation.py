@@ -31,12 +31,12 @@ from difffract_jax.circuits.checks.variants import push_edges
 from difffract_jax.circuits.effects.readings import Mode
 from difffract_jax.circuits.frozen.replacement import run_affine
 from difffract_jax.config import UserError
+from difffract_jax.generators import random_generator
 from difffract_jax.graphs.aggregation import aggregate
-from difffract_jax.graphs.frozen_attention import without_scores
-from difffract_jax.graphs.graph import FEATURE, OUTPUT, REST, SCORE, Graph
+from difffract_jax.graphs.frozen_attention import without_pooled, without_scores
+from difffract_jax.graphs.graph import EXPLAINING, FEATURE, OUTPUT, REST, Graph
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import node_influence, prune
-from difffract_jax.seeds import random_generator
 
 READINGS: tuple[Mode, ...] = ("propagated", "live", "full")
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -87,9 +87,9 @@ def validate(
             "The graph has no features besides its targets, so that there is nothing to take off; trace a target of a "
             "later block, or with a smaller --min-attribution, and prune less."
         )
-    # What is checked is the frozen map, of which attention's scores are no part.
-    again = again._replace(rows=again.rows[graph.node_kind != SCORE])
-    graph = without_scores(graph)
+    # What is checked is the frozen map, of which attention's scores and modulations are no part.
+    again = again._replace(rows=again.rows[~np.isin(graph.node_kind, EXPLAINING)])
+    graph = without_pooled(without_scores(graph))
     done, parts = 0, 4 + len(readings)
 
     def advance() -> None:
@@ -141,13 +141,14 @@ def _row(kind: str, check: str, errors: Float64[np.ndarray, "error"], of: int) -
 
 def _replacement(engine: Engine) -> dict[str, Any]:
     """Holds the replacement at the trace against the model, site by site."""
-    errors = []
+    errors, groups = [], engine.infos[0].layout.groups
     for prepared in engine.steps:
         with jax.default_matmul_precision("highest"):
             found = run_affine(prepared.record, prepared.sites, prepared.sources)
         pairs = [
             (a, b)
-            for ours, theirs in zip(found.mlp_in, prepared.record.mlp_in, strict=True)
+            for group, ours, theirs in zip(groups, found.mlp_in, prepared.record.mlp_in, strict=True)
+            if group.mlp
             # Layer by layer in NumPy: in JAX every index would be a program of its own.
             for a, b in zip(np.asarray(ours), np.asarray(theirs), strict=True)
         ]

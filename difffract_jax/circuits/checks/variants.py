@@ -1,6 +1,7 @@
 """Many variants of a traced run side by side, and what the graph's targets read in each.
 
-A variant changes what the MLPs add, or what the run starts from, in one or several of the traced steps. Per step:
+A variant changes what the MLPs add, or what the run starts from, in one or several of the traced steps. Per step, or
+with guidance by two branches per evaluation:
 
 1. `run_step(number, targets, latents)` runs all variants, and returns the targets' readings and the velocities.
 2. Outputs are <velocity, v> + <latents, z>, with the weights of the `Output`.
@@ -22,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, Int64
 
 from difffract_jax.address import IMG, LATENT, TXT
-from difffract_jax.circuits.attribution.engine import Engine, Output, targets_of
+from difffract_jax.circuits.attribution.carried import after_step, ends_step
+from difffract_jax.circuits.attribution.engine import Engine, targets_of
 from difffract_jax.circuits.frozen.replacement import Replacement, Sources, run_replacement
 from difffract_jax.circuits.frozen.targets import Targets, inputs_at, reading_terms
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
@@ -51,22 +53,25 @@ def read_variants(
         rows: features or outputs of its table.
         latents: entering the first step, of every variant; or what is added to them.
         run_step: returns features' pre-activations, [variant target], and velocities, [variant img outputs], of the
-            step of this number; the latents it gets are those entering the step.
+            evaluation of this number; the latents it gets are those entering the step.
         changes: whether these are changes rather than values, so that outputs have no constant.
     """
     table, values = engine.table, np.zeros((latents.shape[0], rows.size))
-    filled = pad_rows(rows, TARGETS)
+    filled, velocities = pad_rows(rows, TARGETS), []
     for number, info in enumerate(engine.infos):
         u, velocity = run_step(number, targets_of(engine, filled, number), latents)
-        here = (table.step[rows] == info.step) & (table.kind[rows] == FEATURE)
+        of_step = table.step[rows] == info.step
+        here = of_step & (table.kind[rows] == FEATURE) & (table.branch[rows] == info.branch)
         values[:, here] = np.asarray(u, np.float64)[:, : rows.size][:, here]
-        for i in np.flatnonzero((table.kind[rows] == OUTPUT) & (table.step[rows] == info.step)):
+        for i in np.flatnonzero((table.kind[rows] == OUTPUT) & of_step):
             output = engine.outputs[int(rows[i]) - engine.sources]
-            values[:, i] = _of_output(output, velocity, latents) + (0.0 if changes else output.constant)
-        if engine.across and number + 1 < len(engine.steps):
-            assert velocity is not None
-            sigma, following = (jnp.asarray(info.sigmas[step], latents.dtype) for step in (info.step, info.step + 1))
-            latents = latents + (following - sigma) * velocity
+            values[:, i] += info.velocity_weight * _along(velocity, output.velocity)
+            if ends_step(engine.infos, number):
+                values[:, i] = values[:, i] + _along(latents, output.latents) + (0.0 if changes else output.constant)
+        velocities.append(velocity)
+        if engine.across and ends_step(engine.infos, number) and number + 1 < len(engine.steps):
+            evaluations = engine.infos[number + 1 - len(velocities) : number + 1]
+            latents, velocities = after_step(latents, evaluations, velocities), []
     return values
 
 
@@ -86,10 +91,8 @@ def map_variants(run: Callable[[Any], Any], variants: Any, at_once: int, *, stre
     return jax.tree.map(lambda *each: jnp.concatenate(each), *found)
 
 
-def _of_output(output: Output, velocity: Array | None, latents: Array) -> Float64[np.ndarray, "variant"]:
-    pairs = ((velocity, output.velocity), (latents, output.latents))
-    terms = [np.einsum("vsc,sc->v", *(np.asarray(a, np.float64) for a in pair)) for pair in pairs]
-    return terms[0] + terms[1]
+def _along(ours: Array | None, weights: Array) -> Float64[np.ndarray, "variant"]:
+    return np.einsum("vsc,sc->v", *(np.asarray(a, np.float64) for a in (ours, weights)))
 
 
 def pad_rows(rows: Int64[np.ndarray, "row"], least: int) -> Int64[np.ndarray, "filled"]:
@@ -143,20 +146,20 @@ class SourceLocations(NamedTuple):
 
 
 NOT_HERE = 255
-"""`SourceLocations.kind` of a source of another step."""
+"""`SourceLocations.kind` of a source of another evaluation."""
 
 
 def locations_at(engine: Engine, rows: Int64[np.ndarray, "source"], number: int) -> SourceLocations:
-    """Returns where rows of the table stand in one step.
+    """Returns where rows of the table stand in one evaluation.
 
     Args:
         engine: from `make_engine`.
         rows: features, errors or inputs; -1 for nothing.
-        number: of the step within the span.
+        number: of the evaluation within the span.
     """
     table, info = engine.table, engine.infos[number]
     kind, stream, block = (column[rows].astype(np.int64) for column in (table.kind, table.stream, table.block))
-    kind[(table.step[rows] != info.step) | (rows < 0)] = NOT_HERE
+    kind[(table.step[rows] != info.step) | (table.branch[rows] != info.branch) | (rows < 0)] = NOT_HERE
     group = info.layout.groups_at(block, stream)
     position = info.layout.rows_at(group, stream, table.position[rows], info.tokens_of)
     layer = np.clip(block - info.recorded[0], 0, len(info.recorded) - 1)
@@ -184,12 +187,13 @@ def push_edges(
     for i in np.flatnonzero(inputs & (table.stream[rows] == LATENT)):
         latents[i, table.position[rows[i]]] = first[table.position[rows[i]]]
     # All steps of a span read one text embedding, which counts to the first.
-    text = jnp.asarray(inputs & (table.stream[rows] == TXT) & engine.across)
+    text = inputs & (table.stream[rows] == TXT) & engine.across
 
     def run_step(number: int, readouts: Targets, entering: Array) -> tuple[Array, Array | None]:
         with jax.default_matmul_precision("highest"):
             places = locations_at(engine, rows, number)
-            places = places._replace(kind=jnp.where(text, INPUT, places.kind))
+            mine = jnp.asarray(text & (table.branch[rows] == engine.infos[number].branch))
+            places = places._replace(kind=jnp.where(mine, INPUT, places.kind))
             step = engine.steps[number]
             gradients, _ = reading_terms(step.record, step.sites, readouts)
             return _push(step, places, readouts, gradients, entering, across=engine.across)

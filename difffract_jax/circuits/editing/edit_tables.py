@@ -13,8 +13,15 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from difffract_jax.address import Group, Layout
-from difffract_jax.circuits.notation.edits import Edit, Part, WholeSite, check_stream, refuse_contradictions
+from difffract_jax.address import BRANCHES, PROMPT, Group, Layout
+from difffract_jax.circuits.notation.edits import (
+    Edit,
+    Part,
+    WholeSite,
+    check_stream,
+    refuse_contradictions,
+    site_part,
+)
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Streams
 from difffract_jax.models.pipeline import Run
@@ -35,7 +42,7 @@ class EditTable(NamedTuple):
         offset: added to it.
         threshold: share of the maximum; -1 for all positions.
         positions: positions each edit acts on; `rows` are those of the group's sequence.
-        steps: steps each edit acts in.
+        steps: evaluations each edit acts in; with guidance by two branches a step has two.
     """
 
     feature: Int[Any, "*table"]
@@ -43,7 +50,19 @@ class EditTable(NamedTuple):
     offset: Float[Any, "*table"]
     threshold: Float[Any, "*table"]
     positions: Bool[Any, "*table rows"]
-    steps: Bool[Any, "*table step"]
+    steps: Bool[Any, "*table evaluation"]
+
+
+class CodeTable(NamedTuple):
+    """Edits of every code of one group, block by block; the code becomes scale * code + offset.
+
+    Attributes:
+        scale: of each code.
+        offset: added to it.
+    """
+
+    scale: Float[Any, "*table step rows feat"]
+    offset: Float[Any, "*table step rows feat"]
 
 
 class EditLayers(NamedTuple):
@@ -52,14 +71,14 @@ class EditLayers(NamedTuple):
     Attributes:
         slot: place of each block's transcoder in the stack.
         touched: whether the block is edited, or replaced.
-        live: positions that form `replace` replaces: all that count, and those that an edit names.
+        live: positions that form `replace` replaces in each branch: all that count, and those that an edit names.
         edits: what is done there.
     """
 
     slot: Int[Any, "layer"]
     touched: Bool[Any, "layer"]
-    live: Bool[Any, "*batch layer rows"]
-    edits: EditTable
+    live: Bool[Any, "*batch layer branch rows"]
+    edits: EditTable | CodeTable
 
 
 def lay_out(
@@ -67,7 +86,7 @@ def lay_out(
     layout: Layout,
     tcs: TranscoderSet,
     run: Run,
-    text_mask: Bool[np.ndarray, "txt"],
+    text_mask: Bool[np.ndarray, "*branch txt"],
     replaced: Sequence[WholeSite] = (),
     width: int | None = None,
     dtype: DTypeLike = np.float32,
@@ -79,7 +98,7 @@ def lay_out(
         layout: of the model.
         tcs: its transcoders.
         run: sizes and schedule.
-        text_mask: text positions that edits without positions act on.
+        text_mask: text positions that edits without positions act on, those of each branch or the same of all.
         replaced: sites that count as edited though no edit names them.
         width: edits that every block gets, filling included; as many as the fullest needs if left out.
         dtype: of the tables' numbers.
@@ -92,12 +111,13 @@ def lay_out(
             contradicts another.
     """
     refuse_contradictions(edits)
-    parts = [(edit, part) for edit in edits for whole in edit.parts for part in _split(whole, tcs.sites, str(edit))]
-    wholes = [Part(*site[:2], -1, *site[2:]) for site in replaced]
+    parts = _placed(edits, tcs.sites, run.branches)
+    wholes = [site_part(site) for site in replaced]
     also = {_block(part, layout) for whole in wholes for part in _split(whole, tcs.sites, str(whole[:2]))}
     for edit, part in parts:
         _check(edit, part, layout, tcs.config.features, run)
     widest = _fullest(parts) if width is None else width
+    masks = np.broadcast_to(text_mask, (run.branches, run.text_tokens))
     by_block: dict[tuple[str, int], list[tuple[Edit, Part]]] = {}
     for edit, part in parts:
         by_block.setdefault(_block(part, layout), []).append((edit, part))
@@ -107,19 +127,29 @@ def lay_out(
         edited = [by_block.get((group.label, block), []) for block in blocks]
         slot = np.array([slots.get(block, 0) for block in blocks], np.int32)
         touched = [bool(own) or (group.label, block) in also for own, block in zip(edited, blocks, strict=True)]
-        live, table = _tables(group, edited, run, text_mask, widest, dtype)
+        live, table = _tables(group, edited, run, masks, widest, dtype)
         tables.append(EditLayers(slot, np.array(touched, bool), live, table))
     return tuple(tables)
 
 
-def edits_per_block(edits: Sequence[Edit], sites: SiteSet) -> int:
+def edits_per_block(edits: Sequence[Edit], sites: SiteSet, branches: int = 1) -> int:
     """Returns how many edits the fullest block has, rounded up to a power of two so that compilations are shared.
 
     Args:
         edits: of one image.
         sites: that have a transcoder.
+        branches: of the run; an edit that names none acts in each by a place of its own.
     """
-    return _fullest([(edit, part) for edit in edits for whole in edit.parts for part in _split(whole, sites, "")])
+    return _fullest(_placed(edits, sites, branches))
+
+
+def _placed(edits: Sequence[Edit], sites: SiteSet, branches: int) -> list[tuple[Edit, Part]]:
+    """Returns every part of the edits once for each site and branch that it means."""
+    pairs = [(edit, part) for edit in edits for whole in edit.parts for part in _split(whole, sites, str(edit))]
+    if branches == 1:
+        return pairs
+    named = [(edit, part, BRANCHES if part.branch is None else (part.branch,)) for edit, part in pairs]
+    return [(edit, part._replace(branch=branch)) for edit, part, means in named for branch in means]
 
 
 def _fullest(parts: Sequence[tuple[Edit, Part]]) -> int:
@@ -158,6 +188,11 @@ def _check(edit: Edit, part: Part, layout: Layout, features: int, run: Run) -> N
         beyond = [value for value in values if value >= end or (value < 0 and what != "feature")]
         if beyond:
             raise UserError(f"The edit of {edit.feature} names {what} {beyond[0]}, but there are 0 to {end - 1}.")
+    if part.branch not in (None, *BRANCHES[: run.branches]):
+        raise UserError(
+            f"The edit of {edit.feature} names the branch {part.branch}, but each step of this run is one evaluation, "
+            "with the prompt; leave the branch out."
+        )
     if part.steps is not None and not part.steps:
         raise UserError(f"The edit of {edit.feature} names an empty set of steps; leave the steps out for all.")
 
@@ -193,45 +228,48 @@ def _tables(
     group: Group,
     edited: Sequence[Sequence[tuple[Edit, Part]]],
     run: Run,
-    text_mask: Bool[np.ndarray, "txt"],
+    text_masks: Bool[np.ndarray, "branch txt"],
     width: int,
     dtype: DTypeLike,
-) -> tuple[Bool[np.ndarray, "layer rows"], EditTable]:
+) -> tuple[Bool[np.ndarray, "layer branch rows"], EditTable]:
     """Returns a group's live positions and its edits, block by block.
 
     Args:
         group: of the sites.
         edited: each block's edits.
         run: sizes and schedule.
-        text_mask: text positions that edits without positions act on.
+        text_masks: text positions that edits without positions act on.
         width: edits that every block gets.
         dtype: of the table's numbers.
     """
-    shape, tokens = (len(edited), width), Streams(np.ones(run.tokens.img, bool), text_mask)
+    shape, tokens = (len(edited), width), [Streams(np.ones(run.tokens.img, bool), mask) for mask in text_masks]
     feature, threshold = np.full(shape, -1, np.int32), np.full(shape, -1.0, dtype)
     scale, offset = np.ones(shape, dtype), np.zeros(shape, dtype)
-    live = np.tile(_rows(group, tokens), (shape[0], 1))
-    positions, on = np.zeros((*shape, live.shape[1]), bool), np.zeros((*shape, run.steps), bool)
+    live = np.tile(np.stack([_rows(group, one) for one in tokens]), (shape[0], 1, 1))
+    positions, on = np.zeros((*shape, live.shape[2]), bool), np.zeros((*shape, run.steps, run.branches), bool)
     for layer, own in enumerate(edited):
         for place, (edit, part) in enumerate(own):
             at = layer, place
             feature[at] = part.feature
             scale[at], offset[at] = edit.affine
             threshold[at] = -1.0 if edit.threshold is None else edit.threshold
-            positions[at] = _positions(edit, part, group, tokens)
-            on[at][slice(None) if part.steps is None else list(part.steps)] = True
-            live[layer] |= positions[at]
-    return live, EditTable(feature, scale, offset, threshold, positions, on)
+            branch = PROMPT if part.branch is None else BRANCHES.index(part.branch)
+            positions[at] = _positions(edit, part, group, tokens[branch])
+            on[at][slice(None) if part.steps is None else list(part.steps), branch] = True
+            live[layer, branch] |= positions[at]
+    return live, EditTable(feature, scale, offset, threshold, positions, on.reshape(*shape, run.steps * run.branches))
 
 
-def apply_edits(edits: EditTable, z: Float[Array, "rows feat"], step: Array) -> Float[Array, "rows feat"]:
+def apply_edits(edits: EditTable | CodeTable, z: Float[Array, "rows feat"], step: Array) -> Float[Array, "rows feat"]:
     """Edits the code of one site.
 
     Args:
         edits: one block's.
         z: the code.
-        step: number of the denoising step.
+        step: number of the evaluation, see `models.guidance`.
     """
+    if isinstance(edits, CodeTable):
+        return edits.scale[step].astype(z.dtype) * z + edits.offset[step].astype(z.dtype)
 
     def one(z: Array, edit: EditTable) -> tuple[Array, None]:
         column = z[:, edit.feature]

@@ -31,7 +31,7 @@ from difffract_jax.models.pipeline import (
     Pipeline,
     Run,
     decode_latents,
-    encode,
+    encode_run,
     initial_noise,
     model_velocity,
     sample,
@@ -109,8 +109,8 @@ def steer(
     check_form(form)
     check_fit(tcs, pipe.config.transformer)
     run = run or pipe.plan()
-    encoded = encode(pipe, prompt, run.text_tokens)
-    mask = np.ones(run.text_tokens, bool) if include_padding else np.asarray(encoded.mask)
+    encoded = encode_run(pipe, prompt, run)
+    mask = np.stack([np.asarray(one.mask) | include_padding for one in encoded.branches])
     edited = edit_model(pipe.transformer, tcs, edits, run, replaced, mask)
     velocity: Any = delta_velocity if form == "delta" else replace_velocity
     params: Any = edited
@@ -132,7 +132,7 @@ def edit_model(
     edits: Sequence[Edit],
     run: Run,
     replaced: Sequence[WholeSite] = (),
-    text_mask: Bool[np.ndarray, "txt"] | None = None,
+    text_mask: Bool[np.ndarray, "*branch txt"] | None = None,
 ) -> EditedModel:
     """Lays out edits for the sizes of a run.
 
@@ -142,7 +142,7 @@ def edit_model(
         edits: what to change.
         run: sizes and schedule.
         replaced: further sites that form `replace` shall replace.
-        text_mask: text positions that edits without positions act on; all if left out.
+        text_mask: text positions that edits without positions act on, of each branch or of all; all if left out.
 
     Raises:
         UserError: see `edit_tables.lay_out`.
@@ -200,7 +200,7 @@ def edited_velocity(
     Args:
         params: the model and its edits.
         inputs: of one evaluation.
-        step: number of the denoising step.
+        step: number of the evaluation, see `models.guidance`.
         grid: rows and columns of image tokens.
         form: `delta` or `replace`.
 
@@ -245,7 +245,8 @@ def _replace(tc: Transcoder, layer: EditLayers, x: Any, y: Any, t: Array, step: 
     z = tc.encode(read, t)
     edited = apply_edits(layer.edits, z, step)
     stood_in = tc.decode(edited, read).astype(y.dtype)
-    return jnp.where(layer.live[:, None], stood_in, y), _square((edited - z) @ tc.dec.kernel[...])
+    live = layer.live[step % layer.live.shape[0]]
+    return jnp.where(live[:, None], stood_in, y), _square((edited - z) @ tc.dec.kernel[...])
 
 
 _WRITES = {"delta": partial(_write, _delta), "replace": partial(_write, _replace)}

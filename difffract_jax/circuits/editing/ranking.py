@@ -1,8 +1,8 @@
 """Finding features: which stand out in a run, between two prompts, in a region, or over the steps.
 
 1. Run the sampler for all seeds, and for a contrast prompt from the same noise, with a tap at every site.
-2. Of every feature keep, per seed and step, its mean over the tokens inside a region (all image tokens if there is
-   none; the prompt's own tokens in text), its mean outside, and the token where it is strongest.
+2. Of every feature keep, per seed and evaluation, its mean over the tokens inside a region (all image tokens if there
+   is none; the prompt's own tokens in text), its mean outside, and the token where it is strongest.
 3. Score it, by one of
 
        activation   mean inside
@@ -11,6 +11,8 @@
        trend        mean inside in the last step minus that in the first
 
    averaged over seeds, in a given step or where the score is largest. Contrast and trend rank by size, of either sign.
+With guidance by two branches a feature is scored in both evaluations of a step, and shown in the branch where the score
+is largest; in the negative one a contrast is that of the latents alone, which the prompts have led elsewhere.
 
 Scores are in units of the code. Features are written with position and step, ready to be a target or an edit.
 """
@@ -22,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from difffract_jax.address import Group
+from difffract_jax.address import BRANCHES, Group
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import tokens_in
 from difffract_jax.config import UserError
+from difffract_jax.generators import check_distinct
 from difffract_jax.models.blocks import Streams
-from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
+from difffract_jax.models.pipeline import Pipeline, Run, encode_run, initial_noise
 from difffract_jax.models.stacks import streams
-from difffract_jax.seeds import check_distinct
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.sites import SiteSet, parse_sites
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
@@ -57,7 +59,7 @@ class Ranked(NamedTuple):
     """One feature of a ranking.
 
     Attributes:
-        feature: with the position where it is strongest, and the step of the score.
+        feature: with the position where it is strongest, and the step of the score, of two branches also the branch.
         score: see the module.
         value: mean inside, over seeds, in that step; for `trend` in the last one.
         against: what it is compared with: the contrast prompt's, outside, the first step's; 0 for `activation`.
@@ -125,7 +127,7 @@ def rank_features(
     kept = _summaries(pipe, tcs, run, prompts, seeds, inside, batch, progress)
     ranked: dict[str, list[Ranked]] = {}
     for group, side in sides_of(tcs.sites):
-        rows = _rank(group, side, tcs, kept[group.name, side], wanted.get(group.name, ()), by, step, top)
+        rows = _rank(group, side, tcs, kept[group.name, side], wanted.get(group.name, ()), by, step, top, run.branches)
         if rows or group.label in ranked:
             every = (*ranked.get(group.label, ()), *rows)
             ranked[group.label] = sorted(every, key=lambda row: -_size(row, by))[:top]
@@ -196,8 +198,8 @@ def _summaries(
     batch: int,
     progress: Callable[[int, int], None] | None,
 ) -> dict[tuple[str, str], Summary]:
-    """Returns (name of a group, side) -> summaries [step prompt seed site feat]."""
-    encoded = [encode(pipe, prompt, run.text_tokens) for prompt in prompts]
+    """Returns (name of a group, side) -> summaries [evaluation prompt seed site feat]."""
+    encoded = [encode_run(pipe, prompt, run) for prompt in prompts]
     pairs = [(one, seed) for one in encoded for seed in seeds]
     parts = []
     for first in range(0, len(pairs), batch):
@@ -205,9 +207,10 @@ def _summaries(
         filled = [mine[i % len(mine)] for i in range(batch if first else len(mine))]
         text, pooled = (jnp.stack([getattr(one, name) for one, _ in filled]) for name in ("text", "pooled"))
         noise = jnp.stack([initial_noise(pipe, run, seed) for _, seed in filled])
-        masks = np.stack([np.asarray(one.mask) for one, _ in filled])
-        extra = repeat_steps((np.broadcast_to(inside, (len(filled), len(inside))), masks), run.steps)
-        found, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise_site, extra)
+        masks = np.stack([[np.asarray(branch.mask) for branch in one.branches] for one, _ in filled], axis=1)
+        regions = np.broadcast_to(inside, (*masks.shape[:2], len(inside)))
+        extra = [a.reshape(-1, *a.shape[2:]) for a in repeat_steps((regions, masks), run.steps)]
+        found, _ = reduced_codes(pipe, tcs, run, text, pooled, noise, summarise_site, tuple(extra))
         flat = {(group, side): summary for group, sides in found.items() for side, summary in sides.items()}
         parts.append({key: [np.asarray(a)[:, : len(mine)] for a in value] for key, value in flat.items()})
         if progress is not None:
@@ -229,6 +232,7 @@ def _rank(
     by: str,
     step: int | None,
     top: int,
+    branches: int,
 ) -> list[Ranked]:
     """Returns the highest features of a group's sites on one side of its sequence."""
     numbers = tcs.sites.groups[group.name]
@@ -238,12 +242,14 @@ def _rank(
     elif by == "region":
         against = kept.outside[:, 0] if side == "img" else value  # text has no region
     elif by == "trend":
-        value, against = value[-1:], value[:1]
+        value, against = value[-branches:], value[:branches]
     each = value - against
     mean = each.mean(axis=1)
     size = np.abs(mean) if by in ("contrast", "trend") else mean
-    last = len(kept.inside) - 1
-    at = size.argmax(axis=0) if step is None or by == "trend" else np.full(size.shape[1:], step)
+    last = len(kept.inside) - branches
+    # Of the evaluations that count, each feature's own with the largest score.
+    first = 0 if step is None or by == "trend" else step * branches
+    at = first + size[first : len(size) if step is None else first + branches].argmax(axis=0)
     best = np.take_along_axis(size, at[None], axis=0)[0]
     best[[number not in wanted for number in numbers]] = 0
     named = side if len(group.streams) > 1 else None
@@ -256,13 +262,14 @@ def _rank(
         scores = each[number, :, site, feature]
         # What the contrast prompt has more of, or what falls over the steps, is shown where it is strong.
         less = scores.mean() < 0
-        shown = (0 if less else last) if by == "trend" else number
+        shown = number + (0 if less else last) if by == "trend" else number
         run = int(less and by == "contrast")
         strongest = kept.inside[shown, run, :, site, feature].argmax()
         position = int(kept.position[shown, run, strongest, site, feature])
+        branch = BRANCHES[shown % branches] if branches > 1 else None
         rows.append(
             Ranked(
-                Feature(group.label, numbers[site], int(feature), (position,), (shown,), named),
+                Feature(group.label, numbers[site], int(feature), (position,), (shown // branches,), named, branch),
                 float(scores.mean()),
                 float(value[number, :, site, feature].mean()),
                 float(against[number, :, site, feature].mean()),

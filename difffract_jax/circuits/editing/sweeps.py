@@ -27,12 +27,13 @@ from difffract_jax.circuits.editing.interventions import (
 )
 from difffract_jax.circuits.notation.edits import Edit, WholeSite
 from difffract_jax.config import UserError
+from difffract_jax.generators import check_distinct
 from difffract_jax.models.batch import pixels
+from difffract_jax.models.guidance import guided
 from difffract_jax.models.mmdit import Inputs
-from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
+from difffract_jax.models.pipeline import Pipeline, Run, encode_run, initial_noise
 from difffract_jax.models.sampler import euler_scan
 from difffract_jax.models.streaming import jit_resident, streams_layers
-from difffract_jax.seeds import check_distinct
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 from difffract_jax.trees import brief
 
@@ -122,10 +123,13 @@ def steer_batch(
             f"lists of edits and {len(seeds)} seeds."
         )
     run = run or pipe.plan()
-    encoded = {prompt: encode(pipe, prompt, run.text_tokens) for prompt in dict.fromkeys(prompts)}
-    masks = [np.asarray(encoded[p].mask) | include_padding for p in prompts]
+    encoded = {prompt: encode_run(pipe, prompt, run) for prompt in dict.fromkeys(prompts)}
+    masks = [np.stack([np.asarray(one.mask) | include_padding for one in encoded[p].branches]) for p in prompts]
     params, live, tables = _tables(pipe, tcs, edits, masks, run, replaced)
-    text, pooled = (jnp.stack([getattr(encoded[p], name) for p in prompts]) for name in ("text", "pooled"))
+    text, pooled = (
+        jnp.stack([jnp.stack([getattr(one, name) for one in encoded[p].branches]) for p in prompts])
+        for name in ("text", "pooled")
+    )
     rows_of_noise = [None] * len(seeds) if latents is None else latents
     noise = jnp.stack([initial_noise(pipe, run, s, z) for s, z in zip(seeds, rows_of_noise, strict=True)])
     found = []
@@ -134,8 +138,8 @@ def steer_batch(
         # The last batch is filled up, so that every batch has the compiled size.
         at = np.resize(rows, batch) if first else rows
         mine, edited = (jax.tree.map(lambda a, at=at: jnp.asarray(a[at]), tree) for tree in (live, tables))
-        levels = jnp.asarray(run.sigmas)
-        z, norms = _sample(params, mine, edited, text[at], pooled[at], noise[at], levels, run.grid, run.guidance, form)
+        given = text[at], pooled[at], noise[at], jnp.asarray(run.sigmas)
+        z, norms = sample_edited(params, mine, edited, *given, run.grid, run.fed_guidance, run.branch_scale, form)
         image = pixels(pipe.vae, z, run.grid)
         found.append([np.asarray(a)[: len(rows)] for a in (image, z, norms)])
         if progress is not None:
@@ -154,7 +158,7 @@ def _tables(
 ) -> tuple[EditedModel, PerGroup, PerGroup]:
     """Returns the model with what all images share, and per group what each has its own of: live positions, tables."""
     model = pipe.transformer
-    width = max(edits_per_block(own, tcs.sites) for own in edits)
+    width = max(edits_per_block(own, tcs.sites, run.branches) for own in edits)
     laid: dict[tuple[int, bytes], tuple[EditLayers, ...]] = {}
     for own, mask in zip(edits, masks, strict=True):
         key = id(own), mask.tobytes()
@@ -173,8 +177,8 @@ def _tables(
     return params, live, tables
 
 
-@partial(jit_resident, static_argnames=("grid", "guidance", "form"))
-def _sample(
+@partial(jit_resident, static_argnames=("grid", "guidance", "branch_scale", "form"))
+def sample_edited(
     params: EditedModel,
     live: PerGroup,
     tables: PerGroup,
@@ -184,13 +188,28 @@ def _sample(
     sigmas: Array,
     grid: tuple[int, int],
     guidance: float | None,
+    branch_scale: float | None,
     form: str,
 ) -> tuple[Array, Array]:
-    """Takes all Euler steps; returns the last latents, and the size of each image's edits."""
+    """Takes all Euler steps of many edited images; returns the last latents, and the size of each image's edits.
+
+    Args:
+        params: the model with what all images share.
+        live: per group, each image's positions that form `replace` replaces; None where nothing is edited.
+        tables: per group, each image's edits; None likewise.
+        text: text embeddings [image, branch, ...]; branches as in `models.guidance`.
+        pooled: pooled prompt embeddings, alike.
+        noise: packed starting noise, one per image.
+        sigmas: noise levels.
+        grid: rows and columns of image tokens.
+        guidance: scale that a model distilled for guidance is fed; None for others.
+        branch_scale: scale of guidance by two branches; None for one.
+        form: `delta` or `replace`.
+    """
     scale = None if guidance is None else jnp.asarray(guidance, noise.dtype)
 
-    def evaluate(latents: Array, sigma: Array, number: Array, _: None) -> tuple[Array, Array]:
-        def one(z: Array, txt: Array, vec: Array, live: PerGroup, tables: PerGroup) -> tuple[Array, Array]:
+    def evaluate(latents: Array, sigma: Array, step: Array, _: None) -> tuple[Array, Array]:
+        def one(number: Array, z: Array, txt: Array, vec: Array, live: PerGroup, tables: PerGroup) -> tuple[Any, Any]:
             layers = tuple(
                 None if shared is None else EditLayers(shared.slot, shared.touched, own, table)
                 for shared, own, table in zip(params.layers, live, tables, strict=True)
@@ -198,7 +217,12 @@ def _sample(
             inputs = Inputs(z, txt, vec, sigma, scale)
             return edited_velocity(params._replace(layers=layers), inputs, number, grid, form)
 
-        return jax.vmap(one)(latents, text, pooled, live, tables)
+        if branch_scale is None:
+            return jax.vmap(partial(one, step))(latents, text[:, 0], pooled[:, 0], live, tables)
+        both = partial(jax.vmap(one, in_axes=(0, None, 0, 0, None, None)), 2 * step + jnp.arange(2))
+        v, sizes = jax.vmap(both)(latents, text, pooled, live, tables)
+        v = v.swapaxes(0, 1).astype(latents.dtype)
+        return guided(v, branch_scale), jnp.sum(sizes, axis=1)
 
     latents, sizes = euler_scan(evaluate, noise, sigmas.astype(noise.dtype), streamed=streams_layers(params))
     return latents, jnp.sqrt(jnp.sum(sizes, axis=0))

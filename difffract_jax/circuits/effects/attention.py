@@ -12,12 +12,16 @@ sources: q = q0 + sum_a q_a, k = k0 + sum_b k_b. Their scaled product is
 
     score = sum_ab <q_a, k_b> + sum_a <q_a, k0> + sum_b <q0, k_b> + <q0, k0>
 
+*Centred.* Where scores are nodes of a graph, their value is the score minus its query's mean, k_j - sum_n P_in k_n in
+the key's place. The same four sums add up to it, and a node's edges are what `score_sides` makes of them: half of each
+pair goes to either side, and the linear terms to their own.
+
 Both hold for one step; in a span, for the step's own sources.
 """
 
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +32,25 @@ from difffract_jax.address import STREAMS
 from difffract_jax.circuits.attribution.contraction import gather_bytes
 from difffract_jax.circuits.attribution.engine import Engine, targets_of
 from difffract_jax.circuits.attribution.pullback import input_edges, layout_of, velocity_cotangent
-from difffract_jax.circuits.attribution.score_gradients import at_row
-from difffract_jax.circuits.attribution.score_sides import ScorePlace, check_place, edges_below
+from difffract_jax.circuits.attribution.score_gradients import at_highest, at_row
+from difffract_jax.circuits.attribution.score_sides import (
+    AT_ONCE,
+    ScorePlace,
+    block_parts,
+    check_place,
+    edges_below,
+    entering_blocks,
+    queries_or_keys,
+)
 from difffract_jax.circuits.attribution.walk import block_at, contract_block, skip
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Replacement, residuals
 from difffract_jax.circuits.frozen.targets import Targets, target_gradients
+from difffract_jax.circuits.trace.capture import one_evaluation
 from difffract_jax.circuits.trace.record import Record
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import OUTPUT
-from difffract_jax.models.blocks import both
+from difffract_jax.models.blocks import Cond, both
 from difffract_jax.models.stacks import group_slices, sequences, slice_layer, streams
 from difffract_jax.models.streaming import Streamed
 
@@ -95,7 +108,7 @@ def loadings_by_layer(
         UserError: if the engine is a span's.
     """
     if engine.across:
-        raise UserError("Head loadings are those of one step, not of a span; trace a single step.")
+        raise UserError(f"Head loadings are those of one step, not of a span; trace {one_evaluation(engine.info)}.")
     return _walk_directly(engine, row)
 
 
@@ -124,7 +137,7 @@ def _walk_directly(engine: Engine, row: int) -> Iterator[tuple[int | None, np.nd
                     record, sites, joined, target, jnp.where(own, gradient, 0), jnp.int32(layer), stack
                 )
                 before = both(partial(_zeros, passed[0].shape[0]), boundary)
-                loadings = [edges_below(prepared, first + layer, streams(passed, groups, before))]
+                loadings = [edges_below(engine, 0, first + layer, streams(passed, groups, before))]
             # Nothing of this layer may stay in memory while the next one is computed.
             del before, passed
             yield info.recorded[first + layer], loadings.pop()
@@ -206,10 +219,10 @@ class ScoreParts(NamedTuple):
 
     Attributes:
         queries: every source's part of the query, scaled by 1/sqrt(head_dim), [head_dim source].
-        keys: every source's part of the key.
+        keys: every source's part of the key, centred if that was asked for.
         query_constant: what the query is at zero sources, scaled alike.
         key_constant: the same of the key.
-        score: of the trace, before the softmax.
+        score: of the trace, before the softmax; minus its query's mean if it is centred.
     """
 
     queries: Float64[np.ndarray, "head_dim source"]
@@ -240,7 +253,9 @@ class ScoreParts(NamedTuple):
         return self.queries[:, a].T @ self.keys[:, b]
 
 
-def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], key: tuple[str, int]) -> ScoreParts:
+def score_parts(
+    engine: Engine, block: int, head: int, query: tuple[str, int], key: tuple[str, int], *, centred: bool = False
+) -> ScoreParts:
     """Splits one attention score by the sources of query and key.
 
     Args:
@@ -249,15 +264,16 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
         head: of the block.
         query: stream, "img" or "txt", and position of the token that attends.
         key: the same of the token that is attended to.
+        centred: whether to split the score minus its query's mean, the value of a graph's node.
 
     Raises:
         UserError: if there is no such block, head or token in the trace, or the engine is a span's.
     """
     if engine.across:
-        raise UserError("An attention score is one step's, not a span's; trace a single step.")
+        raise UserError(f"An attention score is one step's, not a span's; trace {one_evaluation(engine.info)}.")
     prepared, info = engine.steps[0], engine.infos[0]
     layout, record = info.layout, prepared.record
-    check_place(engine, ScorePlace(block, head, query, key))
+    columns = check_place(engine, ScorePlace(block, head, query, key))
     stack = layout.stack_of_block(block)
     places = []
     for stream, position in (query, key):
@@ -266,33 +282,104 @@ def score_parts(engine: Engine, block: int, head: int, query: tuple[str, int], k
         places.append((group, int(layout.rows_at(group, code, position, info.tokens_of))))
     with jax.default_matmul_precision("highest"):
         sides = [
-            _side(prepared, block - info.recorded[0], stack, head, group, row, part)
-            for part, (group, row) in enumerate(places)
+            _side(engine, block - info.recorded[0], stack, head, group, row, part)
+            for part, (group, row) in enumerate(places[: 1 if centred else 2])
         ]
+        sides += [_centred_key(engine, block - info.recorded[0], columns)] if centred else []
     (q, q0, q_true), (k, k0, k_true) = sides
     scale = float(record.weights.stacks[stack].attention_shape(record.frozen[stack])[2]) ** -0.5
     return ScoreParts(q * scale, k, q0 * scale, k0, float(scale * (q_true @ k_true)))
 
 
 def _side(
-    prepared: Replacement, layer: int, stack: int, head: int, group: int, row: int, part: int
+    engine: Engine, layer: int, stack: int, head: int, group: int, row: int, part: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns every source's part of a query (part 0) or key (1), its constant, and its value in the trace."""
-    record, sites, sources = prepared
+    record, sites, sources = engine.steps[0]
     within = layer - record.first_layers[group]
     live, frozen = record.weights.live[stack], slice_layer(record.frozen[stack], within)
     block = live.fetch(within) if isinstance(live, Streamed) else slice_layer(live, within)
     own_group = group - group_slices(record.weights.stacks)[stack].start
     true_row = residuals(record, sites, sources)[group][within, row]
-    project = partial(block.query_or_key, record.cond, frozen, part, head, own_group, row)
-    denominator = project(true_row, None)[1]
-    affine = lambda h: project(h, denominator)[0]  # noqa: E731  (closed over what is held)
-    value, pull_row = jax.vjp(affine, true_row)
-    directions = jax.vmap(lambda unit: pull_row(unit)[0])(jnp.eye(value.size, dtype=value.dtype))
+    zero_row = residuals(record, sites, jax.tree.map(jnp.zeros_like, sources))[group][within, row]
+    place = jnp.int32(head), jnp.int32(row)
+    value, constant, directions = _projected(block, record.cond, frozen, true_row, zero_row, *place, part, own_group)
     groups = record.weights.stacks[stack].groups
     before = both(lambda h: jnp.zeros((value.size, *h.shape), value.dtype), sources.boundary)
     joined = list(sequences(before, groups))
     joined[own_group] = joined[own_group].at[:, row].set(directions)
-    edges = edges_below(prepared, layer, streams(joined, groups, before))
-    zero_row = residuals(record, sites, jax.tree.map(jnp.zeros_like, sources))[group][within, row]
-    return edges, np.asarray(affine(zero_row), np.float64), np.asarray(value, np.float64)
+    edges = edges_below(engine, 0, layer, streams(joined, groups, before))
+    return edges, np.asarray(constant, np.float64), np.asarray(value, np.float64)
+
+
+@partial(jax.jit, static_argnames=("part", "group"))
+def _projected(
+    block: Any,
+    cond: Cond,
+    frozen: Any,
+    true_row: Float[Array, "d_model"],
+    zero_row: Float[Array, "d_model"],
+    head: Array,
+    row: Array,
+    part: int,
+    group: int,
+) -> tuple[Float[Array, "head_dim"], Float[Array, "head_dim"], Float[Array, "head_dim d_model"]]:
+    """Returns a query (part 0) or key (1) of the trace, what it is at zero sources, and its derivative by the row."""
+    project = partial(block.query_or_key, cond, frozen, part, head, group, row)
+    denominator = project(true_row, None)[1]
+    affine = lambda h: project(h, denominator)[0]  # noqa: E731  (closed over what is held)
+    value, pull_row = jax.vjp(affine, true_row)
+    directions = jax.vmap(lambda unit: pull_row(unit)[0])(jnp.eye(value.size, dtype=value.dtype))
+    return value, affine(zero_row), directions
+
+
+def _centred_key(
+    engine: Engine, layer: int, columns: tuple[int, int, int]
+) -> tuple[Float64[np.ndarray, "head_dim source"], Float64[np.ndarray, "head_dim"], Float64[np.ndarray, "head_dim"]]:
+    """Splits a score's centred key, column by column of the head: k_j - sum_n P_in k_n, P being the recorded pattern.
+
+    Args:
+        engine: of one step.
+        layer: recorded layer of the block, counted through all stacks.
+        columns: head, and places of query and key in attention's sequence.
+
+    Returns:
+        Every source's part; what biases alone give; and the key itself.
+    """
+    prepared, entering = engine.steps[0], entering_blocks(engine, 0)
+    block, frozen, inputs, groups = block_parts(prepared, layer, entering)
+    before = both(lambda h: jnp.zeros((AT_ONCE, *h.shape), h.dtype), prepared.sources.boundary)
+    place = tuple(jnp.int32(column) for column in columns)
+    size = block.attention_shape(frozen)[2]
+    units = np.eye(size + -size % AT_ONCE)[:, :size]
+    found = []
+    with at_highest(engine):
+        for some in np.split(units, len(units) // AT_ONCE):
+            given = jnp.asarray(some, before.img.dtype)
+            directions, constant, value = _key_directions(block, prepared.record.cond, frozen, *inputs, place, given)
+            found.append(edges_below(engine, 0, layer, streams(directions, groups, before)))
+    return np.concatenate(found)[:size], *(np.asarray(one, np.float64) for one in (constant, value))
+
+
+@jax.jit
+def _key_directions(
+    block: Any,
+    cond: Cond,
+    frozen: Any,
+    entering: tuple[Float[Array, "_ d_model"], ...],
+    zero: tuple[Float[Array, "_ d_model"], ...],
+    place: tuple[Array, Array, Array],
+    units: Float[Array, "column head_dim"],
+) -> tuple[tuple[Array, ...], Float[Array, "head_dim"], Float[Array, "head_dim"]]:
+    """Returns columns' directions in the streams entering the block; and the centred key, at zero sources and now."""
+    head, query, key = place
+    recorded_q, recorded_k = block.queries_and_keys(frozen)
+    pattern = jax.nn.softmax(recorded_q.shape[-1] ** -0.5 * (recorded_k[:, head] @ recorded_q[query, head]))
+    weights = jax.nn.one_hot(key, pattern.size, dtype=pattern.dtype) - pattern
+    held = queries_or_keys(block, cond, frozen, 1, entering, None)[1]
+
+    def centred(h: tuple[Array, ...]) -> Array:
+        return weights @ queries_or_keys(block, cond, frozen, 1, h, held)[0][:, head]
+
+    value, pull_one = jax.vjp(centred, entering)
+    return jax.vmap(lambda unit: pull_one(unit)[0])(units), centred(zero), value

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Bool, Float, Float64
 
 from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers, site
 from difffract_jax.circuits.frozen.replacement import Replacement
@@ -32,6 +32,8 @@ from difffract_jax.models.streaming import Streamed, jit_resident
 from difffract_jax.transcoders.transcoder import Transcoder
 
 Mode = Literal["direct", "propagated", "live", "full"]
+SWITCHED = ("propagated", "live")
+"""Readings that differ in which features are on alone: one program computes either, as it is told when it runs."""
 
 
 def scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: Mode) -> RunOutputs:
@@ -55,7 +57,14 @@ def _scaled(prepared: Replacement, factors: Sequence[Array | np.ndarray], mode: 
     return edited(prepared, one_side, jax.tree.map(jnp.zeros_like, one_side), mode)
 
 
-def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Array], mode: Mode) -> RunOutputs:
+def edited(
+    prepared: Replacement,
+    factors: Sequence[Array],
+    offsets: Sequence[Array],
+    mode: Mode,
+    *,
+    switching: Array | None = None,
+) -> RunOutputs:
     """Runs the recorded blocks with every feature's value z made factor * z + offset; for use inside other programs.
 
     Args:
@@ -64,11 +73,14 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
             many sides as the sequence holds streams are those of each.
         offsets: likewise, in units of z.
         mode: the reading, see the module.
+        switching: where the reading is one of `SWITCHED`, whether it is `live`, so that one program serves both;
+            if left out, `mode` says it.
 
     Returns:
         The MLP sublayers' inputs, and the velocity if it is recorded.
     """
     record, sites, sources = prepared
+    assert switching is None or mode in SWITCHED
     live = mode == "full"
     parts = ([one.layers for one in sites], sources.values, sources.errors, factors, offsets, _fetchable(sites))
     h, kept = run_stacks(
@@ -76,9 +88,9 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
         sources.boundary,
         record.cond,
         frozen=None if live else record.frozen,
-        write=_WRITES[mode],
+        write=_WRITES[mode if switching is None else "either"],
         fixed=[
-            _Site(None if one.streamed else one.stack, lengths, record.t)
+            _Site(None if one.streamed else one.stack, lengths, record.t, switching)
             for one, lengths in zip(sites, record.side_lengths, strict=True)
         ],
         layers=list(zip(*parts, strict=True)),
@@ -90,14 +102,16 @@ def edited(prepared: Replacement, factors: Sequence[Array], offsets: Sequence[Ar
     return RunOutputs(per_group(kept), velocity, record.latents)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["stack", "t"], meta_fields=["lengths"])
+@partial(jax.tree_util.register_dataclass, data_fields=["stack", "t", "switching"], meta_fields=["lengths"])
 @dataclass(frozen=True)
 class _Site:
-    """What all MLP sublayers of a group share: transcoders, unless they are streamed; tokens of each stream; time."""
+    """What all MLP sublayers of a group share: transcoders, unless they are streamed; tokens of each stream; time;
+    and whether features switch on and off, where that is told when the program runs."""
 
     stack: Transcoder | None
     lengths: tuple[int, ...]
     t: Float[Array, ""]
+    switching: Bool[Array, ""] | None
 
 
 def _fetchable(sites: Sequence[ReplacedSites]) -> list[Streamed | None]:
@@ -111,7 +125,7 @@ def _write(
     x: Float[Array, "rows d_model"],
     true: Callable[[], Array],
     *,
-    mode: Mode,
+    mode: Literal[Mode, "either"],
 ) -> tuple[Float[Array, "rows d_model"], None]:
     """Returns what one MLP sublayer adds, with its features edited."""
     stack, (at, values, error, factor, offset, fetched) = fixed.stack, layer
@@ -126,15 +140,17 @@ def _write(
         return true() + jnp.where(at.live[:, None], change @ transcoder.dec.kernel[...], 0), None
     if mode == "direct":
         z = recorded
-    elif mode == "propagated":
-        z = jnp.where(recorded > 0, transcoder.preactivation(x, fixed.t), 0)
-    else:
+    elif mode == "live":
         z = transcoder.encode(x, fixed.t)
+    else:
+        u = transcoder.preactivation(x, fixed.t)
+        z = jnp.where(recorded > 0, u, 0)
+        z = z if mode == "propagated" else jnp.where(fixed.switching, transcoder.activate(u), z)
     return error + jnp.where(at.live[:, None], transcoder.decode(factor * z + offset, x), 0), None
 
 
-_WRITES = {mode: partial(_write, mode=mode) for mode in get_args(Mode)}
-"""What stands in for MLP sublayers, by the reading."""
+_WRITES = {mode: partial(_write, mode=mode) for mode in (*get_args(Mode), "either")}
+"""What stands in for MLP sublayers, by the reading; `either` of `SWITCHED`."""
 
 
 def by_side(per_side: Float[Array, "side feat"], lengths: tuple[int, ...]) -> Float[Array, "row feat"]:

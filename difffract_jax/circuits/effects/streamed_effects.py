@@ -4,7 +4,9 @@
 2. From the last step to the first, and within a step from the last block to the first, a block's transcoders are
    fetched and the derivative by what enters it, and by its features' and errors' factors, is pulled back. The map is
    affine in what enters a block, so that what is pulled back does not depend on the order in which blocks are run.
-3. Latents take a step's derivative to the step before; the text embedding gathers that of all steps.
+3. Latents take a step's derivative to the step before; the text embedding gathers that of all steps. With guidance by
+   two branches both evaluations of a step read the same latents, which gather what both send back before the step
+   before, and each branch has a text embedding of its own.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from jaxtyping import Array, Float
 
 from difffract_jax.circuits.frozen.encoding import SiteLayers
 from difffract_jax.circuits.frozen.replacement import Replacement, residuals
+from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.models.blocks import Cond, Streams
 from difffract_jax.models.stacks import depth_of, group_slices, sequences, slice_layer, streams
 from difffract_jax.transcoders.transcoder import Transcoder
@@ -25,15 +28,15 @@ class Factors(NamedTuple):
     """What sources are scaled by, less 1; or the derivative of an output by it.
 
     Attributes:
-        features: of the active features, [step layer rows active] per group.
-        errors: of the sites' errors, [step layer rows] per group.
-        text: of the text embedding's tokens.
+        features: of the active features, [evaluation layer rows active] per group.
+        errors: of the sites' errors, [evaluation layer rows] per group.
+        text: of the text embedding's tokens, of each branch.
         noise: of the tokens of the latents entering the first step.
     """
 
     features: tuple[Array, ...]
     errors: tuple[Array, ...]
-    text: Float[Array, "txt"]
+    text: Float[Array, "branch txt"]
     noise: Float[Array, "img"]
 
 
@@ -76,30 +79,37 @@ def scaled_write(transcoder: Transcoder | None, t: Array, part: SitePart, x: Flo
 
 def streamed_effects(
     steps: Sequence[Replacement],
-    taken: Sequence[float],
+    infos: Sequence[TraceInfo],
     velocity: Float[Array, "img outputs"],
     latents: Float[Array, "img channels"],
 ) -> Factors:
     """Returns the derivative of an output by every source's factor.
 
     Args:
-        steps: the replacements of a span.
-        taken: by how much the noise level changes in each step.
+        steps: the replacements of a span, one for each evaluation.
+        infos: where they come from.
         velocity: weights of the output in the last step's velocity.
         latents: weights in the latents entering the last step.
     """
-    weights, found = steps[0].record.weights, []
-    img, text = latents, jnp.zeros_like(steps[0].record.boundary.txt)
+    weights, found, branches = steps[0].record.weights, [], infos[0].branches
+    img, text = latents, [jnp.zeros_like(one.record.boundary.txt) for one in steps[:branches]]
     with jax.default_matmul_precision("highest"):
-        for number in reversed(range(len(steps))):
-            last = number == len(steps) - 1
-            entering, *derived = _pull_step(steps[number], velocity if last else taken[number] * img)
-            found.insert(0, derived)
-            img = img + _pull_linear(weights.img_in, latents, entering.img)
-            text = text + entering.txt
-        first = steps[0].record
-        noise = jnp.sum(first.latents * img, axis=1)
-        read = jnp.sum(first.text * _pull_linear(weights.txt_in, first.text, text), axis=1)
+        for first in reversed(range(0, len(steps), branches)):
+            after = img  # of the latents after the step; in the last one velocities are read, and no latents after it
+            for number in reversed(range(first, first + branches)):
+                info, last = infos[number], first + branches == len(steps)
+                out = info.velocity_weight * velocity if last else info.taken * after
+                entering, *derived = _pull_step(steps[number], out)
+                found.insert(0, derived)
+                img = img + _pull_linear(weights.img_in, latents, entering.img)
+                text[info.branch] = text[info.branch] + entering.txt
+        noise = jnp.sum(steps[0].record.latents * img, axis=1)
+        read = jnp.stack(
+            [
+                jnp.sum(one.record.text * _pull_linear(weights.txt_in, one.record.text, own), axis=1)
+                for one, own in zip(steps[:branches], text, strict=True)
+            ]
+        )
     features, errors = (tuple(map(jnp.stack, zip(*column, strict=True))) for column in zip(*found, strict=True))
     return Factors(features, errors, read, noise)
 

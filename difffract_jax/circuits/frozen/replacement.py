@@ -13,7 +13,7 @@ Codes are kept as the active features alone, see `encoding`. "Per group" is a tu
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import inf
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from difffract_jax.config import UserError
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.provenance import TraceInfo
 from difffract_jax.memory import memory_for
-from difffract_jax.models.blocks import Streams
+from difffract_jax.models.blocks import Modulations, Streams
 from difffract_jax.models.stacks import Visit, per_group, run_stacks
 from difffract_jax.models.streaming import Streamed, streams_layers
 from difffract_jax.spread import on_mesh_of, spread
@@ -253,7 +253,12 @@ def _with_places(prepared: Replacement, most: Sequence[int]) -> Replacement:
 
 
 def run_replacement(
-    record: Record, sites: Sequence[ReplacedSites], sources: Sources, *, looped: bool = False
+    record: Record,
+    sites: Sequence[ReplacedSites],
+    sources: Sources,
+    *,
+    looped: bool = False,
+    modulation: Modulations | None = None,
 ) -> RunOutputs:
     """Evaluates the affine map: the MLP sublayers' inputs x of every recorded block, and the velocity if recorded.
 
@@ -262,10 +267,12 @@ def run_replacement(
         sites: the MLP sublayers, per group.
         sources: where to evaluate it; zeros give its constant.
         looped: whether blocks are run in a loop on the host, a program each.
+        modulation: added to the recorded modulations; 0 if left out.
     """
-    h, x = _blocks(record, sites, sources, _spread_mlp_in, looped)
+    added = Modulations(None, None) if modulation is None else modulation
+    h, x = _blocks(record, sites, sources, _spread_mlp_in, looped, added.blocks)
     final = record.weights.final
-    velocity = None if final is None else final(h.img, record.cond, record.inv_std)
+    velocity = None if final is None else final(h.img, record.cond, record.inv_std, added.final)
     return RunOutputs(x, velocity, record.latents)
 
 
@@ -327,6 +334,7 @@ def _blocks(
     sources: Sources,
     tap: Callable[[Visit], tuple[Array, ...]],
     looped: bool,
+    modulation: tuple[Any, ...] | None = None,
 ) -> tuple[Streams, tuple[Array, ...]]:
     """Runs all recorded blocks; returns the last residual streams, and what `tap` keeps per group."""
     fetched = [one.row_layers for one in sites]
@@ -342,6 +350,7 @@ def _blocks(
         tap=tap,
         unroll=False,
         looped=looped,
+        modulation=modulation,
     )
     return h, per_group(kept)
 

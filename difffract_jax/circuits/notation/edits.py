@@ -5,6 +5,7 @@
     red:img/1/f3+single/0/f9=add:.5  a supernode: several features under one name, each edited alike
     img/2@0-15=invert                every feature of one MLP sublayer at 16 positions
     txt=zero                         every feature of every text-stream block that has a transcoder
+    img/2/f401~negative=zero         with guidance by two branches, in the negative one alone
 
 Modes, all affine in the code, z' = scale * z + offset: `zero` (0, 0), `scale:a` (a, 0), `invert` (-1, 0), `set:a`
 (0, a), `add:a` (1, a). Edits of one feature follow one another in the order given; two that set it to different values
@@ -28,7 +29,7 @@ from difffract_jax.config import UserError
 MODES = ("zero", "scale", "invert", "set", "add")
 WITH_AMOUNT = ("scale", "set", "add")
 FORM = "FEATURE=zero|invert|scale:2|set:1.5|add:.5"
-_SITE = re.compile(rf"(?P<stream>{'|'.join(LABELS)})(?:/(?P<block>\d+))?(?P<rest>[@#].*)?")
+_SITE = re.compile(rf"(?P<stream>{'|'.join(LABELS)})(?:/(?P<block>\d+))?(?P<rest>[@#~].*)?")
 _NAMED = re.compile(r"(?P<name>[A-Za-z][\w -]*):(?P<features>.+)")
 
 
@@ -41,6 +42,7 @@ class WholeSite(NamedTuple):
         positions: positions within the stream; None for all.
         steps: denoising steps; None for all.
         side: of sites of several streams, whose positions are meant, "img" or "txt"; None for both.
+        branch: of guidance by two branches; None for both.
     """
 
     stream: str
@@ -48,9 +50,10 @@ class WholeSite(NamedTuple):
     positions: tuple[int, ...] | None = None
     steps: tuple[int, ...] | None = None
     side: str | None = None
+    branch: str | None = None
 
     def __str__(self) -> str:
-        where = Feature("img", 0, 0, self.positions, self.steps)
+        where = Feature("img", 0, 0, self.positions, self.steps, None, self.branch)
         block = "" if self.block is None else f"/{self.block}"
         return f"{self.stream}{block}{str(where).removeprefix('img/0/f0').replace('@', f'@{self.side or str()}')}"
 
@@ -79,6 +82,7 @@ class Part(NamedTuple):
     positions: tuple[int, ...] | None
     steps: tuple[int, ...] | None
     side: str | None
+    branch: str | None
 
 
 @dataclass(frozen=True)
@@ -177,12 +181,10 @@ class Edit:
         steps = None if self.steps is None else tuple(sorted(self.steps))
         if isinstance(self.feature, WholeSite):
             site = self.feature
-            return (
-                Part(site.stream, site.block, -1, site.positions, site.steps if steps is None else steps, site.side),
-            )
+            return (site_part(site)._replace(steps=site.steps if steps is None else steps),)
         features = self.feature.features if isinstance(self.feature, Supernode) else (self.feature,)
         return tuple(
-            Part(f.stream, f.block, f.feature, f.positions, f.steps if steps is None else steps, f.side)
+            Part(f.stream, f.block, f.feature, f.positions, f.steps if steps is None else steps, f.side, f.branch)
             for f in features
         )
 
@@ -232,7 +234,12 @@ def parse_what(text: str) -> Feature | WholeSite | Supernode:
     block = None if whole["block"] is None else int(whole["block"])
     # The places of a site are written as those of a feature.
     places = Feature.parse(f"{whole['stream']}/0/f0{whole['rest'] or ''}")
-    return WholeSite(whole["stream"], block, places.positions, places.steps, places.side)
+    return WholeSite(whole["stream"], block, places.positions, places.steps, places.side, places.branch)
+
+
+def site_part(site: WholeSite) -> Part:
+    """Returns a whole site as the part of an edit."""
+    return Part(site.stream, site.block, -1, site.positions, site.steps, site.side, site.branch)
 
 
 def refuse_contradictions(edits: Iterable[Edit]) -> None:
@@ -262,8 +269,8 @@ def _meet(edit: Edit, part: Part, other: Edit, theirs: Part) -> bool:
     def overlap(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
         return a is None or b is None or bool(set(a) & set(b))
 
-    sides = {part.side, theirs.side} - {None}
-    if len(sides) == 2 or not overlap(part.steps, theirs.steps):
+    sides, branches = ({*pair} - {None} for pair in ((part.side, theirs.side), (part.branch, theirs.branch)))
+    if len(sides) == 2 or len(branches) == 2 or not overlap(part.steps, theirs.steps):
         return False
     if part.side != theirs.side:  # one of them is at every position of the sequence
         return True

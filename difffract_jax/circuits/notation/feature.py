@@ -1,9 +1,10 @@
-"""How features are written: STREAM/BLOCK/fN[@POSITIONS][#STEPS].
+"""How features are written: STREAM/BLOCK/fN[@POSITIONS][#STEPS][~BRANCH].
 
     img/3/f401          feature 401 of image-stream block 3, at every position
     txt/0/f7@2          at text position 2
     img/2/f4@0-15,20#0,1    at positions 0 to 15 and 20, in steps 0 and 1
     single/5/f9@img12   of single-stream block 5, at image position 12 of the joint sequence
+    img/2/f4~negative   in the evaluations with the negative prompt, of guidance by two branches; else ~prompt
 
 Blocks, features, positions and steps count from 0; positions within their stream.
 """
@@ -11,7 +12,7 @@ Blocks, features, positions and steps count from 0; positions within their strea
 import re
 from dataclasses import dataclass
 
-from difffract_jax.address import LABELS
+from difffract_jax.address import BRANCHES, LABELS
 from difffract_jax.config import UserError
 from difffract_jax.display import spans
 
@@ -19,6 +20,7 @@ _RANGES = r"\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*"
 _PATTERN = re.compile(
     rf"(?P<stream>{'|'.join(LABELS)})/(?P<block>\d+)/f(?P<feature>\d+)"
     rf"(?:@(?P<side>img|txt)?(?P<positions>{_RANGES}))?(?:#(?P<steps>{_RANGES}))?"
+    rf"(?:~(?P<branch>{'|'.join(BRANCHES)}))?"
 )
 
 
@@ -33,6 +35,7 @@ class Feature:
         positions: positions within the stream, ascending; None for all, or for wherever it is strongest.
         steps: denoising steps, ascending; None for all.
         side: for sites of several streams, whose positions are meant, "img" or "txt"; else None.
+        branch: of guidance by two branches, "prompt" or "negative"; None for both, as a target the prompt's.
     """
 
     stream: str
@@ -41,6 +44,7 @@ class Feature:
     positions: tuple[int, ...] | None = None
     steps: tuple[int, ...] | None = None
     side: str | None = None
+    branch: str | None = None
 
     def __post_init__(self) -> None:
         group = LABELS.get(self.stream)  # None for a label of a foreign model, whose layout tells
@@ -67,7 +71,7 @@ class Feature:
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
             raise UserError(
-                f"{text!r} is not a feature; write STREAM/BLOCK/fN[@POSITIONS][#STEPS] with a stream "
+                f"{text!r} is not a feature; write STREAM/BLOCK/fN[@POSITIONS][#STEPS][~BRANCH] with a stream "
                 f"{', '.join(LABELS)}, "
                 "as in img/2/f401@12 or txt/0/f7@0-3#1."
             )
@@ -79,12 +83,14 @@ class Feature:
             _numbers(part["positions"], text),
             _numbers(part["steps"], text),
             part["side"],
+            part["branch"],
         )
 
     def __str__(self) -> str:
         positions = "" if self.positions is None else f"@{self.side or ''}{spans(self.positions)}"
         steps = "" if self.steps is None else f"#{spans(self.steps)}"
-        return f"{self.stream}/{self.block}/f{self.feature}{positions}{steps}"
+        branch = "" if self.branch is None else f"~{self.branch}"
+        return f"{self.stream}/{self.block}/f{self.feature}{positions}{steps}{branch}"
 
 
 def _numbers(ranges: str | None, text: str) -> tuple[int, ...] | None:

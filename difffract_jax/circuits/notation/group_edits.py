@@ -9,7 +9,7 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
 from difffract_jax.graphs.groups import Groups
 
-_FEATURE = re.compile(r"[a-z]+/\d+/f\d+(#\d+)?")
+_FEATURE = re.compile(r"[a-z]+/\d+/f\d+(#\d+)?(~\w+)?")
 
 
 def group_edit(text: str, groups: Groups, source: str = "`groups`") -> Edit:
@@ -42,7 +42,7 @@ def group_features(members: Sequence[str]) -> tuple[Feature, ...]:
     """Returns the features among the nodes of a group, without positions; steps of a graph over several stay.
 
     Args:
-        members: names of nodes, img/3/f401, img/3/f401#1, single/0/f7@img, img/3/f401@12, error img/2.
+        members: names of nodes, img/3/f401, img/3/f401#1~negative, single/0/f7@img, img/3/f401@12, error img/2.
     """
-    names = [re.sub(r"@(img|txt)?\d*(?=#|$)", "", name) for name in members if not name.endswith("(target)")]
+    names = [re.sub(r"@(img|txt)?\d*(?=[#~]|$)", "", name) for name in members if not name.endswith("(target)")]
     return tuple(dict.fromkeys(Feature.parse(name) for name in names if _FEATURE.fullmatch(name)))

@@ -9,13 +9,16 @@ The file is JSON, column by column so that it stays small. Per site, one entry p
 """
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from difffract_jax.address import LABELS
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, text_of
+from difffract_jax.storage.remote.cache import local_file
 
 FORMAT_VERSION = 1
 EXAMPLES = 3
@@ -94,7 +97,7 @@ class Labels(NamedTuple):
         record: how they were made.
     """
 
-    sites: dict[str, tuple[Label, ...]]
+    sites: Mapping[str, Sequence[Label]]
     transcoders: str
     record: dict[str, Any]
 
@@ -119,37 +122,52 @@ def read_labels(path: Path) -> Labels:
     """Reads a labels file.
 
     Args:
-        path: the file.
+        path: the file, here or in a bucket.
 
     Raises:
         UserError: if it is not a labels file of this version.
     """
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(local_file(path).read_text(encoding="utf-8"))
         version = stored["format_version"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise UserError(f"{path} is not a file of labels; write one with `difffract features ... --scan`.") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}, but this package reads {FORMAT_VERSION}.")
-    images = stored["images"]
-    sites = {name: _labels(name, columns, stored, images) for name, columns in stored["sites"].items()}
+    sites = {name: _SiteLabels(name, columns, stored) for name, columns in stored["sites"].items()}
     return Labels(sites, stored["transcoders"], stored["record"])
 
 
-def _labels(name: str, columns: dict[str, Any], stored: dict[str, Any], images: list[Any]) -> tuple[Label, ...]:
-    stream, block = name.split("/")
-    found = []
-    for number, flat in enumerate(columns["examples"]):
-        examples = tuple(
-            _example(Feature(stream, int(block), number), flat[i : i + 4], stored["text_tokens"], images)
-            for i in range(0, len(flat), 4)
-        )
-        best, content = (_detected(columns, prefix, number, stored["kinds"]) for prefix in ("", "content_"))
-        found.append(Label(best, content, columns["density"][number], examples))
-    return tuple(found)
+@dataclass(frozen=True)
+class _SiteLabels(Sequence[Label]):
+    """A site's labels in a file's columns: thousands of objects in all, of which most callers want a few."""
+
+    name: str
+    columns: Mapping[str, Any]
+    stored: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.columns["examples"])
+
+    @overload
+    def __getitem__(self, number: int) -> Label: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> tuple[Label, ...]: ...
+
+    def __getitem__(self, number: int | slice) -> Label | tuple[Label, ...]:
+        if isinstance(number, slice):
+            return tuple(self[one] for one in range(*number.indices(len(self))))
+        stream, block = self.name.split("/")
+        stored, number = self.stored, range(len(self))[number]
+        flat, feature = self.columns["examples"][number], Feature(stream, int(block), number)
+        starts = range(0, len(flat), 4)
+        examples = (_example(feature, flat[i : i + 4], stored["text_tokens"], stored["images"]) for i in starts)
+        best, content = (_detected(self.columns, prefix, number, stored["kinds"]) for prefix in ("", "content_"))
+        return Label(best, content, self.columns["density"][number], tuple(examples))
 
 
-def _detected(columns: dict[str, Any], prefix: str, number: int, kinds: list[Any]) -> Detected:
+def _detected(columns: Mapping[str, Any], prefix: str, number: int, kinds: list[Any]) -> Detected:
     kind, step, auroc = (columns[f"{prefix}{name}"][number] for name in ("kind", "step", "auroc"))
     side, factor, value = kinds[kind] if kind >= 0 else ("", "", "")
     return Detected(factor, value, auroc, step, side)

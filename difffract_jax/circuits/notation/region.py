@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from PIL import Image, UnidentifiedImageError
 
 from difffract_jax.config import UserError
+from difffract_jax.storage.remote.cache import local_file
 
 INSIDE = 0.25
 """Share of a token's pixels that must lie in a region for the token to belong to it."""
@@ -52,6 +53,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     Raises:
         UserError: if it is not a picture, has another size, or is all dark.
     """
+    path = local_file(path)
     if not path.is_file():
         raise UserError(f"The mask {path} is not a file; give an image file of {size[1]} x {size[0]} pixels.")
     try:

@@ -61,7 +61,7 @@ def load_trace(path: str | Path, pipe: Pipeline, tcs: TranscoderSet, *, include_
         )
     blocks = Blocks(0, config.layout.depth, True)
     with jax.default_matmul_precision("highest"):
-        record = _record(found, pipe, take_weights(pipe.transformer, blocks), include_padding)
+        record = _record(found, pipe, take_weights(pipe.transformer, blocks, found.grid), include_padding)
         errors = {name: float(error) for name, error in _misfits(record, records_of(found.arrays).names).items()}
     worst = max(errors, key=lambda name: errors[name])
     if not errors[worst] <= MISFIT:
@@ -135,7 +135,7 @@ def _info(found: Activations, pipe: Pipeline, ids: TokenIds, include_padding: bo
         sigmas=found.sigmas,
         grid=found.grid,
         text_tokens=len(found.text_mask),
-        tokens=tuple(pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids.tolist())),
+        tokens=tuple(pipe.tokenizers.pieces(ids.t5_ids)),
         guidance=found.guidance,
         recorded=tuple(range(layout.depth)),
         layout=layout,

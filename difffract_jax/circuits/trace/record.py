@@ -150,16 +150,17 @@ class Blocks(NamedTuple):
         return tuple(found)
 
 
-def take_weights(model: Any, blocks: Blocks) -> Weights:
+def take_weights(model: Any, blocks: Blocks, grid: tuple[int, int]) -> Weights:
     """Takes the recorded part of the model's weights; whole stacks are not copied.
 
     Args:
-        model: the transformer: `stacks`, `final`, `img_in` and `txt_in`.
+        model: the transformer: `stacks`, `final` and `projections`.
         blocks: which are recorded.
+        grid: rows and columns of image tokens.
     """
     pairs = zip(model.stacks, blocks.layers(model.stacks), strict=True)
     taken = tuple(_layers(stack, layers.start, layers.stop) for stack, layers in pairs)
-    return Weights(taken, model.final if blocks.output else None, model.img_in, model.txt_in)
+    return Weights(taken, model.final if blocks.output else None, *model.projections(grid))
 
 
 @partial(jax.jit, static_argnames=("first", "end"))

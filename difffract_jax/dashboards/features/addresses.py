@@ -13,6 +13,7 @@ from pathlib import Path
 from difffract_jax.config import UserError
 from difffract_jax.dashboards.features.record import Scan, load_scan
 from difffract_jax.display import hash_text
+from difffract_jax.storage.remote.cache import refuse_remote
 
 INDEX = "index.html"
 _NAME = re.compile(r"(?P<site>\w+/\d+)/f(?P<number>\d+)(?!\w)")
@@ -63,6 +64,7 @@ def open_pages(folder: Path, transcoders: str | None = None) -> FeaturePages:
     Raises:
         UserError: if it is no such folder, or holds pages of other transcoders.
     """
+    refuse_remote(folder, "The folder of feature pages")
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder} has no {INDEX}; give the folder that `difffract dashboards` wrote.")
     scan = load_scan(folder)

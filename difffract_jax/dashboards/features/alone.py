@@ -13,7 +13,7 @@ from typing import Any
 
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
-from difffract_jax.dashboards.features.pages import ASSETS, CHUNK, SHEET, folder_of
+from difffract_jax.dashboards.features.pages import ASSETS, CHUNK, SHEET, THUMB_KINDS, folder_of
 from difffract_jax.dashboards.features.record import load_scan
 
 
@@ -48,6 +48,8 @@ def _of_feature(directory: Path, site: str, number: int) -> str:
     _, _, records = _call(folder / folder_of(site) / f"{chunk:04}.js")
     record, place = records[str(number)], columns["feature"].index(number)
     prompts = _prompts(folder, {one[0] for one in record["examples"]})
+    if index["kind"] not in THUMB_KINDS:
+        raise ValueError(f"thumbnails are {' or '.join(THUMB_KINDS)} files")
     sheets = {f"thumbs/{thumb // SHEET:04}.{index['kind']}" for thumb in (one["thumb"] for one in prompts.values())}
     sheets |= {f"{folder_of(site)}/{chunk:04}.png"} if "effect" in record else set()
     # Other features have no page here, so that the page does not link to them.
@@ -75,11 +77,11 @@ def _call(path: Path) -> list[Any]:
 
 def _prompts(folder: Path, numbers: set[int]) -> dict[int, dict[str, Any]]:
     """Returns the prompts of some numbers."""
-    found: dict[int, dict[str, Any]] = {}
+    prompts: dict[int, dict[str, Any]] = {}
     for chunk in sorted({number // CHUNK for number in numbers}):
         _, records = _call(folder / "prompts" / f"{chunk:04}.js")
-        found |= {int(number): record for number, record in records.items() if int(number) in numbers}
-    return found
+        prompts |= {int(number): record for number, record in records.items() if int(number) in numbers}
+    return prompts
 
 
 def _picture(path: Path) -> str:

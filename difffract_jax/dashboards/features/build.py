@@ -33,6 +33,7 @@ from difffract_jax.dashboards.features.record import (
     KIND,
     TIERS,
     SiteScan,
+    tokens_of,
     write_record,
     write_site,
 )
@@ -101,7 +102,7 @@ def build_dashboards(
     with resumable_directory(out, overwrite=overwrite) as output:
         sizes = (corpus.pipe.config, corpus.run, tcs.sites, tcs.config.features, len(corpus.prompts), options)
         output.begin(identity_of(corpus, tcs, options), disk_bytes(sizes_of(*sizes)).total)
-        found = scan(
+        scanned = scan(
             corpus,
             tcs,
             top=options.top,
@@ -109,10 +110,10 @@ def build_dashboards(
             kept=Kept(output, options.seconds),
             progress=partial(progress, "Scanning prompts"),
         )
-        config = _config(corpus, tcs, found, options, provenance or {})
-        sites, examples = _sites(tcs, found, options)
-        sums = [np.asarray(a) / len(corpus.prompts) for a in found.sums]
-        del found  # the device's memory is the second pass's
+        config = _config(corpus, tcs, scanned, options, provenance or {})
+        sites, examples = _sites(tcs, scanned, options)
+        sums = [np.asarray(a) / len(corpus.prompts) for a in scanned.sums]
+        del scanned  # the device's memory is the second pass's
         for name, site in sites.items():
             write_site(output.files / FOLDER, name, site)
         drawn = _draw(corpus, tcs, sites, examples, output, progress)
@@ -128,19 +129,20 @@ def build_dashboards(
             options.links,
             partial(progress, "Comparing weights"),
         )
-        told = _write_pages(corpus, tcs, options, output, config, sites, drawn, mean, links, progress)
+        built = _write_pages(corpus, tcs, options, output, config, sites, drawn, mean, links, progress)
         write_record(output.files / FOLDER, config, corpus.prompts)
         shutil.rmtree(output.files / WORK)
-    return told
+    return built
 
 
 def _config(
-    corpus: Corpus, tcs: TranscoderSet, found: Scanned, options: DashboardOptions, provenance: Mapping[str, Any]
+    corpus: Corpus, tcs: TranscoderSet, scanned: Scanned, options: DashboardOptions, provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Returns what `scan/config.json` says."""
-    run = corpus.run
+    run, names = corpus.run, ("tokens", "negative_tokens")
     sites = {
-        f"{group.label}/{number}": {"streams": list(group.streams), "tokens": found.tokens[group.name]}
+        f"{group.label}/{number}": {"streams": list(group.streams)}
+        | dict(zip(names, scanned.tokens[group.name], strict=False))
         for group, numbers in tcs.sites.members
         for number in numbers
     }
@@ -161,36 +163,45 @@ def _config(
             "grid": list(run.grid),
             "text_tokens": run.text_tokens,
             "guidance": run.guidance,
-        },
+        }
+        | _negative(corpus),
         "sites": sites,
         "provenance": dict(provenance),
     }
 
 
+def _negative(corpus: Corpus) -> dict[str, Any]:
+    """Returns what is said of a run's second branch; nothing where a step is one evaluation."""
+    if corpus.run.branches == 1:
+        return {}
+    prompt = corpus.run.negative_prompt
+    return {"branches": corpus.run.branches, "negative_prompt": prompt, "negative_words": corpus.written(prompt)}
+
+
 def _sites(
-    tcs: TranscoderSet, found: Scanned, options: DashboardOptions
+    tcs: TranscoderSet, scanned: Scanned, options: DashboardOptions
 ) -> tuple[dict[str, SiteScan], dict[str, Examples]]:
     """Returns what was found at every site, by its name; and the examples of every group, [site feat shown]."""
     chosen = None if options.features is None else {(f.stream, f.block, f.feature) for f in options.features}
     sites, examples = {}, {}
     for group, numbers in tcs.sites.members:
-        state = FeatureState(*map(np.asarray, found.states[group.name]))
+        state = FeatureState(*map(np.asarray, scanned.states[group.name]))
         every = []
         for slot, number in enumerate(numbers):
-            here = FeatureState(*(array[slot] for array in state))
-            picked = choose(here, options.per_third)
+            measured = FeatureState(*(array[slot] for array in state))
+            picked = choose(measured, options.per_third)
             if chosen is not None:
                 named = [(group.label, number, f) in chosen for f in range(tcs.config.features)]
                 picked = picked._replace(prompt=np.where(np.array(named)[:, None], picked.prompt, -1))
             every.append(picked)
             sites[f"{group.label}/{number}"] = SiteScan(
-                active=here.active,
-                total=here.total,
-                histogram=here.histogram,
-                edges=(EDGES * float(here.scale)).astype(np.float32),
-                prompts=here.prompts,
-                text=here.text,
-                peak=here.top_value[:, 0],
+                active=measured.active,
+                total=measured.total,
+                histogram=measured.histogram,
+                edges=(EDGES * float(measured.scale)).astype(np.float32),
+                prompts=measured.prompts,
+                text=measured.text,
+                peak=measured.top_value[:, 0],
                 example_prompt=picked.prompt,
                 example_place=picked.place,
                 example_value=picked.value,
@@ -233,10 +244,10 @@ def _draw(
     """Runs the second pass; maps and thumbnails lie in files of the work in progress."""
     run, work = corpus.run, output.files / WORK
     jobs = {
-        group.name: example_maps.jobs_of(examples[group.name], group.rows(run.tokens), run.steps)
+        group.name: example_maps.jobs_of(examples[group.name], group.rows(run.tokens), run.evaluations)
         for group, _ in tcs.sites.members
     }
-    chosen = example_maps.chosen_prompts(jobs, run.steps)
+    chosen = example_maps.chosen_prompts(jobs, run.evaluations)
     shapes = {
         f"maps-{group.name}": (
             *examples[group.name].prompt.shape,
@@ -277,7 +288,7 @@ def _write_pages(
     progress: Progress,
 ) -> Built:
     """Writes all pages, and the index last."""
-    pictures, folder, told = None, output.files, []
+    pictures, folder, counted = None, output.files, []
     total, done = sum(len(_wanted(options, name, len(site.peak))) for name, site in sites.items()), 0
     for number, (name, site) in enumerate(sites.items()):
         group, slot = _group_of(tcs, name)
@@ -296,15 +307,15 @@ def _write_pages(
             edges=options.edges or {},
             wanted=_wanted(options, name, len(site.peak)),
         )
-        told.append(pages.write_list(folder, made, config))
+        counted.append(pages.write_list(folder, made, config))
         for written in pages.write_chunks(folder, made, config):
             progress("Writing pages", done + written, total)
         done += len(made.wanted)
     prompts = [(int(n), corpus.prompts[n], corpus.tokens_of(int(n)), corpus.noise_seed(int(n))) for n in drawn.prompts]
     pages.write_prompts(folder, prompts, drawn.thumbs)
-    pages.write_script(folder / "data" / "index.js", "index", _index(corpus, tcs, options, config, sites, told))
+    pages.write_script(folder / "data" / "index.js", "index", _index(corpus, tcs, options, config, sites, counted))
     pages.write_assets(folder)
-    count, dead, rare = (sum(one[key] for one in told) for key in ("pages", "dead", "rare"))
+    count, dead, rare = (sum(one[key] for one in counted) for key in ("pages", "dead", "rare"))
     return Built(count, dead, rare, len(drawn.prompts))
 
 
@@ -335,16 +346,16 @@ def _index(
     options: DashboardOptions,
     config: Mapping[str, Any],
     sites: Mapping[str, SiteScan],
-    told: Sequence[Mapping[str, Any]],
+    counted: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Returns what the page knows of the scan."""
     run, size, rows = corpus.run, image_size(corpus.pipe.config, corpus.run), []
-    for (name, site), counts in zip(sites.items(), told, strict=True):
+    for (name, site), counts in zip(sites.items(), counted, strict=True):
         facts, active = config["sites"][name], site.active.sum(axis=0, dtype=np.int64)
-        tokens = max(1, facts["tokens"])
+        tokens = tokens_of(config, name)
         rows.append(
-            {"name": name, "streams": facts["streams"], "tokens": facts["tokens"]}
-            | {"l0": pages.short(active / tokens), "edges": pages.short(site.edges), **counts}
+            {"name": name, "streams": facts["streams"], "tokens": tokens.astype(int).tolist()}
+            | {"l0": pages.short(active / np.maximum(1, tokens)), "edges": pages.short(site.edges), **counts}
         )
     return {
         "sites": rows,

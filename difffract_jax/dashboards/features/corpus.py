@@ -1,5 +1,8 @@
 """The corpus of a scan: its prompts in batches, and one denoising step of a batch with a tap at every site.
 
+With guidance by two branches a step is two evaluations, the second with a negative prompt that all prompts share; both
+are scanned, and what is counted by step elsewhere is counted by evaluation.
+
 Prompt number n starts from the noise of seed `seed + n`, as `difffract generate --seed` draws it, so that every example
 can be made, traced and steered again. Batches are cut by number: batch b is the same whenever and wherever it is made.
 The last one is filled up with its own prompts, which then do not count.
@@ -7,7 +10,7 @@ The last one is filled up with its own prompts, which then do not count.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +21,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from difffract_jax.address import Group, Tokens
 from difffract_jax.config import SEEDS
+from difffract_jax.generators import random_generator
 from difffract_jax.models.blocks import Streams
+from difffract_jax.models.encoded import EncodedPrompt
+from difffract_jax.models.guidance import NegativeBranch, step_velocity
 from difffract_jax.models.mmdit import Inputs, MMDiT
 from difffract_jax.models.pipeline import Pipeline, Run, encode, initial_noise
 from difffract_jax.models.stacks import sequences
 from difffract_jax.models.streaming import jit_resident
-from difffract_jax.models.tokenizers import encode_prompt
-from difffract_jax.seeds import random_generator
+from difffract_jax.models.tokenizers import encode_prompt, written_tokens
 from difffract_jax.spread import MODEL_AXES
 from difffract_jax.transcoders.harvest import encode_many, tapped_velocity
 from difffract_jax.transcoders.sites import SiteSet
@@ -70,6 +75,19 @@ class Corpus:
     batch: int
     mesh: Mesh | None = None
 
+    @cached_property
+    def negative(self) -> EncodedPrompt | None:
+        """What the negative prompt gives; None where a step is one evaluation."""
+        return None if self.run.branches == 1 else encode(self.pipe, self.run.negative_prompt, self.run.text_tokens)
+
+    @property
+    def negative_branch(self) -> NegativeBranch | None:
+        """What the second evaluation of a step needs, as NumPy arrays, which are the same on all devices."""
+        if self.negative is None:
+            return None
+        scale = np.asarray(self.run.branch_scale, np.float32)
+        return NegativeBranch(np.asarray(self.negative.text), np.asarray(self.negative.pooled), scale)
+
     @property
     def batches(self) -> int:
         """How many batches there are."""
@@ -103,14 +121,21 @@ class Corpus:
         return Batch(filled, own, text, pooled, self._send(noise), np.stack([one.t5_mask for one in tokens]))
 
     def tokens_of(self, number: int) -> list[str]:
-        """Returns a prompt's own text tokens as its tokenizer writes them."""
-        ids = encode_prompt(self.pipe.tokenizers, self.prompts[number], self.run.text_tokens)
-        return self.pipe.tokenizers.t5.convert_ids_to_tokens(ids.t5_ids[ids.t5_mask].tolist())
+        """Returns a prompt's text tokens without padding, as its tokenizer writes them."""
+        return self.written(self.prompts[number])
 
-    def counted(self, batch: Batch, group: Group) -> Bool[np.ndarray, "prompt row"]:
-        """Returns which rows of a group's sequence count, of every prompt."""
-        images = np.ones((self.batch, self.run.tokens.img), bool)
-        (rows,) = sequences(Streams(images, batch.masks), (group,), axis=1)
+    def written(self, prompt: str) -> list[str]:
+        """Returns the text tokens of any prompt, without padding, as the tokenizer writes them."""
+        ids = encode_prompt(self.pipe.tokenizers, prompt, self.run.text_tokens)
+        words = written_tokens(self.pipe.tokenizers, ids)
+        return [word for word, counted in zip(words, ids.t5_mask, strict=True) if counted]
+
+    def counted(self, batch: Batch, group: Group, branch: int = 0) -> Bool[np.ndarray, "prompt row"]:
+        """Returns which rows of a group's sequence count, of every prompt, in the evaluations of a branch."""
+        images, masks = np.ones((self.batch, self.run.tokens.img), bool), batch.masks
+        if branch and self.negative is not None:
+            masks = np.broadcast_to(np.asarray(self.negative.mask), masks.shape)
+        (rows,) = sequences(Streams(images, masks), (group,), axis=1)
         return np.asarray(rows) & batch.own[:, None]
 
     def text_rows(self, group: Group) -> Bool[np.ndarray, "row"]:
@@ -142,7 +167,7 @@ class Corpus:
 
 def step_with_taps(
     corpus: Corpus, batch: Batch, latents: Float[Array, "prompt img channels"], step: int, sites: SiteSet, role: str
-) -> tuple[Float[Array, "prompt img channels"], dict[str, Any]]:
+) -> tuple[Float[Array, "prompt img channels"], list[dict[str, Any]]]:
     """Takes one denoising step of a batch.
 
     Args:
@@ -154,12 +179,15 @@ def step_with_taps(
         role: `transcoder` to report what MLPs read, `sae` what they wrote.
 
     Returns:
-        Latents after the step; and by group what its sites report, [prompt site row d_model].
+        Latents after the step; and of each of its evaluations, by group what its sites report, [prompt site row
+        d_model].
     """
     run = corpus.run
     sigmas = jnp.asarray(run.sigmas, latents.dtype)
-    fixed = run.grid, run.guidance, sites, role
-    return _advance(corpus.pipe.transformer, latents, batch.text, batch.pooled, sigmas[step], sigmas[step + 1], *fixed)
+    given = batch.text, batch.pooled, sigmas[step], sigmas[step + 1], corpus.negative_branch
+    fixed = run.grid, run.fed_guidance, sites, role
+    after, read = _advance(corpus.pipe.transformer, latents, *given, *fixed)
+    return after, [{name: rows[branch] for name, rows in read.items()} for branch in range(run.branches)]
 
 
 @partial(jit_resident, static_argnames=("grid", "guidance", "sites", "role"))
@@ -170,18 +198,24 @@ def _advance(
     pooled: Array,
     sigma: Array,
     after: Array,
+    negative: NegativeBranch | None,
     grid: tuple[int, int],
     guidance: float | None,
     sites: SiteSet,
     role: str,
 ) -> tuple[Array, dict[str, Any]]:
+    """Returns the latents after a step, and by group what its sites report, [branch prompt site row d_model]."""
     counts = Tokens(img=grid[0] * grid[1], txt=text.shape[1])
     tokens = {group.name: jnp.arange(group.rows(counts)) for group, _ in sites.members}
     scale = None if guidance is None else jnp.asarray(guidance, latents.dtype)
 
     def one(z: Array, txt: Array, vec: Array) -> tuple[Array, dict[str, Any]]:
-        v, rows = tapped_velocity(model, Inputs(z, txt, vec, sigma, scale), tokens, grid=grid, sites=sites)
-        return v, {name: (both.y if role == "sae" else both.x) for name, both in rows.items()}
+        def branch(number: Any, txt: Array, vec: Array) -> tuple[Array, dict[str, Any]]:
+            del number  # the model sees the step through its time
+            v, rows = tapped_velocity(model, Inputs(z, txt, vec, sigma, scale), tokens, grid=grid, sites=sites)
+            return v, {name: (both.y if role == "sae" else both.x) for name, both in rows.items()}
 
-    velocity, read = jax.vmap(one)(latents, text, pooled)
-    return latents + (after - sigma) * velocity.astype(latents.dtype), read
+        return step_velocity(branch, txt, vec, negative, 0, z.dtype)
+
+    velocity, read = jax.vmap(one, out_axes=(0, 1))(latents, text, pooled)
+    return latents + (after - sigma) * velocity, read

@@ -118,8 +118,8 @@ def find_links(
         own = jnp.asarray(sides[place.group][place.slot])
         for first in range(0, features, TILE):
             rows = slice(first, first + TILE)
-            found = _tile(units[rows], units, alike[rows], alike, jnp.int32(first), keep=keep, same=True)
-            _merge(near, site, rows, *map(np.asarray, found[:2]), site * features)
+            tile = _tile(units[rows], units, alike[rows], alike, jnp.int32(first), keep=keep, same=True)
+            _merge(near, site, rows, *map(np.asarray, tile[:2]), site * features)
         targets = [target for source, target in pairs if source == site]
         written = _written(tc, jnp.asarray(mean.gates[place.group][place.slot]), _usual(usual, place))
         del tc
@@ -131,9 +131,9 @@ def find_links(
             for first in range(0, features, TILE):
                 rows = slice(first, first + TILE)
                 made = _tile(written[rows], read, own[rows], theirs, jnp.int32(0), keep=keep, same=False)
-                found = [np.asarray(a) for a in made]
-                _merge(down, site, rows, found[0], found[1], target * features)
-                _merge(up, target, slice(None), found[2], found[3], site * features + first)
+                tile = [np.asarray(a) for a in made]
+                _merge(down, site, rows, tile[0], tile[1], target * features)
+                _merge(up, target, slice(None), tile[2], tile[3], site * features + first)
             del read
         if progress is not None:
             progress(site + 1 + sum(source <= site for source, _ in pairs), total)

@@ -1,8 +1,9 @@
 """The second pass of a scan: the prompts of all examples run again, each example's map is taken, images are drawn.
 
-1. An example is a feature, a prompt and a step. `Jobs` lists those of a group, sorted by prompt, step and site.
-2. Batch after batch of the prompts that any example needs runs all its steps. At every step every site is encoded once,
-   and the columns of the features that want it are picked, `ROUND` of a prompt at a time.
+1. An example is a feature, a prompt and an evaluation (a step, or one branch of it). `Jobs` lists those of a group,
+   sorted by prompt, evaluation and site.
+2. Batch after batch of the prompts that any example needs runs all its steps. At every evaluation every site is encoded
+   once, and the columns of the features that want it are picked, `ROUND` of a prompt at a time.
 3. A map is an example's values over the tokens, as shares of the feature's largest value in 255 steps, 0 for inactive
    alone. Text tokens are kept one by one, image tokens as a picture of at most `SIDE` cells a side, the largest value
    of those that fall into a cell.
@@ -45,14 +46,15 @@ NAME = "shown-"
 
 
 class Jobs(NamedTuple):
-    """Examples of a group's features, sorted by prompt, step and site.
+    """Examples of a group's features, sorted by prompt, evaluation and site.
 
     Attributes:
-        key: prompt * steps + step.
+        key: prompt * evaluations + evaluation.
         site: place of the site in its group.
         feature: of the site.
         slot: which of the feature's examples.
-        most: of one site that are picked of a prompt in a step at a time; a power of two, so that one program does.
+        most: of one site that are picked of a prompt in an evaluation at a time; a power of two, so that one
+            program does.
     """
 
     key: Int[np.ndarray, "job"]
@@ -62,17 +64,17 @@ class Jobs(NamedTuple):
     most: int
 
 
-def jobs_of(examples: Examples, rows: int, steps: int) -> Jobs:
+def jobs_of(examples: Examples, rows: int, evaluations: int) -> Jobs:
     """Returns the jobs of a group.
 
     Args:
         examples: of all its sites, [site feat shown].
         rows: of its sequence.
-        steps: denoising steps.
+        evaluations: of all steps.
     """
     site, feature, slot = np.nonzero(examples.prompt >= 0)
     at = site, feature, slot
-    key = examples.prompt[at].astype(np.int64) * steps + examples.place[at] // rows
+    key = examples.prompt[at].astype(np.int64) * evaluations + examples.place[at] // rows
     order = np.lexsort((feature, site, key))
     sites = examples.prompt.shape[0]
     together = np.bincount(np.unique(key * sites + site, return_inverse=True)[1], minlength=1).max()
@@ -123,7 +125,7 @@ def render(
     Returns:
         The prompts that were run, ascending.
     """
-    chosen = chosen_prompts(jobs, corpus.run.steps)
+    chosen = chosen_prompts(jobs, corpus.run.evaluations)
     finished = [] if output is None else [name for name in output.finished if name.startswith(NAME)]
     done = max((int(name.removeprefix(NAME)) for name in finished), default=0)
     last = time.monotonic()
@@ -147,9 +149,9 @@ def render(
     return chosen
 
 
-def chosen_prompts(jobs: Mapping[str, Jobs], steps: int) -> Int[np.ndarray, "chosen"]:
+def chosen_prompts(jobs: Mapping[str, Jobs], evaluations: int) -> Int[np.ndarray, "chosen"]:
     """Returns the prompts that any example needs, ascending."""
-    return np.unique(np.concatenate([np.zeros(0, np.int64), *(one.key // steps for one in jobs.values())]))
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *(one.key // evaluations for one in jobs.values())]))
 
 
 def _render_batch(
@@ -166,8 +168,9 @@ def _render_batch(
     groups = {group.name: group for group, _ in tcs.sites.members}
     for step in range(corpus.run.steps):
         latents, read = step_with_taps(corpus, batch, latents, step, tcs.sites, tcs.config.role)
-        for name, rows in read.items():
-            _fill(corpus, batch, groups[name], tcs.stacks[name], rows, step, jobs[name], peaks[name], maps[name])
+        for branch, name in [(branch, name) for branch, by_group in enumerate(read) for name in by_group]:
+            number, own = step * corpus.run.branches + branch, (jobs[name], peaks[name], maps[name])
+            _fill(corpus, batch, groups[name], tcs.stacks[name], read[branch].pop(name), number, *own)
     return np.asarray(pixels(corpus.pipe.vae, latents, corpus.run.grid))
 
 
@@ -177,22 +180,23 @@ def _fill(
     group: Group,
     stack: Any,
     read: Array,
-    step: int,
+    evaluation: int,
     jobs: Jobs,
     peaks: np.ndarray,
     maps: np.ndarray,
 ) -> None:
-    """Takes the maps of one group's examples in one step of a batch."""
+    """Takes the maps of one group's examples in one evaluation of a batch."""
     sites, slots = len(peaks), []
     for place, number in enumerate(batch.numbers[batch.own]):
-        lowest, highest = np.searchsorted(jobs.key, [number * corpus.run.steps + step + i for i in (0, 1)])
+        lowest, highest = np.searchsorted(jobs.key, [number * corpus.run.evaluations + evaluation + i for i in (0, 1)])
         mine = np.arange(lowest, highest)
         within = np.arange(len(mine)) - np.searchsorted(jobs.site[mine], jobs.site[mine])
         slots.append(np.stack([mine, np.full(len(mine), place), within]))
     job, prompt, within = np.concatenate(slots, axis=1).astype(np.int64)
     if not job.size:
         return
-    counted = jnp.asarray(corpus.counted(batch, group))
+    step, branch = divmod(evaluation, corpus.run.branches)
+    counted = jnp.asarray(corpus.counted(batch, group, branch))
     t, most = jnp.asarray(corpus.run.sigmas[step]), jnp.asarray(peaks)
     for first in range(0, int(within.max()) + 1, jobs.most):
         now = (within >= first) & (within < first + jobs.most)
@@ -208,13 +212,13 @@ def _pick(stack: Any, read: Array, counted: Array, wanted: Array, peaks: Array, 
     """Returns maps [site prompt wanted cells] of the wanted features."""
     if not isinstance(stack, Streamed):
         return _pick_all(stack, read, counted, wanted, peaks, t, *fixed)
-    found = []
+    maps = []
     for number, transcoder in stack.fetched(range(stack.depth)):
-        here = read[:, number], counted, wanted[number], peaks[number]
-        found.append(_pick_one(transcoder, *here, t, *fixed))
-        wait_for(found[-1])
+        of_site = read[:, number], counted, wanted[number], peaks[number]
+        maps.append(_pick_one(transcoder, *of_site, t, *fixed))
+        wait_for(maps[-1])
         del transcoder  # before the one after next is fetched
-    return stack_trees(found)
+    return stack_trees(maps)
 
 
 @partial(jax.jit, static_argnames=("group", "grid"))
@@ -256,8 +260,8 @@ def _pick_site(
         sides.txt if stream == "txt" else _pooled(sides.img.reshape(*share.shape[:2], *grid))
         for stream in group.streams
     ]
-    found = jnp.concatenate(cells, axis=2)
-    return jnp.where(found > 0, jnp.clip(jnp.round(255 * found), 1, 255), 0).astype(jnp.uint8)
+    joined = jnp.concatenate(cells, axis=2)
+    return jnp.where(joined > 0, jnp.clip(jnp.round(255 * joined), 1, 255), 0).astype(jnp.uint8)
 
 
 _pick_one = jax.jit(_pick_site, static_argnames=("group", "grid"))

@@ -4,6 +4,9 @@ A feature writes its decoder vector times its block's gate into the residual str
 pooled prompt alone; here the pooled prompt is the corpus's mean. Up- and downstream weights take the mean gate over the
 steps, the effect on pixels that of the last step. Norms divide by the spread of a row, which hangs on the tokens: here
 it is the mean over the rows of the first batch.
+
+With guidance by two branches gates and norms of the residual streams are means over both, each with its own pooled
+prompt. The last step's are the prompt's alone, and what its velocity changes counts by its weight, the guidance scale.
 """
 
 from typing import Any, NamedTuple
@@ -53,9 +56,10 @@ def mean_run(
         latents: mean of the final latents.
         pooled: mean of the pooled embeddings.
     """
-    by_step = [_gates(corpus, sites, _cond(corpus, pooled, step)) for step in range(corpus.run.steps)]
-    gates = {name: np.mean([one[name] for one in by_step], axis=0) for name in by_step[0]}
-    last = corpus.run.steps - 1
+    last, negative = corpus.run.steps - 1, corpus.negative_branch
+    of_branches = [pooled] if negative is None else [pooled, negative.pooled]
+    each = [[_gates(corpus, sites, _cond(corpus, one, step)) for one in of_branches] for step in range(last + 1)]
+    gates = {name: np.mean([one[name] for step in each for one in step], axis=0) for name in each[0][0]}
     norms, scale = _scales(corpus, sites)
     cond = _cond(corpus, pooled, last)
     # With the scale of the norm held, the last layer is affine in the residual stream. What one unit changes is small
@@ -65,13 +69,14 @@ def mean_run(
     rows = jnp.concatenate([jnp.zeros((1, wide)), jnp.eye(wide)])
     out = np.asarray(_final(layer, rows, cond, jnp.full(wide + 1, scale, jnp.float32)), np.float32)
     # A change of the velocity v changes the predicted clean latents z - sigma v.
-    return MeanRun(gates, by_step[-1], norms, -sigma * (out[1:] - out[:1]), latents)
+    weight = 1.0 if negative is None else float(negative.scale)
+    return MeanRun(gates, each[-1][0], norms, -sigma * weight * (out[1:] - out[:1]), latents)
 
 
 def _cond(corpus: Corpus, pooled: np.ndarray, step: int) -> Cond:
     """Returns what the blocks of a step share at the mean prompt."""
     run, config = corpus.run, corpus.pipe.config.transformer
-    guidance = None if run.guidance is None else jnp.asarray(run.guidance, jnp.float32)
+    guidance = None if run.fed_guidance is None else jnp.asarray(run.fed_guidance, jnp.float32)
     images, text = jnp.zeros((run.tokens.img, config.in_channels)), jnp.zeros((run.text_tokens, config.text_width))
     inputs = Inputs(images, text, jnp.asarray(pooled), jnp.asarray(run.sigmas[step]), guidance)
     return corpus.pipe.transformer.embed(inputs, run.grid)[1]
@@ -80,14 +85,14 @@ def _cond(corpus: Corpus, pooled: np.ndarray, step: int) -> Cond:
 def _gates(corpus: Corpus, sites: SiteSet, cond: Cond) -> dict[str, Float[np.ndarray, "site d_model"]]:
     """Returns the gates of the sites, by group."""
     layout = corpus.pipe.config.transformer.layout
-    found: dict[str, dict[int, np.ndarray]] = {group.name: {} for group, _ in sites.members}
+    by_group: dict[str, dict[int, np.ndarray]] = {group.name: {} for group, _ in sites.members}
     slots = sites.slots(layout)
     for number, stack in enumerate(corpus.pipe.transformer.stacks):
         for block, gates in zip(layout.blocks_of_stack(number), _stack_gates(stack, cond), strict=True):
             for group, gate in zip(layout.groups_of_stack(number), gates, strict=True):
                 if block in slots[group]:
-                    found[layout.groups[group].name][slots[group][block]] = np.asarray(gate, np.float32)
-    return {name: np.stack([placed[i] for i in range(len(placed))]) for name, placed in found.items()}
+                    by_group[layout.groups[group].name][slots[group][block]] = np.asarray(gate, np.float32)
+    return {name: np.stack([placed[i] for i in range(len(placed))]) for name, placed in by_group.items()}
 
 
 def _stack_gates(stack: Any, cond: Cond) -> list[Any]:
@@ -100,26 +105,36 @@ def _stack_gates(stack: Any, cond: Cond) -> list[Any]:
 
 def _scales(corpus: Corpus, sites: SiteSet) -> tuple[dict[str, Float[np.ndarray, "site"]], float]:
     """Returns the mean scales of norms at the sites, by group, and that of the last norm in the last step."""
-    batch = corpus.batch_of(range(min(corpus.batch, len(corpus.prompts))))
-    counted = {group.name: corpus.counted(batch, group) for group, _ in sites.members}
+    batch, branches = corpus.batch_of(range(min(corpus.batch, len(corpus.prompts)))), range(corpus.run.branches)
+    counted = {group.name: [corpus.counted(batch, group, one) for one in branches] for group, _ in sites.members}
     latents, by_step, last = batch.noise, [], 0.0
     for step in range(corpus.run.steps):
-        inputs = _inputs(corpus, batch, latents, step)
-        entering, final = _norm_scales(corpus.pipe.transformer, inputs, corpus.run.grid, sites)
-        means = {
-            name: (np.asarray(rows) * counted[name][:, None]).sum(axis=(0, 2)) / max(int(counted[name].sum()), 1)
-            for name, rows in entering.items()
-        }
-        by_step.append(means)
-        last = float(np.mean(np.asarray(final)[batch.own]))
+        # The prompt's branch comes last, so that the last norm's scale is its own.
+        for branch in reversed(branches):
+            inputs = _inputs(corpus, batch, latents, step, branch)
+            entering, final = _norm_scales(corpus.pipe.transformer, inputs, corpus.run.grid, sites)
+            masks = {name: of_branches[branch] for name, of_branches in counted.items()}
+            means = {
+                name: (np.asarray(rows) * masks[name][:, None]).sum(axis=(0, 2)) / max(int(masks[name].sum()), 1)
+                for name, rows in entering.items()
+            }
+            by_step.append(means)
+            last = float(np.mean(np.asarray(final)[batch.own]))
         latents, _ = step_with_taps(corpus, batch, latents, step, sites, "transcoder")
     return {name: np.mean([one[name] for one in by_step], axis=0).astype(np.float32) for name in by_step[0]}, last
 
 
-def _inputs(corpus: Corpus, batch: Batch, latents: Array, step: int) -> Inputs:
-    run = corpus.run
-    guidance = None if run.guidance is None else jnp.asarray(run.guidance, jnp.float32)
-    return Inputs(latents, batch.text, batch.pooled, jnp.asarray(run.sigmas[step]), guidance)
+def _inputs(corpus: Corpus, batch: Batch, latents: Array, step: int, branch: int) -> Inputs:
+    """Returns the inputs of an evaluation, of every prompt of a batch."""
+    run, text, pooled = corpus.run, batch.text, batch.pooled
+    if branch and corpus.negative_branch is not None:
+        negative = corpus.negative_branch
+        text, pooled = (
+            jnp.broadcast_to(jnp.asarray(one), own.shape)
+            for one, own in ((negative.text, text), (negative.pooled, pooled))
+        )
+    guidance = None if run.fed_guidance is None else jnp.asarray(run.fed_guidance, jnp.float32)
+    return Inputs(latents, text, pooled, jnp.asarray(run.sigmas[step]), guidance)
 
 
 @jax.jit

@@ -25,7 +25,7 @@ from PIL import Image
 
 from difffract_jax.dashboards.features.effects import Effects
 from difffract_jax.dashboards.features.links import Links, Strongest
-from difffract_jax.dashboards.features.record import SiteScan, flag_of, place_of
+from difffract_jax.dashboards.features.record import SiteScan, flag_of, place_of, tokens_of
 from difffract_jax.dashboards.features.texts import Text
 from difffract_jax.storage.files import atomic_file
 
@@ -36,6 +36,8 @@ SHEET = 16
 """Thumbnails of a sprite sheet."""
 PHOTOGRAPH = 64
 """Pixels along a side from which on thumbnails are kept as JPEG."""
+THUMB_KINDS = ("jpg", "png")
+"""Kinds of files that thumbnails are kept in: of photographs, and of small pictures."""
 
 
 class SitePages(NamedTuple):
@@ -115,7 +117,7 @@ def write_list(folder: Path, site: SitePages, config: Mapping[str, Any]) -> dict
     if site.effects is not None:
         columns["effect"] = short(site.effects.strength[wanted])
     write_script(folder / "data" / folder_of(site.name) / "list.js", "list", site.name, columns)
-    rows = max(1, int(config["sites"][site.name]["tokens"]) * scan.active.shape[1])
+    rows = max(1.0, float(tokens_of(config, site.name).sum()))
     flags = [flag_of(float(count), float(count) / rows) for count in active[wanted]]
     return {"pages": len(wanted), "dead": flags.count("dead"), "rare": flags.count("rare")}
 
@@ -179,7 +181,7 @@ def _examples(site: SitePages, config: Mapping[str, Any], number: int) -> Iterat
     scan = site.scan
     streams = config["sites"][site.name]["streams"]
     for slot in np.flatnonzero(scan.example_prompt[number] >= 0):
-        step, side, position = place_of(config, site.name, int(scan.example_place[number, slot]))
+        step, branch, side, position = place_of(config, site.name, int(scan.example_place[number, slot]))
         yield [
             int(scan.example_prompt[number, slot]),
             step,
@@ -188,13 +190,16 @@ def _examples(site: SitePages, config: Mapping[str, Any], number: int) -> Iterat
             short(scan.example_value[number, slot]),
             int(scan.example_tier[number, slot]),
             packed(site.maps[number, slot]),
+            *([] if branch is None else [branch]),
         ]
 
 
-def _partners(site: SitePages, found: Strongest, number: int, config: Mapping[str, Any]) -> list[list[Any]]:
+def _partners(site: SitePages, strongest: Strongest, number: int, config: Mapping[str, Any]) -> list[list[Any]]:
     """Returns a feature's partners: number of the site, feature, weight or cosine, and what it is called, if known."""
     names, partners = list(config["sites"]), []
-    for value, partner in zip(found.value[site.number, number], found.partner[site.number, number], strict=True):
+    for value, partner in zip(
+        strongest.value[site.number, number], strongest.partner[site.number, number], strict=True
+    ):
         at, feature = divmod(int(partner), config["features"])
         text = site.texts.get(f"{names[at]}/f{feature}")
         if value != 0:
@@ -241,7 +246,7 @@ def write_prompts(
 
 def suffix_of(size: Sequence[int]) -> str:
     """Returns the kind of files that thumbnails are kept in."""
-    return "jpg" if max(size) > PHOTOGRAPH else "png"
+    return THUMB_KINDS[0] if max(size) > PHOTOGRAPH else THUMB_KINDS[1]
 
 
 def sheet_of(pictures: UInt8[np.ndarray, "some H W rgb"], columns: int) -> UInt8[np.ndarray, "height width rgb"]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from difffract_jax.address import BRANCHES
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.config import UserError
 from difffract_jax.display import hash_text, one_line, text_of
@@ -29,26 +30,31 @@ RARE = 1e-4
 TIERS = ("strongest", "upper third", "middle third", "lower third")
 """Where an example comes from, by code: the largest peaks, or a third of the sample of all others."""
 
+_RECORD = {"model": str, "transcoders": str, "seed": int, "prompts": int, "features": int, "run": dict, "sites": dict}
+_RUN = {"steps": int, "grid": list, "text_tokens": int}
+_SITE = {"streams": list, "tokens": int}
+"""What readers need of `config.json`, of its run, and of each of its sites, with their types."""
+
 
 class SiteScan(NamedTuple):
     """What a scan found at one site.
 
     Attributes:
-        active: tokens above 0, by step.
-        total: sum of values, by step.
+        active: tokens above 0, by evaluation: by step, or with guidance by two branches by step and branch.
+        total: sum of values, by evaluation.
         histogram: tokens above 0, by value; `edges` are the inner edges of its bins.
         edges: of the histogram, ascending.
         prompts: prompts with any token above 0.
         text: tokens above 0 that are of the text; the others are of the image.
         peak: largest value.
         example_prompt: number of an example's prompt; -1 for an empty place.
-        example_place: step * rows + row of its peak; rows are those of the site's sequence.
+        example_place: evaluation * rows + row of its peak; rows are those of the site's sequence.
         example_value: its peak.
         example_tier: code in `TIERS`.
     """
 
-    active: Int[np.ndarray, "feat step"]
-    total: Float[np.ndarray, "feat step"]
+    active: Int[np.ndarray, "feat evaluation"]
+    total: Float[np.ndarray, "feat evaluation"]
     histogram: Int[np.ndarray, "feat bins"]
     edges: Float[np.ndarray, "edges"]
     prompts: Int[np.ndarray, "feat"]
@@ -81,7 +87,7 @@ class ScanExample(NamedTuple):
     Attributes:
         prompt: of the run.
         seed: of its starting noise.
-        feature: with the position and the step of the largest value.
+        feature: with the position and the step of the largest value, of two branches also its branch.
         value: there.
         tier: where the example comes from, one of `TIERS`.
     """
@@ -102,8 +108,8 @@ class FeatureScan(NamedTuple):
     Attributes:
         feature: its name.
         density: share of the tokens at which it is active.
-        frequency: the same, by step.
-        mean: mean value where it is active, by step.
+        frequency: the same, by step; of two branches by evaluation, the prompt's of each step first.
+        mean: mean value where it is active, alike.
         prompts: share of the prompts in which it is active.
         text: share of the tokens at which it is active that are of the text.
         l0_share: share of the active features of its site's tokens that are this one.
@@ -159,13 +165,20 @@ class Scan:
         """Returns what was found at a site.
 
         Raises:
-            UserError: if it was not scanned.
+            UserError: if it was not scanned, or its file is damaged.
         """
         if name not in self.sites:
             raise UserError(f"The scan in {self.directory} has no site {name}; it has {', '.join(self.sites)}.")
-        file = TensorFile(self.directory / FOLDER / f"{name.replace('/', '-')}.safetensors")
+        path = self.directory / FOLDER / f"{name.replace('/', '-')}.safetensors"
+        try:
+            file = TensorFile(path)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}); make the dashboards again.") from None
         if file.missing_bytes:
-            raise UserError(f"{file.path} is cut off by {file.missing_bytes} bytes; make the dashboards again.")
+            raise UserError(f"{path} is cut off by {file.missing_bytes} bytes; make the dashboards again.")
+        absent = [field for field in SiteScan._fields if field not in file.tensors]
+        if absent:
+            raise UserError(f"{path} is damaged: it has no {absent[0]}; make the dashboards again.")
         return SiteScan(**{field: file[field] for field in SiteScan._fields})
 
     def of(self, feature: str | Feature) -> FeatureScan:
@@ -177,12 +190,12 @@ class Scan:
         Raises:
             UserError: if it is no feature, or was not scanned.
         """
-        asked = Feature.parse(feature) if isinstance(feature, str) else feature
-        name = f"{asked.stream}/{asked.block}"
+        named = Feature.parse(feature) if isinstance(feature, str) else feature
+        name = f"{named.stream}/{named.block}"
         site = self.site(name)
-        if asked.feature >= len(site.prompts):
-            raise UserError(f"{name} has {len(site.prompts)} features, but {asked} was asked for.")
-        return feature_scan(self.config, self.prompts, name, site, asked.feature)
+        if named.feature >= len(site.prompts):
+            raise UserError(f"{name} has {len(site.prompts)} features, but {named} was asked for.")
+        return feature_scan(self.config, self.prompts, name, site, named.feature)
 
     def __iter__(self) -> Iterator[tuple[str, SiteScan]]:
         return ((name, self.site(name)) for name in self.sites)
@@ -212,14 +225,13 @@ def feature_scan(
         site: what was found there.
         number: of the feature.
     """
-    tokens = int(config["sites"][name]["tokens"])
     active = site.active[number].astype(np.float64)
-    steps, count = len(active), float(active.sum())
-    density = count / max(tokens * steps, 1)
+    tokens, count = tokens_of(config, name), float(active.sum())
+    density = count / max(float(tokens.sum()), 1)
     return FeatureScan(
         Feature(*_label(name), number),
         density,
-        tuple((active / max(tokens, 1)).tolist()),
+        tuple((active / np.maximum(tokens, 1)).tolist()),
         tuple((site.total[number] / np.maximum(active, 1)).astype(float).tolist()),
         float(site.prompts[number]) / len(prompts),
         float(site.text[number]) / max(count, 1.0),
@@ -245,8 +257,8 @@ def _examples(
 ) -> Iterator[ScanExample]:
     for slot in np.flatnonzero(site.example_prompt[number] >= 0):
         prompt, place = int(site.example_prompt[number, slot]), int(site.example_place[number, slot])
-        step, side, position = place_of(config, name, place)
-        feature = Feature(*_label(name), number, (position,), (step,), side)
+        step, branch, side, position = place_of(config, name, place)
+        feature = Feature(*_label(name), number, (position,), (step,), side, branch)
         yield ScanExample(
             prompts[prompt],
             (config["seed"] + prompt) % 2**64,
@@ -256,20 +268,51 @@ def _examples(
         )
 
 
-def place_of(config: Mapping[str, Any], name: str, place: int) -> tuple[int, str | None, int]:
-    """Returns step, stream (None where a site has but one) and position of a place in a site's runs.
+def tokens_of(config: Mapping[str, Any], name: str) -> Float[np.ndarray, "evaluation"]:
+    """Returns how many tokens of a site counted in every evaluation of the runs.
 
     Args:
         config: of the scan.
         name: of the site.
-        place: step * rows + row.
+    """
+    site = config["sites"][name]
+    of_branches = [site["tokens"], *([site["negative_tokens"]] if "negative_tokens" in site else [])]
+    return np.tile(np.asarray(of_branches, np.float64), config["run"]["steps"])
+
+
+class Place(NamedTuple):
+    """Where a feature has its peak.
+
+    Attributes:
+        step: denoising step.
+        branch: of guidance by two branches, "prompt" or "negative"; None where a step is one evaluation.
+        side: stream of the token; None where a site has but one.
+        position: of the token within its stream.
+    """
+
+    step: int
+    branch: str | None
+    side: str | None
+    position: int
+
+
+def place_of(config: Mapping[str, Any], name: str, place: int) -> Place:
+    """Returns where a place in a site's runs is.
+
+    Args:
+        config: of the scan.
+        name: of the site.
+        place: evaluation * rows + row.
     """
     run, streams = config["run"], config["sites"][name]["streams"]
     sizes = {"img": run["grid"][0] * run["grid"][1], "txt": run["text_tokens"]}
-    step, row = divmod(place, sum(sizes[stream] for stream in streams))
+    number, row = divmod(place, sum(sizes[stream] for stream in streams))
+    branches = run.get("branches", 1)
+    step, branch = divmod(number, branches)
     for stream in streams:
         if row < sizes[stream]:
-            return step, stream if len(streams) > 1 else None, row
+            side = stream if len(streams) > 1 else None
+            return Place(step, BRANCHES[branch] if branches > 1 else None, side, row)
         row -= sizes[stream]
     raise AssertionError("a row lies in one of its sequence's streams")
 
@@ -298,7 +341,7 @@ def load_scan(directory: str | Path) -> Scan:
         directory: that it wrote.
 
     Raises:
-        UserError: if it holds no scan, or one of another format version.
+        UserError: if it holds no scan, or one that is damaged or of another format version.
     """
     directory = Path(directory)
     try:
@@ -315,4 +358,28 @@ def load_scan(directory: str | Path) -> Scan:
             f"{directory} holds {kind} of format version {version}, but a {KIND} of version {FORMAT_VERSION} is "
             "wanted; make the dashboards again."
         )
-    return Scan(directory, config, tuple(json.loads(line) for line in lines))
+    again = "make the dashboards again, or copy them anew."
+    damage = _damage(config)
+    if damage:
+        raise UserError(f"{directory / FOLDER / 'config.json'} is damaged at {damage}; {again}")
+    try:
+        prompts = tuple(json.loads(line) for line in lines)
+    except ValueError:
+        prompts = ()
+    if len(prompts) != config["prompts"] or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UserError(
+            f"{directory / FOLDER / 'prompts.jsonl'} is damaged: the scan is of {config['prompts']} prompts; {again}"
+        )
+    return Scan(directory, config, prompts)
+
+
+def _damage(config: Mapping[str, Any]) -> str:
+    """Returns where a scan's record lacks what its readers need, as in "run: grid"; "" if nowhere."""
+    parts = [("", config, _RECORD), ("run: ", config.get("run"), _RUN)]
+    sites = config.get("sites")
+    parts += [(f"sites: {name}: ", site, _SITE) for name, site in sites.items()] if isinstance(sites, dict) else []
+    for where, part, wanted in parts:
+        for key, kind in wanted.items():
+            if not isinstance(part, dict) or not isinstance(part.get(key), kind):
+                return where + key
+    return ""

@@ -18,11 +18,13 @@ from difffract_jax.dashboards.features.record import FOLDER, FORMAT_VERSION
 from difffract_jax.dashboards.features.scan import SECONDS
 from difffract_jax.dashboards.features.texts import Text
 from difffract_jax.estimate.scanning import ScanSizes
-from difffract_jax.models.pipeline import PipelineConfig, Run
+from difffract_jax.models.pipeline import Run
+from difffract_jax.models.runs import PipelineConfig
 from difffract_jax.models.sampler import PATCH
 from difffract_jax.models.streaming import Streamed
 from difffract_jax.models.tokenizers import encode_prompt
 from difffract_jax.storage.files import check_vacant, is_occupied
+from difffract_jax.storage.remote.cache import has_file
 from difffract_jax.transcoders.sites import SiteSet
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
 
@@ -77,11 +79,13 @@ def check_request(
     check_fit(tcs, corpus.pipe.config.transformer)
     if not corpus.prompts:
         raise UserError("A scan needs prompts, but there are none; give --prompts FILE with one prompt a line.")
-    steps, rows = corpus.run.steps, max(group.rows(corpus.run.tokens) for group, _ in tcs.sites.members)
-    if steps * rows * len(corpus.prompts) >= MOST_TOKENS:
+    evaluations, rows = corpus.run.evaluations, max(group.rows(corpus.run.tokens) for group, _ in tcs.sites.members)
+    if evaluations * rows * len(corpus.prompts) >= MOST_TOKENS:
+        both = " of two evaluations" * (corpus.run.branches - 1)
         raise UserError(
-            f"{len(corpus.prompts):,} prompts of {rows:,} tokens in {steps:,} steps are more than the {MOST_TOKENS:,} "
-            f"tokens that counters hold; give at most {(MOST_TOKENS - 1) // (steps * rows):,} prompts."
+            f"{len(corpus.prompts):,} prompts of {rows:,} tokens in {corpus.run.steps:,} steps{both} are more than the "
+            f"{MOST_TOKENS:,} tokens that counters hold; give at most {(MOST_TOKENS - 1) // (evaluations * rows):,} "
+            "prompts."
         )
     for feature in options.features or ():
         site = f"{feature.stream}/{feature.block}"
@@ -110,8 +114,8 @@ def check_output(out: str | Path, *, overwrite: bool) -> None:
     Raises:
         UserError: if it is refused.
     """
-    if is_occupied(Path(out)) and not (Path(out) / FOLDER / "config.json").is_file():
-        raise UserError(f"{out} exists and is no folder of dashboards, so that it stays; name another --out.")
+    if is_occupied(Path(out)) and not has_file(Path(out) / FOLDER / "config.json"):
+        raise UserError(f"{out} exists and is not a folder of dashboards, so that it stays; name another --out.")
     check_vacant(out, overwrite=overwrite)
 
 
@@ -141,7 +145,7 @@ def sizes_of(
             for group, numbers in sites.members
             for _ in numbers
         ),
-        steps=run.steps,
+        evaluations=run.evaluations,
         prompts=prompts,
         text_tokens=run.text_tokens,
         thumb=thumb[0] * thumb[1] * 3,
@@ -168,6 +172,7 @@ def identity_of(corpus: Corpus, tcs: TranscoderSet, options: DashboardOptions) -
     # Another type rounds otherwise, and the transcoders' hash is that of their files.
     stacks = [one.abstract() if isinstance(one, Streamed) else one for one in tcs.stacks.values()]
     facts += [sorted({str(leaf.dtype) for leaf in jax.tree.leaves(stacks)})]
+    facts += [run.branches, run.negative_prompt] if run.branches > 1 else []
     facts += [options.sample, None if corpus.mesh is None else dict(corpus.mesh.shape)]
     facts += [None if options.features is None else [str(one) for one in options.features]]
     return json.dumps(facts)

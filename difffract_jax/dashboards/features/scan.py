@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from difffract_jax.dashboards.features.corpus import Corpus, step_with_taps
-from difffract_jax.dashboards.features.state import FeatureState, absorb, count_step, empty_peaks, empty_state
+from difffract_jax.dashboards.features.state import FeatureState, absorb, count_evaluation, empty_peaks, empty_state
 from difffract_jax.spread import on_mesh_of, ways_of
 from difffract_jax.storage.files import TensorFile, atomic_file, write_tensors
 from difffract_jax.storage.resumable import Output, checksum_of
@@ -49,13 +49,13 @@ class Scanned(NamedTuple):
 
     Attributes:
         states: by group.
-        tokens: by group, tokens that counted in each step.
+        tokens: by group, tokens that counted in each step, of each branch.
         sums: over prompts.
         done: batches that are finished.
     """
 
     states: dict[str, FeatureState]
-    tokens: dict[str, int]
+    tokens: dict[str, tuple[int, ...]]
     sums: Means
     done: int
 
@@ -126,18 +126,18 @@ def scan(
         kept: where what is finished is kept; None for nowhere.
         progress: called with (prompts done, prompts in all).
     """
-    found = None if kept is None else kept.load()
+    stored = None if kept is None else kept.load()
     ranks = corpus.ranks
     with on_mesh_of(corpus.pipe.transformer):
         now = empty_scan(corpus, tcs, top=top, sample=sample)
-        if found is None:
+        if stored is None:
             first = replace(corpus, prompts=corpus.prompts[:1])
             tried = scan_batch(first, tcs, empty_scan(first, tcs, top=1, sample=1), first.ranks)
             scales = {name: _scale(state) for name, state in tried.states.items()}
             states = {name: state._replace(scale=scales[name]) for name, state in now.states.items()}
             now = now._replace(states=states)
         else:
-            now = _from_arrays(now, *found)
+            now = _from_arrays(now, *stored)
         for number in range(now.done, corpus.batches):
             if progress is not None:
                 progress(number * corpus.batch, len(corpus.prompts))
@@ -155,22 +155,20 @@ def empty_scan(corpus: Corpus, tcs: TranscoderSet, *, top: int, sample: int) -> 
     features, run, config = tcs.config.features, corpus.run, corpus.pipe.config.transformer
     divides = corpus.mesh is not None and features % ways_of(corpus.mesh) == 0
     sharding = corpus.features_sharding() if divides else None
-    states = {
-        name: empty_state(len(numbers), features, top=top, sample=sample, steps=run.steps, sharding=sharding)
-        for name, numbers in tcs.sites.groups.items()
-    }
+    kept = {"top": top, "sample": sample, "evaluations": run.evaluations, "sharding": sharding}
+    states = {name: empty_state(len(numbers), features, **kept) for name, numbers in tcs.sites.groups.items()}
     sums = Means(
         jnp.zeros((run.tokens.img, config.in_channels), jnp.float32), jnp.zeros(config.pooled_width, jnp.float32)
     )
-    return Scanned(states, dict.fromkeys(states, 0), sums, 0)
+    return Scanned(states, dict.fromkeys(states, (0,) * run.branches), sums, 0)
 
 
 def scan_batch(corpus: Corpus, tcs: TranscoderSet, now: Scanned, ranks: np.ndarray) -> Scanned:
     """Returns the scan after its next batch; the one before is used up."""
     first = now.done * corpus.batch
     batch = corpus.batch_of(range(first, min(first + corpus.batch, len(corpus.prompts))))
-    features, latents = tcs.config.features, batch.noise
-    counted = {group.name: corpus.counted(batch, group) for group, _ in tcs.sites.members}
+    features, latents, branches = tcs.config.features, batch.noise, range(corpus.run.branches)
+    counted = {group.name: [corpus.counted(batch, group, one) for one in branches] for group, _ in tcs.sites.members}
     text = {group.name: corpus.text_rows(group) for group, _ in tcs.sites.members}
     divides = corpus.mesh is not None and features % ways_of(corpus.mesh) == 0
     sharding = corpus.peaks_sharding() if divides else None
@@ -180,13 +178,18 @@ def scan_batch(corpus: Corpus, tcs: TranscoderSet, now: Scanned, ranks: np.ndarr
     states = dict(now.states)
     for step in range(corpus.run.steps):
         latents, read = step_with_taps(corpus, batch, latents, step, tcs.sites, tcs.config.role)
-        t, at = jnp.asarray(corpus.run.sigmas[step]), jnp.asarray(step, jnp.int32)
-        for name, rows in read.items():
-            which = jnp.asarray(counted[name]), jnp.asarray(text[name])
-            states[name], peaks[name] = count_step(states[name], peaks[name], tcs.stacks[name], rows, *which, at, t)
+        t = jnp.asarray(corpus.run.sigmas[step])
+        for branch, name in [(branch, name) for branch, by_group in enumerate(read) for name in by_group]:
+            at = jnp.asarray(step * len(branches) + branch, jnp.int32)
+            which = jnp.asarray(counted[name][branch]), jnp.asarray(text[name])
+            given = tcs.stacks[name], read[branch].pop(name), *which, at, t
+            states[name], peaks[name] = count_evaluation(states[name], peaks[name], *given)
     numbers, order = jnp.asarray(batch.numbers, jnp.int32), jnp.asarray(ranks[batch.numbers])
     states = {name: absorb(state, peaks[name], numbers, order) for name, state in states.items()}
-    tokens = {name: now.tokens[name] + int(mask.sum()) for name, mask in counted.items()}
+    tokens = {
+        name: tuple(count + int(mask.sum()) for count, mask in zip(now.tokens[name], masks, strict=True))
+        for name, masks in counted.items()
+    }
     return Scanned(states, tokens, _add(now.sums, latents, batch.pooled, jnp.asarray(batch.own)), now.done + 1)
 
 
@@ -210,7 +213,7 @@ def arrays_of(now: Scanned) -> dict[str, np.ndarray]:
         for group, state in now.states.items()
         for field, array in state._asdict().items()
     }
-    arrays |= {f"{group}.tokens": np.array([count], np.int64) for group, count in now.tokens.items()}
+    arrays |= {f"{group}.tokens": np.array(count, np.int64) for group, count in now.tokens.items()}
     return arrays | {f"sums.{field}": np.asarray(array) for field, array in now.sums._asdict().items()}
 
 
@@ -225,4 +228,5 @@ def _from_arrays(empty: Scanned, done: int, arrays: Mapping[str, np.ndarray]) ->
         for group, state in empty.states.items()
     }
     sums = Means(*(put(f"sums.{field}", array) for field, array in empty.sums._asdict().items()))
-    return Scanned(states, {group: int(arrays[f"{group}.tokens"][0]) for group in states}, sums, done)
+    tokens = {group: tuple(int(count) for count in arrays[f"{group}.tokens"]) for group in states}
+    return Scanned(states, tokens, sums, done)

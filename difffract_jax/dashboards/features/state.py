@@ -1,17 +1,18 @@
 """What a scan keeps of every feature: a tree of arrays on the device, updated by pure functions.
 
-1. A prompt's *peak* of a feature is its largest value over all steps and tokens that count, with the place where it
-   is: step * rows + row, rows being the tokens of the site's sequence. `Peaks` holds those of the prompts that run
-   together.
+1. A prompt's *peak* of a feature is its largest value over all evaluations and tokens that count, with the place where
+   it is: evaluation * rows + row, rows being the tokens of the site's sequence. An evaluation is a step, or with
+   guidance by two branches one branch of a step, as `models.guidance` counts. `Peaks` holds those of the prompts that
+   run together.
 2. `FeatureState` keeps the `top` prompts of the largest peaks, and of the prompts in which the feature is active a
    uniform sample: those that come first in a random order of all prompts. Both can be merged batch by batch, in any
    split, and need no second look.
-3. It counts active tokens and sums values by step, the prompts in which a feature is active, and the values of all
-   active tokens in a histogram with half-octave bins: `EDGES` times the site's scale, a power of two near its largest
-   value in the first prompt. Codes of one site may be of order 1, those of another of order 1000.
+3. It counts active tokens and sums values by evaluation, the prompts in which a feature is active, and the values of
+   all active tokens in a histogram with half-octave bins: `EDGES` times the site's scale, a power of two near its
+   largest value in the first prompt. Codes of one site may be of order 1, those of another of order 1000.
 
-`count_step` does 1 and 3 for one step, site by site in one compiled scan, so that the codes of one site are in memory
-at a time; `absorb` does 2 after the last step. Both give their first arguments' memory to the result.
+`count_evaluation` does 1 and 3 for one evaluation, site by site in one compiled scan, so that the codes of one site are
+in memory at a time; `absorb` does 2 after the last step. Both give their first arguments' memory to the result.
 """
 
 from functools import partial
@@ -40,13 +41,13 @@ class FeatureState(NamedTuple):
     Attributes:
         top_value: largest peaks, the first the largest; 0 where there are fewer.
         top_prompt: number of the prompt.
-        top_place: step * rows + row.
+        top_place: evaluation * rows + row.
         sample_rank: places in the random order of prompts, ascending; `LAST` where there are fewer.
         sample_value: peak in that prompt.
         sample_prompt: number of the prompt.
         sample_place: as `top_place`.
-        active: tokens above 0, by step.
-        total: sum of values, by step.
+        active: tokens above 0, by evaluation.
+        total: sum of values, by evaluation.
         histogram: tokens above 0, by value.
         prompts: prompts with any token above 0.
         text: tokens above 0 that are of the text; the others are of the image.
@@ -60,8 +61,8 @@ class FeatureState(NamedTuple):
     sample_value: Float[Any, "site feat sample"]
     sample_prompt: Int[Any, "site feat sample"]
     sample_place: Int[Any, "site feat sample"]
-    active: Int[Any, "site feat step"]
-    total: Float[Any, "site feat step"]
+    active: Int[Any, "site feat evaluation"]
+    total: Float[Any, "site feat evaluation"]
     histogram: Int[Any, "site feat bins"]
     prompts: Int[Any, "site feat"]
     text: Int[Any, "site feat"]
@@ -75,14 +76,16 @@ class Peaks(NamedTuple):
 
     Attributes:
         value: largest value so far; 0 if the feature has not been active.
-        place: step * rows + row of it.
+        place: evaluation * rows + row of it.
     """
 
     value: Float[Any, "site prompt feat"]
     place: Int[Any, "site prompt feat"]
 
 
-def empty_state(sites: int, features: int, *, top: int, sample: int, steps: int, sharding: Any = None) -> FeatureState:
+def empty_state(
+    sites: int, features: int, *, top: int, sample: int, evaluations: int, sharding: Any = None
+) -> FeatureState:
     """Returns the state before the first prompt.
 
     Args:
@@ -90,7 +93,7 @@ def empty_state(sites: int, features: int, *, top: int, sample: int, steps: int,
         features: of each site.
         top: prompts kept of the largest peaks.
         sample: prompts kept of the uniform sample.
-        steps: denoising steps.
+        evaluations: of all steps.
         sharding: where the arrays lie, split along features; None for the default device.
     """
 
@@ -101,7 +104,7 @@ def empty_state(sites: int, features: int, *, top: int, sample: int, steps: int,
     return FeatureState(
         *(floats(top), ints(top), ints(top)),
         *(full(LAST, jnp.int32, sample), floats(sample), ints(sample), ints(sample)),
-        *(ints(steps), floats(steps), ints(BINS), ints(), ints(), jnp.ones(sites, jnp.float32)),
+        *(ints(evaluations), floats(evaluations), ints(BINS), ints(), ints(), jnp.ones(sites, jnp.float32)),
     )
 
 
@@ -111,17 +114,17 @@ def empty_peaks(sites: int, prompts: int, features: int, sharding: Any = None) -
     return Peaks(jnp.zeros(shape, jnp.float32, device=sharding), jnp.zeros(shape, jnp.int32, device=sharding))
 
 
-def count_step(
+def count_evaluation(
     state: FeatureState,
     peaks: Peaks,
     stack: Any,
     read: Float[Array, "prompt site row d_model"],
     counted: Bool[Array, "prompt row"],
     text: Bool[Array, "row"],
-    step: Int[Array, ""],
+    number: Int[Array, ""],
     t: Float[Array, ""],
 ) -> tuple[FeatureState, Peaks]:
-    """Counts one denoising step of the prompts that run together.
+    """Counts one evaluation of the prompts that run together.
 
     Args:
         state: of the group; used up.
@@ -130,13 +133,13 @@ def count_step(
         read: what each site's transcoder reads.
         counted: rows that count: no padding, and no prompt that only fills the batch up.
         text: rows that are of the text.
-        step: its number.
+        number: of the evaluation.
         t: denoising time, as the transcoders are fed.
     """
     if not isinstance(stack, Streamed):
-        return _count_all(state, peaks, stack, read, counted, text, step, t)
-    for number, transcoder in stack.fetched(range(stack.depth)):
-        state, peaks = _count_one(state, peaks, number, transcoder, read[:, number], counted, text, step, t)
+        return _count_all(state, peaks, stack, read, counted, text, number, t)
+    for site, transcoder in stack.fetched(range(stack.depth)):
+        state, peaks = _count_one(state, peaks, site, transcoder, read[:, site], counted, text, number, t)
         wait_for(peaks)
         del transcoder  # before the one after next is fetched
     return state, peaks
@@ -150,43 +153,43 @@ def encoded(tc: Transcoder, read: Float[Array, "prompt row d_model"], t: Float[A
 def _count_site(
     state: FeatureState,
     peaks: Peaks,
-    number: Any,
+    site: Any,
     tc: Transcoder,
     read: Array,
     counted: Array,
     text: Array,
-    step: Array,
+    number: Array,
     t: Array,
 ) -> tuple[FeatureState, Peaks]:
-    """Counts one step at the site of that number."""
+    """Counts the evaluation of that number at one site."""
     z = jnp.where(counted[:, :, None], encoded(tc, read, t), 0.0)
-    edges = jnp.asarray([0.0, *EDGES, np.inf], jnp.float32) * state.scale[number]
+    edges = jnp.asarray([0.0, *EDGES, np.inf], jnp.float32) * state.scale[site]
     above = jax.vmap(lambda edge: jnp.sum(z > edge, axis=(0, 1), dtype=jnp.int32))(edges)
     largest, row = jnp.max(z, axis=1), jnp.argmax(z, axis=1).astype(jnp.int32)
-    higher = largest > peaks.value[number]
+    higher = largest > peaks.value[site]
     state = state._replace(
-        active=state.active.at[number, :, step].add(above[0]),
-        total=state.total.at[number, :, step].add(jnp.sum(z, axis=(0, 1))),
-        text=state.text.at[number].add(jnp.sum((z > 0) & text[None, :, None], axis=(0, 1), dtype=jnp.int32)),
-        histogram=state.histogram.at[number].add((above[:-1] - above[1:]).T),
+        active=state.active.at[site, :, number].add(above[0]),
+        total=state.total.at[site, :, number].add(jnp.sum(z, axis=(0, 1))),
+        text=state.text.at[site].add(jnp.sum((z > 0) & text[None, :, None], axis=(0, 1), dtype=jnp.int32)),
+        histogram=state.histogram.at[site].add((above[:-1] - above[1:]).T),
     )
-    place = step.astype(jnp.int32) * z.shape[1] + row
+    place = number.astype(jnp.int32) * z.shape[1] + row
     return state, Peaks(
-        peaks.value.at[number].set(jnp.where(higher, largest, peaks.value[number])),
-        peaks.place.at[number].set(jnp.where(higher, place, peaks.place[number])),
+        peaks.value.at[site].set(jnp.where(higher, largest, peaks.value[site])),
+        peaks.place.at[site].set(jnp.where(higher, place, peaks.place[site])),
     )
 
 
 @partial(jax.jit, donate_argnames=("state", "peaks"))
 def _count_all(
-    state: FeatureState, peaks: Peaks, stack: Any, read: Array, counted: Array, text: Array, step: Array, t: Array
+    state: FeatureState, peaks: Peaks, stack: Any, read: Array, counted: Array, text: Array, number: Array, t: Array
 ) -> tuple[FeatureState, Peaks]:
-    def site(carry: tuple[FeatureState, Peaks], now: tuple[Array, Any, Array]) -> tuple[Any, None]:
-        number, tc, rows = now
-        return _count_site(*carry, number, tc, rows, counted, text, step, t), None
+    def one(carry: tuple[FeatureState, Peaks], now: tuple[Array, Any, Array]) -> tuple[Any, None]:
+        site, tc, rows = now
+        return _count_site(*carry, site, tc, rows, counted, text, number, t), None
 
     sites = jnp.arange(read.shape[1])
-    return jax.lax.scan(site, (state, peaks), (sites, stack, jnp.moveaxis(read, 1, 0)))[0]
+    return jax.lax.scan(one, (state, peaks), (sites, stack, jnp.moveaxis(read, 1, 0)))[0]
 
 
 _count_one = jax.jit(_count_site, donate_argnames=("state", "peaks"))

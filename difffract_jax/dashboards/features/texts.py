@@ -49,8 +49,8 @@ def texts_of(labels: Labels) -> dict[str, Text]:
     }
 
 
-def _row(found: Detected) -> tuple[str, str, float, int, str]:
-    return found.factor, found.value, found.auroc, found.step, found.side
+def _row(detected: Detected) -> tuple[str, str, float, int, str]:
+    return detected.factor, detected.value, detected.auroc, detected.step, detected.side
 
 
 def read_texts(path: Path, transcoders: str) -> dict[str, Text]:
@@ -70,20 +70,20 @@ def read_texts(path: Path, transcoders: str) -> dict[str, Text]:
     if path.suffix.lower() in (".csv", ".tsv"):
         return _checked(path, _table(path, raw))
     try:
-        found = json.loads(raw)
+        stored = json.loads(raw)
     except (ValueError, RecursionError):
-        found = None
-    if isinstance(found, dict) and "format_version" in found:
+        stored = None
+    if isinstance(stored, dict) and "format_version" in stored:
         labels = read_labels(path)
         if labels.transcoders != transcoders:
             raise UserError(f"{path} has labels of other transcoders; make some with `difffract features ... --scan`.")
         return texts_of(labels)
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+    if not isinstance(stored, dict) or not all(isinstance(text, str) for text in stored.values()):
         raise UserError(
-            f'{path} is no file of labels; give JSON as in {{"img/1/f159": "red"}}, or a .csv with the columns feature '
-            "and label."
+            f'{path} is not a file of labels; give JSON as in {{"img/1/f159": "red"}}, or a .csv with the columns '
+            "feature and label."
         )
-    return _checked(path, found)
+    return _checked(path, stored)
 
 
 def _table(path: Path, raw: str) -> dict[str, str]:
@@ -93,14 +93,14 @@ def _table(path: Path, raw: str) -> dict[str, str]:
     return {(row["feature"] or "").strip(): row["label"] or "" for row in rows}
 
 
-def _checked(path: Path, found: Mapping[str, str]) -> dict[str, Text]:
+def _checked(path: Path, texts_by_name: Mapping[str, str]) -> dict[str, Text]:
     """Returns texts by the features' own names; refuses names that are none."""
     texts = {}
-    for name, text in found.items():
+    for name, text in texts_by_name.items():
         try:
             feature = Feature.parse(name)
         except UserError:
-            raise UserError(f"{path} names {name!r}, which is no feature; write for example img/1/f159.") from None
+            raise UserError(f"{path} names {name!r}, which is not a feature; write for example img/1/f159.") from None
         texts[f"{feature.stream}/{feature.block}/f{feature.feature}"] = Text(text)
     return texts
 
@@ -125,17 +125,17 @@ def edges_by_feature(graph: Graph) -> dict[str, dict[str, list[tuple[str, float]
             sums[named[target], "up"][named.get(source, names[source])] += float(part)
         if source in named:
             sums[named[source], "down"][named.get(target, names[target])] += float(part)
-    found: dict[str, dict[str, list[tuple[str, float]]]] = defaultdict(lambda: {"up": [], "down": []})
+    strongest: dict[str, dict[str, list[tuple[str, float]]]] = defaultdict(lambda: {"up": [], "down": []})
     for (name, way), others in sums.items():
-        found[name][way] = sorted(others.items(), key=lambda one: -abs(one[1]))[:SHOWN]
-    return dict(found)
+        strongest[name][way] = sorted(others.items(), key=lambda one: -abs(one[1]))[:SHOWN]
+    return dict(strongest)
 
 
 def merged(*sources: Mapping[str, Text]) -> dict[str, Text]:
     """Returns texts of several sources; a later one's text stands before what was measured of an earlier one."""
-    found: dict[str, Text] = {}
+    texts: dict[str, Text] = {}
     for source in sources:
         for name, text in source.items():
-            rows: Any = text.rows or (found[name].rows if name in found else ())
-            found[name] = Text(text.text, rows)
-    return found
+            rows: Any = text.rows or (texts[name].rows if name in texts else ())
+            texts[name] = Text(text.text, rows)
+    return texts

@@ -46,12 +46,12 @@ def with_scan(records: Sequence[FeatureRecord], graph: Graph, scan: Scan) -> lis
 
 def _with(record: FeatureRecord, scan: Scan, name: str) -> FeatureRecord:
     """Returns a record with what a scan found of its feature."""
-    found, site = scan.of(name), scan.site(name.rpartition("/")[0])
+    measured, site = scan.of(name), scan.site(name.rpartition("/")[0])
     examples: dict[str, list[FeatureExample]] = {}
     for tier in TIERS:
-        mine = [one for one in found.examples if one.tier == tier]
+        mine = [one for one in measured.examples if one.tier == tier]
         if mine:
             kind = f"Corpus of {len(scan.prompts):,} prompts, {tier}"
             examples[kind] = [FeatureExample([f"{one.prompt} ({one.feature})"], [one.value], 0) for one in mine]
     histogram = site.histogram[record.feature].astype(np.float64).tolist()
-    return record._replace(examples={**record.examples, **examples}, frequency=found.density, histogram=histogram)
+    return record._replace(examples={**record.examples, **examples}, frequency=measured.density, histogram=histogram)

@@ -14,6 +14,7 @@ from difffract_jax.graphs.files.reference_json import graph_of_document
 from difffract_jax.graphs.files.viewer_document import checked_document
 from difffract_jax.graphs.files.viewer_graph import graph_of
 from difffract_jax.graphs.graph import Graph
+from difffract_jax.storage.remote.cache import local_file
 
 ARCHIVES = (b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY")
 """How files of NumPy begin: zip archives, empty ones, single arrays."""
@@ -22,7 +23,7 @@ SHOWN_KEYS = 6
 
 def is_archive(path: str | Path) -> bool:
     """Says whether a file begins like one of NumPy's, and so holds a graph of ours if it holds any."""
-    with Path(path).open("rb") as stream:
+    with local_file(path).open("rb") as stream:
         return stream.read(6).startswith(ARCHIVES)
 
 
@@ -30,8 +31,8 @@ def read_graph(path: str | Path) -> Graph:
     """Reads a graph of any format that is understood.
 
     Args:
-        path: a `.npz` file of ours, the reference's JSON, or that of circuit-tracer and Neuronpedia; told apart by
-            content.
+        path: here or in a bucket: a `.npz` file of ours, the reference's JSON, or that of circuit-tracer and
+            Neuronpedia; told apart by content.
 
     Returns:
         The graph. Links of a document to nodes that it does not have are left out; `provenance.unclear_links` says how
@@ -40,7 +41,7 @@ def read_graph(path: str | Path) -> Graph:
     Raises:
         UserError: if it is none of them, holds numbers that are not finite, or edges that run in a circle.
     """
-    path = Path(path)
+    path = local_file(path)
     if not path.is_file():
         problem = "is a directory" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {problem}; give a graph file, .npz or JSON.")

@@ -21,9 +21,10 @@ from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.checks import check_values
 from difffract_jax.graphs.files.json_text import load_json
 from difffract_jax.graphs.files.reference_fields import KIND_OF, VERSION, problem_of
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST, SCORE, Graph
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, MODULATION, REST, SCORE, WORD, Graph
 from difffract_jax.graphs.provenance import Provenance
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.remote.cache import local_file
 
 MAP_DECIMALS, ATTRIBUTION_DECIMALS = 6, 8
 NAMES = {FEATURE: "feature", ERROR: "error", INPUT: "input", REST: "error"}
@@ -47,12 +48,13 @@ def to_document(graph: Graph) -> dict[str, Any]:
         graph: any graph; it is summed over positions first.
 
     Raises:
-        UserError: if it has several targets or steps, or nodes that the format does not know.
+        UserError: if it has several targets or steps, a negative branch, or nodes that the format does not know.
     """
-    if graph.targets.size > 1 or np.unique(graph.node_step).size > 1 or np.any(graph.node_stream == LATENT):
+    several = np.unique(graph.node_step).size > 1 or graph.node_branch.any()
+    if graph.targets.size > 1 or several or np.any(graph.node_stream == LATENT):
         raise UserError(
-            "The reference's JSON holds one target at one step, and no latents as inputs; export this graph in another "
-            "format, or keep it as .npz."
+            "The reference's JSON holds one target at one step, in the prompt's branch alone, and no latents as "
+            "inputs; export this graph in another format, or keep it as .npz."
         )
     position = int(graph.node_position[graph.target]) if graph.by_position else None
     graph = aggregate(graph)
@@ -88,6 +90,11 @@ def node_id(graph: Graph, node: int) -> str:
         raise UserError(
             "The reference's JSON has no attention scores as nodes; trace with attention frozen, or save this graph as "
             ".npz."
+        )
+    if kind in (MODULATION, WORD):
+        raise UserError(
+            "The reference's JSON has no modulations or words of the pooled path as nodes; trace with the pooled path "
+            "frozen, or save this graph as .npz."
         )
     if kind not in NAMES:
         raise UserError("The reference's JSON has no output nodes; save this graph as .npz instead.")
@@ -179,7 +186,7 @@ def read_reference_json(path: str | Path) -> Graph:
     Raises:
         UserError: if it is not such a file, holds numbers that are not finite, or edges that run in a circle.
     """
-    return graph_of_document(load_json(Path(path)), str(path))
+    return graph_of_document(load_json(local_file(path)), str(path))
 
 
 def graph_of_document(document: Any, source: str) -> Graph:

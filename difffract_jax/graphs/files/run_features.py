@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Float32
 
-from difffract_jax.address import TXT
+from difffract_jax.address import BRANCHES, PROMPT, TXT
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.feature_files import FeatureExample, FeatureRecord
-from difffract_jax.graphs.files.viewer_nodes import WORD, dictionary_number, short
+from difffract_jax.graphs.files.viewer_nodes import WORD_BEGIN, dictionary_number, short
 from difffract_jax.graphs.graph import FEATURE, Graph
 
 PATCH = "\u25a0 "
@@ -33,7 +33,7 @@ def run_features(graph: Graph) -> list[FeatureRecord]:
         A record for every feature of which there is something to show, once, whatever its steps.
     """
     summed = aggregate(graph)
-    several = np.unique(summed.node_step).size > 1
+    several, branches = np.unique(summed.node_step).size > 1, bool(summed.node_branch.any())
     found: dict[tuple[int, int], dict[str, Sequence[FeatureExample]]] = {}
     for node in np.flatnonzero(summed.node_kind == FEATURE).tolist():
         examples = list(_examples(summed, node))
@@ -41,6 +41,7 @@ def run_features(graph: Graph) -> list[FeatureRecord]:
             block, stream = int(summed.node_block[node]), int(summed.node_stream[node])
             place = dictionary_number(block, stream), int(summed.node_feature[node])
             step = f", step {summed.node_step[node]}" if several else ""
+            step += f", {BRANCHES[summed.node_branch[node]]} branch" if branches else ""
             found.setdefault(place, {})[f"In this run{step}"] = examples
     return [FeatureRecord(*place, examples) for place, examples in found.items()]
 
@@ -53,7 +54,8 @@ def _examples(graph: Graph, node: int) -> Iterator[FeatureExample]:
         return
     positions, values = graph.map_position[start:end], graph.map_value[start:end]
     if graph.node_stream[node] == TXT:
-        words = [token.replace(WORD, " ") for token in run.tokens or ()]
+        tokens = run.tokens if graph.node_branch[node] == PROMPT else run.negative_tokens
+        words = [token.replace(WORD_BEGIN, " ") for token in tokens or ()]
         if positions.max() < len(words):
             last = max(place for place, word in enumerate(words) if word != PADDING or place == positions.max())
             values = _laid_out(positions, values, len(words))[: last + 1]

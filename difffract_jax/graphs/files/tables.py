@@ -12,8 +12,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from difffract_jax.address import STREAMS
-from difffract_jax.graphs.graph import KINDS, Graph
-from difffract_jax.graphs.names import node_names
+from difffract_jax.graphs.graph import KINDS, SCORE, Graph
+from difffract_jax.graphs.names import branch_name, node_names
 from difffract_jax.storage.files import atomic_directory, atomic_file
 
 COLUMNS = {
@@ -24,13 +24,21 @@ COLUMNS = {
     "block": "int",
     "position": "int",
     "feature": "int",
+    "head": "int",
+    "key_stream": "string",
+    "key_position": "int",
     "value": "double",
     "target_weight": "double",
     "influence": "double",
     "cumulative": "double",
     "supernode": "string",
 }
-"""Columns of a node, and their types in GraphML. What is not known is left empty, or out."""
+"""Columns of a node, and their types in GraphML. What is not known is left empty, or out.
+
+The stream and position of an attention score are its query's.
+"""
+EDGE_COLUMNS = ("attribution", "query", "remainder")
+"""Numbers of an edge; `query` of one into an attention score, `remainder` of one from a score, see `GraphArrays`."""
 
 
 def write_csv(graph: Graph, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -45,13 +53,13 @@ def write_csv(graph: Graph, directory: str | Path, *, overwrite: bool = False) -
     with atomic_directory(directory, overwrite=overwrite) as partial:
         with (partial / "nodes.csv").open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream)
-            table.writerow(["node", *COLUMNS])
+            table.writerow(["node", *_columns(graph)])
             table.writerows([node, *row] for node, row in enumerate(_rows(graph)))
         with (partial / "edges.csv").open("w", encoding="utf-8", newline="") as stream:
             table = csv.writer(stream)
-            table.writerow(["source", "target", "source_name", "target_name", "attribution"])
-            for source, target, value in zip(graph.edge_source, graph.edge_target, graph.edge_attribution, strict=True):
-                table.writerow([source, target, names[source], names[target], str(value)])
+            table.writerow(["source", "target", "source_name", "target_name", *EDGE_COLUMNS])
+            for source, target, *values in _edges(graph):
+                table.writerow([source, target, names[source], names[target], *values])
 
 
 def write_graphml(graph: Graph, path: str | Path) -> None:
@@ -62,18 +70,21 @@ def write_graphml(graph: Graph, path: str | Path) -> None:
         path: file to write; it appears only when it is complete.
     """
     root = ElementTree.Element("graphml", xmlns="http://graphml.graphdrawing.org/xmlns")
-    for column, form in COLUMNS.items():
+    for column, form in _columns(graph).items():
         _add(root, "key", {"id": column, "for": "node", "attr.name": column, "attr.type": form})
-    _add(root, "key", {"id": "attribution", "for": "edge", "attr.name": "attribution", "attr.type": "double"})
+    for column in EDGE_COLUMNS:
+        _add(root, "key", {"id": column, "for": "edge", "attr.name": column, "attr.type": "double"})
     body = _add(root, "graph", {"edgedefault": "directed"})
     for node, row in enumerate(_rows(graph)):
         element = _add(body, "node", {"id": f"n{node}"})
-        for column, value in zip(COLUMNS, row, strict=True):
+        for column, value in zip(_columns(graph), row, strict=True):
             if value != "":
                 _add(element, "data", {"key": column}).text = str(value)
-    for source, target, value in zip(graph.edge_source, graph.edge_target, graph.edge_attribution, strict=True):
+    for source, target, *values in _edges(graph):
         element = _add(body, "edge", {"source": f"n{source}", "target": f"n{target}"})
-        _add(element, "data", {"key": "attribution"}).text = str(value)
+        for column, value in zip(EDGE_COLUMNS, values, strict=True):
+            if value != "":
+                _add(element, "data", {"key": column}).text = value
     with atomic_file(path) as partial:
         ElementTree.ElementTree(root).write(partial, encoding="utf-8", xml_declaration=True)
 
@@ -95,10 +106,34 @@ def _rows(graph: Graph) -> Iterator[tuple[object, ...]]:
             int(graph.node_block[node]),
             int(graph.node_position[node]),
             int(graph.node_feature[node]),
+            *_score(graph, node),
             *(_number(values[node]) for values in (graph.node_value, weights, graph.node_influence)),
             _number(graph.node_cumulative[node]),
             groups.get(node, ""),
+            *((branch_name(graph, node),) if graph.node_branch.any() else ()),
         )
+
+
+def _columns(graph: Graph) -> dict[str, str]:
+    """Returns the columns of nodes: with the negative branch of guidance their branch, too, unless they are of both."""
+    return COLUMNS | ({"branch": "string"} if graph.node_branch.any() else {})
+
+
+def _score(graph: Graph, node: int) -> tuple[object, object, object]:
+    """Returns head, key's stream and key's position of an attention score; "" of the rest of a block's, and others."""
+    if graph.node_kind[node] != SCORE or graph.node_head[node] < 0:
+        return "", "", ""
+    head, position = int(graph.node_head[node]), int(graph.node_key_position[node])
+    return head, STREAMS[graph.node_key_stream[node]], position
+
+
+def _edges(graph: Graph) -> Iterator[tuple[int, int, str, str, str]]:
+    """Yields every edge's ends and its values for `EDGE_COLUMNS`; "" where one is not of its kind."""
+    is_score = graph.node_kind == SCORE
+    for edge, (source, target) in enumerate(zip(graph.edge_source.tolist(), graph.edge_target.tolist(), strict=True)):
+        query = _number(graph.edge_query[edge]) if is_score[target] else ""
+        remainder = _number(graph.edge_remainder[edge]) if is_score[source] else ""
+        yield source, target, _number(graph.edge_attribution[edge]), query, remainder
 
 
 def _number(value: np.floating) -> str:

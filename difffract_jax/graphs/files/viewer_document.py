@@ -25,6 +25,7 @@ from difffract_jax.graphs.files.json_text import (
     wrong_field,
 )
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.storage.remote.cache import local_file
 
 NODE_FIELDS: dict[str, tuple[str, ...]] = {
     "node_id": (TEXT,),
@@ -67,7 +68,7 @@ def read_document(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: naming the first thing in it that a graph cannot be made of.
     """
-    return checked_document(load_json(Path(path)), str(path))
+    return checked_document(load_json(local_file(path)), str(path))
 
 
 def checked_document(document: Any, source: str) -> dict[str, Any]:

@@ -12,18 +12,21 @@ A document has no biases: of its targets the sums of the edges in it are known, 
 import itertools
 import json
 import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from difffract_jax.address import STREAMS, TXT
+from difffract_jax.address import BRANCHES, PROMPT, STREAMS, TXT
 from difffract_jax.config import UserError
 from difffract_jax.graphs.checks import check_values
 from difffract_jax.graphs.files.viewer_document import is_error
 from difffract_jax.graphs.files.viewer_links import resolve_links
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, KINDS, OUTPUT, SCORE, Graph
+from difffract_jax.graphs.names import feature_names
 from difffract_jax.graphs.provenance import Provenance
+from difffract_jax.text_files import unicode_replaced
 
 DIGITS = 40
 """Digits of a number that is read; a graph holds at most ten."""
@@ -48,8 +51,8 @@ def graph_of(document: Mapping[str, Any], source: str = "The document") -> Graph
     ids = [node["node_id"] for node in nodes]
     raw = not document["metadata"].get("schema_version")
     said = [_identity(node, raw, source) for node in nodes]
-    identity = np.array([one + NO_SCORE[: 9 - len(one)] for one in said], np.int64).reshape(-1, 9)
-    kind, step, stream, block, position, feature, head, key_stream, key_position = identity.T
+    identity = np.array([one + [PROMPT, *NO_SCORE][len(one) - 6 :] for one in said], np.int64).reshape(-1, 10)
+    kind, step, stream, block, position, feature, branch, head, key_stream, key_position = identity.T
     # Logits stand above all layers, whatever their document says.
     outputs = kind == OUTPUT
     block[outputs] = max(int(block[~outputs].max(initial=-1)) + 1, int(block[outputs].max(initial=0)))
@@ -68,6 +71,7 @@ def graph_of(document: Mapping[str, Any], source: str = "The document") -> Graph
         node_block=block.astype(np.int16),
         node_position=position.astype(np.int32),
         node_feature=feature.astype(np.int32),
+        node_branch=branch.astype(np.uint8),
         node_head=head.astype(np.int16),
         node_key_stream=key_stream.astype(np.uint8),
         node_key_position=key_position.astype(np.int32),
@@ -90,7 +94,19 @@ def graph_of(document: Mapping[str, Any], source: str = "The document") -> Graph
         ),
     )
     check_values(graph, source, ids)
-    return graph
+    labels = _labels(nodes, feature_names(graph))
+    return graph.with_provenance(labels=labels) if labels else graph
+
+
+def _labels(nodes: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str]:
+    """Returns what nodes call their features where that is more than the name, by names of features, txt/3/f401."""
+    labels: dict[str, str] = {}
+    for node, name in zip(nodes, names, strict=True):
+        label, own = node.get("clerp"), re.split("[@#~]", str(node.get("name", name)))[0]
+        if name and isinstance(label, str) and label.strip() and not f"{label} ".startswith(f"{own} "):
+            # Behind a label `export` puts the name, which tells features of one label apart.
+            labels.setdefault(name, unicode_replaced(label.removesuffix(f" · {own}")))
+    return labels
 
 
 def documented_order(document: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -139,11 +155,11 @@ def unused_name(name: str, names: Collection[str]) -> str:
 
 def _activation(node: Mapping[str, Any], kind: int) -> float:
     known = node.get("activation")
-    return float(known) if kind == FEATURE and known is not None else 1.0
+    return float(known) if kind in (FEATURE, SCORE) and known is not None else 1.0
 
 
 def _identity(node: Mapping[str, Any], raw: bool, source: str) -> list[int]:
-    """Returns kind, step, stream, block, position and feature of a node."""
+    """Returns kind, step, stream, block, position and feature of a node, and what else `viewer_nodes` tells of it."""
     name, kind, column = node["node_id"], node["feature_type"].lower(), node["ctx_idx"]
     if "difffract" in node:
         return _own_identity(node, source)
@@ -173,15 +189,17 @@ def _number(text: str) -> int | None:
 
 
 def _own_identity(node: Mapping[str, Any], source: str) -> list[int]:
-    """Returns what a node of a document of ours says of itself."""
+    """Returns what a node of a document of ours says of itself, its branch included."""
     said = node["difffract"]
-    most = (len(KINDS) - 1, 2**15 - 1, len(STREAMS) - 1, 2**15 - 1, 2**31 - 1, 2**31 - 1)
-    least = (0, 0, 0, -1, -1, -1)
+    most = [len(KINDS) - 1, 2**15 - 1, len(STREAMS) - 1, 2**15 - 1, 2**31 - 1, 2**31 - 1, len(BRANCHES) - 1]
+    least = [0, 0, 0, -1, -1, -1, 0]
     if said and said[0] == SCORE:
-        most, least = (*most, 2**15 - 1, len(STREAMS) - 1, 2**31 - 1), (*least, *NO_SCORE)
-    numbers = len(said) == len(most) and all(type(number) is int for number in said)
-    if numbers and all(low <= number <= high for low, number, high in zip(least, said, most, strict=True)):
-        return said
+        most, least = most + [2**15 - 1, len(STREAMS) - 1, 2**31 - 1], least + NO_SCORE
+    # Documents of graphs without the negative branch leave the branch out.
+    told = said[:6] + [PROMPT] + said[6:] if len(said) == len(most) - 1 else said
+    numbers = len(told) == len(most) and all(type(number) is int for number in told)
+    if numbers and all(low <= number <= high for low, number, high in zip(least, told, most, strict=True)):
+        return told
     raise UserError(
         f"In {source}, the node {node['node_id']} says {said} of itself under `difffract`, instead of kind, step, "
         "stream, block, position and feature; export the graph again."

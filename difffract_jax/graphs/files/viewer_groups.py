@@ -14,7 +14,6 @@ by layer, integer and column.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,8 +24,7 @@ from pydantic import ValidationError
 
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.graphs.files.json_text import load_json
-from difffract_jax.graphs.files.reader import is_archive
-from difffract_jax.graphs.files.viewer_document import checked_document, read_document
+from difffract_jax.graphs.files.viewer_document import checked_document
 from difffract_jax.graphs.files.viewer_graph import documented_order, graph_of, unused_name
 from difffract_jax.graphs.files.viewer_json import to_document
 from difffract_jax.graphs.files.viewer_nodes import FEATURE_TYPE
@@ -41,7 +39,8 @@ from difffract_jax.graphs.groups import (
     read_groups,
     without_position,
 )
-from difffract_jax.graphs.names import feature_names, node_names
+from difffract_jax.graphs.names import node_names
+from difffract_jax.storage.remote.cache import local_file
 from difffract_jax.text_files import unicode_replaced
 
 WHAT = f"give a {SUFFIX} that the viewer saved, or what circuit-tracer's viewer or Neuronpedia saved"
@@ -72,6 +71,7 @@ def read_any_groups(path: Path, graph: Graph | None = None) -> Groups:
     Raises:
         UserError: if it is none of these, names nodes that are not there, or is about another graph.
     """
+    path = local_file(path)
     if not is_foreign(path):
         return read_groups(path, graph)
     groups = _foreign(path, graph)
@@ -153,26 +153,6 @@ def groups_of_document(document: Any, source: str) -> Groups:
     if not view.get("clerps") and isinstance(link, str):
         view["clerps"] = _view_of_address(link).get("clerps")
     return _groups(view, _called(nodes, names), about, source)
-
-
-def document_labels(path: Path, graph: Graph) -> dict[str, str]:
-    """Returns what a document calls the features of its graph; empty where it only says what they are called anyway.
-
-    Args:
-        path: file that the graph was read from, a document or not.
-        graph: as it was read.
-
-    Returns:
-        Labels by names of features, txt/3/f401.
-    """
-    if graph.provenance.viewer is None or is_archive(path):
-        return {}
-    labels: dict[str, str] = {}
-    for node, name in zip(documented_order(read_document(path)), feature_names(graph), strict=True):
-        label, own = node.get("clerp"), re.split("[@#]", str(node.get("name", name)))[0]
-        if name and isinstance(label, str) and label.strip() and not f"{label} ".startswith(f"{own} "):
-            labels.setdefault(name, label.removesuffix(f" · {own}"))  # which `export` puts behind a known label
-    return labels
 
 
 def _called_in(graph: Graph) -> _Called:

@@ -28,7 +28,8 @@ def image_input(graph: Graph, column: Int64[np.ndarray, "node"], address: str) -
     """Returns what a document's metadata say of the image.
 
     Args:
-        graph: as it is shown, summed over positions or not. Of several steps, patches stand for the last one.
+        graph: as it is shown, summed over positions or not. Of several steps, patches stand for the last one,
+            of both branches of guidance for the prompt's where it has a node.
         column: of every node.
         address: `data:` address of the image.
 
@@ -45,6 +46,7 @@ def image_input(graph: Graph, column: Int64[np.ndarray, "node"], address: str) -
     placed = graph.node_position >= 0 if graph.by_position else True  # the rest of a block's attention scores is not
     patches = np.flatnonzero((graph.node_stream == IMG) & (graph.node_kind != OUTPUT) & placed)
     patches = patches[graph.node_step[patches] == graph.node_step[patches].max(initial=-1)]
+    patches = patches[np.argsort(-graph.node_branch[patches].astype(int), kind="stable")]  # the later one stays
     place = np.maximum(graph.node_position[patches], 0)
     inside = place < positions.size
     positions[place[inside]] = column[patches[inside]]

@@ -8,7 +8,8 @@
    unexpanded features, `K_i_column` for the i-th target, a logit to the viewers, with K past every k.
 3. What people read, `clerp`: a feature's label; without one its name, and the word or patch at which it is strongest.
 4. Every node also carries `difffract`, its kind, step, stream, block, position and feature, for `viewer_graph`; an
-   attention score also its head, and stream and position of its key. To the viewers it is an error, labelled by head.
+   attention score also its head, and stream and position of its key. To the viewers it is an error, labelled by head;
+   so is a modulation, by name, and a word is an input.
    `name`, as commands know it, is for `viewer_groups`.
 """
 
@@ -19,18 +20,19 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
-from difffract_jax.address import IMG, LATENT, STREAMS, TXT
+from difffract_jax.address import BRANCHES, IMG, LATENT, PROMPT, STREAMS, TXT
 from difffract_jax.config import UserError, ViewerOptions
-from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT, SCORE, Graph
-from difffract_jax.graphs.names import feature_names, node_names, score_name
+from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, MODULATION, OUTPUT, SCORE, WORD, Graph
+from difffract_jax.graphs.names import feature_names, node_name, node_names, score_name
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence
 
 FEATURE_TYPE = "cross layer transcoder"
 """What the viewers call features, those of one layer's transcoder too."""
 STREAM_CODE = {TXT: 0, IMG: 1, LATENT: 2}
 IDENTITY = ("node_kind", "node_step", "node_stream", "node_block", "node_position", "node_feature")
+"""Columns of a node's identity; in a graph with the negative branch of guidance its branch comes behind."""
 SCORE_IDENTITY = ("node_head", "node_key_stream", "node_key_position")
-WORD = "\u2581"
+WORD_BEGIN = "\u2581"
 """Beginning of a word, in tokens of T5."""
 MARKUP = str.maketrans({"<": "\u2039", ">": "\u203a"})
 """Characters that open markup and close it, and what is written for them (trap 14)."""
@@ -49,23 +51,30 @@ def dictionary_number(block: int, stream: int) -> int:
 def columns_of(graph: Graph, text: Sequence[str]) -> tuple[list[str], Int64[np.ndarray, "node"]]:
     """Returns the head of every column, and the column of every node; outputs stand in the last one of their step.
 
+    With guidance by two branches each has columns of its own, but for the latents and outputs, which are of both.
+
     Args:
         graph: as it is shown, summed over positions or not.
         text: tokens of the text; without one for a position its number stands there.
     """
     code = np.array([STREAM_CODE[stream] for stream in range(len(STREAMS))])[graph.node_stream]
-    keys = list(zip(graph.node_step.tolist(), code.tolist(), graph.node_position.tolist(), strict=True))
+    branch = graph.node_branch.tolist()
+    keys = list(zip(graph.node_step.tolist(), branch, code.tolist(), graph.node_position.tolist(), strict=True))
     output = (graph.node_kind == OUTPUT).tolist()
     used = {key for key, is_output in zip(keys, output, strict=True) if not is_output}
     # Both streams at every step: features in a column each never fill two thirds of them (trap 4).
-    missing = {(step, c, -1) for step, _, _ in keys for c in (0, 1)} - {(step, c, -1) for step, c, _ in used}
+    missing = {(*key[:2], c, -1) for key in keys for c in (0, 1)} - {(*key[:3], -1) for key in used}
     columns = sorted(used | missing)
     number = {key: place for place, key in enumerate(columns)}
-    last = {step: place for place, (step, _, _) in enumerate(columns)}
+    last = {column[0]: place for place, column in enumerate(columns)}
     grid = graph.provenance.known.grid
-    several = len(last) > 1
-    heads = [place_text(c, position, text, grid) for _, c, position in columns]
-    tokens = [head + (f"#{column[0]}" if several else "") for head, column in zip(heads, columns, strict=True)]
+    several, branches = len(last) > 1, any(branch)
+    texts = text, graph.provenance.known.negative_tokens
+    heads = [place_text(c, position, texts[b], grid) for _, b, c, position in columns]
+    tokens = [
+        head + (f"#{step}" if several else "") + (f"~{BRANCHES[b]}" if branches and c != STREAM_CODE[LATENT] else "")
+        for head, (step, b, c, _) in zip(heads, columns, strict=True)
+    ]
     places = [last[key[0]] if is_output else number[key] for key, is_output in zip(keys, output, strict=True)]
     return tokens, np.array(places, np.int64)
 
@@ -117,9 +126,10 @@ def _strongest(graph: Graph, node: int, text: Sequence[str]) -> str:
         if start == end:
             return ""
         position = int(graph.map_position[start + np.argmax(np.abs(graph.map_value[start:end]))])
+    text = text if graph.node_branch[node] == PROMPT else graph.provenance.known.negative_tokens
     code = STREAM_CODE[int(graph.node_stream[node])]
     place = place_text(code, position, text, graph.provenance.known.grid)
-    return place.replace(WORD, " ").strip() or place
+    return place.replace(WORD_BEGIN, " ").strip() or place
 
 
 def viewer_nodes(
@@ -152,7 +162,7 @@ def viewer_nodes(
             "ctx_idx": int(column[node]),
             "clerp": shown[node],
             "influence": short(shares[node]),
-            "activation": short(graph.node_value[node]) if graph.node_kind[node] == FEATURE else None,
+            "activation": short(graph.node_value[node]) if graph.node_kind[node] in (FEATURE, SCORE) else None,
             "token_prob": 0.0,
             "is_target_logit": False,
             "run_idx": 0,
@@ -165,6 +175,7 @@ def viewer_nodes(
             if "clerp" in own:
                 own["clerp"] = options.labels.get(names[node], own["clerp"]).translate(MARKUP)
         more = SCORE_IDENTITY if graph.node_kind[node] == SCORE else ()
+        more = ("node_branch", *more) if graph.node_branch.any() else more
         identity = [int(getattr(graph, name)[node]) for name in (*IDENTITY, *more)]
         told = {"name": names[node], "difffract": identity}
         nodes.append({**own, **{k: v for k, v in common.items() if k not in own}, **told})
@@ -200,6 +211,8 @@ def _source(graph: Graph, node: int, column: int, shift: int, options: ViewerOpt
             "jsNodeId": f"{name}-{column}",
         }
     layer = str(block + shift)
+    if kind in (MODULATION, WORD):
+        return _of_pooled(graph, node, column, layer)
     if kind == FEATURE:
         k, feature = dictionary_number(block, stream), int(graph.node_feature[node])
         link = {"vis_link": f"{options.dashboard}/{STREAMS[stream]}_{block}/{feature}"} if options.dashboard else {}
@@ -237,6 +250,18 @@ def _score(graph: Graph, node: int, place: str, layer: str) -> dict[str, Any]:
         "jsNodeId": name,
         "clerp": f"Attention: {score_name(graph, node)}",
     }
+
+
+def _of_pooled(graph: Graph, node: int, column: int, layer: str) -> dict[str, Any]:
+    """Returns what is a modulation's or a word's own; an integer for each modulation, below those of scores."""
+    stream, row = STREAMS[graph.node_stream[node]], int(graph.node_feature[node])
+    if graph.node_kind[node] == WORD:
+        name = f"W_{row}"
+        own = {"feature": row, "layer": "E", "feature_type": "embedding", "jsNodeId": f"{name}-{column}"}
+        return {"node_id": f"{name}_{column}", **own, "clerp": node_name(graph, node)}
+    name = f"mod_{row}_{stream}_{layer}_{column}"
+    own = {"feature": -1000 - row, "layer": layer, "feature_type": "mlp reconstruction error", "jsNodeId": name}
+    return {"node_id": name, **own, "clerp": f"Modulation: {node_name(graph, node)}"}
 
 
 def padded(tokens: list[str], nodes: list[dict[str, Any]]) -> list[str]:

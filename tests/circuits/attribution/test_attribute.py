@@ -1,12 +1,13 @@
 """A traced circuit is the reference's, edge by edge, and adds up."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from difffract_jax.circuits.attribution import pullback
-from difffract_jax.circuits.attribution.attribute import attribute
+from difffract_jax.circuits.attribution.attribute import attribute, pull_options
 from difffract_jax.circuits.attribution.engine import make_engine
 from difffract_jax.circuits.attribution.selection import site_preactivations
 from difffract_jax.circuits.attribution.sources import source_table
@@ -189,6 +190,7 @@ def trace(golden):
 @pytest.mark.parametrize(
     ("target", "sentence"),
     [
+        ("img-2-326", "img-2-326"),
         ("img/3/f1", "There is no transcoder at img/3; blocks with one: 0, 1, 2."),
         ("img/2/f512", "img/2/f512 does not exist: the transcoders have features 0 to 511."),
         ("img/2/f326@36", "names position 36, but the stream has positions 0 to 35."),
@@ -200,7 +202,9 @@ def trace(golden):
 )
 def test_a_target_that_cannot_be_traced_is_refused(golden, trace, target, sentence):
     with pytest.raises(UserError) as caught:
-        attribute(trace, golden.tcs, target=Feature.parse(target))
+        attribute(trace, golden.tcs, target=target)
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        attribute(trace, golden.tcs, target=[(target, 2.0)])
     assert sentence in str(caught.value)
 
 
@@ -230,3 +234,8 @@ def test_numbers_out_of_range_are_refused(golden, trace, settings, sentence):
     with pytest.raises(UserError) as caught:
         attribute(trace, golden.tcs, target=Feature("img", 2, 326), **settings)
     assert sentence in str(caught.value)
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(UserError, match="precision must be f32 or bf16, but got 'f64'"):
+        pull_options(None, "f64")

@@ -24,12 +24,11 @@ from traces import DEV, IMAGE, JOINT, make_transcoders
 PROMPT = "a red circle"
 SIZE = {"height": 24, "width": 32, "text_tokens": 16}
 OUTPUTS = ("velocity:", 'velocity:contrast="a blue square",box=0,0,16,24', "pixels:color=red,minus=blue,box=8,8,24,20")
-KINDS = ("img", "txt", "single", *OUTPUTS)
 
 
-def some_kinds(*named):
-    """Every kind of target, those that are not named with the slow tests."""
-    return [kind if kind in named else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+def kinds(*named, slow=()):
+    """Kinds of targets, some of them with the slow tests: every kind adds up in one of the precisions by default."""
+    return [*named, *(pytest.param(kind, marks=pytest.mark.slow) for kind in slow)]
 
 
 @cache
@@ -90,7 +89,7 @@ def doubled(engine, row):
     return steps, text, latents
 
 
-@pytest.mark.parametrize("kind", some_kinds("img", "single", OUTPUTS[2]))
+@pytest.mark.parametrize("kind", kinds("img", "single", OUTPUTS[2], slow=("txt", OUTPUTS[0])))
 def test_over_several_steps_every_target_adds_up_and_edges_are_interventions(x64, kind):
     pipe, tcs, span = made(jnp.float64)
     target = target_of(kind, pipe, tcs, span)
@@ -132,6 +131,7 @@ def test_targets_of_different_steps_go_together(x64):
         assert relative_error(alone.edges[0], found.edges[i]) <= TOL.x64, row
 
 
+@pytest.mark.slow
 def test_spans_of_bfloat16_weights_add_up_too():
     pipe, tcs, _ = made(jnp.float32)
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pipe.transformer)
@@ -145,7 +145,7 @@ def _row(engine, feature):
     return next(int(r) for r in rows if str(named(engine, int(r))) == str(feature))
 
 
-@pytest.mark.parametrize("kind", some_kinds("txt", OUTPUTS[0], OUTPUTS[1]))
+@pytest.mark.parametrize("kind", kinds("txt", OUTPUTS[0], OUTPUTS[1], slow=(OUTPUTS[2],)))
 def test_float32_adds_up(kind):
     pipe, tcs, span = made(jnp.float32)
     target = target_of(kind, pipe, tcs, span)

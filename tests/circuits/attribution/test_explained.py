@@ -11,7 +11,6 @@ from difffract_jax.circuits.checks.rerun import capture_again
 from difffract_jax.circuits.checks.validation import validate
 from difffract_jax.circuits.effects.heads import target_node
 from difffract_jax.circuits.frozen.replacement import prepare
-from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
 from difffract_jax.dashboards.page_data import graph_bytes
@@ -28,9 +27,8 @@ from difffract_jax.graphs.groups import summed_names, without_position
 from difffract_jax.graphs.names import find_nodes, node_names
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.scoring import scores
-from difffract_jax.sharding import make_mesh
 from tolerances import TOL
-from traces import make_exact
+from traces import make_exact, velocity_and_feature
 
 MADE = {"seed": 5, "img": (0, 2), "txt": (0, 1, 2), "joint": (0, 1), "skip": True, "output": True}
 SETTINGS = {"max_nodes": 12, "expansion_batch": 4, "min_attribution": 1e-6}
@@ -53,9 +51,7 @@ def prepared(exact):
 def graphs(exact, prepared):
     """The graph of the velocity and of a feature, with attention explained, and frozen."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        velocity = resolve_target(exact.pipe, exact.trace, parse_target("velocity:"))
-        feature = strongest_feature(prepared, exact.tcs, "img", 2)
-        targets = [(velocity, 2.0), (feature, 1.0)]
+        targets = velocity_and_feature(exact, prepared)
         return [
             attribute(prepared, exact.tcs, target=targets, attention=attention, max_scores=15, **SETTINGS)
             for attention in ("explained", "frozen")
@@ -207,12 +203,5 @@ def test_the_frozen_part_is_validated(exact, graphs):
 def test_what_attention_is_not_explained_of_is_refused(exact, prepared):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         feature = strongest_feature(prepared, exact.tcs, "img", 2)
-        plan = exact.pipe.plan(height=24, width=32, text_tokens=16)
-        span = capture_steps(exact.pipe, exact.tcs, "a red circle", first=1, last=1, run=plan)
-        for given, more, sentence in (
-            (span, {}, "explained within one step, not over several"),
-            (prepared, {"mesh": make_mesh({"data": 2}, jax.devices()[:2])}, "on one device as yet"),
-            (prepared, {"max_scores": -1}, "max_scores must be 0 or more, but got -1"),
-        ):
-            with pytest.raises(UserError, match=sentence):
-                attribute(given, exact.tcs, target=feature, attention="explained", **more)
+        with pytest.raises(UserError, match="max_scores must be 0 or more, but got -1"):
+            attribute(prepared, exact.tcs, target=feature, attention="explained", max_scores=-1)

@@ -21,7 +21,7 @@ from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.cli import main as cli
 from difffract_jax.config import UserError
-from difffract_jax.graphs.graph import Graph
+from difffract_jax.graphs.graph import SCORE, Graph
 from difffract_jax.loading import PARTS, save_pipeline, save_transcoders
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.tiny import TINY, random_pipeline
@@ -34,7 +34,6 @@ SIZE = {"height": 32, "width": 32, "text_tokens": 16}
 EDGE = 1e-6
 """Largest difference of an edge over the largest edge: sums in another order."""
 ALL = {"data": 2, "site": 2, "feature": 2}
-MESHES = (pytest.param({"feature": 8}, marks=pytest.mark.slow), ALL)
 SMALL = 8192
 """Bytes below which an array of the tiny trace may lie on every device."""
 
@@ -79,9 +78,8 @@ def replicated(tree, ways):
     ]
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_a_trace_recorded_encoded_and_pulled_back_on_a_mesh_is_that_of_one_device(shape):
-    mesh = make_mesh(shape)
+def test_a_trace_recorded_encoded_and_pulled_back_on_a_mesh_is_that_of_one_device():
+    mesh = make_mesh(ALL)
     shared = traced(*split(mesh), mesh)
     same_graph(shared, alone(), EDGE)
     assert shared.largest_conservation_error <= TOL.conservation_f32
@@ -110,6 +108,7 @@ def test_nothing_large_lies_on_every_device():
     assert heads.sharding.shard_shape(heads.shape)[2] == heads.shape[2] // ways
 
 
+@pytest.mark.slow
 def test_attention_in_blocks_goes_through_heads_of_all_devices_at_once(monkeypatch):
     sizes = {"height": 32, "width": 24, "text_tokens": 16}
 
@@ -137,6 +136,19 @@ def test_a_span_of_steps_on_a_mesh_is_that_of_one_device():
     assert ours.largest_conservation_error <= TOL.conservation_steps_f32
 
 
+@pytest.mark.slow
+def test_attention_is_explained_on_a_mesh_as_on_one_device():
+    mesh, more = make_mesh(ALL), {"attention": "explained", "max_scores": 12}
+    ours, expected = traced(*split(mesh), mesh, **more), traced(*whole(), **more)
+    same_graph(ours, expected, EDGE)
+    assert np.sum(expected.node_kind == SCORE) > 12 and ours.largest_conservation_error <= TOL.conservation_f32
+    for name in ("node_value", "edge_query", "edge_remainder"):
+        assert relative_error(getattr(ours, name), getattr(expected, name)) <= TOL.sharded
+    pairs = zip(ours.provenance.attention, expected.provenance.attention, strict=True)
+    assert all(abs(a.forward - b.forward) <= TOL.sharded * b.absolute for a, b in pairs)
+
+
+@pytest.mark.slow
 def test_bfloat16_products_on_a_mesh_tell_their_error():
     mesh = make_mesh(ALL)
     told = traced(*split(mesh), mesh, precision="bf16").provenance.precision
@@ -173,21 +185,35 @@ def run(monkeypatch, capsys, *arguments):
     return 0, *capsys.readouterr()
 
 
-def test_the_commands_take_a_mesh(saved, monkeypatch, capsys):
-    sizes = ("--height", 32, "--width", 32, "--text-tokens", 16)
+SIZES = ("--height", 32, "--width", 32, "--text-tokens", 16)
+
+
+def test_a_command_takes_a_mesh(saved, monkeypatch, capsys):
+    images = []
+    for name, mesh in (("one", ()), ("many", ("--mesh", "site=2,feature=2"))):
+        image = saved / f"step-{name}.png"
+        asked = ("generate", saved / "pipe", "a red circle", *SIZES, "--steps", 1, *mesh, "--out", image)
+        status, _, err = run(monkeypatch, capsys, *asked)
+        assert status == 0, err
+        images.append(np.asarray(Image.open(image)).astype(int))
+    assert np.max(np.abs(images[1] - images[0])) <= 1
+
+
+@pytest.mark.slow
+def test_traces_and_images_of_commands_on_a_mesh_are_those_of_one_device(saved, monkeypatch, capsys):
     graphs, images = {}, {}
     for name, mesh, image_mesh in (
         ("one", (), ()),
         ("many", ("--mesh", "data=2,site=2,feature=2"), ("--mesh", "site=2,feature=2")),
     ):
         asked = ("trace", saved / "pipe", saved / "tcs", "a red circle", "--target", "img/2/f3", "--max-nodes", 8)
-        status, out, err = run(monkeypatch, capsys, *asked, *sizes, *mesh, "--out", saved / f"{name}.npz", "--json")
+        status, out, err = run(monkeypatch, capsys, *asked, *SIZES, *mesh, "--out", saved / f"{name}.npz", "--json")
         assert status == 0, err
         assert json.loads(out)["conservation error"] <= TOL.conservation_f32
         graphs[name] = Graph.load(saved / f"{name}.npz")
         image = saved / f"{name}.png"
         status, _, err = run(
-            monkeypatch, capsys, "generate", saved / "pipe", "a red circle", *sizes, *image_mesh, "--out", image
+            monkeypatch, capsys, "generate", saved / "pipe", "a red circle", *SIZES, *image_mesh, "--out", image
         )
         assert status == 0, err
         images[name] = np.asarray(Image.open(image)).astype(int)

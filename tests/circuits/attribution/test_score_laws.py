@@ -11,15 +11,14 @@ from difffract_jax.circuits.attribution.engine import make_engine, pull_rows, ta
 from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
 from difffract_jax.circuits.attribution.pullback import layout_of
 from difffract_jax.circuits.attribution.score_gradients import choose_scores, removal_effects, score_gradients
-from difffract_jax.circuits.attribution.score_sides import ScorePlace, _all_heads, attention_tokens, score_edges
+from difffract_jax.circuits.attribution.score_sides import ScorePlace, attention_tokens, queries_or_keys, score_edges
 from difffract_jax.circuits.effects.attention import score_parts
+from difffract_jax.circuits.effects.live_scores import LiveScores
 from difffract_jax.circuits.frozen.replacement import residuals, run_replacement, write
 from difffract_jax.circuits.frozen.targets import preactivations
-from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.stacks import group_slices, sequences, slice_layer, streams
-from difffract_jax.sharding import make_mesh
 from tolerances import TOL, relative_error
 from traces import make_exact
 
@@ -249,7 +248,7 @@ def test_a_sources_part_is_its_share_of_the_way_from_no_sources(exact, place):
     stack, layer, _, _ = frozen_parts(engine, place.block)
     part = group_slices(record.weights.stacks)[stack]
     block, frozen = slice_layer((record.weights.stacks[stack], record.frozen[stack]), layer)
-    project = partial(_all_heads, block, record.cond, frozen)
+    project = partial(queries_or_keys, block, record.cond, frozen)
     tokens = attention_tokens(exact.trace.info, block, stack)
     i, j = (
         int(np.flatnonzero((tokens[0] == ("img", "txt").index(stream)) & (tokens[1] == position))[0])
@@ -277,10 +276,26 @@ def test_the_querys_side_is_that_of_pairs_and_terms(exact):
     """With one key's parts for another's, a query's part differs by what `score_parts` tells of pairs."""
     engine = make_engine(exact.trace, exact.tcs)
     first, second = PLACES[0], PLACES[0]._replace(key=("img", 2))
-    a, b = (score_parts(engine, *place) for place in (first, second))
+    a, b = (score_parts(engine, *place[:4]) for place in (first, second))
     found = score_edges(engine, [first, second])
     own = [(one.keys.sum(axis=1) / 2 + one.key_constant) @ one.queries for one in (a, b)]
     assert relative_error(found.query[0] - found.query[1], own[0] - own[1]) <= 1e-9
+
+
+@pytest.mark.parametrize("place", [PLACES[0], pytest.param(PLACES[3], marks=pytest.mark.slow)])
+def test_pairs_and_terms_of_a_centred_score_make_its_value_and_both_sides(exact, place):
+    """Half of every pair goes to either side, and each linear term to its own."""
+    engine = make_engine(exact.trace, exact.tcs)
+    parts, found = score_parts(engine, *place[:4], centred=True), score_edges(engine, [place])
+    every = np.arange(engine.sources)
+    pairs = parts.pairs(every, every)
+    total = pairs.sum() + parts.query_terms.sum() + parts.key_terms.sum() + parts.constant
+    scale = np.abs(pairs).sum() + np.abs(parts.query_terms).sum() + np.abs(parts.key_terms).sum()
+    assert abs(total - found.value[0]) <= TOL.conservation_x64 * scale
+    assert parts.score == pytest.approx(found.value[0], rel=1e-9)
+    assert parts.constant == pytest.approx(found.constant[0], rel=1e-9)
+    assert relative_error(pairs.sum(axis=1) / 2 + parts.query_terms, found.query[0]) <= TOL.x64
+    assert relative_error(pairs.sum(axis=0) / 2 + parts.key_terms, found.key[0]) <= TOL.x64
 
 
 def test_the_strongest_scores_are_chosen_and_what_is_left_is_told_by_block(exact):
@@ -310,15 +325,8 @@ def test_removals_of_scores_that_are_nothing_are_nothing():
     assert told[0, 0] == 0 and told[0, 1] == pytest.approx(0.4 * (1 - np.exp(-0.5)) / np.exp(-0.5))
 
 
-def test_spans_meshes_and_scores_that_are_not_there_are_refused(exact):
-    plan = exact.pipe.plan(height=24, width=32, text_tokens=16)
-    span = make_engine(capture_steps(exact.pipe, exact.tcs, "a red circle", first=1, last=1, run=plan), exact.tcs)
-    with pytest.raises(UserError, match="explained within one step, not over several"):
-        score_gradients(span, np.array([0]))
+def test_scores_that_are_not_there_are_refused(exact):
     engine = make_engine(exact.trace, exact.tcs)
-    several = engine._replace(options=engine.options._replace(mesh=make_mesh({"data": 2})))
-    with pytest.raises(UserError, match="on one device as yet"):
-        score_edges(several, PLACES)
     for place, sentence in (
         (PLACES[0]._replace(block=9), "recorded the blocks double/0 to single/1, but not single/6"),
         (PLACES[0]._replace(head=7), "The block double/1 has heads 0 to 1, but got 7"),
@@ -326,3 +334,27 @@ def test_spans_meshes_and_scores_that_are_not_there_are_refused(exact):
     ):
         with pytest.raises(UserError, match=sentence):
             score_edges(engine, [place])
+
+
+def test_live_scores_add_to_the_frozen_paths_those_through_queries_and_keys(exact):
+    record, rng = exact.trace.record, np.random.default_rng(0)
+    block, frozen = slice_layer((record.weights.stacks[1], record.frozen[1]), 1)
+    h, change = (jnp.asarray(rng.standard_normal((frozen.q.shape[0], record.boundary.img.shape[1]))) for _ in range(2))
+    project = partial(queries_or_keys, block, record.cond, frozen)
+    held = [project(side, (h,), None)[1] for side in (0, 1)]
+
+    def scores(h):
+        q, k = (project(side, (h,), held[side])[0] for side in (0, 1))
+        return jnp.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+
+    def run(h, scores):
+        return block((h,), record.cond, frozen=frozen, mlp=lambda _, x: 0 * x, scores=scores)[0][0]
+
+    # Scores are of second degree in h, so that the difference of both sides is their derivative.
+    moved = (scores(h + change) - scores(h - change)) / 2
+    expected = jax.jvp(run, (h, jnp.zeros_like(moved)), (change, moved))[1]
+    live = lambda h: LiveScores(block)((h,), record.cond, frozen=frozen, mlp=lambda _, x: 0 * x)[0][0]  # noqa: E731
+    found = jax.jvp(live, (h,), (change,))[1]
+    assert relative_error(found, expected) <= TOL.x64
+    alone = jax.jvp(lambda h: run(h, jnp.zeros_like(moved)), (h,), (change,))[1]
+    assert relative_error(alone, expected) > 0.01

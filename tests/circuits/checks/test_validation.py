@@ -10,14 +10,17 @@ import pytest
 from difffract_jax.circuits.attribution.attribute import attribute
 from difffract_jax.circuits.attribution.engine import pull_rows, targets_of
 from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
-from difffract_jax.circuits.checks import completeness
+from difffract_jax.circuits.checks import completeness, edit_runs, grading
 from difffract_jax.circuits.checks.completeness import Sets, by_influence, candidates, curve, values_of
+from difffract_jax.circuits.checks.edit_runs import run_edits
 from difffract_jax.circuits.checks.faithfulness import ablate, perturb
 from difffract_jax.circuits.checks.rerun import capture_again
+from difffract_jax.circuits.checks.trial_edits import controls_of, laid_out, trial, units_of
 from difffract_jax.circuits.checks.validation import failed_checks, validate
 from difffract_jax.circuits.checks.variants import push_edges
 from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
+from difffract_jax.graphs.grade import grade_of
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.models.pipeline import encode, model_velocity, plan_run, step_inputs
@@ -108,6 +111,24 @@ def test_keeping_all_and_removing_none_is_the_run(made, steps, mode):
     assert abs(found[2] - found[0]) > 1e-6 * abs(found[0])
 
 
+def test_one_program_serves_the_two_frozen_readings(made, monkeypatch):
+    _, (again, graph), _ = made
+    units, _ = candidates(again, graph)
+    count = units.value.size
+    given = (again, graph, units, [np.arange(count)])
+    sizes = np.linspace(1, count - 1, 7).astype(np.int32)
+    sets = Sets(jnp.zeros(8, jnp.int32), jnp.asarray([-1, *sizes], jnp.int32), jnp.zeros(8, bool))
+    live = values_of(*given, sets, "live")
+    programs = completeness._run_sets._cache_size()
+    propagated = values_of(*given, sets, "propagated")
+    assert completeness._run_sets._cache_size() == programs
+    assert relative_error(live[0], propagated[0]) <= TOL.x64
+    assert relative_error(live, propagated) > 100 * TOL.x64
+    monkeypatch.setattr(completeness, "SWITCHED", ())
+    assert relative_error(propagated, values_of(*given, sets, "propagated")) <= TOL.x64
+    assert completeness._run_sets._cache_size() == programs + 1
+
+
 def test_in_the_direct_reading_what_is_kept_adds_up_by_edges(made):
     _, (again, graph), _ = made
     units, places = candidates(again, graph)
@@ -119,7 +140,10 @@ def test_in_the_direct_reading_what_is_kept_adds_up_by_edges(made):
     kept, removed = values_of(again, graph, units, [order], sets, "direct", ablation="zero")
     inside = {key for key, row in places.items() if row in order[:size]}
     features = np.flatnonzero(table.kind[: edges.size] == FEATURE)
-    keys = zip(*(c[features].tolist() for c in (table.step, table.stream, table.block, table.feature)), strict=True)
+    keys = zip(
+        *(c[features].tolist() for c in (table.step, table.branch, table.stream, table.block, table.feature)),
+        strict=True,
+    )
     mine = np.array([key in inside for key in keys])
     whole = pulled.preactivation[0]
     assert kept == pytest.approx(whole - edges[features[~mine]].sum(), rel=TOL.x64)
@@ -171,6 +195,63 @@ def test_a_sound_graph_holds_every_bar_and_a_wrong_edge_is_found(made):
     sums = replace(graph, target_sum=graph.target_sum + 1e-3 * (graph.target_abs_sum + np.abs(graph.target_bias)))
     told = failed_checks(validate(again, sums, **options))
     assert told is not None and "edges + bias = pre-activation, 0.001 where" in told
+
+
+def test_an_edit_of_dose_0_changes_nothing_and_the_frozen_map_s_add_up_by_edges(made, monkeypatch):
+    monkeypatch.setattr(edit_runs, "LEAST", 8)
+    _, (again, graph), _ = made
+    units = units_of(again, graph)
+    assert len(units) > 3 and [abs(unit.effect) for unit in units] == sorted(
+        (abs(u.effect) for u in units), reverse=True
+    )
+    trials = [trial(units, 0.0), trial(units[:1], -1.0)]
+    edits, targets = laid_out(again.engine, trials), again.rows[graph.targets]
+    found = run_edits(again.engine, targets, edits, "full", moved=True)
+    nothing, off = found.values[:, 0][[0, 1]], found.values[2, 0]
+    # Bit for bit what an edit of nothing gives, and the run itself.
+    assert nothing[0] == nothing[1] == pytest.approx(graph.target_preactivation[0], rel=TOL.x64)
+    assert off != nothing[0] and found.distance[2] > 1e-3 and max(found.distance[:2]) <= 1e-8
+    assert found.active[0] == found.active[1] > 0
+    # In the frozen map with all else held, a unit's change is its dose times its edges into the target.
+    moved = run_edits(again.engine, targets, laid_out(again.engine, [trial(units[:2], 0.5)]), "direct").values
+    pulled = pull_rows(again.engine, targets, 1).edges[0]
+    keys = {unit.key for unit in units[:2]}
+    table = again.engine.table
+    columns = (c[: pulled.size].tolist() for c in (table.step, table.stream, table.block, table.feature))
+    mine = [i for i, key in enumerate(zip(*columns, strict=True)) if key in keys and table.kind[i] == FEATURE]
+    assert moved[1, 0] - moved[0, 0] == pytest.approx(0.5 * pulled[mine].sum(), rel=1e-8)
+
+
+def test_no_feature_is_the_control_of_two_units(made):
+    _, (again, graph), _ = made
+    units = units_of(again, graph)
+    assert units
+    # One unit over and over draws from the same five again and again: until nothing of its site is left.
+    found = controls_of(again, graph, [units[0]] * 200, seed=0)
+    drawn = [pair[0].key for pair in found if pair is not None]
+    assert len(drawn) > 1 and len(set(drawn)) == len(drawn) and found[-1] is None
+    assert all(key[:3] == units[0].key[:3] for key in drawn)
+
+
+@pytest.mark.slow
+def test_a_graph_is_graded_in_its_own_run_and_with_other_seeds(made, monkeypatch):
+    monkeypatch.setattr(edit_runs, "LEAST", 8)
+    exact, (again, graph), _ = made
+    grade, found = grading.grade(
+        exact.pipe, exact.tcs, again, graph, units=lambda units: units[:4], seeds=2, readings=("propagated",)
+    )
+    edits = found["edits"]
+    assert len(grade.seeds) == 3 and grade.edits == len(edits) == 4 * 6 + 2 * 6
+    assert grade.no_op <= 1e-8 and grade == grade_of(
+        edits, no_op=grade.no_op, seeds=grade.seeds, recovered=grade.recovered, lost=grade.lost
+    )
+    for row in edits:
+        assert all(np.isfinite(row[name]) for name in ("predicted", "propagated", "full", "distance", "active"))
+        assert (row["other"] is None) == (abs(row["dose"]) != 1) and len(row["other"] or (0, 0)) == 2
+    # With as many features as the graph has, what it predicts is nearly what the frozen map's propagated reading gives.
+    predicted, propagated = (np.array([row[name] for row in edits]) for name in ("predicted", "propagated"))
+    assert np.corrcoef(predicted, propagated)[0, 1] > 0.9
+    assert any(row["control"] for row in edits) and set(found["steering"]) == {"detect and replace", "steering"}
 
 
 def test_a_pruned_graph_by_position_is_held_too_and_a_sum_over_positions_refused(made):

@@ -7,12 +7,15 @@ import pytest
 
 from difffract_jax.address import IMAGE, JOINT, TEXT
 from difffract_jax.circuits.editing.ranking import rank_features, summarise_site
+from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_pipeline, load_transcoders
-from difffract_jax.models.mmdit import Inputs
-from difffract_jax.models.pipeline import encode, initial_noise, plan_run
+from difffract_jax.models.mmdit import Inputs, forward
+from difffract_jax.models.pipeline import encode, encode_run, initial_noise, plan_run, step_inputs
+from difffract_jax.models.stacks import keep_mlp_in
 from difffract_jax.transcoders.harvest import sample_rows
+from traces import guided_pipeline, make_transcoders
 
 RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
 LEFT = box_mask("0,0,24,48", (48, 48))
@@ -120,3 +123,63 @@ def test_what_cannot_be_ranked_is_refused(organism, options, told):
 def test_a_site_that_the_model_lacks_is_refused(organism):
     with pytest.raises(UserError, match="The site img/7 does not exist"):
         rank_features(*organism, RED, sites=["img/7"])
+
+
+@pytest.fixture(scope="module")
+def guided():
+    """A small pipeline with two branches, its transcoders, a run, and codes of img/2 [step branch img feat] by hand."""
+    pipe = guided_pipeline()
+    tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(1,), dtype=jnp.float32)
+    run = pipe.plan(height=16, width=24, text_tokens=16, steps=3, guidance=2.5, negative_prompt="a blurred square")
+    encoded, z, codes = encode_run(pipe, RED, run), initial_noise(pipe, run, 0), []
+    tc = jax.tree.map(lambda leaf: leaf[1], tcs.stacks["img"])
+    for step in range(run.steps):
+        velocity, of_step = [], []
+        for prompt in encoded.branches:
+            v, reports = forward(pipe.transformer, step_inputs(run, prompt, z, step), run.grid, tap=keep_mlp_in)
+            velocity.append(v)
+            of_step.append(np.asarray(tc.encode(reports[0][0][2], jnp.asarray(run.sigmas[step]))))
+        codes.append(of_step)
+        z = z + (run.sigmas[step + 1] - run.sigmas[step]) * (2.5 * velocity[0] - 1.5 * velocity[1])
+    return pipe, tcs, run, np.asarray(codes)
+
+
+def test_a_feature_is_ranked_in_the_branch_where_it_scores_most(guided):
+    pipe, tcs, run, codes = guided
+    mean = codes.mean(axis=2)  # step branch feat
+    found = rank_features(pipe, tcs, RED, run=run, top=8, sites=["img/2"])["img"]
+    best = mean.max(axis=(0, 1))
+    assert [row.score for row in found] == pytest.approx(np.sort(best)[::-1][:8], rel=1e-4)
+    branches = set()
+    for row in found:
+        (step,), branch = row.feature.steps, row.feature.branch
+        place = step, ("prompt", "negative").index(branch)
+        assert place == np.unravel_index(mean[:, :, row.feature.feature].argmax(), mean.shape[:2])
+        assert row.feature.positions == (codes[place][:, row.feature.feature].argmax(),)
+        assert Feature.parse(str(row.feature)) == row.feature and str(row.feature).endswith(f"~{branch}")
+        branches.add(branch)
+    assert branches == {"prompt", "negative"}
+
+
+def test_steps_and_trends_go_by_branch(guided):
+    pipe, tcs, run, codes = guided
+    mean = codes.mean(axis=2)
+    of_step = rank_features(pipe, tcs, RED, run=run, step=1, top=4, sites=["img/2"])["img"]
+    assert {row.feature.steps for row in of_step} == {(1,)}
+    assert [row.score for row in of_step] == pytest.approx(np.sort(mean[1].max(axis=0))[::-1][:4], rel=1e-4)
+    trend = rank_features(pipe, tcs, RED, run=run, by="trend", top=4, sites=["img/2"])["img"]
+    rise = mean[-1] - mean[0]
+    for row in trend:
+        branch = np.abs(rise[:, row.feature.feature]).argmax()
+        assert row.feature.branch == ("prompt", "negative")[branch]
+        assert row.score == pytest.approx(rise[branch, row.feature.feature], rel=1e-3)
+        assert row.feature.steps == ((2,) if row.score > 0 else (0,))
+
+
+def test_only_a_branch_s_own_words_count(guided):
+    pipe, tcs, run, _ = guided
+    lengths = [int(one.mask.sum()) for one in encode_run(pipe, RED, run).branches]
+    found = rank_features(pipe, tcs, RED, run=run, top=40, sites=["txt/*"])["txt"]
+    assert {row.feature.branch for row in found} == {"prompt", "negative"}
+    for row in found:
+        assert row.feature.positions[0] < lengths[("prompt", "negative").index(row.feature.branch)]

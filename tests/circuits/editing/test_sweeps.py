@@ -52,7 +52,7 @@ def test_a_sweep_is_its_images_one_at_a_time(organism, made):
 
 def test_images_of_one_batch_have_prompts_and_edits_of_their_own(organism, made):
     pipe, tcs = organism
-    compiled = sweeps._sample._cache_size()
+    compiled = sweeps.sample_edited._cache_size()
     stronger = [edit.swept(3.0) for edit in EDITS]
     prompts, edits, seeds = [PROMPT, "a lemon", "a lemon"] * 2, [EDITS, EDITS, stronger] * 2, [0, 0, 1] * 2
     many = sweeps.steer_batch(pipe, tcs, prompts, edits, seeds)
@@ -60,10 +60,10 @@ def test_images_of_one_batch_have_prompts_and_edits_of_their_own(organism, made)
         one = steer(pipe, tcs, prompts[row], edits[row], seed=seeds[row])
         assert relative_error(many.latents[row], one.latents) <= TOL.f32_run
     assert np.array_equal(many.latents[:3], many.latents[3:])
-    assert sweeps._sample._cache_size() == compiled  # neither prompts nor strengths nor seeds compile anything
+    assert sweeps.sample_edited._cache_size() == compiled  # neither prompts nor strengths nor seeds compile anything
 
 
-@pytest.mark.parametrize("name", ["organism", "organism-saes"])
+@pytest.mark.parametrize("name", ["organism", pytest.param("organism-saes", marks=pytest.mark.slow)])
 def test_an_edit_of_a_single_stream_site_is_what_it_says(organism, name):
     """Recomputed: the code of block 1, set to 50 at an image position, and what that writes."""
     pipe, tcs = organism[0], load_transcoders(name)

@@ -8,9 +8,9 @@ from difffract_jax.circuits.editing.edit_tables import lay_out
 from difffract_jax.circuits.notation.edits import Edit, Supernode, WholeSite
 from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.notation.region import box_mask, read_mask, tokens_in
-from difffract_jax.cli.output import save_image
 from difffract_jax.config import UserError
 from difffract_jax.models.pipeline import Run
+from difffract_jax.storage.images import save_image
 from difffract_jax.transcoders.sites import sites_of
 from difffract_jax.transcoders.transcoder import TranscoderConfig, TranscoderSet
 

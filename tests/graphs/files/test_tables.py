@@ -9,11 +9,11 @@ import pytest
 
 from difffract_jax.address import STREAMS
 from difffract_jax.config import UserError
-from difffract_jax.graphs.files.tables import COLUMNS, write_csv, write_graphml
+from difffract_jax.graphs.files.tables import COLUMNS, EDGE_COLUMNS, write_csv, write_graphml
 from difffract_jax.graphs.graph import KINDS
 from difffract_jax.graphs.names import node_names
 from difffract_jax.graphs.pruning import prune
-from random_graphs import random_output_graph
+from random_graphs import random_graph, random_output_graph, with_score
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "pruned"])
@@ -56,3 +56,35 @@ def test_tables_hold_every_node_and_edge(graph, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         write_csv(graph, tmp_path / "csv")
     write_csv(graph, tmp_path / "csv", overwrite=True)
+
+
+def test_scores_of_attention_keep_head_key_and_parts(tmp_path):
+    graph, score = with_score(random_graph(3))
+    known = {"head": "1", "key_stream": "txt", "key_position": "2", "value": "-2.5"}
+    into, out_of = graph.edge_target == score, graph.edge_source == score
+    assert into.any() and out_of.any() and not (into & out_of).any()
+    write_csv(graph, tmp_path / "csv")
+    with (tmp_path / "csv" / "nodes.csv").open(newline="") as stream:
+        nodes = list(csv.DictReader(stream))
+    with (tmp_path / "csv" / "edges.csv").open(newline="") as stream:
+        edges = list(csv.DictReader(stream))
+    assert {column: nodes[score][column] for column in known} == known
+    assert all(
+        row["head"] == row["key_stream"] == row["key_position"] == "" for row in nodes if row is not nodes[score]
+    )
+    assert [row["query"] for row in edges] == ["0.5" if one else "" for one in into]
+    assert [row["remainder"] for row in edges] == ["0.25" if one else "" for one in out_of]
+    write_graphml(graph, tmp_path / "g.graphml")
+    read, made, names = networkx.read_graphml(tmp_path / "g.graphml"), graph.to_networkx(), node_names(graph)
+    for nodes, edges, keys in (
+        (read.nodes, read.edges, [f"n{node}" for node in range(len(names))]),
+        (made.nodes, made.edges, names),
+    ):
+        assert {column: str(nodes[keys[score]][column]) for column in known} == known
+        assert all("head" not in nodes[key] for node, key in enumerate(keys) if node != score)
+        for edge, (source, target) in enumerate(zip(graph.edge_source, graph.edge_target, strict=True)):
+            values = {column: float(getattr(graph, f"edge_{column}")[edge]) for column in EDGE_COLUMNS}
+            values = {
+                c: v for c, v in values.items() if {"query": into, "remainder": out_of}.get(c, [True] * 999)[edge]
+            }
+            assert edges[keys[source], keys[target]] == pytest.approx(values)

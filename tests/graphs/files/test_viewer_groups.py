@@ -10,9 +10,9 @@ from viewer_documents import document as foreign_document
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.graphs.aggregation import aggregate
 from difffract_jax.graphs.files.reader import read_graph
-from difffract_jax.graphs.files.viewer_groups import document_labels, is_foreign, read_any_groups
+from difffract_jax.graphs.files.viewer_groups import is_foreign, read_any_groups
 from difffract_jax.graphs.files.viewer_json import to_document, viewer_url
-from difffract_jax.graphs.graph import FEATURE
+from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.graphs.groups import Groups, given_names, identity, with_groups, write_groups
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.pruning import prune
@@ -135,14 +135,16 @@ def test_labels_of_a_document_are_those_that_say_more_than_the_name(tmp_path):
     document = foreign_document()
     document["nodes"][1]["clerp"] = "the word a"
     path = written(tmp_path / "t.json", document)
-    assert document_labels(path, read_graph(path)) == {"txt/0/f928": "the word a"}
+    assert read_graph(path).provenance.labels == {"txt/0/f928": "the word a"}
     ours = written(tmp_path / "g.json", document_of(GRAPH, labels={feature_names(GRAPH)[FEATURES[0]]: "round"}))
-    assert [*document_labels(ours, read_graph(ours)).values()] == ["round"]
+    assert [*read_graph(ours).provenance.labels.values()] == ["round"]
     name = feature_names(GRAPH)[FEATURES[0]]
     again = written(tmp_path / "g.json", document_of(GRAPH, labels={name: f"round · {name}"}))
-    assert [*document_labels(again, read_graph(again)).values()] == ["round"]
-    GRAPH.save(tmp_path / "g.npz")
-    assert document_labels(tmp_path / "g.npz", GRAPH) == {}
+    assert [*read_graph(again).provenance.labels.values()] == ["round"]
+    read_graph(path).save(tmp_path / "t.npz")
+    assert Graph.load(tmp_path / "t.npz").provenance.labels == {"txt/0/f928": "the word a"}
+    del document["nodes"][1]["clerp"]
+    assert read_graph(written(path, document)).provenance.labels is None
 
 
 @pytest.mark.parametrize(

@@ -26,13 +26,13 @@ from difffract_jax.graphs.files.viewer_graph import graph_of, unpair
 from difffract_jax.graphs.files.viewer_image import image_bytes
 from difffract_jax.graphs.files.viewer_json import ViewerOptions, to_document, viewer_url, write_viewer_json
 from difffract_jax.graphs.files.viewer_nodes import cantor
-from difffract_jax.graphs.graph import ERROR, FEATURE, REST, subgraph
+from difffract_jax.graphs.graph import ERROR, FEATURE, REST, SCORE, subgraph
 from difffract_jax.graphs.names import feature_names, node_names
 from difffract_jax.graphs.provenance import KnownRun
 from difffract_jax.graphs.pruning import cumulative_shares, node_influence, prune
 from difffract_jax.graphs.scoring import scores
 from difffract_jax.graphs.supernodes import find_supernodes
-from random_graphs import random_graph, random_output_graph
+from random_graphs import random_graph, random_output_graph, with_score
 from shown_circuits import TOKENS, circuit
 
 SAMPLE = Path(__file__).parents[2] / "data" / "sample_graph.json"
@@ -120,6 +120,15 @@ def options(flavour, **more):
 
 def document_of(graph, flavour="circuit-tracer", **more):
     return to_document(graph, flavour, options(flavour, **more))
+
+
+@pytest.mark.parametrize("flavour", ["circuit-tracer", "neuronpedia"])
+def test_the_value_of_an_attention_score_is_written_and_read_back(flavour):
+    graph, score = with_score(random_graph(3))
+    read = graph_of(json.loads(json.dumps(document_of(graph, flavour, by_position=True))))
+    (back,) = np.flatnonzero(read.node_kind == SCORE)
+    assert read.node_value[back] == graph.node_value[score] == -2.5
+    assert node_names(read)[back] == node_names(graph)[score]
 
 
 @given(st.integers(0, 10_000), st.booleans(), st.booleans(), st.sampled_from(["circuit-tracer", "neuronpedia"]))

@@ -1,12 +1,15 @@
 // What adds up to the target. Of the frozen model, target = sum of all edges into it + bias. Every part is shown with
 // its sign; the parts add up to the target's value, whatever the sliders hide.
-import { ERROR, FEATURE, INPUT, REST, SCORE, edgesOf } from "./data.js";
+import { ERROR, FEATURE, INPUT, MODULATION, REST, SCORE, WORD, edgesOf } from "./data.js";
 import { fill, h, number, percent } from "./dom.js";
 
 /** Returns the parts of the targets' weighted value, and their sum; `value` is null where the file does not tell it. */
 export function accountOf(graph, nodeShown, edgeShown) {
-  const parts = { features: 0, inputs: 0, errors: 0, rest: 0, attention: 0, hidden: 0, absent: 0, bias: 0 };
-  const kinds = { [FEATURE]: "features", [INPUT]: "inputs", [ERROR]: "errors", [REST]: "rest", [SCORE]: "attention" };
+  const parts = { features: 0, inputs: 0, errors: 0, rest: 0, attention: 0, modulation: 0, hidden: 0, absent: 0, bias: 0 };
+  const kinds = {
+    [FEATURE]: "features", [INPUT]: "inputs", [ERROR]: "errors", [REST]: "rest", [SCORE]: "attention",
+    [MODULATION]: "modulation", [WORD]: "inputs",
+  };
   let value = 0;
   let absolute = 0;
   let shown = 0;
@@ -27,11 +30,11 @@ export function accountOf(graph, nodeShown, edgeShown) {
     value += weight * graph.target_preactivation[place];
     absolute += weight * graph.target_abs_sum[place];
   }
-  const told = Number.isFinite(parts.bias) && Number.isFinite(value);
-  if (!told) parts.bias = 0;
+  const known = Number.isFinite(parts.bias) && Number.isFinite(value);
+  if (!known) parts.bias = 0;
   const sum = Object.values(parts).reduce((a, b) => a + b, 0);
-  const missed = told ? value - sum : 0;
-  return { parts, sum, value: told ? value : null, missed, absolute, shown: absolute > 0 ? shown / absolute : null };
+  const missed = known ? value - sum : 0;
+  return { parts, sum, value: known ? value : null, missed, absolute, shown: absolute > 0 ? shown / absolute : null };
 }
 
 const WORDS = [
@@ -40,6 +43,7 @@ const WORDS = [
   ["errors", "errors", "What the transcoders fail to reconstruct: real, but without an explanation."],
   ["rest", "rest", "Features that are active but were not followed when the graph was traced, site by site."],
   ["attention", "attention", "Where heads attend, to first order. The bias holds as much with the opposite sign."],
+  ["modulation", "pooled prompt", "What shifts, scales and gates bring, whatever answers them. The bias holds as much with the opposite sign."],
   ["hidden", "hidden by the sliders", "What the pruning below leaves out of this view."],
   ["absent", "not in the file", "Edges too weak to be kept when the graph was traced, or that an earlier pruning cut."],
   ["bias", "bias", "What remains with all sources at zero: biases, and all that is held at this run, such as the pooled prompt."],
@@ -74,22 +78,22 @@ export function showAccount(element, graph, account) {
 }
 
 function sentences(graph, account) {
-  const told = [];
+  const paragraphs = [];
   if (account.shown !== null) {
-    told.push(h("p", {},
+    paragraphs.push(h("p", {},
       `Of all that pushes the target up or down, ${percent(account.shown)} is in this view, by size.`,
       account.value === null ? " The file does not tell the target's bias, so the bars add up to the sum of its edges." : ""));
   }
   const pooled = graph.targets.filter((target) => target.pooled);
   for (const { name, pooled: path } of pooled) {
     const whose = pooled.length > 1 ? ` (${name})` : "";
-    told.push(h("p", { class: "pooled" },
+    paragraphs.push(h("p", { class: "pooled" },
       `The prompt also acts through one pooled vector, which this circuit holds fixed${whose}: with the empty prompt's vector `,
       `the target would be ${number(path.without)} instead of ${number(path.value)}, a difference of ${percent(path.share)}. `,
-      "No edge shows that path."));
+      graph.node_kind.includes(MODULATION) ? "Edges from shifts, scales and gates show that path." : "No edge shows that path."));
   }
   if (account.value !== null && Math.abs(account.missed) > 1e-3 * Math.max(account.absolute, Math.abs(account.value))) {
-    told.push(h("p", {}, `The parts miss the target by ${number(account.missed)}.`));
+    paragraphs.push(h("p", {}, `The parts miss the target by ${number(account.missed)}.`));
   }
-  return told;
+  return paragraphs;
 }

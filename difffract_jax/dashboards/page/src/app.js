@@ -1,5 +1,5 @@
 // The page: one state, one or two drawings, the column beside them, and what joins them.
-import { edgesOf } from "./data.js";
+import { branchOf, edgesOf } from "./data.js";
 import { accountOf } from "./account.js";
 import { controls, foldButton, frameBox, header, helpBox, legend, zoomButtons } from "./chrome.js";
 import { coloursOf, prefersDark } from "./colours.js";
@@ -195,7 +195,8 @@ export class App {
     const given = this.store.doc.names[graph.names[node]];
     const label = graph.labels[node];
     const step = label && !this.store.view.unfolded && graph.steps.length > 1 ? ` #${graph.node_step[node]}` : "";
-    return given || (label && label + step) || graph.names[node];
+    const branch = branchOf(graph, node);
+    return given || (label && label + step + (branch && ` ~${branch}`)) || graph.names[node];
   }
 
   select(node) {
@@ -251,7 +252,7 @@ export class App {
     const view = Object.values(this.views).find((one) => one.graph === graph);
     const title = this.title(node, graph);
     fill(this.tip, h("strong", {}, cut(title, 60)), title === graph.names[node] ? null : h("div", { class: "address" }, cut(graph.names[node], 60)),
-      h("div", { class: "quiet" }, `influence ${percent(view.influence[node])}`));
+      h("div", { class: "quiet" }, `influence ${percent(view.influence[node])}${branchOf(graph, node) ? ` · ${branchOf(graph, node)} branch` : ""}`));
     this.tip.hidden = false;
     const wide = this.tip.offsetWidth;
     this.tip.style.left = `${Math.max(6, Math.min(event.clientX + 14, window.innerWidth - wide - 8))}px`;
@@ -293,10 +294,10 @@ export class App {
   }
 
   sayActive() {
-    const found = this.activeNodes(this.main.graph).filter(([node]) => this.main.masks.nodes[node]);
+    const active = this.activeNodes(this.main.graph).filter(([node]) => this.main.masks.nodes[node]);
     const where = this.marked.text ? `“${this.picture.words[this.marked.position]}”` : "here";
-    const names = found.slice(0, 4).map(([node]) => short(this.title(node), 24)).join(", ");
-    this.picture.say(found.length ? `${found.length} nodes active at ${where}: ${names}${found.length > 4 ? ", …" : ""}` : `No node in this view is active at ${where}.`);
+    const names = active.slice(0, 4).map(([node]) => short(this.title(node), 24)).join(", ");
+    this.picture.say(active.length ? `${active.length} nodes active at ${where}: ${names}${active.length > 4 ? ", …" : ""}` : `No node in this view is active at ${where}.`);
   }
 
   focusOf(scene, hovered, selected) {
@@ -424,5 +425,11 @@ export class App {
 
   applyTheme() {
     document.documentElement.dataset.theme = this.dark ? "dark" : "light";
+    this.sendTheme();
+  }
+
+  /** Tells the feature's page in the panel which theme this page is in; it is of another origin, also from disk. */
+  sendTheme() {
+    this.pageFrame?.contentWindow?.postMessage({ difffractTheme: this.dark ? "dark" : "light" }, "*");
   }
 }

@@ -29,6 +29,7 @@ export function header(app) {
       button("help", "?", "Keys (?)", () => app.help.showModal())));
 }
 
+const isGuided = (app) => Object.values(app.graphs).some((graph) => graph?.guided);
 const hasScores = (app) => Object.values(app.graphs).some((graph) => graph?.node_kind.includes(SCORE));
 
 export function legend(app) {
@@ -36,6 +37,7 @@ export function legend(app) {
   return h("ul", { class: "legend", title: "Size of a node and width of an edge: how much the target hangs on it" },
     entry("feature img", "image feature"), entry("feature txt", "text feature"), entry("input img", "input"),
     entry("error img", "error"), entry("rest img", "not followed"), hasScores(app) ? entry("score", "attention") : null, entry("output", "target"),
+    isGuided(app) ? entry("feature img negative", "hollow: of the negative prompt") : null,
     h("li", {}, h("span", { class: "mark edge plus" }), (app.raises = h("span", {}))),
     h("li", {}, h("span", { class: "mark edge minus" }), (app.lowers = h("span", {}))));
 }
@@ -81,7 +83,7 @@ export function helpBox(app) {
 }
 
 export function frameBox(app) {
-  app.pageFrame = h("iframe", { title: "Page of the feature", referrerpolicy: "no-referrer" });
+  app.pageFrame = h("iframe", { title: "Page of the feature", referrerpolicy: "no-referrer", onload: () => app.sendTheme() });
   app.pageLink = h("a", { target: "_blank", rel: "noopener noreferrer" }, "Open in a tab of its own");
   app.pageDialog = h("dialog", { class: "feature-page" }, h("form", { method: "dialog" }, h("button", {}, "Close"), app.pageLink), app.pageFrame);
   return app.pageDialog;

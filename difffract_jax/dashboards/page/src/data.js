@@ -14,8 +14,12 @@ export const INPUT = 2;
 export const OUTPUT = 3;
 export const REST = 4;
 export const SCORE = 5;
+export const MODULATION = 6;
+export const WORD = 7;
 export const IMG = 0;
 export const TXT = 1;
+/** Branches of guidance, by code. */
+export const BRANCHES = ["prompt", "negative"];
 
 /** Returns the bytes of base64 text. */
 export function fromBase64(text) {
@@ -51,6 +55,7 @@ function withLists(graph) {
   graph.account = new Map(Array.from(graph.target_node, (node, place) => [node, place]));
   graph.isTarget = new Uint8Array(nodes);
   for (const { node } of graph.targets) graph.isTarget[node] = 1;
+  graph.guided = graph.node_branch !== undefined; // a page holds it where there is a negative branch alone
   return graph;
 }
 
@@ -68,6 +73,12 @@ function lists(ends, nodes) {
 /** Returns the edges of one node, in the order of the file. */
 export function edgesOf(list, node) {
   return list.edges.subarray(list.start[node], list.start[node + 1]);
+}
+
+/** Returns the branch of guidance that a node is of; "" for what is of both, and where a step is one evaluation. */
+export function branchOf(graph, node) {
+  const shared = graph.node_kind[node] === OUTPUT || graph.streams[graph.node_stream[node]] === "latent";
+  return graph.guided && !shared ? BRANCHES[graph.node_branch[node]] : "";
 }
 
 /** Returns where a node is active: [positions, values]. */

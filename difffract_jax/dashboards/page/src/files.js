@@ -69,9 +69,9 @@ export function readGroups(text, graph) {
   for (const [key, value] of Object.entries({ groups, names, notes, pinned })) {
     if (!SHAPES[key](value)) throw new Error(`This file is damaged at ${key}; open a .groups.json that was saved here.`);
   }
-  const found = namesIn(graph);
-  const all = (listed) => [...new Set(listed.flatMap(found))];
-  const keyed = (texts) => Object.fromEntries(Object.entries(texts).flatMap(([name, text]) => found(name).map((one) => [one, text])));
+  const membersOf = namesIn(graph);
+  const all = (listed) => [...new Set(listed.flatMap(membersOf))];
+  const keyed = (texts) => Object.fromEntries(Object.entries(texts).flatMap(([name, text]) => membersOf(name).map((one) => [one, text])));
   return {
     groups: groups.map(({ name, members }) => ({ name, members: all(members) })),
     names: keyed(names),
@@ -88,7 +88,7 @@ export async function saveGroups(name, documentToSave, server) {
     return `Saved as ${name}.groups.json in your downloads.`;
   }
   const answer = await fetch("groups", { method: "POST", body: text, headers: { "Content-Type": "application/json", "X-Token": server.token } });
-  const told = await answer.text();
-  if (!answer.ok) throw new Error(told);
-  return told;
+  const sentence = await answer.text();
+  if (!answer.ok) throw new Error(sentence);
+  return sentence;
 }

@@ -131,12 +131,12 @@ function placeRow(graph, nodes, words, zones, x, y) {
     const placed = mine.map((node) => [node, from + exact(node) * wide]).sort((a, b) => a[1] - b[1] || a[0] - b[0]);
     const lines = Math.max(1, Math.ceil((mine.length * SLOT) / (wide * 0.92)));
     for (let line = 0; line < lines; line++) {
-      const here = placed.filter((_, i) => i % lines === line);
-      const apart = Math.min(ROOMY, (0.92 * wide) / here.length);
+      const inLine = placed.filter((_, i) => i % lines === line);
+      const apart = Math.min(ROOMY, (0.92 * wide) / inLine.length);
       least = Math.min(least, apart);
-      spread(here.map(([, wanted]) => wanted), apart, from, to).forEach((at, i) => {
-        x[here[i][0]] = at;
-        y[here[i][0]] = line;
+      spread(inLine.map(([, wanted]) => wanted), apart, from, to).forEach((at, i) => {
+        x[inLine[i][0]] = at;
+        y[inLine[i][0]] = line;
       });
     }
     most = Math.max(most, lines);

@@ -1,7 +1,7 @@
 // Draws a graph to a canvas, or to anything with a canvas's calls (svg.js). Positions are screen pixels; sizes do not
 // grow with the zoom, so that lines and text stay crisp.
 import { paintGutters } from "./axes.js";
-import { ERROR, INPUT, OUTPUT, REST, SCORE, TXT } from "./data.js";
+import { ERROR, INPUT, OUTPUT, REST, SCORE, TXT, WORD, branchOf } from "./data.js";
 import { paintDensity } from "./density.js";
 import { GUTTER, radius, screen } from "./frame.js";
 import { paintLabels } from "./labels.js";
@@ -93,7 +93,7 @@ export function paintEdges(ctx, look, frame, edges, strong = 1) {
 }
 
 function shape(ctx, kind, x, y, r) {
-  if (kind === INPUT) {
+  if (kind === INPUT || kind === WORD) {
     ctx.moveTo(x - r, y - r);
     ctx.lineTo(x + r, y - r);
     ctx.lineTo(x + r, y + r);
@@ -133,29 +133,31 @@ export function colourOf(look, node) {
   return graph.node_stream[node] === TXT ? colours.text : colours.image;
 }
 
-/** Draws nodes, batched by shape and colour. */
+/** Draws nodes, batched by shape and colour; those of the negative branch of guidance are hollow. */
 export function paintNodes(ctx, look, frame, nodes) {
   const { graph, colours } = look;
   const batches = new Map();
   for (const node of nodes) {
     const kind = graph.isTarget[node] ? OUTPUT : graph.node_kind[node];
-    const key = `${kind}/${colourOf(look, node)}`;
+    const key = `${kind}/${branchOf(graph, node) === "negative" ? 1 : 0}/${colourOf(look, node)}`;
     if (!batches.has(key)) batches.set(key, []);
     batches.get(key).push(node);
   }
   for (const [key, mine] of batches) {
-    const kind = Number(key.split("/")[0]);
-    ctx.fillStyle = key.slice(key.indexOf("/") + 1);
-    ctx.strokeStyle = colours.paper;
-    ctx.lineWidth = 1.4;
+    const [kind, hollow] = key.split("/", 2).map(Number);
+    const colour = key.slice(key.indexOf("/", 2) + 1);
+    ctx.fillStyle = hollow ? colours.paper : colour;
+    ctx.strokeStyle = hollow ? colour : colours.paper;
+    ctx.lineWidth = hollow ? 2 : 1.4;
     ctx.beginPath();
     for (const node of mine) {
       const [x, y] = screen(frame, look, node);
       if (x < -20 || y < -20 || x > frame.width + 20 || y > frame.height + 20) continue;
       shape(ctx, kind, x, y, radius(look, node));
     }
-    if (nodes.length < 1500) ctx.stroke();
-    ctx.fill();
+    if (hollow) ctx.fill();
+    if (hollow || nodes.length < 1500) ctx.stroke();
+    if (!hollow) ctx.fill();
   }
   ring(ctx, look, frame, nodes.filter((node) => graph.isTarget[node]), colours.ink, 3.5, 1.4);
   const pinned = nodes.filter((node) => look.pinned.has(node));

@@ -1,12 +1,12 @@
 // The column beside the drawing: what the circuit adds up to, the node in hand, and the groups.
-import { FEATURE, edgesOf, mapOf } from "./data.js";
+import { FEATURE, SCORE, branchOf, edgesOf, mapOf } from "./data.js";
 import { cut, fill, h, number, percent } from "./dom.js";
 import { showAccount } from "./account.js";
 import { pin, rename, annotate, addToGroup, renameGroup, removeGroup, save, loadGroups } from "./edits.js";
 
 const KINDS = {
   feature: "feature", error: "error of the transcoder", input: "input", output: "target", rest: "features not followed",
-  score: "attention score",
+  score: "attention score", modulation: "shift, scale or gate", word: "word of the prompt, as the pooled vector has it",
 };
 const MOST_ROWS = 60;
 
@@ -41,8 +41,10 @@ export class Panel {
   /** Fills in everything that hangs on the graph and its pruning. */
   show() {
     const { graph, masks } = this.app.main;
-    const names = graph.targets.map(({ name }) => name);
-    fill(this.headline, this.app.store.view.show === "difference" ? "First minus second: " : "Why ", cut(names.length > 1 ? `${names[0]} and ${names.length - 1} more` : names[0], 80, { class: "name" }));
+    const [{ name, why }, ...others] = graph.targets;
+    const more = others.length ? ` and ${others.length} more` : "";
+    if (this.app.store.view.show === "difference") fill(this.headline, "First minus second: ", cut(name + more, 80, { class: "name" }));
+    else fill(this.headline, cut((more ? `Why ${name}` : why) + more, 120, { class: "name" }));
     showAccount(this.account, graph, this.app.account());
     this.showTop(graph, masks);
     fill(this.facts, h("summary", {}, "Where this graph comes from"),
@@ -80,7 +82,7 @@ export class Panel {
     const name = graph.names[node];
     const kind = graph.isTarget[node] ? "output" : graph.kinds[graph.node_kind[node]];
     return h("span", { class: "node-name" },
-      h("span", { class: `mark ${kind} ${graph.streams[graph.node_stream[node]]}` }),
+      h("span", { class: `mark ${kind} ${graph.streams[graph.node_stream[node]]} ${branchOf(graph, node)}`.trim() }),
       cut(title, most, { class: title === name ? "address" : "label" }),
       title === name ? null : cut(name, 26, { class: "address quiet" }));
   }
@@ -98,6 +100,9 @@ export class Panel {
     const kind = graph.isTarget[node] ? "output" : graph.kinds[graph.node_kind[node]];
     const facts = [["influence on the target", percent(influence[node])]];
     if (graph.node_kind[node] === FEATURE) facts.push(["largest value", number(graph.node_value[node])]);
+    // The rest of a block's scores is one node without a value of its own.
+    if (graph.node_kind[node] === SCORE && !name.startsWith("other scores ")) facts.push(["score, less the query's mean", number(graph.node_value[node])]);
+    if (branchOf(graph, node)) facts.push(["branch of guidance", branchOf(graph, node)]);
     if (mapOf(graph, node)[0].length) facts.push(["active at", `${mapOf(graph, node)[0].length} positions`]);
     fill(this.card,
       h("header", {}, h("h2", {}, cut(this.app.title(node), 80)),

@@ -113,18 +113,18 @@ export class Picture {
 
 /** Returns the nodes that are active at a position of a stream, with their share of their largest value. */
 export function activeAt(graph, text, position, padding) {
-  const found = [];
+  const active = [];
   for (let n = 0; n < graph.count; n++) {
     if ((graph.node_stream[n] === TXT) !== text) continue;
     const [positions, values] = mapOf(graph, n);
-    let here = graph.node_position[n] === position ? 1 : 0;
+    let strength = graph.node_position[n] === position ? 1 : 0;
     let most = 0;
     for (let i = 0; i < positions.length; i++) {
       most = Math.max(most, Math.abs(values[i]));
       const mine = padding !== null && text ? Math.min(positions[i], padding) === position : positions[i] === position;
-      if (mine) here = Math.max(here, Math.abs(values[i]));
+      if (mine) strength = Math.max(strength, Math.abs(values[i]));
     }
-    if (here > 0) found.push([n, most ? here / most : 1]);
+    if (strength > 0) active.push([n, most ? strength / most : 1]);
   }
-  return found.sort((a, b) => b[1] - a[1]);
+  return active.sort((a, b) => b[1] - a[1]);
 }

@@ -41,7 +41,10 @@ const difffract = (() => {
   const siteOf = (name) => scan.sites.find((one) => one.name === name);
   const folder = (site) => site.replace("/", "-");
   const padded = (count) => String(count).padStart(4, "0");
-  const rowsOf = (site) => Math.max(1, site.tokens * scan.run.steps);
+  const rowsOf = (site) => Math.max(1, site.tokens.reduce((sum, one) => sum + one, 0));
+  // With guidance by two branches a step has two evaluations, and what is counted by step elsewhere is by evaluation.
+  const branches = () => scan.run.branches || 1;
+  const evaluation = (i) => branches() === 1 ? `step ${i}` : `step ${Math.floor(i / 2)}, ${["prompt", "negative"][i % 2]}`;
 
   // 2. Script files, each asked for once.
   function load(path) {
@@ -142,9 +145,9 @@ const difffract = (() => {
   function cellsOf(text) {
     const bytes = Uint8Array.from(atob(text.slice(1)), (one) => one.charCodeAt(0));
     if (text[0] === "d") return (place) => bytes[place] || 0;
-    const found = new Map();
-    for (let i = 0; i < bytes.length; i += 3) found.set(256 * bytes[i] + bytes[i + 1], bytes[i + 2]);
-    return (place) => found.get(place) || 0;
+    const valueAt = new Map();
+    for (let i = 0; i < bytes.length; i += 3) valueAt.set(256 * bytes[i] + bytes[i + 1], bytes[i + 2]);
+    return (place) => valueAt.get(place) || 0;
   }
   function sprite(path, place, columns) {
     const at = (i) => `${columns > 1 ? (100 * i) / (columns - 1) : 0}%`;
@@ -180,7 +183,7 @@ const difffract = (() => {
     return make("span", { class: "words" }, ...tokens);
   }
   function example(site, one, prompt) {
-    const [, step, side, position, value, , map] = one, cell = cellsOf(map), streams = site.streams;
+    const [, step, side, position, value, , map, branch] = one, cell = cellsOf(map), streams = site.streams;
     const text = streams.includes("txt") ? 0 : -1;
     const image = streams.includes("img") ? (text === 0 ? scan.run.text_tokens : 0) : -1;
     const pair = make("span", { class: Math.max(...scan.thumb) <= 64 ? "pair small" : "pair" });
@@ -188,8 +191,10 @@ const difffract = (() => {
     pair.append(make("span", { style: ratio }, picture(prompt, false)));
     if (image >= 0) pair.append(make("span", { style: ratio }, picture(prompt, true), heatOver(cell, image)));
     if (image < 0) pair.classList.add("alone");
-    return [pair, words(prompt, text >= 0 ? cell : null, 0, side === "txt" ? position : -1),
-      make("span", { class: "meta", text: `${number(value)} at ${side === "txt" ? "word" : "patch"} ${position}, step ${step}` })];
+    // In the negative branch words are the negative prompt's; the image is the run's, whichever branch it is.
+    const read = branch === "negative" ? { tokens: scan.run.negative_words } : prompt;
+    return [pair, words(read, text >= 0 ? cell : null, 0, side === "txt" ? position : -1),
+      make("span", { class: "meta", text: `${number(value)} at ${side === "txt" ? "word" : "patch"} ${position}, step ${step}${branch ? `, ${branch}` : ""}` })];
   }
   function examples(site, name, feature, find) {
     const part = make("section"), commands = make("section");
@@ -220,9 +225,10 @@ const difffract = (() => {
     return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replace(/'/g, "'\\''")}'`;
   }
   function again(site, name, one, prompt) {
-    const [model, transcoders] = scan.names.map(quoted), [, step, side, position] = one;
-    const at = `${name}@${site.streams.length > 1 ? side : ""}${position}`, run = scan.run;
-    const sizes = `--seed ${prompt.seed} --steps ${run.steps} --height ${run.height} --width ${run.width} --text-tokens ${run.text_tokens}${run.guidance === null ? "" : ` --guidance ${run.guidance}`}${(scan.lora || []).map((one) => ` --lora ${quoted(one)}`).join("")}`;
+    const [model, transcoders] = scan.names.map(quoted), [, step, side, position, , , , branch] = one;
+    const run = scan.run, of = branch ? `~${branch}` : "", at = `${name}@${site.streams.length > 1 ? side : ""}${position}${of}`;
+    const away = run.negative_prompt ? ` --negative-prompt ${quoted(run.negative_prompt)}` : "";
+    const sizes = `--seed ${prompt.seed} --steps ${run.steps} --height ${run.height} --width ${run.width} --text-tokens ${run.text_tokens}${run.guidance === null ? "" : ` --guidance ${run.guidance}`}${away}${(scan.lora || []).map((one) => ` --lora ${quoted(one)}`).join("")}`;
     const lines = [];
     if (scan.role === "transcoder") lines.push(`difffract trace ${model} ${transcoders} ${quoted(prompt.text)} --target ${at} --step ${step} ${sizes}`);
     lines.push(`difffract steer ${model} ${transcoders} ${quoted(prompt.text)} --edit ${name}=zero ${sizes.replace("--seed", "--seeds")}`);
@@ -232,12 +238,12 @@ const difffract = (() => {
   }
 
   // 6. Charts.
-  function chart(bars, labels, words, describe) {
+  function chart(bars, labels, words, describe, groups = 1) {
     const wide = 320, high = 120, bottom = 18, top = 14, step = wide / bars.length, most = Math.max(...bars) || 1;
     const svg = draw("svg", { viewBox: `0 0 ${wide} ${high}`, role: "img", "aria-label": words });
     bars.forEach((value, i) => {
       const size = (value / most) * (high - bottom - top);
-      const bar = draw("rect", { class: "bar", x: i * step + step * 0.1, width: step * 0.8, y: high - bottom - size, height: Math.max(size, value ? 0.8 : 0) });
+      const bar = draw("rect", { class: i % groups ? "bar second" : "bar", x: i * step + step * 0.1, width: step * 0.8, y: high - bottom - size, height: Math.max(size, value ? 0.8 : 0) });
       bar.append(draw("title", {}, describe(i)));
       svg.append(bar);
     });
@@ -269,15 +275,16 @@ const difffract = (() => {
     make("figcaption", { text: `Values of the ${total.toLocaleString("en")} tokens at which it is active; bins are half octaves.` }));
   }
   function profile(site, feature) {
-    const often = feature.active.map((count) => count / Math.max(1, site.tokens)), steps = feature.active.map((_, i) => i);
-    const labels = steps.map((i) => [(i + 0.5) / steps.length, `step ${i}`]);
-    const few = steps.length <= 8;
-    const short = labels.filter((_, i) => few || i % Math.ceil(steps.length / 6) === 0);
-    const told = few ? values(often) : (svg) => svg, means = few ? values(feature.mean) : (svg) => svg;
+    const often = feature.active.map((count, i) => count / Math.max(1, site.tokens[i])), many = branches();
+    const steps = feature.active.length / many, labels = [...Array(steps).keys()].map((i) => [(i + 0.5) / steps, `step ${i}`]);
+    const few = feature.active.length <= 8;
+    const short = labels.filter((_, i) => steps <= 8 || i % Math.ceil(steps / 6) === 0);
+    const pairs = many > 1 ? " The first bar of each pair is of the prompt, the paler one of the negative prompt." : "";
+    const shares = few ? values(often) : (svg) => svg, means = few ? values(feature.mean) : (svg) => svg;
     return [
-      make("figure", {}, told(chart(often, short, "Share of tokens at which the feature is active, by denoising step", (i) => `step ${i}: ${percent(often[i])}`)),
-        make("figcaption", { text: "How often it is active, by denoising step; step 0 has most noise." })),
-      make("figure", {}, means(chart(feature.mean, short, "Mean value where the feature is active, by denoising step", (i) => `step ${i}: ${number(feature.mean[i])}`)),
+      make("figure", {}, shares(chart(often, short, "Share of tokens at which the feature is active, by denoising step", (i) => `${evaluation(i)}: ${percent(often[i])}`, many)),
+        make("figcaption", { text: `How often it is active, by denoising step; step 0 has most noise.${pairs}` })),
+      make("figure", {}, means(chart(feature.mean, short, "Mean value where the feature is active, by denoising step", (i) => `${evaluation(i)}: ${number(feature.mean[i])}`, many)),
         make("figcaption", { text: "Mean value where it is active, by denoising step." })),
     ];
   }
@@ -295,8 +302,8 @@ const difffract = (() => {
   }
   async function hasPage() {
     const partly = scan.sites.filter((one) => one.pages < scan.features);
-    const found = await Promise.all(partly.map(async (one) => [one.name, new Set((await listOf(one.name)).feature)]));
-    const some = new Map(found);
+    const listed = await Promise.all(partly.map(async (one) => [one.name, new Set((await listOf(one.name)).feature)]));
+    const some = new Map(listed);
     return (site, other) => Boolean(siteOf(site)) && (!some.has(site) || some.get(site).has(other));
   }
   function links(feature, known) {
@@ -324,7 +331,8 @@ const difffract = (() => {
       make("div", { class: "sheet pixels", role: "img", "aria-label": "What the feature adds to the image around one patch",
         style: { ...sprite(path, place, side), aspectRatio: "1" } }),
       make("div", {}, make("p", { text: words }), make("p", { class: "soft", text:
-        "What its usual value at one patch adds to the predicted image around it, through the last layer and the autoencoder's decoder alone, at the mean of all images of the scan. Later blocks may do more." })))];
+        "What its usual value at one patch adds to the predicted image around it, through the last layer and the autoencoder's decoder alone, at the mean of all images of the scan. Later blocks may do more."
+          + (branches() > 1 ? ` In the evaluation with the prompt, whose velocity counts ${number(scan.run.guidance)} times; in that with the negative prompt the sign is the other one, and the factor ${number(scan.run.guidance - 1)}.` : "") })))];
   }
   function detects(feature) {
     if (!(feature.detects || []).length) return [];
@@ -341,7 +349,7 @@ const difffract = (() => {
 
   // 8. The page.
   function facts(site, feature) {
-    const active = feature.active.reduce((a, b) => a + b, 0), all = site.l0.reduce((a, b) => a + b, 0) * site.tokens;
+    const active = feature.active.reduce((a, b) => a + b, 0), all = site.l0.reduce((sum, one, i) => sum + one * site.tokens[i], 0);
     const usual = feature.active.reduce((sum, count, i) => sum + count * feature.mean[i], 0) / Math.max(1, active);
     const rows = [["of the tokens", percent(active / rowsOf(site))], ["of the prompts", percent(feature.prompts / scan.prompts)],
       ["share of the site's L0", percent(all ? active / all : 0)], ["largest value", number(feature.peak)], ["mean where active", number(usual)]];
@@ -354,16 +362,16 @@ const difffract = (() => {
     return [make("h1", {}, make("span", { class: "name", text: name }), own || feature.label || "",
       ...chips.map((text) => make("span", { class: "chip", text, title: { dead: "never active in this scan", rare: "active at less than 0.01 % of the tokens" }[text] }))),
     make("p", { class: "soft", text: `Block ${scan.blocks[scan.sites.indexOf(site)]}, ${site.streams.map((one) => ({ img: "image", txt: "text" })[one]).join(" and ")} tokens; `
-      + `on average ${number(site.l0.reduce((a, b) => a + b, 0) / scan.run.steps)} of the site's ${scan.features.toLocaleString("en")} features are active at a token.` })];
+      + `on average ${number(site.l0.reduce((a, b) => a + b, 0) / site.l0.length)} of the site's ${scan.features.toLocaleString("en")} features are active at a token.` })];
   }
   function missing(words) {
     $("page").replaceChildren(make("h1", { text: words }), make("p", { class: "soft", text: "Choose a feature of the list, or open one by its name." }));
   }
   async function show() {
-    const asked = alone || decodeURIComponent(location.hash.slice(1)), parts = /^(\w+\/\d+)(?:\/f(\d+))?(?:[@#].*)?$/.exec(asked);
+    const wanted = alone || decodeURIComponent(location.hash.slice(1)), parts = /^(\w+\/\d+)(?:\/f(\d+))?(?:[@#].*)?$/.exec(wanted);
     document.body.classList.toggle("open", Boolean(parts && parts[2]));
     const site = parts && siteOf(parts[1]);
-    if (!site) { open = null; await showSite($("site").value); return asked ? missing(`There is no feature ${asked} in this scan.`) : overview(); }
+    if (!site) { open = null; await showSite($("site").value); return wanted ? missing(`There is no feature ${wanted} in this scan.`) : overview(); }
     open = parts[2] === undefined ? null : `${site.name}/f${Number(parts[2])}`;
     await showSite(site.name);
     if (open === null) return overview();
@@ -398,9 +406,9 @@ const difffract = (() => {
   function overview() {
     document.title = "Features";
     for (const id of ["before", "after"]) $(id).removeAttribute("href");
-    const heads = ["site", "block", "features", "never active", "rare", ...scan.run.sigmas.slice(0, -1).map((_, i) => `L0, step ${i}`)].slice(0, 13);
+    const heads = ["site", "block", "features", "never active", "rare", ...scan.sites[0].l0.map((_, i) => `L0, ${evaluation(i)}`)].slice(0, 13);
     $("page").replaceChildren(make("h1", { text: "What features do" }),
-      make("p", { text: `${scan.sites.reduce((sum, one) => sum + one.pages, 0).toLocaleString("en")} features of the ${scan.role}s ${scan.names[1]}, of the model ${scan.names[0]}, over ${scan.prompts.toLocaleString("en")} prompts of ${scan.run.steps} steps each.` }),
+      make("p", { text: `${scan.sites.reduce((sum, one) => sum + one.pages, 0).toLocaleString("en")} features of the ${scan.role}s ${scan.names[1]}, of the model ${scan.names[0]}, over ${scan.prompts.toLocaleString("en")} prompts of ${scan.run.steps} steps each${branches() > 1 ? `, each step evaluated twice, guided by ${number(scan.run.guidance)} away from the negative prompt \u201c${scan.run.negative_prompt}\u201d` : ""}.` }),
       make("p", { class: "soft", text: `L0: features active at a token, on average. Rare: active at less than 0.01 % of the tokens. Content hashes: model ${scan.model.slice(0, 12)}, ${scan.role}s ${scan.transcoders.slice(0, 12)}.` }),
       make("div", { class: "scroll" }, make("table", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col", text }))),
         ...scan.sites.map((one, i) => make("tr", {}, make("td", {}, make("a", { class: "name", href: `#${one.name}`, text: one.name })),
@@ -410,6 +418,11 @@ const difffract = (() => {
   function failed(error) {
     $("page").replaceChildren(make("p", { text: error.message }));
   }
+  // In the viewer's panel a page has the viewer's theme, else the system's.
+  addEventListener("message", ({ source, data }) => {
+    const theme = data?.difffractTheme;
+    if (source === parent && ["light", "dark"].includes(theme)) document.documentElement.dataset.theme = theme;
+  });
   function start() {
     $("site").replaceChildren(...scan.sites.map((one) => make("option", { value: one.name, text: one.name })));
     $("sort").replaceChildren(...Object.entries(SORTS).map(([value, text]) => make("option", { value, text })));

@@ -1,0 +1,116 @@
+"""The pooled path as nodes of a graph: modulations, and the words behind them (docs/method.md, section 11).
+
+1. `pooled_path.integrate` gives every modulation's edge into the graph's targets.
+2. `pooled_words.word_parts` splits each edge among the prompt's words.
+3. `graphs.pooled_nodes` puts both into the graph; what is left over is told in its provenance.
+"""
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Int64
+
+from difffract_jax.circuits.attribution.engine import Engine
+from difffract_jax.circuits.attribution.pooled_path import PooledEffects, integrate
+from difffract_jax.circuits.attribution.pooled_words import Words, word_parts
+from difffract_jax.circuits.frozen.replacement import Prepared
+from difffract_jax.circuits.trace.capture import Span, Trace, one_evaluation
+from difffract_jax.config import UserError
+from difffract_jax.graphs.graph import Graph
+from difffract_jax.graphs.held_paths import ExplainedPooled
+from difffract_jax.graphs.pooled_nodes import PooledNodes, with_pooled_nodes
+from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.models.streaming import streams_layers
+
+
+def check_pooled(trace: Trace | Span | Prepared, pipe: Pipeline | None, mesh: Mesh | None) -> None:
+    """Refuses what the pooled path is not explained of.
+
+    Args:
+        trace: what is traced.
+        pipe: the pipeline that was traced.
+        mesh: devices.
+
+    Raises:
+        UserError: if it is a span or spread over devices, did not run the exchange of the pooled embedding, or the
+            pipeline is missing, another one, has streamed blocks, or takes no pooled embedding.
+    """
+    one = trace.trace if isinstance(trace, Prepared) else trace
+    if isinstance(one, Span):
+        raise UserError(
+            f"The pooled path is explained within one step, not over several; trace {one_evaluation(one.info)}."
+        )
+    if mesh is not None and mesh.size > 1:
+        raise UserError("The pooled path is explained on one device as yet; leave the mesh out.")
+    if pipe is not None and not pipe.config.transformer.pooled_width:
+        raise UserError(
+            "Nothing pooled from the prompt enters this model, which has no pooled path to explain; leave it frozen."
+        )
+    if one.record.unpooled is None:
+        raise UserError(
+            "This trace did not run the exchange of the pooled embedding: it was imported, or its model takes none; "
+            "capture one with a model that does to have the pooled path explained."
+        )
+    if pipe is None:
+        raise UserError("The pooled path is explained with the live model; give the pipeline that was traced, as pipe.")
+    if pipe.source != one.info.model:
+        raise UserError(
+            f"The trace is of the model {one.info.model[:12]}, but the pipeline given is {pipe.source[:12]}; give the "
+            "one that was traced."
+        )
+    if streams_layers(pipe.transformer.stacks):
+        raise UserError(
+            "The pooled path is explained with all of the model's blocks in memory; give --weights device, or leave "
+            "the pooled path frozen."
+        )
+
+
+def add_pooled(
+    graph: Graph, engine: Engine, rows: Int64[np.ndarray, "target"], pipe: Pipeline, min_attribution: float
+) -> Graph:
+    """Adds modulations and words to a graph.
+
+    Args:
+        graph: position by position, without them.
+        engine: of its one step, without a mesh.
+        rows: of its targets in the engine's table, in their order.
+        pipe: the pipeline that was traced.
+        min_attribution: smallest edge that is kept.
+    """
+    info, effects = engine.infos[0], integrate(engine, rows, pipe)
+    share = graph.root_weights[graph.targets]
+    # One direction for each modulation: what it brings to all targets, by their weights.
+    directions = np.einsum("t,tmw->mw", share, effects.weights)
+    words = word_parts(pipe, info.text, info.text_tokens, directions, effects.exchanged)
+    none = np.zeros((effects.change.size, 0))
+    nodes = PooledNodes(
+        *effects.places,
+        change=effects.change,
+        edges=effects.edges,
+        remainder=effects.alone - effects.edges,
+        place=np.zeros(0, np.int64) if words is None else words.place,
+        words=none if words is None else words.edges,
+        bias=none.sum(axis=1) if words is None else words.missed + share @ effects.rounding,
+    )
+    graph = with_pooled_nodes(graph, nodes, min_attribution)
+    return graph.with_provenance(pooled=_told(effects, nodes, words), words=_texts(words))
+
+
+def _told(effects: PooledEffects, nodes: PooledNodes, words: Words | None) -> tuple[ExplainedPooled, ...]:
+    """Returns what a graph says of each target; what no word makes is the same for all, by their weights."""
+    unspoken = None if words is None else float(nodes.bias.sum())
+    total, absolute = effects.edges.sum(axis=1).tolist(), np.abs(effects.edges).sum(axis=1).tolist()
+    columns = zip(total, absolute, effects.remainder.tolist(), effects.direct.tolist(), strict=True)
+    return tuple(
+        ExplainedPooled(total=a, absolute=b, remainder=c, direct=d, unspoken=unspoken, points=effects.points)
+        for a, b, c, d in columns
+    )
+
+
+def _texts(words: Words | None) -> tuple[str, ...]:
+    """Returns the words by their places in CLIP's sequence."""
+    if words is None or not words.place.size:
+        return ()
+    found = [""] * (int(words.place.max()) + 1)
+    for place, text in zip(words.place.tolist(), words.text, strict=True):
+        found[place] = text
+    return tuple(found)

@@ -1,0 +1,176 @@
+"""Chroma from a diffusers directory to an image: diffusers' own pipeline is the measure.
+
+Its pipeline makes masks of floating point numbers, which PyTorch adds to the scores: padding is not hidden then, its
+scores are 1 lower. The model was trained with padding hidden, and the measure is the pipeline with boolean masks.
+"""
+
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from changed_copies import changed_copy
+from chroma import tiny_pipeline
+from converters.check import check
+from converters.export import export_pipeline
+from converters.pipelines import convert_pipeline
+from difffract_jax.config import UserError
+from difffract_jax.conversion import convert_model
+from difffract_jax.loading import load_pipeline
+from difffract_jax.models.pipeline import encode, generate, plan_run
+from difffract_jax.models.presets import preset_config
+from difffract_jax.models.sampler import ChromaSchedulerConfig, sigmas
+from difffract_jax.storage.checkpoint import leaf_paths
+from tolerances import TOL, relative_error
+
+PROMPT, NEGATIVE, WORDS = "a red fox", "a dog", 20
+SIZE = {"height": 24, "width": 32, "text_tokens": WORDS, "steps": 4}
+OWN = 11
+"""Tokens of the prompt: nine letters and spaces, a space before, and the closing one."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    made = tmp_path_factory.mktemp("chroma") / "diffusers"
+    tiny_pipeline(use_beta_sigmas=True).save_pretrained(made)
+    return made
+
+
+def noise():
+    return np.random.default_rng(0).standard_normal((12, 16)).astype(np.float32)
+
+
+def run_theirs(pipe, scale):
+    """Returns diffusers' pixels of the noise, its embedding of the prompt, and the times it fed."""
+    pipe.set_progress_bar_config(disable=True)
+    times = []
+
+    def keep(pipe, step, t, values):
+        times.append(float(t))
+        return values
+
+    with torch.no_grad():
+        text, _, mask, negative, _, negative_mask = pipe.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=WORDS)
+    given = {
+        "prompt_embeds": text,
+        "prompt_attention_mask": mask.bool(),
+        "negative_prompt_embeds": negative,
+        "negative_prompt_attention_mask": negative_mask.bool(),
+    }
+    made = pipe(
+        **given,
+        height=SIZE["height"],
+        width=SIZE["width"],
+        num_inference_steps=SIZE["steps"],
+        guidance_scale=scale,
+        latents=torch.tensor(noise())[None],
+        output_type="np",
+        callback_on_step_end=keep,
+    )
+    return made.images[0], text[0].numpy(), times
+
+
+def held_to_theirs(pipe, theirs, scale):
+    run = plan_run(pipe.config, **SIZE, guidance=scale, negative_prompt=None if scale == 1 else NEGATIVE)
+    pixels, text, times = theirs
+    assert np.allclose(run.sigmas[:-1] * 1000, times, rtol=1e-6)
+    encoded = encode(pipe, PROMPT, run.text_tokens)
+    assert relative_error(encoded.text[: OWN + 1], text[: OWN + 1]) <= TOL.f32_block
+    assert not np.any(encoded.text[OWN + 1 :]) and encoded.mask.sum() == OWN
+    made = generate(pipe, PROMPT, run=run, latents=noise())
+    assert np.max(np.abs(made.image / 255 - pixels)) <= 1 / 255
+
+
+def test_an_image_is_diffusers(home):
+    held_to_theirs(convert_pipeline(home), run_theirs(tiny_pipeline(use_beta_sigmas=True), 5.0), 5.0)
+
+
+@pytest.mark.slow
+def test_a_converted_directory_is_the_one_that_is_converted_in_memory(home, tmp_path):
+    made = convert_model(home, tmp_path / "ours")
+    ours, theirs = load_pipeline(tmp_path / "ours"), load_pipeline(home, weights="disk")
+    assert ours.config == theirs.config
+    assert ours.source == theirs.source == made.source
+    pairs = zip(leaf_paths(ours.vae).items(), leaf_paths(theirs.vae).items(), strict=True)
+    assert all(a == b and np.array_equal(x, y) for (a, x), (b, y) in pairs)
+    run = plan_run(ours.config, **SIZE)
+    images = [generate(pipe, PROMPT, run=run, latents=noise()).latents for pipe in (ours, theirs)]
+    assert relative_error(*images) <= TOL.f32_run
+    held_to_theirs(ours, run_theirs(tiny_pipeline(use_beta_sigmas=True), 1.0), 1.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_beta_sigmas": True}, {"use_dynamic_shifting": True, "use_beta_sigmas": True}, {"shift": 3.0}]
+)
+def test_the_schedule_is_diffusers(options):
+    for steps in (1, 4, 35):
+        theirs, config = FlowMatchEulerDiscreteScheduler(**options), ChromaSchedulerConfig(**options)
+        mu = config.log_shift(steps, 36) if config.use_dynamic_shifting else None
+        theirs.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+        assert np.allclose(sigmas(config, steps, 36), theirs.sigmas.numpy(), rtol=1e-6)
+
+
+def test_a_prompt_that_fills_the_text_has_nothing_to_hide(home):
+    pipe = convert_pipeline(home)
+    assert np.all(np.any(np.asarray(encode(pipe, PROMPT, OWN).text) != 0, axis=-1))
+    cut = encode(pipe, PROMPT, 6)
+    assert cut.cut == "d fox" and cut.mask.all() and np.all(np.any(np.asarray(cut.text) != 0, axis=-1))
+    empty = np.any(np.asarray(encode(pipe, "", 6).text) != 0, axis=-1)
+    assert empty.tolist() == [True, True, False, False, False, False]
+    assert jnp.all(pipe.tokenizers.encode(PROMPT, 12).t5_ids[OWN:] == 0)
+    assert pipe.tokenizers.pieces(np.array([3, 4, 1, 0], np.int32)) == ["\u2581", "a", "</s>", "<pad>"]
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("model_index.json", {"_class_name": "ChromaImg2ImgPipeline"}, "is a ChromaImg2ImgPipeline, .*did you"),
+        ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "CLIPTextModel instead of T5Encoder"),
+        ("text_encoder/config.json", {"d_model": 64}, "joint_attention_dim is 24, but T5's d_model is 64"),
+        ("text_encoder/config.json", {"pad_token_id": None}, "pad_token_id=None, but a whole number is needed"),
+        ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds=True"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_sentence(home, tmp_path, file, values, message):
+    with pytest.raises(UserError, match=message) as error:
+        convert_pipeline(changed_copy(home, tmp_path, file, **values))
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_that_is_missing_is_named_and_no_base_is_asked_for(home, tmp_path):
+    copy = shutil.copytree(home, tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(copy / "text_encoder")
+    with pytest.raises(UserError, match="lacks text_encoder; copy these folders, .*lodestones/Chroma1-HD") as error:
+        load_pipeline(copy)
+    assert "--base" not in str(error.value)
+
+
+def test_what_is_not_there_yet_is_one_sentence(home, tmp_path):
+    alone = shutil.copytree(home / "transformer", tmp_path / "alone")
+    with pytest.raises(UserError, match="is Chroma's transformer alone, which --base cannot complete"):
+        load_pipeline(alone)
+    with pytest.raises(UserError, match="a transformer of Chroma, which --base cannot complete"):
+        load_pipeline(home / "transformer", base="organism")
+    file = shutil.copyfile(next(alone.glob("*.safetensors")), tmp_path / "chroma.safetensors")
+    with pytest.raises(
+        UserError, match="is a Chroma transformer in one file, but Chroma is read from diffusers' whole dir"
+    ):
+        load_pipeline(file)
+    pipe = load_pipeline(home)
+    assert repr(pipe).startswith("Chroma pipeline") and "T5 encoder" in repr(pipe)
+    with pytest.raises(UserError, match="can be saved as a diffusers directory, but this is Chroma"):
+        export_pipeline(pipe, tmp_path / "out")
+    with pytest.raises(UserError, match="`convert check` compares .*, but .* is one of Chroma; generate an image"):
+        check(home, pipe)
+
+
+def test_the_preset_has_the_published_sizes():
+    config = preset_config("chroma1-hd")
+    shape = config.transformer
+    assert (shape.d_model, shape.layout.depth, shape.modulation_rows) == (3072, 57, 344)
+    assert (plan_run(config).branch_scale, config.defaults.steps, config.defaults.text_tokens) == (5.0, 35, 512)
