@@ -137,6 +137,21 @@ def follows_the_switch(page, name):
         page.click(".feature-page button")
 
 
+def opens_again_before_the_next_frame(page, name):
+    """Presses the key right after the panel is closed: a closed dialog keeps the focus until the next frame."""
+    open_in_panel(page, name)
+    focused, shown = page.evaluate("""() => {
+      const dialog = document.querySelector(".feature-page"), button = dialog.querySelector("button");
+      button.focus();
+      button.click();
+      const focused = document.activeElement;
+      focused.dispatchEvent(new KeyboardEvent("keydown", { key: "o", bubbles: true }));
+      return [focused === button, dialog.open];
+    }""")
+    assert focused and shown
+    page.click(".feature-page button")
+
+
 @pytest.mark.parametrize("served", [False, True])
 def test_nodes_of_a_viewed_graph_open_these_pages_in_a_panel(folder, tab, tmp_path, served):
     graph = aggregate(circuit(steps=1))
@@ -159,6 +174,7 @@ def test_nodes_of_a_viewed_graph_open_these_pages_in_a_panel(folder, tab, tmp_pa
             page.click(".feature-page button")
             assert page.is_hidden(".feature-page")
         follows_the_switch(page, first)
+        opens_again_before_the_next_frame(page, first)
         page.evaluate("difffract.select(difffract.main.graph.names.indexOf('img/0/f1'))")
         assert page.locator("[data-action=page]").count() == 0  # it is said to have none
         own = (server.address if served else folder.as_uri(), "data:", "blob:", settings.out.as_uri())

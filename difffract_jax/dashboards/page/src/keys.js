@@ -33,7 +33,8 @@ export function listen(app) {
     Escape: () => app.select(null),
   };
   document.addEventListener("keydown", (event) => {
-    const typing = event.target.closest?.("input:not([type=range]), textarea, select, dialog");
+    // A dialog that was closed keeps the focus until the next frame; a key pressed by then is the page's.
+    const typing = event.target.closest?.("input:not([type=range]), textarea, select, dialog[open]");
     if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "z" && !typing) {
       event.preventDefault();
       return event.shiftKey ? app.store.redo() : app.store.undo();
