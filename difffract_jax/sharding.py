@@ -27,6 +27,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from difffract_jax.config import UserError, nearest
 from difffract_jax.spread import MODEL_AXES, spread_over, ways_of
 from difffract_jax.storage.checkpoint import ShardingsOf, leaf_paths
+from difffract_jax.storage.compile_cache import compile_cpu_meshes_anew
 from difffract_jax.storage.remote.addresses import is_remote
 from difffract_jax.storage.tiles import Tiling
 
@@ -213,6 +214,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         wanted = " x ".join(f"{name} {size}" for name, size in shape.items())
         raise UserError(f"The mesh {wanted} needs {prod(sizes)} devices, but only {len(found)} are here.")
     types, used = (AxisType.Auto,) * len(MESH_AXES), found[: prod(sizes)]
+    if len(used) > 1 and used[0].platform == "cpu":
+        compile_cpu_meshes_anew()
     try:
         return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=used)
     except RuntimeError:

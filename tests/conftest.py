@@ -4,7 +4,8 @@
 2. No network: a library that would fetch something fails at once.
 3. Matrix products at full float32 precision, which is what the tolerances assume.
 4. Compiled programs are dropped before they use up the memory maps that the kernel grants a process.
-5. What one process has compiled others read, in this run and the next: `compiled.py`.
+5. What one process has compiled others read, in this run and the next: `compiled.py`. Programs of several devices are
+   compiled anew, since loaded ones may hang: `compile_cpu_meshes_anew`.
 6. The compiler does not optimise its machine code, since compiling is two thirds of the time; a module that mostly
    compiles takes a third of the time. Results differ by rounding alone, which no tolerance may hang on. As users run
    it: `XLA_FLAGS= pytest`. A virtual device waits ten minutes for the others, since on a busy machine the 40 seconds
@@ -56,8 +57,10 @@ import pytest  # noqa: E402
 from hypothesis.internal.conjecture import providers  # noqa: E402
 
 import hub_server  # noqa: E402
+from difffract_jax.storage.compile_cache import compile_cpu_meshes_anew  # noqa: E402
 
 contexts.share()
+compile_cpu_meshes_anew()
 
 hypothesis.settings.register_profile("same", derandomize=True)
 hypothesis.settings.register_profile("search", derandomize=False)

@@ -11,6 +11,8 @@
    too: those of this machine at once, those of others, as where a home is shared, when it is a month old.
 4. Whatever fails costs time, never a result: without a home that can be written, everything is compiled.
 5. Whoever has set `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE` is left to it.
+6. Programs of several CPU devices are neither kept nor loaded, whoever has set the cache: loaded ones may hang, see
+   `compile_cpu_meshes_anew`.
 
 Only the standard library is imported: commands call this before JAX is loaded, and JAX then reads its environment.
 """
@@ -71,6 +73,38 @@ def enable_compile_cache(folder: str | Path | None = None) -> Path | None:
     atexit.register(_publish_and_remove, own, shared, os.getpid())
     _tell_jax(own)
     return shared
+
+
+def compile_cpu_meshes_anew() -> None:
+    """Makes JAX pass over its cache for programs of several CPU devices, in one process or in several.
+
+    XLA compiles a program so that its devices run their collectives in one order. What it loads has lost that order:
+    of two all-reduces that do not need each other, one device may begin with the first and another with the second,
+    and both wait for ever. Programs of one device are loaded as ever, and so are all of TPUs and GPUs.
+
+    `sharding.make_mesh` calls it. It replaces a function of JAX that is not public; in a release that lacks it, this
+    process goes on without the cache.
+    """
+    jax, compiler = (importlib.import_module(name) for name in ("jax", "jax._src.compiler"))
+    through_cache, compile_anew = (
+        getattr(compiler, name, None) for name in ("compile_or_get_cached", "backend_compile_and_load")
+    )
+    if getattr(through_cache, "passes_over_cpu_meshes", False):
+        return
+    if through_cache is None or compile_anew is None:
+        jax.config.update("jax_enable_compilation_cache", False)
+        importlib.import_module("jax.experimental.compilation_cache.compilation_cache").reset_cache()
+        return
+
+    def compile_or_get_cached(
+        backend: Any, computation: Any, devices: Any, options: Any, callbacks: Any, runs_on: Any, *others: Any
+    ) -> Any:
+        if backend.platform == "cpu" and devices.size > 1:
+            return compile_anew(backend, computation, runs_on, options, callbacks)
+        return through_cache(backend, computation, devices, options, callbacks, runs_on, *others)
+
+    compile_or_get_cached.passes_over_cpu_meshes = True  # type: ignore[attr-defined]
+    compiler.compile_or_get_cached = compile_or_get_cached
 
 
 def user_cache() -> Path:

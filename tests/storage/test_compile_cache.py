@@ -7,9 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from jax._src.compilation_cache import compress_executable
+from jax.sharding import NamedSharding, PartitionSpec
 
+from difffract_jax.sharding import make_mesh
 from difffract_jax.storage import compile_cache
 from difffract_jax.storage.compile_cache import enable_compile_cache, link_programs, publish, sweep, user_cache
 
@@ -63,6 +67,35 @@ def test_the_next_process_reads_what_one_has_compiled(tmp_path):
     assert runs[0][0] == runs[1][0], "a program that is read computes the same"
     assert int(runs[0][1]) == 0 < int(runs[1][1])
     assert [folder.name[:4] for folder in tmp_path.iterdir()] == ["jax-"], "no process leaves a folder of its own"
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_programs_of_several_cpu_devices_are_neither_kept_nor_loaded(devices):
+    requests = []
+
+    def listen(name, **_):
+        requests.append(name.endswith("compile_requests_use_cache"))
+
+    mesh = make_mesh({"feature": devices}, jax.devices()[:devices])
+    rows = jax.device_put(np.ones((4, 4), np.float32), NamedSharding(mesh, PartitionSpec("feature")))
+    jax.monitoring.register_event_listener(listen)
+    try:
+        assert float(jax.jit(lambda x: (x * 3 + 5).sum())(rows)) == 128.0
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    assert any(requests) == (devices == 1)
+
+
+def test_a_jax_without_the_function_goes_on_without_its_cache(monkeypatch):
+    changed = []
+    monkeypatch.delattr("jax._src.compiler.backend_compile_and_load")
+    monkeypatch.setattr("jax._src.compiler.compile_or_get_cached", lambda *_: None)
+    monkeypatch.setattr("jax.config.update", lambda name, value: changed.append((name, value)))
+    monkeypatch.setattr(
+        "jax.experimental.compilation_cache.compilation_cache.reset_cache", lambda: changed.append("reset")
+    )
+    compile_cache.compile_cpu_meshes_anew()
+    assert changed == [("jax_enable_compilation_cache", False), "reset"]
 
 
 def test_a_process_sees_finished_programs_and_publishes_whole_ones(shared):
