@@ -7,7 +7,7 @@
     python benchmarks/bucket_runs.py bytes                       what a host reads, against the bytes of its shard
 
 The bucket is fake-gcs-server's behind the tests' proxy, on this machine. Every process has a working directory and a
-cache of its own; compiled programs alone are shared, as each would otherwise spend a minute on them.
+cache of its own; compiled programs of one device alone are shared, and those of several are compiled by each.
 
 1. `rows`: `difffract harvest` of the organism's rows into the bucket; every shard is compared with one process's.
 2. `model`: the recipe of configs/train-organism.yaml, shortened, four devices in four processes, into the bucket;
