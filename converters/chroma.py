@@ -123,7 +123,8 @@ _ALLOWED = AllowList(
         "approximator_layers": 5,
     },
     fixed={"_class_name": (CLASS,), "patch_size": (1,), "guidance_embeds": (False,)},
-    inert=frozenset(("_diffusers_version", "_name_or_path")),
+    # The release's file says the width of FLUX.1's pooled text, too, which the class does not read.
+    inert=frozenset(("_diffusers_version", "_name_or_path", "pooled_projection_dim")),
 )
 
 
