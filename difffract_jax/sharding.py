@@ -343,7 +343,11 @@ def sharding_table(tree: Any, mesh: Mesh, rules: Sequence[AxisRule], placement: 
 
 
 def initialize_distributed(
-    coordinator: str | None = None, processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    seconds: int = 300,
 ) -> None:
     """Joins this process to a multi-host run; does nothing when it has joined already.
 
@@ -351,9 +355,10 @@ def initialize_distributed(
         coordinator: address `host:port` of the first process; found by JAX itself on TPU pods and under Slurm.
         processes: how many processes take part.
         process_id: this process's number, from 0.
+        seconds: how long it waits for the others.
     """
     if not jax.distributed.is_initialized():
-        jax.distributed.initialize(coordinator, processes, process_id)
+        jax.distributed.initialize(coordinator, processes, process_id, initialization_timeout=seconds)
 
 
 def _partition_spec(

@@ -90,7 +90,7 @@ TOGETHER = (
     ("dashboards/test_feature_scan.py", "dashboards/test_feature_pages.py", "dashboards/test_feature_links.py"),
     ("circuits/checks/test_validation.py", "circuits/effects/test_readings.py"),
     ("cli/test_explain.py", "cli/test_validate.py", "test_journey.py", "studies/test_circuit_studies.py"),
-    ("transcoders/test_processes.py", "transcoders/test_training.py"),
+    ("transcoders/test_processes.py", "transcoders/test_training.py", "transcoders/test_deadlines.py"),
 )
 """Files that share a trace, a scan, compiled steps or a server of processes, which are made once in a process."""
 LONGEST = (

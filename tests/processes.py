@@ -13,15 +13,18 @@ import sys
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
 from difffract_jax.cli.main import main
+from difffract_jax.transcoders import deadlines
+from difffract_jax.transcoders.settings import SUPERVISED
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = ["processes", "difffract_jax.transcoders.training", "difffract_jax.loading", "difffract_jax.cli.bars"]
 NEVER = 10**9
 
 
-def start(arguments, log, *, cache, devices=1, adds=True, most_bytes=None):
+def start(arguments, log, *, cache, devices=1, adds=True, most_bytes=None, start_up=None, fails=None, supervised=False):
     """Starts `difffract ARGUMENTS` and returns its process.
 
     Args:
@@ -31,9 +34,13 @@ def start(arguments, log, *, cache, devices=1, adds=True, most_bytes=None):
         devices: how many virtual ones it has.
         adds: whether it may add to the cache.
         most_bytes: the longest file it may write; None for any.
+        start_up: seconds it waits for others at the start; None for as long as users' processes do.
+        fails: after how many computations that processes share the next one fails, and what JAX says then.
+        supervised: whether it was started by `--max-restarts`.
     """
     CONTEXT.set_forkserver_preload(PRELOADED)
     given = ([str(argument) for argument in arguments], str(log), str(cache), devices, adds, most_bytes)
+    given += (start_up, fails, supervised)
     process = CONTEXT.Process(target=_run, args=given)
     process.start()
     return process
@@ -46,7 +53,7 @@ def finish(process, log, seconds=120):
     return process.exitcode, Path(f"{log}.err").read_text()
 
 
-def _run(arguments, log, cache, devices, adds, most_bytes):
+def _run(arguments, log, cache, devices, adds, most_bytes, start_up, fails, supervised):
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if most_bytes is not None:
@@ -55,5 +62,24 @@ def _run(arguments, log, cache, devices, adds, most_bytes):
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0 if adds else NEVER)
+    if supervised:
+        os.environ[SUPERVISED] = "0"
+    if start_up is not None:
+        deadlines.START_UP = start_up
+    if fails is not None:
+        _let_fail(*fails)
     sys.argv = ["difffract", *arguments]
     main()
+
+
+def _let_fail(after, said):
+    """Has a computation that processes share fail after some that do not, as JAX tells it."""
+    shared, done = multihost_utils.process_allgather, []
+
+    def or_fails(*given, **more):
+        if len(done) == after:
+            raise jax.errors.JaxRuntimeError(said)
+        done.append(1)
+        return shared(*given, **more)
+
+    multihost_utils.process_allgather = or_fails

@@ -137,10 +137,10 @@ def test_the_table_has_a_line_per_parameter() -> None:
 def test_joining_a_multi_host_run_twice_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: bool(calls))
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **more: calls.append((given, more)))
+    sharding.initialize_distributed("host:1234", 2, 0, seconds=60)
     sharding.initialize_distributed("host:1234", 2, 0)
-    sharding.initialize_distributed("host:1234", 2, 0)
-    assert calls == [("host:1234", 2, 0)]
+    assert calls == [(("host:1234", 2, 0), {"initialization_timeout": 60})]
 
 
 SD3 = Sd3Config(

@@ -9,8 +9,8 @@ text_encoders   on the host between uses; host_buffer: so the buffer; serving: f
 overlap         rows made while steps run
 objective       losses; active: codes of few features; revival: dead ones; state, step, site_loop: one update
 defaults        what suits the rows, where nobody said
-training        a run, its checkpoints and logs; processes: of several hosts; sweep: of several recipes;
-                exporting: what one has made so far
+training        a run, its checkpoints and logs; processes: of several hosts; deadlines: that one misses;
+                sweep: of several recipes; exporting: what one has made so far
 codes           what features do over many prompts
 replaced        the model with MLPs replaced; evaluation: how faithful that is
 row_evaluation  the same on rows alone; comparison: of two sets

@@ -7,7 +7,9 @@
    moment, as they may be about to tell the same error.
 3. The first process tells the others; if it is itself the one that has died, each of them tells. After a death they may
    be started again, after an error of another process not: its own start would be what is missing.
-4. While processes are joined, what C++ libraries write to stderr goes into a file. Of a process that dies of an error
+4. A process that waits in vain for another, at the start or later, ends in a sentence too (`deadlines`). It may be
+   started again: who was late once need not be again.
+5. While processes are joined, what C++ libraries write to stderr goes into a file. Of a process that dies of an error
    that nobody foresaw its end is shown; of one that another takes along it would bury the sentence.
 
 `joined` does all of this around a command.
@@ -33,6 +35,7 @@ from typing import Any
 import jax
 
 from difffract_jax.config import SharedError, UserError
+from difffract_jax.transcoders.deadlines import is_deadline, not_together, waited
 from difffract_jax.transcoders.processes import everywhere, is_first, join_processes, texts
 from difffract_jax.transcoders.settings import SUPERVISED, TRY_AGAIN
 
@@ -42,6 +45,8 @@ GRACE = 5.0
 """Seconds that processes are given to end by themselves when another has ended with an error."""
 SHOWN = 4000
 """Bytes of the C++ libraries' messages that are shown."""
+SHORT = 200
+"""Characters of a message that are part of a sentence."""
 
 
 def failed_status() -> int:
@@ -64,8 +69,9 @@ def joined(text: str | None, advice: Callable[[], str]) -> Iterator[None]:
         yield
         return
     with _own_stderr() as stderr:
-        join_processes(text)
-        line = _Line(advice, stderr)
+        with _coming_together(text, advice, stderr):
+            join_processes(text)
+            line = _Line(advice, stderr)
         try:
             yield
         except SharedError:
@@ -74,9 +80,11 @@ def joined(text: str | None, advice: Callable[[], str]) -> Iterator[None]:
         except UserError:
             line.close("error")
             raise
-        except (ValueError, OSError, RuntimeError):
+        except (ValueError, OSError, RuntimeError) as error:
             # A communication that another's death has cut off fails here: the thread is about to say so.
             time.sleep(GRACE)
+            if isinstance(error, RuntimeError) and is_deadline(str(error)):
+                line.end_late(str(error))
             line.close("error")
             raise
         except BaseException:
@@ -86,11 +94,40 @@ def joined(text: str | None, advice: Callable[[], str]) -> Iterator[None]:
             line.close("well")
 
 
+@contextlib.contextmanager
+def _coming_together(text: str, advice: Callable[[], str], stderr: int) -> Iterator[None]:
+    """Ends this process in one sentence if others do not come within a block, or have ended; arguments as of `_Line`.
+
+    Without leaving Python as usual, where JAX would wait for the others once more.
+    """
+
+    def end(reason: str) -> None:
+        try:
+            os.write(stderr, f"Error: {reason}; {advice()}\n".encode())
+        finally:  # also where the run's disk is gone, which the advice looks at
+            os._exit(failed_status())
+
+    def aborted() -> None:
+        said = os.pread(2, SHOWN, 0).decode(errors="replace")  # the file of what C++ has written
+        end(not_together(said, text) or f"The processes could not be joined ({' '.join(said.split())[:SHORT]})")
+
+    kept = _on_abort(aborted)
+    try:
+        yield
+    except BaseException as error:
+        reason = not_together(str(error), text) if isinstance(error, RuntimeError) else None
+        if reason is not None:
+            end(reason)
+        _default_abort()
+        raise
+    del kept  # which C++ may call until here: from now on it calls the one of `_Line`
+
+
 class _Line:
     """The connections of a process: the first has one to every other, the others one to the first."""
 
     def __init__(self, advice: Callable[[], str], stderr: int) -> None:
-        self._advice, self._stderr, self._closed = advice, stderr, False
+        self._advice, self._stderr, self._closed, self._ending = advice, stderr, False, False
         self._hosts = texts(socket.gethostname())
         self._peers = self._connected()
         if not everywhere(len(self._peers) == (jax.process_count() - 1 if is_first() else 1)) and is_first():
@@ -130,13 +167,21 @@ class _Line:
     def close(self, how: str) -> None:
         """Tells the others that this process ends, `well` or with an `error`, and watches no longer."""
         self._closed = True
-        ctypes.CDLL(None).signal(signal.SIGABRT, 0)  # back to the default
+        _default_abort()
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 peer.sendall(f"{how}\n".encode())
         if how == "error":
             # JAX would wait at the exit for processes that have ended.
             atexit.register(_leave)
+
+    def end_late(self, said: str) -> None:
+        """Ends this process, which has waited for another in vain, as JAX says; all may be started again."""
+        self._ending = True
+        seconds = waited(said)
+        this = f"Process {jax.process_index()} on {self._hosts[jax.process_index()]}"
+        how_long = f" for {seconds:g} s" if seconds else ""
+        self._end(f"{this} has waited{how_long} in vain for another at a computation that they share", True)
 
     def _watch(self) -> None:
         open_peers = {peer: number for number, peer in self._peers.items()}
@@ -147,7 +192,7 @@ class _Line:
                     continue
                 if said == "error":
                     time.sleep(GRACE)
-                if not self._closed:
+                if not (self._closed or self._ending):
                     what = "has ended with an error" if said == "error" else "has died"
                     told = said.startswith("told")
                     self._end(
@@ -259,6 +304,11 @@ def _on_abort(work: Callable[[], Any]) -> Any:
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, kind], ctypes.c_void_p
     library.signal(signal.SIGABRT, kept)
     return kept
+
+
+def _default_abort() -> None:
+    """Has C++ end this process as it does by default."""
+    ctypes.CDLL(None).signal(signal.SIGABRT, 0)
 
 
 def _leave() -> None:

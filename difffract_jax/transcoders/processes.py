@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from difffract_jax.config import SharedError, UserError, sentence_of
 from difffract_jax.sharding import initialize_distributed
+from difffract_jax.transcoders import deadlines
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ def join_processes(text: str) -> None:
 
     Raises:
         UserError: if it is neither, or the others cannot be found.
+        RuntimeError: if JAX tells that not all have come in time; most releases end the process instead (`deadlines`).
     """
     address, *numbers = text.split(",")
     explicit = ":" in address and len(numbers) == 2 and all(number.isdecimal() for number in numbers)
@@ -47,10 +49,12 @@ def join_processes(text: str) -> None:
         )
     try:
         if explicit:
-            initialize_distributed(address, int(numbers[1]), int(numbers[0]))
+            initialize_distributed(address, int(numbers[1]), int(numbers[0]), seconds=deadlines.START_UP)
         else:
-            initialize_distributed()
+            initialize_distributed(seconds=deadlines.START_UP)
     except (ValueError, RuntimeError) as error:
+        if deadlines.is_deadline(str(error)):
+            raise
         said = " ".join(str(error).split())[:200]
         raise UserError(
             f"The processes could not be joined ({said}); write --join HOST:PORT,NUMBER,PROCESSES."

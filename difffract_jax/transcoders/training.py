@@ -261,13 +261,15 @@ def _loop(
     first = step = int(run.state.step)
     saved, means, clock = step if step else -1, {}, _clock(setup)
     with stop_signal(came) as asked, profiled(home, settings.profile, first) as profile, ExitStack() as held:
-        serve, coming = held.enter_context(serving(setup)), held.enter_context(upcoming(setup, source, position))
+        serve, stopped, coming = held.enter_context(serving(setup)), asked(), None
+        if step < settings.steps and not stopped:  # the first chunk takes as long as a refresh
+            coming = held.enter_context(upcoming(setup, source, position))
+            stopped = asked()
         ends = time.monotonic() + 60 * (settings.max_minutes or float("inf"))
 
         def stop() -> bool:
             return asked() or time.monotonic() >= ends
 
-        stopped = asked()
         while step < settings.steps and not stopped:
             if position.served == setup.plan.round_batches:
                 if setup.mesh.devices.flat[0].platform == "cpu":

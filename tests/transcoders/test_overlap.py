@@ -180,18 +180,35 @@ def test_on_several_devices_rows_are_made_where_steps_are() -> None:
     source.close()
 
 
+class Device(NamedTuple):
+    """What decides of a device."""
+
+    platform: str
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the device one on which a run overlaps by itself."""
+    monkeypatch.setattr(overlap, "first_device", lambda mesh: Device("gpu"))
+    monkeypatch.setattr(overlap, "memory_for", lambda device: Memory(2**40, 2**40, "the device"))
+
+
+def test_rows_are_made_ahead_only_where_a_step_follows(roomy: None, whole: Whole, tmp_path: Path) -> None:
+    out, source = tmp_path / "run", Rows()
+    weights = run(settings(out, overlap="auto"), source)
+    assert all(map(np.array_equal, weights, whole.weights)) and log(out) == whole.log and "rows" in source.threads
+    done = Rows()
+    assert all(map(np.array_equal, run(settings(out, overlap="auto"), done, resume=True), weights))
+    assert done.made == [], "a run that is done needs no rows"
+
+
 @pytest.mark.parametrize(("platform", "free", "does"), [("cpu", 2**40, False), ("gpu", 2**40, True), ("gpu", 1, False)])
 def test_memory_and_the_device_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, free: int, does: bool
 ) -> None:
-    class Device:
-        pass
-
     config, rows = settings(tmp_path), Rows()
     setup = set_up(config, rows.sites, rows.width, open_mesh(config))
-    device = Device()
-    device.platform = platform
-    monkeypatch.setattr(overlap, "first_device", lambda mesh: device)
+    monkeypatch.setattr(overlap, "first_device", lambda mesh: Device(platform))
     monkeypatch.setattr(overlap, "memory_for", lambda device: Memory(free, free, "the device"))
     with upcoming(setup, rows, buffers.Position(3, 0, 0, (1, 1))) as coming:
         assert (coming is not None) == does
