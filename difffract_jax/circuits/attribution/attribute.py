@@ -83,7 +83,7 @@ def attribute(
             graph's targets, each driven by what makes its query and its keys.
         max_scores: at most so many, of all steps; the others are one node per block and step.
         pooled: whether modulations are taken as they were, or become nodes too, with what each brings to the exchange
-            of the pooled embedding, and the prompt's words behind them; of one step and on one device.
+            of the pooled embedding, and the prompt's words behind them; on one device.
         pipe: the pipeline that was traced, its blocks in memory; needed where the pooled path is explained.
         progress: called with (nodes expanded, `max_nodes`).
 
