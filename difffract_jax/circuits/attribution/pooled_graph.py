@@ -8,7 +8,6 @@
 from collections.abc import Mapping
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float64, Int64
 
 from difffract_jax.address import BRANCHES, PROMPT
@@ -25,22 +24,19 @@ from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.models.streaming import streams_layers
 
 
-def check_pooled(trace: Trace | Span | Prepared, pipe: Pipeline | None, mesh: Mesh | None) -> None:
+def check_pooled(trace: Trace | Span | Prepared, pipe: Pipeline | None) -> None:
     """Refuses what the pooled path is not explained of.
 
     Args:
         trace: what is traced.
         pipe: the pipeline that was traced.
-        mesh: devices.
 
     Raises:
-        UserError: if it is spread over devices, did not run the exchange of the pooled embedding, or the pipeline is
+        UserError: if it did not run the exchange of the pooled embedding, or the pipeline is
             missing, another one, has streamed blocks, or takes no pooled embedding.
     """
     whole = trace.trace if isinstance(trace, Prepared) else trace
     one = whole.traces[-1] if isinstance(whole, Span) else whole
-    if mesh is not None and mesh.size > 1:
-        raise UserError("The pooled path is explained on one device as yet; leave the mesh out.")
     if pipe is not None and not pipe.config.transformer.pooled_width:
         raise UserError(
             "Nothing pooled from the prompt enters this model, which has no pooled path to explain; leave it frozen."
@@ -71,7 +67,7 @@ def add_pooled(
 
     Args:
         graph: position by position, without them.
-        engine: of its steps, without a mesh.
+        engine: of its steps.
         rows: of its targets in the engine's table, in their order.
         pipe: the pipeline that was traced.
         min_attribution: smallest edge that is kept.

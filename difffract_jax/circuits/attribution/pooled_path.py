@@ -26,6 +26,7 @@ from difffract_jax.circuits.attribution.pooled_steps import (
     slopes_along,
 )
 from difffract_jax.models.pipeline import Pipeline
+from difffract_jax.spread import using
 
 POINTS = 8
 """Gauss-Legendre points of one part of the line."""
@@ -94,12 +95,12 @@ def integrate(
     """Integrates targets' derivatives by all modulations between the pooled embeddings.
 
     Args:
-        engine: without a mesh, whose trace ran the exchange.
+        engine: whose trace ran the exchange; on a mesh the model is put where a trace of it has it.
         rows: of the targets in the table, features or outputs.
         pipe: the pipeline that was traced, its blocks in memory.
         parts: equal parts of the line; as many as are needed, where they are, if left out.
     """
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), using(engine.options.mesh):
         walk = evaluations_of(engine, rows, pipe)
         part = partial(_part, walk)
         borders = np.linspace(0, 1, (parts or 1) + 1).tolist()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Int64
 
 from difffract_jax.circuits.attribution.carried import after_step, begins_step, ends_step
@@ -38,6 +39,7 @@ from difffract_jax.circuits.trace.record import Blocks
 from difffract_jax.graphs.graph import OUTPUT
 from difffract_jax.models.pipeline import Pipeline, encode, step_inputs
 from difffract_jax.ops import widen
+from difffract_jax.sharding import traced_pipeline
 
 
 class Evaluation(NamedTuple):
@@ -85,6 +87,10 @@ def evaluations_of(engine: Engine, rows: Int64[np.ndarray, "target"], pipe: Pipe
         rows: of the targets in the table, features or outputs.
         pipe: the pipeline that was traced, its blocks in memory.
     """
+    model, mesh = pipe.transformer, engine.options.mesh
+    if mesh is not None:
+        # What lies there already is not moved.
+        model = jax.device_put(model, traced_pipeline(mesh)("transformer", model))
     encoded = {info.branch: encode(pipe, info.text, info.text_tokens) for info in engine.infos}
     empty = encode(pipe, "", engine.info.text_tokens).pooled
     last, found = int(engine.table.step[rows].max()), []
@@ -95,9 +101,11 @@ def evaluations_of(engine: Engine, rows: Int64[np.ndarray, "target"], pipe: Pipe
         blocks = Blocks(info.recorded[0], info.recorded[-1] + 1, step.record.velocity is not None)
         own = encoded[info.branch]
         line = Line(step_inputs(run_of_trace(pipe, info), own, step.record.latents, info.step), empty)
-        ends = ends_of(pipe.transformer, line, info.grid, blocks)
+        if mesh is not None:
+            line = jax.device_put(line, NamedSharding(mesh, PartitionSpec()))
+        ends = ends_of(model, line, info.grid, blocks)
         exchanged = np.asarray(widen(own.pooled), np.float64) - np.asarray(widen(empty), np.float64)
-        found.append(Evaluation(pipe.transformer, step, info, line, ends, blocks, readings, exchanged))
+        found.append(Evaluation(model, step, info, line, ends, blocks, readings, exchanged))
     return tuple(found)
 
 

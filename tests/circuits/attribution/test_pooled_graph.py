@@ -31,7 +31,6 @@ from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.models.embeddings import Embeddings
 from difffract_jax.models.pipeline import encode
-from difffract_jax.sharding import make_mesh
 from tolerances import TOL
 from traces import make_exact, velocity_and_feature
 
@@ -199,7 +198,6 @@ def test_what_the_pooled_path_is_not_explained_of_is_refused(x64, exact, prepare
     unread = pipe._replace(config=replace(pipe.config, transformer=shape))
     imported = trace._replace(record=trace.record._replace(unpooled=None))
     for given, more, sentence in (
-        (trace, {"mesh": make_mesh({"data": 2}, jax.devices()[:2])}, "on one device as yet"),
         (imported, {}, "did not run the exchange of the pooled embedding"),
         (trace, {"pipe": unread}, "Nothing pooled from the prompt enters this model"),
         (trace, {"pipe": None}, "give the pipeline that was traced, as pipe"),
