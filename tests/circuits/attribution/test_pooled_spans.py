@@ -26,6 +26,7 @@ from difffract_jax.graphs.graph import MODULATION, WORD, Graph
 from difffract_jax.graphs.names import find_nodes, node_names
 from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.pruning import prune
+from difffract_jax.models.embeddings import Embeddings
 from difffract_jax.models.pipeline import encode, step_inputs
 from tolerances import TOL
 from traces import guided_pipeline, make_transcoders
@@ -163,3 +164,21 @@ def test_the_empty_negative_prompt_has_no_modulations_and_both_still_carry_laten
     ((path,), (told,)) = graph.provenance.pooled_path, graph.provenance.pooled
     assert told.total + told.remainder == pytest.approx(path.value - path.without, rel=1e-5)
     assert abs(told.remainder) <= 1e-3 * told.absolute and graph.provenance.negative_words == ()
+
+
+@pytest.mark.slow
+def test_several_steps_of_one_evaluation_and_targets_in_both_of_them(x64):
+    pipe, tcs, run, span = made(jnp.float64, None, 1.0)
+    assert len(span.traces) == 2
+    late, early = (strongest_feature(one, tcs, "img", 2) for one in (span, span.traces[0]))
+    known = {prompt: encode(pipe, prompt, run.text_tokens) for prompt in (TEXT, "")}
+    absent = pipe._replace(known=Embeddings("e.npz", pipe.source, known))
+    graph = attribute(span, tcs, target=[(late, 1.0), (f"{early}#1", 1.0)], pipe=absent, **SETTINGS)
+    assert graph.conservation_error.max() <= TOL.conservation_x64
+    for path, one in zip(graph.provenance.pooled_path, graph.provenance.pooled, strict=True):
+        assert one.total + one.remainder == pytest.approx(path.value - path.without, rel=1e-9)
+        assert abs(one.remainder) <= 1e-3 * one.absolute
+    # Embeddings from a file have no words; nothing of step 2 reaches a target of step 1.
+    assert not of_kind(graph, WORD).size and graph.provenance.words == ()
+    later = np.flatnonzero((graph.node_kind == MODULATION) & (graph.node_step == 2))
+    assert later.size and not np.any(graph.node_step[graph.edge_target[np.isin(graph.edge_source, later)]] == 1)
