@@ -61,7 +61,7 @@ def completeness(engine: Engine, pipe: Pipeline) -> tuple[list[dict[str, float]]
 def split(pipe: Pipeline, engine: Engine, found: PooledEffects) -> dict[str, Any]:
     """Returns how the exchange divides: direct or not, alone or together, among words or not."""
     info, swap = engine.infos[0], float(found.swap[0])
-    words = word_parts(pipe, info.prompt, info.text_tokens, found.weights[0], found.exchanged)
+    words = word_parts(pipe, info.prompt, info.text_tokens, found.weights[0], found.exchanged[0])
     assert words is not None
     edges, alone = found.edges[0], found.alone[0]
     return {

@@ -65,8 +65,8 @@ class TraceConfig(SamplingSettings):
     block and step."""
     pooled: Literal["frozen", "explained"] = "frozen"
     """Whether shifts, scales and gates are taken as they were, or become nodes too: what each brings to the target when
-    the empty prompt's pooled embedding becomes the prompt's, and the words behind that; of one step, on one device,
-    with all blocks in memory."""
+    the empty prompt's pooled embedding becomes the prompt's, and the words behind that; with all blocks in
+    memory."""
     latents: Path | None = None
     """`.npy` file of packed starting noise, [image tokens, channels], instead of noise drawn from the seed."""
     noise: Literal["jax", "torch"] = "jax"

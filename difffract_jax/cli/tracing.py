@@ -58,7 +58,7 @@ def open_tracing(settings: TraceConfig) -> Tracing:
     targets, devices = [parse_target(text) for text in listed(settings.target)], mesh_for(settings.mesh)
     weights, steps = read_weights(settings.weight, len(targets)), read_steps(settings.step)
     outputs = any(not isinstance(one, Feature) for one in targets)
-    _check_explained(settings, steps, devices)
+    _check_explained(settings)
     preflight.check_fits("trace", settings, output=outputs, targets=targets)
     pipe, place = open_model("trace", settings, sharding=spread_model(devices), output=outputs, targets=targets)
     used = up_to_targets(pipe.config.transformer.layout, targets, steps)
@@ -71,7 +71,7 @@ def open_tracing(settings: TraceConfig) -> Tracing:
     return Tracing(pipe, tcs, targets, weights, steps, expansion)
 
 
-def _check_explained(settings: TraceConfig, steps: tuple[int, int], devices: Any) -> None:
+def _check_explained(settings: TraceConfig) -> None:
     """Refuses, before anything is loaded, what attention and the pooled path are not explained with."""
     if settings.attention == "frozen":
         check_used(settings, ("max_scores",), "without --attention explained; add that, or leave it out.")
@@ -80,14 +80,6 @@ def _check_explained(settings: TraceConfig, steps: tuple[int, int], devices: Any
             raise UserError(
                 f"The reference's JSON has no {nodes} as nodes; leave --export-json out, or --{option} explained."
             )
-    first, last = steps
-    if settings.pooled == "explained" and first != last:
-        raise UserError(
-            f"The pooled path is explained within one step, but --step asks for {first} to {last}; trace one of them, "
-            f"as --step {last}."
-        )
-    if settings.pooled == "explained" and devices is not None and devices.size > 1:
-        raise UserError("The pooled path is explained on one device as yet; leave --mesh out, or --pooled.")
     if settings.pooled == "explained" and settings.activations is not None:
         raise UserError(
             "Imported activations do not tell what the model does with another pooled embedding; leave --activations "

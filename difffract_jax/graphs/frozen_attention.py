@@ -46,7 +46,7 @@ def without_pooled(graph: Graph) -> Graph:
     if not np.any(graph.node_kind == MODULATION):
         return graph
     frozen = _without(graph, (MODULATION, WORD), graph.provenance.pooled, "modulations")
-    return frozen.with_provenance(pooled=(), words=())
+    return frozen.with_provenance(pooled=(), words=(), negative_words=())
 
 
 def _without(

@@ -53,7 +53,7 @@ class _Marks(NamedTuple):
     def mark(self, graph: GraphArrays, node: int) -> str:
         """Returns the end of a node's name: #1, ~negative, #1~negative or nothing."""
         kind = graph.node_kind[node]
-        step = f"#{graph.node_step[node]}" if self.steps and kind != INPUT else ""
+        step = f"#{graph.node_step[node]}" if self.steps and kind not in (INPUT, WORD) else ""
         branch = branch_name(graph, node) if self.branches else ""
         return step + (f"~{branch}" if branch else "")
 
@@ -79,7 +79,8 @@ def _name(graph: GraphArrays, node: int, marks: _Marks) -> str:
     if kind == SCORE:
         return score_name(graph, node) + step
     if kind == WORD:
-        place, words = int(graph.node_feature[node]), graph.provenance.words
+        known = graph.provenance
+        place, words = int(graph.node_feature[node]), (known.words, known.negative_words)[graph.node_branch[node]]
         return f"word {words[place]}@{place}{step}" if place < len(words) else f"word @{place}{step}"
     columns = graph.node_kind, graph.node_stream, graph.node_block, graph.node_position, graph.node_feature
     kind, stream, block, position, feature = (int(column[node]) for column in columns)

@@ -19,43 +19,51 @@ class PooledNodes(NamedTuple):
     """Modulations and words, and their edges.
 
     Attributes:
-        block: of each modulation; the number of all blocks for the last norm.
+        step: denoising step of each modulation.
+        branch: of guidance, of each.
+        block: of each; the number of all blocks for the last norm.
         stream: code of its stream.
         row: of the modulations of its block's group.
         change: norm of what the exchange of the pooled embedding changes in it.
         edges: of each modulation into every target.
         remainder: by how much more the target falls when the modulation alone is exchanged.
-        place: of each word in CLIP's sequence.
+        word_branch: of each word: whose prompt it is of.
+        place: of each in CLIP's sequence.
         words: of each word into every modulation.
         bias: of every modulation: what no word makes.
     """
 
+    step: Int64[np.ndarray, "modulation"]
+    branch: Int64[np.ndarray, "modulation"]
     block: Int64[np.ndarray, "modulation"]
     stream: Int64[np.ndarray, "modulation"]
     row: Int64[np.ndarray, "modulation"]
     change: Float64[np.ndarray, "modulation"]
     edges: Float64[np.ndarray, "target modulation"]
     remainder: Float64[np.ndarray, "target modulation"]
+    word_branch: Int64[np.ndarray, "word"]
     place: Int64[np.ndarray, "word"]
     words: Float64[np.ndarray, "modulation word"]
     bias: Float64[np.ndarray, "modulation"]
 
 
-def with_pooled_nodes(graph: Graph, nodes: PooledNodes, min_attribution: float) -> Graph:
+def with_pooled_nodes(graph: Graph, nodes: PooledNodes, first_step: int, min_attribution: float) -> Graph:
     """Returns a graph with modulations and words behind its other nodes.
 
     Args:
-        graph: position by position, of one step.
+        graph: position by position.
         nodes: of its targets.
+        first_step: of the run that was traced: words, which all its steps share, count to it.
         min_attribution: smallest edge that is kept. Modulations and words without one are left out, but are part of
             what targets and modulations add up to.
     """
     least = max(min_attribution, np.finfo(np.float32).tiny)
     some = np.flatnonzero((np.abs(nodes.edges) >= least).any(axis=0))
-    some = some[np.lexsort((nodes.row[some], nodes.stream[some], nodes.block[some]))]
+    order = (nodes.row, nodes.stream, nodes.block, nodes.branch, nodes.step)
+    some = some[np.lexsort([column[some] for column in order])]
     strong = np.flatnonzero((np.abs(nodes.words[some]) >= least).any(axis=0))
     first = graph.node_kind.size
-    arrays = _node_arrays(graph, nodes, some, strong) | _edge_arrays(graph, nodes, some, strong, least)
+    arrays = _node_arrays(graph, nodes, some, strong, first_step) | _edge_arrays(graph, nodes, some, strong, least)
     sums, bias, sizes = (column.copy() for column in (graph.target_sum, graph.target_bias, graph.target_abs_sum))
     sums[graph.targets] += nodes.edges.sum(axis=1)
     bias[graph.targets] -= nodes.edges.sum(axis=1)
@@ -73,14 +81,17 @@ def with_pooled_nodes(graph: Graph, nodes: PooledNodes, min_attribution: float) 
 
 
 def _node_arrays(
-    graph: Graph, nodes: PooledNodes, some: Int64[np.ndarray, "kept"], strong: Int64[np.ndarray, "word"]
+    graph: Graph,
+    nodes: PooledNodes,
+    some: Int64[np.ndarray, "kept"],
+    strong: Int64[np.ndarray, "word"],
+    first_step: int,
 ) -> dict[str, np.ndarray]:
     """Returns a graph's columns of nodes with some modulations and words at their end."""
     mine, words = np.ones(some.size, np.int64), np.ones(strong.size, np.int64)
-    step = int(graph.node_step[graph.target])
     more = {
         "node_kind": (MODULATION * mine, WORD * words),
-        "node_step": (step * mine, step * words),
+        "node_step": (nodes.step[some], first_step * words),
         "node_stream": (nodes.stream[some], TXT * words),
         "node_block": (nodes.block[some], -words),
         "node_position": (-mine, -words),
@@ -88,9 +99,8 @@ def _node_arrays(
         "node_value": (nodes.change[some], words),
         "node_influence": (np.nan * mine, np.nan * words),
         "node_cumulative": (np.nan * mine, np.nan * words),
+        "node_branch": (nodes.branch[some], nodes.word_branch[strong]),
     }
-    branch = int(graph.node_branch[graph.target])
-    more |= {"node_branch": (branch * mine, branch * words)}
     more |= {name: (mine * int(value), words * int(value)) for name, value in OF_SCORES.items() if name[:4] == "node"}
     arrays = {name: _appended(graph, name, *parts) for name, parts in more.items()}
     end = np.full(some.size + strong.size, graph.map_indptr[-1])

@@ -241,6 +241,7 @@ class Provenance:
         pooled: what modulations add to each target, where they are nodes.
         words: the prompt's tokens as CLIP reads them, by place, where they are nodes; "" where they are those of the
             empty prompt.
+        negative_words: those of the negative prompt, with guidance by two branches.
         precision: what low precision cost; None for float32.
         target_weights: weights of the targets, positive, one each.
         pruning: how it was pruned; None if it was not.
@@ -269,6 +270,7 @@ class Provenance:
     attention: tuple[ExplainedAttention, ...] = ()
     pooled: tuple[ExplainedPooled, ...] = ()
     words: tuple[str, ...] = ()
+    negative_words: tuple[str, ...] = ()
     precision: Rounding | None = None
     target_weights: tuple[float, ...] = (1.0,)
     pruning: PruningSettings | None = None

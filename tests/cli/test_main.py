@@ -139,8 +139,6 @@ POOLED = (*EXPLAINED[:-2], "--pooled", "explained")
         (("generate", "m", "p", "--config", "no.yaml"), "no.yaml: No such file or directory."),
         (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
         ((*EXPLAINED, "--export-json", "g.json"), "leave --export-json out, or --attention explained."),
-        ((*POOLED, "--step", "0-3"), "The pooled path is explained within one step, but --step asks for 0 to 3; trace"),
-        ((*POOLED, "--mesh", "data=2"), "explained on one device as yet; leave --mesh out, or --pooled."),
         ((*POOLED, "--export-json", "g.json"), "no modulations as nodes; leave --export-json out, or --pooled"),
         ((*POOLED, "--activations", "a.npz"), "leave --activations out, or --pooled explained."),
         ((*POOLED, "--weights", "disk"), "with all blocks in memory, but --weights is disk; give --weights device"),

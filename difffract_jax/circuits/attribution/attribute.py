@@ -83,7 +83,7 @@ def attribute(
             graph's targets, each driven by what makes its query and its keys.
         max_scores: at most so many, of all steps; the others are one node per block and step.
         pooled: whether modulations are taken as they were, or become nodes too, with what each brings to the exchange
-            of the pooled embedding, and the prompt's words behind them; of one step and on one device.
+            of the pooled embedding, and the prompt's words behind them.
         pipe: the pipeline that was traced, its blocks in memory; needed where the pooled path is explained.
         progress: called with (nodes expanded, `max_nodes`).
 
@@ -102,7 +102,7 @@ def attribute(
     wanted = [(_target(one), weight) for one, weight in ([(target, 1.0)] if alone else target)]
     _check_numbers(max_nodes, expansion_batch, min_attribution, target_batch)
     _check_targets(wanted, max_nodes)
-    _check_explained(attention, pooled, trace, max_scores, pipe, mesh)
+    _check_explained(attention, pooled, trace, max_scores, pipe)
     options = pull_options(mesh, precision)
     outputs = tuple(one for one, _ in wanted if isinstance(one, Output))
     # What explains attention runs all blocks in one program, so that it needs all decoder rows at once.
@@ -180,7 +180,6 @@ def _check_explained(
     trace: Trace | Span | Prepared,
     max_scores: int,
     pipe: Pipeline | None,
-    mesh: Mesh | None,
 ) -> None:
     for name, value in (("attention", attention), ("pooled", pooled)):
         if value not in ("frozen", "explained"):
@@ -188,7 +187,7 @@ def _check_explained(
     if attention == "explained":
         check_explainable(trace, max_scores)
     if pooled == "explained":
-        check_pooled(trace, pipe, mesh)
+        check_pooled(trace, pipe)
 
 
 def _check_numbers(max_nodes: int, expansion_batch: int, min_attribution: float, target_batch: int | None) -> None:

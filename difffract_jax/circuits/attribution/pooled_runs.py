@@ -1,10 +1,11 @@
-"""Runs between two pooled embeddings, and what targets read of them (docs/method.md, section 11).
+"""Runs of one evaluation between two pooled embeddings, and what targets read of them (docs/method.md, section 11).
 
-The pooled embedding goes on a straight line from the empty prompt's to the prompt's; the model is live, all else that
-enters it stays.
+The pooled embedding goes on a straight line from the empty prompt's to that of the evaluation's branch; the model is
+live. All else that enters it stays, but for the latents of later steps, which earlier ones move: `moved` says by how
+much from those recorded, and is None where there is one step. `pooled_steps` walks through the evaluations with these.
 
 1. `slopes_at` differentiates targets by every modulation at a point of the line, and pulls that back to the pooled
-   embedding; `moved_between` says by how much targets move between two points.
+   embedding; `velocities_at` runs at points, and `moved_between` says by how much targets move between two of them.
 2. `moved_alone` exchanges one modulation at a time, and `moved_directly` all of them in the frozen map.
 """
 
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
 from difffract_jax.circuits.frozen.replacement import Sources, run_replacement
@@ -25,24 +26,28 @@ from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.stacks import group_slices, keep_mlp_in, run_stacks, slice_layer
 from difffract_jax.ops import widen
 
+Latents = Float[Array, "img channels"]
+
 
 class Reading(NamedTuple):
     """What a target reads of a run, but for a constant.
 
     Attributes:
-        target: a feature; None for an output.
+        target: a feature; None for what reads the velocity.
         direction: of the velocity; or of the input of the feature's MLP, at its position.
+        latents: of the latents that enter, where these move and are read.
     """
 
     target: Targets | None
     direction: Float[Array, "*_"]
+    latents: Float[Array, "img channels"] | None = None
 
 
 class Line(NamedTuple):
-    """A straight line between two pooled embeddings, all else that enters a step held.
+    """A straight line between two pooled embeddings, all else that enters an evaluation as recorded.
 
     Attributes:
-        inputs: of the step, with the prompt's pooled embedding.
+        inputs: of the evaluation, with the pooled embedding of its branch's prompt.
         empty: the empty prompt's.
     """
 
@@ -50,12 +55,18 @@ class Line(NamedTuple):
     empty: Float[Array, "pooled_width"]
 
 
-def _read(record: Record, readings: tuple[Reading, ...], run: RunOutputs) -> Float[Array, "target"]:
-    """Returns what targets read of a run, or of the difference of two, but for constants."""
+def _read(
+    record: Record, readings: tuple[Reading | None, ...], run: RunOutputs, moved: Latents | None
+) -> Float[Array, "target"]:
+    """Returns what targets read of a run, or of the difference of two, but for constants; 0 of those that do not."""
     found = []
-    for target, direction in readings:
-        seen = run.velocity if target is None else inputs_at(record, target, run.mlp_in)
-        found.append(jnp.sum(direction * seen))
+    for reading in readings:
+        if reading is None:
+            found.append(jnp.zeros((), record.latents.dtype))
+            continue
+        target, direction, latents = reading
+        value = jnp.sum(direction * (run.velocity if target is None else inputs_at(record, target, run.mlp_in)))
+        found.append(value if latents is None or moved is None else value + jnp.sum(latents * moved))
     return jnp.stack(found)
 
 
@@ -112,16 +123,30 @@ def _modulations(model: Any, cond: Cond, blocks: Blocks) -> Modulations:
     return Modulations(tuple(found), model.final.modulations(cond) if blocks.output else None)
 
 
-def _run(model: Any, ends: Ends, vec: Array, added: Modulations, blocks: Blocks) -> RunOutputs:
+def _run(
+    model: Any,
+    record: Record,
+    ends: Ends,
+    vec: Array,
+    added: Modulations,
+    moved: Latents | None,
+    blocks: Blocks,
+) -> RunOutputs:
     """Runs the live model with something added to its modulations; returns what targets read."""
     depths, cond = _depths(model, blocks), ends.cond._replace(vec=vec)
     stacks = [slice_layer(stack, slice(0, depth)) for stack, depth in zip(model.stacks, depths, strict=True)]
-    h, kept = run_stacks(stacks, ends.h, cond, tap=keep_mlp_in, modulation=added.blocks, remat=True)
+    begun = ends.h if moved is None else ends.h._replace(img=ends.h.img + projected(record, moved))
+    h, kept = run_stacks(stacks, begun, cond, tap=keep_mlp_in, modulation=added.blocks, remat=True)
     inputs = []
     for layers, rows in zip(blocks.layers(model.stacks), kept, strict=True):
         inputs += [x[layers.start :] for x in rows]
     velocity = model.final(h.img, cond, modulation=added.final) if blocks.output else None
-    return RunOutputs(tuple(inputs), velocity, ends.h.img)
+    return RunOutputs(tuple(inputs), velocity, record.latents)
+
+
+def projected(record: Record, moved: Latents) -> Float[Array, "img d_model"]:
+    """Returns by how much the image stream that enters the first block moves when the latents do."""
+    return jnp.matmul(moved, record.weights.img_in.kernel[...].astype(moved.dtype), precision="highest")
 
 
 @partial(jax.jit, static_argnames=("grid", "blocks"))
@@ -130,11 +155,16 @@ def slopes_at(
     record: Record,
     line: Line,
     ends: Ends,
-    readings: tuple[Reading, ...],
+    readings: tuple[Reading | None, ...],
     at: Float[Array, ""],
+    moved: Latents | None,
     grid: tuple[int, int],
     blocks: Blocks,
-) -> tuple[Float[Array, "target modulation pooled_width"], Float[Array, "target modulation"]]:
+) -> tuple[
+    Float[Array, "target modulation pooled_width"],
+    Float[Array, "target modulation"],
+    Float[Array, "target img channels"] | None,
+]:
     """Returns targets' derivatives at a point of the line, through each modulation.
 
     Args:
@@ -144,19 +174,24 @@ def slopes_at(
         ends: of it.
         readings: of the targets.
         at: the point, 0 at the empty prompt's pooled embedding and 1 at the prompt's.
+        moved: by how much the latents that enter are other ones than recorded there.
         grid: rows and columns of image tokens.
         blocks: that the trace recorded.
 
     Returns:
-        By the pooled embedding; and along what rounding adds to the line's ends.
+        By the pooled embedding; along what rounding adds to the line's ends; and by the latents that enter.
     """
     vec, pull, rounded = _vector(model, line, ends, at, grid)
-    nothing = jax.tree.map(jnp.zeros_like, ends.added)
-    _, back = jax.vjp(lambda added: _read(record, readings, _run(model, ends, vec, added, blocks)), nothing)
 
-    def one(cotangent: Array) -> tuple[Array, Array]:
-        by_vec = _to_vector(model, ends.cond._replace(vec=vec), back(cotangent)[0], blocks)
-        return jax.vmap(lambda row: pull(row)[0])(by_vec), by_vec @ rounded
+    def read(added: Modulations, moved: Latents | None) -> Array:
+        return _read(record, readings, _run(model, record, ends, vec, added, moved, blocks), moved)
+
+    _, back = jax.vjp(read, jax.tree.map(jnp.zeros_like, ends.added), moved)
+
+    def one(cotangent: Array) -> tuple[Array, Array, Array | None]:
+        added, latents = back(cotangent)
+        by_vec = _to_vector(model, ends.cond._replace(vec=vec), added, blocks)
+        return jax.vmap(lambda row: pull(row)[0])(by_vec), by_vec @ rounded, latents
 
     return jax.lax.map(one, jnp.eye(len(readings), dtype=vec.dtype))
 
@@ -179,18 +214,52 @@ def _vector(
 
 
 @partial(jax.jit, static_argnames=("grid", "blocks"))
+def velocities_at(
+    model: Any,
+    record: Record,
+    line: Line,
+    ends: Ends,
+    points: Float[Array, "point"],
+    moved: Float[Array, "point img channels"],
+    grid: tuple[int, int],
+    blocks: Blocks,
+) -> Float[Array, "point img outputs"]:
+    """Returns by how much the velocity at points of the line is another one than recorded.
+
+    Args:
+        model: this and the rest as for `slopes_at`.
+        record: the trace's arrays.
+        line: the line.
+        ends: of it.
+        points: where on it.
+        moved: the latents at each.
+        grid: rows and columns of image tokens.
+        blocks: that the trace recorded.
+    """
+    nothing = jax.tree.map(jnp.zeros_like, ends.added)
+
+    def run(point: tuple[Array, Array]) -> Array:
+        vec = _vector(model, line, ends, point[0], grid)[0]
+        velocity = _run(model, record, ends, vec, nothing, point[1], blocks).velocity
+        assert velocity is not None and record.velocity is not None
+        return velocity - record.velocity
+
+    return jax.lax.map(run, (points, moved))
+
+
+@partial(jax.jit, static_argnames=("grid", "blocks"))
 def moved_between(
     model: Any,
     record: Record,
     line: Line,
     ends: Ends,
-    readings: tuple[Reading, ...],
-    begin: Float[Array, ""],
-    end: Float[Array, ""],
+    readings: tuple[Reading | None, ...],
+    points: Float[Array, "2"],
+    moved: Float[Array, "2 img channels"] | None,
     grid: tuple[int, int],
     blocks: Blocks,
-) -> Float[Array, "target"]:
-    """Returns by how much targets move from one point of the line to another.
+) -> tuple[Float[Array, "target"], Float[Array, "2 img outputs"] | None]:
+    """Returns by how much targets move from one point of the line to another, and velocities as `velocities_at`.
 
     Args:
         model: this and the rest as for `slopes_at`.
@@ -198,19 +267,22 @@ def moved_between(
         line: the line.
         ends: of it.
         readings: of the targets.
-        begin: the first point.
-        end: the other.
+        points: both.
+        moved: the latents at each.
         grid: rows and columns of image tokens.
         blocks: that the trace recorded.
     """
     nothing = jax.tree.map(jnp.zeros_like, ends.added)
 
-    def run(at: Array) -> RunOutputs:
-        return _run(model, ends, _vector(model, line, ends, at, grid)[0], nothing, blocks)
+    def run(point: tuple[Array, Array | None]) -> RunOutputs:
+        vec = _vector(model, line, ends, point[0], grid)[0]
+        return _run(model, record, ends, vec, nothing, point[1], blocks)
 
     # The difference first: what targets read is far larger than by how much they move.
-    runs = jax.lax.map(run, jnp.stack([begin, end]))
-    return _read(record, readings, jax.tree.map(lambda leaf: leaf[1] - leaf[0], runs))
+    runs = jax.lax.map(run, (points, moved))
+    apart, latents = jax.tree.map(lambda leaf: leaf[1] - leaf[0], (runs, moved))
+    velocities = None if moved is None or runs.velocity is None else runs.velocity - record.velocity
+    return _read(record, readings, apart, latents), velocities
 
 
 def _to_vector(model: Any, cond: Cond, by: Modulations, blocks: Blocks) -> Float[Array, "modulation d_model"]:
@@ -242,40 +314,52 @@ def _to_vector(model: Any, cond: Cond, by: Modulations, blocks: Blocks) -> Float
     return jnp.concatenate(found)
 
 
+def changes(added: Modulations) -> Float[Array, "modulation"]:
+    """Returns the norm of each modulation's change."""
+    leaves = jax.tree.leaves(added)
+    return jnp.concatenate([jnp.linalg.norm(leaf.reshape(-1, leaf.shape[-1]), axis=1) for leaf in leaves])
+
+
 @partial(jax.jit, static_argnames="blocks")
 def moved_alone(
     model: Any,
     record: Record,
     ends: Ends,
-    readings: tuple[Reading, ...],
+    readings: tuple[Reading | None, ...],
+    numbers: Int[Array, "case"],
+    moved: Float[Array, "case img channels"] | None,
     blocks: Blocks,
-) -> tuple[Float[Array, "modulation"], Float[Array, "modulation target"]]:
-    """Returns the norm of each modulation's change, and by how much targets fall when it alone is exchanged.
+) -> tuple[Float[Array, "case target"], Float[Array, "case img outputs"] | None]:
+    """Returns by how much targets fall when a modulation alone is exchanged, and what is added to the velocity.
 
     Args:
         model: this and the rest as for `slopes_at`.
         record: the trace's arrays.
         ends: of the line.
         readings: of the targets.
+        numbers: of the modulation that each case exchanges; -1 for none.
+        moved: by how much the latents that enter have moved in each.
         blocks: that the trace recorded.
     """
     leaves, tree = jax.tree.flatten(ends.added)
     sizes = [leaf.size // leaf.shape[-1] for leaf in leaves]
-    change = jnp.concatenate([jnp.linalg.norm(leaf.reshape(-1, leaf.shape[-1]), axis=1) for leaf in leaves])
-    run = partial(_run, model, ends, ends.prompt, blocks=blocks)
-    before = run(jax.tree.map(jnp.zeros_like, ends.added))
+    none = None if moved is None else jnp.zeros_like(moved[0])
+    run = partial(_run, model, record, ends, ends.prompt, blocks=blocks)
+    before = run(jax.tree.map(jnp.zeros_like, ends.added), none)
 
-    def one(number: Array) -> Array:
+    def one(case: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+        number, moved = case
         chosen = jnp.split(jnp.arange(sum(sizes)) == number, np.cumsum(sizes)[:-1].tolist())
         parts = [
             jnp.where(mine.reshape(leaf.shape[:-1])[..., None], leaf, 0)
             for mine, leaf in zip(chosen, leaves, strict=True)
         ]
-        after = run(jax.tree.unflatten(tree, parts))
+        after = run(jax.tree.unflatten(tree, parts), moved)
         # The difference first: what targets read is far larger than by how much they move.
-        return _read(record, readings, jax.tree.map(jnp.subtract, before, after))
+        apart = jax.tree.map(jnp.subtract, after, before)
+        return -_read(record, readings, apart, moved), None if moved is None else apart.velocity
 
-    return change, jax.lax.map(one, jnp.arange(sum(sizes)))
+    return jax.lax.map(one, (numbers, moved))
 
 
 @partial(jax.jit, static_argnames="blocks")
@@ -285,10 +369,11 @@ def moved_directly(
     sites: tuple[ReplacedSites, ...],
     sources: Sources,
     ends: Ends,
-    readings: tuple[Reading, ...],
+    readings: tuple[Reading | None, ...],
+    moved: Latents | None,
     blocks: Blocks,
-) -> Float[Array, "target"]:
-    """Returns by how much targets fall when all modulations of recorded blocks are exchanged in the frozen map.
+) -> tuple[Float[Array, "target"], Float[Array, "img outputs"] | None]:
+    """Returns what `moved_alone` does, with all modulations of recorded blocks exchanged in the frozen map.
 
     Args:
         model: this and the rest as for `slopes_at`.
@@ -297,14 +382,18 @@ def moved_directly(
         sources: of the replacement, which are held.
         ends: of the line.
         readings: of the targets.
+        moved: by how much the latents that enter have moved.
         blocks: that the trace recorded.
     """
     assert ends.added.blocks is not None
     parts = []
     for layers, part in zip(blocks.layers(model.stacks), group_slices(model.stacks), strict=True):
         parts += [None if one is None else one[layers.start :] for one in ends.added.blocks[part]]
-    before, after = (
-        run_replacement(record, sites, sources, modulation=added)
-        for added in (None, ends.added._replace(blocks=tuple(parts)))
-    )
-    return _read(record, readings, jax.tree.map(jnp.subtract, before, after))
+    held = sources
+    if moved is not None:
+        boundary = sources.boundary
+        held = sources._replace(boundary=boundary._replace(img=boundary.img + projected(record, moved)))
+    before = run_replacement(record, sites, sources)
+    after = run_replacement(record, sites, held, modulation=ends.added._replace(blocks=tuple(parts)))
+    apart = jax.tree.map(jnp.subtract, after, before)
+    return -_read(record, readings, apart, moved), None if moved is None else apart.velocity

@@ -21,7 +21,8 @@ from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.cli import main as cli
 from difffract_jax.config import UserError
-from difffract_jax.graphs.graph import SCORE, Graph
+from difffract_jax.graphs.frozen_attention import without_pooled
+from difffract_jax.graphs.graph import MODULATION, SCORE, Graph
 from difffract_jax.loading import PARTS, save_pipeline, save_transcoders
 from difffract_jax.models.pipeline import generate
 from difffract_jax.models.tiny import TINY, random_pipeline
@@ -61,7 +62,8 @@ def traced(pipe, tcs, mesh=None, **more):
     trace = capture(pipe, tcs, "a red circle", step=1, output=True, run=pipe.plan(**SIZE))
     output = resolve_target(pipe, trace, parse_target("pixels:color=red,box=8,8,24,20"))
     targets = [(output, 2.0), (strongest_feature(trace, tcs, "img", 2), 1.0)]
-    return attribute(trace, tcs, target=targets, max_nodes=30, expansion_batch=11, mesh=mesh, **more)
+    live = {"pipe": pipe} if "pooled" in more else {}
+    return attribute(trace, tcs, target=targets, max_nodes=30, expansion_batch=11, mesh=mesh, **live, **more)
 
 
 @cache
@@ -146,6 +148,17 @@ def test_attention_is_explained_on_a_mesh_as_on_one_device():
         assert relative_error(getattr(ours, name), getattr(expected, name)) <= TOL.sharded
     pairs = zip(ours.provenance.attention, expected.provenance.attention, strict=True)
     assert all(abs(a.forward - b.forward) <= TOL.sharded * b.absolute for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_the_pooled_path_is_explained_on_a_mesh_as_on_one_device():
+    mesh, more = make_mesh({"data": 1, "feature": 2}, jax.devices()[:2]), {"pooled": "explained"}
+    ours, expected = traced(*split(mesh), mesh, **more), traced(*whole(), **more)
+    same_graph(without_pooled(ours), without_pooled(expected), EDGE)
+    assert np.sum(expected.node_kind == MODULATION) > 20 and ours.largest_conservation_error <= TOL.conservation_f32
+    for a, b in zip(ours.provenance.pooled, expected.provenance.pooled, strict=True):
+        for name in ("total", "absolute", "direct", "unspoken"):
+            assert abs(getattr(a, name) - getattr(b, name)) <= TOL.sharded * b.absolute
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.checks.rerun import capture_again
 from difffract_jax.circuits.checks.validation import validate
 from difffract_jax.circuits.frozen.replacement import prepare
-from difffract_jax.circuits.trace.capture import Span
 from difffract_jax.cli.graph_tables import graph_summary
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
@@ -32,7 +31,6 @@ from difffract_jax.graphs.order import node_levels
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.models.embeddings import Embeddings
 from difffract_jax.models.pipeline import encode
-from difffract_jax.sharding import make_mesh
 from tolerances import TOL
 from traces import make_exact, velocity_and_feature
 
@@ -200,8 +198,6 @@ def test_what_the_pooled_path_is_not_explained_of_is_refused(x64, exact, prepare
     unread = pipe._replace(config=replace(pipe.config, transformer=shape))
     imported = trace._replace(record=trace.record._replace(unpooled=None))
     for given, more, sentence in (
-        (Span((trace,)), {}, "explained within one step, not over several"),
-        (trace, {"mesh": make_mesh({"data": 2}, jax.devices()[:2])}, "on one device as yet"),
         (imported, {}, "did not run the exchange of the pooled embedding"),
         (trace, {"pipe": unread}, "Nothing pooled from the prompt enters this model"),
         (trace, {"pipe": None}, "give the pipeline that was traced, as pipe"),

@@ -143,7 +143,7 @@ def value_of(model, inputs, info, engine):
 def test_words_and_what_clip_misses_add_up_to_each_modulation(exact, by_parts):
     found, info = by_parts[4], exact.trace.info
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        words = word_parts(exact.pipe, info.prompt, info.text_tokens, found.weights[0], found.exchanged)
+        words = word_parts(exact.pipe, info.prompt, info.text_tokens, found.weights[0], found.exchanged[0])
     scale = np.abs(words.edges).sum(axis=1) + np.abs(words.missed)
     apart = words.edges.sum(axis=1) + words.missed - found.edges[0]
     assert np.all(np.abs(apart) <= TOL.conservation_x64 * scale)
@@ -153,7 +153,7 @@ def test_words_and_what_clip_misses_add_up_to_each_modulation(exact, by_parts):
 def test_a_words_part_is_the_mean_slope_of_its_embedding_between_the_prompts(exact, by_parts):
     info, weights = exact.trace.info, by_parts[1].weights[0]
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        words = word_parts(exact.pipe, info.prompt, info.text_tokens, weights, by_parts[1].exchanged)
+        words = word_parts(exact.pipe, info.prompt, info.text_tokens, weights, by_parts[1].exchanged[0])
         clip, small = exact.pipe.clip, 1e-6
         ids, empty = (tokens(exact.pipe, prompt, info) for prompt in (info.prompt, ""))
         at, before = clip.embedded(ids), clip.embedded(empty)
@@ -186,7 +186,7 @@ def test_in_float32_they_add_up_too():
     found = integrate(engine, np.array([engine.sources]), exact.pipe, 2)
     size = np.abs(found.edges).sum()
     assert abs(found.remainder[0]) <= 3e-6 * size
-    words = word_parts(exact.pipe, exact.trace.info.prompt, 16, found.weights[0], found.exchanged)
+    words = word_parts(exact.pipe, exact.trace.info.prompt, 16, found.weights[0], found.exchanged[0])
     scale = np.abs(words.edges).sum(axis=1) + np.abs(words.missed)
     apart = words.edges.sum(axis=1) + words.missed - found.edges[0]
     assert np.all(np.abs(apart) <= TOL.conservation_f32 * scale)

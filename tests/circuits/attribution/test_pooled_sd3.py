@@ -55,11 +55,11 @@ def test_modulations_and_the_remainder_add_up_to_the_exchange(made, effects):
     assert found.edges.shape[1] == (9 + 6) + (6 + 6) + (6 + 2) + 2
     # Each CLIP's channels are exchanged.
     width = pipe.config.clip.projections[0]
-    assert np.all(found.exchanged[:width] != 0) and np.all(found.exchanged[width:] != 0)
+    assert np.all(found.exchanged[0][:width] != 0) and np.all(found.exchanged[0][width:] != 0)
     # What conditions the text of the last block past its attention is nothing: no gate, and no MLP.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         pooled = [np.asarray(encode(pipe, text, SIZE["text_tokens"]).pooled) for text in (PROMPT, "")]
-    assert relative_error(found.exchanged, pooled[0] - pooled[1]) <= TOL.x64
+    assert relative_error(found.exchanged[0], pooled[0] - pooled[1]) <= TOL.x64
     assert trace.info.layout.depth == 3
 
 
@@ -68,7 +68,7 @@ def test_words_of_both_clips_and_what_they_miss_add_up_to_each_modulation(made, 
     pipe, _, _ = made
     found, tokens = effects[2], SIZE["text_tokens"]
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        words = word_parts(pipe, PROMPT, tokens, found.weights[0], found.exchanged)
+        words = word_parts(pipe, PROMPT, tokens, found.weights[0], found.exchanged[0])
         ids, empty = (encode_prompt(pipe.tokenizers, text, tokens).clip_ids for text in (PROMPT, ""))
         # What each CLIP makes between the two prompts' tokens, read at one place.
         moved = []
