@@ -173,9 +173,7 @@ def test_spans_are_the_same(resident, streamed):
     same_edges(*graphs)
 
 
-@pytest.mark.parametrize(
-    "target", ["feature", "velocity", "span", pytest.param("bf16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("target", ["feature", "velocity", "span", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_graphs_are_the_same_where_decoder_rows_are_streamed(streamed, monkeypatch, target):
     pipe, tcs = streamed
     output, precision = target == "velocity", "bf16" if target == "bf16" else "f32"
