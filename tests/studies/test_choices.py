@@ -110,8 +110,7 @@ def test_places_hold_the_mean_codes_of_the_run(organism, material, codes):
         assert np.abs(mine - z[mask].mean(axis=0)).max() <= 1e-4 * z.max()  # two samplers, float32
 
 
-def test_what_places_add_is_what_their_features_add(organism, material, monkeypatch):
-    monkeypatch.setattr(choices, "NODES", 20)
+def test_what_places_add_is_what_their_features_add(organism, material):
     pipe, tcs = organism
     places = choices.all_places(tcs, 4)
     graph = choices.circuit_of(pipe, tcs, PROMPT, 0, colour_target(PROMPT, WANTED, 0, material.box(0)))
