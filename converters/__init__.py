@@ -3,14 +3,15 @@
 rules mapping               the engine: rules, transforms, coverage, making leaves slice by slice
 weight_files source          which files of a directory hold its weights, and their tensors, read lazily
 quantised contents          fp8 and its scales; what a file is that holds something else
-flux flux2 sd3              the MM-DiTs' tables, of diffusers and of the original single file
+flux flux2 sd3 chroma       the MM-DiTs' tables, of diffusers and of the original single file
 lora lora_files merging     LoRAs: files, the leaves they change, and the changed weights
 export                      a pipeline of ours as a diffusers directory
 configurations pipelines    whole pipelines, and transformers completed by a base
 text_encoders autoencoder   the tables of T5, CLIP and the autoencoder
 transcoders                 the tables of the reference's transcoders and SAEs
 torch_files                 `.pt` files, PyTorch's noise, PyTorch's transformer of `convert check`
-torch_text torch_sd3        its text encoders, and its transformer of Stable Diffusion 3
+torch_text                  its text encoders
+torch_sd3 torch_chroma      its transformer of Stable Diffusion 3; that of Chroma, and Chroma's T5
 torch_trace                 activations of a PyTorch run, for `difffract trace --activations`
 check                       `difffract convert check`: the converted model against the PyTorch one, block by block
 """

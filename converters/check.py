@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters.configurations import is_diffusers_directory, kind_of, pipeline_config
-from converters.kinds import FLUX1, KLEIN, SD3
+from converters.configurations import is_diffusers_directory, pipeline_config
 from converters.pipelines import Opened, abstract_module, sliced, stacks_of
+from converters.torch_chroma import record_chroma, record_hidden_padding
 from converters.torch_files import (
+    BlockRecord,
     TransformerInputs,
     TransformerRecord,
     record_decoding,
@@ -29,6 +30,8 @@ from converters.torch_sd3 import record_sd3
 from converters.torch_text import record_encoders, record_states, record_text
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Cond, FluxConfig, Streams
+from difffract_jax.models.chroma import ChromaConfig, ChromaShared
+from difffract_jax.models.chroma_text import ChromaT5Config
 from difffract_jax.models.families import PARTS, module_of
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline
@@ -43,6 +46,8 @@ from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.streaming import Leaf
 
 PROMPT = "a red fox at dawn, oil painting"
+PADDED_PROMPT = "a red fox"
+"""Of a model that hides padding: short, so that there is some whatever the tokenizer."""
 GRID = 4, 6
 TEXT_TOKENS = 24
 TIME = 0.75
@@ -154,12 +159,6 @@ def check(source: str | Path, pipe: Pipeline | Opened, *, tolerance: float = TOL
         parts = {name: sliced(getattr(pipe.config, name), leaf_paths(getattr(pipe, name))) for name in names}
         pipe = Opened(parts, pipe.config, pipe.tokenizers, ())
     theirs = pipeline_config(directory)
-    kind = kind_of(directory)
-    if kind not in (FLUX1, KLEIN, SD3):
-        raise UserError(
-            f"`convert check` compares pipelines of FLUX.1, FLUX.2-klein and Stable Diffusion 3, but {directory} is "
-            f"one of {kind.models}; generate an image from the same --latents with both instead."
-        )
     other = [name for name in names if getattr(theirs, name) != getattr(pipe.config, name)]
     if other:
         raise UserError(f"{directory} and the converted pipeline have different shapes in: {', '.join(other)}.")
@@ -188,11 +187,18 @@ def _comparisons(directory: Path, opened: Opened) -> Comparisons:
     latents = rng.standard_normal((GRID[0] * GRID[1], channels)).astype(np.float32)
     guidance = GUIDANCE if config.transformer.guidance else None
     given = TransformerInputs(latents, states, pooled, TIME, guidance, GRID)
-    record = (record_sd3 if isinstance(config.transformer, Sd3Config) else record_transformer)(directory, given)
+    record = _recorder(config.transformer)(directory, given)
     yield from _transformer(parts["transformer"], config.transformer, given, record)
     latent = rng.standard_normal((2 * GRID[0], 2 * GRID[1], config.vae.latent_channels)).astype(np.float32)
     decoded = jax.jit(lambda vae, z: vae.decode(z))(parts["vae"].whole(), latent)
     yield "autoencoder", decoded, record_decoding(directory, latent), 1
+
+
+def _recorder(config: FluxConfig) -> Callable[[Path, TransformerInputs], TransformerRecord]:
+    """Returns what runs PyTorch's transformer."""
+    if isinstance(config, Sd3Config):
+        return record_sd3
+    return record_chroma if isinstance(config, ChromaConfig) else record_transformer
 
 
 def _text_encoders(
@@ -202,6 +208,11 @@ def _text_encoders(
     config: Any = opened.config
     if isinstance(config.clip, TwoClipsConfig):
         return (yield from _two_clips(directory, opened, parts))
+    if isinstance(config.t5, ChromaT5Config):
+        ids = encode_prompt(opened.tokenizers, PADDED_PROMPT, TEXT_TOKENS)
+        states = record_hidden_padding(directory, ids.t5_ids, ids.t5_mask)
+        yield "t5", parts["t5"].streamed()(ids.t5_ids), states, 1
+        return states, np.zeros(0, np.float32)
     ids = encode_prompt(opened.tokenizers, PROMPT, TEXT_TOKENS)
     if isinstance(config.t5, Qwen3Config):
         states = record_states(directory, ids.t5_ids, ids.t5_mask, config.t5.read_layers)
@@ -256,19 +267,49 @@ def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, reco
     model = part.outside()
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
     first = record.double[0]
-    shared = cond.mod is not None  # modulations of all double-stream blocks, and of all single-stream ones
-    vec = np.concatenate([np.ravel(one) for one in cond.mod.double]) if shared else cond.vec
-    yield "embeddings", (h, vec), (Streams(first.img, first.txt), first.cond), 1
+    # Of tokens that attention does not see the text has zeros, and what becomes of them is of no matter.
+    seen = np.any(given.text != 0, axis=-1) if isinstance(config, ChromaConfig) else slice(None)
+    own, theirs = _conditions(cond, record)
+    yield "embeddings", (h, own), (Streams(first.img, first.txt), theirs), 1
     run = jax.jit(_block)
     places = [(stack.name, number) for stack in config.layout.stacks for number in range(stack.depth)]
     for (name, number), block in zip(places, [*record.double, *record.single], strict=True):
         layer = part.layer(name, number)
-        theirs = Streams(jnp.asarray(block.img), jnp.asarray(block.txt))
-        ours = run(layer, theirs, cond if shared else cond._replace(vec=jnp.asarray(block.cond)))
-        yield f"{name} {number}", ours, Streams(block.img_out, block.txt_out), 1
+        entering = Streams(jnp.asarray(block.img), jnp.asarray(block.txt))
+        ours = run(layer, entering, _given_theirs(cond, record, block))
+        yield f"{name} {number}", ours._replace(txt=ours.txt[seen]), Streams(block.img_out, block.txt_out[seen]), 1
         h = run(layer, h, cond)
         del layer  # before the next is made
     yield "whole transformer", jax.jit(_call)(model.final, h.img, cond), record.velocity, WHOLE
+
+
+def _conditions(cond: Cond, record: TransformerRecord) -> tuple[Any, Any]:
+    """Returns what conditions the blocks, ours and PyTorch's: a vector, or the modulations."""
+    first = record.double[0].cond
+    if cond.mod is None:
+        return cond.vec, first
+    if isinstance(cond.mod, ChromaShared):  # each block's own
+        theirs = _modulations(cond.mod, record)
+        return (cond.mod.double, cond.mod.single), (theirs.double, theirs.single)
+    return np.concatenate([np.ravel(one) for one in cond.mod.double]), first  # of all double-stream blocks
+
+
+def _given_theirs(cond: Cond, record: TransformerRecord, block: BlockRecord) -> Cond:
+    """Returns what conditions a block, with PyTorch's values where each block has its own."""
+    if cond.mod is None:
+        return cond._replace(vec=jnp.asarray(block.cond))
+    return cond._replace(mod=_modulations(cond.mod, record)) if isinstance(cond.mod, ChromaShared) else cond
+
+
+def _modulations(ours: ChromaShared, record: TransformerRecord) -> ChromaShared:
+    """Returns the modulations of all blocks as PyTorch has them."""
+    double = jnp.asarray(np.stack([block.cond for block in record.double]))
+    single = jnp.asarray(np.stack([block.cond for block in record.single]))
+    img, txt = jnp.split(double, 2, axis=1)
+    shapes = ours.double.img.shape, ours.double.txt.shape
+    return ours._replace(
+        double=Streams(img.reshape(shapes[0]), txt.reshape(shapes[1])), single=single.reshape(ours.single.shape)
+    )
 
 
 def _block(block: Any, h: Streams, cond: Cond) -> Streams:

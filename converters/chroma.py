@@ -4,7 +4,7 @@
    embeddings of time, pooled text and guidance, match none of its leaves.
 2. A block of ours has its number, by which it finds its modulations; a checkpoint numbers blocks in the names of their
    tensors alone. `NumberedSource` is such a checkpoint with these numbers as tensors.
-3. `chroma_config_from_diffusers` reads its `config.json` by an allow-list.
+3. `chroma_config_from_diffusers` reads its `config.json` by an allow-list, and `chroma_config_to_diffusers` writes it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from converters.allow_list import REQUIRED, AllowList, read_attributes
-from converters.flux import FLUX_DIFFUSERS, ORIGINAL, sizes_read
+from converters.flux import FLUX_DIFFUSERS, ORIGINAL, sizes_read, sizes_written
 from converters.mapping import Rule, transpose
 from converters.source import Source
 from difffract_jax.address import flux_layout
@@ -123,7 +123,8 @@ _ALLOWED = AllowList(
         "approximator_layers": 5,
     },
     fixed={"_class_name": (CLASS,), "patch_size": (1,), "guidance_embeds": (False,)},
-    inert=frozenset(("_diffusers_version", "_name_or_path")),
+    # The release's file says the width of FLUX.1's pooled text, too, which the class does not read.
+    inert=frozenset(("_diffusers_version", "_name_or_path", "pooled_projection_dim")),
 )
 
 
@@ -149,3 +150,13 @@ def chroma_config_from_diffusers(attributes: Mapping[str, object]) -> ChromaConf
         modulator_width=read["approximator_hidden_dim"],
         modulator_layers=read["approximator_layers"],
     )
+
+
+def chroma_config_to_diffusers(config: ChromaConfig) -> dict[str, Any]:
+    """Returns the `config.json` that diffusers would write for this transformer."""
+    return sizes_written(config) | {
+        "_class_name": CLASS,
+        "approximator_hidden_dim": config.modulator_width,
+        "approximator_layers": config.modulator_layers,
+        "approximator_num_channels": config.modulator_inputs,
+    }

@@ -6,10 +6,13 @@ Each is our configuration in the words of the part's library; `configurations` r
 from collections.abc import Mapping
 from typing import Any
 
+from converters.chroma import chroma_config_to_diffusers
 from converters.flux import flux_config_to_diffusers
 from converters.flux2 import flux2_config_to_diffusers
 from converters.sd3 import sd3_config_to_diffusers
 from difffract_jax.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
+from difffract_jax.models.chroma import ChromaConfig
+from difffract_jax.models.chroma_text import ChromaT5Config
 from difffract_jax.models.clip import CLIPConfig
 from difffract_jax.models.flux2 import Flux2Config
 from difffract_jax.models.qwen3 import Qwen3Config
@@ -55,13 +58,23 @@ SD3_INDEX = {
     "transformer": ["diffusers", "SD3Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+CHROMA_INDEX = {
+    "_class_name": "ChromaPipeline",
+    "feature_extractor": _NONE,
+    "image_encoder": _NONE,
+    "scheduler": _SCHEDULER,
+    "text_encoder": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "ChromaTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 def descriptions(config: PipelineConfig) -> dict[str, dict[str, Any]]:
     """Returns the JSON files that describe a pipeline in its directory, by their paths; `model_index.json` comes last.
 
     Args:
-        config: of the pipeline, of FLUX.1, FLUX.2 or Stable Diffusion 3.
+        config: of the pipeline, of FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma.
     """
     shape: Any = config.transformer
     side = max(config.defaults.height, config.defaults.width)
@@ -74,6 +87,12 @@ def descriptions(config: PipelineConfig) -> dict[str, dict[str, Any]]:
             "transformer/config.json": flux2_config_to_diffusers(shape),
             "text_encoder/config.json": _qwen3(config.t5),
             "model_index.json": KLEIN_INDEX | {"is_distilled": not config.defaults.two_branches},
+        }
+    if isinstance(shape, ChromaConfig):
+        return parts | {
+            "transformer/config.json": chroma_config_to_diffusers(shape),
+            "text_encoder/config.json": _t5(config.t5),
+            "model_index.json": CHROMA_INDEX,
         }
     return parts | {
         "transformer/config.json": flux_config_to_diffusers(shape),
@@ -146,7 +165,8 @@ def _clip(config: Any) -> dict[str, Any]:
 
 def _t5(config: Any) -> dict[str, Any]:
     assert isinstance(config, T5Config)
-    return {
+    filled = {"pad_token_id": config.padding_id} if isinstance(config, ChromaT5Config) else {}
+    return filled | {
         "architectures": ["T5EncoderModel"],
         "d_ff": config.d_ff,
         "d_kv": config.d_kv,

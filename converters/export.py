@@ -4,6 +4,8 @@
 2. Every part's weights are the rule tables run backwards, tensor by tensor, in shards where they are large.
 3. The tokenizers are saved as they are; `model_index.json` names the parts' classes.
 
+Of Chroma's transformer the numbers of blocks are left out, which its checkpoints have in the names of tensors alone.
+
 Of FLUX.2's text encoder the layers behind the last that is read are not here. One stands in for all of them, whose
 matrices are zeros: transformers puts the last norm behind the last layer, so that the states that are read must not be
 the last. No text depends on it.
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.autoencoder import AUTOENCODER_DIFFUSERS, AUTOENCODER_FLUX2
+from converters.chroma import CHROMA_DIFFUSERS, NUMBER
 from converters.descriptions import descriptions
 from converters.flux import FLUX_DIFFUSERS
 from converters.flux2 import FLUX2_DIFFUSERS
@@ -52,6 +55,7 @@ class _Part(NamedTuple):
         rules: its table.
         labels: names of stacked layers.
         more: tensors that it has besides.
+        ours: what keys end with that only we have, and that are not written; None where there are none.
     """
 
     folder: str
@@ -60,24 +64,24 @@ class _Part(NamedTuple):
     rules: Sequence[Rule]
     labels: Labels | None = None
     more: dict[str, np.ndarray] | None = None
+    ours: str | None = None
 
 
 def export_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False) -> None:
     """Writes a diffusers directory.
 
     Args:
-        pipe: the pipeline, of FLUX.1, FLUX.2 or Stable Diffusion 3.
+        pipe: the pipeline, of FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma.
         out: directory to write; it appears only when it is complete.
         overwrite: replace an existing directory.
 
     Raises:
         UserError: if it is one of another model, or has no text encoders.
     """
-    if type(pipe.transformer) not in (MMDiT, Flux2MMDiT, Sd3MMDiT):
-        model = "Chroma" if isinstance(pipe.transformer, ChromaMMDiT) else "of another model"
+    if type(pipe.transformer) not in (MMDiT, Flux2MMDiT, Sd3MMDiT, ChromaMMDiT):
         raise UserError(
-            "Pipelines of FLUX.1, FLUX.2 and Stable Diffusion 3 can be saved as a diffusers directory, but this is "
-            f"{model}."
+            "Pipelines of FLUX.1, FLUX.2, Stable Diffusion 3 and Chroma can be saved as a diffusers directory, but "
+            "this is of another model."
         )
     if pipe.t5 is None or isinstance(pipe.t5, Absent):
         raise UserError(
@@ -109,6 +113,12 @@ def _parts(pipe: Pipeline) -> list[_Part]:
             _Part("transformer", DIFFUSERS, pipe.transformer, FLUX2_DIFFUSERS),
             _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_FLUX2, more={COUNTER: np.zeros((), np.int64)}),
             _Part("text_encoder", TRANSFORMERS, pipe.t5, QWEN3_TRANSFORMERS, more=_behind(pipe.t5)),
+        ]
+    if isinstance(pipe.transformer, ChromaMMDiT):
+        return [
+            _Part("transformer", DIFFUSERS, pipe.transformer, CHROMA_DIFFUSERS, ours=NUMBER),
+            _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_DIFFUSERS),
+            _t5("text_encoder", pipe),
         ]
     return [
         _Part("transformer", DIFFUSERS, pipe.transformer, FLUX_DIFFUSERS),
@@ -144,10 +154,14 @@ def _write_part(directory: Path, part: _Part) -> None:
     dtype = np.dtype(next(iter(leaf_paths(part.module).values())).dtype)
     shapes = source_shapes(part.rules, part.module, part.labels)
     more = part.more or {}
-    kinds = {key: (dtype, shape) for key, shape in shapes.items()}
+    kinds = {key: (dtype, shape) for key, shape in shapes.items() if _written(part, key)}
     kinds |= {key: (tensor.dtype, tensor.shape) for key, tensor in more.items()}
-    tensors = save_tree(part.module, part.rules, part.labels)
+    tensors = (one for one in save_tree(part.module, part.rules, part.labels) if _written(part, one[0]))
     write_sharded(directory, part.stem, kinds, lambda key: more[key] if key in more else _next(tensors, key))
+
+
+def _written(part: _Part, key: str) -> bool:
+    return part.ours is None or not key.endswith(part.ours)
 
 
 def _next(tensors: Iterator[tuple[str, np.ndarray]], key: str) -> np.ndarray:

@@ -70,7 +70,7 @@ class BlockRecord(NamedTuple):
     Attributes:
         img: image stream before the block.
         txt: text stream before the block.
-        cond: conditioning vector; where blocks share their modulations, those of the block, one behind the other.
+        cond: conditioning vector; where blocks compute no modulations, those of the block, one behind the other.
         img_out: image stream after the block.
         txt_out: text stream after the block.
     """
@@ -249,8 +249,13 @@ def record_transformer(directory: Path, inputs: TransformerInputs) -> Transforme
     kind = _class_of(diffusers, path)
     model = load_blockwise(torch, lambda: kind.from_config(kind.load_config(path)), path)
     given = _arguments(torch, inputs, pooled=kind is diffusers.FluxTransformer2DModel)
+    return record_model(torch, model, given, len(inputs.text))
+
+
+def record_model(torch: Any, model: Any, given: Mapping[str, Any], words: int) -> TransformerRecord:
+    """Runs a transformer with two kinds of blocks once; arguments as for `record_blocks`."""
     modules, depth = [*model.transformer_blocks, *model.single_transformer_blocks], len(model.transformer_blocks)
-    blocks, velocity = record_blocks(torch, model, modules, given, len(inputs.text))
+    blocks, velocity = record_blocks(torch, model, modules, given, words)
     return TransformerRecord(blocks[:depth], blocks[depth:], velocity[0].numpy())
 
 
@@ -275,8 +280,8 @@ def record_blocks(
         def arrays(img: Any, txt: Any) -> tuple[np.ndarray, np.ndarray]:
             return img[0].numpy().copy(), txt[0].numpy().copy()
 
-        img, txt = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
-        if txt is None:  # of FLUX.2's single-stream blocks, which take and give the joint sequence
+        img, txt = kwargs["hidden_states"], kwargs.get("encoder_hidden_states")
+        if txt is None:  # single-stream blocks of FLUX.2 and Chroma take and give the joint sequence
             txt, img = img[:, :words], img[:, words:]
             output = output[:, :words], output[:, words:]
         txt_out, img_out = output

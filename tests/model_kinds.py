@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import ChromaPipeline, Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
 
+import chroma
 import flux1
 import klein
 import sd3
+from converters.chroma import CHROMA_DIFFUSERS, NUMBER, chroma_config_from_diffusers
 from converters.flux import FLUX_DIFFUSERS, flux_config_from_diffusers
 from converters.flux2 import FLUX2_DIFFUSERS, flux2_config_from_diffusers
 from converters.mapping import check_coverage, source_shapes
 from converters.sd3 import SD3_DIFFUSERS, sd3_config_from_diffusers, sd3_labels
+from difffract_jax.models.chroma import ChromaMMDiT
 from difffract_jax.models.flux2 import Flux2MMDiT
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.pipeline import Pipeline
@@ -34,7 +37,7 @@ class Kind(NamedTuple):
 
     Attributes:
         published: the published configuration of its transformer.
-        theirs: diffusers' class of the transformer.
+        theirs: makes diffusers' module of the transformer of its configuration.
         read: makes our configuration of theirs.
         ours: our class.
         rules: the converter's table for diffusers' files.
@@ -43,10 +46,11 @@ class Kind(NamedTuple):
         evaluate: runs its transformer once: module, latents, text, pooled, time, grid, guidance scale.
         text_tokens: of a small run.
         negative: negative prompt of a small run; None where there is no second branch.
+        added: what keys end with that the converter adds to those of a checkpoint; None where it adds none.
     """
 
     published: Mapping[str, Any]
-    theirs: type[torch.nn.Module]
+    theirs: Callable[..., torch.nn.Module]
     read: Callable[[Mapping[str, Any]], Any]
     ours: type[MMDiT]
     rules: Sequence[Any]
@@ -55,6 +59,7 @@ class Kind(NamedTuple):
     evaluate: Callable[..., np.ndarray]
     text_tokens: int
     negative: str | None = None
+    added: str | None = None
 
 
 def _flux1(name: str) -> Kind:
@@ -84,6 +89,19 @@ def _sd3(name: str) -> Kind:
     return Kind(sd3.PUBLISHED[name], *converter, partial(sd3.tiny_pipeline, name), evaluate, tokens, "a dog")
 
 
+def _chroma() -> Kind:
+    def theirs(**config: Any) -> torch.nn.Module:
+        return chroma.their_transformer(config)
+
+    def evaluate(module: Any, latents: np.ndarray, text: np.ndarray, pooled: Any, t: float, grid: Any, guidance: Any):
+        del pooled, guidance  # Chroma takes neither
+        return chroma.run_theirs(module, latents, text, t, grid, np.any(text != 0, axis=-1))
+
+    converter = (theirs, chroma_config_from_diffusers, ChromaMMDiT, CHROMA_DIFFUSERS, lambda config: None)
+    small = partial(chroma.tiny_pipeline, use_beta_sigmas=True)
+    return Kind(chroma.PUBLISHED, *converter, small, evaluate, 20, "a dog", NUMBER)
+
+
 KINDS = {
     "flux-schnell": _flux1("flux-schnell"),
     "flux-dev": _flux1("flux-dev"),
@@ -92,6 +110,7 @@ KINDS = {
     "sd3-medium": _sd3("sd3-medium"),
     "sd3.5-medium": _sd3("sd3.5-medium"),
     "sd3.5-large": _sd3("sd3.5-large"),
+    "chroma1-hd": _chroma(),
 }
 
 
@@ -100,9 +119,9 @@ class Coverage(NamedTuple):
 
     Attributes:
         problems: keys that are not used or not there, and shapes that differ; none if the table fits.
-        same: whether the keys and shapes that it would write back are those of diffusers' module.
+        same: whether the keys and shapes that it would write back are those of diffusers' module, without what it adds.
         tensors: of diffusers' module.
-        numbers: in these, and in our leaves.
+        numbers: in these, and in our leaves, without what it adds.
     """
 
     problems: list[str]
@@ -119,12 +138,18 @@ def coverage(kind: Kind) -> Coverage:
     config = kind.read(kind.published)
     abstract, labels = abstract_module(kind.ours, config), kind.labels(config)
     ours = sum(int(np.prod(leaf.shape)) for leaf in leaf_paths(abstract).values())
+    wanted = source_shapes(kind.rules, abstract, labels)
+    added = {key: wanted.pop(key) for key in [*wanted] if kind.added is not None and key.endswith(kind.added)}
     return Coverage(
-        check_coverage(shapes, kind.rules, abstract, labels=labels),
-        source_shapes(kind.rules, abstract, labels) == shapes,
+        check_coverage(shapes | added, kind.rules, abstract, labels=labels),
+        wanted == shapes,
         len(shapes),
-        (sum(int(np.prod(shape)) for shape in shapes.values()), ours),
+        (_numbers(shapes), ours - _numbers(added)),
     )
+
+
+def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(int(np.prod(shape)) for shape in shapes.values())
 
 
 def small_run(pipe: Pipeline, kind: Kind, steps: int | None = None) -> Run:
@@ -150,7 +175,10 @@ class TheirRun(NamedTuple):
 
 
 def run_theirs(pipe: Any, run: Run, prompt: str, noise: np.ndarray) -> TheirRun:
-    """Runs diffusers' pipeline from packed noise as the run says, in the type of its weights."""
+    """Runs diffusers' pipeline from packed noise as the run says, in the type of its weights.
+
+    Chroma's makes masks of floating point numbers, which do not hide padding: it is given boolean ones.
+    """
     pipe.set_progress_bar_config(disable=True)
     spatial, seen = isinstance(pipe.transformer, SD3Transformer2DModel), {"times": []}
 
@@ -169,9 +197,12 @@ def run_theirs(pipe: Any, run: Run, prompt: str, noise: np.ndarray) -> TheirRun:
         latents = torch.tensor(noise).T.reshape(1, noise.shape[1], *run.grid)
     else:
         latents = torch.tensor(noise)[None]
+    if isinstance(pipe, ChromaPipeline):
+        given |= _encoded(pipe, prompt, run)
+    else:
+        given["prompt"] = prompt
     side = PATCH * pipe.vae_scale_factor
     pixels = pipe(
-        prompt=prompt,
         latents=latents.to(next(pipe.transformer.parameters()).dtype),
         height=side * run.grid[0],
         width=side * run.grid[1],
@@ -182,6 +213,20 @@ def run_theirs(pipe: Any, run: Run, prompt: str, noise: np.ndarray) -> TheirRun:
     ).images[0]
     made = seen["latents"]
     return TheirRun(pixels, np.asarray(pack(made.transpose(1, 2, 0))) if spatial else made, seen["times"])
+
+
+def _encoded(pipe: Any, prompt: str, run: Run) -> dict[str, Any]:
+    """Returns the embeddings of both prompts by Chroma's pipeline, and which of their tokens are seen."""
+    with torch.no_grad():
+        text, _, mask, negative, _, negative_mask = pipe.encode_prompt(
+            prompt, run.negative_prompt, max_sequence_length=run.text_tokens
+        )
+    return {
+        "prompt_embeds": text,
+        "prompt_attention_mask": mask.bool(),
+        "negative_prompt_embeds": negative,
+        "negative_prompt_attention_mask": negative_mask.bool(),
+    }
 
 
 def draw_noise(pipe: Pipeline, seed: int = 0) -> np.ndarray:

@@ -254,6 +254,7 @@ def _counted(
             "and train."
         )
     places, found = [read_place(name) for name in devices], []
+    lacking = _lacking_encoders(command, file, model, sets)
     for place in places:
         if command == "train":
             found += _counted_training(_training(file, model, sets), place)
@@ -269,7 +270,31 @@ def _counted(
             streams = command not in RESIDENT_ALONE and count(work._replace(streamed=True)).needed <= place.usable
             less = taken if least <= place.usable else [BY_DISK if streams else NOTHING]
             found.append((place, way, count(work), less))
-    return _as_json(command, found) if json else _as_tables(command, found)
+    about = {} if lacking is None else {"text_encoders" if json else "text encoders": lacking}
+    return (_as_json if json else _as_tables)(command, found) | about
+
+
+def _lacking_encoders(command: str, file: Path | None, model: str | None, sets: Sequence[str]) -> str | None:
+    """Says that a model has no text encoders that could be counted; None where it has, or where none is wanted."""
+    from difffract_jax.loading import described_pipeline
+    from difffract_jax.models.absent import AbsentConfig
+
+    if command == "train":
+        settings = _training(file, model, sets)
+        if settings.rows is not None or settings.model in (None, "tiny"):
+            return None
+        name, given = str(settings.model), {}
+    else:
+        asked = _asked(file, model, sets)
+        if asked.embeddings:
+            return None
+        name, given = asked.model, {"base": asked.base, "variant": asked.variant}
+    if not isinstance(described_pipeline(name, **given).t5, AbsentConfig):
+        return None
+    return (
+        f"{name} lacks its text encoders, so that none is counted: the bytes hold where prompts come from a file "
+        "(--embeddings FILE), and where encoders are loaded, their weights and work come on top of them"
+    )
 
 
 def _counted_training(settings: TrainConfig, place: Any) -> list[tuple[Any, str, Any, list[str]]]:

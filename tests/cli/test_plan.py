@@ -1,6 +1,7 @@
 """`difffract plan` for devices that are counted; those that libtpu compiles have tests beside their planners."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from commands import Run, run_command
 
 from difffract_jax.cli.plan import RESIDENT_ALONE
 from difffract_jax.estimate.counts import COMMANDS
+from tolerances import REFERENCE
 
 SIZE = ("--set", "height=512", "--set", "width=512", "--set", "text_tokens=512")
 
@@ -51,6 +53,26 @@ def test_a_plan_says_that_it_is_counted_and_what_would_fit(
     run = difffract("plan", "trace", "--device", "h100", *SIZE, "--set", "sites=[img/3-18,txt/3-18]")
     assert run.status == 0 and "not compiled" in run.out
     assert "--transcoder-dtype bf16" in " ".join(run.out.split()) and "copies of recorded blocks" in run.out
+
+
+def test_text_encoders_that_are_not_there_are_said_to_be_uncounted(
+    difffract: Callable[..., Run], tmp_path: Path
+) -> None:
+    full, bare, given = REFERENCE / "pipeline", tmp_path / "bare", tmp_path / "generate.yaml"
+    shutil.copytree(full, bare, ignore=shutil.ignore_patterns("text_encoder*"))
+    given.write_text(f"model: {bare}\nembeddings: prompts.npz\n", encoding="utf-8")
+    size = ("--device", "24GB", "--set", "height=32", "--set", "width=32", "--set", "text_tokens=16")
+
+    def told(*arguments: object) -> str | None:
+        run = difffract("plan", *arguments, "--json")
+        assert run.status == 0, run.err
+        return json.loads(run.out).get("text_encoders")
+
+    assert told("generate", full, *size) is None and told("generate", "--config", given, *size) is None
+    training = "configs/train-organism.yaml", "--device", "24GB", "--set", f"model={bare}"
+    for sentence in (told("generate", bare, *size), told(*training)):
+        assert f"{bare} lacks its text encoders, so that none is counted" in sentence
+        assert "their weights and work come on top of them" in sentence
 
 
 def test_a_training_is_counted_phase_by_phase(difffract: Callable[..., Run]) -> None:

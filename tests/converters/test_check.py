@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from chroma import tiny_pipeline as tiny_chroma
 from converters.check import check
 from converters.export import export_pipeline
 from difffract_jax.config import UserError
@@ -80,3 +81,23 @@ def test_every_part_of_sd3_is_pytorch_s_and_a_wrong_block_is_named(tmp_path, nam
     pipe.clip.second.projection.kernel[...] = pipe.clip.second.projection.kernel[...] * 1.01
     rows = check(tmp_path / "sd3", pipe)
     assert [row.part for row in rows if not row.equal] == ["clip 2", "last 0", "whole transformer"]
+
+
+@pytest.mark.slow
+def test_every_part_of_chroma_is_pytorch_s_and_what_is_wrong_is_named(tmp_path):
+    tiny_chroma(use_beta_sigmas=True).save_pretrained(tmp_path / "chroma")
+    pipe = load_pipeline(tmp_path / "chroma")
+    rows = check(tmp_path / "chroma", pipe, tolerance=TOL.f32_block)
+    blocks = ["double 0", "double 1", "single 0", "single 1"]
+    assert [row.part for row in rows] == ["t5", "embeddings", *blocks, "whole transformer", "autoencoder"]
+    assert all(row.equal and 0 < row.error <= row.bar for row in rows)
+    kernel = pipe.transformer.single.up.kernel
+    kernel[...] = kernel[...].at[1, 0].add(0.1)
+    rows = check(tmp_path / "chroma", pipe)
+    assert [row.part for row in rows if not row.equal] == ["single 1", "whole transformer"]
+    # Every block gets PyTorch's modulations, so that a wrong modulator is not the blocks' fault.
+    kernel[...] = kernel[...].at[1, 0].add(-0.1)
+    outputs = pipe.transformer.modulator.outputs.kernel
+    outputs[...] = 1.1 * outputs[...]
+    rows = check(tmp_path / "chroma", pipe)
+    assert [row.part for row in rows if not row.equal] == ["embeddings", "whole transformer"]
