@@ -167,10 +167,11 @@ def test_a_graph_reaches_features_of_the_foreign_stack_and_adds_up(made, tmp_pat
     graph.save(tmp_path / "g.npz")
     again = Graph.load(tmp_path / "g.npz")
     assert again.provenance.run.layout == pipe.config.transformer.layout
-    own = attribute(trace, tcs, target=strongest_feature(trace, tcs, "lens", 1), max_nodes=4)
+    own = attribute(trace, tcs, target=strongest_feature(trace, tcs, "lens", 1), max_nodes=4, expansion_batch=4)
     assert np.max(own.conservation_error) <= TOL.conservation_x64
 
 
+@pytest.mark.slow
 def test_heads_and_no_hop_add_up_across_a_stack_without_attention(made):
     _, tcs, trace, _ = made
     engine = make_engine(trace, tcs)

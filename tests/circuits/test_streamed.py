@@ -133,7 +133,7 @@ def test_images_are_the_same(resident, streamed):
 
 
 @IN_HOST_TOO
-@pytest.mark.parametrize("output", [False, True])
+@pytest.mark.parametrize("output", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_records_are_the_same(resident, streamed, output):
     theirs, ours = (capture(*pair, PROMPT, step=1, output=output).record for pair in (resident, streamed))
     ours, theirs = (leaf_paths(one._replace(weights=None)) for one in (ours, theirs))
@@ -150,7 +150,7 @@ def test_a_slim_record_keeps_a_fraction_of_the_blocks(resident, streamed):
 
 
 @IN_HOST_TOO
-@pytest.mark.parametrize("target", ["feature", "velocity"])
+@pytest.mark.parametrize("target", ["feature", pytest.param("velocity", marks=pytest.mark.slow)])
 def test_graphs_are_the_same(resident, streamed, target):
     graphs = []
     for pipe, tcs in (resident, streamed):
@@ -173,7 +173,7 @@ def test_spans_are_the_same(resident, streamed):
     same_edges(*graphs)
 
 
-@pytest.mark.parametrize("target", ["feature", "velocity", "span", "bf16"])
+@pytest.mark.parametrize("target", ["feature", "velocity", "span", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_graphs_are_the_same_where_decoder_rows_are_streamed(streamed, monkeypatch, target):
     pipe, tcs = streamed
     output, precision = target == "velocity", "bf16" if target == "bf16" else "f32"
@@ -237,13 +237,19 @@ def test_no_transcoder_is_fetched_for_blocks_without(resident, saved, tmp_path):
         close(ours, theirs, 1e-5)
 
 
+EDITS = [Edit.parse("img/1/f3=add:2"), Edit.parse("txt/0/f5=zero")]
+
+
 @IN_HOST_TOO
-def test_edited_images_are_the_same(resident, streamed):
-    edits = [Edit.parse("img/1/f3=add:2"), Edit.parse("txt/0/f5=zero")]
-    for form in ("delta", "replace"):
-        theirs, ours = (steer(*pair, PROMPT, edits, form=form, seed=2) for pair in (resident, streamed))
-        close(ours.latents, theirs.latents, 1e-5)
-    swept = [sweep(*pair, PROMPT, edits, (0.0, 2.0), seeds=(1, 2)) for pair in (resident, streamed)]
+@pytest.mark.parametrize("form", ["replace", pytest.param("delta", marks=pytest.mark.slow)])
+def test_edited_images_are_the_same(resident, streamed, form):
+    theirs, ours = (steer(*pair, PROMPT, EDITS, form=form, seed=2) for pair in (resident, streamed))
+    close(ours.latents, theirs.latents, 1e-5)
+
+
+@IN_HOST_TOO
+def test_sweeps_of_added_differences_are_the_same(resident, streamed):
+    swept = [sweep(*pair, PROMPT, EDITS, (0.0, 2.0), seeds=(1, 2)) for pair in (resident, streamed)]
     close(swept[1].norms, swept[0].norms, 1e-5)
     np.testing.assert_allclose(swept[1].images.astype(int), swept[0].images.astype(int), atol=1)
 

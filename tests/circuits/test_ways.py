@@ -32,6 +32,7 @@ def small():
     return exact, [(output, 2.0), (strongest_feature(exact.trace, exact.tcs, "img", 2), 1.0)]
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_graph_of_one(small):
     exact, targets = small
     settings = {"target": targets, "max_nodes": 30, "expansion_batch": 11}

@@ -1,5 +1,7 @@
 """Bytes that are counted from shapes, held against arrays, recorded runs and what the compiler says."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -47,6 +49,12 @@ MIDDLE = FluxConfig(
     pooled_width=64,
     guidance=False,
 )
+
+
+@cache
+def middle() -> pipeline.Pipeline:
+    """A pipeline of this shape in float32, made once."""
+    return random_pipeline(transformer=MIDDLE)
 
 
 def shapes_of(pipe: pipeline.Pipeline) -> dict:
@@ -107,7 +115,7 @@ def test_a_transcoder_takes_what_its_arrays_take(shape: dict) -> None:
 
 
 def test_a_record_takes_what_was_recorded() -> None:
-    pipe = random_pipeline(transformer=MIDDLE)
+    pipe = middle()
     tcs = random_transcoders(MIDDLE, features=64, sites={"img": (0, 1), "txt": (0, 1)})
     trace = capture(pipe, tcs, "a red fox", run=pipe.plan(height=64, width=64, text_tokens=32, steps=2))
     prepared = prepare(trace, tcs).steps[0]
@@ -123,9 +131,8 @@ def test_a_record_takes_what_was_recorded() -> None:
 
 
 def test_what_a_streamed_trace_holds_is_what_is_there(tmp_path) -> None:
-    made = random_pipeline(transformer=MIDDLE)
     tcs = random_transcoders(MIDDLE, features=512, sites={"img": (1, 2), "txt": (1, 2)})
-    save_pipeline(made, tmp_path / "model")
+    save_pipeline(middle(), tmp_path / "model")
     save_transcoders(tcs, tmp_path / "transcoders")
     pipe = load_pipeline(tmp_path / "model", weights="disk")
     streamed = load_transcoders(tmp_path / "transcoders", weights="disk")
@@ -159,7 +166,7 @@ def test_rows_of_prompts_are_those_of_all_steps(tmp_path) -> None:
 
 @pytest.mark.parametrize(("pixels", "text"), [(128, 64), pytest.param(512, 256, marks=pytest.mark.slow)])
 def test_what_a_step_needs_in_between_bounds_the_compilers(pixels: int, text: int) -> None:
-    pipe = random_pipeline(transformer=MIDDLE)
+    pipe = middle()
     unit = 2 * pipe.config.vae.factor
     grid = (pixels // unit, pixels // unit)
 

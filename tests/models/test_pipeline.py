@@ -136,6 +136,7 @@ def test_bfloat16_generates_what_float32_does_but_for_rounding():
     assert relative_error(ours.latents, exact.latents) <= 4 * TOL.bf16
 
 
+@pytest.mark.slow
 def test_eight_devices_generate_what_one_does(pipe, golden):
     place = pipeline_shardings(make_mesh({"data": 2, "feature": 4}))
     parts = {name: getattr(pipe, name) for name in ("transformer", "t5", "clip", "vae")}

@@ -45,7 +45,7 @@ def organism_itself():
     return load_pipeline("organism")
 
 
-@pytest.fixture(scope="module", params=SIBLINGS)
+@pytest.fixture(scope="module", params=["sd3", pytest.param("flux2", marks=pytest.mark.slow)])
 def sibling(request, organism_itself, tmp_path_factory):
     """Name, directory of the run, and pipeline."""
     directory = tmp_path_factory.mktemp(request.param) / "run"
