@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from difffract_jax.text_files import decoded, unicode_problem
 
-ORGANISMS: tuple[str, ...] = ("organism", "organism-sd3")
+ORGANISMS: tuple[str, ...] = ("organism", "organism-sd3", "organism-flux2")
 """Names of the embedded models: the organism, and those of its siblings of other architectures that ship with it."""
 SEEDS = 2**64
 """Seeds are whole numbers from 0 to below this, as PyTorch's are."""
