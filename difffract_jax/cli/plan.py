@@ -29,6 +29,8 @@ RESIDENT, STREAMED = "resident", "streamed"
 RESIDENT_ALONE = ("convert",)
 """Commands that stream in any case, so that nothing else is counted."""
 BY_DISK = "--weights disk"
+FROM_EMBEDDINGS = ("generate", "trace", "features", "steer")
+"""Commands that need no text encoders where prompt embeddings come from a file."""
 NOTHING = "nothing that was counted"
 """What makes a command fit that no smaller image and no shorter type does."""
 Asked = Annotated[
@@ -279,6 +281,8 @@ def _lacking_encoders(command: str, file: Path | None, model: str | None, sets: 
     from difffract_jax.loading import described_pipeline
     from difffract_jax.models.absent import AbsentConfig
 
+    if command in RESIDENT_ALONE:
+        return None  # no prompt is read
     if command == "train":
         settings = _training(file, model, sets)
         if settings.rows is not None or settings.model in (None, "tiny"):
@@ -291,9 +295,14 @@ def _lacking_encoders(command: str, file: Path | None, model: str | None, sets: 
         name, given = asked.model, {"base": asked.base, "variant": asked.variant}
     if not isinstance(described_pipeline(name, **given).t5, AbsentConfig):
         return None
+    if command in FROM_EMBEDDINGS:
+        return (
+            f"{name} lacks its text encoders, so that none is counted: the bytes hold where prompts come from a file "
+            "(--embeddings FILE)"
+        )
     return (
-        f"{name} lacks its text encoders, so that none is counted: the bytes hold where prompts come from a file "
-        "(--embeddings FILE), and where encoders are loaded, their weights and work come on top of them"
+        f"{name} lacks its text encoders, without which `{command}` does not run; with those of the release their "
+        "weights and work come on top of these bytes"
     )
 
 

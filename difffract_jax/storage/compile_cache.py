@@ -11,8 +11,8 @@
    too: those of this machine at once, those of others, as where a home is shared, when it is a month old.
 4. Whatever fails costs time, never a result: without a home that can be written, everything is compiled.
 5. Whoever has set `JAX_COMPILATION_CACHE_DIR` or `JAX_ENABLE_COMPILATION_CACHE` is left to it.
-6. Programs of several CPU devices are neither kept nor loaded, whoever has set the cache: loaded ones may hang, see
-   `compile_cpu_meshes_anew`.
+6. Programs of several CPU devices are neither kept nor loaded from when `sharding.make_mesh` makes a mesh of such,
+   whoever has set the cache: loaded ones may hang, see `compile_cpu_meshes_anew`.
 
 Only the standard library is imported: commands call this before JAX is loaded, and JAX then reads its environment.
 """

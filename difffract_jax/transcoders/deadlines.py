@@ -2,10 +2,10 @@
 
 1. At first each waits `START_UP` seconds until all have come to the address of the first; then JAX aborts it from C++.
 2. When devices are asked for, each waits two minutes for the others to list theirs.
-3. On processors, Gloo connects the processes when a program first spans some set of devices, and waits 30 s for each.
+3. On CPUs, Gloo connects the processes when a program first spans some set of devices, and waits 30 s for each.
    Neither JAX nor XLA has a setting for that.
 4. Who comes later than that finds the others gone.
-5. Within a program a process waits for what another sends, on processors half an hour.
+5. Within a program a process waits for what another sends, on CPUs half an hour.
 
 `lifeline.joined` tells these sentences, each with what to do.
 """
@@ -23,7 +23,9 @@ _GONE = re.compile(r"Gloo .*failed|UNAVAILABLE|detected fatal errors", re.DOTALL
 
 def is_deadline(said: str) -> bool:
     """Says whether a message of JAX means that it has waited for another process in vain."""
-    return "DEADLINE_EXCEEDED" in said or bool(_WAITED.search(said))
+    if "Unable to initialize backend" in said and "GetKeyValue" not in said:
+        return False  # a driver or a device that is in use, which no other process can help
+    return "DEADLINE_EXCEEDED" in said or "Timed out waiting" in said
 
 
 def waited(said: str) -> float | None:
@@ -56,7 +58,7 @@ def not_together(said: str, join: str) -> str | None:
             f"Not {everybody} came{place} within {START_UP} s, and {this} waits no longer; they must be started within "
             "that time of one another, and reach the first one's address"
         )
-    if _GONE.search(said):
+    if _GONE.search(said) and "Unable to initialize backend" not in said:
         return f"Another of {everybody} had ended when {this} came to their first shared computation"
     return None
 

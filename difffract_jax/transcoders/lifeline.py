@@ -108,8 +108,10 @@ def _coming_together(text: str, advice: Callable[[], str], stderr: int) -> Itera
             os._exit(failed_status())
 
     def aborted() -> None:
-        said = os.pread(2, SHOWN, 0).decode(errors="replace")  # the file of what C++ has written
-        end(not_together(said, text) or f"The processes could not be joined ({' '.join(said.split())[:SHORT]})")
+        # The file of what C++ has written, which may begin with thousands of characters of warnings.
+        said = os.pread(2, os.fstat(2).st_size, 0).decode(errors="replace")
+        last = " ".join(said.rpartition("Terminating process")[2].split())
+        end(not_together(said, text) or f"The processes could not be joined ({last[:SHORT]})")
 
     kept = _on_abort(aborted)
     try:
@@ -206,10 +208,13 @@ class _Line:
         return said == "error" and not is_first()
 
     def _end(self, what: str, speaks: bool, *, mistaken: bool = False) -> None:
-        """Ends this process, the first one after it has told the others; `mistaken` if another start would not help."""
+        """Ends this process; `mistaken` if another start would not help.
+
+        The first one tells the others before, and one that has waited in vain tells the first, which then says no more.
+        """
         if self._closed:
             return
-        if is_first():
+        if is_first() or self._ending:
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):
                     peer.sendall(b"told error\n" if mistaken else b"told\n")

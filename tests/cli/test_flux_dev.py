@@ -113,7 +113,6 @@ def test_transcoders_are_trained_and_measured_under_guidance_and_a_lora(difffrac
     assert np.isfinite(found["fvu"]) and report["provenance"]["sources"]["model"] == merged.source
 
 
-@pytest.mark.slow
 def test_effects_are_those_on_the_last_of_the_model_s_own_steps_and_edits_take_guidance(difffract):
     found = difffract("effects", "model", "tcs", PROMPT, "--target", "velocity:", "--guidance", 2, "--top", 1)
     assert found["step"] == STEPS - 1

@@ -70,9 +70,10 @@ def test_text_encoders_that_are_not_there_are_said_to_be_uncounted(
 
     assert told("generate", full, *size) is None and told("generate", "--config", given, *size) is None
     training = "configs/train-organism.yaml", "--device", "24GB", "--set", f"model={bare}"
-    for sentence in (told("generate", bare, *size), told(*training)):
-        assert f"{bare} lacks its text encoders, so that none is counted" in sentence
-        assert "their weights and work come on top of them" in sentence
+    assert f"{bare} lacks its text encoders, so that none is counted" in told("generate", bare, *size)
+    for command, sentence in (("encode", told("encode", bare, *size)), ("train", told(*training))):
+        assert f"{bare} lacks its text encoders, without which `{command}` does not run" in sentence
+    assert told("convert", bare, "--device", "24GB") is None
 
 
 def test_a_training_is_counted_phase_by_phase(difffract: Callable[..., Run]) -> None:

@@ -83,7 +83,6 @@ def test_every_part_of_sd3_is_pytorch_s_and_a_wrong_block_is_named(tmp_path, nam
     assert [row.part for row in rows if not row.equal] == ["clip 2", "last 0", "whole transformer"]
 
 
-@pytest.mark.slow
 def test_every_part_of_chroma_is_pytorch_s_and_what_is_wrong_is_named(tmp_path):
     tiny_chroma(use_beta_sigmas=True).save_pretrained(tmp_path / "chroma")
     pipe = load_pipeline(tmp_path / "chroma")

@@ -54,6 +54,12 @@ def sibling(request, organism_itself, tmp_path_factory):
         return request.param, directory, train(recipe_of(request.param), directory, begin=organism_itself)
 
 
+@pytest.fixture(scope="module", params=SIBLINGS)
+def shipped(request):
+    """The sibling of each architecture that ships."""
+    return load_pipeline(f"organism-{request.param}")
+
+
 def test_the_result_is_a_pipeline_that_is_saved_loaded_and_draws(sibling, tmp_path):
     _, _, pipe = sibling
     save_pipeline(pipe, tmp_path / "pipeline")
@@ -79,44 +85,40 @@ def test_what_it_shares_with_the_organism_stays_as_it_is_there(sibling, organism
     assert not (directory / "images").exists()
 
 
-def test_many_captions_are_encoded_as_one_is(sibling):
-    _, _, pipe = sibling
+def test_many_captions_are_encoded_as_one_is(shipped):
     captions = (*scenes(3, 0, 4).captions, "", " ".join(WORDS[:19]))
-    many = text.tokenise(pipe.tokenizers, captions)
-    states, pooled = text.encode_all(pipe.t5, pipe.clip, many)
-    length = pipe.config.defaults.text_tokens
+    many = text.tokenise(shipped.tokenizers, captions)
+    states, pooled = text.encode_all(shipped.t5, shipped.clip, many)
+    length = shipped.config.defaults.text_tokens
     for row, caption in enumerate(captions):
-        ids = encode_prompt(pipe.tokenizers, caption, length)
+        ids = encode_prompt(shipped.tokenizers, caption, length)
         np.testing.assert_array_equal(many.t5_ids[row], ids.t5_ids)
         np.testing.assert_array_equal(many.clip_ids[row], ids.clip_ids)
-        one = encode(pipe, caption, length)
+        one = encode(shipped, caption, length)
         assert one.cut == "" and relative_error(states[row], one.text) <= TOL.f32_block
         assert not pooled.shape[1] or relative_error(pooled[row], one.pooled) <= TOL.f32_block
 
 
-def test_words_stand_where_they_are_said_to_begin(sibling):
-    _, _, pipe = sibling
-    length = pipe.config.defaults.text_tokens
-    pieces = pipe.tokenizers.pieces(encode_prompt(pipe.tokenizers, "a red circle", length).t5_ids)
-    for start in word_starts(pipe.tokenizers):
+def test_words_stand_where_they_are_said_to_begin(shipped):
+    length = shipped.config.defaults.text_tokens
+    pieces = shipped.tokenizers.pieces(encode_prompt(shipped.tokenizers, "a red circle", length).t5_ids)
+    for start in word_starts(shipped.tokenizers):
         assert [piece.strip("\u2581") for piece in pieces[start : start + 3]] == ["a", "red", "circle"]
 
 
-def test_a_word_that_the_vocabulary_lacks_is_refused(sibling):
-    _, _, pipe = sibling
+def test_a_word_that_the_vocabulary_lacks_is_refused(shipped):
     with pytest.raises(UserError, match="lacks `cirkle`; did you mean `circle`"):
-        generate(pipe, "a red cirkle")
-    same = (encode_prompt(pipe.tokenizers, prompt, 60).t5_ids for prompt in ("A red circle.", "a red circle"))
+        generate(shipped, "a red cirkle")
+    same = (encode_prompt(shipped.tokenizers, prompt, 60).t5_ids for prompt in ("A red circle.", "a red circle"))
     np.testing.assert_array_equal(*same)
 
 
-def test_latents_of_the_pool_are_those_that_the_decoder_unpacks(sibling):
-    _, _, pipe = sibling
+def test_latents_of_the_pool_are_those_that_the_decoder_unpacks(shipped):
     images = scenes(9, 0, 4).images()
-    means = pool.encode_images(pipe.vae, images)
-    tokens = pool._scaled(pipe.vae, means)
+    means = pool.encode_images(shipped.vae, images)
+    tokens = pool._scaled(shipped.vae, means)
     assert np.std(tokens) == pytest.approx(1, rel=0.3)  # a few scenes, of one over all
-    back = jax.vmap(lambda one: pipe.vae.unpacked(one, flow.GRID))(jnp.asarray(tokens))
+    back = jax.vmap(lambda one: shipped.vae.unpacked(one, flow.GRID))(jnp.asarray(tokens))
     assert relative_error(back, means) <= TOL.f32_block
 
 

@@ -50,9 +50,18 @@ def test_it_says_what_did_not_happen_how_long_it_waited_and_for_how_many(said: s
     assert sentence is not None and sentence.startswith(told) and "\n" not in sentence
 
 
-def test_another_error_is_none_of_a_deadline() -> None:
-    assert deadlines.not_together("INVALID_ARGUMENT: shapes differ", JOIN) is None
-    assert not deadlines.is_deadline("INVALID_ARGUMENT: shapes differ")
+@pytest.mark.parametrize(
+    "said",
+    [
+        "INVALID_ARGUMENT: shapes differ",
+        "Unable to initialize backend 'tpu': UNAVAILABLE: /dev/accel0: Device or resource busy",
+        "Unable to initialize backend 'cuda': DEADLINE_EXCEEDED: driver",
+        "the kernel failed with duration: 3s",
+    ],
+)
+def test_another_error_is_none_of_a_deadline(said: str) -> None:
+    assert deadlines.not_together(said, JOIN) is None
+    assert not deadlines.is_deadline(said)
 
 
 def test_where_jax_finds_the_others_and_has_not_yet_no_number_is_made_up() -> None:
@@ -62,7 +71,12 @@ def test_where_jax_finds_the_others_and_has_not_yet_no_number_is_made_up() -> No
 
 @pytest.mark.parametrize(
     ("said", "seconds"),
-    [(GLOO, 30.0), (DEVICES, 120.0), ("duration: 1m30.5s", 90.5), ("Timed out waiting 1800000ms for recv", 1800.0)],
+    [
+        (GLOO, 30.0),
+        (DEVICES, 120.0),
+        ("DEADLINE_EXCEEDED: duration: 1m30.5s", 90.5),
+        ("Timed out waiting 1800000ms for recv", 1800.0),
+    ],
 )
 def test_durations_are_read_as_c_writes_them(said: str, seconds: float) -> None:
     assert deadlines.waited(said) == seconds and deadlines.is_deadline(said)
@@ -105,13 +119,17 @@ def test_a_process_that_waits_for_a_late_one_ends_in_one_sentence_and_so_does_th
 
 
 @pytest.mark.slow
-def test_one_that_waits_in_vain_later_ends_all_of_them(place, tmp_path) -> None:
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_that_waits_in_vain_later_ends_all_of_them(which, place, tmp_path) -> None:
     processes = [
-        begin(place, tmp_path / str(number), number, "train", fails=fails, supervised=True)
-        for number, fails in enumerate([(5, GLOO), None])
+        begin(place, tmp_path / str(n), n, "train", fails=(5, GLOO) if n == which else None, supervised=True)
+        for n in range(2)
     ]
-    waits, other = (finish(each, tmp_path / str(n)) for n, each in enumerate(processes))
-    assert waits[1].startswith(f"Error: Process 0 on {socket.gethostname()} has waited for 30 s in vain for another ")
+    ended = [finish(each, tmp_path / str(n)) for n, each in enumerate(processes)]
+    waits, other = ended[which], ended[1 - which]
+    assert waits[1].startswith(
+        f"Error: Process {which} on {socket.gethostname()} has waited for 30 s in vain for another "
+    )
     assert ", which ends all 2 processes; nothing was saved; start all again with: difffract train" in waits[1]
     assert waits[1].count("\n") == 1 and other[1] == "", "the one that has waited tells it for all"
     assert waits[0] == other[0] == TRY_AGAIN, "so that all are started again"

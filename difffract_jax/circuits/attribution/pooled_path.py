@@ -23,6 +23,7 @@ from difffract_jax.circuits.attribution.pooled_steps import (
     moved_alone_in,
     moved_along,
     moved_directly_in_all,
+    prompts_of,
     slopes_along,
 )
 from difffract_jax.models.pipeline import Pipeline
@@ -100,8 +101,9 @@ def integrate(
         pipe: the pipeline that was traced, its blocks in memory.
         parts: equal parts of the line; as many as are needed, where they are, if left out.
     """
+    prompts = prompts_of(engine, pipe)  # as the trace has encoded them: in that precision, on those devices
     with jax.default_matmul_precision("highest"), using(engine.options.mesh):
-        walk = evaluations_of(engine, rows, pipe)
+        walk = evaluations_of(engine, rows, pipe, prompts)
         part = partial(_part, walk)
         borders = np.linspace(0, 1, (parts or 1) + 1).tolist()
         found = [part(*pair) for pair in zip(borders[:-1], borders[1:], strict=True)]

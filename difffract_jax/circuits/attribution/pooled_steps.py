@@ -10,6 +10,7 @@ steps, and what a target's derivative by these is, earlier evaluations' velociti
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from difffract_jax.circuits.frozen.targets import target_gradients
 from difffract_jax.circuits.trace.capture import TraceInfo, run_of_trace
 from difffract_jax.circuits.trace.record import Blocks
 from difffract_jax.graphs.graph import OUTPUT
+from difffract_jax.models.encoded import EncodedPrompt
 from difffract_jax.models.pipeline import Pipeline, encode, step_inputs
 from difffract_jax.ops import widen
 from difffract_jax.sharding import traced_pipeline
@@ -79,27 +81,57 @@ class Evaluation(NamedTuple):
 Walk = Sequence[Evaluation]
 
 
-def evaluations_of(engine: Engine, rows: Int64[np.ndarray, "target"], pipe: Pipeline) -> tuple[Evaluation, ...]:
+class Prompts(NamedTuple):
+    """What is exchanged.
+
+    Attributes:
+        own: the prompt of every branch, by its number.
+        empty: the empty prompt's pooled embedding.
+    """
+
+    own: dict[int, EncodedPrompt]
+    empty: Float[Array, "pooled_width"]
+
+
+def prompts_of(engine: Engine, pipe: Pipeline) -> Prompts:
+    """Encodes the prompt of each branch, and the empty one, once each; on a mesh they are put on all of its devices.
+
+    Args:
+        engine: of the trace.
+        pipe: the pipeline that was traced.
+    """
+    texts = {info.branch: info for info in engine.infos}
+    own = {branch: encode(pipe, info.text, info.text_tokens) for branch, info in texts.items()}
+    empty = encode(pipe, "", engine.info.text_tokens).pooled
+    if (mesh := engine.options.mesh) is not None:
+        put = partial(jax.device_put, device=NamedSharding(mesh, PartitionSpec()))
+        own = {branch: one._replace(text=put(one.text), pooled=put(one.pooled)) for branch, one in own.items()}
+        empty = put(empty)
+    return Prompts(own, empty)
+
+
+def evaluations_of(
+    engine: Engine, rows: Int64[np.ndarray, "target"], pipe: Pipeline, prompts: Prompts
+) -> tuple[Evaluation, ...]:
     """Returns the evaluations that targets depend on, in order.
 
     Args:
         engine: whose trace ran the exchange.
         rows: of the targets in the table, features or outputs.
         pipe: the pipeline that was traced, its blocks in memory.
+        prompts: what is exchanged.
     """
     model, mesh = pipe.transformer, engine.options.mesh
     if mesh is not None:
         # What lies there already is not moved.
         model = jax.device_put(model, traced_pipeline(mesh)("transformer", model))
-    encoded = {info.branch: encode(pipe, info.text, info.text_tokens) for info in engine.infos}
-    empty = encode(pipe, "", engine.info.text_tokens).pooled
     last, found = int(engine.table.step[rows].max()), []
     for number, (step, info) in enumerate(zip(engine.steps, engine.infos, strict=True)):
         readings = tuple(_reading(engine, int(row), number) for row in rows)
         if info.step >= last and not any(readings):
             continue
         blocks = Blocks(info.recorded[0], info.recorded[-1] + 1, step.record.velocity is not None)
-        own = encoded[info.branch]
+        own, empty = prompts.own[info.branch], prompts.empty
         line = Line(step_inputs(run_of_trace(pipe, info), own, step.record.latents, info.step), empty)
         if mesh is not None:
             line = jax.device_put(line, NamedSharding(mesh, PartitionSpec()))

@@ -166,7 +166,6 @@ def test_the_empty_negative_prompt_has_no_modulations_and_both_still_carry_laten
     assert abs(told.remainder) <= 1e-3 * told.absolute and graph.provenance.negative_words == ()
 
 
-@pytest.mark.slow
 def test_several_steps_of_one_evaluation_and_targets_in_both_of_them(x64):
     pipe, tcs, run, span = made(jnp.float64, None, 1.0)
     assert len(span.traces) == 2

@@ -199,7 +199,6 @@ def test_both_sides_of_a_later_steps_score_add_up_and_are_shares_of_the_way(made
     assert relative_error(found.query[mine] + found.key[mine], expected) <= TOL.x64
 
 
-@pytest.mark.slow
 def test_in_float32_too():
     exact = make_exact(**MADE, dtype=jnp.float32)
     span = spanned(exact)
