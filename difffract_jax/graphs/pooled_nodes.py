@@ -57,7 +57,7 @@ def with_pooled_nodes(graph: Graph, nodes: PooledNodes, first_step: int, min_att
         min_attribution: smallest edge that is kept. Modulations and words without one are left out, but are part of
             what targets and modulations add up to.
     """
-    least = max(min_attribution, np.finfo(np.float32).tiny)
+    least = max(min_attribution, float(np.finfo(np.float32).tiny))
     some = np.flatnonzero((np.abs(nodes.edges) >= least).any(axis=0))
     order = (nodes.row, nodes.stream, nodes.block, nodes.branch, nodes.step)
     some = some[np.lexsort([column[some] for column in order])]
