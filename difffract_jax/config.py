@@ -85,8 +85,9 @@ class ModelSettings(LoraSettings):
     """What commands share that run a model."""
 
     model: str
-    """Model to run: `organism` (embedded), a converted directory, a diffusers directory (converted in memory), or a
-    repository on the hub, hf:OWNER/NAME[@REVISION][/FOLDER]."""
+    """Model to run: `organism` or a sibling of it, `organism-sd3` or `organism-flux2` (embedded), a converted
+    directory, a diffusers directory (converted in memory), or a repository on the hub,
+    hf:OWNER/NAME[@REVISION][/FOLDER]."""
     weights: Literal["auto", "device", "host", "disk"] = "auto"
     """Where blocks stay: on the device; or in host memory or on disk, each fetched for its turn; auto tells which."""
     memory: str | None = None

@@ -232,8 +232,8 @@ class RerunSettings(Settings):
     """What commands share that capture a graph's run anew: the graph, and what it was traced from."""
 
     model: str
-    """Model that the graph was traced in: `organism` (embedded), a converted directory, a diffusers directory, or
-    hf:OWNER/NAME[@REVISION][/FOLDER]."""
+    """Model that the graph was traced in: `organism`, `organism-sd3` or `organism-flux2` (embedded), a converted
+    directory, a diffusers directory, or hf:OWNER/NAME[@REVISION][/FOLDER]."""
     transcoders: str
     """Transcoders that it was traced with: `organism`, a converted directory, one of `.pt` files, or
     hf:OWNER/NAME[@REVISION][/FOLDER]."""
