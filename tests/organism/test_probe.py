@@ -126,7 +126,7 @@ def test_the_replacement_test_draws_the_same_images_twice(organism, monkeypatch)
     monkeypatch.setattr(probe, "_means", lambda pipe, prompts, text: 0 * text)
     rows = probe.replace_text(organism, 3)
     assert [(row["what"], row["images"]) for row in rows] == [
-        ("T5's states", 3),
+        ("states as they are", 3),
         ("mean of word and position", 3),
     ]
     prompts = tokenise(organism.tokenizers, held_out(3, "two shapes").captions)
