@@ -65,7 +65,10 @@ def replace_text(pipe: Pipeline, size: int = 500) -> list[dict[str, Any]]:
     prompts = tokenise(pipe.tokenizers, asked.captions)
     text, pooled = encode_all(pipe.t5, pipe.clip, prompts)
     rows = []
-    for name, states in (("states as they are", text), ("mean of word and position", _means(pipe, prompts, np.asarray(text)))):
+    for name, states in (
+        ("states as they are", text),
+        ("mean of word and position", _means(pipe, prompts, np.asarray(text))),
+    ):
         images = _draw(pipe, run, jnp.asarray(states), pooled)
         rows.append(share(name, int(judge(asked, see(images)).right.sum()), size))
     return rows

@@ -119,9 +119,14 @@ def exact_preactivations(
     replacement: Replacement, targets: Targets, x: Sequence[Array]
 ) -> Float64[np.ndarray, "target"]:
     """Returns what `preactivations` does, summed in float64: u may be far larger than what edges explain."""
-    terms = _terms(replacement.record, replacement.sites, targets, x)
-    gradients, here, constant = (np.asarray(term, np.float64) for term in terms)
-    return np.sum(gradients * here, axis=1) + constant
+    # Filled up to a power of two: else every number of targets is a program, of which a process holds only so many.
+    count = targets.layer.shape[0]
+    more = (1 << max(count - 1, 0).bit_length()) - count
+    columns = zip(targets, Targets(DIRECTION, -1, 0, 0), strict=True)
+    filled = (np.pad(np.asarray(column), (0, more), constant_values=value) for column, value in columns)
+    terms = _terms(replacement.record, replacement.sites, Targets(*map(jnp.asarray, filled)), x)
+    gradients, inputs, constant = (np.asarray(term, np.float64)[:count] for term in terms)
+    return np.sum(gradients * inputs, axis=1) + constant
 
 
 @jit_resident

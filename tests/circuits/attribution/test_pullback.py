@@ -13,8 +13,9 @@ from difffract_jax.circuits.attribution import contraction, pullback, walk
 from difffract_jax.circuits.attribution.engine import affine_constants
 from difffract_jax.circuits.attribution.pullback import PullOptions, pull_back, pull_target, push_forward
 from difffract_jax.circuits.attribution.sources import source_table
+from difffract_jax.circuits.frozen import targets as targets_module
 from difffract_jax.circuits.frozen.replacement import prepare_step, run_replacement
-from difffract_jax.circuits.frozen.targets import Targets, preactivations
+from difffract_jax.circuits.frozen.targets import Targets, exact_preactivations, preactivations
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.models.blocks import Streams
 from tolerances import TOL, relative_error
@@ -59,6 +60,17 @@ def test_edges_and_bias_add_up_to_the_preactivation(exact):
     bias = preactivations(exact.replacement, targets, constant(exact))
     residual = np.abs(edges.sum(axis=1) + bias - u)
     assert np.max(residual / np.abs(edges).sum(axis=1)) <= TOL.conservation_x64
+
+
+def test_numbers_of_targets_of_one_power_of_two_share_a_program(exact):
+    x = exact.trace.record.mlp_in
+    whole = exact_preactivations(exact.replacement, some_targets(exact, 8), x)
+    before = targets_module._terms._cache_size()
+    for count in (5, 6, 7):
+        some = Targets(*(column[:count] for column in some_targets(exact, 8)))
+        found = exact_preactivations(exact.replacement, some, x)
+        assert relative_error(found, whole[:count]) <= TOL.x64
+    assert targets_module._terms._cache_size() == before
 
 
 def test_every_kind_of_edge_is_the_effect_of_its_direct_intervention(exact):
