@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -278,10 +279,11 @@ def _pipeline_here(path: Path) -> Path:
         _refuse_chroma(path, str(path))
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
         raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
-    return _directory(path)
+    return _directory(path, EMBEDDED)
 
 
 def _embedded_or_path(model: str | Path) -> Path:
+    refuse_mistyped(model)
     return EMBEDDED.get(str(model), Path(model))
 
 
@@ -339,7 +341,7 @@ def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tup
     if place is not None:
         return place, Directory(Path())
     _refuse_beside(path, revision=revision)
-    return None, Directory(_directory(Path(path) / (subfolder or "")))
+    return None, Directory(_directory(Path(path) / (subfolder or ""), SHIPPED))
 
 
 def _own(repository: Place, kind: str, *, weights: bool = True) -> Directory:
@@ -372,9 +374,27 @@ def _refuse_beside(path: str | Path, **given: str | None) -> None:
         raise UserError(f"{path} does not lie on the hub, so it takes no {names[0]}; leave {names[0]} out.")
 
 
-def _directory(path: Path) -> Path:
+def refuse_mistyped(given: str | Path, embedded: Collection[str] = EMBEDDED) -> None:
+    """Refuses a word that is much like the name of something embedded; names of files and paths are left alone.
+
+    Args:
+        given: what stands where a directory could.
+        embedded: names; those of models if left out.
+
+    Raises:
+        UserError: with the name that was meant.
+    """
+    path = Path(given)
+    near = get_close_matches(str(path), embedded, n=1, cutoff=0.7)
+    if near and str(path) not in embedded and not path.exists() and not path.suffix:
+        raise UserError(f"{path} is not a directory, and nothing embedded has that name; did you mean `{near[0]}`?")
+
+
+def _directory(path: Path, embedded: Collection[str]) -> Path:
     if not path.is_dir():
+        refuse_mistyped(path, embedded)
         raise UserError(
-            f"{path} is not a directory; give one that difffract or diffusers wrote, or a repository as hf:OWNER/NAME."
+            f"{path} is not a directory; give one that difffract or diffusers wrote, a repository as hf:OWNER/NAME, or "
+            f"the name of what is embedded: {', '.join(embedded)}."
         )
     return path
