@@ -130,7 +130,7 @@ def test_a_prompt_that_fills_the_text_has_nothing_to_hide(home):
         ("text_encoder/config.json", {"d_model": 64}, "joint_attention_dim is 24, but T5's d_model is 64"),
         ("text_encoder/config.json", {"pad_token_id": None}, "pad_token_id=None, but a whole number is needed"),
         ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds=True"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas=True"),
         ("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
     ],
 )
