@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from converters.autoencoder import autoencoder_config_from_diffusers
@@ -46,11 +45,11 @@ READERS = {
 """Folder -> what its configuration is read by."""
 
 
-def chroma_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
-    """Puts the configurations of a directory together.
+def chroma_config(whose: str, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
+    """Puts the configurations of a pipeline's parts together.
 
     Args:
-        home: the directory.
+        whose: the parts, for messages.
         configs: of the folders of `READERS`, in order.
         index_of_vae: the contents of the autoencoder's `config.json`, which tells the side of its training images.
 
@@ -68,9 +67,7 @@ def chroma_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any
         if ours != theirs
     ]
     if misfits:
-        raise UserError(
-            f"The parts of {home} do not fit one another: {'; '.join(misfits)}; take them from one release."
-        )
+        raise UserError(f"{whose} do not fit one another: {'; '.join(misfits)}; take them from one release.")
     size = index_of_vae.get("sample_size")
     side = size if isinstance(size, int) else CHROMA_RUN.height
     run = replace(CHROMA_RUN, height=side, width=side)

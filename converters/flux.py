@@ -149,7 +149,7 @@ ORIGINAL = Layout(
         "double_blocks.0.img_attn.norm.query_norm.scale",
     ),
     guidance="guidance_in.in_layer.weight",
-    unlike=("double_stream_modulation_img.lin.weight",),
+    unlike=("double_stream_modulation_img.lin.weight", "distilled_guidance_layer.in_proj.weight"),
 )
 DIFFUSERS = Layout(
     anchor="x_embedder.weight",
@@ -160,7 +160,7 @@ DIFFUSERS = Layout(
         *("proj_out.weight", "transformer_blocks.0.attn.norm_q.weight"),
     ),
     guidance="time_text_embed.guidance_embedder.linear_1.weight",
-    unlike=("double_stream_modulation_img.linear.weight",),
+    unlike=("double_stream_modulation_img.linear.weight", "distilled_guidance_layer.in_proj.weight"),
 )
 LAYOUTS = (ORIGINAL, DIFFUSERS)
 
