@@ -21,9 +21,9 @@ from converters.flux import (
     FLUX_DIFFUSERS,
     ORIGINAL,
     Layout,
+    blocks_told,
     depth_told,
     sizes_read,
-    sizes_told,
     sizes_written,
 )
 from converters.mapping import Rule, transpose
@@ -188,28 +188,13 @@ def chroma_config_from_shapes(
     """
     of_release = any(key.startswith(f"{CHROMA_RELEASE.blocks[0]}.") for key in shapes)
     layout = CHROMA_RELEASE if of_release else CHROMA_OF_DIFFUSERS
-    kinds = {"width and channels": 2, "text width": 2, "modulator": 2, "channels out": 2, "heads": 1}
-    (width, inputs), (_, text), (hidden, channels), (outputs, _), (head_dim,) = sizes_told(
-        shapes, layout, kinds, "Chroma"
-    )
-    if sum(rope_axes) != head_dim:
-        raise UserError(
-            f"The file has heads of {head_dim} dimensions, which the axes {rope_axes} do not divide; pass --base with "
-            "a diffusers directory that has this transformer's own transformer/config.json."
-        )
+    sizes, (hidden, channels) = blocks_told(shapes, layout, rope_axes, "Chroma", "modulator")
     if channels < 8 or channels % 8:
         raise UserError(
             f"The file has a modulator of {channels} channels, which must be a multiple of 8; give Chroma's release."
         )
     return ChromaConfig(
-        depth_double=depth_told(shapes, layout.blocks[0]),
-        depth_single=depth_told(shapes, layout.blocks[1]),
-        heads=width // head_dim,
-        head_dim=head_dim,
-        rope_axes=rope_axes,
-        in_channels=inputs,
-        out_channels=outputs,
-        text_width=text,
+        **sizes,
         modulator_inputs=channels,
         modulator_width=hidden,
         modulator_layers=depth_told(shapes, f"{_NETWORK}.layers"),
