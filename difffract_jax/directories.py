@@ -376,7 +376,11 @@ def refuse_mistyped(given: str | Path, embedded: Collection[str] = EMBEDDED) -> 
     """
     path = Path(given)
     near = get_close_matches(str(path), embedded, n=1, cutoff=0.7)
-    if near and str(path) not in embedded and not path.exists() and not path.suffix:
+    known = str(path) in (
+        *EMBEDDED,
+        *SHIPPED,
+    )  # `evaluate` asks of transcoders whether they are a model
+    if near and not known and not path.exists() and not path.suffix:
         raise UserError(f"{path} is not a directory, and nothing embedded has that name; did you mean `{near[0]}`?")
 
 

@@ -14,7 +14,7 @@ from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import save_tree
 from difffract_jax.config import UserError
 from difffract_jax.conversion import convert_flux
-from difffract_jax.directories import Directory
+from difffract_jax.directories import Directory, is_whole_pipeline
 from difffract_jax.loading import (
     load_pipeline,
     load_transcoders,
@@ -164,6 +164,7 @@ def test_a_mistyped_name_is_told_wherever_something_embedded_is_taken(tmp_path):
         load_pipeline(PIPELINE / "transformer", base="organsim")
     with pytest.raises(UserError, match="did you mean `organism`"):
         convert_flux("organsim", tmp_path / "out")
+    assert not is_whole_pipeline("organism-saes")  # as `evaluate organism-saes organism` asks first
     with pytest.raises(UserError, match=r"organsim\.safetensors does not exist"):
         convert_flux("organsim.safetensors", tmp_path / "out")
 
