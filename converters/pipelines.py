@@ -295,7 +295,7 @@ def _pipeline(
         return _completed(source, Path(base), variant, dtype, use)
     kind = check_architecture(source, encoders=encoders)
     config = pipeline_config(source)
-    tokenizers = load_tokenizers(source)
+    tokenizers = load_tokenizers(source, thinking=config.transformer.thinking)
     folders = kind.folders_in(source)
     check_variant(source, _variants([source / folder for folder in folders.values()]), variant)
     parts = _convert_parts(config, source, dtype, use, folders, variant)

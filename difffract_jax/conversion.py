@@ -225,7 +225,7 @@ def open_model(model: str | Path, *, dtype: Any = None) -> Opened:
             {one: jax.ShapeDtypeStruct(leaf.shape, files[one].dtype(one)) for one, leaf in leaves.items()},
             lambda one, layer, files=files: files[one].read(one, layer),
         )
-    return Opened(parts, config, load_tokenizers(path), ())
+    return Opened(parts, config, load_tokenizers(path, thinking=config.transformer.thinking), ())
 
 
 def _merged(opened: Opened, loras: Sequence[OpenedLora]) -> dict[str, dict[str, Leaf]]:
