@@ -6,7 +6,6 @@ from pathlib import Path
 from converters.configurations import (
     check_base,
     check_fit,
-    chroma_attributes_beside,
     defaults_of,
     flux2_attributes_beside,
     read_configs,
@@ -16,6 +15,7 @@ from converters.configurations import (
     sd3_attributes_beside,
     sd3_parts,
     sd3_sample_size,
+    whole_beside,
 )
 from converters.contents import check_weights, describe, find_transformer, transformer_files, transformer_of
 from converters.flux import Layout, flux_config_from_shapes
@@ -140,10 +140,11 @@ def completed_config(source: str | Path, base: str | Path, *, variant: str | Non
     """
     source, base = Path(source), Path(base)
     kind, path = check_base(base), transformer_path(source)
-    if chroma_attributes_beside(path) is not None:
+    whole = whole_beside(path)
+    if whole is not None:
         raise UserError(
-            f"{source} is, or holds, a transformer of Chroma, which --base cannot complete; give the whole pipeline, "
-            "without --base."
+            f"{source} is, or holds, a transformer of {whole[0].models}, which --base cannot complete; give the whole "
+            "pipeline, without --base."
         )
     sd3 = sd3_transformer(path, variant, head_dim=head_dim_of(base), quiet=True)
     flux2 = None if sd3 is not None else flux2_transformer(path, variant, quiet=True)

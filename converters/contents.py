@@ -14,6 +14,7 @@ from pathlib import Path
 
 from converters.flux import LAYOUTS, Layout
 from converters.flux2 import FLUX2_LAYOUTS
+from converters.kinds import WHOLE
 from converters.quantised import BF16_FILES, kind_of
 from converters.sd3 import SD3_LAYOUTS
 from converters.source import Source
@@ -34,9 +35,13 @@ _ADAPTER = re.compile(
 _MERGED = "pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(DIR)"
 _SIMILAR = (
     (re.compile(r"(^|\.)(controlnet_|control_model\.|input_hint_block)"), "a ControlNet, which steers a model"),
-    (
-        re.compile(r"(^|\.)distilled_guidance_layer\.in_proj\.(weight|bias)$"),  # and no LoRA's change of it
-        "a Chroma transformer in one file, but Chroma is read from diffusers' whole directory",
+    *(
+        (
+            re.compile(rf"(^|\.){kind.whole.anchor}\.(weight|bias)$"),  # and no LoRA's change of it
+            f"a {kind.models} transformer in one file, but {kind.models} is read from diffusers' whole directory",
+        )
+        for kind in WHOLE.values()
+        if kind.whole
     ),
 )
 """Patterns of keys that stand beside those of a transformer, and what a file with such a key is."""

@@ -23,13 +23,12 @@ from converters.alone import (
     sd3_transformer,
     transformer_path,
 )
-from converters.chroma import CHROMA_DIFFUSERS, NumberedSource, chroma_config_from_diffusers
 from converters.configurations import (
     check_architecture,
     check_base,
-    chroma_attributes_beside,
     pipeline_config,
     rope_axes_beside,
+    whole_beside,
 )
 from converters.contents import check_weights, transformer_of
 from converters.flux import flux_config_from_shapes
@@ -150,7 +149,7 @@ def convert_transformer(
     Args:
         source: a safetensors file, in the original layout or diffusers', under any prefix, alone or with other parts,
             which are left aside; or a directory with such a file, the transformer's directory of a diffusers pipeline,
-            or the pipeline's. Chroma's must lie beside its `config.json`.
+            or the pipeline's. One that no base completes must lie beside its `config.json`.
         rope_axes: how a head's dimensions of FLUX.1 are divided among the axes of position, which no tensor tells; if
             left out, as a `config.json` beside the weights says, or as in the release.
         dtype: type of the weights.
@@ -179,12 +178,12 @@ def _transformer(
         part, layout, size = sd3
         rules = PartRules(abstract_module(module_of(size), size, dtype), layout.rules, labels=sd3_labels(size))
         return use("transformer", part, rules), size
-    attributes = chroma_attributes_beside(path)
-    if attributes is not None:
-        checkpoint, chroma = Source(path, variant=variant), chroma_config_from_diffusers(attributes)
+    beside = whole_beside(path)
+    if beside is not None and (whole := beside[0].whole) is not None:
+        checkpoint, own = Source(path, variant=variant), whole.readers["transformer"](beside[1])
         check_weights(checkpoint)
-        rules = PartRules(abstract_module(module_of(chroma), chroma, dtype), CHROMA_DIFFUSERS)
-        return use("transformer", NumberedSource(checkpoint, chroma), rules), chroma
+        rules = PartRules(abstract_module(module_of(own), own, dtype), whole.rules)
+        return use("transformer", whole.source(checkpoint, own), rules), own
     flux2 = flux2_transformer(path, variant)
     if flux2 is not None:
         part, layout, shape = flux2

@@ -152,7 +152,7 @@ def convert_flux(
 
 
 convert_model = convert_flux
-"""Converts a model, FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma, which it tells by its class and its keys."""
+"""Converts a model of any kind that `converters.kinds` lists, which it tells by its class and its keys."""
 
 
 def convert_transcoders(

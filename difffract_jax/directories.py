@@ -15,10 +15,10 @@ from typing import NamedTuple
 from converters.configurations import (
     check_architecture,
     check_base,
-    chroma_attributes_beside,
     is_diffusers_directory,
     pipeline_config,
     read_json,
+    whole_beside,
 )
 from converters.contents import transformer_files, transformer_of
 from converters.kinds import FLUX1, FOLDERS, KINDS, TRANSFORMERS
@@ -275,7 +275,7 @@ def _pipeline_here(path: Path) -> Path:
     if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
         raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
     if path.is_dir():
-        _refuse_chroma(path, str(path))
+        _refuse_whole(path, str(path))
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
         raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
     return _directory(path)
@@ -293,10 +293,13 @@ def _alone(transformer: str, base: str) -> str:
     )
 
 
-def _refuse_chroma(path: Path, name: str) -> None:
+def _refuse_whole(path: Path, name: str) -> None:
     """Refuses a directory with a transformer alone that nothing completes; `name` is what it was given as."""
-    if chroma_attributes_beside(path) is not None:
-        raise UserError(f"{name} is Chroma's transformer alone, which --base cannot complete; give the whole pipeline.")
+    whole = whole_beside(path)
+    if whole is not None:
+        raise UserError(
+            f"{name} is {whole[0].models}'s transformer alone, which --base cannot complete; give the whole pipeline."
+        )
 
 
 def fetch(place: Place, paths: Collection[str], *, quiet: bool = False, by_range: bool = False) -> Path:
@@ -356,7 +359,7 @@ def _own(repository: Place, kind: str, *, weights: bool = True) -> Directory:
     path = fetch(repository, ["config.json"], quiet=True)
     record = read_json(path / "config.json", "a directory of difffract")
     if record.get("_class_name") in TRANSFORMERS:
-        _refuse_chroma(path, str(name))
+        _refuse_whole(path, str(name))
         raise UserError(_alone(str(name), "DIR"))
     if "format_version" not in record or record.get("kind") != kind:
         held = record.get("kind") if "format_version" in record else "files of another tool"

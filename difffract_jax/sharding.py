@@ -95,8 +95,7 @@ MMDIT = (
     AxisRule("final.proj.kernel", ("d_model", "outputs")),
     AxisRule("final.proj.bias", ("outputs",)),
 )
-"""Axes of the MM-DiT: FLUX's, Chroma's and Stable Diffusion 3's. `heads` includes head_dim and, before attention, q, k
-and v."""
+"""Axes of the MM-DiT, of every model. `heads` includes head_dim and, before attention, q, k and v."""
 
 TRANSCODER = (
     AxisRule("{time_in,time_out}.kernel", ("layer", "time_embed", "time_embed_out")),

@@ -1,4 +1,4 @@
-"""Which class a part's shape belongs to, and which shapes there are: of FLUX.1, FLUX.2, Stable Diffusion 3 and Chroma.
+"""Which class a part's shape belongs to, and which shapes there are, of every model.
 
 1. `module_of` gives the module of a shape; loading, converting and counting build every part by it.
 2. A shape that is not FLUX.1's has a field `family`, by which `config.json` of a directory tells it: `shape_class`.
