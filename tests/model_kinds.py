@@ -32,6 +32,22 @@ GRID = (3, 4)
 """Rows and columns of image tokens of the small pipelines' runs."""
 
 
+def draw_text(rng: np.random.Generator, tokens: int, width: int) -> np.ndarray:
+    """Draws a text embedding."""
+    return rng.standard_normal((tokens, width)).astype(np.float32)
+
+
+def mlps_of_two_streams(transformer: Any) -> list[tuple[str, Any, Any]]:
+    """Returns the MLPs of blocks with two streams; a single-stream block has no module that gives its MLP's output."""
+    streams = (("img", "ff"), ("txt", "ff_context"))
+    found = [
+        (f"{stream}/{number}", getattr(block, name))
+        for number, block in enumerate(transformer.transformer_blocks)
+        for stream, name in streams
+    ]
+    return [(site, module, module) for site, module in found if module is not None]
+
+
 class Kind(NamedTuple):
     """A model, published and small.
 
@@ -47,6 +63,10 @@ class Kind(NamedTuple):
         text_tokens: of a small run.
         negative: negative prompt of a small run; None where there is no second branch.
         added: what keys end with that the converter adds to those of a checkpoint; None where it adds none.
+        grid: rows and columns of image tokens of a small run.
+        draw_text: draws a text for `evaluate`, from a generator, its length and its width.
+        mlps: of diffusers' transformer, sites whose MLPs are modules: site, the module that reads x, the one that
+            gives y.
     """
 
     published: Mapping[str, Any]
@@ -60,6 +80,9 @@ class Kind(NamedTuple):
     text_tokens: int
     negative: str | None = None
     added: str | None = None
+    grid: tuple[int, int] = GRID
+    draw_text: Callable[[np.random.Generator, int, int], np.ndarray] = draw_text
+    mlps: Callable[[Any], list[tuple[str, Any, Any]]] = mlps_of_two_streams
 
 
 def _flux1(name: str) -> Kind:
@@ -155,7 +178,7 @@ def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def small_run(pipe: Pipeline, kind: Kind, steps: int | None = None) -> Run:
     """Plans a run of the small pipeline, with the model's own guidance, and its own steps unless they are given."""
     side = PATCH * pipe.config.vae.factor
-    sizes = {"height": side * GRID[0], "width": side * GRID[1], "text_tokens": kind.text_tokens}
+    sizes = {"height": side * kind.grid[0], "width": side * kind.grid[1], "text_tokens": kind.text_tokens}
     negative = {} if kind.negative is None else {"negative_prompt": kind.negative}
     return pipe.plan(**sizes | negative, steps=steps)
 
@@ -229,27 +252,32 @@ def _encoded(pipe: Any, prompt: str, run: Run) -> dict[str, Any]:
     }
 
 
-def draw_noise(pipe: Pipeline, seed: int = 0) -> np.ndarray:
-    """Returns packed starting noise."""
+def draw_noise(pipe: Pipeline, kind: Kind, seed: int = 0) -> np.ndarray:
+    """Returns packed starting noise of a small run."""
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((GRID[0] * GRID[1], pipe.config.transformer.in_channels)).astype(np.float32)
+    return rng.standard_normal((kind.grid[0] * kind.grid[1], pipe.config.transformer.in_channels)).astype(np.float32)
 
 
-def watch_mlps(pipe: Any) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Lets diffusers' pipeline report what enters and leaves every MLP of its blocks with two streams.
+def watch_mlps(pipe: Any, kind: Kind) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Lets diffusers' pipeline report what enters and leaves the MLPs that are modules of its blocks.
 
     Returns:
         Site, as in "img/0", to pairs of rows; filled by every run from now on.
     """
     seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for number, block in enumerate(pipe.transformer.transformer_blocks):
-        for stream, module in (("img", block.ff), ("txt", block.ff_context)):
-            if module is None:
-                continue
-            rows = seen.setdefault(f"{stream}/{number}", [])
 
-            def keep(_: Any, given: Any, made: Any, rows: list[Any] = rows) -> None:
-                rows.append(tuple(a.detach().reshape(-1, a.shape[-1]).numpy() for a in (given[0], made)))
+    def rows(tensor: Any) -> np.ndarray:
+        return tensor.detach().reshape(-1, tensor.shape[-1]).numpy()
 
-            module.register_forward_hook(keep)
+    for site, reads, gives in kind.mlps(pipe.transformer):
+        pairs, entered = seen.setdefault(site, []), []
+
+        def enter(_: Any, given: Any, entered: list[Any] = entered) -> None:
+            entered.append(rows(given[0]))
+
+        def leave(_: Any, given: Any, made: Any, pairs: list[Any] = pairs, entered: list[Any] = entered) -> None:
+            pairs.append((entered.pop(), rows(made)))
+
+        reads.register_forward_pre_hook(enter)
+        gives.register_forward_hook(leave)
     return seen
