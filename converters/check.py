@@ -278,7 +278,7 @@ def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, reco
     inputs = Inputs(latents, text, pooled, jnp.float32(given.t), guidance)
     model = part.outside()
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
-    first = record.double[0]
+    first = record.blocks[0]
     # Of tokens that attention does not see the text has zeros, and what becomes of them is of no matter.
     whole = _check_of(config)
     seen = slice(None) if whole is None else np.any(given.text != 0, axis=-1)
@@ -287,7 +287,7 @@ def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, reco
     yield "embeddings", (_seen(h, seen), own), (_seen(Streams(first.img, first.txt), seen), theirs), 1
     run = jax.jit(_block)
     places = [(stack.name, number) for stack in config.layout.stacks for number in range(stack.depth)]
-    for (name, number), block in zip(places, [*record.double, *record.single], strict=True):
+    for (name, number), block in zip(places, record.blocks, strict=True):
         layer = part.layer(name, number)
         entering = Streams(jnp.asarray(block.img), jnp.asarray(block.txt))
         ours = run(layer, entering, with_theirs(cond, record, block))
@@ -299,7 +299,7 @@ def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, reco
 
 def _conditions(cond: Cond, record: TransformerRecord) -> tuple[Any, Any]:
     """Returns what conditions the blocks, ours and PyTorch's: a vector, or the modulations."""
-    first = record.double[0].cond
+    first = record.blocks[0].cond
     if cond.mod is None:
         return cond.vec, first
     return np.concatenate([np.ravel(one) for one in cond.mod.double]), first  # of all double-stream blocks

@@ -81,8 +81,7 @@ def record_hidden_padding(
 
 def _conditions(cond: Cond, record: TransformerRecord) -> tuple[Any, Any]:
     """Returns the modulations of all blocks, ours and PyTorch's."""
-    theirs = _modulations(cond.mod, record)
-    return (cond.mod.double, cond.mod.single), (theirs.double, theirs.single)
+    return cond.mod[:2], _modulations(cond.mod, record)[:2]
 
 
 def _given(cond: Cond, record: TransformerRecord, block: BlockRecord) -> Cond:
@@ -92,14 +91,13 @@ def _given(cond: Cond, record: TransformerRecord, block: BlockRecord) -> Cond:
 
 
 def _modulations(ours: ChromaShared, record: TransformerRecord) -> ChromaShared:
-    """Returns the modulations of all blocks as PyTorch has them."""
-    double = jnp.asarray(np.stack([block.cond for block in record.double]))
-    single = jnp.asarray(np.stack([block.cond for block in record.single]))
-    img, txt = jnp.split(double, 2, axis=1)
-    shapes = ours.double.img.shape, ours.double.txt.shape
-    return ours._replace(
-        double=Streams(img.reshape(shapes[0]), txt.reshape(shapes[1])), single=single.reshape(ours.single.shape)
-    )
+    """Returns the modulations of all blocks as PyTorch has them: of those with two streams, then of the others."""
+    pairs, others, *rest = ours
+    parts = np.split(np.arange(len(record.blocks)), [len(pairs.img)])
+    made = [jnp.asarray(np.stack([record.blocks[number].cond for number in part])) for part in parts]
+    img, txt = jnp.split(made[0], 2, axis=1)
+    both = Streams(img.reshape(pairs.img.shape), txt.reshape(pairs.txt.shape))
+    return ChromaShared(both, made[1].reshape(others.shape), *rest)
 
 
 CHECK = WholeCheck(
