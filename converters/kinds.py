@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from converters import chroma_pipeline, klein, sd3_pipeline
+from converters import chroma_pipeline, klein, sd3_pipeline, zimage_pipeline
 from converters.pipeline_kind import PipelineKind, WholeModel
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
@@ -50,7 +50,7 @@ SD3 = PipelineKind(
     "SD3-medium, SD3.5",
     sd3_pipeline.OPTIONAL,
 )
-KINDS = {kind.name: kind for kind in (FLUX1, KLEIN, SD3, chroma_pipeline.KIND)}
+KINDS = {kind.name: kind for kind in (FLUX1, KLEIN, SD3, chroma_pipeline.KIND, zimage_pipeline.KIND)}
 """Class of a pipeline -> what is known of it."""
 TRANSFORMERS = tuple(name for kind in KINDS.values() for name in kind.classes["transformer"])
 """Classes of transformers."""

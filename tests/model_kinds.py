@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import ChromaPipeline, Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+import zimage
+from diffusers import (
+    ChromaPipeline,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 
 import chroma
 import flux1
@@ -18,6 +26,7 @@ from converters.flux import FLUX_DIFFUSERS, flux_config_from_diffusers
 from converters.flux2 import FLUX2_DIFFUSERS, flux2_config_from_diffusers
 from converters.mapping import check_coverage, source_shapes
 from converters.sd3 import SD3_DIFFUSERS, sd3_config_from_diffusers, sd3_labels
+from converters.zimage import ZIMAGE_DIFFUSERS, zimage_config_from_diffusers
 from difffract_jax.models.chroma import ChromaMMDiT
 from difffract_jax.models.flux2 import Flux2MMDiT
 from difffract_jax.models.mmdit import MMDiT
@@ -26,6 +35,7 @@ from difffract_jax.models.runs import Run
 from difffract_jax.models.sampler import PATCH, pack, unpack
 from difffract_jax.models.sd3 import Sd3MMDiT
 from difffract_jax.models.shapes import abstract_module
+from difffract_jax.models.zimage import ZImageMMDiT
 from difffract_jax.storage.checkpoint import leaf_paths
 
 GRID = (3, 4)
@@ -125,6 +135,17 @@ def _chroma() -> Kind:
     return Kind(chroma.PUBLISHED, *converter, small, evaluate, 20, "a dog", NUMBER)
 
 
+def _zimage() -> Kind:
+    def evaluate(module: Any, latents: np.ndarray, text: np.ndarray, pooled: Any, t: float, grid: Any, guidance: Any):
+        del pooled, guidance  # Z-Image takes neither
+        return zimage.run_theirs(module, latents, text, t, grid)
+
+    converter = (ZImageTransformer2DModel, zimage_config_from_diffusers, ZImageMMDiT, ZIMAGE_DIFFUSERS)
+    small = {"grid": zimage.GRID, "draw_text": zimage.draw_text, "mlps": zimage.mlps}
+    published = zimage.PUBLISHED
+    return Kind(published, *converter, lambda config: None, zimage.tiny_pipeline, evaluate, 64, **small)
+
+
 KINDS = {
     "flux-schnell": _flux1("flux-schnell"),
     "flux-dev": _flux1("flux-dev"),
@@ -134,6 +155,7 @@ KINDS = {
     "sd3.5-medium": _sd3("sd3.5-medium"),
     "sd3.5-large": _sd3("sd3.5-large"),
     "chroma1-hd": _chroma(),
+    "z-image-turbo": _zimage(),
 }
 
 
@@ -202,6 +224,8 @@ def run_theirs(pipe: Any, run: Run, prompt: str, noise: np.ndarray) -> TheirRun:
 
     Chroma's makes masks of floating point numbers, which do not hide padding: it is given boolean ones.
     """
+    if isinstance(pipe, ZImagePipeline):
+        return TheirRun(*zimage.run_pipeline(pipe, prompt, noise, run.grid, run.steps, run.text_tokens))
     pipe.set_progress_bar_config(disable=True)
     spatial, seen = isinstance(pipe.transformer, SD3Transformer2DModel), {"times": []}
 
