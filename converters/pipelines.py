@@ -17,14 +17,13 @@ import numpy as np
 
 from converters.alone import (
     ROPE_AXES,
-    chroma_transformer,
     completed_config,
     flux2_transformer,
     head_dim_of,
     sd3_transformer,
     transformer_path,
+    whole_transformer,
 )
-from converters.chroma import NumberedSource
 from converters.configurations import (
     check_architecture,
     check_base,
@@ -150,7 +149,7 @@ def convert_transformer(
     Args:
         source: a safetensors file, in the original layout or diffusers', under any prefix, alone or with other parts,
             which are left aside; or a directory with such a file, the transformer's directory of a diffusers pipeline,
-            or the pipeline's.
+            or the pipeline's. One that no base completes must lie beside its `config.json`.
         rope_axes: how a head's dimensions of FLUX.1 and Chroma are divided among the axes of position, which no tensor
             tells; if left out, as a `config.json` beside the weights says, or as in the release.
         dtype: type of the weights.
@@ -179,11 +178,10 @@ def _transformer(
         part, layout, size = sd3
         rules = PartRules(abstract_module(module_of(size), size, dtype), layout.rules, labels=sd3_labels(size))
         return use("transformer", part, rules), size
-    chroma = chroma_transformer(path, variant, rope_axes=rope_axes)
-    if chroma is not None:
-        part, layout, sizes = chroma
-        rules = PartRules(abstract_module(module_of(sizes), sizes, dtype), layout.rules)
-        return use("transformer", NumberedSource(part, sizes, layout), rules), sizes
+    whole = whole_transformer(path, variant, rope_axes=rope_axes)
+    if whole is not None:
+        rules = PartRules(abstract_module(module_of(whole.shape), whole.shape, dtype), whole.rules)
+        return use("transformer", whole.source, rules), whole.shape
     flux2 = flux2_transformer(path, variant)
     if flux2 is not None:
         part, layout, shape = flux2
@@ -294,7 +292,7 @@ def _pipeline(
         return _completed(source, Path(base), variant, dtype, use)
     kind = check_architecture(source, encoders=encoders)
     config = pipeline_config(source)
-    tokenizers = load_tokenizers(source)
+    tokenizers = load_tokenizers(source, thinking=config.transformer.thinking)
     folders = kind.folders_in(source)
     check_variant(source, _variants([source / folder for folder in folders.values()]), variant)
     parts = _convert_parts(config, source, dtype, use, folders, variant)

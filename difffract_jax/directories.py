@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from converters.alone import refuse_alone
 from converters.configurations import (
     check_architecture,
     check_base,
@@ -274,6 +275,8 @@ def _pipeline_here(path: Path) -> Path:
         transformer_of(Source(path))  # names what is given by mistake
     if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
         raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
+    if path.is_dir():
+        refuse_alone(path, str(path))
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
         raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
     return _directory(path, EMBEDDED)
@@ -349,6 +352,7 @@ def _own(repository: Place, kind: str, *, weights: bool = True) -> Directory:
     path = fetch(repository, ["config.json"], quiet=True)
     record = read_json(path / "config.json", "a directory of difffract")
     if record.get("_class_name") in TRANSFORMERS:
+        refuse_alone(path, str(name))
         raise UserError(_alone(str(name), "DIR"))
     if "format_version" not in record or record.get("kind") != kind:
         held = record.get("kind") if "format_version" in record else "files of another tool"
@@ -376,10 +380,7 @@ def refuse_mistyped(given: str | Path, embedded: Collection[str] = EMBEDDED) -> 
     """
     path = Path(given)
     near = get_close_matches(str(path), embedded, n=1, cutoff=0.7)
-    known = str(path) in (
-        *EMBEDDED,
-        *SHIPPED,
-    )  # `evaluate` asks of transcoders whether they are a model
+    known = str(path) in (*EMBEDDED, *SHIPPED)  # `evaluate` asks of transcoders whether they are a model
     if near and not known and not path.exists() and not path.suffix:
         raise UserError(f"{path} is not a directory, and nothing embedded has that name; did you mean `{near[0]}`?")
 
