@@ -15,8 +15,8 @@ from typing import NamedTuple
 from converters.quantised import BF16_FILES
 from difffract_jax.config import UserError
 
-REQUIRED = object()
-"""Marks a read attribute without a default."""
+REQUIRED, REQUIRED_LIST = object(), object()
+"""Mark a read attribute without a default: a size, which is a whole number, and a list."""
 
 
 class AllowList(NamedTuple):
@@ -24,7 +24,7 @@ class AllowList(NamedTuple):
 
     Attributes:
         component: what is configured, as the error shall call it.
-        read: attribute to default, `REQUIRED` where there is none.
+        read: attribute to default, `REQUIRED` or `REQUIRED_LIST` where there is none.
         fixed: attribute to the values our modules support.
         inert: attributes without effect on a forward pass.
     """
@@ -53,7 +53,9 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
             f"The {allow.component} is quantised ({_quantisation(attributes['quantization_config'])}), as its "
             f"config.json says; only files of full precision and fp8 can be read: {BF16_FILES}."
         )
-    missing = [name for name, default in allow.read.items() if default is REQUIRED and name not in attributes]
+    missing = [
+        name for name, default in allow.read.items() if default in (REQUIRED, REQUIRED_LIST) and name not in attributes
+    ]
     unknown = [name for name in attributes if name not in {*allow.read, *allow.fixed, *allow.inert}]
     unsupported = [
         f"{name}={attributes[name]!r} (supported: {', '.join(map(repr, values))})"
@@ -61,25 +63,35 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
         if name in attributes and attributes[name] not in values
     ]
     unsupported += [
-        f"{name}={attributes[name]!r} (a whole number or a list is needed)"
+        f"{name}={attributes[name]!r} ({needed} is needed)"
         for name, default in allow.read.items()
-        if name in attributes and not _is_possible(attributes[name], default)
+        if name in attributes and (needed := _needed_instead(attributes[name], default)) is not None
     ]
     found = {"missing": missing, "not understood": unknown, "unsupported": unsupported}
     problems = [f"{kind}: {', '.join(names)}" for kind, names in found.items() if names]
     if problems:
         raise UserError(
             f"The configuration of the {allow.component} cannot be converted; {'; '.join(problems)}. "
-            "Convert a plain pipeline of FLUX, without these attributes."
+            "Give the release's own files, whose configuration has only what is supported."
         )
     return {name: attributes.get(name, default) for name, default in allow.read.items()}
 
 
-def _is_possible(value: object, default: object) -> bool:
-    """Says whether a value is of a type that a size, which has no default, or a list of sizes may have."""
+def _needed_instead(value: object, default: object) -> str | None:
+    """Says what is needed in place of a value, if it is not of a type that its attribute may have."""
     if default is REQUIRED:
-        return isinstance(value, list | tuple) or (type(value) is int and value >= 0)
-    return isinstance(value, list | tuple) or not isinstance(default, tuple)
+        return None if type(value) is int and value >= 0 else "a whole number"
+    if default is REQUIRED_LIST:
+        return None if isinstance(value, list | tuple) else "a list"
+    if isinstance(default, tuple):
+        return (
+            None
+            if isinstance(value, list | tuple) and all(type(size) is int for size in value)
+            else "a list of whole numbers"
+        )
+    if isinstance(default, float):
+        return None if type(value) in (int, float) else "a number"
+    return None
 
 
 def _quantisation(config: object) -> str:

@@ -13,7 +13,7 @@ convolutions; the engine refuses these keys, or shapes, by name.
 from collections.abc import Mapping
 from typing import Any
 
-from converters.allow_list import REQUIRED, AllowList, read_attributes
+from converters.allow_list import REQUIRED_LIST, AllowList, read_attributes
 from converters.mapping import Ignored, Rule, conv, transpose
 from difffract_jax.config import UserError
 from difffract_jax.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
@@ -82,9 +82,9 @@ _SHAPE = {
     "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 4,
-    "block_out_channels": REQUIRED,
-    "down_block_types": REQUIRED,
-    "up_block_types": REQUIRED,
+    "block_out_channels": REQUIRED_LIST,
+    "down_block_types": REQUIRED_LIST,
+    "up_block_types": REQUIRED_LIST,
     "layers_per_block": 1,
     "norm_num_groups": 32,
     # Absent from the files of older versions, which always had all three.

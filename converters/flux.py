@@ -212,9 +212,9 @@ def sizes_read(read: Mapping[str, Any], component: str) -> dict[str, Any]:
         UserError: if the axes of position do not divide a head.
     """
     axes = tuple(read["axes_dims_rope"])
-    if sum(axes) != read["attention_head_dim"]:
+    if any(axis % 2 for axis in axes) or sum(axes) != read["attention_head_dim"]:
         raise UserError(
-            f"The {component} has axes_dims_rope={list(axes)}, which must add up to "
+            f"The {component} has axes_dims_rope={list(axes)}, which must be even numbers that add up to "
             f"attention_head_dim={read['attention_head_dim']}; correct its config.json."
         )
     return {

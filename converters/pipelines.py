@@ -314,10 +314,11 @@ def _completed(
     """Does what `_pipeline` does, of a transformer and the other parts of a base directory."""
     kind = check_base(base)
     folders = {name: folder for name, folder in kind.folders_in(base).items() if name != "transformer"}
-    tokenizers, path = load_tokenizers(base), transformer_path(source)
+    path = transformer_path(source)
     places = [path, *(base / folder for folder in folders.values())]
     check_variant(f"{source} and {base}", _variants(places), variant)
     config = completed_config(source, base, variant=variant)
+    tokenizers = load_tokenizers(base, thinking=config.transformer.thinking)
     axes, head_dim = config.transformer.rope_axes, head_dim_of(base)
     transformer, _ = _transformer(path, axes, variant, dtype, use, head_dim)
     parts = {"transformer": transformer, **_convert_parts(config, base, dtype, use, folders, variant)}

@@ -1,4 +1,4 @@
-"""The MM-DiT of Z-Image: a table of rules for diffusers' `ZImageTransformer2DModel`, and its configuration.
+"""The MM-DiT of Z-Image: tables of rules for diffusers' names and the original ones, and its configuration.
 
 1. diffusers packs a token of the image in the order row, column, channel; ours is channel, row, column, as in FLUX.1.
    The matrices that read and write tokens are arranged anew.
@@ -6,7 +6,7 @@
    How far the table of positions reaches (`axes_lens`) is not read: angles are computed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from converters.allow_list import REQUIRED, AllowList, read_attributes
@@ -32,14 +32,30 @@ def _linear(source: str, target: str, order: Any = transpose) -> tuple[Rule, Rul
     return Rule(f"{source}.weight", f"{target}.kernel", order), Rule(f"{source}.bias", f"{target}.bias", order)
 
 
-def _stack(blocks: str, stack: str) -> tuple[Rule, ...]:
+def _attention(block: str, stack: str) -> tuple[Rule, ...]:
+    """Returns the rules of a block's attention in diffusers' names."""
+    return (
+        Rule(tuple(f"{block}.attention.to_{name}.weight" for name in "qkv"), f"{stack}.qkv.kernel", fuse_qkv),
+        *(Rule(f"{block}.attention.norm_{name}.weight", f"{stack}.{name}_norm.scale") for name in "qk"),
+        Rule(f"{block}.attention.to_out.0.weight", f"{stack}.attn_out.kernel", transpose),
+    )
+
+
+def _original_attention(block: str, stack: str) -> tuple[Rule, ...]:
+    """Returns the rules of a block's attention in the names of the original release."""
+    return (
+        Rule(f"{block}.attention.qkv.weight", f"{stack}.qkv.kernel", transpose),
+        *(Rule(f"{block}.attention.{name}_norm.weight", f"{stack}.{name}_norm.scale") for name in "qk"),
+        Rule(f"{block}.attention.out.weight", f"{stack}.attn_out.kernel", transpose),
+    )
+
+
+def _stack(blocks: str, stack: str, attention: Callable[[str, str], tuple[Rule, ...]]) -> tuple[Rule, ...]:
     """Returns the rules of a run of blocks; those of modulations that it lacks match no leaf."""
     block = f"{blocks}.{{layer}}"
     return (
         *_linear(f"{block}.adaLN_modulation.0", f"{stack}.mod"),
-        Rule(tuple(f"{block}.attention.to_{name}.weight" for name in "qkv"), f"{stack}.qkv.kernel", fuse_qkv),
-        *(Rule(f"{block}.attention.norm_{name}.weight", f"{stack}.{name}_norm.scale") for name in "qk"),
-        Rule(f"{block}.attention.to_out.0.weight", f"{stack}.attn_out.kernel", transpose),
+        *attention(block, stack),
         *(
             Rule(f"{block}.feed_forward.{theirs}.weight", f"{stack}.mlp.{ours}.kernel", transpose)
             for theirs, ours in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
@@ -48,20 +64,33 @@ def _stack(blocks: str, stack: str) -> tuple[Rule, ...]:
     )
 
 
-ZIMAGE_DIFFUSERS = (
-    Rule(f"all_x_embedder.{_PATCH}.weight", "img_in.kernel", pack_columns),
-    Rule(f"all_x_embedder.{_PATCH}.bias", "img_in.bias"),
-    Rule("cap_embedder.0.weight", "txt_norm.scale"),
-    *_linear("cap_embedder.1", "txt_in"),
-    Rule("x_pad_token", "img_pad"),
-    Rule("cap_pad_token", "txt_pad"),
-    *_linear("t_embedder.mlp.0", "time_in.up"),
-    *_linear("t_embedder.mlp.2", "time_in.down"),
-    *(rule for blocks, stack in _STACKS.items() for rule in _stack(blocks, stack)),
-    *_linear(f"all_final_layer.{_PATCH}.adaLN_modulation.1", "final.mod"),
-    *_linear(f"all_final_layer.{_PATCH}.linear", "final.proj", pack_rows),
-)
+def _table(img_in: str, final: str, attention: Callable[[str, str], tuple[Rule, ...]]) -> tuple[Rule, ...]:
+    """Returns the rules of the transformer.
+
+    Args:
+        img_in: what the projection of the image's tokens is called.
+        final: what the last norm and projection are called.
+        attention: from a block's name and our stack to the rules of its attention.
+    """
+    return (
+        Rule(f"{img_in}.weight", "img_in.kernel", pack_columns),
+        Rule(f"{img_in}.bias", "img_in.bias"),
+        Rule("cap_embedder.0.weight", "txt_norm.scale"),
+        *_linear("cap_embedder.1", "txt_in"),
+        Rule("x_pad_token", "img_pad"),
+        Rule("cap_pad_token", "txt_pad"),
+        *_linear("t_embedder.mlp.0", "time_in.up"),
+        *_linear("t_embedder.mlp.2", "time_in.down"),
+        *(rule for blocks, stack in _STACKS.items() for rule in _stack(blocks, stack, attention)),
+        *_linear(f"{final}.adaLN_modulation.1", "final.mod"),
+        *_linear(f"{final}.linear", "final.proj", pack_rows),
+    )
+
+
+ZIMAGE_DIFFUSERS = _table(f"all_x_embedder.{_PATCH}", f"all_final_layer.{_PATCH}", _attention)
 """diffusers' `ZImageTransformer2DModel`."""
+ZIMAGE_ORIGINAL = _table("x_embedder", "final_layer", _original_attention)
+"""The names of the original release, which LoRAs go by too."""
 _ALLOWED = AllowList(
     component="Z-Image transformer",
     # Absent attributes that have a default here have it in diffusers' constructor too.
@@ -101,10 +130,11 @@ def zimage_config_from_diffusers(attributes: Mapping[str, object]) -> ZImageConf
     """
     read: dict[str, Any] = read_attributes(attributes, _ALLOWED)
     heads, width, axes = read["n_heads"], read["dim"], tuple(read["axes_dims"])
-    if not heads or width % heads or sum(axes) != width // heads:
+    whole = len(axes) == 3 and not any(axis % 2 for axis in axes)
+    if not heads or width % heads or not whole or sum(axes) != width // heads:
         raise UserError(
-            f"The Z-Image transformer has dim={width}, n_heads={heads} and axes_dims={list(axes)}, which must add up "
-            "to dim over n_heads; correct its config.json."
+            f"The Z-Image transformer has dim={width}, n_heads={heads} and axes_dims={list(axes)}, which must be three "
+            "even numbers that add up to dim over n_heads; correct its config.json."
         )
     if read["n_kv_heads"] != heads:
         raise UserError(

@@ -13,7 +13,13 @@ from converters.qwen3 import QWEN3_TRANSFORMERS, behind_last, qwen3_config_from_
 from converters.schedules import CLASS as SCHEDULER_CLASS
 from converters.schedules import scheduler_config_from_diffusers
 from converters.torch_zimage import CHECK
-from converters.zimage import CLASS, ZIMAGE_DIFFUSERS, zimage_config_from_diffusers, zimage_config_to_diffusers
+from converters.zimage import (
+    CLASS,
+    ZIMAGE_DIFFUSERS,
+    ZIMAGE_ORIGINAL,
+    zimage_config_from_diffusers,
+    zimage_config_to_diffusers,
+)
 from difffract_jax.config import UserError
 from difffract_jax.models.absent import AbsentConfig
 from difffract_jax.models.presets import ZIMAGE_RUN
@@ -105,7 +111,7 @@ KIND = PipelineKind(
         module=ZImageMMDiT,
         rules=ZIMAGE_DIFFUSERS,
         encoder=lambda encoder: (QWEN3_TRANSFORMERS, behind_last(encoder)),
-        tables={ZImageMMDiT: (ZIMAGE_DIFFUSERS,)},
+        tables={ZImageMMDiT: (ZIMAGE_DIFFUSERS, ZIMAGE_ORIGINAL)},
         index={
             "_class_name": "ZImagePipeline",
             "scheduler": SCHEDULER,
@@ -115,8 +121,8 @@ KIND = PipelineKind(
             "vae": ["diffusers", "AutoencoderKL"],
         },
         described=_described,
-        anchor=r"cap_embedder\.1",
-        names=r"cap_embedder|(noise|context)_refiner",
+        anchor=r"layers\.0\.adaLN_modulation\.0",
+        names=r"(layers|(noise|context)_refiner)[._]\d+[._](attention[._](to_[qkv]|out|qkv)|adaLN_modulation[._]0)\b",
         check=CHECK,
     ),
 )

@@ -249,7 +249,7 @@ def is_whole_pipeline(source: str | Path, *, revision: str | None = None) -> boo
         return False
     repository = _place(source, revision)
     if repository is None:
-        path = _embedded_or_path(source)
+        path = EMBEDDED.get(str(source), Path(source))
         if not is_diffusers_directory(path):
             return False
         named = read_json(path / "model_index.json", "a pipeline").get("_class_name")

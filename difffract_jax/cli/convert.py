@@ -30,8 +30,8 @@ def register(app: typer.Typer) -> None:
 def convert_model(settings: ConvertConfig, *, json: bool) -> None:
     """Convert a model: a diffusers directory, or a transformer alone, here or on the hub.
 
-    Which model it is, its class and its keys say: one of those in docs/models.md; FLUX.1, FLUX.2-klein and Stable
-    Diffusion 3 also as one safetensors file. Weights are written as they are read, leaf by leaf, in about 1 GB of
+    Which model it is, its class and its keys say: one of those in docs/models.md; all but Z-Image also as one
+    safetensors file. Weights are written as they are read, leaf by leaf, in about 1 GB of
     memory whatever their size. Interrupted, the same command goes on where it was.
 
     Example: `difffract convert model hf:black-forest-labs/FLUX.2-klein-4B flux2-klein`

@@ -97,14 +97,15 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _rows(title: str, rows: list[Mapping[str, Any]], width: int) -> list[Table]:
     """Returns a table of rows, or as many as it takes for its columns to be readable in a width of characters."""
-    columns = {name: [_text(row.get(name)) for row in rows] for name in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [_text(row.get(name)) for row in rows] for name in names}
     narrowest = {name: min(FOLDED, max(map(len, (name, *texts)))) for name, texts in columns.items()}
     tables = []
-    for names in _parts(narrowest, width):
+    for part in _parts(narrowest, width):
         table = Table(title=title if not tables else f"{title}, further columns", title_justify="left")
-        for name in names:
+        for name in part:
             table.add_column(name, overflow="fold", min_width=narrowest[name])  # a mesh is wrapped, not cut
-        for texts in zip(*(columns[name] for name in names), strict=True):
+        for texts in zip(*(columns[name] for name in part), strict=True):
             table.add_row(*texts)
         tables.append(table)
     return tables

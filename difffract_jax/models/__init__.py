@@ -1,4 +1,4 @@
-"""FLUX in Flax: every part of the pipeline, from a prompt to an image.
+"""MM-DiTs in Flax: every part of their pipelines, from a prompt to an image.
 
 blocks          double- and single-stream blocks: live, frozen or with their MLPs replaced
 mmdit           the transformer: embed, blocks, velocity

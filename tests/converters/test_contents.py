@@ -100,6 +100,8 @@ def test_two_transformers_in_one_file_are_refused_but_averages_are_left_aside(so
         (["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"], "is a T5 text encoder"),
         (["text_model.encoder.layers.0.mlp.fc1.weight"], "is a CLIP text encoder"),
         (["diffusion_model.distilled_guidance_layer.in_proj.lora_A.weight"], "is a LoRA, changes to a model's weights"),
+        (["cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight"], "is a Z-Image transformer in one file"),
+        (["cap_embedder.1.weight", "layers.0.adaLN_modulation.1.weight"], "holds neither img_in"),  # Lumina's
         (["img_in.kernel", "img_in.bias"], "one file of a directory that difffract wrote"),
         (
             ["a.weight", "img_in.weight"],

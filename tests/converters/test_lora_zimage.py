@@ -1,4 +1,4 @@
-"""LoRAs of Z-Image in diffusers' names change the weights that they name."""
+"""LoRAs of Z-Image, in diffusers' names and in the original ones, change the weights that they name."""
 
 import jax
 import numpy as np
@@ -10,7 +10,7 @@ from converters.lora import match
 from converters.lora_files import read_lora
 from converters.mapping import save_tree, source_shapes
 from converters.merging import merge
-from converters.zimage import ZIMAGE_DIFFUSERS, zimage_config_from_diffusers
+from converters.zimage import ZIMAGE_DIFFUSERS, ZIMAGE_ORIGINAL, zimage_config_from_diffusers
 from difffract_jax.config import UserError
 from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.tiny import random_weights
@@ -20,9 +20,17 @@ from tolerances import relative_error
 ABSTRACT = abstract_module(ZImageMMDiT, zimage_config_from_diffusers(TINY))
 
 
-@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
-def test_a_lora_of_every_matrix_changes_what_it_names(tmp_path, prefix):
-    shapes = source_shapes(ZIMAGE_DIFFUSERS, ABSTRACT)
+@pytest.mark.parametrize(
+    ("prefix", "table", "matrices"),
+    [
+        ("transformer.", ZIMAGE_DIFFUSERS, 7),
+        ("diffusion_model.", ZIMAGE_DIFFUSERS, 7),
+        ("diffusion_model.", ZIMAGE_ORIGINAL, 5),
+    ],
+    ids=["diffusers", "comfyui", "original"],
+)
+def test_a_lora_of_every_matrix_changes_what_it_names(tmp_path, prefix, table, matrices):
+    shapes = source_shapes(table, ABSTRACT)
     rng, tensors, changes = np.random.default_rng(0), {}, {}
     for key, shape in shapes.items():
         if key.endswith(".weight") and len(shape) == 2:
@@ -34,9 +42,9 @@ def test_a_lora_of_every_matrix_changes_what_it_names(tmp_path, prefix):
     before = random_weights(ABSTRACT, 0)
     found = match("x", read_lora(tmp_path / "x.safetensors"), 0.5, {"transformer": ABSTRACT})
     merged = merge(jax.tree.map(lambda leaf: leaf.copy(), before), found["transformer"])
-    after = dict(save_tree(merged, ZIMAGE_DIFFUSERS))
-    assert len(changes) == 7 * 6 + 4 + 6, "seven matrices in six blocks, four modulations, six around them"
-    for key, value in save_tree(before, ZIMAGE_DIFFUSERS):
+    after = dict(save_tree(merged, table))
+    assert len(changes) == matrices * 6 + 4 + 6, "matrices in six blocks, four modulations, six around them"
+    for key, value in save_tree(before, table):
         assert relative_error(after[key], value + 0.5 * changes.get(key, 0)) <= 1e-6, key
 
 
