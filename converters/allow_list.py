@@ -53,9 +53,8 @@ def read_attributes(attributes: Mapping[str, object], allow: AllowList) -> dict[
             f"The {allow.component} is quantised ({_quantisation(attributes['quantization_config'])}), as its "
             f"config.json says; only files of full precision and fp8 can be read: {BF16_FILES}."
         )
-    missing = [
-        name for name, default in allow.read.items() if default in (REQUIRED, REQUIRED_LIST) and name not in attributes
-    ]
+    required = [name for name, default in allow.read.items() if default in (REQUIRED, REQUIRED_LIST)]
+    missing = [name for name in required if name not in attributes]
     unknown = [name for name in attributes if name not in {*allow.read, *allow.fixed, *allow.inert}]
     unsupported = [
         f"{name}={attributes[name]!r} (supported: {', '.join(map(repr, values))})"
@@ -84,11 +83,8 @@ def _needed_instead(value: object, default: object) -> str | None:
     if default is REQUIRED_LIST:
         return None if isinstance(value, list | tuple) else "a list"
     if isinstance(default, tuple):
-        return (
-            None
-            if isinstance(value, list | tuple) and all(type(size) is int for size in value)
-            else "a list of whole numbers"
-        )
+        sizes = isinstance(value, list | tuple) and all(type(size) is int for size in value)
+        return None if sizes else "a list of whole numbers"
     if isinstance(default, float):
         return None if type(value) in (int, float) else "a number"
     return None

@@ -115,7 +115,7 @@ def test_what_the_releases_file_says_of_flux_alone_changes_nothing():
     [
         ({"approximator_num_channels": 12}, "approximator_num_channels=12, which must be a multiple of 8"),
         ({"guidance_embeds": True}, r"guidance_embeds=True \(supported: False\)"),
-        ({"axes_dims_rope": (4, 4, 4)}, "which must add up to attention_head_dim=16"),
+        ({"axes_dims_rope": (4, 4, 4)}, "that add up to attention_head_dim=16"),
         ({"patch_size": 2}, r"patch_size=2 \(supported: 1\)"),
         ({"num_layers": None}, "missing: num_layers"),
     ],

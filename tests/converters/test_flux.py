@@ -242,7 +242,7 @@ def test_diffusers_takes_the_configuration_that_is_written():
         ({"patch_size": 2}, r"patch_size=2 \(supported: 1\)"),
         ({"_class_name": "SD3Transformer2DModel"}, "_class_name='SD3Transformer2DModel'"),
         ({"dual_attention_layers": [0]}, "not understood: dual_attention_layers"),
-        ({"axes_dims_rope": [2, 2, 2]}, "must add up to attention_head_dim=8"),
+        ({"axes_dims_rope": [2, 2, 2]}, "even numbers that add up to attention_head_dim=8"),
         ({"num_layers": None}, "missing: num_layers"),
     ],
 )

@@ -35,7 +35,11 @@ def test_a_conversion_back_gives_the_same_tensors_and_sizes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"axes_dims": [4, 4, 4]}, "must add up to dim over n_heads"),
+        ({"axes_dims": [4, 4, 4]}, "three even numbers that add up to dim over n_heads"),
+        ({"axes_dims": [8, 8]}, "three even numbers"),
+        ({"axes_dims": [5, 5, 6]}, "three even numbers"),
+        ({"dim": [32]}, r"dim=\[32\] \(a whole number is needed\)"),
+        ({"rope_theta": "x"}, r"rope_theta='x' \(a number is needed\)"),
         ({"n_kv_heads": 1}, "n_kv_heads=1, but only as many as n_heads=2"),
         ({"siglip_feat_dim": 1152}, r"siglip_feat_dim=1152 \(supported: None\)"),
         ({"all_patch_size": [4]}, r"all_patch_size=\[4\]"),
