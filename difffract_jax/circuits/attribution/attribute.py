@@ -109,7 +109,9 @@ def attribute(
     engine = make_engine(trace, tcs, outputs, options, rows="auto" if attention == "frozen" else "held")
     roots, weights = _roots(engine, wanted)
     state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
-    batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)
+    # No batch is larger than the graph: what only fills up would be compiled and computed too.
+    together = target_batch or min(expansion_batch, max_nodes)
+    batch = batch_size(engine, together, limited=target_batch is None)
     rows, spares, told = state.targets, None, ()
     while rows.size:
         # Deep targets first, so that shallow ones, whose walk is short, share their batches.

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from difffract_jax.circuits.attribution.contraction import gather_bytes
 from difffract_jax.circuits.attribution.layerwise import goes_layerwise, pull_layerwise
@@ -194,12 +194,11 @@ def pull(
     whole = sizes.batch * options.shards
     more = whole - count
     # On the host, where small operations cost little.
-    columns = [np.pad(np.asarray(column), (0, more), constant_values=-1) for column in targets]
-    enters = np.pad(np.asarray(targets.enters), (0, more), constant_values=-1)
+    columns = Targets(*(np.pad(np.asarray(column), (0, more), constant_values=-1) for column in targets))
     # Highest first on every device: then those that have begun at any block are the first so many.
-    order = np.argsort(-enters.reshape(options.shards, -1), axis=1, stable=True)
+    order = np.argsort(-columns.enters.reshape(options.shards, -1), axis=1, stable=True)
     order = (order + sizes.batch * np.arange(options.shards)[:, None]).ravel()
-    filled = Targets(*(jnp.asarray(column[order]) for column in columns))
+    filled = jax.device_put(Targets(*(column[order] for column in columns)))
     if direction is not None:
         direction = jax.tree.map(lambda d: jnp.pad(d, ((0, more), (0, 0), (0, 0)))[order], direction)
     shape, dtype = (whole, layout_of(replacement).inputs), boundary.img.dtype
@@ -212,9 +211,13 @@ def pull(
             pulled = _pull_streamed(sizes, replacement, filled, gradients, direction, spare, options.precision)
         else:
             pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
-    if not more and np.array_equal(order, np.arange(whole)):
-        return pulled
-    back = np.argsort(order)[:count]
+    same = not more and np.array_equal(order, np.arange(whole))
+    return pulled if same else _in_order(pulled, np.argsort(order)[:count])
+
+
+@jax.jit
+def _in_order(pulled: Pulled, back: Int[Array | np.ndarray, "target"]) -> Pulled:
+    """Returns the targets' rows as they were asked for."""
     return jax.tree.map(lambda leaf: leaf[back], pulled)
 
 

@@ -44,9 +44,13 @@ class Targets(NamedTuple):
     feature: Int[Array, "target"]
 
     @property
-    def enters(self) -> Int[Array, "target"]:
-        """Twice the layer, and one more for features, which enter within theirs; negative where nothing enters."""
-        return jnp.where(self.layer < 0, -1, 2 * self.layer + jnp.where(self.group == DIRECTION, 0, 1))
+    def enters(self) -> Int[Array | np.ndarray, "target"]:
+        """Twice the layer, and one more for features, which enter within theirs; negative where nothing enters.
+
+        NumPy's where the columns are NumPy's.
+        """
+        where = np.where if isinstance(self.layer, np.ndarray) else jnp.where
+        return where(self.layer < 0, -1, 2 * self.layer + where(self.group == DIRECTION, 0, 1))
 
 
 @jit_resident
@@ -124,7 +128,7 @@ def exact_preactivations(
     more = (1 << max(count - 1, 0).bit_length()) - count
     columns = zip(targets, Targets(DIRECTION, -1, 0, 0), strict=True)
     filled = (np.pad(np.asarray(column), (0, more), constant_values=value) for column, value in columns)
-    terms = _terms(replacement.record, replacement.sites, Targets(*map(jnp.asarray, filled)), x)
+    terms = _terms(replacement.record, replacement.sites, jax.device_put(Targets(*filled)), x)
     gradients, inputs, constant = (np.asarray(term, np.float64)[:count] for term in terms)
     return np.sum(gradients * inputs, axis=1) + constant
 

@@ -121,6 +121,9 @@ def test_all_scores_add_up_to_what_scaled_queries_do_and_a_graph_of_them_adds_up
     assert np.max(graph.conservation_error) <= TOL.conservation_x64
     for one in graph.provenance.attention:
         assert abs(one.total - one.forward) <= TOL.conservation_x64 * one.absolute and one.absolute > 0
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        moved = forward_derivatives(engine, rows)
+    assert moved == pytest.approx([one.forward for one in graph.provenance.attention], rel=1e-9)
     # Scores of both steps are nodes, named with their step, with sources of no later step.
     own = np.flatnonzero((graph.node_kind == SCORE) & (graph.node_head >= 0))
     assert {*graph.node_step[own].tolist()} == {1, 2}
@@ -199,6 +202,7 @@ def test_both_sides_of_a_later_steps_score_add_up_and_are_shares_of_the_way(made
     assert relative_error(found.query[mine] + found.key[mine], expected) <= TOL.x64
 
 
+@pytest.mark.slow
 def test_in_float32_too():
     exact = make_exact(**MADE, dtype=jnp.float32)
     span = spanned(exact)
