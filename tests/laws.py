@@ -13,6 +13,7 @@ from difffract_jax.circuits.frozen.targets import Targets, preactivations
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT
 
 RUN_REPLACEMENT = jax.jit(run_replacement)
+PROJECT = jax.jit(lambda projection, rows: projection(rows))
 
 
 def some_targets(trace, tcs):
@@ -106,7 +107,9 @@ def replay(engine, steps, texts, latents):
     z, moved, readings = latents, jnp.zeros_like(latents), []
     for number, (prepared, info, sources) in enumerate(zip(engine.steps, engine.infos, steps, strict=True)):
         weights = prepared.record.weights
-        boundary = sources.boundary._replace(img=weights.img_in(z), txt=weights.txt_in(texts[info.branch]))
+        boundary = sources.boundary._replace(
+            img=PROJECT(weights.img_in, z), txt=PROJECT(weights.txt_in, texts[info.branch])
+        )
         reading = RUN_REPLACEMENT(prepared.record, prepared.sites, sources._replace(boundary=boundary))
         readings.append(reading._replace(latents=z))
         weight = 1.0 if info.branches == 1 else info.guidance if info.branch == PROMPT else 1 - info.guidance

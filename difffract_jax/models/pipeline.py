@@ -295,8 +295,9 @@ def decode_latents(
         latents: packed latents after the last step.
         grid: rows and columns of image tokens.
     """
-    raw = decode_raw(pipe.vae, latents, grid)
-    return np.asarray(jnp.round(255 * jnp.clip(raw / 2 + 0.5, 0, 1)).astype(jnp.uint8))
+    raw = np.asarray(decode_raw(pipe.vae, latents, grid))
+    with np.errstate(invalid="ignore"):  # where a latent is not a number
+        return np.round(255 * np.clip(raw / 2 + 0.5, 0, 1)).astype(np.uint8)
 
 
 @partial(jax.jit, static_argnames="grid")

@@ -1,6 +1,7 @@
 """What weights say: links both ways, neighbours, gates, and the direct effect on pixels, held against the model."""
 
 from dataclasses import replace
+from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +108,7 @@ def first():
     return mean_run(corpus, small().tcs.sites, np.zeros((6, 16), np.float32), pooled)
 
 
+@cache
 def recorded(number, step):
     corpus, tcs = small().corpus, small().tcs
     prompt = PROMPTS[number]

@@ -200,7 +200,7 @@ def pull(
     order = (order + sizes.batch * np.arange(options.shards)[:, None]).ravel()
     filled = jax.device_put(Targets(*(column[order] for column in columns)))
     if direction is not None:
-        direction = jax.tree.map(lambda d: jnp.pad(d, ((0, more), (0, 0), (0, 0)))[order], direction)
+        direction = _rows(direction, order, more)
     shape, dtype = (whole, layout_of(replacement).inputs), boundary.img.dtype
     if spare is None or spare.shape != shape or spare.dtype != dtype:
         split = None if options.mesh is None else NamedSharding(options.mesh, PartitionSpec("data"))
@@ -212,13 +212,13 @@ def pull(
         else:
             pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
     same = not more and np.array_equal(order, np.arange(whole))
-    return pulled if same else _in_order(pulled, np.argsort(order)[:count])
+    return pulled if same else _rows(pulled, np.argsort(order)[:count])
 
 
-@jax.jit
-def _in_order(pulled: Pulled, back: Int[Array | np.ndarray, "target"]) -> Pulled:
-    """Returns the targets' rows as they were asked for."""
-    return jax.tree.map(lambda leaf: leaf[back], pulled)
+@partial(jax.jit, static_argnames="more")
+def _rows(tree: Any, order: Int[Array | np.ndarray, "target"], more: int = 0) -> Any:
+    """Returns targets' rows of all arrays, and of so many rows of zeros behind them, in another order."""
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, more), *[(0, 0)] * (leaf.ndim - 1)))[order], tree)
 
 
 def lower_pull(replacement: Replacement, count: int, platform: str, directed: bool, options: PullOptions) -> Any:

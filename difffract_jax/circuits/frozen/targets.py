@@ -7,6 +7,7 @@ sources.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,7 @@ def target_gradients(
     return _by_group(targets, rows)
 
 
+@jax.jit
 def _by_group(targets: Targets, found: list[Array]) -> Array:
     """Picks each target's row from those of its group; zeros where it has none."""
     chosen = jnp.zeros_like(found[0])
@@ -110,10 +112,16 @@ def inputs_at(
         targets: which features; directions and places that fill up have zeros.
         x: inputs of the MLP sublayers, [layer rows d_model] per group, of whatever run.
     """
+    return _inputs_at(targets, x, record.first_layers)
+
+
+@partial(jax.jit, static_argnames="firsts")
+def _inputs_at(targets: Targets, x: Sequence[Array], firsts: tuple[int, ...]) -> Array:
     found = []
-    for group, rows in enumerate(x):
+    for rows, first in zip(x, firsts, strict=True):
         if rows.shape[0]:
-            found.append(rows.at[_group_layer(record, targets, group), targets.position].get(mode="clip"))
+            layer = jnp.clip(targets.layer - first, 0, rows.shape[0] - 1)
+            found.append(rows.at[layer, targets.position].get(mode="clip"))
         else:
             found.append(jnp.zeros((targets.layer.shape[0], rows.shape[2]), rows.dtype))
     return _by_group(targets, found)
@@ -175,9 +183,10 @@ def _streamed_rows(
     dtype = record.boundary.img.dtype
     vectors = np.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), dtype)
     constants = np.zeros(vectors.shape[0], dtype)
-    mine = np.flatnonzero(np.asarray(targets.group) == group)
+    targets = Targets(*map(np.asarray, targets))
+    mine = np.flatnonzero(targets.group == group)
     if mine.size:
-        layer = np.asarray(_group_layer(record, targets, group))[mine]
-        slot, feature = np.asarray(sites.layers.slot)[layer], np.asarray(targets.feature)[mine]
+        layer = np.clip(targets.layer[mine] - record.first_layers[group], 0, record.mlp_in[group].shape[0] - 1)
+        slot, feature = np.asarray(sites.layers.slot)[layer], targets.feature[mine]
         vectors[mine], constants[mine] = encoder_terms(sites, slot, feature, record.t)
-    return jnp.asarray(vectors), jnp.asarray(constants)
+    return jax.device_put((vectors, constants))
