@@ -262,22 +262,6 @@ def test_blocks_do_not_copy_the_cotangents_of_all_targets(x64):
         assert not re.findall(rf"\[14,{count},{width}\]\S* copy\(", program)
 
 
-def test_attention_in_blocks_changes_no_edge(x64, monkeypatch):
-    exact = make_exact(joint=(0, 1))
-    targets = some_targets(exact, 14)
-    usual = pull_back(exact.replacement, targets)
-    monkeypatch.setattr(ops, "WHOLE_PATTERN", 0)
-    monkeypatch.setattr(ops, "PATTERN_BLOCK", 28 * 8 * 5)  # of 28 queries five at a time: the last block is filled up
-    pullback._pull_back.clear_cache()
-    assert relative_error(pull_back(exact.replacement, targets), usual) <= 1e-12
-    again = capture(
-        exact.pipe, exact.tcs, "a red circle", step=1, run=exact.pipe.plan(height=24, width=32, text_tokens=16)
-    )
-    for ours, expected in zip(jax.tree.leaves(again.record), jax.tree.leaves(exact.trace.record), strict=True):
-        if np.any(expected):
-            assert relative_error(ours, expected) <= 1e-12
-
-
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_float32_adds_up_too(golden, seed):
     trace = golden.trace(seed % 2, seed + 1)
@@ -300,3 +284,19 @@ def test_targets_of_any_block_share_one_program(x64):
     for seed in range(1, 5):
         pull_back(exact.replacement, some_targets(exact, seed=seed))
     assert pullback._pull_back._cache_size() == before
+
+
+def test_attention_in_blocks_changes_no_edge(x64, monkeypatch):
+    exact = make_exact(joint=(0, 1))
+    targets = some_targets(exact, 14)
+    usual = pull_back(exact.replacement, targets)
+    monkeypatch.setattr(ops, "WHOLE_PATTERN", 0)
+    monkeypatch.setattr(ops, "PATTERN_BLOCK", 28 * 8 * 5)  # of 28 queries five at a time: the last block is filled up
+    pullback._pull_back.clear_cache()  # which is why this test is the last
+    assert relative_error(pull_back(exact.replacement, targets), usual) <= 1e-12
+    again = capture(
+        exact.pipe, exact.tcs, "a red circle", step=1, run=exact.pipe.plan(height=24, width=32, text_tokens=16)
+    )
+    for ours, expected in zip(jax.tree.leaves(again.record), jax.tree.leaves(exact.trace.record), strict=True):
+        if np.any(expected):
+            assert relative_error(ours, expected) <= 1e-12
