@@ -1,5 +1,6 @@
 """Rankings hold what they say: means over seeds and tokens, differences of them, and where a feature is strongest."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
