@@ -20,7 +20,7 @@ TEXT = 4
 @cache
 def run():
     pipe = random_pipeline(seed=4, dtype=jnp.float64)
-    tcs = make_transcoders(pipe.config.transformer, seed=4, img=(0, 2), txt=(1,), joint=(1,), skip=True, features=16)
+    tcs = make_transcoders(pipe.config.transformer, seed=4, img=(0, 2), txt=(1,), joint=(0, 1), skip=True, features=16)
     span = capture_steps(
         pipe, tcs, "a red circle", first=1, last=2, run=pipe.plan(height=16, width=16, text_tokens=TEXT)
     )
