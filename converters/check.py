@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.configurations import is_diffusers_directory, pipeline_config
+from converters.kinds import whole_of
+from converters.pipeline_kind import WholeCheck
 from converters.pipelines import Opened, abstract_module, sliced, stacks_of
-from converters.torch_chroma import record_chroma, record_hidden_padding
 from converters.torch_files import (
     BlockRecord,
     TransformerInputs,
@@ -30,8 +31,6 @@ from converters.torch_sd3 import record_sd3
 from converters.torch_text import record_encoders, record_states, record_text
 from difffract_jax.config import UserError
 from difffract_jax.models.blocks import Cond, FluxConfig, Streams
-from difffract_jax.models.chroma import ChromaConfig, ChromaShared
-from difffract_jax.models.chroma_text import ChromaT5Config
 from difffract_jax.models.families import PARTS, module_of
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline
@@ -48,7 +47,7 @@ from difffract_jax.storage.streaming import Leaf
 PROMPT = "a red fox at dawn, oil painting"
 PADDED_PROMPT = "a red fox"
 """Of a model that hides padding: short, so that there is some whatever the tokenizer."""
-GRID = 4, 6
+GRID = 4, 8
 TEXT_TOKENS = 24
 TIME = 0.75
 GUIDANCE = 3.5
@@ -198,7 +197,19 @@ def _recorder(config: FluxConfig) -> Callable[[Path, TransformerInputs], Transfo
     """Returns what runs PyTorch's transformer."""
     if isinstance(config, Sd3Config):
         return record_sd3
-    return record_chroma if isinstance(config, ChromaConfig) else record_transformer
+    whole = _check_of(config)
+    return record_transformer if whole is None else whole.record
+
+
+def _check_of(config: FluxConfig) -> WholeCheck | None:
+    """Returns how a model is compared that is read as a whole; None for others."""
+    whole = whole_of(config)
+    return None if whole is None else whole.check
+
+
+def _words(config: FluxConfig) -> int:
+    """Returns the length of the text: a multiple of the model's unit."""
+    return -(-TEXT_TOKENS // config.text_unit) * config.text_unit
 
 
 def _text_encoders(
@@ -208,10 +219,11 @@ def _text_encoders(
     config: Any = opened.config
     if isinstance(config.clip, TwoClipsConfig):
         return (yield from _two_clips(directory, opened, parts))
-    if isinstance(config.t5, ChromaT5Config):
-        ids = encode_prompt(opened.tokenizers, PADDED_PROMPT, TEXT_TOKENS)
-        states = record_hidden_padding(directory, ids.t5_ids, ids.t5_mask)
-        yield "t5", parts["t5"].streamed()(ids.t5_ids), states, 1
+    whole = _check_of(config.transformer)
+    if whole is not None:
+        ids = encode_prompt(opened.tokenizers, PADDED_PROMPT, _words(config.transformer))
+        states = whole.text(directory, ids, config)
+        yield whole.encoder, parts["t5"].streamed()(ids.t5_ids), states, whole.tolerances
         return states, np.zeros(0, np.float32)
     ids = encode_prompt(opened.tokenizers, PROMPT, TEXT_TOKENS)
     if isinstance(config.t5, Qwen3Config):
@@ -266,18 +278,20 @@ def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, reco
     inputs = Inputs(latents, text, pooled, jnp.float32(given.t), guidance)
     model = part.outside()
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
-    first = record.double[0]
+    first = record.blocks[0]
     # Of tokens that attention does not see the text has zeros, and what becomes of them is of no matter.
-    seen = np.any(given.text != 0, axis=-1) if isinstance(config, ChromaConfig) else slice(None)
-    own, theirs = _conditions(cond, record)
-    yield "embeddings", (h, own), (Streams(first.img, first.txt), theirs), 1
+    whole = _check_of(config)
+    seen = slice(None) if whole is None else np.any(given.text != 0, axis=-1)
+    own, theirs = _conditions(cond, record) if whole is None else whole.conditions(cond, record)
+    with_theirs = _given_theirs if whole is None else whole.given
+    yield "embeddings", (_seen(h, seen), own), (_seen(Streams(first.img, first.txt), seen), theirs), 1
     run = jax.jit(_block)
     places = [(stack.name, number) for stack in config.layout.stacks for number in range(stack.depth)]
-    for (name, number), block in zip(places, [*record.double, *record.single], strict=True):
+    for (name, number), block in zip(places, record.blocks, strict=True):
         layer = part.layer(name, number)
         entering = Streams(jnp.asarray(block.img), jnp.asarray(block.txt))
-        ours = run(layer, entering, _given_theirs(cond, record, block))
-        yield f"{name} {number}", ours._replace(txt=ours.txt[seen]), Streams(block.img_out, block.txt_out[seen]), 1
+        ours = run(layer, entering, with_theirs(cond, record, block))
+        yield f"{name} {number}", _seen(ours, seen), _seen(Streams(block.img_out, block.txt_out), seen), 1
         h = run(layer, h, cond)
         del layer  # before the next is made
     yield "whole transformer", jax.jit(_call)(model.final, h.img, cond), record.velocity, WHOLE
@@ -285,31 +299,21 @@ def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, reco
 
 def _conditions(cond: Cond, record: TransformerRecord) -> tuple[Any, Any]:
     """Returns what conditions the blocks, ours and PyTorch's: a vector, or the modulations."""
-    first = record.double[0].cond
+    first = record.blocks[0].cond
     if cond.mod is None:
         return cond.vec, first
-    if isinstance(cond.mod, ChromaShared):  # each block's own
-        theirs = _modulations(cond.mod, record)
-        return (cond.mod.double, cond.mod.single), (theirs.double, theirs.single)
     return np.concatenate([np.ravel(one) for one in cond.mod.double]), first  # of all double-stream blocks
 
 
 def _given_theirs(cond: Cond, record: TransformerRecord, block: BlockRecord) -> Cond:
-    """Returns what conditions a block, with PyTorch's values where each block has its own."""
-    if cond.mod is None:
-        return cond._replace(vec=jnp.asarray(block.cond))
-    return cond._replace(mod=_modulations(cond.mod, record)) if isinstance(cond.mod, ChromaShared) else cond
+    """Returns what conditions a block, with PyTorch's vector where blocks make their modulations of it."""
+    del record  # of the whole run
+    return cond._replace(vec=jnp.asarray(block.cond)) if cond.mod is None else cond
 
 
-def _modulations(ours: ChromaShared, record: TransformerRecord) -> ChromaShared:
-    """Returns the modulations of all blocks as PyTorch has them."""
-    double = jnp.asarray(np.stack([block.cond for block in record.double]))
-    single = jnp.asarray(np.stack([block.cond for block in record.single]))
-    img, txt = jnp.split(double, 2, axis=1)
-    shapes = ours.double.img.shape, ours.double.txt.shape
-    return ours._replace(
-        double=Streams(img.reshape(shapes[0]), txt.reshape(shapes[1])), single=single.reshape(ours.single.shape)
-    )
+def _seen(h: Streams, seen: Any) -> Streams:
+    """Returns streams with the text tokens that attention sees."""
+    return h._replace(txt=h.txt[seen])
 
 
 def _block(block: Any, h: Streams, cond: Cond) -> Streams:

@@ -11,15 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from converters import chroma_pipeline, klein, sd3_pipeline
+from converters import klein, sd3_pipeline
 from converters.autoencoder import autoencoder_config_from_diffusers
 from converters.flux import flux_config_from_diffusers
-from converters.kinds import CHROMA, FLUX1, KINDS, KLEIN, RELEASES, SD3, TRANSFORMERS, PipelineKind
+from converters.kinds import FLUX1, KINDS, KLEIN, RELEASES, SD3, TRANSFORMERS
+from converters.pipeline_kind import PipelineKind
 from converters.schedules import scheduler_config_from_diffusers
 from converters.text_encoders import clip_config_from_transformers, t5_config_from_transformers
 from difffract_jax.config import UserError, nearest
 from difffract_jax.models.absent import AbsentConfig
 from difffract_jax.models.autoencoder import AutoencoderConfig
+from difffract_jax.models.chroma import ChromaConfig
 from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.runs import GenerationDefaults, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
@@ -50,10 +52,9 @@ def kind_of(home: Path) -> PipelineKind:
     index = read_json(home / "model_index.json", "a diffusers pipeline directory")
     name = str(index.get("_class_name"))
     if name not in KINDS:
+        *first, last = (f"{kind.name} ({kind.published})" for kind in KINDS.values())
         raise UserError(
-            f"{home} is a {name}, but only FluxPipeline (FLUX.1-schnell, FLUX.1-dev), Flux2KleinPipeline "
-            "(FLUX.2-klein), StableDiffusion3Pipeline (SD3-medium, SD3.5) and ChromaPipeline (Chroma1-HD) can be "
-            f"converted{nearest(name, tuple(KINDS))}"
+            f"{home} is a {name}, but only {', '.join(first)} and {last} can be converted{nearest(name, tuple(KINDS))}"
         )
     return KINDS[name]
 
@@ -71,7 +72,7 @@ def check_architecture(home: Path, *, encoders: bool = True) -> PipelineKind:
     needed = [part for part in (*kind.classes, *kind.tokenizers) if part not in spared]
     unnamed = [part for part in kind.classes if _class_named(index, part) is None]
     lacking = [part for part in needed if part in unnamed or not (home / part).is_dir()]
-    if lacking and kind is CHROMA:  # which no base completes
+    if lacking and not kind.completed:  # which no base completes
         raise UserError(
             f"{home} lacks {', '.join(lacking)}; copy these folders, and their lines of model_index.json, from the "
             f"release that it was made from ({kind.releases})."
@@ -117,15 +118,16 @@ def check_base(home: Path) -> PipelineKind:
     """
     if not home.is_dir():
         raise UserError(
-            f"The base {home} is not a directory; give a diffusers directory of FLUX.1, FLUX.2-klein or Stable "
-            "Diffusion 3."
+            f"The base {home} is not a directory; give a diffusers directory of FLUX.1, FLUX.2-klein, Stable "
+            "Diffusion 3 or Chroma."
         )
     index = read_json(home / "model_index.json", "a pipeline") if is_diffusers_directory(home) else {}
     kind = KINDS.get(str(index.get("_class_name")), FLUX1)
-    if kind is CHROMA:
+    if not kind.completed:
+        *first, last = (each.models for each in KINDS.values() if each.completed)
         raise UserError(
-            f"The base {home} is a {kind.name}, but only transformers of FLUX.1, FLUX.2-klein and Stable Diffusion 3 "
-            "can be completed; give the whole directory as the model."
+            f"The base {home} is a {kind.name}, but only transformers of {', '.join(first)} and {last} can be "
+            "completed; give the whole directory as the model."
         )
     given = tuple(part for part in kind.classes if part not in ("transformer", "scheduler"))
     needed = [part for part in (*given, *kind.tokenizers) if part not in kind.optional]
@@ -157,13 +159,14 @@ def pipeline_config(home: Path) -> PipelineConfig:
     if is_diffusers_directory(home) and kind_of(home) is SD3:
         configs = sd3_parts(home, (*sd3_pipeline.READERS, "scheduler"))
         return sd3_pipeline.sd3_config(f"The parts of {home}", configs, sd3_sample_size(home))
-    if is_diffusers_directory(home) and kind_of(home) is CHROMA:
-        lacking = CHROMA.lacks_encoders(home)
-        parts = [part for part in chroma_pipeline.READERS if not (lacking and part in CHROMA.encoders)]
-        chroma = read_configs(home, parts, chroma_pipeline.READERS)
+    if is_diffusers_directory(home) and (kind := kind_of(home)).whole is not None:
+        lacking, whole = kind.lacks_encoders(home), kind.whole
+        parts = [part for part in whole.readers if not (lacking and part in kind.encoders)]
+        read = read_configs(home, parts, whole.readers)
         if lacking:
-            chroma.insert(1, AbsentConfig(d_model=chroma[0].text_width))
-        return chroma_pipeline.chroma_config(home, chroma, read_json(home / "vae" / "config.json", "an autoencoder"))
+            read.insert(1, AbsentConfig(d_model=read[0].text_width))
+        index_of_vae = read_json(home / "vae" / "config.json", "an autoencoder")
+        return whole.config(f"The parts of {home}", home, read, index_of_vae)
     if FLUX1.lacks_encoders(home):
         transformer, vae, scheduler = read_configs(home, ("transformer", "vae", "scheduler"))
         t5, clip = AbsentConfig(d_model=transformer.text_width), AbsentConfig(d_model=transformer.pooled_width)
@@ -297,13 +300,14 @@ def sd3_attributes_beside(path: Path) -> dict[str, Any] | None:
     return _attributes_beside(path, SD3)
 
 
-def chroma_attributes_beside(path: Path) -> dict[str, Any] | None:
-    """Returns the configuration beside a transformer's weights, if it is one of Chroma, which no base completes.
+def whole_beside(path: Path) -> tuple[PipelineKind, dict[str, Any]] | None:
+    """Returns the configuration beside a transformer's weights, and its kind, if that is one with `whole`.
 
     Args:
         path: file of the weights, or their directory.
     """
-    return _attributes_beside(path, CHROMA)
+    found = ((kind, _attributes_beside(path, kind)) for kind in KINDS.values() if kind.whole is not None)
+    return next(((kind, attributes) for kind, attributes in found if attributes is not None), None)
 
 
 def _attributes_beside(path: Path, kind: PipelineKind) -> dict[str, Any] | None:
@@ -330,4 +334,6 @@ def scheduler_of(homes: Sequence[Path], transformer: FluxConfig) -> SchedulerCon
             return read_configs(home, ("scheduler",))[0]
     if isinstance(transformer, Sd3Config):
         return SchedulerConfig(shift=3.0)
+    if isinstance(transformer, ChromaConfig):
+        return SchedulerConfig(use_beta_sigmas=True)
     return SchedulerConfig(shift=3.0, use_dynamic_shifting=True) if transformer.guidance else SchedulerConfig()

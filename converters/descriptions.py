@@ -6,29 +6,24 @@ Each is our configuration in the words of the part's library; `configurations` r
 from collections.abc import Mapping
 from typing import Any
 
-from converters.chroma import chroma_config_to_diffusers
+from converters.described import SCHEDULER, clip_described, qwen3_described, t5_described
 from converters.flux import flux_config_to_diffusers
 from converters.flux2 import flux2_config_to_diffusers
+from converters.kinds import whole_of
 from converters.sd3 import sd3_config_to_diffusers
 from difffract_jax.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
-from difffract_jax.models.chroma import ChromaConfig
-from difffract_jax.models.chroma_text import ChromaT5Config
-from difffract_jax.models.clip import CLIPConfig
 from difffract_jax.models.flux2 import Flux2Config
-from difffract_jax.models.qwen3 import Qwen3Config
 from difffract_jax.models.runs import PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
 from difffract_jax.models.sd3 import Sd3Config
 from difffract_jax.models.sd3_text import NoTextConfig
-from difffract_jax.models.t5 import T5Config
 
-_SCHEDULER = ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 _NONE = [None, None]
 INDEX = {
     "_class_name": "FluxPipeline",
     "feature_extractor": _NONE,
     "image_encoder": _NONE,
-    "scheduler": _SCHEDULER,
+    "scheduler": SCHEDULER,
     "text_encoder": ["transformers", "CLIPTextModel"],
     "text_encoder_2": ["transformers", "T5EncoderModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -38,7 +33,7 @@ INDEX = {
 }
 KLEIN_INDEX = {
     "_class_name": "Flux2KleinPipeline",
-    "scheduler": _SCHEDULER,
+    "scheduler": SCHEDULER,
     "text_encoder": ["transformers", "Qwen3ForCausalLM"],
     "tokenizer": ["transformers", "Qwen2TokenizerFast"],
     "transformer": ["diffusers", "Flux2Transformer2DModel"],
@@ -48,7 +43,7 @@ SD3_INDEX = {
     "_class_name": "StableDiffusion3Pipeline",
     "feature_extractor": _NONE,
     "image_encoder": _NONE,
-    "scheduler": _SCHEDULER,
+    "scheduler": SCHEDULER,
     "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "text_encoder_3": ["transformers", "T5EncoderModel"],
@@ -58,23 +53,13 @@ SD3_INDEX = {
     "transformer": ["diffusers", "SD3Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
-CHROMA_INDEX = {
-    "_class_name": "ChromaPipeline",
-    "feature_extractor": _NONE,
-    "image_encoder": _NONE,
-    "scheduler": _SCHEDULER,
-    "text_encoder": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "ChromaTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
 
 
 def descriptions(config: PipelineConfig) -> dict[str, dict[str, Any]]:
     """Returns the JSON files that describe a pipeline in its directory, by their paths; `model_index.json` comes last.
 
     Args:
-        config: of the pipeline, of FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma.
+        config: of the pipeline, of one of `kinds`.
     """
     shape: Any = config.transformer
     side = max(config.defaults.height, config.defaults.width)
@@ -85,19 +70,18 @@ def descriptions(config: PipelineConfig) -> dict[str, dict[str, Any]]:
     if isinstance(shape, Flux2Config):
         return parts | {
             "transformer/config.json": flux2_config_to_diffusers(shape),
-            "text_encoder/config.json": _qwen3(config.t5),
+            "text_encoder/config.json": qwen3_described(config.t5),
             "model_index.json": KLEIN_INDEX | {"is_distilled": not config.defaults.two_branches},
         }
-    if isinstance(shape, ChromaConfig):
-        return parts | {
-            "transformer/config.json": chroma_config_to_diffusers(shape),
-            "text_encoder/config.json": _t5(config.t5),
-            "model_index.json": CHROMA_INDEX,
-        }
+    whole = whole_of(shape)
+    if whole is not None:
+        transformer, encoder = whole.described(config)
+        described = {"transformer/config.json": transformer, "text_encoder/config.json": encoder}
+        return parts | described | {"model_index.json": dict(whole.index)}
     return parts | {
         "transformer/config.json": flux_config_to_diffusers(shape),
-        "text_encoder/config.json": _clip(config.clip),
-        "text_encoder_2/config.json": _t5(config.t5),
+        "text_encoder/config.json": clip_described(config.clip),
+        "text_encoder_2/config.json": t5_described(config.t5),
         "model_index.json": INDEX,
     }
 
@@ -109,18 +93,18 @@ def _sd3(config: PipelineConfig, shape: Sd3Config, sample_size: int) -> dict[str
         ("text_encoder", "text_encoder_2"), (clips.first, clips.second), clips.projections, strict=True
     ):
         projected = {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
-        made[f"{folder}/config.json"] = _clip(clip) | projected
+        made[f"{folder}/config.json"] = clip_described(clip) | projected
     absent: Mapping[str, Any] = {}
     if isinstance(config.t5, NoTextConfig):
         absent = {"text_encoder_3": _NONE, "tokenizer_3": _NONE}
     else:
-        made["text_encoder_3/config.json"] = _t5(config.t5)
+        made["text_encoder_3/config.json"] = t5_described(config.t5)
     return made | {"model_index.json": SD3_INDEX | absent}
 
 
 def _scheduler(config: SchedulerConfig) -> dict[str, Any]:
     said = {name: value for name, value in vars(config).items() if name != "family"}
-    return {"_class_name": _SCHEDULER[1], **said}
+    return {"_class_name": SCHEDULER[1], **said}
 
 
 def _autoencoder(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
@@ -144,64 +128,3 @@ def _autoencoder(config: AutoencoderConfig, sample_size: int) -> dict[str, Any]:
     if isinstance(config, Flux2AutoencoderConfig):
         return said | {"_class_name": "AutoencoderKLFlux2", "batch_norm_eps": config.batch_norm_eps}
     return said | {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
-
-
-def _clip(config: Any) -> dict[str, Any]:
-    assert isinstance(config, CLIPConfig)
-    return {
-        "architectures": ["CLIPTextModel"],
-        "eos_token_id": config.eos_token_id,
-        "hidden_act": config.activation,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "layer_norm_eps": config.eps,
-        "max_position_embeddings": config.positions,
-        "model_type": "clip_text_model",
-        "num_attention_heads": config.heads,
-        "num_hidden_layers": config.layers,
-        "vocab_size": config.vocab,
-    }
-
-
-def _t5(config: Any) -> dict[str, Any]:
-    assert isinstance(config, T5Config)
-    filled = {"pad_token_id": config.padding_id} if isinstance(config, ChromaT5Config) else {}
-    return filled | {
-        "architectures": ["T5EncoderModel"],
-        "d_ff": config.d_ff,
-        "d_kv": config.d_kv,
-        "d_model": config.d_model,
-        "dense_act_fn": config.activation,
-        "feed_forward_proj": "gated-gelu" if config.gated else "relu",
-        "is_encoder_decoder": False,
-        "is_gated_act": config.gated,
-        "layer_norm_epsilon": config.eps,
-        "model_type": "t5",
-        "num_heads": config.heads,
-        "num_layers": config.layers,
-        "relative_attention_max_distance": config.max_distance,
-        "relative_attention_num_buckets": config.buckets,
-        "vocab_size": config.vocab,
-    }
-
-
-def _qwen3(config: Any) -> dict[str, Any]:
-    """Describes the layers that are read, and one behind them; see `export`."""
-    assert isinstance(config, Qwen3Config)
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": config.width,
-        "intermediate_size": config.d_ff,
-        "max_position_embeddings": 40960,
-        "model_type": "qwen3",
-        "num_attention_heads": config.heads,
-        "num_hidden_layers": config.layers + 1,
-        "num_key_value_heads": config.key_heads,
-        "rms_norm_eps": config.eps,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": True,
-        "vocab_size": config.vocab,
-    }

@@ -4,11 +4,10 @@
 2. Every part's weights are the rule tables run backwards, tensor by tensor, in shards where they are large.
 3. The tokenizers are saved as they are; `model_index.json` names the parts' classes.
 
-Of Chroma's transformer the numbers of blocks are left out, which its checkpoints have in the names of tensors alone.
+What we add to a checkpoint, as the numbers of Chroma's blocks, is left out.
 
-Of FLUX.2's text encoder the layers behind the last that is read are not here. One stands in for all of them, whose
-matrices are zeros: transformers puts the last norm behind the last layer, so that the states that are read must not be
-the last. No text depends on it.
+Of a Qwen3 text encoder the layers behind the last that is read are not here. One stands in for all of them, whose
+matrices are zeros (`qwen3.behind_last`). No text depends on it.
 """
 
 import json
@@ -19,21 +18,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from converters.autoencoder import AUTOENCODER_DIFFUSERS, AUTOENCODER_FLUX2
-from converters.chroma import CHROMA_DIFFUSERS, NUMBER
 from converters.descriptions import descriptions
 from converters.flux import FLUX_DIFFUSERS
 from converters.flux2 import FLUX2_DIFFUSERS
+from converters.kinds import KINDS, whole_of
 from converters.mapping import Labels, Rule, save_tree, source_shapes
-from converters.qwen3 import QWEN3_TRANSFORMERS
+from converters.qwen3 import QWEN3_TRANSFORMERS, behind_last
 from converters.sd3 import SD3_DIFFUSERS, sd3_labels
 from converters.text_encoders import CLIP_TRANSFORMERS, PROJECTED_CLIP, t5_tables
 from difffract_jax.config import UserError
 from difffract_jax.models.absent import Absent
-from difffract_jax.models.chroma import ChromaMMDiT
 from difffract_jax.models.flux2 import Flux2MMDiT
 from difffract_jax.models.mmdit import MMDiT
 from difffract_jax.models.pipeline import Pipeline
-from difffract_jax.models.qwen3 import Qwen3Encoder
 from difffract_jax.models.sd3 import Sd3MMDiT
 from difffract_jax.models.sd3_text import NoText
 from difffract_jax.storage.checkpoint import atomic_directory, leaf_paths
@@ -71,17 +68,18 @@ def export_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False)
     """Writes a diffusers directory.
 
     Args:
-        pipe: the pipeline, of FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma.
+        pipe: the pipeline, of one of `kinds`.
         out: directory to write; it appears only when it is complete.
         overwrite: replace an existing directory.
 
     Raises:
         UserError: if it is one of another model, or has no text encoders.
     """
-    if type(pipe.transformer) not in (MMDiT, Flux2MMDiT, Sd3MMDiT, ChromaMMDiT):
+    if type(pipe.transformer) not in (MMDiT, Flux2MMDiT, Sd3MMDiT) and whole_of(pipe.config.transformer) is None:
+        *first, last = (kind.models for kind in KINDS.values())
         raise UserError(
-            "Pipelines of FLUX.1, FLUX.2, Stable Diffusion 3 and Chroma can be saved as a diffusers directory, but "
-            "this is of another model."
+            f"Pipelines of {', '.join(first)} and {last} can be saved as a diffusers directory, but this is of another "
+            "model."
         )
     if pipe.t5 is None or isinstance(pipe.t5, Absent):
         raise UserError(
@@ -112,13 +110,15 @@ def _parts(pipe: Pipeline) -> list[_Part]:
         return [
             _Part("transformer", DIFFUSERS, pipe.transformer, FLUX2_DIFFUSERS),
             _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_FLUX2, more={COUNTER: np.zeros((), np.int64)}),
-            _Part("text_encoder", TRANSFORMERS, pipe.t5, QWEN3_TRANSFORMERS, more=_behind(pipe.t5)),
+            _Part("text_encoder", TRANSFORMERS, pipe.t5, QWEN3_TRANSFORMERS, more=behind_last(pipe.t5)),
         ]
-    if isinstance(pipe.transformer, ChromaMMDiT):
+    whole = whole_of(pipe.config.transformer)
+    if whole is not None:
+        rules, more = whole.encoder(pipe.t5)
         return [
-            _Part("transformer", DIFFUSERS, pipe.transformer, CHROMA_DIFFUSERS, ours=NUMBER),
+            _Part("transformer", DIFFUSERS, pipe.transformer, whole.rules, ours=whole.added),
             _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_DIFFUSERS),
-            _t5("text_encoder", pipe),
+            _Part("text_encoder", TRANSFORMERS, pipe.t5, rules, more=more),
         ]
     return [
         _Part("transformer", DIFFUSERS, pipe.transformer, FLUX_DIFFUSERS),
@@ -132,22 +132,6 @@ def _t5(folder: str, pipe: Pipeline) -> _Part:
     config: Any = pipe.config.t5
     rules = t5_tables([] if config.gated else ["shared.weight", ".DenseReluDense.wi."]).rules
     return _Part(folder, TRANSFORMERS, pipe.t5, rules)
-
-
-def _behind(encoder: Any) -> dict[str, np.ndarray]:
-    """Returns a layer behind the last of Qwen3 that adds nothing, and the last norm."""
-    assert isinstance(encoder, Qwen3Encoder)
-    dtype = np.dtype(next(iter(leaf_paths(encoder).values())).dtype)
-    first = {
-        key: shape
-        for key, shape in source_shapes(QWEN3_TRANSFORMERS, encoder).items()
-        if key.startswith("model.layers.0.")
-    }
-    layer = {
-        key.replace(".0.", f".{encoder.config.layers}.", 1): (np.ones if "norm" in key else np.zeros)(shape, dtype)
-        for key, shape in first.items()
-    }
-    return layer | {"model.norm.weight": np.ones(encoder.config.width, dtype)}
 
 
 def _write_part(directory: Path, part: _Part) -> None:

@@ -1,10 +1,10 @@
 """The kinds of pipelines that diffusers saves and that are known here: their folders, classes and names."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from converters import chroma_pipeline, klein, sd3_pipeline
+from converters import chroma_pipeline, klein, sd3_pipeline, zimage_pipeline
+from converters.pipeline_kind import PipelineKind, WholeModel
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "transformer": ("FluxTransformer2DModel",),
@@ -20,52 +20,24 @@ RELEASES = "huggingface.co/black-forest-labs/FLUX.1-schnell"
 """Where all parts of a pipeline are."""
 
 
-class PipelineKind(NamedTuple):
-    """A kind of pipeline that diffusers saves.
-
-    Attributes:
-        name: its class.
-        folders: part of a pipeline -> the folder that holds its weights.
-        classes: folder -> the classes it may have.
-        tokenizers: folders of the tokenizers.
-        releases: where all its parts are.
-        models: what it is called in messages.
-        optional: folders that it may lack.
-    """
-
-    name: str
-    folders: Mapping[str, str]
-    classes: Mapping[str, tuple[str, ...]]
-    tokenizers: tuple[str, ...]
-    releases: str
-    models: str
-    optional: tuple[str, ...] = ()
-
-    def folders_in(self, home: Path) -> dict[str, str]:
-        """Returns part -> folder, without those that a directory may lack and does, and without incomplete encoders."""
-        there = {part: one for part, one in self.folders.items() if one not in self.optional or (home / one).is_dir()}
-        lacking = self.lacks_encoders(home)
-        return {part: one for part, one in there.items() if not (lacking and one in self.encoders)}
-
-    @property
-    def encoders(self) -> tuple[str, ...]:
-        """Folders of the text encoders."""
-        return tuple(folder for folder in self.classes if folder.startswith("text_encoder"))
-
-    def lacks_encoders(self, home: Path) -> bool:
-        """Says whether a directory lacks a text encoder that it must have to read prompts."""
-        return not all((home / one).is_dir() for one in self.encoders if one not in self.optional)
-
-
 FOLDERS = {"transformer": "transformer", "t5": "text_encoder_2", "clip": "text_encoder", "vae": "vae"}
 """Part of a pipeline of FLUX.1 -> the folder that holds its weights."""
-FLUX1 = PipelineKind("FluxPipeline", FOLDERS, CLASSES, TOKENIZERS, f"{RELEASES} or FLUX.1-dev", "FLUX.1")
+FLUX1 = PipelineKind(
+    "FluxPipeline",
+    FOLDERS,
+    CLASSES,
+    TOKENIZERS,
+    f"{RELEASES} or FLUX.1-dev",
+    "FLUX.1",
+    "FLUX.1-schnell, FLUX.1-dev",
+)
 KLEIN = PipelineKind(
     "Flux2KleinPipeline",
     klein.FOLDERS,
     klein.CLASSES,
     klein.TOKENIZERS,
     "huggingface.co/black-forest-labs/FLUX.2-klein-4B",
+    "FLUX.2-klein",
     "FLUX.2-klein",
 )
 SD3 = PipelineKind(
@@ -75,17 +47,24 @@ SD3 = PipelineKind(
     sd3_pipeline.TOKENIZERS,
     "huggingface.co/stabilityai/stable-diffusion-3.5-medium",
     "Stable Diffusion 3",
+    "SD3-medium, SD3.5",
     sd3_pipeline.OPTIONAL,
 )
-CHROMA = PipelineKind(
-    "ChromaPipeline",
-    chroma_pipeline.FOLDERS,
-    chroma_pipeline.CLASSES,
-    chroma_pipeline.TOKENIZERS,
-    "huggingface.co/lodestones/Chroma1-HD",
-    "Chroma",
-)
-KINDS = {kind.name: kind for kind in (FLUX1, KLEIN, SD3, CHROMA)}
+KINDS = {kind.name: kind for kind in (FLUX1, KLEIN, SD3, chroma_pipeline.KIND, zimage_pipeline.KIND)}
 """Class of a pipeline -> what is known of it."""
 TRANSFORMERS = tuple(name for kind in KINDS.values() for name in kind.classes["transformer"])
 """Classes of transformers."""
+WHOLE = {kind.whole.shape: kind for kind in KINDS.values() if kind.whole is not None}
+"""Class of a transformer's shape -> its kind, for those that are read as a whole."""
+TABLES = {part: tables for kind in WHOLE.values() if kind.whole for part, tables in kind.whole.tables.items()}
+"""Class of a part of these -> the tables that modules of LoRAs are looked up in."""
+
+
+def whole_of(shape: Any) -> WholeModel | None:
+    """Returns how a pipeline is read that is read as a whole; None for other kinds.
+
+    Args:
+        shape: of its transformer.
+    """
+    kind = WHOLE.get(type(shape))
+    return None if kind is None else kind.whole

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from converters.chroma import CHROMA_DIFFUSERS, CHROMA_ORIGINAL
 from converters.flux import LAYOUTS
 from converters.flux2 import FLUX2_LAYOUTS
+from converters.kinds import TABLES as WHOLE_TABLES
 from converters.lora_bases import model_of, other_base
 from converters.lora_files import Module, bare, clip_of, more
 from converters.mapping import Assignment, Rule, expand, tensor_shapes
@@ -21,8 +21,6 @@ from converters.sd3 import SD3_LAYOUTS, sd3_labels
 from converters.text_encoders import CLIP_TRANSFORMERS, T5_TRANSFORMERS, two_clip_tables
 from difffract_jax.config import UserError
 from difffract_jax.models.absent import Absent
-from difffract_jax.models.chroma import ChromaMMDiT
-from difffract_jax.models.chroma_text import ChromaT5Encoder
 from difffract_jax.models.clip import CLIPTextEncoder
 from difffract_jax.models.flux2 import Flux2MMDiT
 from difffract_jax.models.mmdit import MMDiT
@@ -33,13 +31,12 @@ from difffract_jax.storage.checkpoint import leaf_paths
 
 TABLES: Mapping[type, tuple[tuple[Rule, ...], ...]] = {
     MMDiT: tuple(layout.rules for layout in LAYOUTS),
-    ChromaMMDiT: (CHROMA_DIFFUSERS, CHROMA_ORIGINAL),
-    ChromaT5Encoder: (T5_TRANSFORMERS,),
     Flux2MMDiT: tuple(layout.rules for layout in FLUX2_LAYOUTS),
     Sd3MMDiT: tuple(layout.rules for layout in SD3_LAYOUTS),
     TwoClips: (two_clip_tables({"first": (), "second": ()}).rules,),
     CLIPTextEncoder: (CLIP_TRANSFORMERS,),
     T5Encoder: (T5_TRANSFORMERS,),
+    **WHOLE_TABLES,
 }
 """Class of a part -> the tables that modules are looked up in; parts of other classes are not changed."""
 _ENDINGS = (".kernel", ".bias", ".scale")

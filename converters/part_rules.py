@@ -7,17 +7,16 @@
 from typing import Any, NamedTuple
 
 from converters.autoencoder import AUTOENCODER_DIFFUSERS, AUTOENCODER_FLUX2, FLUX2_IGNORED
-from converters.chroma import CHROMA_DIFFUSERS, NumberedSource
 from converters.contents import check_autoencoder, check_weights, find_transformer, without_prefix
 from converters.flux import FLUX_DIFFUSERS
 from converters.flux2 import FLUX2_DIFFUSERS
+from converters.kinds import whole_of
 from converters.mapping import Ignored, Labels, Rule, Source
 from converters.qwen3 import qwen3_tables
 from converters.sd3 import SD3_DIFFUSERS, sd3_labels
 from converters.source import JoinedSource
 from converters.text_encoders import CLIP_PREFIX, clip_tables, t5_tables, two_clip_tables
 from difffract_jax.models.autoencoder import Flux2AutoencoderConfig
-from difffract_jax.models.chroma import ChromaConfig
 from difffract_jax.models.families import module_of
 from difffract_jax.models.flux2 import Flux2Config
 from difffract_jax.models.mmdit import FluxConfig
@@ -61,8 +60,12 @@ def part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) ->
     check_weights(source)
     shape = getattr(config, name)
     abstract = abstract_module(module_of(shape), shape, dtype)
-    if isinstance(shape, ChromaConfig):
-        return NumberedSource(source, shape), PartRules(abstract, CHROMA_DIFFUSERS)
+    whole = whole_of(shape)
+    if whole is not None:
+        place = find_transformer(source) if whole.layouts else None
+        part, layout = place or (source, whole.layouts[-1] if whole.layouts else None)
+        own, rules = whole.part(part, shape, layout)
+        return own, PartRules(abstract, rules)
     if isinstance(shape, Qwen3Config):
         source = without_prefix(source, "model.embed_tokens.weight")
         return source, PartRules(abstract, *qwen3_tables(shape, list(source)))

@@ -22,16 +22,15 @@ from converters.alone import (
     head_dim_of,
     sd3_transformer,
     transformer_path,
+    whole_transformer,
 )
-from converters.chroma import CHROMA_DIFFUSERS, NumberedSource, chroma_config_from_diffusers
 from converters.configurations import (
     check_architecture,
     check_base,
-    chroma_attributes_beside,
     pipeline_config,
     rope_axes_beside,
 )
-from converters.contents import check_weights, transformer_of
+from converters.contents import transformer_of
 from converters.flux import flux_config_from_shapes
 from converters.mapping import ArraySource, ConversionError, Source, load_tree, open_tree
 from converters.part_rules import PartRules, part_rules, two_clips_rules
@@ -150,9 +149,9 @@ def convert_transformer(
     Args:
         source: a safetensors file, in the original layout or diffusers', under any prefix, alone or with other parts,
             which are left aside; or a directory with such a file, the transformer's directory of a diffusers pipeline,
-            or the pipeline's. Chroma's must lie beside its `config.json`.
-        rope_axes: how a head's dimensions of FLUX.1 are divided among the axes of position, which no tensor tells; if
-            left out, as a `config.json` beside the weights says, or as in the release.
+            or the pipeline's. One that no base completes must lie beside its `config.json`.
+        rope_axes: how a head's dimensions of FLUX.1 and Chroma are divided among the axes of position, which no tensor
+            tells; if left out, as a `config.json` beside the weights says, or as in the release.
         dtype: type of the weights.
         sharding: where the leaves go.
         variant: which files to take, see `convert_pipeline`.
@@ -179,12 +178,10 @@ def _transformer(
         part, layout, size = sd3
         rules = PartRules(abstract_module(module_of(size), size, dtype), layout.rules, labels=sd3_labels(size))
         return use("transformer", part, rules), size
-    attributes = chroma_attributes_beside(path)
-    if attributes is not None:
-        checkpoint, chroma = Source(path, variant=variant), chroma_config_from_diffusers(attributes)
-        check_weights(checkpoint)
-        rules = PartRules(abstract_module(module_of(chroma), chroma, dtype), CHROMA_DIFFUSERS)
-        return use("transformer", NumberedSource(checkpoint, chroma), rules), chroma
+    whole = whole_transformer(path, variant, rope_axes=rope_axes)
+    if whole is not None:
+        rules = PartRules(abstract_module(module_of(whole.shape), whole.shape, dtype), whole.rules)
+        return use("transformer", whole.source, rules), whole.shape
     flux2 = flux2_transformer(path, variant)
     if flux2 is not None:
         part, layout, shape = flux2
@@ -295,7 +292,7 @@ def _pipeline(
         return _completed(source, Path(base), variant, dtype, use)
     kind = check_architecture(source, encoders=encoders)
     config = pipeline_config(source)
-    tokenizers = load_tokenizers(source)
+    tokenizers = load_tokenizers(source, thinking=config.transformer.thinking)
     folders = kind.folders_in(source)
     check_variant(source, _variants([source / folder for folder in folders.values()]), variant)
     parts = _convert_parts(config, source, dtype, use, folders, variant)

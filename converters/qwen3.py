@@ -1,36 +1,51 @@
-"""The Qwen3 text encoder of FLUX.2 from a `transformers` directory: a table of rules and an allow-list.
+"""The Qwen3 text encoder from a `transformers` directory: a table of rules and an allow-list.
 
 1. `qwen3_config_from_transformers` reads a `config.json`, as transformers 4 or 5 writes it. The token that fills
    prompts up is the tokenizer's.
-2. `qwen3_tables` says which keys make which leaves. Layers that are never read are left out, with the last norm and the
-   output head.
+2. `qwen3_tables` says which keys make which leaves, of `Qwen3ForCausalLM` and of `Qwen3Model`, which has no head and
+   whose keys begin without `model.`. Layers that are never read are left out, with the last norm and the output head.
+3. `behind_last` stands for these where a directory is written: transformers puts the last norm behind the last layer,
+   so that the states that are read must not be the last.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from converters.allow_list import REQUIRED, AllowList, read_attributes
-from converters.mapping import Ignored, Rule, transpose
+from converters.mapping import Ignored, Rule, source_shapes, transpose
 from converters.text_encoders import Tables
 from difffract_jax.config import UserError
-from difffract_jax.models.qwen3 import Qwen3Config
+from difffract_jax.models.qwen3 import Qwen3Config, Qwen3Encoder
+from difffract_jax.storage.checkpoint import leaf_paths
 
 READ_LAYERS = (9, 18, 27)
 """The states that FLUX.2 takes for text; the embedding is state 0."""
-_LAYER = "model.layers.{layer}"
+HEADED = "model."
+"""What keys of a model with a head begin with, but the head's own."""
 
-QWEN3_TRANSFORMERS = (
-    Rule("model.embed_tokens.weight", "embed.embedding"),
-    Rule(f"{_LAYER}.input_layernorm.weight", "blocks.attn_norm.scale"),
-    *(Rule(f"{_LAYER}.self_attn.{name}_proj.weight", f"blocks.attn.{name}.kernel", transpose) for name in "qkvo"),
-    *(Rule(f"{_LAYER}.self_attn.{name}_norm.weight", f"blocks.attn.{name}_norm.scale") for name in "qk"),
-    Rule(f"{_LAYER}.post_attention_layernorm.weight", "blocks.ff_norm.scale"),
-    *(
-        Rule(f"{_LAYER}.mlp.{name}_proj.weight", f"blocks.ff.{name}.kernel", transpose)
-        for name in ("gate", "up", "down")
-    ),
-)
+
+def _rules(prefix: str) -> tuple[Rule, ...]:
+    """Returns the table of a model whose keys begin with a prefix."""
+    layer = f"{prefix}layers.{{layer}}"
+    return (
+        Rule(f"{prefix}embed_tokens.weight", "embed.embedding"),
+        Rule(f"{layer}.input_layernorm.weight", "blocks.attn_norm.scale"),
+        *(Rule(f"{layer}.self_attn.{name}_proj.weight", f"blocks.attn.{name}.kernel", transpose) for name in "qkvo"),
+        *(Rule(f"{layer}.self_attn.{name}_norm.weight", f"blocks.attn.{name}_norm.scale") for name in "qk"),
+        Rule(f"{layer}.post_attention_layernorm.weight", "blocks.ff_norm.scale"),
+        *(
+            Rule(f"{layer}.mlp.{name}_proj.weight", f"blocks.ff.{name}.kernel", transpose)
+            for name in ("gate", "up", "down")
+        ),
+    )
+
+
+QWEN3_TRANSFORMERS = _rules(HEADED)
 """`Qwen3ForCausalLM`."""
+QWEN3_MODEL = _rules("")
+"""`Qwen3Model`."""
 
 
 def qwen3_tables(config: Qwen3Config, keys: Any) -> Tables:
@@ -40,17 +55,38 @@ def qwen3_tables(config: Qwen3Config, keys: Any) -> Tables:
         config: which layers there are.
         keys: the keys of the checkpoint.
     """
-    numbers = {int(key.split(".")[2]) for key in keys if key.startswith("model.layers.")}
+    prefix = HEADED if any(key.startswith(HEADED) for key in keys) else ""
+    layers = f"{prefix}layers."
+    numbers = {int(key.removeprefix(layers).split(".")[0]) for key in keys if key.startswith(layers)}
     unread = tuple(
-        Ignored(f"model.layers.{number}.*", f"the text is read after {config.layers} layers")
+        Ignored(f"{layers}{number}.*", f"the text is read after {config.layers} layers")
         for number in sorted(numbers)
         if number >= config.layers
     )
     behind = (
-        Ignored("model.norm.weight", "stands behind the last layer, which is not read"),
+        Ignored(f"{prefix}norm.weight", "stands behind the last layer, which is not read"),
         Ignored("lm_head.weight", "gives the next token, which is not asked for"),
     )
-    return Tables(QWEN3_TRANSFORMERS, (*unread, *behind))
+    return Tables(QWEN3_TRANSFORMERS if prefix else QWEN3_MODEL, (*unread, *behind))
+
+
+def behind_last(encoder: Qwen3Encoder) -> dict[str, np.ndarray]:
+    """Returns a layer behind the last of ours that adds nothing, and the last norm, by the keys of a model with a head.
+
+    Args:
+        encoder: ours.
+    """
+    dtype = np.dtype(next(iter(leaf_paths(encoder).values())).dtype)
+    first = {
+        key: shape
+        for key, shape in source_shapes(QWEN3_TRANSFORMERS, encoder).items()
+        if key.startswith("model.layers.0.")
+    }
+    layer = {
+        key.replace(".0.", f".{encoder.config.layers}.", 1): (np.ones if "norm" in key else np.zeros)(shape, dtype)
+        for key, shape in first.items()
+    }
+    return layer | {"model.norm.weight": np.ones(encoder.config.width, dtype)}
 
 
 _ALLOWED = AllowList(
@@ -86,12 +122,15 @@ _ALLOWED = AllowList(
 )
 
 
-def qwen3_config_from_transformers(attributes: Mapping[str, object], *, padding_id: int = 0) -> Qwen3Config:
+def qwen3_config_from_transformers(
+    attributes: Mapping[str, object], *, padding_id: int = 0, before_last: bool = False
+) -> Qwen3Config:
     """Reads the configuration of a Qwen3 language model.
 
     Args:
         attributes: the contents of its `config.json`.
         padding_id: token that fills prompts up, from the tokenizer.
+        before_last: whether the text is the state before the last layer; else those of `READ_LAYERS`.
 
     Raises:
         UserError: naming every attribute that is missing, not understood, or has an unsupported value; or if the model
@@ -110,10 +149,12 @@ def qwen3_config_from_transformers(attributes: Mapping[str, object], *, padding_
             "rotary positions (rope_type default, with a rope_theta) and full attention are supported."
         )
     layers = read["num_hidden_layers"]
-    if layers <= READ_LAYERS[-1]:
+    wanted = (max(layers - 1, 1),) if before_last else READ_LAYERS
+    if layers <= wanted[-1]:
+        release = "the release" if before_last else "FLUX.2-klein"
         raise UserError(
-            f"The Qwen3 text encoder has {layers} layers, but its states {READ_LAYERS} are wanted, so that it must "
-            f"have more than {READ_LAYERS[-1]}; give the text encoder of FLUX.2-klein."
+            f"The Qwen3 text encoder has {layers} layers, but its states {wanted} are wanted, so that it must have "
+            f"more than {wanted[-1]}; give the text encoder of {release}."
         )
     return Qwen3Config(
         vocab=read["vocab_size"],
@@ -123,7 +164,7 @@ def qwen3_config_from_transformers(attributes: Mapping[str, object], *, padding_
         key_heads=read["num_key_value_heads"],
         head_dim=read["head_dim"],
         padding_id=padding_id,
-        read_layers=READ_LAYERS,
+        read_layers=wanted,
         rope_theta=float(theta),
         eps=read["rms_norm_eps"],
     )

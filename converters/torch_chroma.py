@@ -1,16 +1,28 @@
 """PyTorch's transformer and text encoder of Chroma for `convert check`, run in float32.
 
 Both hide padding. diffusers' pipeline gives them masks of floating point numbers, which do not hide it; here they get
-the masks that the model was trained with.
+the masks that the model was trained with. Every block has modulations of its own, PyTorch's as ours.
 """
 
 import warnings
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from converters.torch_files import TransformerInputs, TransformerRecord, load_blockwise, load_module, record_model
+from converters.pipeline_kind import WholeCheck
+from converters.torch_files import (
+    BlockRecord,
+    TransformerInputs,
+    TransformerRecord,
+    load_blockwise,
+    load_module,
+    record_model,
+)
+from difffract_jax.models.blocks import Cond, Streams
+from difffract_jax.models.chroma import ChromaShared
 
 
 def record_chroma(directory: Path, inputs: TransformerInputs) -> TransformerRecord:
@@ -65,3 +77,35 @@ def record_hidden_padding(
     with torch.no_grad():
         states = model(**given).last_hidden_state[0].numpy()
     return np.where((np.arange(len(ids)) <= np.sum(mask))[:, None], states, 0)
+
+
+def _conditions(cond: Cond, record: TransformerRecord) -> tuple[Any, Any]:
+    """Returns the modulations of all blocks, ours and PyTorch's."""
+    return cond.mod[:2], _modulations(cond.mod, record)[:2]
+
+
+def _given(cond: Cond, record: TransformerRecord, block: BlockRecord) -> Cond:
+    """Returns what conditions a block, with PyTorch's modulations of all."""
+    del block  # which finds its own by its number
+    return cond._replace(mod=_modulations(cond.mod, record))
+
+
+def _modulations(ours: ChromaShared, record: TransformerRecord) -> ChromaShared:
+    """Returns the modulations of all blocks as PyTorch has them: of those with two streams, then of the others."""
+    pairs, others, *rest = ours
+    parts = np.split(np.arange(len(record.blocks)), [len(pairs.img)])
+    made = [jnp.asarray(np.stack([record.blocks[number].cond for number in part])) for part in parts]
+    img, txt = jnp.split(made[0], 2, axis=1)
+    both = Streams(img.reshape(pairs.img.shape), txt.reshape(pairs.txt.shape))
+    return ChromaShared(both, made[1].reshape(others.shape), *rest)
+
+
+CHECK = WholeCheck(
+    encoder="t5",
+    tolerances=1,
+    text=lambda directory, ids, config: record_hidden_padding(directory, ids.t5_ids, ids.t5_mask),
+    record=record_chroma,
+    conditions=_conditions,
+    given=_given,
+)
+"""How Chroma is compared with PyTorch's."""

@@ -86,7 +86,7 @@ class TransformerRecord(NamedTuple):
     """One forward pass of PyTorch's transformer.
 
     Attributes:
-        double: its double-stream blocks, in order; of Stable Diffusion 3, all blocks.
+        double: its double-stream blocks, in order; of a model without single-stream blocks, all.
         single: its single-stream blocks, in order.
         velocity: its output.
     """
@@ -94,6 +94,11 @@ class TransformerRecord(NamedTuple):
     double: list[BlockRecord]
     single: list[BlockRecord]
     velocity: Float32[np.ndarray, "img channels"]
+
+    @property
+    def blocks(self) -> list[BlockRecord]:
+        """All blocks, in order."""
+        return [*self.double, *self.single]
 
 
 def read_state(path: str | Path, wanted: str = "") -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """PyTorch's text encoders for `convert check`, run on one prompt's ids in float32.
 
-1. `record_text`: FLUX.1's T5 and CLIP. 2. `record_states`: FLUX.2's Qwen3. 3. `record_encoders`: Stable Diffusion 3's
+1. `record_text`: FLUX.1's T5 and CLIP. 2. `record_states`: Qwen3. 3. `record_encoders`: Stable Diffusion 3's
 two CLIPs, and T5 if it is there.
 """
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
+from converters.qwen3 import HEADED
+from converters.source import Source
 from converters.torch_files import load_blockwise, load_module
 
 
@@ -67,7 +69,10 @@ def record_states(
     torch, transformers = load_module("torch"), load_module("transformers")
     folder = directory / "text_encoder"
     config = transformers.Qwen3Config.from_pretrained(folder)
-    model = load_blockwise(torch, lambda: transformers.Qwen3ForCausalLM(config), folder).model
+    headed = any(key.startswith(HEADED) for key in Source(folder))
+    kind = transformers.Qwen3ForCausalLM if headed else transformers.Qwen3Model
+    model = load_blockwise(torch, lambda: kind(config), folder)
+    model = model.model if headed else model
     model.rotary_emb = type(model.rotary_emb)(config)  # its wavelengths are in no file
     given = {"input_ids": torch.from_numpy(ids[None].astype(np.int64)), "attention_mask": torch.from_numpy(mask[None])}
     with torch.no_grad():

@@ -106,6 +106,14 @@ def _unpack_rows(tensor: np.ndarray) -> np.ndarray:
     return np.moveaxis(parts, 0, 2).reshape(rows.shape)
 
 
+def _pack_columns(tensor: np.ndarray) -> np.ndarray:
+    return _pack_rows(tensor.T).T
+
+
+def _unpack_columns(tensor: np.ndarray) -> np.ndarray:
+    return _unpack_rows(tensor.T).T
+
+
 def _square(tensors: Tensors) -> Tensors:
     (table,) = tensors  # [1, side * side, d_model]
     side = math.isqrt(table.shape[1])
@@ -131,6 +139,9 @@ split_gate_up = Transform("split rows: MLP gate, up", _split_gate_up, _join_gate
 split_qkv_gate_up = Transform("split rows: q k v, MLP gate, up", _split_qkv_gate_up, _join_gate_up)
 join_patch = Transform("convolution of a patch -> matrix on packed tokens", _join_patch, _split_patch)
 pack_rows = Transform("rows, columns, channels of a patch -> packed order", _each(_pack_rows), _each(_unpack_rows))
+pack_columns = Transform(
+    "matrix that reads rows, columns, channels of a patch -> packed order", _each(_pack_columns), _each(_unpack_columns)
+)
 square = Transform("rows of a table -> rows and columns", _square, _flatten)
 conv = Transform(
     "convolution OIHW -> HWIO",

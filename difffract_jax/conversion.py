@@ -152,7 +152,7 @@ def convert_flux(
 
 
 convert_model = convert_flux
-"""Converts a model, FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma, which it tells by its class and its keys."""
+"""Converts a model of any kind that `converters.kinds` lists, which it tells by its class and its keys."""
 
 
 def convert_transcoders(
@@ -225,7 +225,7 @@ def open_model(model: str | Path, *, dtype: Any = None) -> Opened:
             {one: jax.ShapeDtypeStruct(leaf.shape, files[one].dtype(one)) for one, leaf in leaves.items()},
             lambda one, layer, files=files: files[one].read(one, layer),
         )
-    return Opened(parts, config, load_tokenizers(path), ())
+    return Opened(parts, config, load_tokenizers(path, thinking=config.transformer.thinking), ())
 
 
 def _merged(opened: Opened, loras: Sequence[OpenedLora]) -> dict[str, dict[str, Leaf]]:

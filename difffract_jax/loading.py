@@ -151,7 +151,8 @@ def _load(
     origin = origin or record.get("origin", "")
     about = {"source": record["content_hash"], "origin": origin, "base": record.get("base", "")}
     loras = typed(tuple[MergedLora, ...], record.get("loras", []), "loras")
-    return Pipeline(**modules, tokenizers=load_tokenizers(path), config=config, **about, loras=loras)
+    tokenizers = load_tokenizers(path, thinking=config.transformer.thinking)
+    return Pipeline(**modules, tokenizers=tokenizers, config=config, **about, loras=loras)
 
 
 def abstract_pipeline(model: str | Path, dtype: Any = jnp.float32) -> tuple[FluxConfig, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 1. `widen` casts to float32 at least: bfloat16 keeps 8 bits, too few for moments, exponentials and angles.
 2. `layer_norm` returns the 1/sqrt(var + eps) that it used, and uses the one it is given: with it frozen, it is linear.
+   `root_norm` does the same with the mean square in place of the variance.
 3. `rope_table` and `rotate` turn interleaved pairs of columns by angles that depend on the position.
 4. `attend` is softmax attention; its pattern is a function of q and k alone, so that it can be recomputed from them.
 5. `sinusoid` embeds a time, in either of the two orders in use (docs/method.md, sections 1 and 2).
@@ -64,6 +65,29 @@ def layer_norm(
     if inv_std is None:
         inv_std = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1) + eps)
     return (centred * inv_std[:, None]).astype(x.dtype), inv_std
+
+
+def root_norm(
+    x: Float[Array, "rows d_model"],
+    scale: Float[Array, "d_model"],
+    inv_rms: Float[Array, "rows"] | None = None,
+    eps: float = 1e-6,
+) -> tuple[Float[Array, "rows d_model"], Float[Array, "rows"]]:
+    """RMS norm with weights over the last axis, whose scale can be held.
+
+    Args:
+        x: rows to normalise.
+        scale: its weights.
+        inv_rms: 1 / root mean square to use instead of x's own; then the norm is linear in x.
+        eps: added to the mean square under the root.
+
+    Returns:
+        x * inv_rms * scale in x's dtype, and inv_rms in at least float32.
+    """
+    wide = widen(x)
+    if inv_rms is None:
+        inv_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1) + eps)
+    return (wide * inv_rms[:, None] * scale.astype(wide.dtype)).astype(x.dtype), inv_rms
 
 
 def rms_norm(

@@ -60,6 +60,7 @@ MMDIT = (
     AxisRule("{time_in,vector_in,guidance_in}.up.bias", ("d_ff",)),
     AxisRule("{time_in,vector_in,guidance_in}.down.bias", ("d_model",)),
     AxisRule("{img_in,txt_in}.bias", ("d_model",)),
+    AxisRule("{txt_norm.scale,img_pad,txt_pad}", WHOLE),
     AxisRule("modulator.{inputs,outputs}.kernel", ("inputs", "outputs")),
     AxisRule("modulator.{inputs,outputs}.bias", ("outputs",)),
     AxisRule("modulator.layers.norm.scale", ("layer", "inputs")),
@@ -80,14 +81,17 @@ MMDIT = (
     AxisRule("{dual,double,last}.*.mlp.down.kernel", ("layer", "d_ff", "d_model")),
     AxisRule("{dual,double,last}.*.{attn.proj,attn2.proj,mlp.down}.bias", ("layer", "d_model")),
     AxisRule("positions", WHOLE),
-    AxisRule("single.mod.kernel", ("layer", "d_model", "modulation")),
-    AxisRule("single.mod.bias", ("layer", "modulation")),
-    AxisRule("single.qkv.kernel", ("layer", "d_model", "heads")),
+    AxisRule("{refine_img,refine_txt,trunk,single}.mod.kernel", ("layer", "d_model", "modulation")),
+    AxisRule("{refine_img,refine_txt,trunk,single}.mod.bias", ("layer", "modulation")),
+    AxisRule("{refine_img,refine_txt,trunk,single}.qkv.kernel", ("layer", "d_model", "heads")),
     AxisRule("single.qkv.bias", ("layer", "heads")),
-    AxisRule("single.{q_norm,k_norm}.scale", ("layer", "head_dim")),
+    AxisRule("{refine_img,refine_txt,trunk,single}.{q_norm,k_norm}.scale", ("layer", "head_dim")),
     AxisRule("single.{gate,up}.kernel", ("layer", "d_model", "d_ff")),
     AxisRule("single.up.bias", ("layer", "d_ff")),
-    AxisRule("single.attn_out.kernel", ("layer", "heads", "d_model")),
+    AxisRule("{refine_img,refine_txt,trunk,single}.attn_out.kernel", ("layer", "heads", "d_model")),
+    AxisRule("{refine_img,refine_txt,trunk}.mlp.{gate,up}.kernel", ("layer", "d_model", "d_ff")),
+    AxisRule("{refine_img,refine_txt,trunk}.mlp.down.kernel", ("layer", "d_ff", "d_model")),
+    AxisRule("{refine_img,refine_txt,trunk}.{before_attn,behind_attn,before_mlp,behind_mlp}.scale", WHOLE),
     AxisRule("single.mlp_out.kernel", ("layer", "d_ff", "d_model")),
     AxisRule("single.mlp_out.bias", ("layer", "d_model")),
     AxisRule("final.mod.kernel", ("d_model", "modulation")),
@@ -95,8 +99,7 @@ MMDIT = (
     AxisRule("final.proj.kernel", ("d_model", "outputs")),
     AxisRule("final.proj.bias", ("outputs",)),
 )
-"""Axes of the MM-DiT: FLUX's, Chroma's and Stable Diffusion 3's. `heads` includes head_dim and, before attention, q, k
-and v."""
+"""Axes of the MM-DiT, of every model. `heads` includes head_dim and, before attention, q, k and v."""
 
 TRANSCODER = (
     AxisRule("{time_in,time_out}.kernel", ("layer", "time_embed", "time_embed_out")),

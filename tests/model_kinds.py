@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import ChromaPipeline, Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel
+import zimage
+from diffusers import (
+    ChromaPipeline,
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 
 import chroma
 import flux1
@@ -18,6 +26,7 @@ from converters.flux import FLUX_DIFFUSERS, flux_config_from_diffusers
 from converters.flux2 import FLUX2_DIFFUSERS, flux2_config_from_diffusers
 from converters.mapping import check_coverage, source_shapes
 from converters.sd3 import SD3_DIFFUSERS, sd3_config_from_diffusers, sd3_labels
+from converters.zimage import ZIMAGE_DIFFUSERS, zimage_config_from_diffusers
 from difffract_jax.models.chroma import ChromaMMDiT
 from difffract_jax.models.flux2 import Flux2MMDiT
 from difffract_jax.models.mmdit import MMDiT
@@ -26,10 +35,27 @@ from difffract_jax.models.runs import Run
 from difffract_jax.models.sampler import PATCH, pack, unpack
 from difffract_jax.models.sd3 import Sd3MMDiT
 from difffract_jax.models.shapes import abstract_module
+from difffract_jax.models.zimage import ZImageMMDiT
 from difffract_jax.storage.checkpoint import leaf_paths
 
 GRID = (3, 4)
 """Rows and columns of image tokens of the small pipelines' runs."""
+
+
+def draw_text(rng: np.random.Generator, tokens: int, width: int) -> np.ndarray:
+    """Draws a text embedding."""
+    return rng.standard_normal((tokens, width)).astype(np.float32)
+
+
+def mlps_of_two_streams(transformer: Any) -> list[tuple[str, Any, Any]]:
+    """Returns the MLPs of blocks with two streams; a single-stream block has no module that gives its MLP's output."""
+    streams = (("img", "ff"), ("txt", "ff_context"))
+    found = [
+        (f"{stream}/{number}", getattr(block, name))
+        for number, block in enumerate(transformer.transformer_blocks)
+        for stream, name in streams
+    ]
+    return [(site, module, module) for site, module in found if module is not None]
 
 
 class Kind(NamedTuple):
@@ -47,6 +73,10 @@ class Kind(NamedTuple):
         text_tokens: of a small run.
         negative: negative prompt of a small run; None where there is no second branch.
         added: what keys end with that the converter adds to those of a checkpoint; None where it adds none.
+        grid: rows and columns of image tokens of a small run.
+        draw_text: draws a text for `evaluate`, from a generator, its length and its width.
+        mlps: of diffusers' transformer, sites whose MLPs are modules: site, the module that reads x, the one that
+            gives y.
     """
 
     published: Mapping[str, Any]
@@ -60,6 +90,9 @@ class Kind(NamedTuple):
     text_tokens: int
     negative: str | None = None
     added: str | None = None
+    grid: tuple[int, int] = GRID
+    draw_text: Callable[[np.random.Generator, int, int], np.ndarray] = draw_text
+    mlps: Callable[[Any], list[tuple[str, Any, Any]]] = mlps_of_two_streams
 
 
 def _flux1(name: str) -> Kind:
@@ -102,6 +135,17 @@ def _chroma() -> Kind:
     return Kind(chroma.PUBLISHED, *converter, small, evaluate, 20, "a dog", NUMBER)
 
 
+def _zimage() -> Kind:
+    def evaluate(module: Any, latents: np.ndarray, text: np.ndarray, pooled: Any, t: float, grid: Any, guidance: Any):
+        del pooled, guidance  # Z-Image takes neither
+        return zimage.run_theirs(module, latents, text, t, grid)
+
+    converter = (ZImageTransformer2DModel, zimage_config_from_diffusers, ZImageMMDiT, ZIMAGE_DIFFUSERS)
+    small = {"grid": zimage.GRID, "draw_text": zimage.draw_text, "mlps": zimage.mlps}
+    published = zimage.PUBLISHED
+    return Kind(published, *converter, lambda config: None, zimage.tiny_pipeline, evaluate, 64, **small)
+
+
 KINDS = {
     "flux-schnell": _flux1("flux-schnell"),
     "flux-dev": _flux1("flux-dev"),
@@ -111,6 +155,7 @@ KINDS = {
     "sd3.5-medium": _sd3("sd3.5-medium"),
     "sd3.5-large": _sd3("sd3.5-large"),
     "chroma1-hd": _chroma(),
+    "z-image-turbo": _zimage(),
 }
 
 
@@ -155,7 +200,7 @@ def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
 def small_run(pipe: Pipeline, kind: Kind, steps: int | None = None) -> Run:
     """Plans a run of the small pipeline, with the model's own guidance, and its own steps unless they are given."""
     side = PATCH * pipe.config.vae.factor
-    sizes = {"height": side * GRID[0], "width": side * GRID[1], "text_tokens": kind.text_tokens}
+    sizes = {"height": side * kind.grid[0], "width": side * kind.grid[1], "text_tokens": kind.text_tokens}
     negative = {} if kind.negative is None else {"negative_prompt": kind.negative}
     return pipe.plan(**sizes | negative, steps=steps)
 
@@ -179,6 +224,8 @@ def run_theirs(pipe: Any, run: Run, prompt: str, noise: np.ndarray) -> TheirRun:
 
     Chroma's makes masks of floating point numbers, which do not hide padding: it is given boolean ones.
     """
+    if isinstance(pipe, ZImagePipeline):
+        return TheirRun(*zimage.run_pipeline(pipe, prompt, noise, run.grid, run.steps, run.text_tokens))
     pipe.set_progress_bar_config(disable=True)
     spatial, seen = isinstance(pipe.transformer, SD3Transformer2DModel), {"times": []}
 
@@ -229,27 +276,32 @@ def _encoded(pipe: Any, prompt: str, run: Run) -> dict[str, Any]:
     }
 
 
-def draw_noise(pipe: Pipeline, seed: int = 0) -> np.ndarray:
-    """Returns packed starting noise."""
+def draw_noise(pipe: Pipeline, kind: Kind, seed: int = 0) -> np.ndarray:
+    """Returns packed starting noise of a small run."""
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((GRID[0] * GRID[1], pipe.config.transformer.in_channels)).astype(np.float32)
+    return rng.standard_normal((kind.grid[0] * kind.grid[1], pipe.config.transformer.in_channels)).astype(np.float32)
 
 
-def watch_mlps(pipe: Any) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
-    """Lets diffusers' pipeline report what enters and leaves every MLP of its blocks with two streams.
+def watch_mlps(pipe: Any, kind: Kind) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:
+    """Lets diffusers' pipeline report what enters and leaves the MLPs that are modules of its blocks.
 
     Returns:
         Site, as in "img/0", to pairs of rows; filled by every run from now on.
     """
     seen: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for number, block in enumerate(pipe.transformer.transformer_blocks):
-        for stream, module in (("img", block.ff), ("txt", block.ff_context)):
-            if module is None:
-                continue
-            rows = seen.setdefault(f"{stream}/{number}", [])
 
-            def keep(_: Any, given: Any, made: Any, rows: list[Any] = rows) -> None:
-                rows.append(tuple(a.detach().reshape(-1, a.shape[-1]).numpy() for a in (given[0], made)))
+    def rows(tensor: Any) -> np.ndarray:
+        return tensor.detach().reshape(-1, tensor.shape[-1]).numpy()
 
-            module.register_forward_hook(keep)
+    for site, reads, gives in kind.mlps(pipe.transformer):
+        pairs, entered = seen.setdefault(site, []), []
+
+        def enter(_: Any, given: Any, entered: list[Any] = entered) -> None:
+            entered.append(rows(given[0]))
+
+        def leave(_: Any, given: Any, made: Any, pairs: list[Any] = pairs, entered: list[Any] = entered) -> None:
+            pairs.append((entered.pop(), rows(made)))
+
+        reads.register_forward_pre_hook(enter)
+        gives.register_forward_hook(leave)
     return seen

@@ -17,6 +17,7 @@ from difffract_jax.ops import (
     film,
     layer_norm,
     rms_norm,
+    root_norm,
     rope_table,
     rotate,
     sinusoid,
@@ -50,6 +51,20 @@ def test_the_rms_norm_is_pytorch_s():
     x, scale = normal(3, 2, 8), 1 + normal(8, seed=1)
     expected = torch.nn.functional.rms_norm(torch.from_numpy(x), (8,), torch.from_numpy(scale), eps=1e-6)
     assert relative_error(rms_norm(jnp.asarray(x), jnp.asarray(scale)), expected) <= TOL.f32_block
+
+
+def test_an_rms_norm_tells_its_scale_and_is_linear_with_a_held_one(x64):
+    x, y, scale = (
+        jnp.asarray(normal(*shape, seed=seed, dtype=np.float64)) for seed, shape in enumerate(((3, 8),) * 2 + ((8,),))
+    )
+    made, held = root_norm(x, scale, eps=1e-5)
+    assert relative_error(made, rms_norm(x, scale, 1e-5)) <= TOL.x64
+    frozen = [root_norm(one, scale, held)[0] for one in (x, y, 2 * x - 3 * y)]
+    assert (
+        relative_error(frozen[0], made) <= TOL.x64
+        and relative_error(frozen[2], 2 * frozen[0] - 3 * frozen[1]) <= TOL.x64
+    )
+    assert relative_error(root_norm(y, scale)[0], frozen[1]) > 1e-3
 
 
 def test_standardised_rows_have_mean_0_and_variance_1(x64):

@@ -22,6 +22,8 @@ from difffract_jax.models.sd3 import Sd3Config, Sd3MMDiT
 from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.t5 import T5Config, T5Encoder
 from difffract_jax.models.tiny import TINY
+from difffract_jax.models.zimage import ZImageMMDiT
+from difffract_jax.models.zimage_blocks import ZImageConfig
 from difffract_jax.sharding import (
     EVERYWHERE,
     AxisRule,
@@ -178,6 +180,16 @@ CHROMA = ChromaConfig(
     modulator_width=20,
     modulator_layers=2,
 )
+ZIMAGE = ZImageConfig(
+    depth=1,
+    depth_refiner=1,
+    heads=2,
+    head_dim=16,
+    rope_axes=(4, 6, 6),
+    in_channels=16,
+    out_channels=16,
+    text_width=17,
+)
 TREES = {
     "t5": (
         sharding.T5,
@@ -198,6 +210,7 @@ TREES = {
     "flux": (sharding.MMDIT, lambda: MMDiT(replace(TINY, guidance=True), rngs=nnx.Rngs(0))),
     "flux2": (sharding.MMDIT, lambda: Flux2MMDiT(FLUX2, rngs=nnx.Rngs(0))),
     "chroma": (sharding.MMDIT, lambda: ChromaMMDiT(CHROMA, rngs=nnx.Rngs(0))),
+    "zimage": (sharding.MMDIT, lambda: ZImageMMDiT(ZIMAGE, rngs=nnx.Rngs(0))),
     "sd3": (sharding.MMDIT, lambda: Sd3MMDiT(SD3, rngs=nnx.Rngs(0))),
     "clip": (
         sharding.CLIP,

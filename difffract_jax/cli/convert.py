@@ -30,9 +30,9 @@ def register(app: typer.Typer) -> None:
 def convert_model(settings: ConvertConfig, *, json: bool) -> None:
     """Convert a model: a diffusers directory, or a transformer alone, here or on the hub.
 
-    Which model it is, its class and its keys say: FLUX.1-schnell or FLUX.1-dev, also as one safetensors file,
-    FLUX.2-klein, SD3-medium, SD3.5-medium, SD3.5-large or Chroma1-HD. Weights are written as they are read, leaf by
-    leaf, in about 1 GB of memory whatever their size. Interrupted, the same command goes on where it was.
+    Which model it is, its class and its keys say: one of those in docs/models.md; FLUX.1, FLUX.2-klein and Stable
+    Diffusion 3 also as one safetensors file. Weights are written as they are read, leaf by leaf, in about 1 GB of
+    memory whatever their size. Interrupted, the same command goes on where it was.
 
     Example: `difffract convert model hf:black-forest-labs/FLUX.2-klein-4B flux2-klein`
     """

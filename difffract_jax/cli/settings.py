@@ -185,8 +185,8 @@ class PlanConfig(Settings):
     """Settings of `difffract plan COMMAND --device ...`: what the command shall do, as far as memory depends on it."""
 
     model: str = "flux-schnell"
-    """Model: `flux-schnell`, `flux-dev`, `flux2-klein`, `sd3-medium`, `sd3.5-medium`, `sd3.5-large` or `chroma1-hd`, of
-    which nothing need be here, or what the command takes."""
+    """Model: a published one by its name in docs/models.md, such as `flux-schnell` or `sd3.5-medium`, of which nothing
+    need be here, or what the command takes."""
     base: Path | None = None
     """For a model that is a transformer alone: diffusers directory with the other parts, or hf:OWNER/NAME."""
     variant: str | None = None

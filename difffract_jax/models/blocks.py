@@ -28,7 +28,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from difffract_jax.address import Group, Layout, flux_layout
-from difffract_jax.ops import film, layer_norm, rms_norm, rotate
+from difffract_jax.ops import rms_norm
 
 StandIn = Callable[[int, Float[Array, "rows d_model"]], Float[Array, "rows d_model"]]
 """Stands in for MLP sublayers: from a group's number within the block, and the sublayer's input, to its output."""
@@ -55,8 +55,16 @@ class FluxConfig:
         guidance: whether the model takes a guidance scale (FLUX.1-dev).
         mlp_ratio: hidden columns of an MLP over d_model.
         rope_theta: base of the rotary wavelengths.
+        title: what its pipelines are called; None for FLUX and for a model of one's own.
+        text_unit: the length of the text sequence is a multiple of this.
+        image_unit: the number of image tokens is a multiple of this.
+        thinking: whether the chat template of a language model that reads the prompt leaves room for thinking.
     """
 
+    title: ClassVar[str | None] = None
+    text_unit: ClassVar[int] = 1
+    image_unit: ClassVar[int] = 1
+    thinking: ClassVar[bool] = False
     depth_double: int
     depth_single: int
     heads: int
@@ -283,14 +291,14 @@ class Block(Protocol):
 
 
 class RMSNorm(nnx.Module):
-    """RMS norm of queries or keys over the columns of a head, with a learned scale."""
+    """RMS norm of queries or keys over the columns of a head, with a learned scale; `eps` joins the mean square."""
 
-    def __init__(self, width: int, *, dtype: DTypeLike) -> None:
-        self.scale = nnx.Param(jnp.ones(width, dtype))
+    def __init__(self, width: int, *, dtype: DTypeLike, eps: float = 1e-6) -> None:
+        self.scale, self.eps = nnx.Param(jnp.ones(width, dtype)), eps
 
     def __call__(self, x: Float[Array, "*rows head_dim"]) -> Float[Array, "*rows head_dim"]:
         """Normalises the last axis."""
-        return rms_norm(x, self.scale[...])
+        return rms_norm(x, self.scale[...], self.eps)
 
     @property
     def width(self) -> int:
@@ -302,7 +310,7 @@ class RMSNorm(nnx.Module):
     ) -> tuple[Float[Array, "rows head_dim"], Float[Array, ""]]:
         """Normalises with a given 1 / root mean square, x's own if None; returns which it was, too."""
         if denominator is None:
-            denominator = jax.lax.rsqrt(jnp.mean(jnp.square(x)) + 1e-6)
+            denominator = jax.lax.rsqrt(jnp.mean(jnp.square(x)) + self.eps)
         return x * denominator * self.scale[...], denominator
 
 
@@ -352,44 +360,3 @@ def project(layer: QKV, x: Float[Array, "rows d_model"], columns: slice) -> Floa
     part = slice(begin - layer.first, None if columns.stop is None else columns.stop - layer.first)
     y = x @ layer.kernel[:, part]
     return y if layer.bias is None else y + layer.bias[None, part]
-
-
-def head_of_row(
-    qkv: QKV,
-    norm: Any,
-    cond: Cond,
-    modulation: tuple[Float[Array, "d_model"], Float[Array, "d_model"]],
-    part: int,
-    head: Number,
-    place: Number,
-    h: Float[Array, "d_model"],
-    inv_std: Float[Array, ""],
-    denominator: Float[Array, ""] | None,
-) -> tuple[Float[Array, "head_dim"], Float[Array, ""]]:
-    """Returns one head's rotated query or key of one residual row; see `blocks.Block.query_or_key`.
-
-    Args:
-        qkv: the projection to queries, keys and values.
-        norm: of queries or keys.
-        cond: what the evaluation's blocks share.
-        modulation: shift and scale before the projection.
-        part: 0 for the query, 1 for the key.
-        head: number of the head.
-        place: of the row in attention's sequence.
-        h: the residual row.
-        inv_std: scale of the norm before the projection, held.
-        denominator: 1 / root mean square to hold; that of the row itself if None.
-    """
-    shift, scale = modulation
-    m = film(layer_norm(h[None], inv_std[None])[0], scale, shift)
-    columns = slice(part * h.size, (part + 1) * h.size)
-    raw = split_heads(project(qkv, m, columns), norm.width)[:, head]
-    normed, denominator = norm.held(raw, denominator)
-    if cond.cos is None or cond.sin is None:
-        return normed[0], denominator
-    return rotate(normed[:, None], cond.cos[place][None], cond.sin[place][None])[0, 0], denominator
-
-
-def rotated(x: Float[Array, "seq heads head_dim"], cond: Cond) -> Float[Array, "seq heads head_dim"]:
-    """Turns queries or keys by their positions' angles; as they are where attention knows no positions."""
-    return x if cond.cos is None or cond.sin is None else rotate(x, cond.cos, cond.sin)

@@ -1,7 +1,7 @@
-"""Prompts for a language model that reads them as a message: Qwen3's chat template, without thinking.
+"""Prompts for a language model that reads them as a message: Qwen3's chat template, with or without thinking.
 
-1. The prompt becomes one message of the user, and the template adds the beginning of an answer whose thinking is empty.
-   Which tokens are the template's own is told by where it puts a prompt.
+1. The prompt becomes one message of the user, and the template adds the beginning of an answer, whose thinking is
+   empty where there shall be none. Which tokens are the template's own is told by where it puts a prompt.
 2. Too long: the first `length` tokens are kept; what is lost of the prompt is reported in its own words. Too short:
    fill up with the tokenizer's padding token, at the end.
 """
@@ -33,16 +33,17 @@ class ChatPrompt(NamedTuple):
     cut: str
 
 
-def chat_prompt(tokenizer: Any, prompt: str, text_tokens: int) -> ChatPrompt:
+def chat_prompt(tokenizer: Any, prompt: str, text_tokens: int, *, thinking: bool = False) -> ChatPrompt:
     """Tokenises one prompt.
 
     Args:
         tokenizer: of the language model, with a chat template.
         prompt: any text, also the empty one.
         text_tokens: length of the ids.
+        thinking: whether the template leaves room for thinking.
     """
-    text = _templated(tokenizer, prompt)
-    begin = _begin(tokenizer, text, prompt)
+    text = _templated(tokenizer, prompt, thinking)
+    begin = _begin(tokenizer, text, prompt, thinking)
     end = begin + len(prompt)
     read = tokenizer(text, return_offsets_mapping=True, verbose=False)
     ids, places = read.input_ids[:text_tokens], read.offset_mapping[:text_tokens]
@@ -55,14 +56,14 @@ def chat_prompt(tokenizer: Any, prompt: str, text_tokens: int) -> ChatPrompt:
     return ChatPrompt(np.array(filled, np.int32), np.arange(text_tokens) < len(ids), template, cut)
 
 
-def _templated(tokenizer: Any, prompt: str) -> str:
+def _templated(tokenizer: Any, prompt: str, thinking: bool) -> str:
     message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
 
 
-def _begin(tokenizer: Any, text: str, prompt: str) -> int:
+def _begin(tokenizer: Any, text: str, prompt: str, thinking: bool) -> int:
     """Returns where the template puts a prompt: behind what stands before any other, or where its words are found."""
-    before = _templated(tokenizer, _MARK).partition(_MARK)[0]
+    before = _templated(tokenizer, _MARK, thinking).partition(_MARK)[0]
     return len(before) if text.startswith(before + prompt) else max(text.find(prompt), 0)
 
 

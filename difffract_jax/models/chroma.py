@@ -6,16 +6,11 @@
    (`chroma_text`) gives zeros behind the first padding token, which is seen.
 3. Nothing pooled from the text enters, and no guidance scale: guidance is by two branches.
 
-What hides a token is a column of queries and keys: 1 in every query, and in a hidden token's key `HIDDEN`, so that its
-scores are that low, and its share of the pattern is 0. Whoever has q and k then has the pattern, in live runs and of
-records, and no matrix of tokens x tokens is stored. Attention divides scores by the root of a head's columns, those of
-the mask included; rotary cosines and sines are scaled so that the scores come out as without them.
-
-A query of a hidden token sees what the others see. What it reads goes nowhere, since no key is its own.
+What hides a token is a column of queries and keys (`hidden_tokens`).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +21,12 @@ from jaxtyping import Array, Float, Float32
 
 from difffract_jax.models.blocks import QKV, Cond, FluxConfig, Number, RMSNorm, Streams
 from difffract_jax.models.double import MLP, Attention, DoubleBlock, DoubleStream, Frozen
+from difffract_jax.models.hidden_tokens import HIDDEN, MASK_COLUMNS, sequence_with_mask, stretch, with_mask
 from difffract_jax.models.mmdit import Final, Inputs, MMDiT, position_ids, stack_of
 from difffract_jax.models.shapes import stacked
 from difffract_jax.models.single import SingleBlock, SingleFrozen
 from difffract_jax.ops import rms_norm, rope_table, sinusoid, widen
 
-HIDDEN = -1e9
-"""Score of a hidden key; the softmax of it is 0 in every type."""
-MASK_COLUMNS = 8
-"""Columns of a head that hold the mask: one is used, but matrix units want widths that 8 divides."""
 NORM_EPS = 2.0**-23
 """Added to the mean square in the modulator's norms: float32's epsilon, as PyTorch's norm takes where none is given."""
 DOUBLE_ROWS, SINGLE_ROWS, FINAL_ROWS = 6, 3, 2
@@ -55,6 +47,7 @@ class ChromaConfig(FluxConfig):
         family: what `config.json` of a directory tells this shape by.
     """
 
+    title: ClassVar[str | None] = "Chroma"
     pooled_width: int = 0
     guidance: bool = False
     modulator_inputs: int = 64
@@ -154,26 +147,6 @@ def _row_of(number: nnx.Param, rows: Float[Array, "block kinds d_model"]) -> Flo
     return jax.lax.dynamic_index_in_dim(rows, at, keepdims=False)
 
 
-def with_mask(
-    q: Float[Array, "*places head_dim"], k: Float[Array, "*places head_dim"], hidden: Float[Array, "*places"]
-) -> tuple[Float[Array, "*places columns"], Float[Array, "*places columns"]]:
-    """Returns queries and keys with the columns that hide tokens; see the module.
-
-    Args:
-        q: queries.
-        k: keys.
-        hidden: 0, or `HIDDEN`, of every place.
-    """
-    empty = jnp.zeros((*q.shape[:-1], MASK_COLUMNS), q.dtype)
-    columns = empty.at[..., 0].set(1), empty.at[..., 0].set(hidden.astype(k.dtype))
-    return jnp.concatenate([q, columns[0]], axis=-1), jnp.concatenate([k, columns[1]], axis=-1)
-
-
-def _joint_with_mask(q: Array, k: Array, cond: Cond) -> tuple[Array, Array]:
-    """Returns the queries and keys of attention's sequence, [seq heads head_dim], with the columns of the mask."""
-    return with_mask(q, k, jnp.broadcast_to(cond.mod.hidden[:, None], q.shape[:2]))
-
-
 class ChromaStream(DoubleStream):
     """One stream's weights in a double-stream block."""
 
@@ -212,7 +185,7 @@ class ChromaDoubleBlock(DoubleBlock):
 
     def _queries_keys(self, m: Streams, cond: Cond) -> tuple[Array, Array]:
         """Returns queries and keys of the joint sequence, with the columns of the mask."""
-        return _joint_with_mask(*super()._queries_keys(m, cond), cond)
+        return sequence_with_mask(*super()._queries_keys(m, cond), cond.mod.hidden)
 
     def _modulations(self, cond: Cond, frozen: Frozen | None) -> Streams:
         """Returns the block's rows of what the modulator made; the recorded ones where there are."""
@@ -255,7 +228,7 @@ class ChromaSingleBlock(SingleBlock):
 
     def _queries_keys(self, x: Float[Array, "seq d_model"], cond: Cond) -> tuple[Array, Array]:
         """Returns queries and keys of the joint sequence, with the columns of the mask."""
-        return _joint_with_mask(*super()._queries_keys(x, cond), cond)
+        return sequence_with_mask(*super()._queries_keys(x, cond), cond.mod.hidden)
 
     def _modulation(self, cond: Cond, frozen: SingleFrozen | None) -> Float[Array, "3 d_model"]:
         """Returns the block's rows of what the modulator made; the recorded ones where there are."""
@@ -305,8 +278,7 @@ class ChromaMMDiT(MMDiT):
         shared = _shared(config, self.modulator(inputs.t, config.modulation_rows), hidden.astype(wide))
         streams = Streams(self.img_in(inputs.latents.astype(dtype)), self.txt_in(inputs.text.astype(dtype)))
         cos, sin = rope_table(position_ids(grid, inputs.text.shape[0]), config.rope_axes, config.rope_theta)
-        stretch = (1 + MASK_COLUMNS / config.head_dim) ** 0.25
-        angles = (jnp.asarray(stretch * one, wide) for one in (cos, sin))
+        angles = (jnp.asarray(stretch(config.head_dim) * one, wide) for one in (cos, sin))
         return streams, Cond(jnp.zeros(config.d_model, dtype), *angles, shared)
 
 

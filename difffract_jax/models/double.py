@@ -37,14 +37,13 @@ from difffract_jax.models.blocks import (
     StandIn,
     Streams,
     both,
-    head_of_row,
     join_streams,
     merge_heads,
     project,
-    rotated,
     split,
     split_heads,
 )
+from difffract_jax.models.head_rows import head_of_row, rotated
 from difffract_jax.ops import attend, attention_pattern, film, layer_norm
 
 

@@ -1,4 +1,4 @@
-"""Which class a part's shape belongs to, and which shapes there are: of FLUX.1, FLUX.2, Stable Diffusion 3 and Chroma.
+"""Which class a part's shape belongs to, and which shapes there are, of every model.
 
 1. `module_of` gives the module of a shape; loading, converting and counting build every part by it.
 2. A shape that is not FLUX.1's has a field `family`, by which `config.json` of a directory tells it: `shape_class`.
@@ -25,6 +25,9 @@ from difffract_jax.models.sampler import (
 from difffract_jax.models.sd3 import Sd3Config, Sd3MMDiT
 from difffract_jax.models.sd3_text import NoText, NoTextConfig, TwoClips, TwoClipsConfig
 from difffract_jax.models.t5 import T5Config, T5Encoder
+from difffract_jax.models.zimage import ZImageMMDiT
+from difffract_jax.models.zimage_blocks import ZImageConfig
+from difffract_jax.models.zimage_text import ZImageQwen3, ZImageQwen3Config
 
 PARTS = ("transformer", "t5", "clip", "vae")
 """A pipeline's parts with weights: the transformer, the encoder of the text stream, that of the pooled text, and the
@@ -44,6 +47,8 @@ MODULES: Mapping[type, Callable[..., Any]] = {
     AbsentConfig: Absent,
     ChromaConfig: ChromaMMDiT,
     ChromaT5Config: ChromaT5Encoder,
+    ZImageConfig: ZImageMMDiT,
+    ZImageQwen3Config: ZImageQwen3,
 }
 """Class of a shape -> the module of that shape."""
 FLUX1 = "flux1"
@@ -64,6 +69,7 @@ SHAPES: Mapping[str, Mapping[str, type]] = {
     },
     "sd3": {"transformer": Sd3Config, "clip": TwoClipsConfig, "t5": NoTextConfig, "scheduler": Sd3SchedulerConfig},
     "chroma": {"transformer": ChromaConfig, "t5": ChromaT5Config, "scheduler": ChromaSchedulerConfig},
+    "zimage": {"transformer": ZImageConfig, "t5": ZImageQwen3Config},
     "absent": {"t5": AbsentConfig, "clip": AbsentConfig},
 }
 """Family -> part -> class of its shape; parts of a pipeline may be of several families."""

@@ -85,7 +85,7 @@ def _linear(wide_in: int, wide_out: int, *, rngs: nnx.Rngs, dtype: DTypeLike) ->
 class GatedMLP(nnx.Module):
     """The MLP sublayer: down(silu(gate x) * (up x))."""
 
-    def __init__(self, config: Flux2Config, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
+    def __init__(self, config: FluxConfig, *, rngs: nnx.Rngs, dtype: DTypeLike) -> None:
         self.gate = _linear(config.d_model, config.d_ff, rngs=rngs, dtype=dtype)
         self.up = _linear(config.d_model, config.d_ff, rngs=rngs, dtype=dtype)
         self.down = _linear(config.d_ff, config.d_model, rngs=rngs, dtype=dtype)

@@ -51,11 +51,24 @@ class Inputs(NamedTuple):
 
 
 class Embedder(nnx.Module):
-    """Two layers with a SiLU in between: what time, guidance and the pooled prompt enter through."""
+    """Two layers with a SiLU in between: what time, guidance and the pooled prompt enter through.
 
-    def __init__(self, inputs: int, d_model: int, *, rngs: nnx.Rngs, dtype: DTypeLike, use_bias: bool = True) -> None:
-        self.up = nnx.Linear(inputs, d_model, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(d_model, d_model, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+    The hidden layer is `hidden` wide, as the result if left out.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        d_model: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        use_bias: bool = True,
+        hidden: int | None = None,
+    ) -> None:
+        wide = d_model if hidden is None else hidden
+        self.up = nnx.Linear(inputs, wide, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(wide, d_model, use_bias=use_bias, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "inputs"]) -> Float[Array, "d_model"]:
         """Embeds one vector."""

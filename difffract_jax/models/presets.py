@@ -2,7 +2,7 @@
 
 Sources: the `config.json` files of FLUX.1[schnell] and FLUX.1[dev], which differ in the guidance embedding and in the
 schedule alone; copies of those of FLUX.2-klein-4B, SD3-medium, SD3.5-medium and SD3.5-large (docs/models.md); of
-Chroma1-HD the defaults of diffusers' classes, which were written for it.
+Chroma1-HD and Z-Image-Turbo the defaults of diffusers' classes, which were written for them.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,8 @@ from difffract_jax.models.sampler import (
 from difffract_jax.models.sd3 import Sd3Config
 from difffract_jax.models.sd3_text import SD3_CLIPS
 from difffract_jax.models.t5 import T5_XXL
+from difffract_jax.models.zimage_blocks import ZImageConfig
+from difffract_jax.models.zimage_text import ZIMAGE_QWEN3_4B
 
 
 def _flux(*, guidance: bool) -> FluxConfig:
@@ -95,6 +97,19 @@ CHROMA = ChromaConfig(
 CHROMA_RUN = GenerationDefaults(1024, 1024, text_tokens=512, steps=35, guidance=5.0, two_branches=True)
 """What a run of Chroma takes, as diffusers' pipeline has it."""
 
+ZIMAGE = ZImageConfig(
+    depth=30,
+    depth_refiner=2,
+    heads=30,
+    head_dim=128,
+    rope_axes=(32, 48, 48),
+    in_channels=64,
+    out_channels=64,
+    text_width=ZIMAGE_QWEN3_4B.d_model,
+)
+ZIMAGE_RUN = GenerationDefaults(1024, 1024, text_tokens=512, steps=8, guidance=0.0)
+"""What a run of Z-Image-Turbo takes."""
+
 
 PRESETS: Mapping[str, FluxConfig] = {
     "flux-schnell": _flux(guidance=False),
@@ -102,6 +117,7 @@ PRESETS: Mapping[str, FluxConfig] = {
     "flux2-klein": KLEIN,
     "flux2-klein-base": KLEIN,
     "chroma1-hd": CHROMA,
+    "z-image-turbo": ZIMAGE,
     "sd3-medium": _sd3(depth=24, heads=24, table=192, qk_norm=False),
     "sd3.5-medium": _sd3(depth=24, heads=24, table=384, depth_dual=13),
     "sd3.5-large": _sd3(depth=38, heads=38, table=192),
@@ -123,6 +139,9 @@ def preset_config(name: str) -> PipelineConfig:
     if isinstance(shape, ChromaConfig):
         schedule = ChromaSchedulerConfig(use_beta_sigmas=True)
         return PipelineConfig(shape, CHROMA_T5_XXL, NoPooledConfig(), FLUX_VAE, schedule, CHROMA_RUN)
+    if isinstance(shape, ZImageConfig):
+        schedule = SchedulerConfig(shift=3.0)
+        return PipelineConfig(shape, ZIMAGE_QWEN3_4B, NoPooledConfig(), FLUX_VAE, schedule, ZIMAGE_RUN)
     if isinstance(shape, Sd3Config):
         schedule = Sd3SchedulerConfig(shift=3.0)
         return PipelineConfig(shape, T5_XXL, SD3_CLIPS, SD3_VAE, schedule, sd3_run(shape))

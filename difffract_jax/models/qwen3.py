@@ -1,4 +1,4 @@
-"""The Qwen3 language model (arXiv 2505.09388), as FLUX.2 reads a prompt: hidden states of some of its layers.
+"""The Qwen3 language model (arXiv 2505.09388), as it reads prompts for images: hidden states of some of its layers.
 
 For one prompt of `txt` tokens, padding included:
 

@@ -145,8 +145,9 @@ def plan_run(
         negative_prompt: what guidance by two branches leads away from; the empty prompt if left out.
 
     Raises:
-        UserError: if a size does not divide, a number is too small, the guidance scale is none, or of a model that
-            takes none, or there is a negative prompt without guidance by two branches.
+        UserError: if a size does not divide, a sequence has a length that the model cannot have, a number is too small,
+            the guidance scale is none, or of a model that takes none, or there is a negative prompt without guidance by
+            two branches.
     """
     defaults = config.defaults
     height = defaults.height if height is None else height
@@ -159,14 +160,40 @@ def plan_run(
             f"the nearest size is {nearest}."
         )
     grid = height // unit, width // unit
+    words = defaults.text_tokens if text_tokens is None else text_tokens
+    _check_units(config, grid, words)
     return Run(
         grid,
-        defaults.text_tokens if text_tokens is None else text_tokens,
+        words,
         sampler.sigmas(config.scheduler, defaults.steps if steps is None else steps, grid[0] * grid[1]),
         _guidance(config, guidance, negative_prompt),
         defaults.two_branches,
         negative_prompt or "",
     )
+
+
+def _check_units(config: PipelineConfig, grid: tuple[int, int], text_tokens: int) -> None:
+    """Refuses lengths of the sequences that a model cannot have; see `plan_run`."""
+    shape, side = config.transformer, PATCH * config.vae.factor
+    if text_tokens > 0 and text_tokens % shape.text_unit:
+        nearest = max(1, round(text_tokens / shape.text_unit)) * shape.text_unit
+        raise UserError(
+            f"This model reads text in multiples of {shape.text_unit} tokens, but text_tokens is {text_tokens}; take "
+            f"{nearest}."
+        )
+    if grid[0] * grid[1] % shape.image_unit:
+        rows, columns = grid
+        wider = next(more for more in range(columns, columns + shape.image_unit) if not rows * more % shape.image_unit)
+        raise UserError(
+            f"This model makes images of multiples of {shape.image_unit} tokens, of {side} x {side} pixels each, but "
+            f"{columns * side} x {rows * side} pixels are {rows * columns}; the next width that fits is "
+            f"{wider * side} (multiples of {side * _half(shape.image_unit)} pixels on both sides always do)."
+        )
+
+
+def _half(unit: int) -> int:
+    """Returns the smallest side, in tokens, whose multiples on both sides make multiples of a unit."""
+    return next(side for side in range(1, unit + 1) if not side * side % unit)
 
 
 def _guidance(config: PipelineConfig, guidance: float | None, negative_prompt: str | None) -> float | None:

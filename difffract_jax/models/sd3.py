@@ -76,6 +76,7 @@ class Sd3Config(FluxConfig):
         family: what `config.json` of a directory tells this shape by.
     """
 
+    title: ClassVar[str | None] = "Stable Diffusion 3"
     depth_single: int = 0
     rope_axes: tuple[int, ...] = ()
     guidance: bool = False

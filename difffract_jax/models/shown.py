@@ -5,7 +5,6 @@ from typing import Any
 from difffract_jax.display import hash_text
 from difffract_jax.graphs.loras import texts_of
 from difffract_jax.models.absent import AbsentConfig
-from difffract_jax.models.chroma import ChromaConfig
 from difffract_jax.models.qwen3 import Qwen3Config
 from difffract_jax.models.sd3 import Sd3Config
 from difffract_jax.trees import tree_text
@@ -18,9 +17,9 @@ def pipeline_facts(pipe: Any) -> tuple[str, dict[str, str]]:
         pipe: a `Pipeline`, whose module imports this one.
     """
     shape, run = pipe.config.transformer, pipe.config.defaults
-    depths, sd3 = shape.layout.flux_depths, isinstance(shape, Sd3Config)
+    depths = shape.layout.flux_depths
     blocks = " and ".join(f"{stack.depth} {stack.name}" for stack in shape.layout.stacks) + " blocks"
-    if sd3:
+    if isinstance(shape, Sd3Config):
         blocks = f"{shape.depth_double} blocks, {shape.depth_dual} of them with two attentions"
     elif depths is not None:
         blocks = f"{depths[0]} double- and {depths[1]} single-stream blocks"
@@ -28,9 +27,8 @@ def pipeline_facts(pipe: Any) -> tuple[str, dict[str, str]]:
     labels = labels if shape.pooled_width else (labels[0], "pooled text")
     if isinstance(pipe.config.t5, AbsentConfig | None):  # of a model of one's own, or without encoders
         labels = "text encoder", "pooled text"
-    kind = "Stable Diffusion 3 pipeline" if sd3 else "Pipeline" if depths is None else "FLUX pipeline"
-    kind = "Chroma pipeline" if isinstance(shape, ChromaConfig) else kind
-    return kind, {
+    title = shape.title or (None if depths is None else "FLUX")
+    return "Pipeline" if title is None else f"{title} pipeline", {
         "transformer": f"{blocks}, width {shape.d_model}, {shape.heads} heads; {tree_text(pipe.transformer)}",
         **{label: tree_text(part) for label, part in zip(labels, (pipe.t5, pipe.clip), strict=True)},
         "autoencoder": tree_text(pipe.vae),

@@ -23,11 +23,11 @@ from difffract_jax.models.blocks import (
     Number,
     RMSNorm,
     StandIn,
-    head_of_row,
     merge_heads,
     project,
     split_heads,
 )
+from difffract_jax.models.head_rows import head_of_row
 from difffract_jax.ops import attend, film, layer_norm, rotate
 
 

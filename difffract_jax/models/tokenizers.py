@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from difffract_jax.config import UserError, nearest
+from difffract_jax.config import UserError, nearest, told_together
 from difffract_jax.models.chat_prompts import chat_prompt
 from difffract_jax.models.file_tokenizers import TextTokenizer
 from difffract_jax.models.tokenizer_files import is_clip, is_qwen, is_t5, load_clip, load_qwen, load_t5
@@ -49,12 +49,14 @@ class Tokenizers(NamedTuple):
         clip: tokenizer of the pooled vector; None for models without.
         clip_length: tokens every CLIP prompt is padded to.
         clip_2: of the second CLIP; None for models without.
+        thinking: whether a language model's chat template leaves room for thinking.
     """
 
     t5: TextTokenizer | None
     clip: TextTokenizer | None
     clip_length: int
     clip_2: TextTokenizer | None = None
+    thinking: bool = False
 
     @property
     def chats(self) -> bool:
@@ -105,7 +107,7 @@ class Tokenizers(NamedTuple):
             return _two_clips(self, prompt, text_tokens)
         assert self.t5 is not None
         if self.chats:
-            chat = chat_prompt(self.t5, prompt, text_tokens)
+            chat = chat_prompt(self.t5, prompt, text_tokens, thinking=self.thinking)
             return TokenIds(chat.ids, chat.mask, np.zeros(0, np.int32), chat.cut, chat.template)
         # verbose=False: a prompt longer than the tokenizer's own length is reported below, not in transformers' log.
         t5 = self.t5(prompt, return_offsets_mapping=True, verbose=False)
@@ -149,12 +151,13 @@ class TokenIds(NamedTuple):
     template: Bool[np.ndarray, "txt"] | None = None
 
 
-def load_tokenizers(directory: str | Path) -> Tokenizers:
+def load_tokenizers(directory: str | Path, *, thinking: bool = False) -> Tokenizers:
     """Loads the tokenizers of a pipeline directory, from its files alone.
 
     Args:
         directory: holds `tokenizer/` (CLIP) and `tokenizer_2/` (T5, or a second CLIP, with T5 in `tokenizer_3/` if
             there is T5), or `tokenizer/` alone (Qwen, or T5).
+        thinking: see `Tokenizers`.
 
     Returns:
         The tokenizers and CLIP's length.
@@ -164,7 +167,7 @@ def load_tokenizers(directory: str | Path) -> Tokenizers:
     """
     clip_home, t5_home = Path(directory) / "tokenizer", Path(directory) / "tokenizer_2"
     if is_qwen(clip_home) or is_t5(clip_home):
-        return Tokenizers((load_qwen if is_qwen(clip_home) else load_t5)(clip_home), None, 0)
+        return Tokenizers((load_qwen if is_qwen(clip_home) else load_t5)(clip_home), None, 0, thinking=thinking)
     two = is_clip(t5_home)  # the second of two CLIPs stands where T5 is elsewhere
     clip, last = load_clip(clip_home), Path(directory) / "tokenizer_3"
     t5 = load_t5(last if two else t5_home) if last.is_dir() or not two else None
@@ -250,6 +253,6 @@ def _known_words(t5: TextTokenizer, prompt: str) -> str:
     known = sorted(piece[1:] for piece in t5.get_vocab() if piece[0] in (SPACE, BYTE_SPACE) and len(piece) > 1)
     unknown = [word for word in dict.fromkeys(words) if word not in known]
     if unknown:
-        problems = "; ".join(f"`{word}`{nearest(word, known)}".rstrip(".") for word in unknown)
-        raise UserError(f"The model's vocabulary of {len(known)} words lacks {problems}.")
+        problems = told_together([f"`{word}`{nearest(word, known)}" for word in unknown])
+        raise UserError(f"The model's vocabulary of {len(known)} words lacks {problems}")
     return " ".join(words)

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from zimage import tiny_pipeline as tiny_zimage
 
 from chroma import tiny_pipeline as tiny_chroma
 from converters.check import check
@@ -100,3 +101,16 @@ def test_every_part_of_chroma_is_pytorch_s_and_what_is_wrong_is_named(tmp_path):
     outputs[...] = 1.1 * outputs[...]
     rows = check(tmp_path / "chroma", pipe)
     assert [row.part for row in rows if not row.equal] == ["embeddings", "whole transformer"]
+
+
+def test_every_part_of_zimage_is_pytorch_s_and_what_is_wrong_is_named(tmp_path):
+    tiny_zimage().save_pretrained(tmp_path / "zimage")
+    pipe = load_pipeline(tmp_path / "zimage")
+    rows = check(tmp_path / "zimage", pipe, tolerance=TOL.f32_block)
+    blocks = [f"{stack} {number}" for stack in ("refine_img", "refine_txt", "trunk") for number in range(2)]
+    assert [row.part for row in rows] == ["qwen3", "embeddings", *blocks, "whole transformer", "autoencoder"]
+    assert all(row.equal and 0 < row.error <= row.bar for row in rows)
+    scale = pipe.transformer.refine_txt.behind_mlp.scale
+    scale[...] = scale[...].at[1].multiply(1.1)
+    rows = check(tmp_path / "zimage", pipe)
+    assert [row.part for row in rows if not row.equal] == ["refine_txt 1", "whole transformer"]

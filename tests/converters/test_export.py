@@ -14,9 +14,11 @@ from diffusers import (
     Flux2KleinPipeline,
     FluxTransformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
 )
 from safetensors.numpy import load_file
 from transformers import CLIPTextModel, T5EncoderModel
+from zimage import tiny_pipeline as tiny_zimage
 
 from chroma import tiny_pipeline as tiny_chroma
 from converters.export import export_pipeline
@@ -126,6 +128,26 @@ def test_klein_comes_back_bit_for_bit_and_diffusers_loads_it(tmp_path, distilled
     assert again.config.is_distilled is distilled and again.text_encoder.config.num_hidden_layers == 28
     with torch.no_grad():
         texts = [one.encode_prompt("a red fox", max_sequence_length=40)[0] for one in (theirs, again)]
+    assert relative_error(texts[1].numpy(), texts[0].numpy()) <= TOL.f32_block
+
+
+@pytest.mark.parametrize("headed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_zimage_comes_back_but_for_the_layer_that_is_not_read_and_diffusers_loads_it(tmp_path, headed):
+    tiny_zimage(headed).save_pretrained(tmp_path / "diffusers")
+    pipe = convert_pipeline(tmp_path / "diffusers")
+    export_pipeline(pipe, tmp_path / "out")
+    equal(convert_pipeline(tmp_path / "out"), pipe)
+    made, given = stored(tmp_path / "out"), stored(tmp_path / "diffusers")
+    encoder = "text_encoder/"
+    if not headed:
+        given = {key.replace(encoder, f"{encoder}model."): tensor for key, tensor in given.items()}
+    behind = (f"{encoder}model.layers.2.", f"{encoder}model.norm.")
+    read = {key for key in given if not key.startswith(behind)}
+    assert made.keys() == given.keys() and all(np.array_equal(made[key], given[key]) for key in read)
+    theirs, again = (ZImagePipeline.from_pretrained(tmp_path / name) for name in ("diffusers", "out"))
+    options = {"do_classifier_free_guidance": False, "max_sequence_length": 40}
+    with torch.no_grad():
+        texts = [one.encode_prompt("a red fox", **options)[0][0] for one in (theirs, again)]
     assert relative_error(texts[1].numpy(), texts[0].numpy()) <= TOL.f32_block
 
 

@@ -24,6 +24,7 @@ CASES = {
     "split_qkv_gate_up": (normal(22, 4),),
     "join_patch": (normal(5, 3, 2, 2),),
     "pack_rows": (normal(12, 3),),
+    "pack_columns": (normal(3, 12),),
     "square": (normal(1, 16, 3),),
     "conv": (normal(2, 3, 5, 7),),
     "linear_from_conv1x1": (normal(2, 3, 1, 1),),

@@ -81,6 +81,15 @@ def test_a_graph_s_words_show_the_template_s_tokens_in_brackets(tmp_path):
     assert [word for word in words[12:] if not word.startswith("<|")] == ["<pad>"] * (~ids.t5_mask).sum()
 
 
+def test_a_template_that_leaves_room_for_thinking_ends_before_it(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    texts = []
+    for thinking in (False, True):
+        tokenizers = load_tokenizers(tmp_path, thinking=thinking)
+        texts.append("".join(tokenizers.pieces(encode_prompt(tokenizers, "a b", 48).t5_ids)).replace("<pad>", ""))
+    assert texts[0] == texts[1] + "<think>\n\n</think>\n\n" and texts[1].endswith("<|im_start|>assistant\n")
+
+
 def test_tokens_are_written_as_t5_writes_them(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     tokenizers = load_tokenizers(tmp_path)
