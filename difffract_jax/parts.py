@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from converters.configurations import is_diffusers_directory
 from converters.pipelines import LAYERED_PARTS, Sharding
@@ -61,7 +62,7 @@ def load_part(
     files = open_tree(directory, abstract, name=name, verify=verify)
     stacks = {one: FileLayers(files, f"{one}.", getattr(abstract, one), aligned) for one in abstract.layered}
     made = with_sources(abstract, stacks, weights)
-    leaves = [jnp.array(files[path][path], leaf.dtype) for path, leaf in leaf_paths(made).items()]
+    leaves = [jax.device_put(np.array(files[path][path], leaf.dtype)) for path, leaf in leaf_paths(made).items()]
     return jax.tree.unflatten(jax.tree.structure(made), leaves)
 
 

@@ -13,6 +13,7 @@ from difffract_jax.circuits.frozen.targets import Targets, preactivations
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT
 
 RUN_REPLACEMENT = jax.jit(run_replacement)
+PROJECT = jax.jit(lambda projection, rows: projection(rows))
 
 
 def some_targets(trace, tcs):
@@ -22,7 +23,14 @@ def some_targets(trace, tcs):
         for block in slots:
             last = trace.record.mlp_in[group].shape[1] - 1
             rows += [(group, block - trace.info.recorded[0], row, 3 + row) for row in (1, last)]
-    return Targets(*(jnp.array(column, jnp.int32) for column in zip(*rows, strict=True)))
+    return jax.device_put(Targets(*(np.array(column, np.int32) for column in zip(*rows, strict=True))))
+
+
+def twice(array, place):
+    """An array with what lies at a place doubled; by NumPy, which compiles no program for each place."""
+    changed = np.array(array)
+    changed[place] *= 2
+    return jax.device_put(changed)
 
 
 def conservation(trace, tcs, prepared):
@@ -59,7 +67,7 @@ def doubled_sources(trace, tcs, prepared, groups):
         if table.kind[row] == FEATURE:
             index = np.asarray(prepared.sites[group].layers.index[layer, at])
             field, place = "values", (layer, at, int(np.flatnonzero(index == table.feature[row])[0]))
-        changed = [v.at[place].multiply(2) if i == group else v for i, v in enumerate(getattr(sources, field))]
+        changed = [twice(v, place) if i == group else v for i, v in enumerate(getattr(sources, field))]
         given = (*prepared[:2], sources._replace(**{field: tuple(changed)}))
         after = preactivations(prepared, targets, RUN_REPLACEMENT(*given).mlp_in)
         differences.append(np.abs((after - before) - edges[:, row]))
@@ -99,7 +107,9 @@ def replay(engine, steps, texts, latents):
     z, moved, readings = latents, jnp.zeros_like(latents), []
     for number, (prepared, info, sources) in enumerate(zip(engine.steps, engine.infos, steps, strict=True)):
         weights = prepared.record.weights
-        boundary = sources.boundary._replace(img=weights.img_in(z), txt=weights.txt_in(texts[info.branch]))
+        boundary = sources.boundary._replace(
+            img=PROJECT(weights.img_in, z), txt=PROJECT(weights.txt_in, texts[info.branch])
+        )
         reading = RUN_REPLACEMENT(prepared.record, prepared.sites, sources._replace(boundary=boundary))
         readings.append(reading._replace(latents=z))
         weight = 1.0 if info.branches == 1 else info.guidance if info.branch == PROMPT else 1 - info.guidance
@@ -122,8 +132,8 @@ def doubled(engine, row):
     position = int(table.position[row])
     if table.kind[row] == INPUT:
         if table.stream[row] == LATENT:
-            return steps, texts, latents.at[position].multiply(2)
-        texts[table.branch[row]] = texts[table.branch[row]].at[position].multiply(2)
+            return steps, texts, twice(latents, position)
+        texts[table.branch[row]] = twice(texts[table.branch[row]], position)
         return steps, texts, latents
     number = [(i.step, i.branch) for i in engine.infos].index((table.step[row], table.branch[row]))
     block, stream = int(table.block[row]), int(table.stream[row])
@@ -135,7 +145,7 @@ def doubled(engine, row):
         index = np.asarray(engine.steps[number].sites[group].layers.index)[place]
         place = (*place, int(np.flatnonzero(index == table.feature[row])[0]))
     pair = getattr(steps[number], field)
-    new = tuple(one.at[place].multiply(2) if i == group else one for i, one in enumerate(pair))
+    new = tuple(twice(one, place) if i == group else one for i, one in enumerate(pair))
     steps[number] = steps[number]._replace(**{field: new})
     return steps, texts, latents
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -67,6 +68,16 @@ def guided_pipeline(dtype: DTypeLike = jnp.float32) -> Pipeline:
     return pipe._replace(config=replace(pipe.config, defaults=replace(pipe.config.defaults, two_branches=True)))
 
 
+def cast(tree, dtype):
+    """The same numbers in another dtype; by NumPy, as below: JAX would compile a program for every shape."""
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf).astype(dtype)), tree)
+
+
+def layer_of(stack, layer):
+    """One layer of a stack of transcoders or blocks."""
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[layer]), stack)
+
+
 def make_transcoders(
     config, *, img=(0, 1, 2), txt=(0, 1, 2), joint=(), conditioning="film", seed=0, dtype=jnp.float64, **shape
 ) -> TranscoderSet:
@@ -81,9 +92,9 @@ def make_transcoders(
     stacks = {}
     for number, (name, layers) in enumerate((("img", img), ("txt", txt), ("joint", joint))):
         stack = random_weights(abstract_stack(Transcoder, shape, max(len(layers), 1), dtype), 3 * seed + number)
-        stack.enc.bias[...] = stack.enc.bias[...] - 1
+        stack.enc.bias[...] = jax.device_put(np.asarray(stack.enc.bias[...]) - 1)
         if shape.activation == "jumprelu":
-            stack.threshold[...] = 0.2 + jnp.abs(stack.threshold[...])
+            stack.threshold[...] = jax.device_put(0.2 + np.abs(stack.threshold[...]))
         if layers:
             stacks[name] = stack
     return TranscoderSet(stacks, chosen, shape, f"made:{seed}")

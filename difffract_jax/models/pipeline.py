@@ -115,8 +115,8 @@ def encode(pipe: Pipeline, prompt: str, text_tokens: int) -> EncodedPrompt:
     if pipe.known is not None:
         return pipe.known.of(prompt, text_tokens)
     ids = encode_prompt(pipe.tokenizers, prompt, text_tokens)
-    text = _encode_text(pipe.t5, jnp.asarray(t5_ids(pipe.clip, ids.t5_ids)))
-    states, pooled = _read_clip(pipe.clip, jnp.asarray(ids.clip_ids))
+    text = _encode_text(pipe.t5, jax.device_put(t5_ids(pipe.clip, ids.t5_ids)))
+    states, pooled = _read_clip(pipe.clip, jax.device_put(ids.clip_ids))
     return EncodedPrompt(text_stream(pipe.clip, states, text), pooled, ids.t5_mask, ids.cut)
 
 
@@ -295,8 +295,9 @@ def decode_latents(
         latents: packed latents after the last step.
         grid: rows and columns of image tokens.
     """
-    raw = decode_raw(pipe.vae, latents, grid)
-    return np.asarray(jnp.round(255 * jnp.clip(raw / 2 + 0.5, 0, 1)).astype(jnp.uint8))
+    raw = np.asarray(decode_raw(pipe.vae, latents, grid))
+    with np.errstate(invalid="ignore"):  # where a latent is not a number
+        return np.round(255 * np.clip(raw / 2 + 0.5, 0, 1)).astype(np.uint8)
 
 
 @partial(jax.jit, static_argnames="grid")

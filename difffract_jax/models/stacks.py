@@ -73,7 +73,22 @@ def slice_layer(stack: Any, layer: Any) -> Any:
             return jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
         return leaf[layer]
 
-    return jax.tree.map(take, stack, is_leaf=is_streamed)
+    leaves, structure = jax.tree.flatten(stack, is_leaf=is_streamed)
+    if not isinstance(layer, int) or not any(map(_is_array, leaves)):
+        return jax.tree.unflatten(structure, map(take, leaves))
+    # One program takes the layer of all arrays, whichever layer it is.
+    taken = iter(_layer_of([leaf for leaf in leaves if _is_array(leaf)], layer))
+    return jax.tree.unflatten(structure, [next(taken) if _is_array(leaf) else take(leaf) for leaf in leaves])
+
+
+def _is_array(leaf: Any) -> bool:
+    """Says whether a leaf is an array on a device, not one that is being traced."""
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+@jax.jit
+def _layer_of(leaves: list[Array], layer: Any) -> list[Array]:
+    return [jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False) for leaf in leaves]
 
 
 def depth_of(stack: Any) -> int:

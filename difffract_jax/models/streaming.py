@@ -378,4 +378,4 @@ def no_layers(like: Any) -> Any:
     Args:
         like: shapes of one.
     """
-    return jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), like)
+    return jax.tree.map(lambda leaf: jax.device_put(np.zeros((0, *leaf.shape), leaf.dtype)), like)

@@ -170,7 +170,7 @@ class T5Encoder(nnx.Module):
         """
         bias = self._bias_for(jnp.asarray(ids))
         # Not `self.embed(ids)`, which would cast to the dtype the module was built with, whatever its weights are now.
-        x = jnp.take(self.embed.embedding[...], jnp.asarray(ids), axis=0)
+        x = _rows_of(self.embed.embedding[...], jnp.asarray(ids))
         if isinstance(self.blocks, Streamed):
             for block in self.blocks:
                 x = _run_layer(x, block, bias)
@@ -178,7 +178,7 @@ class T5Encoder(nnx.Module):
                 del block  # before the one after next is fetched
         else:
             x, _ = jax.lax.scan(lambda x, block: (block(x, bias), None), x, self.blocks)
-        return self.final_norm(x)
+        return _normed(x, self.final_norm)
 
     def _bias_for(self, ids: Int[Array, "txt"]) -> Float[Array, "heads txt txt"]:
         """Returns what is added to the scores of every layer, for a prompt."""
@@ -187,6 +187,16 @@ class T5Encoder(nnx.Module):
     def _bias(self, length: int) -> Float[Array, "heads txt txt"]:
         buckets = relative_buckets(length, self.config.buckets, self.config.max_distance)
         return jnp.moveaxis(widen(self.relative_bias.embedding[...])[buckets], -1, 0)
+
+
+@jax.jit
+def _rows_of(table: Float[Array, "vocab t5_width"], ids: Int[Array, "txt"]) -> Float[Array, "txt t5_width"]:
+    return jnp.take(table, ids, axis=0)
+
+
+@jax.jit
+def _normed(x: Float[Array, "txt t5_width"], norm: T5RMSNorm) -> Float[Array, "txt t5_width"]:
+    return norm(x)
 
 
 @jax.jit

@@ -124,7 +124,8 @@ def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
             return _draw(keys[path], float(kind == "scale"), spread, leaf.shape, leaf.dtype)
         noise = rng.standard_normal(leaf.shape, np.float32)
         around = kind in ("scale", "variance")
-        return jnp.asarray(noise / np.sqrt(inputs) if kernel else around + SPREAD * noise, leaf.dtype)
+        drawn = noise / np.sqrt(inputs) if kernel else around + SPREAD * noise
+        return jax.device_put(drawn.astype(leaf.dtype))  # `jnp.asarray` would compile a program for every shape.
 
     return jax.tree.unflatten(jax.tree.structure(abstract), [fill(path, leaf) for path, leaf in leaves.items()])
 

@@ -315,9 +315,15 @@ def tapped_velocity(
     for name, both in by_group(per_group(reports), sites, layout).items():
         if name not in tokens:
             continue
-        x, y = (a[:, tokens[name]] for a in both) if streamed else both
+        x, y = _at_tokens(both, tokens[name]) if streamed else both
         rows[name] = ActivationRows(x, y, jnp.full(tokens[name].shape, inputs.t, jnp.float32))
     return velocity, rows
+
+
+@jax.jit
+def _at_tokens(both: tuple[Array, Array], tokens: Array) -> tuple[Array, Array]:
+    x, y = (rows[:, tokens] for rows in both)
+    return x, y
 
 
 def _in_and_out(visit: Visit) -> tuple[tuple[Array, Array], ...]:

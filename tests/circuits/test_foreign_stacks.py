@@ -103,6 +103,10 @@ class LensModel(MMDiT):
         self.lens = build(jax.random.split(rngs.params(), DEPTH))
 
 
+SETTINGS = {"max_nodes": 20, "expansion_batch": 2 * sum(map(len, LAYERS.values()))}
+"""As many targets together as the laws pull back: one program for all."""
+
+
 def make(dtype):
     """A pipeline around such a model, and transcoders at sites of every stack."""
     pipe = random_pipeline(dtype=dtype)
@@ -115,7 +119,7 @@ def make(dtype):
     for number, (name, numbers) in enumerate(LAYERS.items()):
         build = jax.vmap(lambda key: Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype))
         stacks[name] = random_weights(jax.eval_shape(build, jax.random.split(jax.random.key(0), len(numbers))), number)
-        stacks[name].enc.bias[...] = stacks[name].enc.bias[...] - 1
+        stacks[name].enc.bias[...] = jax.device_put(np.asarray(stacks[name].enc.bias[...]) - 1)
     return pipe, TranscoderSet(stacks, sites_of(LAYERS, config.layout.groups), shape, "lens")
 
 
@@ -149,10 +153,11 @@ def test_edges_of_every_stack_are_direct_interventions(made):
 
 def test_readings_agree_where_nothing_is_edited(made):
     _, _, trace, prepared = made
-    zeros = jax.tree.map(jnp.zeros_like, trace.record.mlp_out)
-    ones = [jnp.ones((x.shape[0], 1, 40)) for x in trace.record.mlp_in]
+    zeros = jax.device_put(jax.tree.map(np.zeros_like, trace.record.mlp_out))
+    ones = [np.ones((x.shape[0], 1, 40)) for x in trace.record.mlp_in]
+    run = jax.jit(edited, static_argnums=3)
     for mode in ("direct", "propagated", "live", "full"):
-        reading = edited(prepared, ones, jax.tree.map(jnp.zeros_like, ones), mode)
+        reading = run(prepared, ones, jax.tree.map(np.zeros_like, ones), mode)
         assert relative_error(reading.velocity, trace.record.velocity) <= TOL.x64
     assert relative_error(live_reading(prepared, zeros).velocity, trace.record.velocity) <= TOL.x64
 
@@ -160,14 +165,14 @@ def test_readings_agree_where_nothing_is_edited(made):
 def test_a_graph_reaches_features_of_the_foreign_stack_and_adds_up(made, tmp_path):
     pipe, tcs, trace, _ = made
     target = strongest_feature(trace, tcs, "single", 1)
-    graph = attribute(trace, tcs, target=target, max_nodes=20, expansion_batch=4)
+    graph = attribute(trace, tcs, target=target, **SETTINGS)
     lens = trace.info.layout.labels["lens"]
     assert np.any((graph.node_kind == FEATURE) & np.isin(graph.node_block, lens) & (graph.node_stream == IMG))
     assert np.max(graph.conservation_error) <= TOL.conservation_x64
     graph.save(tmp_path / "g.npz")
     again = Graph.load(tmp_path / "g.npz")
     assert again.provenance.run.layout == pipe.config.transformer.layout
-    own = attribute(trace, tcs, target=strongest_feature(trace, tcs, "lens", 1), max_nodes=4, expansion_batch=4)
+    own = attribute(trace, tcs, target=strongest_feature(trace, tcs, "lens", 1), **SETTINGS)
     assert np.max(own.conservation_error) <= TOL.conservation_x64
 
 

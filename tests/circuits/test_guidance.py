@@ -35,15 +35,23 @@ from traces import guided_pipeline, make_transcoders
 TEXT, AWAY = "a red circle", "a blurred square"
 SIZE = {"height": 24, "width": 32, "text_tokens": 16, "steps": 3}
 SCALE = 2.5
+TOGETHER = 7
+"""Targets pulled back together: one program for all graphs of the model."""
 PIXELS = "pixels:color=red,minus=blue,box=8,8,24,20"
 
 
 @cache
-def made(dtype):
-    """A pipeline, its transcoders, the run, and a span of two steps of it."""
+def model(dtype):
+    """A pipeline, its transcoders, and a run."""
     pipe = guided_pipeline(dtype)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(1, 2), joint=(0, 1), skip=True, dtype=dtype)
-    run = pipe.plan(**SIZE, guidance=SCALE, negative_prompt=AWAY)
+    return pipe, tcs, pipe.plan(**SIZE, guidance=SCALE, negative_prompt=AWAY)
+
+
+@cache
+def made(dtype):
+    """The same, and a span of two steps of the run."""
+    pipe, tcs, run = model(dtype)
     return pipe, tcs, run, capture_steps(pipe, tcs, TEXT, first=1, last=2, run=run)
 
 
@@ -67,6 +75,7 @@ def test_both_branches_of_all_steps_add_up_and_every_edge_is_its_intervention(x6
     pipe, tcs, _, span = made(jnp.float64)
     engine = make_engine(span, tcs, (resolve_target(pipe, span, parse_target(PIXELS)),))
     rows, table = last_targets(engine), engine.table
+    assert rows.size == TOGETHER
     missed, found = steps_conserved(engine, rows)
     print(f"float64: conservation over both branches and two steps {missed:.1e}")
     assert missed <= TOL.conservation_x64
@@ -79,7 +88,7 @@ def test_both_branches_of_all_steps_add_up_and_every_edge_is_its_intervention(x6
 @pytest.mark.slow
 def test_strong_guidance_over_several_steps_adds_up_in_float32():
     """The weights 7 and -6 of the branches make edges larger than what they leave, but not their error beside them."""
-    pipe, tcs, _, _ = made(jnp.float32)
+    pipe, tcs, _ = model(jnp.float32)
     run = pipe.plan(**SIZE, guidance=7.0, negative_prompt=AWAY)
     span = capture_steps(pipe, tcs, TEXT, first=0, last=2, run=run)
     engine = make_engine(span, tcs, (resolve_target(pipe, span, parse_target(PIXELS)),))
@@ -143,10 +152,10 @@ def test_scores_of_both_branches_add_up_to_what_scaled_queries_do(x64):
 def traced():
     """The graph of a colour in one guided step, which holds both branches, and its run, in float64."""
     with jax.enable_x64(True):
-        pipe, tcs, run, _ = made(jnp.float64)
+        pipe, tcs, run = model(jnp.float64)
         span = capture_steps(pipe, tcs, TEXT, first=1, last=1, run=run)
         target = resolve_target(pipe, span, parse_target(PIXELS))
-        graph = attribute(span, tcs, target=target, max_nodes=60, expansion_batch=30, min_attribution=1e-7)
+        graph = attribute(span, tcs, target=target, max_nodes=60, expansion_batch=TOGETHER, min_attribution=1e-7)
         yield graph, capture_again(pipe, tcs, graph)
 
 
@@ -180,7 +189,7 @@ def test_a_groups_edit_acts_in_both_branches_and_dose_0_changes_nothing(traced):
 def test_a_guided_graph_is_graded(traced, monkeypatch):
     graph, again = traced
     monkeypatch.setattr(edit_runs, "LEAST", 8)
-    pipe, tcs, _, _ = made(jnp.float64)
+    pipe, tcs, _ = model(jnp.float64)
     grade, found = grading.grade(
         pipe, tcs, again, graph, units=lambda units: units[:2], seeds=1, readings=("propagated",)
     )
@@ -195,7 +204,7 @@ def test_a_guided_graph_is_graded(traced, monkeypatch):
 
 @pytest.mark.slow
 def test_a_feature_of_one_branch_is_traced_alone():
-    pipe, tcs, run, _ = made(jnp.float32)
+    pipe, tcs, run = model(jnp.float32)
     trace = capture(pipe, tcs, TEXT, step=1, run=run, branch="negative")
     target = strongest_feature(trace, tcs, "img", 2)
     assert target.branch == "negative" and str(target).endswith("~negative")
@@ -207,7 +216,7 @@ def test_a_feature_of_one_branch_is_traced_alone():
 
 
 def test_what_a_branch_cannot_give_is_one_sentence():
-    pipe, tcs, run, _ = made(jnp.float32)
+    pipe, tcs, run = model(jnp.float32)
     with pytest.raises(UserError, match="the velocity of a step is that of both; record both, with capture_steps"):
         capture(pipe, tcs, TEXT, run=run, output=True)
     with pytest.raises(UserError, match="branch must be prompt in this run, .* but got 'negative'"):
@@ -217,7 +226,7 @@ def test_what_a_branch_cannot_give_is_one_sentence():
 @pytest.mark.slow
 def test_an_edit_in_one_branch_is_that_branch_s_alone():
     """Steering reads and writes the branch that is named: the other evaluation of every step stays as it was."""
-    pipe, tcs, run, _ = made(jnp.float32)
+    pipe, tcs, run = model(jnp.float32)
     branch = "negative"
     edit = Edit.parse(f"img/0~{branch}=scale:3")
     params = edit_model(pipe.transformer, tcs, [edit], run)
@@ -232,7 +241,7 @@ def test_an_edit_in_one_branch_is_that_branch_s_alone():
 
 @pytest.mark.slow
 def test_many_edited_images_are_the_single_ones():
-    pipe, tcs, run, _ = made(jnp.float32)
+    pipe, tcs, run = model(jnp.float32)
     edits = [Edit.parse("txt/1~negative=scale:2"), Edit.parse("img/2=zero")]
     sites = [WholeSite("txt", 1), WholeSite("img", 2)]
     found = steer_batch(pipe, tcs, [TEXT, TEXT], [edits, []], [0, 0], form="replace", run=run, replaced=sites)

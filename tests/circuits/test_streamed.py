@@ -43,7 +43,7 @@ from difffract_jax.models.streaming import READING, HostLayers, Streamed, aligne
 from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.layers import FileLayers
 from tolerances import TOL
-from traces import SAME_EDGES, same_edges
+from traces import SAME_EDGES, layer_of, same_edges
 
 PROMPT = "a red circle"
 
@@ -169,7 +169,7 @@ def test_spans_are_the_same(resident, streamed):
         trace = prepare(capture_steps(pipe, tcs, PROMPT, first=0, last=1), tcs)
         places = [[values.shape for values in step.sources.values] for step in trace.steps]
         assert places[0] == places[1]
-        graphs.append(attribute(trace, tcs, target=strongest_feature(trace, tcs, "txt", 1), max_nodes=6))
+        graphs.append(attribute(trace, tcs, target=strongest_feature(trace, tcs, "txt", 1), max_nodes=8))
     same_edges(*graphs)
 
 
@@ -303,7 +303,7 @@ def test_a_stack_of_no_layers_reports_as_a_resident_one_does(resident, kind):
     half = resident[0].config.transformer.head_dim // 2
     cond = Cond(jnp.ones(32), jnp.ones((6, half)), jnp.zeros((6, half)))
     tap = lambda visit: tuple(visit.acts.mlp_in)  # noqa: E731
-    none = jax.tree.map(lambda leaf: leaf[:0], stack)
+    none = layer_of(stack, slice(0, 0))
     for kept in (None, ((), ())):
         ours, theirs = (
             run_stack(one, h, cond, tap=tap, kept=kept)[1] for one in (Streamed(source, stack.groups, ()), none)
@@ -379,14 +379,18 @@ def test_means_of_features_are_the_same(both):
         close(one, other, 1e-5)
 
 
+def targets(*columns):
+    return jax.device_put(Targets(*(np.array(column, np.int32) for column in columns)))
+
+
 def test_features_taken_off_do_the_same(both):
     step = both[0].steps[0]
     rows = step.sites[0].layers.index.shape[1]
-    features = Targets(*(jnp.asarray(column, jnp.int32) for column in ([0, 0, 1], [0, 1, 1], [2, 3, 4], [0, 0, 0])))
+    features = targets([0, 0, 1], [0, 1, 1], [2, 3, 4], [0, 0, 0])
     index = [np.asarray(one.layers.index) for one in step.sites]
     chosen = [index[g][layer, at, 0] for g, layer, at in zip(*map(np.asarray, features[:3]), strict=True)]
-    features = features._replace(feature=jnp.asarray(chosen, jnp.int32))
-    readouts = Targets(*(jnp.asarray(column, jnp.int32) for column in ([0, 2], [1, 2], [0, 5], [3, 1])))
+    features = features._replace(feature=jax.device_put(np.array(chosen, np.int32)))
+    readouts = targets([0, 2], [1, 2], [0, 5], [3, 1])
     assert rows and not np.array_equal(ablate(step, features, readouts)[0], ablate(step, features, readouts)[1])
     theirs, ours = (ablate(prepared.steps[0], features, readouts) for prepared in both)
     close(ours, theirs, 1e-5)
@@ -413,6 +417,9 @@ def scores_are_alike(given):
     assert ours.provenance.attention[0].total == pytest.approx(theirs.provenance.attention[0].total, rel=1e-4)
     found = []
     for graph in graphs:
+        (told,) = graph.provenance.attention
+        size = graph.target_abs_sum[0] + abs(graph.target_bias[0])
+        assert abs(told.total - told.forward) <= TOL.conservation_f32 * size
         names, of_score = node_names(graph), (graph.node_kind == SCORE)[graph.edge_source]
         ends = zip(graph.edge_source[of_score], graph.edge_target[of_score], strict=True)
         found.append(

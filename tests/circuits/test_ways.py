@@ -19,7 +19,7 @@ from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.sharding import make_mesh
 from tolerances import TOL, relative_error
-from traces import make_exact, make_transcoders, same_graph
+from traces import cast, make_exact, make_transcoders, same_graph
 
 SIZE = {"height": 24, "width": 32, "text_tokens": 16}
 
@@ -108,11 +108,11 @@ def test_rounding_reaches_every_product_and_nothing_else():
 def test_bfloat16_weights_are_traced_as_their_values_in_float32():
     pipe = random_pipeline(seed=3)
     tcs = make_transcoders(pipe.config.transformer, img=(0, 1), txt=(), dtype=jnp.float32)
-    half = lambda tree: jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)  # noqa: E731
-    halves = tcs._replace(stacks=half(tcs.stacks))
-    trace = capture(pipe._replace(transformer=half(pipe.transformer)), halves, "a red circle", run=pipe.plan(**SIZE))
+    halves = tcs._replace(stacks=cast(tcs.stacks, jnp.bfloat16))
+    halved = pipe._replace(transformer=cast(pipe.transformer, jnp.bfloat16))
+    trace = capture(halved, halves, "a red circle", run=pipe.plan(**SIZE))
     assert {leaf.dtype for leaf in jax.tree.leaves(trace.record.weights)} == {jnp.dtype(jnp.bfloat16)}
-    widened = jax.tree.map(lambda w: w.astype(jnp.float32), trace.record.weights)
+    widened = cast(trace.record.weights, jnp.float32)
     settings = {"target": strongest_feature(trace, halves, "img", 1), "max_nodes": 1, "expansion_batch": 1}
     graph = attribute(trace, halves, **settings)
     assert graph.largest_conservation_error <= TOL.conservation_f32

@@ -1,8 +1,8 @@
 """What weights say: links both ways, neighbours, gates, and the direct effect on pixels, held against the model."""
 
 from dataclasses import replace
+from functools import cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from difffract_jax.dashboards.features.links import find_links, pairs_of, places
 from difffract_jax.dashboards.features.mean_run import mean_run
 from difffract_jax.models.pipeline import decode_raw
 from difffract_jax.models.tiny import random_pipeline
-from difffract_jax.ops import widen
 from tolerances import TOL, relative_error
+from traces import cast, layer_of
 
 FEATURES = 40
 
@@ -61,7 +61,7 @@ def test_weights_are_usual_shares_and_read_the_same_both_ways(mean, usual, monke
     tcs, names = small().tcs, small().tcs.sites.names
     found = links_of(mean, usual, keep=7 * FEATURES)
     source, target = names.index("img/0"), names.index("single/1")
-    one, other = (jax.tree.map(lambda leaf, i=i: leaf[i], tcs.stacks[g]) for g, i in (("img", 0), ("joint", 1)))
+    one, other = (layer_of(tcs.stacks[g], i) for g, i in (("img", 0), ("joint", 1)))
     alpha = np.mean([other.scale_shift(jnp.float32(t))[0] for t in small().corpus.run.sigmas[:-1]], axis=0)
     written = usual["img"][0][:, None] * np.asarray(one.dec.kernel[...]) * mean.gates["img"][0]
     written -= written.mean(axis=1, keepdims=True)
@@ -108,6 +108,7 @@ def first():
     return mean_run(corpus, small().tcs.sites, np.zeros((6, 16), np.float32), pooled)
 
 
+@cache
 def recorded(number, step):
     corpus, tcs = small().corpus, small().tcs
     prompt = PROMPTS[number]
@@ -116,7 +117,7 @@ def recorded(number, step):
 
 def test_gates_are_those_of_a_recorded_run(first):
     for stack, group, name, slot in (("double", 0, "img", 1), ("double", 1, "txt", 2), ("single", 0, "joint", 1)):
-        block = jax.tree.map(lambda leaf, i=slot: leaf[i], getattr(small().corpus.pipe.transformer, stack))
+        block = layer_of(getattr(small().corpus.pipe.transformer, stack), slot)
         gates = [np.asarray(block.gates(recorded(0, step).cond)[group]) for step in (0, 1)]
         assert relative_error(first.gates[name][slot], np.mean(gates, axis=0)) <= TOL.f32_run
         assert relative_error(first.last_gates[name][slot], gates[1]) <= TOL.f32_run
@@ -164,7 +165,7 @@ def test_the_last_layer_is_that_of_the_model(first):
 def test_the_last_layer_of_weights_in_bfloat16_is_not_lost_to_rounding():
     pipe, finals = random_pipeline(dtype=jnp.bfloat16), []
     pipe.transformer.final.proj.bias[...] += 50  # a constant, beside which one unit more is small
-    for each in (pipe, pipe._replace(transformer=jax.tree.map(widen, pipe.transformer))):
+    for each in (pipe, pipe._replace(transformer=cast(pipe.transformer, jnp.float32))):
         corpus = replace(small().corpus, pipe=each)
         pooled = np.asarray(corpus.batch_of([0]).pooled[0], np.float32)
         finals.append(mean_run(corpus, small().tcs.sites, np.zeros((6, 16), np.float32), pooled).final)

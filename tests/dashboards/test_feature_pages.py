@@ -29,6 +29,7 @@ from difffract_jax.dashboards.features.texts import Text
 from difffract_jax.estimate.scanning import disk_bytes, state_bytes
 from difffract_jax.storage.files import write_tensors
 from difffract_jax.storage.locks import sole_writer
+from traces import cast
 
 HOSTILE = '</script><script>alert("1")</script>\u202e\u2028' + "x" * 10_000
 OPTIONS = DashboardOptions(top=3, per_third=1, sample=5, links=4, seconds=0.0, texts={"img/1/f3": Text(HOSTILE)})
@@ -318,7 +319,7 @@ def test_bytes_that_are_told_are_those_that_are_taken(built):
 
 def test_transcoders_of_another_type_are_another_scan():
     corpus, tcs = small().corpus, small().tcs
-    rounded = tcs._replace(stacks=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tcs.stacks))
+    rounded = tcs._replace(stacks=cast(tcs.stacks, jnp.bfloat16))
     assert rounded.source == tcs.source
     assert identity_of(corpus, rounded, OPTIONS) != identity_of(corpus, tcs, OPTIONS)
 

@@ -21,7 +21,7 @@ from difffract_jax.loading import load_pipeline, load_transcoders, save_pipeline
 from difffract_jax.models.streaming import streams_layers
 from difffract_jax.sharding import make_mesh, traced_pipeline, traced_transcoders
 from tolerances import TOL, relative_error
-from traces import make_transcoders
+from traces import layer_of, make_transcoders
 
 SAMPLE = 5
 
@@ -251,6 +251,6 @@ def test_saes_read_what_mlps_wrote():
     for number, prompt in enumerate(corpus.prompts):
         for step in range(2):
             record = capture(corpus.pipe, one.tcs, prompt, seed=SEED + number, step=step, run=corpus.run).record
-            sae = jax.tree.map(lambda leaf: leaf[1], tcs.stacks["img"])
+            sae = layer_of(tcs.stacks["img"], 1)
             active[:, step] += np.sum(np.asarray(sae.encode(record.mlp_out[0][1], record.t)) > 0, axis=0)
     assert np.abs(np.asarray(state.active)[1] - active).max() <= 1 and active.sum() > 50

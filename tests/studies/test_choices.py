@@ -1,6 +1,5 @@
 """Choosing features by rule: places hold what the runs hold, circuits' effects add up, and no move changes nothing."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from difffract_jax.studies.repair import blame
 from difffract_jax.transcoders.transcoder import Transcoder
 from random_graphs import random_graph, random_output_graph
 from tolerances import TOL
-from traces import IMAGE, JOINT, TEXT
+from traces import IMAGE, JOINT, TEXT, layer_of
 
 PROMPT, WANTED = "a red circle left of a blue square", "an orange circle left of a blue square"
 
@@ -104,7 +103,7 @@ def test_places_hold_the_mean_codes_of_the_run(organism, material, codes):
             ),
         )
     ):
-        tc: Transcoder = jax.tree.map(lambda leaf: leaf[1], stack)
+        tc: Transcoder = layer_of(stack, 1)
         z = np.asarray(tc.encode(jnp.asarray(x[1 if x.shape[0] == 2 else -1]), record.t))
         mine = codes[0][1][(places.group == group) & (places.step == 2) & (places.site == 1)]
         assert np.abs(mine - z[mask].mean(axis=0)).max() <= 1e-4 * z.max()  # two samplers, float32

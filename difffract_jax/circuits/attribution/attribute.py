@@ -109,7 +109,7 @@ def attribute(
     engine = make_engine(trace, tcs, outputs, options, rows="auto" if attention == "frozen" else "held")
     roots, weights = _roots(engine, wanted)
     state = expanding.start_expansion(engine.table, roots, weights, min_attribution)
-    batch = batch_size(engine, target_batch or expansion_batch, limited=target_batch is None)
+    batch = batch_size(engine, target_batch or min(expansion_batch, max_nodes), limited=target_batch is None)
     rows, spares, told = state.targets, None, ()
     while rows.size:
         # Deep targets first, so that shallow ones, whose walk is short, share their batches.
@@ -247,7 +247,7 @@ def batch_size(engine: Engine, targets: int, *, limited: bool = True) -> int:
 
     Args:
         engine: from `make_engine`.
-        targets: of an expansion.
+        targets: of an expansion, no more than the graph has: what only fills up is compiled and computed too.
         limited: whether `LARGEST_BATCH` and `LARGEST_ROWS` limit what a device gets.
     """
     row = engine.sources * engine.steps[0].record.boundary.img.dtype.itemsize

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float64, Int64
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Float64, Int64
 
 from difffract_jax.circuits.attribution.carried import Carried, after_step, ends_step, enter
 from difffract_jax.circuits.attribution.expansion import SourceTable
@@ -35,7 +36,7 @@ from difffract_jax.circuits.attribution.placement import (
 )
 from difffract_jax.circuits.attribution.pullback import PullOptions, input_edges, pull, velocity_cotangent
 from difffract_jax.circuits.attribution.sources import source_table
-from difffract_jax.circuits.frozen.encoding import ReplacedSites
+from difffract_jax.circuits.frozen.encoding import ReplacedSites, SiteLayers
 from difffract_jax.circuits.frozen.replacement import DecoderRows, Prepared, Replacement, Sources, prepare, run_affine
 from difffract_jax.circuits.frozen.streamed_sites import without_rows
 from difffract_jax.circuits.frozen.targets import DIRECTION, Targets, exact_preactivations
@@ -44,7 +45,7 @@ from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE, OUTPUT
 from difffract_jax.models.streaming import streams_layers
-from difffract_jax.spread import on_mesh_of
+from difffract_jax.spread import mesh_of, on_mesh_of
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
 
@@ -166,10 +167,21 @@ def affine_constants(
 
 def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...]]:
     """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
-    zeros = jax.tree.map(jnp.zeros_like, prepared.sources)
+    # On a mesh every array of zeros is split as what it stands for, which a program of all would not know.
+    empty = _empty_at_once if mesh_of(prepared.sources) is None else _empty
+    zeros, layers = empty(prepared.sources, tuple(s.layers for s in prepared.sites))
+    pairs = zip(prepared.sites, layers, strict=True)
+    return zeros, tuple(s._replace(stack=without_rows(s.stack), layers=own) for s, own in pairs)
+
+
+def _empty(sources: Sources, layers: tuple[SiteLayers, ...]) -> tuple[Sources, tuple[SiteLayers, ...]]:
+    """Returns zero sources, and layers of sites with no places for features."""
+    zeros = jax.tree.map(jnp.zeros_like, sources)
     zeros = zeros._replace(values=tuple(v[:, :, :0] for v in zeros.values))
-    cut = (s._replace(stack=without_rows(s.stack), layers=s.layers.without_features()) for s in prepared.sites)
-    return zeros, tuple(cut)
+    return zeros, tuple(one.without_features() for one in layers)
+
+
+_empty_at_once = jax.jit(_empty, keep_unused=True)  # which keeps them on their device
 
 
 class TargetEdges(NamedTuple):
@@ -233,13 +245,12 @@ class _Reach:
         targets = targets_of(self.engine, self.rows, number)
         cotangent = None
         if self.directed:
-            later = jnp.asarray(self.step > info.step)[:, None, None]
-            direction = jnp.where(later, info.taken * carried.latents, 0)
+            direction = _of_later(self.step > info.step, info.taken, carried.latents)
             for i, row in enumerate(self.rows.tolist()):
                 if self._is_output(row, info.step):
                     output = self.engine.outputs[row - self.engine.sources]
-                    direction = direction.at[i].set(info.velocity_weight * output.velocity)
-                    carried.latents = carried.latents.at[i].set(output.latents)
+                    direction = _with_row(direction, i, info.velocity_weight, output.velocity)
+                    carried.latents = _with_row(carried.latents, i, 1.0, output.latents)
             cotangent = velocity_cotangent(prepared, direction)
         pulled = pull(prepared, targets, cotangent, spare, self.engine.options)
         if self.engine.across:
@@ -260,6 +271,18 @@ class _Reach:
     def _is_output(self, row: int, step: int) -> bool:
         table = self.engine.table
         return row >= 0 and bool(table.kind[row] == OUTPUT) and bool(table.step[row] == step)
+
+
+@jax.jit
+def _of_later(later: Bool[Array, "target"], taken: ArrayLike, latents: Array) -> Array:
+    """Returns what targets of later steps read of a step's velocity; zeros for the others."""
+    return jnp.where(later[:, None, None], taken * latents, 0)
+
+
+@jax.jit
+def _with_row(rows: Array, at: ArrayLike, weight: ArrayLike, row: Array) -> Array:
+    """Returns rows with one of them replaced, times a weight."""
+    return rows.at[at].set(weight * row)
 
 
 def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
@@ -287,7 +310,7 @@ def targets_of(engine: Engine, rows: np.ndarray, number: int) -> Targets:
         np.where(feature, position, 0),
         np.where(feature, table.feature[rows], 0),
     )
-    return Targets(*(jnp.asarray(column, jnp.int32) for column in columns))
+    return jax.device_put(Targets(*(column.astype(np.int32) for column in columns)))
 
 
 def read_targets(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
@@ -69,7 +70,7 @@ def pull_layerwise(
         The edges, and the cotangents of the residual streams entering the first block.
     """
     stacks = record.weights.stacks
-    top, edges = (int(targets.enters[0]) + 1) // 2, _zeroed(spare)
+    top, edges = (int(Targets(*map(np.asarray, targets)).enters[0]) + 1) // 2, _zeroed(spare)
     first = sum(layers for layers, _, _ in places)
     for i, (stack, groups) in reversed(list(enumerate(zip(stacks, group_slices(stacks), strict=True)))):
         layers, begin, per_layer = places[i]

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from difffract_jax.circuits.attribution.contraction import gather_bytes
 from difffract_jax.circuits.attribution.layerwise import goes_layerwise, pull_layerwise
@@ -194,14 +194,13 @@ def pull(
     whole = sizes.batch * options.shards
     more = whole - count
     # On the host, where small operations cost little.
-    columns = [np.pad(np.asarray(column), (0, more), constant_values=-1) for column in targets]
-    enters = np.pad(np.asarray(targets.enters), (0, more), constant_values=-1)
+    columns = Targets(*(np.pad(np.asarray(column), (0, more), constant_values=-1) for column in targets))
     # Highest first on every device: then those that have begun at any block are the first so many.
-    order = np.argsort(-enters.reshape(options.shards, -1), axis=1, stable=True)
+    order = np.argsort(-columns.enters.reshape(options.shards, -1), axis=1, stable=True)
     order = (order + sizes.batch * np.arange(options.shards)[:, None]).ravel()
-    filled = Targets(*(jnp.asarray(column[order]) for column in columns))
+    filled = jax.device_put(Targets(*(column[order] for column in columns)))
     if direction is not None:
-        direction = jax.tree.map(lambda d: jnp.pad(d, ((0, more), (0, 0), (0, 0)))[order], direction)
+        direction = _rows(direction, order, more)
     shape, dtype = (whole, layout_of(replacement).inputs), boundary.img.dtype
     if spare is None or spare.shape != shape or spare.dtype != dtype:
         split = None if options.mesh is None else NamedSharding(options.mesh, PartitionSpec("data"))
@@ -212,10 +211,14 @@ def pull(
             pulled = _pull_streamed(sizes, replacement, filled, gradients, direction, spare, options.precision)
         else:
             pulled = _pull_back(*replacement, filled, gradients, direction, spare, sizes, options)
-    if not more and np.array_equal(order, np.arange(whole)):
-        return pulled
-    back = np.argsort(order)[:count]
-    return jax.tree.map(lambda leaf: leaf[back], pulled)
+    same = not more and np.array_equal(order, np.arange(whole))
+    return pulled if same else _rows(pulled, np.argsort(order)[:count])
+
+
+@partial(jax.jit, static_argnames="more")
+def _rows(tree: Any, order: Int[Array | np.ndarray, "target"], more: int = 0) -> Any:
+    """Returns targets' rows of all arrays, and of so many rows of zeros behind them, in another order."""
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, more), *[(0, 0)] * (leaf.ndim - 1)))[order], tree)
 
 
 def lower_pull(replacement: Replacement, count: int, platform: str, directed: bool, options: PullOptions) -> Any:

@@ -57,28 +57,27 @@ def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
     """Returns the features and errors of one evaluation, in the order of a row of edges."""
     parts, layout = [], info.layout
     places = [layout.sequence(group, info.tokens_of) for group in range(len(layout.groups))]
+    index = [np.asarray(one.layers.index) for one in prepared.sites]
+    value = [np.asarray(one) for one in prepared.sources.values]
     for number in range(len(layout.stacks)):
         groups = layout.groups_of_stack(number)
         recorded = [block for block in info.recorded if block in layout.blocks_of_stack(number)]
         for layer, block in enumerate(recorded):
-            parts += [_features(prepared, group, layer, block, *places[group], info) for group in groups]
+            parts += [_features(index[g][layer], value[g][layer], block, *places[g], info) for g in groups]
             for stream, position in (places[group] for group in groups):
                 parts.append(_vectors(ERROR, stream, block, position, info.step, info.branch))
     return parts
 
 
 def _features(
-    prepared: Replacement,
-    group: int,
-    layer: int,
+    index: np.ndarray,
+    value: np.ndarray,
     block: int,
     stream: np.ndarray,
     position: np.ndarray,
     info: TraceInfo,
 ) -> Columns:
-    """Returns the columns of one block's features of one group."""
-    index = np.asarray(prepared.sites[group].layers.index[layer])
-    value = np.asarray(prepared.sources.values[group][layer])
+    """Returns the columns of one block's features of one group, from their numbers and values, [rows active]."""
     stream, position = (np.broadcast_to(column[:, None], index.shape).ravel() for column in (stream, position))
     codes = FEATURE, block, info.step, info.branch
     kind, blocks, steps, branches = (np.broadcast_to(code, index.size) for code in codes)

@@ -30,7 +30,7 @@ from difffract_jax.circuits.checks.variants import (
     recorded_latents,
 )
 from difffract_jax.circuits.frozen.encoding import ReplacedSites
-from difffract_jax.circuits.frozen.replacement import Replacement
+from difffract_jax.circuits.frozen.replacement import Replacement, Sources
 from difffract_jax.circuits.frozen.targets import Targets, inputs_at, reading_terms
 from difffract_jax.circuits.trace.record import RunOutputs
 from difffract_jax.graphs.graph import FEATURE
@@ -121,12 +121,19 @@ def _perturb(
 def _values(replacement: Replacement, features: Targets) -> Float[Array, "ablated"]:
     """Returns the features' recorded values, 0 where they are inactive, whatever the activation."""
     record, sites, sources = replacement
+    return _values_of(tuple(site.layers.index for site in sites), sources, features, record.first_layers)
+
+
+@partial(jax.jit, static_argnames="firsts")
+def _values_of(
+    indices: tuple[Array, ...], sources: Sources, features: Targets, firsts: tuple[int, ...]
+) -> Float[Array, "ablated"]:
     total = jnp.zeros(features.layer.shape, sources.boundary.img.dtype)
-    for group, (site, values) in enumerate(zip(sites, sources.values, strict=True)):
+    for group, (index, values) in enumerate(zip(indices, sources.values, strict=True)):
         if not values.size:
             continue
-        at = features.layer - record.first_layers[group], features.position
-        matches = site.layers.index.at[at].get(mode="clip") == features.feature[:, None]
+        at = features.layer - firsts[group], features.position
+        matches = index.at[at].get(mode="clip") == features.feature[:, None]
         value = jnp.sum(jnp.where(matches, values.at[at].get(mode="clip"), 0), axis=1)
         total = jnp.where(features.group == group, value, total)
     return total

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from difffract_jax.circuits.editing.edit_tables import EditLayers, edits_per_block, lay_out
 from difffract_jax.circuits.editing.interventions import (
@@ -138,7 +138,7 @@ def steer_batch(
         # The last batch is filled up, so that every batch has the compiled size.
         at = np.resize(rows, batch) if first else rows
         mine, edited = (jax.tree.map(lambda a, at=at: jnp.asarray(a[at]), tree) for tree in (live, tables))
-        given = text[at], pooled[at], noise[at], jnp.asarray(run.sigmas)
+        given = *_rows((text, pooled, noise), at), jnp.asarray(run.sigmas)
         z, norms = sample_edited(params, mine, edited, *given, run.grid, run.fed_guidance, run.branch_scale, form)
         image = pixels(pipe.vae, z, run.grid)
         found.append([np.asarray(a)[: len(rows)] for a in (image, z, norms)])
@@ -146,6 +146,12 @@ def steer_batch(
             progress(int(rows[-1]) + 1, len(prompts))
     images, final, norms = map(np.concatenate, zip(*found, strict=True))
     return EditedImages(images, final, norms, tuple(encoded[p].cut for p in prompts))
+
+
+@jax.jit
+def _rows(arrays: tuple[Array, ...], at: Int[Array | np.ndarray, "batch"]) -> tuple[Array, ...]:
+    """Returns some rows of each array."""
+    return tuple(rows[at] for rows in arrays)
 
 
 def _tables(

@@ -115,7 +115,6 @@ def total_effects(
         )
         for one in prepared
     ]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slim)
     # What the last step adds to latents is not read.
     taken, velocity_weights = (
         jnp.asarray([getattr(info, name) for info in infos], dtype) for name in ("taken", "velocity_weight")
@@ -123,10 +122,18 @@ def total_effects(
     if attention == "explained":
         weights = weights._replace(stacks=tuple(map(LiveScores, weights.stacks)))
     shape = len(infos) // infos[0].branches, infos[0].branches  # a leaf may be empty, and -1 not be known from it
-    by_step = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), (stacked, taken, velocity_weights))
-    found = _effects(weights, transcoders, *by_step, *onto)
-    index = tuple(sites.layers.index for sites in stacked.sites)
-    return _of_factors(found, index, span)
+    index, *by_step = _by_step(slim, taken, velocity_weights, shape)
+    return _of_factors(_effects(weights, transcoders, *by_step, *onto), index, span)
+
+
+@partial(jax.jit, static_argnames="shape")
+def _by_step(
+    slim: list[Replacement], taken: Array, velocity_weights: Array, shape: tuple[int, int]
+) -> tuple[tuple[Array, ...], Replacement, Array, Array]:
+    """Returns the features of all evaluations, and what is given of each as [step branch ...]."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *slim)
+    given = jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), (stacked, taken, velocity_weights))
+    return tuple(sites.layers.index for sites in stacked.sites), *given
 
 
 def _of_factors(found: Factors, index: tuple[Array, ...], span: Span) -> TotalEffects:

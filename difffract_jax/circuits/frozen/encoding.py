@@ -119,20 +119,29 @@ def encode_group(
     """
     count, rows, _ = record.mlp_in.shape
     has = np.array([place is not None for place in slots], bool)
-    slot = np.array([place or 0 for place in slots], np.int32)
-    live = jnp.asarray(has)[:, None] & record.replaceable[None]
+    slot = jax.device_put(np.array([place or 0 for place in slots], np.int32))
+    live = _live(has, record.replaceable)
     if stack is None or not count:
-        none = jnp.zeros((count, rows, 0), jnp.int32)
-        layout = SiteLayers(jnp.asarray(slot), live, none)
-        return ReplacedSites(None, layout), none.astype(record.mlp_in.dtype), record.mlp_out
+        index, values = (np.zeros((count, rows, 0), dtype) for dtype in (np.int32, record.mlp_in.dtype))
+        return (
+            ReplacedSites(None, SiteLayers(slot, live, jax.device_put(index))),
+            jax.device_put(values),
+            record.mlp_out,
+        )
     codes, counted, size = None, None, count * rows * stack.config.features * record.mlp_in.dtype.itemsize
     if size <= CODE_BYTES:
-        codes, counted = _codes(stack, jnp.asarray(slot), live, record)
+        codes, counted = _codes(stack, slot, live, record)
     if most is None:
-        counted = count_active(stack, jnp.asarray(slot), live, record) if counted is None else counted
+        counted = count_active(stack, slot, live, record) if counted is None else counted
         most = min(-(-max(int(counted), 1) // BY_EIGHTS) * BY_EIGHTS, stack.config.features)
-    index, values, errors = find_active(stack, jnp.asarray(slot), live, record, codes, most)
-    return ReplacedSites(stack, SiteLayers(jnp.asarray(slot), live, index)), values, errors
+    index, values, errors = find_active(stack, slot, live, record, codes, most)
+    return ReplacedSites(stack, SiteLayers(slot, live, index)), values, errors
+
+
+@jax.jit
+def _live(has: Bool[Array, "layer"], replaceable: Bool[Array, "rows"]) -> Bool[Array, "layer rows"]:
+    """Returns which positions of which blocks are replaced."""
+    return has[:, None] & replaceable[None]
 
 
 def site(stack: Transcoder, slot: Int[Array, ""]) -> Transcoder:

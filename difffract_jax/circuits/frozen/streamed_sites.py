@@ -85,7 +85,7 @@ class _Decoders:
         if most > self._room:
             self._kept = None
         if self._kept is not None:
-            self._kept.append(_take(transcoder, jnp.asarray(_padded(active))))
+            self._kept.append(_take(transcoder, jax.device_put(_padded(active))))
             jax.block_until_ready(self._kept[-1])
 
     def stack(self) -> Transcoder | Streamed:
@@ -223,16 +223,16 @@ def _joined(
     (count, rows), dtype = shape, record.mlp_in.dtype
     places, slot = max(one.shape[1] for one in index), np.zeros(count, np.int32)
     whole, row = np.zeros((count, rows, places), np.int32), np.zeros((count, rows, places), np.int32)
-    value, live = [jnp.zeros((rows, places), dtype)] * count, np.zeros((count, rows), bool)
+    value, live = np.zeros((count, rows, places), dtype), np.zeros((count, rows), bool)
     for number, (layer, _) in enumerate(used):
         width, active = index[number].shape[1], decoders.active[number]
         slot[layer], live[layer] = number, np.asarray(record.replaceable)
         whole[layer, :, :width] = index[number]
         found = np.minimum(np.searchsorted(active, index[number]), max(active.size - 1, 0))
         row[layer, :, :width] = found  # of a place that fills up some row: its value is 0
-        value[layer] = jnp.pad(values[number], ((0, 0), (0, places - width)))
-    layers = SiteLayers(*map(jnp.asarray, (slot, live, whole, row)))
-    return ReplacedSites(decoders.stack(), layers, decoders.sites), jnp.stack(value), jnp.stack(errors)
+        value[layer, :, :width] = values[number]
+    layers, value = jax.device_put((SiteLayers(slot, live, whole, row), value))
+    return ReplacedSites(decoders.stack(), layers, decoders.sites), value, jnp.stack(errors)
 
 
 def encoder_terms(

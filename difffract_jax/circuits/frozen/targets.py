@@ -7,6 +7,7 @@ sources.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -44,9 +45,13 @@ class Targets(NamedTuple):
     feature: Int[Array, "target"]
 
     @property
-    def enters(self) -> Int[Array, "target"]:
-        """Twice the layer, and one more for features, which enter within theirs; negative where nothing enters."""
-        return jnp.where(self.layer < 0, -1, 2 * self.layer + jnp.where(self.group == DIRECTION, 0, 1))
+    def enters(self) -> Int[Array | np.ndarray, "target"]:
+        """Twice the layer, and one more for features, which enter within theirs; negative where nothing enters.
+
+        NumPy's where the columns are NumPy's.
+        """
+        where = np.where if isinstance(self.layer, np.ndarray) else jnp.where
+        return where(self.layer < 0, -1, 2 * self.layer + where(self.group == DIRECTION, 0, 1))
 
 
 @jit_resident
@@ -58,6 +63,7 @@ def target_gradients(
     return _by_group(targets, rows)
 
 
+@jax.jit
 def _by_group(targets: Targets, found: list[Array]) -> Array:
     """Picks each target's row from those of its group; zeros where it has none."""
     chosen = jnp.zeros_like(found[0])
@@ -106,10 +112,16 @@ def inputs_at(
         targets: which features; directions and places that fill up have zeros.
         x: inputs of the MLP sublayers, [layer rows d_model] per group, of whatever run.
     """
+    return _inputs_at(targets, x, record.first_layers)
+
+
+@partial(jax.jit, static_argnames="firsts")
+def _inputs_at(targets: Targets, x: Sequence[Array], firsts: tuple[int, ...]) -> Array:
     found = []
-    for group, rows in enumerate(x):
+    for rows, first in zip(x, firsts, strict=True):
         if rows.shape[0]:
-            found.append(rows.at[_group_layer(record, targets, group), targets.position].get(mode="clip"))
+            layer = jnp.clip(targets.layer - first, 0, rows.shape[0] - 1)
+            found.append(rows.at[layer, targets.position].get(mode="clip"))
         else:
             found.append(jnp.zeros((targets.layer.shape[0], rows.shape[2]), rows.dtype))
     return _by_group(targets, found)
@@ -124,7 +136,7 @@ def exact_preactivations(
     more = (1 << max(count - 1, 0).bit_length()) - count
     columns = zip(targets, Targets(DIRECTION, -1, 0, 0), strict=True)
     filled = (np.pad(np.asarray(column), (0, more), constant_values=value) for column, value in columns)
-    terms = _terms(replacement.record, replacement.sites, Targets(*map(jnp.asarray, filled)), x)
+    terms = _terms(replacement.record, replacement.sites, jax.device_put(Targets(*filled)), x)
     gradients, inputs, constant = (np.asarray(term, np.float64)[:count] for term in terms)
     return np.sum(gradients * inputs, axis=1) + constant
 
@@ -171,9 +183,10 @@ def _streamed_rows(
     dtype = record.boundary.img.dtype
     vectors = np.zeros((targets.layer.shape[0], record.boundary.img.shape[1]), dtype)
     constants = np.zeros(vectors.shape[0], dtype)
-    mine = np.flatnonzero(np.asarray(targets.group) == group)
+    targets = Targets(*map(np.asarray, targets))
+    mine = np.flatnonzero(targets.group == group)
     if mine.size:
-        layer = np.asarray(_group_layer(record, targets, group))[mine]
-        slot, feature = np.asarray(sites.layers.slot)[layer], np.asarray(targets.feature)[mine]
+        layer = np.clip(targets.layer[mine] - record.first_layers[group], 0, record.mlp_in[group].shape[0] - 1)
+        slot, feature = np.asarray(sites.layers.slot)[layer], targets.feature[mine]
         vectors[mine], constants[mine] = encoder_terms(sites, slot, feature, record.t)
-    return jnp.asarray(vectors), jnp.asarray(constants)
+    return jax.device_put((vectors, constants))

@@ -352,7 +352,7 @@ class _Recorder(NamedTuple):
         """Records one evaluation, from the latents of the run and of the one without pooled embeddings."""
         model, run, blocks = self.pipe.transformer, self.run, self.blocks
         prompt = self.encoded.branches[branch]
-        mask = jnp.asarray(np.ones_like(prompt.mask) if self.include_padding else prompt.mask)
+        mask = jax.device_put(np.ones_like(prompt.mask) if self.include_padding else np.asarray(prompt.mask))
         inputs, unpooled = step_inputs(run, prompt, z, step), None
         if self.empty is not None:
             unpooled = step_inputs(run, prompt._replace(pooled=self.empty.pooled), other, step)

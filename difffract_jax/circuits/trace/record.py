@@ -159,14 +159,15 @@ def take_weights(model: Any, blocks: Blocks, grid: tuple[int, int]) -> Weights:
         grid: rows and columns of image tokens.
     """
     pairs = zip(model.stacks, blocks.layers(model.stacks), strict=True)
-    taken = tuple(_layers(stack, layers.start, layers.stop) for stack, layers in pairs)
+    taken = tuple(
+        stack if len(some) == depth_of(stack) else _layers(stack, some.start, some.stop) for stack, some in pairs
+    )
     return Weights(taken, model.final if blocks.output else None, *model.projections(grid))
 
 
 @partial(jax.jit, static_argnames=("first", "end"))
 def _layers(stack: Any, first: int, end: int) -> Any:
-    # What a jitted function returns as it was given is the same array: a whole stack is not copied.
-    return stack if (first, end) == (0, depth_of(stack)) else slice_layer(stack, slice(first, end))
+    return slice_layer(stack, slice(first, end))
 
 
 @partial(jax.jit, static_argnames=("grid", "blocks"))

@@ -9,6 +9,7 @@ With guidance by two branches gates and norms of the residual streams are means 
 prompt. The last step's are the prompt's alone, and what its velocity changes counts by its weight, the guidance scale.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +80,12 @@ def _cond(corpus: Corpus, pooled: np.ndarray, step: int) -> Cond:
     guidance = None if run.fed_guidance is None else jnp.asarray(run.fed_guidance, jnp.float32)
     images, text = jnp.zeros((run.tokens.img, config.in_channels)), jnp.zeros((run.text_tokens, config.text_width))
     inputs = Inputs(images, text, jnp.asarray(pooled), jnp.asarray(run.sigmas[step]), guidance)
-    return corpus.pipe.transformer.embed(inputs, run.grid)[1]
+    return _conditioned(corpus.pipe.transformer, inputs, grid=run.grid)
+
+
+@partial(jit_resident, static_argnames="grid")
+def _conditioned(model: Any, inputs: Inputs, *, grid: tuple[int, int]) -> Cond:
+    return model.embed(inputs, grid)[1]
 
 
 def _gates(corpus: Corpus, sites: SiteSet, cond: Cond) -> dict[str, Float[np.ndarray, "site d_model"]]:
@@ -99,8 +105,12 @@ def _stack_gates(stack: Any, cond: Cond) -> list[Any]:
     """Returns the gates of every block of a stack."""
     if isinstance(stack, Streamed):
         return [block.gates(cond) for _, block in stack.fetched(range(stack.depth))]
-    every = jax.vmap(lambda block: block.gates(cond))(stack)
-    return list(zip(*every, strict=True))
+    return list(zip(*map(np.asarray, _every_gate(stack, cond)), strict=True))
+
+
+@jax.jit
+def _every_gate(stack: Any, cond: Cond) -> tuple[Float[Array, "layer d_model"], ...]:
+    return jax.vmap(lambda block: block.gates(cond))(stack)
 
 
 def _scales(corpus: Corpus, sites: SiteSet) -> tuple[dict[str, Float[np.ndarray, "site"]], float]:

@@ -18,8 +18,9 @@ from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, OUTPUT
 from difffract_jax.models.tiny import random_pipeline
+from laws import twice
 from tolerances import TOL, relative_error
-from traces import DEV, IMAGE, JOINT, make_transcoders
+from traces import DEV, IMAGE, JOINT, cast, make_transcoders
 
 PROMPT = "a red circle"
 SIZE = {"height": 24, "width": 32, "text_tokens": 16}
@@ -68,9 +69,7 @@ def doubled(engine, row):
     position, block = int(table.position[row]), int(table.block[row])
     if table.kind[row] == INPUT:
         latents, text = (
-            (latents.at[position].multiply(2), text)
-            if table.stream[row] == LATENT
-            else (latents, text.at[position].multiply(2))
+            (twice(latents, position), text) if table.stream[row] == LATENT else (latents, twice(text, position))
         )
         return steps, text, latents
     number = [i.step for i in engine.infos].index(table.step[row])
@@ -84,7 +83,7 @@ def doubled(engine, row):
     if field == "values":
         index = np.asarray(engine.steps[number].sites[group].layers.index)[layer, position]
         place = (*place, int(np.flatnonzero(index == table.feature[row])[0]))
-    new = tuple(one.at[place].multiply(2) if i == group else one for i, one in enumerate(pair))
+    new = tuple(twice(one, place) if i == group else one for i, one in enumerate(pair))
     steps[number] = steps[number]._replace(**{field: new})
     return steps, text, latents
 
@@ -96,7 +95,7 @@ def test_over_several_steps_every_target_adds_up_and_edges_are_interventions(x64
     outputs = (target,) if kind in OUTPUTS else ()
     engine = make_engine(span, tcs, outputs)
     row = engine.sources if outputs else _row(engine, target)
-    found = pull_rows(engine, np.array([row], np.int64), 2)
+    found = pull_rows(engine, np.array([row], np.int64), 4)
     scale = np.abs(found.edges).sum()
     assert abs(found.edges.sum() + found.bias[0] - found.preactivation[0]) <= TOL.conservation_x64 * scale
     replayed = jax.jit(lambda changed: replay(engine, changed))
@@ -134,7 +133,7 @@ def test_targets_of_different_steps_go_together(x64):
 @pytest.mark.slow
 def test_spans_of_bfloat16_weights_add_up_too():
     pipe, tcs, _ = made(jnp.float32)
-    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), pipe.transformer)
+    half = cast(pipe.transformer, jnp.bfloat16)
     span = capture_steps(pipe._replace(transformer=half), tcs, PROMPT, first=1, last=3, run=pipe.plan(**SIZE))
     graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=10, expansion_batch=10)
     assert graph.largest_conservation_error <= TOL.conservation_steps_f32
@@ -215,13 +214,13 @@ def test_several_targets_share_one_graph():
 
 def test_the_pooled_path_is_what_swapping_the_embedding_moves():
     pipe, tcs, span = made(jnp.float32)
-    graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=2)
+    graph = attribute(span, tcs, target=target_of("img", pipe, tcs, span), max_nodes=2, expansion_batch=10)
     (path,) = graph.provenance.pooled_path
     assert path.value == graph.target_preactivation[0]
     assert path.share == pytest.approx(abs(path.value - path.without) / abs(path.value))
     assert path.without != path.value
     silent = capture_steps(pipe, tcs, "", first=1, last=2, run=pipe.plan(**SIZE))
-    graph = attribute(silent, tcs, target=target_of("img", pipe, tcs, silent), max_nodes=2)
+    graph = attribute(silent, tcs, target=target_of("img", pipe, tcs, silent), max_nodes=2, expansion_batch=10)
     assert graph.provenance.pooled_path[0].share == 0
 
 

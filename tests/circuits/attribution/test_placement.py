@@ -63,7 +63,7 @@ def traced(pipe, tcs, mesh=None, **more):
     output = resolve_target(pipe, trace, parse_target("pixels:color=red,box=8,8,24,20"))
     targets = [(output, 2.0), (strongest_feature(trace, tcs, "img", 2), 1.0)]
     live = {"pipe": pipe} if "pooled" in more else {}
-    return attribute(trace, tcs, target=targets, max_nodes=30, expansion_batch=11, mesh=mesh, **live, **more)
+    return attribute(trace, tcs, target=targets, max_nodes=30, expansion_batch=7, mesh=mesh, **live, **more)
 
 
 @cache

@@ -61,7 +61,7 @@ def frozen_parts(engine, block):
     stack = int(block - first >= counts[0])
     layer = block - first - (counts[0] if stack else 0)
     held = prepared.record.frozen[stack]
-    return stack, layer, held.q[layer], held.k[layer]
+    return stack, layer, np.asarray(held.q)[layer], np.asarray(held.k)[layer]
 
 
 def with_queries(prepared, stack, q, k=None):
@@ -89,12 +89,12 @@ def test_gradients_are_those_of_live_queries_and_keys_and_sum_to_nothing_over_ke
         for block, one in found.items():
             of_stack, layer, q, k = frozen_parts(engine, block)
             if of_stack == stack:
-                g, scale = one.gradient[0], q.shape[-1] ** -0.5
-                assert np.abs(jnp.sum(g, axis=-1)).max() <= 1e-12 * np.abs(g).max()
-                ours += [scale * jnp.einsum("hqk,khd->qhd", g, k), scale * jnp.einsum("hqk,qhd->khd", g, q)]
-                expected += [by_q[layer], by_k[layer]]
+                g, scale = np.asarray(one.gradient[0]), q.shape[-1] ** -0.5
+                assert np.abs(np.sum(g, axis=-1)).max() <= 1e-12 * np.abs(g).max()
+                ours += [scale * np.einsum("hqk,khd->qhd", g, k), scale * np.einsum("hqk,qhd->khd", g, q)]
+                expected += [np.asarray(by_q)[layer], np.asarray(by_k)[layer]]
         if stack == 0 or kind != "double":  # nothing of the other stack bears on a feature of the first
-            assert relative_error(jnp.stack(ours), jnp.stack(expected)) <= TOL.x64
+            assert relative_error(np.stack(ours), np.stack(expected)) <= TOL.x64
     # Whatever lies above a target's block is not in the result, and its own block is where attention feeds its MLP.
     assert max(found) == (4 if row >= engine.sources else engine.table.block[row])
 
@@ -103,18 +103,21 @@ def sums_and_forward(engine, row):
     """Of every block the sum of g s, and the derivative by eps of the target with q scaled by 1 + eps."""
     prepared = engine.steps[0]
     ours, forward, size = [], [], []
+
+    @partial(jax.jit, static_argnames="stack")
+    def moved_by(q, change, stack):
+        value = lambda q: reading(engine, row, run_replacement(with_queries(prepared, stack, q), *prepared[1:]))  # noqa: E731
+        return jax.jvp(value, (q,), (change,))[1]
+
     for block, one in gradients(engine, row).items():
         stack, layer, _, _ = frozen_parts(engine, block)
         q = prepared.record.frozen[stack].q
-
-        def value(q, stack=stack):
-            return reading(engine, row, run_replacement(with_queries(prepared, stack, q), *prepared[1:]))
-
-        forward.append(
-            jax.jit(lambda q, t, f=value: jax.jvp(f, (q,), (t,))[1])(q, jnp.zeros_like(q).at[layer].set(q[layer]))
-        )
-        ours.append(np.sum(np.asarray(one.gradient[0] * one.value, np.float64)))
-        size.append(np.sum(np.abs(np.asarray(one.gradient[0] * one.value, np.float64))))
+        change = np.zeros_like(q)
+        change[layer] = np.asarray(q)[layer]
+        forward.append(moved_by(q, change, stack))
+        edges = np.asarray(one.gradient[0] * one.value, np.float64)
+        ours.append(np.sum(edges))
+        size.append(np.sum(np.abs(edges)))
     edges = pull_rows(engine, np.array([row]), 1)
     return (
         np.array(ours),
@@ -184,10 +187,10 @@ def test_a_score_taken_away_moves_the_target_as_told_and_a_small_change_by_its_g
     )
 
     def changed(size):
-        added = np.zeros((places.size, edges.size))
+        added = np.zeros((places.size + 1, edges.size))  # the last as it was
         added[np.arange(places.size), places] = size
-        after = run(jnp.asarray(added.reshape(-1, *edges.shape)))
-        return np.asarray(after) - float(moved(engine, row, block, jnp.zeros(edges.shape)))
+        after = np.asarray(run(jax.device_put(added.reshape(-1, *edges.shape))))
+        return after[:-1] - after[-1]
 
     told = removal_effects(gradient * value, value, pattern)
     assert np.max(np.abs(changed(-value) + told)) <= 1e-10 * np.abs(told).max()
@@ -254,19 +257,22 @@ def test_a_sources_part_is_its_share_of_the_way_from_no_sources(exact, place):
         for stream, position in (place.query, place.key)
     )
     entering = lambda sources: tuple(h[layer] for h in residuals(record, prepared.sites, sources)[part])  # noqa: E731
-    held = [project(side, entering(prepared.sources), None)[1] for side in (0, 1)]
 
-    def score(sources, pattern=None):
+    def score(sources, held, pattern=None):
         h = entering(sources)
         q, k = (project(side, h, held[side])[0][:, place.head] for side in (0, 1))
         row = k @ q[i] * q.shape[-1] ** -0.5
         pattern = jax.nn.softmax(row) if pattern is None else pattern
         return row[j] - pattern @ row, pattern
 
-    pattern = score(prepared.sources)[1]
-    half = jax.tree.map(lambda leaf: leaf / 2, prepared.sources)
-    slope = jax.jit(jax.grad(lambda sources: score(sources, pattern)[0]))(half)
-    expected = by_source(prepared, jax.tree.map(jnp.multiply, slope, prepared.sources))
+    @jax.jit
+    def slope_half_way(sources):
+        held = [project(side, entering(sources), None)[1] for side in (0, 1)]
+        pattern = score(sources, held)[1]
+        half = jax.tree.map(lambda leaf: leaf / 2, sources)
+        return jax.grad(lambda sources: score(sources, held, pattern)[0])(half)
+
+    expected = by_source(prepared, jax.tree.map(np.multiply, slope_half_way(prepared.sources), prepared.sources))
     found = score_edges(engine, [place])
     assert relative_error(found.query[0] + found.key[0], expected) <= TOL.x64
 
@@ -338,22 +344,29 @@ def test_scores_that_are_not_there_are_refused(exact):
 def test_live_scores_add_to_the_frozen_paths_those_through_queries_and_keys(exact):
     record, rng = exact.trace.record, np.random.default_rng(0)
     block, frozen = slice_layer((record.weights.stacks[1], record.frozen[1]), 1)
-    h, change = (jnp.asarray(rng.standard_normal((frozen.q.shape[0], record.boundary.img.shape[1]))) for _ in range(2))
+    h, change = (rng.standard_normal((frozen.q.shape[0], record.boundary.img.shape[1])) for _ in range(2))
     project = partial(queries_or_keys, block, record.cond, frozen)
-    held = [project(side, (h,), None)[1] for side in (0, 1)]
 
-    def scores(h):
+    def scores(h, held):
         q, k = (project(side, (h,), held[side])[0] for side in (0, 1))
         return jnp.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
 
     def run(h, scores):
         return block((h,), record.cond, frozen=frozen, mlp=lambda _, x: 0 * x, scores=scores)[0][0]
 
-    # Scores are of second degree in h, so that the difference of both sides is their derivative.
-    moved = (scores(h + change) - scores(h - change)) / 2
-    expected = jax.jvp(run, (h, jnp.zeros_like(moved)), (change, moved))[1]
-    live = lambda h: LiveScores(block)((h,), record.cond, frozen=frozen, mlp=lambda _, x: 0 * x)[0][0]  # noqa: E731
-    found = jax.jvp(live, (h,), (change,))[1]
+    def live(h):
+        return LiveScores(block)((h,), record.cond, frozen=frozen, mlp=lambda _, x: 0 * x)[0][0]
+
+    @jax.jit
+    def derivatives(h, change):
+        held = [project(side, (h,), None)[1] for side in (0, 1)]
+        # Scores are of second degree in h, so that the difference of both sides is their derivative.
+        moved = (scores(h + change, held) - scores(h - change, held)) / 2
+        still = jnp.zeros_like(moved)
+        expected = jax.jvp(run, (h, still), (change, moved))[1]
+        alone = jax.jvp(lambda h: run(h, still), (h,), (change,))[1]
+        return expected, jax.jvp(live, (h,), (change,))[1], alone
+
+    expected, found, alone = derivatives(h, change)
     assert relative_error(found, expected) <= TOL.x64
-    alone = jax.jvp(lambda h: run(h, jnp.zeros_like(moved)), (h,), (change,))[1]
     assert relative_error(alone, expected) > 0.01

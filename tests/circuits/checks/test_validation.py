@@ -25,9 +25,11 @@ from difffract_jax.graphs.graph import ERROR, FEATURE, INPUT, REST
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.models.pipeline import encode, model_velocity, plan_run, step_inputs
 from tolerances import TOL, relative_error
-from traces import JOINT, TEXT, make_exact
+from traces import JOINT, TEXT, layer_of, make_exact
 
 PIXELS = "pixels:color=red,box=0,0,16,16"
+TOGETHER = 10
+"""Targets pulled back together, everywhere: one program for each number of steps."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def made():
     found = []
     for trace in (exact.trace, span):
         target = resolve_target(exact.pipe, trace, parse_target(PIXELS))
-        graph = attribute(trace, exact.tcs, target=target, max_nodes=60, expansion_batch=30, min_attribution=1e-6)
+        graph = attribute(trace, exact.tcs, target=target, max_nodes=60, expansion_batch=TOGETHER, min_attribution=1e-6)
         found.append((capture_again(exact.pipe, exact.tcs, graph), graph))
     yield exact, *found
     jax.config.update("jax_enable_x64", False)
@@ -56,8 +58,8 @@ def test_the_push_forward_of_every_kind_of_source_is_its_edge(made, steps):
         for stream in range(3):
             there = np.flatnonzero((table.kind == kind) & (table.stream == stream) & (table.value > 0))
             sources += rng.choice(there, min(there.size, 6), replace=False).tolist()
-    sources, targets = np.array(sources, np.int64), again.rows[graph.target_node[:9]]
-    pulled = pull_rows(again.engine, targets, targets.size).edges[:, sources].T
+    sources, targets = np.array(sources, np.int64), again.rows[graph.target_node[:TOGETHER]]
+    pulled = pull_rows(again.engine, targets, TOGETHER).edges[:, sources].T
     pushed = push_edges(again.engine, sources, targets)
     assert np.count_nonzero(pulled) > 50
     assert relative_error(pushed, pulled) <= TOL.x64
@@ -93,7 +95,8 @@ def test_perturbing_an_earlier_step_is_the_model_run_on_from_there(made):
     z = prepared.record.latents + (info.sigmas[2] - info.sigmas[1]) * velocity
     run = plan_run(exact.pipe.config, height=24, width=32, text_tokens=8)
     inputs = step_inputs(run, encode(exact.pipe, "a red circle", 8), z, 2)
-    last = model_velocity(exact.pipe.transformer, inputs, jnp.int32(2), info.grid)
+    live = jax.jit(lambda model, inputs: model_velocity(model, inputs, jnp.int32(2), info.grid))
+    last = live(exact.pipe.transformer, inputs)
     output, record = again.engine.outputs[0], again.engine.steps[1].record
     expected = jnp.vdot(output.velocity, last - record.velocity) + jnp.vdot(output.latents, z - record.latents)
     # The value in the graph is a float32, and the conditioning of the sampler another rounding than the record's.
@@ -133,7 +136,7 @@ def test_in_the_direct_reading_what_is_kept_adds_up_by_edges(made):
     _, (again, graph), _ = made
     units, places = candidates(again, graph)
     order, table = by_influence(graph, places), again.engine.table
-    pulled = pull_rows(again.engine, again.rows[graph.targets], 1)
+    pulled = pull_rows(again.engine, again.rows[graph.targets], TOGETHER)
     edges = pulled.edges[0]
     size = 7
     sets = Sets(jnp.zeros(2, jnp.int32), jnp.full(2, size, jnp.int32), jnp.array([False, True]))
@@ -154,7 +157,7 @@ def test_in_the_direct_reading_what_is_kept_adds_up_by_edges(made):
 def test_a_mean_is_taken_over_live_positions_of_a_stream(made):
     exact, (again, _), _ = made
     record, found = exact.trace.record, completeness.mean_values(again.engine.steps[0])
-    z = jax.tree.map(lambda leaf: leaf[1], exact.tcs.stacks["joint"]).encode(record.mlp_in[JOINT][1], record.t)
+    z = layer_of(exact.tcs.stacks["joint"], 1).encode(record.mlp_in[JOINT][1], record.t)
     live = np.asarray(record.replaceable[JOINT])
     text = np.arange(live.size) < 8
     for side, rows in enumerate((live & text, live & ~text)):
@@ -214,7 +217,7 @@ def test_an_edit_of_dose_0_changes_nothing_and_the_frozen_map_s_add_up_by_edges(
     assert found.active[0] == found.active[1] > 0
     # In the frozen map with all else held, a unit's change is its dose times its edges into the target.
     moved = run_edits(again.engine, targets, laid_out(again.engine, [trial(units[:2], 0.5)]), "direct").values
-    pulled = pull_rows(again.engine, targets, 1).edges[0]
+    pulled = pull_rows(again.engine, targets, TOGETHER).edges[0]
     keys = {unit.key for unit in units[:2]}
     table = again.engine.table
     columns = (c[: pulled.size].tolist() for c in (table.step, table.stream, table.block, table.feature))

@@ -15,7 +15,7 @@ from difffract_jax.models.mmdit import Inputs, forward
 from difffract_jax.models.pipeline import encode, encode_run, initial_noise, plan_run, step_inputs
 from difffract_jax.models.stacks import keep_mlp_in
 from difffract_jax.transcoders.harvest import sample_rows
-from traces import guided_pipeline, make_transcoders
+from traces import guided_pipeline, layer_of, make_transcoders
 
 RED, GREEN = "a red circle left of a blue square", "a green circle left of a blue square"
 LEFT = box_mask("0,0,24,48", (48, 48))
@@ -41,9 +41,10 @@ def codes(organism):
     groups = {"img": jnp.broadcast_to(jnp.arange(36), (4, 4, 36))}
     inputs = Inputs(noise, text, pooled, jnp.zeros(()))
     rows = sample_rows(pipe.transformer, inputs, jnp.asarray(run.sigmas), groups, run.grid, tcs.sites)["img"]
-    tc = jax.tree.map(lambda leaf: leaf[1], tcs.stacks["img"])
-    z = [tc.encode(x, jnp.asarray(t)) for x, t in zip(rows.x[1].reshape(4, -1, 64), run.sigmas[:4], strict=True)]
-    return np.asarray(jnp.stack(z)).reshape(4, 2, 2, 36, -1).transpose(1, 2, 0, 3, 4)
+    tc = layer_of(tcs.stacks["img"], 1)
+    x = np.asarray(rows.x)[1].reshape(4, -1, 64)
+    z = jax.jit(jax.vmap(tc.encode))(x, np.asarray(run.sigmas)[:4])
+    return np.asarray(z).reshape(4, 2, 2, 36, -1).transpose(1, 2, 0, 3, 4)
 
 
 def test_a_contrast_is_the_difference_of_means(organism, codes):
@@ -132,13 +133,14 @@ def guided():
     tcs = make_transcoders(pipe.config.transformer, img=(0, 2), txt=(1,), dtype=jnp.float32)
     run = pipe.plan(height=16, width=24, text_tokens=16, steps=3, guidance=2.5, negative_prompt="a blurred square")
     encoded, z, codes = encode_run(pipe, RED, run), initial_noise(pipe, run, 0), []
-    tc = jax.tree.map(lambda leaf: leaf[1], tcs.stacks["img"])
+    tc, encode_one = layer_of(tcs.stacks["img"], 1), jax.jit(lambda tc, x, t: tc.encode(x, t))
+    evaluate = jax.jit(lambda model, inputs: forward(model, inputs, run.grid, tap=keep_mlp_in))
     for step in range(run.steps):
         velocity, of_step = [], []
         for prompt in encoded.branches:
-            v, reports = forward(pipe.transformer, step_inputs(run, prompt, z, step), run.grid, tap=keep_mlp_in)
+            v, reports = evaluate(pipe.transformer, step_inputs(run, prompt, z, step))
             velocity.append(v)
-            of_step.append(np.asarray(tc.encode(reports[0][0][2], jnp.asarray(run.sigmas[step]))))
+            of_step.append(np.asarray(encode_one(tc, np.asarray(reports[0][0])[2], np.asarray(run.sigmas[step]))))
         codes.append(of_step)
         z = z + (run.sigmas[step + 1] - run.sigmas[step]) * (2.5 * velocity[0] - 1.5 * velocity[1])
     return pipe, tcs, run, np.asarray(codes)

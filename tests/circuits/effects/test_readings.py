@@ -11,7 +11,7 @@ from difffract_jax.circuits.attribution.outputs import parse_target, resolve_tar
 from difffract_jax.circuits.effects.readings import factors_for, predict, scaled
 from difffract_jax.graphs.graph import FEATURE
 from tolerances import TOL, relative_error
-from traces import IMAGE, make_exact
+from traces import IMAGE, layer_of, make_exact
 
 MODES = ("direct", "propagated", "live", "full")
 
@@ -70,7 +70,7 @@ def test_the_full_reading_is_the_model_with_its_edit(made):
     factors = factors_for(exact.replacement, graph, np.array([node]), -1.0)
     found = scaled(exact.replacement, factors, "full")
     record = exact.trace.record
-    tc = jax.tree.map(lambda leaf: leaf[0], exact.tcs.stacks["img"])
+    tc = layer_of(exact.tcs.stacks["img"], 0)
     code = tc.encode(record.mlp_in[IMAGE][0], record.t)[:, feature]
     added = jnp.zeros_like(record.mlp_out[IMAGE]).at[0].set(-2 * code[:, None] * tc.dec.kernel[feature][None])
     from difffract_jax.circuits.checks.faithfulness import live_reading

@@ -2,7 +2,6 @@
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,13 +11,14 @@ from difffract_jax.config import UserError
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.transcoders.transcoder import Transcoder, random_transcoders
 from tolerances import TOL, relative_error
-from traces import IMAGE, TEXT, make_exact, make_transcoders
+from traces import IMAGE, TEXT, layer_of, make_exact, make_transcoders
 
 
 def random_like(tree, seed, size=1.0):
     """A tree of normal noise."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype), tree)
+    made = jax.tree.map(lambda leaf: (size * rng.standard_normal(leaf.shape)).astype(leaf.dtype), tree)
+    return jax.device_put(made)
 
 
 def pairs(*groups):
@@ -47,8 +47,8 @@ def test_its_derivative_is_the_same_everywhere(exact):
 def test_a_finite_step_is_its_derivative(exact):
     f, sources = replacement(exact.trace, exact.tcs)
     step = random_like(sources, 3)
-    moved = jax.jit(f)(jax.tree.map(jnp.add, sources, step))
-    linear = jax.jit(jax.linearize(f, sources)[1])(step)
+    moved = jax.jit(f)(jax.device_put(jax.tree.map(np.add, sources, step)))
+    linear = jax.jit(lambda at, change: jax.linearize(f, at)[1](change))(sources, step)
     for after, before, change in pairs(moved.mlp_in, jax.jit(f)(sources).mlp_in, linear.mlp_in):
         assert relative_error(after - before, change) <= TOL.x64
 
@@ -63,7 +63,7 @@ def test_only_active_features_are_sources(exact):
         np.put_along_axis(dense, np.asarray(index), np.asarray(values), axis=2)
         expected = np.zeros_like(dense)
         for slot, block in enumerate(tcs.sites.groups.get(name, ())):
-            tc: Transcoder = jax.tree.map(lambda leaf, s=slot: leaf[s], stack)
+            tc: Transcoder = layer_of(stack, slot)
             z = tc.encode(record.mlp_in[group][block - first], record.t)
             expected[block - first] = np.where(np.asarray(record.replaceable[group])[:, None], z, 0)
         assert np.allclose(dense, expected, rtol=0, atol=1e-13)
