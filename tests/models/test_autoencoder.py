@@ -14,6 +14,8 @@ from converters.autoencoder import AUTOENCODER_DIFFUSERS, autoencoder_config_fro
 from converters.mapping import Source, load_tree
 from difffract_jax.models import autoencoder
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig, PixelAttention
+from difffract_jax.models.shapes import abstract_module
+from difffract_jax.models.tiny import random_weights
 from tolerances import REFERENCE, TOL, relative_error
 
 TINY = AutoencoderConfig(
@@ -29,8 +31,8 @@ def load(home):
 
 
 def tiny(seed, dtype=jnp.float32):
-    """A small random model; under jit, because drawing leaf by leaf compiles every draw by itself."""
-    return jax.jit(lambda: Autoencoder(TINY, rngs=nnx.Rngs(seed), dtype=dtype))()
+    """A small random model."""
+    return random_weights(abstract_module(Autoencoder, TINY, dtype), seed)
 
 
 def random_torch(widths, layers, quant, attention):

@@ -1,7 +1,7 @@
 """Products at active features alone: the dense path's numbers, forward and backward, and when they are used."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ SITES, ROWS, WIDTH, FEATURES, K = 2, 48, 12, 160, 4
 KINDS = ("topk", "batchtopk")
 
 
+@cache
 def make(kind):
     """A state with dead features, rows whose features differ much in how often they fire, and constants."""
     config = TranscoderConfig(d_model=WIDTH, features=FEATURES, time_embed=8, activation=kind, k=K, skip=kind == "topk")
@@ -105,7 +106,7 @@ def test_the_largest_of_each_row_are_top_k_s_even_where_entries_are_equal(featur
 @pytest.mark.parametrize("shift", [0.0, -4.0, -9.0])
 def test_the_largest_of_a_batch_are_those_above_its_cutoff(shift):
     u = jax.random.normal(jax.random.key(2), (ROWS, FEATURES)) * jnp.linspace(0.1, 4, ROWS)[:, None] + shift
-    pairs, cutoff = active.largest_of_batch(u, K)
+    pairs, cutoff = jax.jit(active.largest_of_batch, static_argnums=1)(u, K)
     assert cutoff == batch_cutoff(u, K)
     real = np.asarray(pairs.real)
     found = np.stack([np.asarray(pairs.row)[real], np.asarray(pairs.feature)[real]], axis=1)
@@ -135,7 +136,7 @@ def test_sums_are_those_of_a_scatter_whatever_the_lengths():
     item, weight = rng.integers(0, 50, 3000).astype(np.int32), rng.standard_normal(3000, np.float32)
     table = rng.standard_normal((50, WIDTH), np.float32)
     by = active.segments(jnp.arange(3000, dtype=jnp.int32), jnp.asarray(key), 600)  # the last hundred are padding
-    ours = active.weighted_sums(jnp.asarray(table), jnp.asarray(item), jnp.asarray(weight), by)
+    ours = jax.jit(active.weighted_sums)(jnp.asarray(table), jnp.asarray(item), jnp.asarray(weight), by)
     expected = np.zeros((700, WIDTH))
     np.add.at(expected, key, weight[:, None] * table[item])
     assert relative_error(ours, expected[:600]) <= TOL.f32_block
