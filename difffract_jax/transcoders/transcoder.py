@@ -17,7 +17,6 @@ y in place of x. A module is for one site and one denoising time; `TranscoderSet
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -330,7 +329,7 @@ def random_transcoders(
     shape = TranscoderConfig(
         d_model=config.d_model, features=features or 8 * config.d_model, time_embed=0, conditioning="none"
     )
-    bias = jax.scipy.stats.norm.ppf(active)
+    bias = jax.jit(jax.scipy.stats.norm.ppf)(active)
 
     def build(key: jax.Array) -> Transcoder:
         tc = Transcoder(shape, rngs=nnx.Rngs(key), dtype=dtype)
@@ -350,6 +349,6 @@ def random_transcoders(
     ends = np.cumsum(list(depths.values()))
     firsts = dict(zip(depths, ends - list(depths.values()), strict=True))
     keys = jax.random.split(random_key(seed), int(ends[-1]))
-    one_by_one = jax.jit(partial(jax.lax.map, build))
-    stacks = {name: one_by_one(keys[firsts[name] + np.array(numbers)]) for name, numbers in chosen.groups.items()}
+    one_by_one = jax.jit(lambda keys, numbers: jax.lax.map(build, keys[numbers]))
+    stacks = {name: one_by_one(keys, firsts[name] + np.array(numbers)) for name, numbers in chosen.groups.items()}
     return TranscoderSet(stacks, chosen, shape, f"random:{seed}")
