@@ -3,6 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from converters.chroma import (
+    CHROMA_LAYOUTS,
+    CHROMA_OF_DIFFUSERS,
+    chroma_config_from_diffusers,
+    chroma_config_from_shapes,
+)
+from converters.chroma_pipeline import READERS as CHROMA_READERS
+from converters.chroma_pipeline import chroma_config
 from converters.configurations import (
     check_base,
     check_fit,
@@ -25,13 +33,14 @@ from converters.flux2 import (
     flux2_config_from_diffusers,
     flux2_config_from_shapes,
 )
-from converters.kinds import FLUX1, KLEIN, SD3
+from converters.kinds import CHROMA, FLUX1, KLEIN, SD3
 from converters.klein import READERS, klein_config
 from converters.sd3 import SD3_LAYOUTS, SD3_OF_DIFFUSERS, sd3_config_from_diffusers, sd3_config_from_shapes
 from converters.sd3_pipeline import READERS as SD3_READERS
 from converters.sd3_pipeline import sd3_config
 from converters.source import Source
 from difffract_jax.config import UserError
+from difffract_jax.models.chroma import ChromaConfig
 from difffract_jax.models.flux2 import Flux2Config
 from difffract_jax.models.pipeline import PipelineConfig
 from difffract_jax.models.sd3 import Sd3Config
@@ -103,6 +112,33 @@ def sd3_transformer(
     return part, layout, sd3_config_from_diffusers(attributes)
 
 
+def chroma_transformer(
+    path: Path, variant: str | None, *, rope_axes: tuple[int, ...] | None = None, quiet: bool = False
+) -> tuple[Source, Layout, ChromaConfig] | None:
+    """Finds a transformer of Chroma; arguments and results as of `flux2_transformer`.
+
+    Args:
+        path: its file, or its directory.
+        variant: which files to take.
+        rope_axes: how a head's dimensions are divided among the axes of position, where no configuration tells; as in
+            the release if left out.
+        quiet: whether the log says nothing.
+    """
+    attributes, place = chroma_attributes_beside(path), _chroma_part(path, variant, quiet)
+    if place is None:
+        return None
+    part, layout = place
+    if attributes is None:
+        return part, layout, chroma_config_from_shapes(part.shapes(), rope_axes or ROPE_AXES)
+    return part, layout, chroma_config_from_diffusers(attributes)
+
+
+def _chroma_part(path: Path, variant: str | None, quiet: bool) -> tuple[Source, Layout] | None:
+    """Returns the part of a checkpoint that is a transformer of Chroma, and its layout; None where there is none."""
+    known = chroma_attributes_beside(path) is not None
+    return _part_and_layout(path, variant, CHROMA_LAYOUTS, CHROMA_OF_DIFFUSERS, known, quiet)
+
+
 def _part_and_layout(
     path: Path, variant: str | None, layouts: Sequence[Layout], usual: Layout, known: bool, quiet: bool
 ) -> tuple[Source, Layout] | None:
@@ -140,14 +176,11 @@ def completed_config(source: str | Path, base: str | Path, *, variant: str | Non
     """
     source, base = Path(source), Path(base)
     kind, path = check_base(base), transformer_path(source)
-    if chroma_attributes_beside(path) is not None:
-        raise UserError(
-            f"{source} is, or holds, a transformer of Chroma, which --base cannot complete; give the whole pipeline, "
-            "without --base."
-        )
     sd3 = sd3_transformer(path, variant, head_dim=head_dim_of(base), quiet=True)
     flux2 = None if sd3 is not None else flux2_transformer(path, variant, quiet=True)
     own = SD3 if sd3 is not None else KLEIN if flux2 is not None else FLUX1
+    if own is FLUX1 and _chroma_part(path, variant, quiet=True) is not None:
+        own = CHROMA
     if own is FLUX1:
         transformer_of(Source(path, variant=variant), quiet=True)  # which refuses what is none at all
     if own is not kind:
@@ -157,6 +190,8 @@ def completed_config(source: str | Path, base: str | Path, *, variant: str | Non
         )
     if sd3 is not None:
         return _completed_sd3(source, base, sd3[2])
+    if own is CHROMA:
+        return _completed_chroma(source, base, path, variant)
     return _completed_flux1(source, base, path, variant) if flux2 is None else _completed_klein(source, base, flux2[2])
 
 
@@ -165,6 +200,21 @@ def head_dim_of(base: Path) -> int | None:
     folder = base / "transformer"
     attributes = sd3_attributes_beside(folder) if folder.is_dir() else None
     return None if attributes is None else sd3_config_from_diffusers(attributes).head_dim
+
+
+def _chroma_axes_of(base: Path) -> tuple[int, ...] | None:
+    """Returns Chroma's axes of position, by the base's own transformer; None if it has none."""
+    attributes = chroma_attributes_beside(base / "transformer")
+    return None if attributes is None else chroma_config_from_diffusers(attributes).rope_axes
+
+
+def _completed_chroma(source: Path, base: Path, path: Path, variant: str | None) -> PipelineConfig:
+    found = chroma_transformer(path, variant, rope_axes=_chroma_axes_of(base), quiet=True)
+    assert found is not None
+    shape = found[2]
+    encoder, vae = read_configs(base, ("text_encoder", "vae"), CHROMA_READERS)
+    read = [shape, encoder, vae, scheduler_of((source, base), shape)]
+    return chroma_config(f"{source} and {base}", read, read_json(base / "vae" / "config.json", "an autoencoder"))
 
 
 def _completed_sd3(source: Path, base: Path, shape: Sd3Config) -> PipelineConfig:

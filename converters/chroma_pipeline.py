@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from converters.autoencoder import autoencoder_config_from_diffusers
 from converters.chroma import CLASS, chroma_config_from_diffusers
 from converters.schedules import CLASS as SCHEDULER_CLASS
-from converters.schedules import chroma_scheduler_from_diffusers
+from converters.schedules import scheduler_config_from_diffusers
 from converters.text_encoders import t5_config_from_transformers
 from difffract_jax.config import UserError
 from difffract_jax.models.chroma_text import ChromaT5Config
 from difffract_jax.models.presets import CHROMA_RUN
 from difffract_jax.models.qwen3 import NoPooledConfig
 from difffract_jax.models.runs import PipelineConfig
+from difffract_jax.models.sampler import ChromaSchedulerConfig
 
 FOLDERS: Mapping[str, str] = {"transformer": "transformer", "t5": "text_encoder", "vae": "vae"}
 """Part of a pipeline -> the folder that holds its weights."""
@@ -40,16 +40,16 @@ READERS = {
     "transformer": chroma_config_from_diffusers,
     "text_encoder": _t5,
     "vae": autoencoder_config_from_diffusers,
-    "scheduler": chroma_scheduler_from_diffusers,
+    "scheduler": scheduler_config_from_diffusers,
 }
 """Folder -> what its configuration is read by."""
 
 
-def chroma_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
-    """Puts the configurations of a directory together.
+def chroma_config(whose: str, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
+    """Puts the configurations of a pipeline's parts together.
 
     Args:
-        home: the directory.
+        whose: the parts, for messages.
         configs: of the folders of `READERS`, in order.
         index_of_vae: the contents of the autoencoder's `config.json`, which tells the side of its training images.
 
@@ -67,10 +67,9 @@ def chroma_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any
         if ours != theirs
     ]
     if misfits:
-        raise UserError(
-            f"The parts of {home} do not fit one another: {'; '.join(misfits)}; take them from one release."
-        )
+        raise UserError(f"{whose} do not fit one another: {'; '.join(misfits)}; take them from one release.")
     size = index_of_vae.get("sample_size")
     side = size if isinstance(size, int) else CHROMA_RUN.height
     run = replace(CHROMA_RUN, height=side, width=side)
-    return PipelineConfig(transformer, t5, NoPooledConfig(), vae, scheduler, run)
+    schedule = ChromaSchedulerConfig(**vars(scheduler))
+    return PipelineConfig(transformer, t5, NoPooledConfig(), vae, schedule, run)

@@ -12,6 +12,7 @@ import logging
 import re
 from pathlib import Path
 
+from converters.chroma import CHROMA_LAYOUTS
 from converters.flux import LAYOUTS, Layout
 from converters.flux2 import FLUX2_LAYOUTS
 from converters.quantised import BF16_FILES, kind_of
@@ -34,13 +35,9 @@ _ADAPTER = re.compile(
 _MERGED = "pipe.fuse_lora(), pipe.unload_lora_weights(), pipe.save_pretrained(DIR)"
 _SIMILAR = (
     (re.compile(r"(^|\.)(controlnet_|control_model\.|input_hint_block)"), "a ControlNet, which steers a model"),
-    (
-        re.compile(r"(^|\.)distilled_guidance_layer\.in_proj\.(weight|bias)$"),  # and no LoRA's change of it
-        "a Chroma transformer in one file, but Chroma is read from diffusers' whole directory",
-    ),
 )
 """Patterns of keys that stand beside those of a transformer, and what a file with such a key is."""
-KNOWN = (*LAYOUTS, *FLUX2_LAYOUTS, *SD3_LAYOUTS)
+KNOWN = (*LAYOUTS, *FLUX2_LAYOUTS, *CHROMA_LAYOUTS, *SD3_LAYOUTS)
 """All layouts that transformers are published in."""
 _OTHERS = (
     (
@@ -101,15 +98,15 @@ def transformer_of(source: Source, *, quiet: bool = False) -> tuple[Source, Layo
     what = describe(list(source), beside_transformer=has_transformer)
     if what is not None:
         raise UserError(
-            f"{source.name} is {what}; a transformer of FLUX.1, FLUX.2 or Stable Diffusion 3 is wanted here."
+            f"{source.name} is {what}; a transformer of FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma is wanted here."
         )
     if part_and_layout is None:
         beginnings = sorted({key.split(".")[0] for key in source})[:5]
         raise UserError(
             f"{source.name} is no transformer of a known model: it holds neither "
             f"{', '.join(dict.fromkeys(layout.anchor for layout in KNOWN[:-1]))} nor {KNOWN[-1].anchor}, under any "
-            f"prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1, FLUX.2 or "
-            "Stable Diffusion 3."
+            f"prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1, FLUX.2, "
+            "Stable Diffusion 3 or Chroma."
         )
     return part_and_layout
 

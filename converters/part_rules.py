@@ -7,7 +7,7 @@
 from typing import Any, NamedTuple
 
 from converters.autoencoder import AUTOENCODER_DIFFUSERS, AUTOENCODER_FLUX2, FLUX2_IGNORED
-from converters.chroma import CHROMA_DIFFUSERS, NumberedSource
+from converters.chroma import CHROMA_LAYOUTS, CHROMA_OF_DIFFUSERS, NumberedSource
 from converters.contents import check_autoencoder, check_weights, find_transformer, without_prefix
 from converters.flux import FLUX_DIFFUSERS
 from converters.flux2 import FLUX2_DIFFUSERS
@@ -62,7 +62,9 @@ def part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) ->
     shape = getattr(config, name)
     abstract = abstract_module(module_of(shape), shape, dtype)
     if isinstance(shape, ChromaConfig):
-        return NumberedSource(source, shape), PartRules(abstract, CHROMA_DIFFUSERS)
+        place = find_transformer(source)
+        part, layout = place if place and place[1] in CHROMA_LAYOUTS else (source, CHROMA_OF_DIFFUSERS)
+        return NumberedSource(part, shape, layout), PartRules(abstract, layout.rules)
     if isinstance(shape, Qwen3Config):
         source = without_prefix(source, "model.embed_tokens.weight")
         return source, PartRules(abstract, *qwen3_tables(shape, list(source)))

@@ -17,21 +17,21 @@ import numpy as np
 
 from converters.alone import (
     ROPE_AXES,
+    chroma_transformer,
     completed_config,
     flux2_transformer,
     head_dim_of,
     sd3_transformer,
     transformer_path,
 )
-from converters.chroma import CHROMA_DIFFUSERS, NumberedSource, chroma_config_from_diffusers
+from converters.chroma import NumberedSource
 from converters.configurations import (
     check_architecture,
     check_base,
-    chroma_attributes_beside,
     pipeline_config,
     rope_axes_beside,
 )
-from converters.contents import check_weights, transformer_of
+from converters.contents import transformer_of
 from converters.flux import flux_config_from_shapes
 from converters.mapping import ArraySource, ConversionError, Source, load_tree, open_tree
 from converters.part_rules import PartRules, part_rules, two_clips_rules
@@ -150,9 +150,9 @@ def convert_transformer(
     Args:
         source: a safetensors file, in the original layout or diffusers', under any prefix, alone or with other parts,
             which are left aside; or a directory with such a file, the transformer's directory of a diffusers pipeline,
-            or the pipeline's. Chroma's must lie beside its `config.json`.
-        rope_axes: how a head's dimensions of FLUX.1 are divided among the axes of position, which no tensor tells; if
-            left out, as a `config.json` beside the weights says, or as in the release.
+            or the pipeline's.
+        rope_axes: how a head's dimensions of FLUX.1 and Chroma are divided among the axes of position, which no tensor
+            tells; if left out, as a `config.json` beside the weights says, or as in the release.
         dtype: type of the weights.
         sharding: where the leaves go.
         variant: which files to take, see `convert_pipeline`.
@@ -179,12 +179,11 @@ def _transformer(
         part, layout, size = sd3
         rules = PartRules(abstract_module(module_of(size), size, dtype), layout.rules, labels=sd3_labels(size))
         return use("transformer", part, rules), size
-    attributes = chroma_attributes_beside(path)
-    if attributes is not None:
-        checkpoint, chroma = Source(path, variant=variant), chroma_config_from_diffusers(attributes)
-        check_weights(checkpoint)
-        rules = PartRules(abstract_module(module_of(chroma), chroma, dtype), CHROMA_DIFFUSERS)
-        return use("transformer", NumberedSource(checkpoint, chroma), rules), chroma
+    chroma = chroma_transformer(path, variant, rope_axes=rope_axes)
+    if chroma is not None:
+        part, layout, sizes = chroma
+        rules = PartRules(abstract_module(module_of(sizes), sizes, dtype), layout.rules)
+        return use("transformer", NumberedSource(part, sizes, layout), rules), sizes
     flux2 = flux2_transformer(path, variant)
     if flux2 is not None:
         part, layout, shape = flux2
