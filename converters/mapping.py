@@ -100,16 +100,23 @@ def check_coverage(
         ignored: keys that may be left over.
         labels: names of stacked layers, see `expand`.
     """
-    leaves = leaf_paths(abstract)
-    assignments = expand(rules, abstract, labels)
+    return _coverage_problems(shapes, expand(rules, abstract, labels), leaf_paths(abstract), ignored)
+
+
+def _coverage_problems(
+    shapes: Mapping[str, Shape | None],
+    assignments: Sequence[Assignment],
+    leaves: Mapping[str, Any],
+    ignored: Sequence[Ignored],
+) -> list[str]:
     used = [key for assignment in assignments for keys in assignment.sources for key in keys]
     filled = [path for assignment in assignments for path in assignment.targets]
-    expected = set(used)
+    expected, covered = set(used), set(filled)
     problems = [f"missing {key}" for key in dict.fromkeys(used) if key not in shapes]
     problems += [f"unknown {key}" for key in shapes if key not in expected and not is_ignored(key, ignored)]
     problems += [f"{key} is used by two rules" for key in _repeated(used)]
     problems += [f"leaf {path} is filled by two rules" for path in _repeated(filled)]
-    problems += [f"leaf {path} is filled by no rule" for path in leaves if path not in filled]
+    problems += [f"leaf {path} is filled by no rule" for path in leaves if path not in covered]
     problems += [f"rule for {path} has no such leaf" for path in filled if path not in leaves]
     return problems + _shape_problems(shapes, assignments, leaves)
 
@@ -247,7 +254,7 @@ def open_tree(
     """
     assignments, leaves = expand(rules, abstract, labels), leaf_paths(abstract)
     used = [key for item in assignments for keys in item.sources for key in keys if source.readable(key)]
-    problems = [*source.problems, *check_coverage(source.shapes(), rules, abstract, ignored, labels)]
+    problems = [*source.problems, *_coverage_problems(source.shapes(), assignments, leaves, ignored)]
     problems += [f"{key} has type {source.dtype(key)}, expected a float" for key in used if not source.is_float(key)]
     if problems:
         raise ConversionError(source.name, problems + _not_finite(source, used))

@@ -88,9 +88,12 @@ def expand(rules: Sequence[Rule], abstract: Any, labels: Labels | None = None) -
     for rule in rules:
         targets = names_in(rule.target)
         stacked = [name for name in _placeholders(names_in(rule.source)[0]) if name not in _placeholders(targets[0])]
-        for path, leaf in leaves.items():
+        # A pattern without placeholders is a path, and needs no search.
+        candidates = leaves if _placeholders(targets[0]) else leaves.keys() & {targets[0]}
+        for path in candidates:
             if match := _regex(targets[0]).fullmatch(path):
-                found.append(_assign(rule, match.groupdict(), stacked, leaf.shape[: len(stacked)], labels or {}))
+                shape = leaves[path].shape[: len(stacked)]
+                found.append(_assign(rule, match.groupdict(), stacked, shape, labels or {}))
     return found
 
 

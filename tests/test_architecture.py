@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -100,10 +101,20 @@ FORBIDDEN = re.compile(
 
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
-TEXTS = {name: path.read_text(encoding="utf-8") for name, path in zip(NAMES, FILES, strict=True)}
-TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
 MODULES = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): name for name in NAMES}
 GRAPHS = tuple(module for module in MODULES if module.startswith("difffract_jax.graphs"))
+
+
+@cache
+def texts() -> dict[str, str]:
+    """Returns each file's text; read when a test asks, as every process imports this module."""
+    return {name: path.read_text(encoding="utf-8") for name, path in zip(NAMES, FILES, strict=True)}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Returns each file's syntax tree."""
+    return {name: ast.parse(text) for name, text in texts().items()}
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, ast.AST]]:
@@ -138,7 +149,7 @@ def test_imports_point_only_to_the_left() -> None:
     wrong = []
     for module, name in MODULES.items():
         place, home = rank(module)
-        for target, node in imported(TREES[name]):
+        for target, node in imported(trees()[name]):
             if target.split(".")[0] not in PACKAGES or target == module:
                 continue
             other, other_home = rank(target)
@@ -156,7 +167,7 @@ def test_pages_alone_are_bound_late() -> None:
 
 def test_imports_have_no_cycle() -> None:
     edges = {
-        module: {target for target, _ in imported(TREES[name]) if target in MODULES and target != module}
+        module: {target for target, _ in imported(trees()[name]) if target in MODULES and target != module}
         for module, name in MODULES.items()
     }
     while leaves := {module for module, targets in edges.items() if not targets & edges.keys()}:
@@ -169,17 +180,17 @@ def test_no_import_is_hidden_in_a_function() -> None:
     hidden = [
         f"{name}:{node.lineno}"
         for name in names
-        for function in functions(TREES[name])
+        for function in functions(trees()[name])
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
     ]
     assert not hidden
-    assert not [name for name in names if "TYPE_CHECKING" in TEXTS[name]]
+    assert not [name for name in names if "TYPE_CHECKING" in texts()[name]]
 
 
 def test_only_two_files_touch_pytorch() -> None:
     heavy = {"torch", "diffusers"}
-    touching = {name for name in NAMES if {target.split(".")[0] for target, _ in imported(TREES[name])} & heavy}
+    touching = {name for name in NAMES if {target.split(".")[0] for target, _ in imported(trees()[name])} & heavy}
     assert touching <= {*TORCH_FILES}
 
 
@@ -188,7 +199,7 @@ def test_every_seed_of_a_user_goes_through_two_files() -> None:
     makers = ("random.key", "random.PRNGKey", "nnx.Rngs", "default_rng", "SeedSequence")
     bare = [
         f"{name}:{node.lineno}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(makers) and node.args
         for seed in (node.args[0].elts[0] if isinstance(node.args[0], ast.List | ast.Tuple) else node.args[0],)
@@ -203,7 +214,7 @@ def test_every_seed_of_a_user_goes_through_two_files() -> None:
 def test_diffusers_is_imported_on_first_use_only() -> None:
     direct = [
         f"{name}:{node.lineno}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for target, node in imported(tree)
         if target.startswith("diffusers") and not isinstance(node, ast.Call)
     ]
@@ -229,18 +240,18 @@ for module in {GRAPHS + LIGHT}:
 def test_flax_is_used_as_a_tree_of_weights_only() -> None:
     used = [
         f"{name}:{node.lineno} nnx.{node.attr}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx"
         if node.attr not in FLAX_NAMES
     ]
     assert not used
-    assert not [name for name in NAMES for target, _ in imported(TREES[name]) if target.startswith("flax.linen")]
+    assert not [name for name in NAMES for target, _ in imported(trees()[name]) if target.startswith("flax.linen")]
 
 
 def test_everything_public_has_a_docstring_and_annotations() -> None:
-    silent, bare = [name for name in NAMES if not ast.get_docstring(TREES[name])], []
-    for name, tree in TREES.items():
+    silent, bare = [name for name in NAMES if not ast.get_docstring(trees()[name])], []
+    for name, tree in trees().items():
         classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
         members = [node for scope in (tree, *classes) for node in scope.body if isinstance(node, ast.FunctionDef)]
         public = [node for node in members if not node.name.startswith("_")]
@@ -255,9 +266,9 @@ def test_everything_public_has_a_docstring_and_annotations() -> None:
 
 
 def test_files_and_functions_stay_short() -> None:
-    sizes = {name: len(text.splitlines()) for name, text in TEXTS.items()}
+    sizes = {name: len(text.splitlines()) for name, text in texts().items()}
     long = [f"{name} has {size} lines" for name, size in sizes.items() if size > MAX_LINES]
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         for node in functions(tree):
             docstring = (ast.get_docstring(node, clean=False) or "").count("\n")
             length = (node.end_lineno or 0) - node.lineno + 1 - docstring
@@ -304,10 +315,10 @@ def test_calls_that_open_text_are_recognised(code: str, text: bool) -> None:
 
 def test_every_text_file_names_its_encoding() -> None:
     benchmarks = sorted((ROOT / "benchmarks").rglob("*.py"))
-    trees = TREES | {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in benchmarks}
+    parsed = trees() | {str(path.relative_to(ROOT)): ast.parse(path.read_text(encoding="utf-8")) for path in benchmarks}
     unnamed = [
         f"{name}:{node.lineno} {ast.unparse(node)[:60]}"
-        for name, tree in trees.items()
+        for name, tree in parsed.items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and opens_text(node) and "encoding" not in {word.arg for word in node.keywords}
     ]
@@ -346,7 +357,7 @@ def test_what_is_imported_is_declared() -> None:
         "google": "protobuf",
     }.keys()
     declared |= {*PACKAGES}
-    used = {target.split(".")[0] for tree in TREES.values() for target, _ in imported(tree)}
+    used = {target.split(".")[0] for tree in trees().values() for target, _ in imported(tree)}
     assert used - set(sys.stdlib_module_names) <= declared
 
 
@@ -368,7 +379,7 @@ def test_every_module_of_ours_that_is_imported_exists() -> None:
     # An import inside a function of the command line fails only when that command is run.
     absent = [
         f"{name}:{node.lineno} {target}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for target, node in imported(tree)
         if target.split(".")[0] in PACKAGES and target not in MODULES
     ]

@@ -40,7 +40,8 @@ from difffract_jax.storage.checkpoint import leaf_paths
 from difffract_jax.storage.tiles import full_index, spans
 
 RULES = (AxisRule("blocks.{up,down}.kernel", ("layer", "d_model", "feat")), AxisRule("**.bias", None))
-TREE = {"blocks": {"up": {"kernel": jnp.arange(2 * 3 * 8.0).reshape(2, 3, 8), "bias": jnp.ones(5)}}}
+KERNEL, BIAS = np.arange(2 * 3 * 8, dtype=np.float32).reshape(2, 3, 8), np.ones(5, np.float32)
+TREE = {"blocks": {"up": {"kernel": KERNEL, "bias": BIAS}}}
 
 
 def test_a_mesh_has_auto_axes_and_the_sizes_asked_for() -> None:

@@ -124,8 +124,10 @@ def random_weights(abstract: Any, seed: int, *, on_device: bool = False) -> Any:
             return _draw(keys[path], float(kind == "scale"), spread, leaf.shape, leaf.dtype)
         noise = rng.standard_normal(leaf.shape, np.float32)
         around = kind in ("scale", "variance")
-        drawn = noise / np.sqrt(inputs) if kernel else around + SPREAD * noise
-        return jax.device_put(drawn.astype(leaf.dtype))  # `jnp.asarray` would compile a program for every shape.
+        values = noise / np.sqrt(inputs) if kernel else around + SPREAD * noise
+        # Rounded by NumPy, as JAX would make a program for every shape; to float32 first, as it does.
+        exact = leaf.dtype.itemsize == 8
+        return jax.device_put((values if exact else values.astype(np.float32)).astype(leaf.dtype))
 
     return jax.tree.unflatten(jax.tree.structure(abstract), [fill(path, leaf) for path, leaf in leaves.items()])
 

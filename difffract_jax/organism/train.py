@@ -146,10 +146,9 @@ def fit(
     stage: Stage, directory: Path, save_every: int, report: Progress, allowed: Callable[[], None] = lambda: None
 ) -> Any:
     """Runs a stage from its last checkpoint, or from the start, to its end; returns the final state."""
-    abstract = jax.eval_shape(stage.init)
     home = directory / stage.name
     saved = _newest(home)
-    state = stage.init() if saved is None else load_tree(saved, abstract)
+    state = stage.init() if saved is None else load_tree(saved, jax.eval_shape(stage.init))
     first = int(state.step)
     if first >= stage.steps:
         return state
@@ -184,10 +183,10 @@ def fit(
     return state
 
 
-@jax.jit
-def _finite(state: Any) -> Array:
-    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in floats]))
+def _finite(state: Any) -> bool:
+    """Says whether every number is finite; looked at on the host, where it is written next, without a program."""
+    floats = (leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    return all(bool(np.isfinite(np.asarray(leaf)).all()) for leaf in floats)
 
 
 def _newest(home: Path) -> Path | None:

@@ -6,8 +6,9 @@ drops the lines of steps that it does again. TensorBoard and Weights & Biases ge
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -141,8 +142,11 @@ class Goodput:
         return min(1.0, (self.useful + more) / max(time.time() - self.started, 1e-9))
 
 
-def matmul_rate(bf16: bool, devices: Iterable[Any]) -> float:
+@lru_cache(maxsize=8)
+def matmul_rate(bf16: bool, devices: tuple[Any, ...]) -> float:
     """Returns the floating point operations per second of square matrix products, best of three, on all devices.
+
+    They are measured once in a process, and remembered.
 
     On an accelerator a product must be large, and several must run in one program, or starting them is what is timed.
     Virtual devices of a CPU share its cores: their number does not count.
@@ -151,7 +155,6 @@ def matmul_rate(bf16: bool, devices: Iterable[Any]) -> float:
         bf16: precision of the factors.
         devices: of one kind.
     """
-    devices = list(devices)
     size, repeats, count = (1024, 1, 1) if devices[0].platform == "cpu" else (4096, 16, len(devices))
     a = jnp.full((size, size), 1 / size, jnp.bfloat16 if bf16 else jnp.float32)
 

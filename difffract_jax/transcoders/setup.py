@@ -8,7 +8,7 @@
    into, and what a step can be compiled for where none of these devices is.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -23,7 +23,7 @@ from difffract_jax.transcoders.objective import ActivationRows, Width
 from difffract_jax.transcoders.recipe import recipe_of, shape_of, sparsities
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.sites import SiteSet
-from difffract_jax.transcoders.state import Moments, TrainState, init_params, init_state, state_shardings
+from difffract_jax.transcoders.state import Init, Moments, TrainState, init_params, init_state, state_shardings
 from difffract_jax.transcoders.step import Recipe, optimizer, rows_sharding
 from difffract_jax.transcoders.transcoder import TranscoderConfig
 
@@ -115,15 +115,45 @@ def first_state(setup: Setup, moments: Moments) -> TrainState:
 
 def born(setup: Setup) -> Any:
     """Returns the compiled function from the moments of the sites' rows to the first state, spread over the mesh."""
-    shapes = jax.eval_shape(partial(_state_of, setup), abstract_moments(setup))
-    return jax.jit(partial(_state_of, setup), out_shardings=state_shardings(shapes, setup.mesh))
+    places, structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf.sharding, abstract_state(setup)))
+    return _born(_birth_of(setup), structure, tuple(places))
 
 
-def _state_of(setup: Setup, moments: Moments) -> TrainState:
-    key = random_key(setup.settings.seed)
-    params = init_params(key, setup.shape, setup.settings.init, moments, shards=setup.mesh.shape["site"])
-    sparsity = jnp.asarray(sparsities(setup.settings, setup.sites))
-    return init_state(params, optimizer(setup.recipe), moments, sparsity)
+@lru_cache(maxsize=8)
+def _born(birth: "_Birth", structure: Any, places: tuple[NamedSharding, ...]) -> Any:
+    """Keeps the function, by which JAX knows what it has traced: another run of these constants traces nothing."""
+    return jax.jit(partial(_state_of, birth), out_shardings=jax.tree.unflatten(structure, places))
+
+
+class _Birth(NamedTuple):
+    """What the first state depends on besides the moments of rows; all of it can be looked up by its value."""
+
+    seed: int
+    init: Init
+    shape: TranscoderConfig
+    recipe: Recipe
+    sparsity: tuple[float, ...]
+    shards: int
+
+
+def _birth_of(setup: Setup) -> _Birth:
+    settings, sparsity = setup.settings, sparsities(setup.settings, setup.sites)
+    shards = setup.mesh.shape["site"]
+    return _Birth(settings.seed, settings.init, setup.shape, setup.recipe, tuple(map(float, sparsity)), shards)
+
+
+def _state_of(birth: _Birth, moments: Moments) -> TrainState:
+    key, sparsity = random_key(birth.seed), jnp.asarray(birth.sparsity, jnp.float32)
+    params = init_params(key, birth.shape, birth.init, moments, shards=birth.shards)
+    return init_state(params, optimizer(birth.recipe), moments, sparsity)
+
+
+@lru_cache(maxsize=8)
+def _shapes(birth: _Birth) -> TrainState:
+    sites, float32 = len(birth.sparsity), jnp.float32
+    widths = (sites, birth.shape.d_model), (sites, birth.shape.d_model_out), (sites,), (sites,)
+    moments = Moments(*cast(Any, (jax.ShapeDtypeStruct(shape, float32) for shape in widths)))
+    return jax.eval_shape(partial(_state_of, birth), moments)
 
 
 def abstract_moments(setup: Setup) -> Moments:
@@ -135,7 +165,7 @@ def abstract_moments(setup: Setup) -> Moments:
 
 def abstract_state(setup: Setup) -> TrainState:
     """Returns shape, type and place of every array of the state, without making one."""
-    state = jax.eval_shape(partial(_state_of, setup), abstract_moments(setup))
+    state = _shapes(_birth_of(setup))
     return jax.tree.map(_with_sharding, state, state_shardings(state, setup.mesh))
 
 

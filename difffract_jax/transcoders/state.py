@@ -189,6 +189,15 @@ def export_transcoders(state: TrainState, *, dtype: Any = jnp.float32) -> tuple[
     """
     config = state.params.config
     shape = replace(config, activation="jumprelu", k=0) if config.activation == "batchtopk" else config
+    return _exported(state.params, state.cutoff, state.x_scale, state.y_scale, shape, jnp.dtype(dtype)), shape
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def _exported(
+    params: Transcoder, cutoff: Array, x_scale: Array, y_scale: Array, shape: TranscoderConfig, dtype: Any
+) -> Transcoder:
+    """Returns the stack of transcoders for unscaled rows, by one program: taken one by one its products are many."""
+    config = params.config
 
     def one(tc: Transcoder, cutoff: Array, x_scale: Array, y_scale: Array) -> Transcoder:
         out = Transcoder(shape, rngs=nnx.Rngs(0))
@@ -212,8 +221,8 @@ def export_transcoders(state: TrainState, *, dtype: Any = jnp.float32) -> tuple[
             out.threshold[...] = tc.threshold[...] * y_scale
         return out
 
-    made = jax.vmap(one)(state.params, state.cutoff, state.x_scale, state.y_scale)
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), made), shape
+    made = jax.vmap(one)(params, cutoff, x_scale, y_scale)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), made)
 
 
 def place(tree: Any, shardings: Any) -> Any:

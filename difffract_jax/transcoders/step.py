@@ -14,7 +14,7 @@ numbers, for programs that are built on `jax.pmap`.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -224,7 +224,14 @@ def jit_step(
     recipe = replace(recipe, objective=replace(recipe.objective, branch=not in_place))
     if mesh.size > 1:
         recipe = replace(recipe, objective=replace(recipe.objective, sparse=False, mesh=mesh))
-    placed = state_shardings(state, mesh)
+    places, structure = jax.tree.flatten(state_shardings(state, mesh))
+    return _jit_step(recipe, mesh, in_place, structure, tuple(places))
+
+
+@lru_cache(maxsize=8)
+def _jit_step(recipe: Recipe, mesh: Mesh, in_place: bool, structure: Any, places: tuple[NamedSharding, ...]) -> Any:
+    """Keeps the function, by which JAX knows what it has traced: another run of these constants traces nothing."""
+    placed = jax.tree.unflatten(structure, places)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         partial(train_step, recipe=recipe, shards=mesh.shape["site"], in_place=in_place),

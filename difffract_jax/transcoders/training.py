@@ -347,7 +347,7 @@ def _check_finite(setup: Setup, step: int, metrics: Metrics, saved: int | None =
 
 
 def _clock(setup: Setup) -> Clock:
-    peak = matmul_rate(setup.settings.matmul == "bf16", setup.mesh.devices.flat)
+    peak = matmul_rate(setup.settings.matmul == "bf16", tuple(setup.mesh.devices.flat))
     return Clock(setup.settings.batch * len(setup.sites.names), row_flops(setup.shape, setup.recipe), peak)
 
 

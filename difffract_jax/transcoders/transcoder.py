@@ -349,6 +349,6 @@ def random_transcoders(
     ends = np.cumsum(list(depths.values()))
     firsts = dict(zip(depths, ends - list(depths.values()), strict=True))
     keys = jax.random.split(random_key(seed), int(ends[-1]))
-    one_by_one = jax.jit(lambda keys, places: jax.lax.map(build, keys[places]))
+    one_by_one = jax.jit(lambda keys, numbers: jax.lax.map(build, keys[numbers]))
     stacks = {name: one_by_one(keys, firsts[name] + np.array(numbers)) for name, numbers in chosen.groups.items()}
     return TranscoderSet(stacks, chosen, shape, f"random:{seed}")

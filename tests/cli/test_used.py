@@ -17,12 +17,11 @@ from difffract_jax.circuits.notation.feature import Feature
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.cli.used import edited, load_for_graph, load_used, matching, of_graph, traced_types, up_to_targets
 from difffract_jax.loading import load_transcoders, save_transcoders
-from difffract_jax.models.tiny import random_pipeline
+from difffract_jax.models.tiny import TINY, random_pipeline
 from difffract_jax.storage import checkpoint
 from difffract_jax.transcoders.transcoder import TranscoderSet, random_transcoders
 
-PIPE = random_pipeline()
-LAYOUT = PIPE.config.transformer.layout
+LAYOUT = TINY.layout
 FLUX = flux_layout(19, 38)
 
 
@@ -30,7 +29,7 @@ FLUX = flux_layout(19, 38)
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[TranscoderSet, str]:
     """Transcoders of every site of the tiny model, and where they lie."""
     out = tmp_path_factory.mktemp("used") / "transcoders"
-    save_transcoders(random_transcoders(PIPE.config.transformer, features=64), out)
+    save_transcoders(random_transcoders(TINY, features=64), out)
     return load_transcoders(out), str(out)
 
 
@@ -96,12 +95,13 @@ def test_edits_and_patterns_name_their_sites() -> None:
 
 def test_a_graph_is_the_same_with_the_sites_that_bear_on_it(saved: tuple[TranscoderSet, str]) -> None:
     tcs, path = saved
-    run = PIPE.plan(height=32, width=32, text_tokens=12, steps=2)
-    target = strongest_feature(capture(PIPE, tcs, "a fox", run=run), tcs, "img", 1)
+    pipe = random_pipeline()
+    run = pipe.plan(height=32, width=32, text_tokens=12, steps=2)
+    target = strongest_feature(capture(pipe, tcs, "a fox", run=run), tcs, "img", 1)
     few = load_used(path, up_to_targets(LAYOUT, [target], (0, 0)))
     assert len(few.sites.names) < len(tcs.sites.names)
     whole, part = (
-        attribute(capture(PIPE, mine, "a fox", run=run), mine, target=target, max_nodes=8) for mine in (tcs, few)
+        attribute(capture(pipe, mine, "a fox", run=run), mine, target=target, max_nodes=8) for mine in (tcs, few)
     )
     for name in ("node_feature", "node_block", "edge_source", "edge_target", "edge_attribution"):
         assert np.array_equal(getattr(whole, name), getattr(part, name)), name

@@ -14,6 +14,8 @@ from converters.autoencoder import AUTOENCODER_DIFFUSERS, autoencoder_config_fro
 from converters.mapping import Source, load_tree
 from difffract_jax.models import autoencoder
 from difffract_jax.models.autoencoder import FLUX_VAE, Autoencoder, AutoencoderConfig, PixelAttention
+from difffract_jax.models.shapes import abstract_module
+from difffract_jax.models.tiny import random_weights
 from tolerances import REFERENCE, TOL, relative_error
 
 TINY = AutoencoderConfig(
@@ -29,8 +31,8 @@ def load(home):
 
 
 def tiny(seed, dtype=jnp.float32):
-    """A small random model; under jit, because drawing leaf by leaf compiles every draw by itself."""
-    return jax.jit(lambda: Autoencoder(TINY, rngs=nnx.Rngs(seed), dtype=dtype))()
+    """A small random model."""
+    return random_weights(abstract_module(Autoencoder, TINY, dtype), seed)
 
 
 def random_torch(widths, layers, quant, attention):
@@ -84,10 +86,10 @@ def test_golden_images_are_met(prompt):
 def test_attention_in_pieces_equals_attention_at_once(monkeypatch):
     attention = PixelAttention(8, 2, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (5, 3, 8))
-    whole = attention(x)
+    whole = jax.jit(lambda attention, x: attention(x))(attention, x)
     # 15 pixels in pieces of 4: the last one is short.
     monkeypatch.setattr(autoencoder, "QUERIES_AT_ONCE", 4)
-    assert relative_error(attention(x), whole) <= TOL.f32_block
+    assert relative_error(jax.jit(lambda attention, x: attention(x))(attention, x), whole) <= TOL.f32_block
 
 
 @pytest.mark.slow
@@ -114,7 +116,7 @@ def test_float64_weights_compute_in_float64(x64):
 
 def test_bfloat16_weights_stay_close_to_float32_under_strict_promotion():
     rounded = tiny(2, jnp.bfloat16)
-    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    exact = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, np.float32)), rounded)
     latent = jax.random.normal(jax.random.key(0), (3, 3, 3))
     with jax.numpy_dtype_promotion("strict"):
         ours = jax.jit(Autoencoder.decode)(rounded, latent.astype(jnp.bfloat16))

@@ -226,7 +226,7 @@ def test_where_an_image_token_stands_matters_and_where_a_text_token_stands_does_
 
 def test_bfloat16_weights_stay_close_to_float32_under_strict_promotion():
     rounded = tiny(jnp.bfloat16)
-    exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), rounded)
+    exact = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, np.float32)), rounded)
     inputs = tiny_inputs()
     with jax.numpy_dtype_promotion("strict"):
         ours = RUN(rounded, inputs, (2, 3))

@@ -126,7 +126,7 @@ def test_bfloat16_generates_what_float32_does_but_for_rounding():
     half = random_pipeline(dtype=jnp.bfloat16)
     whole = half._replace(
         **{
-            n: jax.tree.map(lambda x: x.astype(jnp.float32), getattr(half, n))
+            n: jax.tree.map(lambda x: jax.device_put(np.asarray(x, np.float32)), getattr(half, n))
             for n in ("transformer", "t5", "clip", "vae")
         }
     )

@@ -1,16 +1,18 @@
 """What the organism's tests share: a pipeline of its shape with random weights, and one tiny run of its training.
 
 Compiling the three training steps takes longer than all tests together. `stages` therefore compiles each once for the
-session: every training of `RECIPE` gets the same compiled `init` and `step`, but batches and keys of its own.
+session, and makes its first state once: every training of `RECIPE` gets these, but batches and keys of its own.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -58,6 +60,11 @@ def recipe() -> OrganismRecipe:
 def stages() -> Iterator[SimpleNamespace]:
     """The stages of `RECIPE`, compiled once; `traces` counts how often each step was traced."""
     traces: Counter[str] = Counter()
+
+    def remembered(init: Callable[[], Any]) -> Callable[[], Any]:
+        first = cache(lambda: jax.tree.map(np.asarray, init()))
+        return lambda: jax.tree.map(jnp.array, first())  # copies, which a step may be given
+
     made: dict[str, train.Stage] = {}
 
     def counted(module: Any) -> Callable[..., Any]:
@@ -74,7 +81,7 @@ def stages() -> Iterator[SimpleNamespace]:
             fresh = build(recipe, *rest)
             if recipe != RECIPE:
                 return fresh
-            kept = made.setdefault(fresh.name, fresh._replace(init=jax.jit(fresh.init)))
+            kept = made.setdefault(fresh.name, fresh._replace(init=remembered(fresh.init)))
             return fresh._replace(init=kept.init, step=kept.step)
 
         return stage

@@ -1,7 +1,7 @@
 """Products at active features alone: the dense path's numbers, forward and backward, and when they are used."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ SITES, ROWS, WIDTH, FEATURES, K = 2, 48, 12, 160, 4
 KINDS = ("topk", "batchtopk")
 
 
+@cache
 def make(kind):
     """A state with dead features, rows whose features differ much in how often they fire, and constants."""
     config = TranscoderConfig(d_model=WIDTH, features=FEATURES, time_embed=8, activation=kind, k=K, skip=kind == "topk")
@@ -97,7 +98,7 @@ def test_loss_and_gradient_are_exact_in_float64(kind, x64):
 @pytest.mark.parametrize("features", [160, 37])
 def test_the_largest_of_each_row_are_top_k_s_even_where_entries_are_equal(features):
     u = jnp.round(jax.random.normal(jax.random.key(1), (ROWS, features)) * 2)
-    pairs = active.largest_per_row(u, K)
+    pairs = jax.jit(active.largest_per_row, static_argnums=1)(u, K)
     expected = np.sort(np.asarray(jax.lax.top_k(u, K)[1]), axis=1)
     assert np.array_equal(np.sort(np.asarray(pairs.feature).reshape(ROWS, K), axis=1), expected)
 
@@ -105,7 +106,7 @@ def test_the_largest_of_each_row_are_top_k_s_even_where_entries_are_equal(featur
 @pytest.mark.parametrize("shift", [0.0, -4.0, -9.0])
 def test_the_largest_of_a_batch_are_those_above_its_cutoff(shift):
     u = jax.random.normal(jax.random.key(2), (ROWS, FEATURES)) * jnp.linspace(0.1, 4, ROWS)[:, None] + shift
-    pairs, cutoff = active.largest_of_batch(u, K)
+    pairs, cutoff = jax.jit(active.largest_of_batch, static_argnums=1)(u, K)
     assert cutoff == batch_cutoff(u, K)
     real = np.asarray(pairs.real)
     found = np.stack([np.asarray(pairs.row)[real], np.asarray(pairs.feature)[real]], axis=1)
@@ -114,9 +115,9 @@ def test_the_largest_of_a_batch_are_those_above_its_cutoff(shift):
 
 def test_pairs_are_sorted_alike_by_one_number_and_by_two(monkeypatch):
     u = jax.random.normal(jax.random.key(3), (ROWS, FEATURES)) - 3
-    one = active.largest_of_batch(u, K)[0]
+    one = jax.jit(lambda u: active.largest_of_batch(u, K)[0])(u)
     monkeypatch.setattr(active, "LARGEST_KEY", 0)
-    two = active.largest_of_batch(u, K)[0]
+    two = jax.jit(lambda u: active.largest_of_batch(u, K)[0])(u)
     real = int(one.real.sum())
     assert real < ROWS * K and np.array_equal(one.by_feature.order[:real], two.by_feature.order[:real])
     assert all(map(np.array_equal, jax.tree.leaves(one.by_feature)[1:], jax.tree.leaves(two.by_feature)[1:]))
@@ -135,7 +136,7 @@ def test_sums_are_those_of_a_scatter_whatever_the_lengths():
     item, weight = rng.integers(0, 50, 3000).astype(np.int32), rng.standard_normal(3000, np.float32)
     table = rng.standard_normal((50, WIDTH), np.float32)
     by = active.segments(jnp.arange(3000, dtype=jnp.int32), jnp.asarray(key), 600)  # the last hundred are padding
-    ours = active.weighted_sums(jnp.asarray(table), jnp.asarray(item), jnp.asarray(weight), by)
+    ours = jax.jit(active.weighted_sums)(jnp.asarray(table), jnp.asarray(item), jnp.asarray(weight), by)
     expected = np.zeros((700, WIDTH))
     np.add.at(expected, key, weight[:, None] * table[item])
     assert relative_error(ours, expected[:600]) <= TOL.f32_block

@@ -26,6 +26,7 @@ from difffract_jax.transcoders.plan import (
     open_topology,
     plan,
 )
+from difffract_jax.transcoders.plan_phases import phases
 from difffract_jax.transcoders.settings import TrainConfig
 from difffract_jax.transcoders.setup import first_state, set_up
 from difffract_jax.transcoders.sites import sites_of
@@ -33,6 +34,7 @@ from difffract_jax.transcoders.state import Moments
 
 ROOT = Path(__file__).parents[2]
 SITES, WIDTH = sites_of({"img": (0, 1), "txt": (0, 1)}), 16
+SPREAD = {"data": 2, "site": 2, "feature": 2}
 LIBTPU = "libtpu compiles for TPUs that are not here; pip install 'difffract_jax[tpu]'"
 
 
@@ -42,15 +44,26 @@ def work(**more):
     return TrainingWorkload(TrainConfig(**given), SITES, WIDTH, {})
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def eight():
     return Topology("eight", jax.devices(), GIB)
 
 
-def test_a_plan_counts_the_bytes_that_the_trainer_puts_on_a_device(eight):
-    shape = {"data": 2, "site": 2, "feature": 2}
-    found = plan(work(), eight, shape)
-    setup = set_up(work().settings, SITES, WIDTH, make_mesh(shape))
+@pytest.fixture(scope="module")
+def spread(eight):
+    """The plan of a training over all axes of a mesh."""
+    return plan(work(), eight, SPREAD)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The plan of the same training on one device."""
+    return plan(work(), Topology("one", jax.devices()[:1], GIB))
+
+
+def test_a_plan_counts_the_bytes_that_the_trainer_puts_on_a_device(spread):
+    found = spread
+    setup = set_up(work().settings, SITES, WIDTH, make_mesh(SPREAD))
     flat, ones = jnp.zeros((4, WIDTH)), jnp.ones(4)
     state = first_state(setup, Moments(flat, flat, ones, ones))
     shards = [shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards[:1]]
@@ -60,16 +73,15 @@ def test_a_plan_counts_the_bytes_that_the_trainer_puts_on_a_device(eight):
     assert found.buffer == 4 * 256 * 2 * WIDTH * 4 // 8 + 2 * 256 * 4 // 2
     assert found.arguments == found.state + found.rows
     assert found.needed == found.peak + found.buffer and found.fits
-    assert found.mesh == shape and found.chips == 8
+    assert found.mesh == SPREAD and found.chips == 8
 
 
-def test_the_state_is_donated_and_the_shards_talk(eight):
-    found = plan(work(), eight, {"data": 2, "feature": 4})
+def test_the_state_is_donated_and_the_shards_talk(spread, alone):
+    found = spread
     assert found.outputs < found.state / 10  # the metrics, no second state
     assert found.communication["all-reduce"]["operations"] > 0
     # Encoder and decoder forward, three products backward, and one to x, where FiLM learns: 2 operations per weight.
     assert found.flops == 2 * 6 * WIDTH * 4 * WIDTH * 64 * 4
-    alone = plan(work(), Topology("one", jax.devices()[:1], GIB))
     assert alone.communication == {} and alone.mesh == {"data": 1, "site": 1, "feature": 1}
 
 
@@ -88,9 +100,8 @@ def test_a_refresh_is_planned_with_the_model_spread_and_without_encoders_between
     settings = TrainConfig(model="tiny", prompts="p", out="o", sites=["img/*", "txt/*"], height=16, width=16)
     more = {"text_tokens": 8, "steps_per_image": 2, "prompts_at_once": 4, "expansion": 4, "k": 4, "batch": 64}
     asked = work_of(settings.model_copy(update={**more, "buffer_rows": 256}))
-    shape = {"data": 2, "site": 2, "feature": 2}
     beside, apart = (
-        plan(asked._replace(settings=asked.settings.model_copy(update={"text_encoders": where})), eight, shape)
+        plan(asked._replace(settings=asked.settings.model_copy(update={"text_encoders": where})), eight, SPREAD)
         for where in ("device", "host")
     )
     assert list(apart.phases) == ["first state", "prompts", "rows"]
@@ -100,7 +111,8 @@ def test_a_refresh_is_planned_with_the_model_spread_and_without_encoders_between
     assert apart.model < beside.model and apart.phases["rows"] < beside.phases["rows"]
     # What is encoded is the same; the encoders are counted once, whether they are there before or not.
     assert apart.phases["prompts"] + planning.bytes_per_chip(asked.model["vae"]) == beside.phases["prompts"]
-    assert plan(asked._replace(run=None), eight, shape).phases.keys() == {"first state"}
+    setup = set_up(asked.settings, asked.sites, asked.width, make_mesh(SPREAD))
+    assert [phase.name for phase in phases(setup, asked.model, None)] == ["first state"]
 
 
 def test_the_first_mesh_that_fits_is_taken_and_else_the_one_that_needs_least(eight):
@@ -111,9 +123,8 @@ def test_the_first_mesh_that_fits_is_taken_and_else_the_one_that_needs_least(eig
     assert not least.fits and least.needed > 1000
 
 
-def test_the_smallest_that_fits_has_the_fewest_chips(eight):
-    one = plan(work(), eight._replace(devices=jax.devices()[:1]))
-    two = one._replace(chips=2)
+def test_the_smallest_that_fits_has_the_fewest_chips(alone):
+    one, two = alone, alone._replace(chips=2)
     assert one.chips == 1
     assert planning.smallest_plan([two, one]) == one
     assert planning.smallest_plan([two, one._replace(fits=False)]) == two

@@ -1,7 +1,7 @@
 """The training step: the reference's own steps, one compilation, the same numbers on any arrangement of devices."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -99,22 +99,32 @@ KINDS = {
 }
 
 
-def make(kind, seed=0, **more):
-    """A state, a recipe, and 12 batches of rows that only some of the features can explain."""
+@cache
+def made(kind):
     shape, constants = KINDS[kind]
     config = TranscoderConfig(d_model=WIDTH, features=FEATURES, time_embed=8, **shape)
-    recipe = Recipe(
-        objective=Objective(**constants), lr=1e-2, clip=1.0, project_decoder=True, warmup=2, steps=12, **more
-    )
-    rng = np.random.default_rng(seed)
+    recipe = Recipe(objective=Objective(**constants), lr=1e-2, clip=1.0, project_decoder=True, warmup=2, steps=12)
+    rng = np.random.default_rng(0)
     x = rng.standard_normal((12, SITES, ROWS, WIDTH), np.float32)
     y = np.tanh(x @ rng.standard_normal((SITES, WIDTH, WIDTH), np.float32)) * np.float32(3)
     t = rng.choice(np.float32([1, 0.75, 0.5, 0.25]), (12, SITES, ROWS))
     batches = [ActivationRows(*map(jnp.asarray, rows)) for rows in zip(x, y, t, strict=True)]
     moments = measure_moments(batches[0], scaled=True)
-    params = init_params(jax.random.key(seed), config, "tied", moments)
+    params = init_params(jax.random.key(0), config, "tied", moments)
     sparsity = jnp.linspace(1, 4, SITES) * (0.01 if kind == "relu" else 1)
     return init_state(params, optimizer(recipe), moments, sparsity), recipe, batches
+
+
+def make(kind):
+    """A state, a recipe, and 12 batches of rows that only some of the features can explain."""
+    state, recipe, batches = made(kind)
+    return jax.tree.map(lambda leaf: leaf, state), recipe, batches  # modules of its own: tests set their weights
+
+
+@cache
+def stepping(recipe):
+    """The step, compiled once for all tests that take it."""
+    return jax.jit(partial(train_step, recipe=recipe))
 
 
 def run(state, step, batches):
@@ -163,7 +173,7 @@ def test_steps_lower_the_error_keep_vectors_at_unit_norm_and_compile_once(kind):
 
 def test_sites_do_not_see_each_other():
     state, recipe, batches = make("topk")
-    step = jax.jit(partial(train_step, recipe=recipe))
+    step = stepping(recipe)
     together, _ = run(state, step, batches[:5])
     alone, _ = run(take_site(state, 2), step, [jax.tree.map(lambda a: a[2:3], r) for r in batches[:5]])
     assert relative_error(flat(alone.params), flat(take_site(together, 2).params)) <= TOL.sharded
@@ -179,7 +189,7 @@ def test_silent_features_are_counted_and_only_dead_ones_are_revived():
     silent = jnp.full((SITES, FEATURES), 90).at[:, 3 * FEATURES // 4 :].set(110)  # dead after 100
     state = state._replace(silent=silent)
     without = replace(recipe, objective=replace(recipe.objective, aux_weight=0.0))
-    ends = [jax.jit(partial(train_step, recipe=each))(state, batches[0]) for each in (recipe, without)]
+    ends = [stepping(each)(state, batches[0]) for each in (recipe, without)]
     fired = np.asarray(ends[0][0].silent == 0)
     assert np.array_equal(ends[0][0].silent, np.where(fired, 0, silent + ROWS)) and np.any(fired)
     assert np.all(np.asarray(ends[0][1].dead) == 0.25)
@@ -195,7 +205,7 @@ def test_the_threshold_finds_the_wanted_l0():
     state, recipe, batches = make("jumprelu")
     recipe = replace(recipe, lr=2e-3, sparsity_warmup=100, steps=600)
     state = state._replace(sparsity=jnp.full(SITES, 6.0))
-    state, history = run(state, jax.jit(partial(train_step, recipe=recipe)), batches * 50)
+    state, history = run(state, stepping(recipe), batches * 50)
     assert np.all(np.abs(np.mean([m.l0 for m in history[-12:]], axis=0) / 6 - 1) < 0.2)
     assert np.all(np.asarray(state.params.threshold[...]) >= 0)
 
@@ -205,19 +215,21 @@ def test_the_threshold_finds_the_wanted_l0():
 )
 def test_exported_transcoders_act_on_unscaled_rows(kind):
     state, recipe, batches = make(kind)
-    state, _ = run(state, jax.jit(partial(train_step, recipe=recipe)), batches)
+    state, _ = run(state, stepping(recipe), batches)
     state.params.film.kernel[...] = jax.random.normal(jax.random.key(1), state.params.film.kernel.shape) / 8
     stack, config = export_transcoders(state)
     assert config.activation == ("jumprelu" if kind == "batchtopk" else state.params.config.activation)
     t, rows = jnp.float32(0.5), batches[-1]
-    scaled = jax.vmap(lambda tc, x: tc.preactivation(x, t))(state.params, rows.x / state.x_scale[:, None, None])
-    if kind == "batchtopk":
-        z = jnp.where(scaled > state.cutoff[:, None, None], scaled, 0)
-    else:
-        z = jax.vmap(lambda tc, u: tc.activate(u))(state.params, scaled)
-    y = jax.vmap(lambda tc, z, x: tc.decode(z, x))(state.params, z, rows.x / state.x_scale[:, None, None])
-    ours = jax.vmap(lambda tc, x: tc(x, t))(stack, rows.x)
-    assert relative_error(ours, y * state.y_scale[:, None, None]) <= TOL.f32_block
+
+    @jax.jit
+    @jax.vmap
+    def scaled_and_back(state, x):
+        u = state.params.preactivation(x / state.x_scale, t)
+        z = jnp.where(u > state.cutoff, u, 0) if kind == "batchtopk" else state.params.activate(u)
+        return state.params.decode(z, x / state.x_scale) * state.y_scale
+
+    ours = jax.jit(jax.vmap(lambda tc, x: tc(x, t)))(stack, rows.x)
+    assert relative_error(ours, scaled_and_back(state._replace(step=()), rows.x)) <= TOL.f32_block
 
 
 def test_the_removed_gradient_is_the_one_along_the_vector():
@@ -237,7 +249,7 @@ def test_rates_warm_up_and_fall():
 def test_bf16_products_change_a_step_by_their_rounding_alone():
     state, recipe, batches = make("relu")
     half = replace(recipe, objective=replace(recipe.objective, bf16=True))
-    exact, rounded = (jax.jit(partial(train_step, recipe=r))(state, batches[0]) for r in (recipe, half))
+    exact, rounded = (stepping(r)(state, batches[0]) for r in (recipe, half))
     assert 0 < relative_error(rounded[1].loss, exact[1].loss) <= TOL.bf16
     assert {leaf.dtype for leaf in jax.tree.leaves(rounded[0].params)} == {jnp.dtype("float32")}
 
@@ -261,7 +273,7 @@ def test_a_dead_feature_that_is_always_negative_is_lifted_and_no_other(kind):
 
     def slopes(weight):
         objective = Objective(aux_weight=1 / 32, aux_k=2, dead_after=100, lift_weight=weight)
-        loss = jax.grad(site_loss, has_aux=True)
+        loss = jax.jit(jax.grad(site_loss, has_aux=True), static_argnums=6)
         one, zero, yes = jnp.ones(()), jnp.zeros(()), jnp.ones((), bool)
         return np.asarray(loss(tc, rows, silent, zero, yes, one, objective)[0].enc.bias[...])
 
