@@ -178,7 +178,7 @@ def rows(path: Path) -> None:
 def model(path: Path, arguments: argparse.Namespace) -> None:
     """Compares a training from the organism on four processes with one on one."""
     sizes = (f"steps={arguments.steps}", "buffer_rows=4096", "batch=256", "expansion=4", "k=8", "warmup=5")
-    every = (f"checkpoint_every={arguments.checkpoint_every}", "log_every=1", "mesh=data=2,site=2")
+    every = (f"checkpoint_every={arguments.checkpoint_every}", "log_every=1", MESH)
     place = Place(path, (*MODEL, *sizes, *every))
     ended(place.start("whole", 1, out=str(path / "whole")))
     ended(place.start("model", HOSTS))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from converters.configurations import (
     check_base,
@@ -25,8 +26,10 @@ from converters.flux2 import (
     flux2_config_from_diffusers,
     flux2_config_from_shapes,
 )
-from converters.kinds import FLUX1, KLEIN, SD3
+from converters.kinds import FLUX1, KLEIN, SD3, WHOLE
 from converters.klein import READERS, klein_config
+from converters.mapping import Rule
+from converters.pipeline_kind import PipelineKind
 from converters.sd3 import SD3_LAYOUTS, SD3_OF_DIFFUSERS, sd3_config_from_diffusers, sd3_config_from_shapes
 from converters.sd3_pipeline import READERS as SD3_READERS
 from converters.sd3_pipeline import sd3_config
@@ -103,6 +106,67 @@ def sd3_transformer(
     return part, layout, sd3_config_from_diffusers(attributes)
 
 
+class WholeTransformer(NamedTuple):
+    """A transformer of a kind with `PipelineKind.whole`.
+
+    Attributes:
+        kind: the kind.
+        source: what its part of the checkpoint is read as.
+        rules: its table.
+        shape: its shape.
+    """
+
+    kind: PipelineKind
+    source: Source
+    rules: tuple[Rule, ...]
+    shape: Any
+
+
+def whole_transformer(
+    path: Path, variant: str | None, *, rope_axes: tuple[int, ...] | None = None, quiet: bool = False
+) -> WholeTransformer | None:
+    """Finds a transformer of a kind with `PipelineKind.whole`; None for another kind's.
+
+    Args:
+        path: its file, or its directory.
+        variant: which files to take, see `pipelines.convert_pipeline`.
+        rope_axes: how a head's dimensions are divided among the axes of position, where no configuration tells; as in
+            FLUX.1's release if left out.
+        quiet: whether the log says nothing of what is left aside.
+    """
+    place = _whole_part(path, variant, quiet)
+    if place is None:
+        return None
+    kind, part, layout = place
+    whole, beside = kind.whole, whole_beside(path)
+    assert whole is not None
+    if beside is not None:
+        shape = whole.readers["transformer"](beside[1])
+    else:
+        assert whole.sizes is not None
+        shape = whole.sizes(part.shapes(), rope_axes or ROPE_AXES)
+    return WholeTransformer(kind, *whole.part(part, shape, layout), shape)
+
+
+def _whole_part(path: Path, variant: str | None, quiet: bool) -> tuple[PipelineKind, Source, Layout | None] | None:
+    """Returns the kind of a checkpoint's transformer, its part and its layout; None where its kind is not whole.
+
+    A transformer of a kind without layouts is known by the configuration beside it.
+    """
+    beside = whole_beside(path)
+    for kind in WHOLE.values():
+        layouts, known = kind.whole.layouts if kind.whole else (), beside is not None and beside[0] is kind
+        if layouts:
+            place = _part_and_layout(path, variant, layouts, layouts[-1], known, quiet)
+            if place is not None:
+                return kind, *place
+        elif known:
+            source = Source(path, variant=variant)
+            check_weights(source)
+            return kind, source, None
+    return None
+
+
 def _part_and_layout(
     path: Path, variant: str | None, layouts: Sequence[Layout], usual: Layout, known: bool, quiet: bool
 ) -> tuple[Source, Layout] | None:
@@ -140,15 +204,16 @@ def completed_config(source: str | Path, base: str | Path, *, variant: str | Non
     """
     source, base = Path(source), Path(base)
     kind, path = check_base(base), transformer_path(source)
-    whole = whole_beside(path)
-    if whole is not None:
+    place = _whole_part(path, variant, quiet=True)
+    whole = None if place is None else place[0]
+    if whole is not None and not whole.completed:
         raise UserError(
-            f"{source} is, or holds, a transformer of {whole[0].models}, which --base cannot complete; give the whole "
-            "pipeline, without --base."
+            f"{source} is, or holds, a transformer of {whole.models}, which --base cannot complete; give the "
+            "whole pipeline, without --base."
         )
-    sd3 = sd3_transformer(path, variant, head_dim=head_dim_of(base), quiet=True)
-    flux2 = None if sd3 is not None else flux2_transformer(path, variant, quiet=True)
-    own = SD3 if sd3 is not None else KLEIN if flux2 is not None else FLUX1
+    sd3 = None if whole is not None else sd3_transformer(path, variant, head_dim=head_dim_of(base), quiet=True)
+    flux2 = None if whole is not None or sd3 is not None else flux2_transformer(path, variant, quiet=True)
+    own = whole if whole is not None else SD3 if sd3 is not None else KLEIN if flux2 is not None else FLUX1
     if own is FLUX1:
         transformer_of(Source(path, variant=variant), quiet=True)  # which refuses what is none at all
     if own is not kind:
@@ -156,9 +221,28 @@ def completed_config(source: str | Path, base: str | Path, *, variant: str | Non
             f"{source} is, or holds, a transformer of {own.models}, but the base {base} is a pipeline of "
             f"{kind.models}; give a base of {own.models}."
         )
+    if whole is not None:
+        return _completed_whole(source, base, path, variant)
     if sd3 is not None:
         return _completed_sd3(source, base, sd3[2])
     return _completed_flux1(source, base, path, variant) if flux2 is None else _completed_klein(source, base, flux2[2])
+
+
+def refuse_alone(path: Path, name: str) -> None:
+    """Refuses a directory with a transformer alone that no base completes.
+
+    Args:
+        path: the directory.
+        name: what it was given as.
+
+    Raises:
+        UserError: if it is one.
+    """
+    beside = whole_beside(path)
+    if beside is not None and not beside[0].completed:
+        raise UserError(
+            f"{name} is {beside[0].models}'s transformer alone, which --base cannot complete; give the whole pipeline."
+        )
 
 
 def head_dim_of(base: Path) -> int | None:
@@ -166,6 +250,23 @@ def head_dim_of(base: Path) -> int | None:
     folder = base / "transformer"
     attributes = sd3_attributes_beside(folder) if folder.is_dir() else None
     return None if attributes is None else sd3_config_from_diffusers(attributes).head_dim
+
+
+def _whole_axes(base: Path) -> tuple[int, ...] | None:
+    """Returns the axes of position by the base's own transformer, of a kind with `whole`; None if it has none."""
+    beside = whole_beside(base / "transformer")
+    whole = None if beside is None else beside[0].whole
+    return None if beside is None or whole is None else whole.readers["transformer"](beside[1]).rope_axes
+
+
+def _completed_whole(source: Path, base: Path, path: Path, variant: str | None) -> PipelineConfig:
+    found = whole_transformer(path, variant, rope_axes=_whole_axes(base), quiet=True)
+    assert found is not None and found.kind.whole is not None
+    whole = found.kind.whole
+    others = [part for part in whole.readers if part not in ("transformer", "scheduler")]
+    read = [found.shape, *read_configs(base, others, whole.readers), scheduler_of((source, base), found.shape)]
+    index_of_vae = read_json(base / "vae" / "config.json", "an autoencoder")
+    return whole.config(f"{source} and {base}", base, read, index_of_vae)
 
 
 def _completed_sd3(source: Path, base: Path, shape: Sd3Config) -> PipelineConfig:

@@ -1,10 +1,12 @@
-"""The MM-DiT of Chroma: a table of rules for diffusers' `ChromaTransformer2DModel`, and its configuration.
+"""The MM-DiT of Chroma: a table of rules for each layout it is published in, and its configuration.
 
-1. `CHROMA_DIFFUSERS` is FLUX.1's table and the modulator's rows. Rules for what Chroma lacks, modulations of blocks and
+1. `CHROMA_DIFFUSERS`, of diffusers' `ChromaTransformer2DModel`, and `CHROMA_ORIGINAL`, of the original release, one
+   file, are FLUX.1's tables and the modulator's rows. Rules for what Chroma lacks, modulations of blocks and
    embeddings of time, pooled text and guidance, match none of its leaves.
 2. A block of ours has its number, by which it finds its modulations; a checkpoint numbers blocks in the names of their
    tensors alone. `NumberedSource` is such a checkpoint with these numbers as tensors.
-3. `chroma_config_from_diffusers` reads its `config.json` by an allow-list, and `chroma_config_to_diffusers` writes it.
+3. `chroma_config_from_diffusers` reads its `config.json` by an allow-list, and `chroma_config_to_diffusers` writes it;
+   `chroma_config_from_shapes` reads the sizes off a single file, which has no configuration.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from converters.allow_list import REQUIRED, AllowList, read_attributes
-from converters.flux import FLUX_DIFFUSERS, ORIGINAL, sizes_read, sizes_written
+from converters.flux import (
+    DIFFUSERS,
+    FLUX_DIFFUSERS,
+    ORIGINAL,
+    Layout,
+    blocks_told,
+    depth_told,
+    sizes_read,
+    sizes_written,
+)
 from converters.mapping import Rule, transpose
 from converters.source import Source
 from difffract_jax.address import flux_layout
@@ -24,9 +35,7 @@ from difffract_jax.models.chroma import ChromaConfig
 CLASS = "ChromaTransformer2DModel"
 NUMBER = ".number"
 """What keys of blocks' numbers end with, which `NumberedSource` adds."""
-_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-_STACKS = {stack.name: blocks for stack, blocks in zip(flux_layout(1, 1).stacks, _BLOCKS, strict=True)}
-"""Stack -> what diffusers calls its blocks."""
+_STACKS = tuple(stack.name for stack in flux_layout(1, 1).stacks)
 _NETWORK = "distilled_guidance_layer"
 
 
@@ -46,31 +55,44 @@ def _modulator(up: str, down: str, scale: str) -> tuple[Rule, ...]:
     )
 
 
-CHROMA_DIFFUSERS = (
-    *FLUX_DIFFUSERS,
-    *_modulator("linear_1", "linear_2", "weight"),
-    *(Rule(f"{blocks}.{{layer}}{NUMBER}", f"{stack}{NUMBER}") for stack, blocks in _STACKS.items()),
-)
+def _numbers(layout: Layout) -> tuple[Rule, ...]:
+    pairs = zip(layout.blocks, _STACKS, strict=True)
+    return tuple(Rule(f"{blocks}.{{layer}}{NUMBER}", f"{stack}{NUMBER}") for blocks, stack in pairs)
+
+
+CHROMA_DIFFUSERS = (*FLUX_DIFFUSERS, *_modulator("linear_1", "linear_2", "weight"), *_numbers(DIFFUSERS))
 """diffusers' `ChromaTransformer2DModel`, with the numbers of its blocks."""
-CHROMA_ORIGINAL = (*ORIGINAL.rules, *_modulator("in_layer", "out_layer", "scale"))
-"""The names of the original release, which LoRAs go by too."""
+CHROMA_ORIGINAL = (*ORIGINAL.rules, *_modulator("in_layer", "out_layer", "scale"), *_numbers(ORIGINAL))
+"""The original release, one file, whose names LoRAs go by too; with the numbers of its blocks."""
+
+
+def _layout(flux: Layout, rules: tuple[Rule, ...]) -> Layout:
+    """Returns a layout of Chroma, by that of FLUX.1 whose names its blocks have."""
+    anchor = f"{_NETWORK}.in_proj.weight"
+    return Layout(anchor, flux.blocks, rules, (*flux.sizes[:2], anchor, *flux.sizes[3:]), guidance="")
+
+
+CHROMA_RELEASE = _layout(ORIGINAL, CHROMA_ORIGINAL)
+CHROMA_OF_DIFFUSERS = _layout(DIFFUSERS, CHROMA_DIFFUSERS)
+CHROMA_LAYOUTS = (CHROMA_RELEASE, CHROMA_OF_DIFFUSERS)
 
 
 class NumberedSource(Source):
-    """A checkpoint of diffusers with the number of every block as a tensor."""
+    """A checkpoint with the number of every block as a tensor."""
 
-    def __init__(self, source: Source, config: ChromaConfig) -> None:
+    def __init__(self, source: Source, config: ChromaConfig, layout: Layout = CHROMA_OF_DIFFUSERS) -> None:
         """Takes a checkpoint that is open.
 
         Args:
             source: the checkpoint.
             config: shape of the transformer, which tells how many blocks there are.
+            layout: of the checkpoint.
         """
         self.__dict__.update(vars(source))
         self._stored = source
         self._numbers = {
-            f"{_STACKS[stack.name]}.{number}{NUMBER}": np.array([number], np.float32)
-            for stack in config.layout.stacks
+            f"{blocks}.{number}{NUMBER}": np.array([number], np.float32)
+            for stack, blocks in zip(config.layout.stacks, layout.blocks, strict=True)
             for number in range(stack.depth)
         }
 
@@ -149,6 +171,33 @@ def chroma_config_from_diffusers(attributes: Mapping[str, object]) -> ChromaConf
         modulator_inputs=channels,
         modulator_width=read["approximator_hidden_dim"],
         modulator_layers=read["approximator_layers"],
+    )
+
+
+def chroma_config_from_shapes(
+    shapes: Mapping[str, tuple[int, ...] | None], rope_axes: tuple[int, ...] = (16, 56, 56)
+) -> ChromaConfig:
+    """Reads the sizes off a single file.
+
+    Args:
+        shapes: key -> shape, prefix stripped, in either layout.
+        rope_axes: how a head's dimensions are divided among the axes of position; no tensor tells.
+
+    Raises:
+        UserError: when a tensor that tells a size is missing, or sizes do not divide.
+    """
+    of_release = any(key.startswith(f"{CHROMA_RELEASE.blocks[0]}.") for key in shapes)
+    layout = CHROMA_RELEASE if of_release else CHROMA_OF_DIFFUSERS
+    sizes, (hidden, channels) = blocks_told(shapes, layout, rope_axes, "Chroma", "modulator")
+    if channels < 8 or channels % 8:
+        raise UserError(
+            f"The file has a modulator of {channels} channels, which must be a multiple of 8; give Chroma's release."
+        )
+    return ChromaConfig(
+        **sizes,
+        modulator_inputs=channels,
+        modulator_width=hidden,
+        modulator_layers=depth_told(shapes, f"{_NETWORK}.layers"),
     )
 
 

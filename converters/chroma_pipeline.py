@@ -8,17 +8,19 @@ from typing import Any
 from converters.autoencoder import autoencoder_config_from_diffusers
 from converters.chroma import (
     CHROMA_DIFFUSERS,
+    CHROMA_LAYOUTS,
     CHROMA_ORIGINAL,
     CLASS,
     NUMBER,
     NumberedSource,
     chroma_config_from_diffusers,
+    chroma_config_from_shapes,
     chroma_config_to_diffusers,
 )
 from converters.described import SCHEDULER, t5_described
 from converters.pipeline_kind import PipelineKind, WholeModel
 from converters.schedules import CLASS as SCHEDULER_CLASS
-from converters.schedules import chroma_scheduler_from_diffusers
+from converters.schedules import scheduler_config_from_diffusers
 from converters.text_encoders import T5_TRANSFORMERS, t5_config_from_transformers, t5_tables
 from converters.torch_chroma import CHECK
 from difffract_jax.config import UserError
@@ -27,6 +29,7 @@ from difffract_jax.models.chroma_text import ChromaT5Config, ChromaT5Encoder
 from difffract_jax.models.presets import CHROMA_RUN
 from difffract_jax.models.qwen3 import NoPooledConfig
 from difffract_jax.models.runs import PipelineConfig
+from difffract_jax.models.sampler import ChromaSchedulerConfig
 
 FOLDERS: Mapping[str, str] = {"transformer": "transformer", "t5": "text_encoder", "vae": "vae"}
 """Part of a pipeline -> the folder that holds its weights."""
@@ -52,26 +55,28 @@ READERS = {
     "transformer": chroma_config_from_diffusers,
     "text_encoder": _t5,
     "vae": autoencoder_config_from_diffusers,
-    "scheduler": chroma_scheduler_from_diffusers,
+    "scheduler": scheduler_config_from_diffusers,
 }
 """Folder -> what its configuration is read by."""
 
 
-def chroma_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
-    """Puts the configurations of a directory together.
+def chroma_config(whose: str, home: Path, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
+    """Puts the configurations of a pipeline's parts together.
 
     Args:
-        home: the directory.
+        whose: the parts, for messages.
+        home: directory of all parts but the transformer, which tells nothing more.
         configs: of the folders of `READERS`, in order.
         index_of_vae: the contents of the autoencoder's `config.json`, which tells the side of its training images.
 
     Raises:
         UserError: if the parts do not fit one another.
     """
+    del home
     transformer, t5, vae, scheduler = configs
     misfits = [
-        f"{width} is {ours}, but {whose} is {theirs}"
-        for width, ours, whose, theirs in (
+        f"{width} is {ours}, but {other} is {theirs}"
+        for width, ours, other, theirs in (
             ("the transformer's in_channels", transformer.in_channels, "its out_channels", transformer.out_channels),
             ("the transformer's joint_attention_dim", transformer.text_width, "T5's d_model", t5.d_model),
             ("the transformer's in_channels", transformer.in_channels, "4 latent channels", 4 * vae.latent_channels),
@@ -79,13 +84,12 @@ def chroma_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any
         if ours != theirs
     ]
     if misfits:
-        raise UserError(
-            f"The parts of {home} do not fit one another: {'; '.join(misfits)}; take them from one release."
-        )
+        raise UserError(f"{whose} do not fit one another: {'; '.join(misfits)}; take them from one release.")
     size = index_of_vae.get("sample_size")
     side = size if isinstance(size, int) else CHROMA_RUN.height
     run = replace(CHROMA_RUN, height=side, width=side)
-    return PipelineConfig(transformer, t5, NoPooledConfig(), vae, scheduler, run)
+    schedule = ChromaSchedulerConfig(**vars(scheduler))
+    return PipelineConfig(transformer, t5, NoPooledConfig(), vae, schedule, run)
 
 
 def _described(config: PipelineConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -127,6 +131,8 @@ KIND = PipelineKind(
         check=CHECK,
         source=NumberedSource,
         added=NUMBER,
+        layouts=CHROMA_LAYOUTS,
+        sizes=chroma_config_from_shapes,
     ),
 )
 """What diffusers calls it, and how it is read."""

@@ -21,6 +21,7 @@ from converters.text_encoders import clip_config_from_transformers, t5_config_fr
 from difffract_jax.config import UserError, nearest
 from difffract_jax.models.absent import AbsentConfig
 from difffract_jax.models.autoencoder import AutoencoderConfig
+from difffract_jax.models.chroma import ChromaConfig
 from difffract_jax.models.mmdit import FluxConfig
 from difffract_jax.models.runs import GenerationDefaults, PipelineConfig
 from difffract_jax.models.sampler import SchedulerConfig
@@ -71,7 +72,7 @@ def check_architecture(home: Path, *, encoders: bool = True) -> PipelineKind:
     needed = [part for part in (*kind.classes, *kind.tokenizers) if part not in spared]
     unnamed = [part for part in kind.classes if _class_named(index, part) is None]
     lacking = [part for part in needed if part in unnamed or not (home / part).is_dir()]
-    if lacking and kind.whole is not None:  # which no base completes
+    if lacking and not kind.completed:  # which no base completes
         raise UserError(
             f"{home} lacks {', '.join(lacking)}; copy these folders, and their lines of model_index.json, from the "
             f"release that it was made from ({kind.releases})."
@@ -117,15 +118,16 @@ def check_base(home: Path) -> PipelineKind:
     """
     if not home.is_dir():
         raise UserError(
-            f"The base {home} is not a directory; give a diffusers directory of FLUX.1, FLUX.2-klein or Stable "
-            "Diffusion 3."
+            f"The base {home} is not a directory; give a diffusers directory of FLUX.1, FLUX.2-klein, Stable "
+            "Diffusion 3 or Chroma."
         )
     index = read_json(home / "model_index.json", "a pipeline") if is_diffusers_directory(home) else {}
     kind = KINDS.get(str(index.get("_class_name")), FLUX1)
-    if kind.whole is not None:
+    if not kind.completed:
+        *first, last = (each.models for each in KINDS.values() if each.completed)
         raise UserError(
-            f"The base {home} is a {kind.name}, but only transformers of FLUX.1, FLUX.2-klein and Stable Diffusion 3 "
-            "can be completed; give the whole directory as the model."
+            f"The base {home} is a {kind.name}, but only transformers of {', '.join(first)} and {last} can be "
+            "completed; give the whole directory as the model."
         )
     given = tuple(part for part in kind.classes if part not in ("transformer", "scheduler"))
     needed = [part for part in (*given, *kind.tokenizers) if part not in kind.optional]
@@ -163,7 +165,8 @@ def pipeline_config(home: Path) -> PipelineConfig:
         read = read_configs(home, parts, whole.readers)
         if lacking:
             read.insert(1, AbsentConfig(d_model=read[0].text_width))
-        return whole.config(home, read, read_json(home / "vae" / "config.json", "an autoencoder"))
+        index_of_vae = read_json(home / "vae" / "config.json", "an autoencoder")
+        return whole.config(f"The parts of {home}", home, read, index_of_vae)
     if FLUX1.lacks_encoders(home):
         transformer, vae, scheduler = read_configs(home, ("transformer", "vae", "scheduler"))
         t5, clip = AbsentConfig(d_model=transformer.text_width), AbsentConfig(d_model=transformer.pooled_width)
@@ -298,7 +301,7 @@ def sd3_attributes_beside(path: Path) -> dict[str, Any] | None:
 
 
 def whole_beside(path: Path) -> tuple[PipelineKind, dict[str, Any]] | None:
-    """Returns the configuration beside a transformer's weights, and its kind, if it is one that no base completes.
+    """Returns the configuration beside a transformer's weights, and its kind, if that is one with `whole`.
 
     Args:
         path: file of the weights, or their directory.
@@ -331,4 +334,6 @@ def scheduler_of(homes: Sequence[Path], transformer: FluxConfig) -> SchedulerCon
             return read_configs(home, ("scheduler",))[0]
     if isinstance(transformer, Sd3Config):
         return SchedulerConfig(shift=3.0)
+    if isinstance(transformer, ChromaConfig):
+        return SchedulerConfig(use_beta_sigmas=True)
     return SchedulerConfig(shift=3.0, use_dynamic_shifting=True) if transformer.guidance else SchedulerConfig()

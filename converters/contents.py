@@ -41,11 +41,12 @@ _SIMILAR = (
             f"a {kind.models} transformer in one file, but {kind.models} is read from diffusers' whole directory",
         )
         for kind in WHOLE.values()
-        if kind.whole
+        if kind.whole and not kind.completed
     ),
 )
 """Patterns of keys that stand beside those of a transformer, and what a file with such a key is."""
-KNOWN = (*LAYOUTS, *FLUX2_LAYOUTS, *SD3_LAYOUTS)
+_WHOLE = tuple(layout for kind in WHOLE.values() if kind.whole for layout in kind.whole.layouts)
+KNOWN = (*LAYOUTS, *FLUX2_LAYOUTS, *_WHOLE, *SD3_LAYOUTS)
 """All layouts that transformers are published in."""
 _OTHERS = (
     (
@@ -106,15 +107,15 @@ def transformer_of(source: Source, *, quiet: bool = False) -> tuple[Source, Layo
     what = describe(list(source), beside_transformer=has_transformer)
     if what is not None:
         raise UserError(
-            f"{source.name} is {what}; a transformer of FLUX.1, FLUX.2 or Stable Diffusion 3 is wanted here."
+            f"{source.name} is {what}; a transformer of FLUX.1, FLUX.2, Stable Diffusion 3 or Chroma is wanted here."
         )
     if part_and_layout is None:
         beginnings = sorted({key.split(".")[0] for key in source})[:5]
         raise UserError(
             f"{source.name} is no transformer of a known model: it holds neither "
             f"{', '.join(dict.fromkeys(layout.anchor for layout in KNOWN[:-1]))} nor {KNOWN[-1].anchor}, under any "
-            f"prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1, FLUX.2 or "
-            "Stable Diffusion 3."
+            f"prefix (its keys begin with {', '.join(beginnings) or 'nothing'}); give the file of FLUX.1, FLUX.2, "
+            "Stable Diffusion 3 or Chroma."
         )
     return part_and_layout
 

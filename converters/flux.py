@@ -149,7 +149,7 @@ ORIGINAL = Layout(
         "double_blocks.0.img_attn.norm.query_norm.scale",
     ),
     guidance="guidance_in.in_layer.weight",
-    unlike=("double_stream_modulation_img.lin.weight",),
+    unlike=("double_stream_modulation_img.lin.weight", "distilled_guidance_layer.in_proj.weight"),
 )
 DIFFUSERS = Layout(
     anchor="x_embedder.weight",
@@ -160,7 +160,7 @@ DIFFUSERS = Layout(
         *("proj_out.weight", "transformer_blocks.0.attn.norm_q.weight"),
     ),
     guidance="time_text_embed.guidance_embedder.linear_1.weight",
-    unlike=("double_stream_modulation_img.linear.weight",),
+    unlike=("double_stream_modulation_img.linear.weight", "distilled_guidance_layer.in_proj.weight"),
 )
 LAYOUTS = (ORIGINAL, DIFFUSERS)
 
@@ -266,26 +266,46 @@ def flux_config_from_shapes(
         UserError: when a tensor that tells a size is missing, or `rope_axes` do not fit the heads.
     """
     layout = DIFFUSERS if DIFFUSERS.anchor in shapes else ORIGINAL
-    kinds = {"width and channels": 2, "text width": 2, "pooled width": 2, "channels out": 2, "heads": 1}
-    sizes = sizes_told(shapes, layout, kinds, "FLUX.1")
-    (width, inputs), (_, text), (_, pooled), (outputs, _), (head_dim,) = sizes
+    sizes, (_, pooled) = blocks_told(shapes, layout, rope_axes, "FLUX.1", "pooled width")
+    return FluxConfig(**sizes, pooled_width=pooled, guidance=layout.guidance in shapes)
+
+
+def blocks_told(
+    shapes: Mapping[str, tuple[int, ...] | None], layout: Layout, rope_axes: tuple[int, ...], model: str, own: str
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Reads the sizes off a single file that FLUX.1 and Chroma have in common, by our names.
+
+    Args:
+        shapes: key -> shape, prefix stripped.
+        layout: of the file.
+        rope_axes: how a head's dimensions are divided among the axes of position; no tensor tells.
+        model: what to call it in messages.
+        own: what the third of the layout's keys of sizes tells, which is the model's own.
+
+    Returns:
+        The sizes, and the shape of the model's own tensor.
+
+    Raises:
+        UserError: when a tensor that tells a size is missing, or `rope_axes` do not fit the heads.
+    """
+    kinds = {"width and channels": 2, "text width": 2, own: 2, "channels out": 2, "heads": 1}
+    (width, inputs), (_, text), told, (outputs, _), (head_dim,) = sizes_told(shapes, layout, kinds, model)
     if sum(rope_axes) != head_dim:
         raise UserError(
             f"The file has heads of {head_dim} dimensions, which the axes {rope_axes} do not divide; "
             "pass --base with a diffusers directory that has this transformer's own transformer/config.json."
         )
-    return FluxConfig(
-        depth_double=depth_told(shapes, layout.blocks[0]),
-        depth_single=depth_told(shapes, layout.blocks[1]),
-        heads=width // head_dim,
-        head_dim=head_dim,
-        rope_axes=rope_axes,
-        in_channels=inputs,
-        out_channels=outputs,
-        text_width=text,
-        pooled_width=pooled,
-        guidance=layout.guidance in shapes,
-    )
+    sizes = {
+        "depth_double": depth_told(shapes, layout.blocks[0]),
+        "depth_single": depth_told(shapes, layout.blocks[1]),
+        "heads": width // head_dim,
+        "head_dim": head_dim,
+        "rope_axes": rope_axes,
+        "in_channels": inputs,
+        "out_channels": outputs,
+        "text_width": text,
+    }
+    return sizes, told
 
 
 def sizes_told(

@@ -62,7 +62,10 @@ def part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) ->
     abstract = abstract_module(module_of(shape), shape, dtype)
     whole = whole_of(shape)
     if whole is not None:
-        return whole.source(source, shape), PartRules(abstract, whole.rules)
+        place = find_transformer(source) if whole.layouts else None
+        part, layout = place or (source, whole.layouts[-1] if whole.layouts else None)
+        own, rules = whole.part(part, shape, layout)
+        return own, PartRules(abstract, rules)
     if isinstance(shape, Qwen3Config):
         source = without_prefix(source, "model.embed_tokens.weight")
         return source, PartRules(abstract, *qwen3_tables(shape, list(source)))

@@ -1,10 +1,10 @@
 """What is known of a kind of pipeline that diffusers saves: folders, classes and names, and how a whole one is read.
 
 1. `PipelineKind` is a kind: its folders, and what it is called.
-2. A kind with `whole` is read from its whole directory alone: every place that reads, describes, saves, compares or
-   changes a pipeline asks `WholeModel`, and knows of no model itself. It has one text encoder, in text_encoder/, and
-   FLUX.1's kind of autoencoder. Other kinds, whose transformers also come as single files that a base completes, have
-   functions of their own in these places.
+2. A kind with `whole` has one text encoder, in text_encoder/, and FLUX.1's kind of autoencoder. Every place that reads,
+   describes, saves, compares or changes a pipeline asks `WholeModel`, and knows of no model itself. Its transformer may
+   come as a single file that a base completes: `WholeModel.layouts`. Other kinds have functions of their own in these
+   places.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from converters.flux import Layout
 from converters.mapping import Rule
 from converters.source import Source
 from converters.torch_files import BlockRecord, TransformerInputs, TransformerRecord
@@ -45,12 +46,13 @@ class WholeCheck(NamedTuple):
 
 
 class WholeModel(NamedTuple):
-    """How a model is read from diffusers' whole directory, or from its transformer's folder.
+    """How a model is read from diffusers' whole directory, from its transformer's folder, or from a single file.
 
     Attributes:
         readers: folder -> what its configuration is read by: of transformer, text encoder, autoencoder and scheduler.
-        config: puts these together, from the directory, what was read, and the contents of the autoencoder's
-            `config.json`; the encoder is an `AbsentConfig` where there is none.
+        config: puts these together, from what to call them in messages, the directory of all parts but the
+            transformer, what was read, and the contents of the autoencoder's `config.json`; the encoder is an
+            `AbsentConfig` where there is none.
         shape: class of the transformer's shape.
         module: class of the transformer.
         rules: the transformer's table.
@@ -61,13 +63,18 @@ class WholeModel(NamedTuple):
         anchor: pattern of a module of the transformer that no other model has, by which a single file is told.
         names: pattern of modules that no other model has, by which a LoRA is told.
         check: how it is compared with PyTorch's.
-        source: what a checkpoint is read as, by the transformer's shape.
+        source: what a checkpoint is read as, by the transformer's shape and the checkpoint's layout, None for a kind
+            without `layouts`.
         added: what keys end with that `source` adds to a checkpoint's, and that are not written; None where it adds
             none.
+        layouts: of single files of the transformer, which a base completes; diffusers' own is the last. None where
+            there are no such files, or no base completes them.
+        sizes: from the shapes of such a file's tensors, and how a head's dimensions are divided among the axes of
+            position, to the transformer's shape.
     """
 
     readers: Mapping[str, Callable[[Mapping[str, object]], Any]]
-    config: Callable[[Path, list[Any], Mapping[str, Any]], PipelineConfig]
+    config: Callable[[str, Path, list[Any], Mapping[str, Any]], PipelineConfig]
     shape: type
     module: type[MMDiT]
     rules: Rules
@@ -78,8 +85,20 @@ class WholeModel(NamedTuple):
     anchor: str
     names: str
     check: WholeCheck
-    source: Callable[[Source, Any], Source] = lambda source, shape: source
+    source: Callable[[Source, Any, Layout | None], Source] = lambda source, shape, layout: source
     added: str | None = None
+    layouts: tuple[Layout, ...] = ()
+    sizes: Callable[[Mapping[str, tuple[int, ...] | None], tuple[int, ...]], Any] | None = None
+
+    def part(self, source: Source, shape: Any, layout: Layout | None) -> tuple[Source, Rules]:
+        """Returns what a transformer's part of a checkpoint is read as, and its table.
+
+        Args:
+            source: the part, without prefix.
+            shape: of the transformer.
+            layout: of the part, None for a kind without `layouts`.
+        """
+        return self.source(source, shape, layout), self.rules if layout is None else layout.rules
 
 
 class PipelineKind(NamedTuple):
@@ -94,7 +113,7 @@ class PipelineKind(NamedTuple):
         models: what it is called in messages.
         published: the models of its kind.
         optional: folders that it may lack.
-        whole: how it is read, where it is read as a whole and no base completes it.
+        whole: how it is read, of kinds that have no functions of their own.
     """
 
     name: str
@@ -112,6 +131,11 @@ class PipelineKind(NamedTuple):
         there = {part: one for part, one in self.folders.items() if one not in self.optional or (home / one).is_dir()}
         lacking = self.lacks_encoders(home)
         return {part: one for part, one in there.items() if not (lacking and one in self.encoders)}
+
+    @property
+    def completed(self) -> bool:
+        """Whether a base completes a transformer of its alone."""
+        return self.whole is None or bool(self.whole.layouts)
 
     @property
     def encoders(self) -> tuple[str, ...]:

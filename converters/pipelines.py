@@ -22,15 +22,15 @@ from converters.alone import (
     head_dim_of,
     sd3_transformer,
     transformer_path,
+    whole_transformer,
 )
 from converters.configurations import (
     check_architecture,
     check_base,
     pipeline_config,
     rope_axes_beside,
-    whole_beside,
 )
-from converters.contents import check_weights, transformer_of
+from converters.contents import transformer_of
 from converters.flux import flux_config_from_shapes
 from converters.mapping import ArraySource, ConversionError, Source, load_tree, open_tree
 from converters.part_rules import PartRules, part_rules, two_clips_rules
@@ -150,8 +150,8 @@ def convert_transformer(
         source: a safetensors file, in the original layout or diffusers', under any prefix, alone or with other parts,
             which are left aside; or a directory with such a file, the transformer's directory of a diffusers pipeline,
             or the pipeline's. One that no base completes must lie beside its `config.json`.
-        rope_axes: how a head's dimensions of FLUX.1 are divided among the axes of position, which no tensor tells; if
-            left out, as a `config.json` beside the weights says, or as in the release.
+        rope_axes: how a head's dimensions of FLUX.1 and Chroma are divided among the axes of position, which no tensor
+            tells; if left out, as a `config.json` beside the weights says, or as in the release.
         dtype: type of the weights.
         sharding: where the leaves go.
         variant: which files to take, see `convert_pipeline`.
@@ -178,12 +178,10 @@ def _transformer(
         part, layout, size = sd3
         rules = PartRules(abstract_module(module_of(size), size, dtype), layout.rules, labels=sd3_labels(size))
         return use("transformer", part, rules), size
-    beside = whole_beside(path)
-    if beside is not None and (whole := beside[0].whole) is not None:
-        checkpoint, own = Source(path, variant=variant), whole.readers["transformer"](beside[1])
-        check_weights(checkpoint)
-        rules = PartRules(abstract_module(module_of(own), own, dtype), whole.rules)
-        return use("transformer", whole.source(checkpoint, own), rules), own
+    whole = whole_transformer(path, variant, rope_axes=rope_axes)
+    if whole is not None:
+        rules = PartRules(abstract_module(module_of(whole.shape), whole.shape, dtype), whole.rules)
+        return use("transformer", whole.source, rules), whole.shape
     flux2 = flux2_transformer(path, variant)
     if flux2 is not None:
         part, layout, shape = flux2

@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.allow_list import AllowList, read_attributes
-from difffract_jax.models.sampler import ChromaSchedulerConfig, SchedulerConfig
+from difffract_jax.config import UserError
+from difffract_jax.models.sampler import SchedulerConfig
 
 CLASS = "FlowMatchEulerDiscreteScheduler"
+RESPACINGS = ("use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas")
+"""Attributes of which at most one is set: how levels lie between their ends."""
 SCHEDULER = AllowList(
     component="scheduler",
     read={
@@ -17,6 +20,7 @@ SCHEDULER = AllowList(
         "base_image_seq_len": 256,
         "max_image_seq_len": 4096,
         "num_train_timesteps": 1000,
+        **dict.fromkeys(RESPACINGS, False),
     },
     fixed={
         "_class_name": (CLASS,),
@@ -24,19 +28,11 @@ SCHEDULER = AllowList(
         "shift_terminal": (None,),
         "stochastic_sampling": (False,),
         "time_shift_type": ("exponential",),
-        "use_beta_sigmas": (False,),
-        "use_exponential_sigmas": (False,),
-        "use_karras_sigmas": (False,),
+        **dict.fromkeys(RESPACINGS, (False, True)),
     },
     inert=frozenset(("_diffusers_version",)),
 )
-"""What is understood of FLUX.1's, FLUX.2's and Stable Diffusion 3's."""
-_BETA = "use_beta_sigmas"
-CHROMA_SCHEDULER = SCHEDULER._replace(
-    read=dict(SCHEDULER.read) | {_BETA: False},
-    fixed={name: values for name, values in SCHEDULER.fixed.items() if name != _BETA} | {_BETA: (False, True)},
-)
-"""What is understood of Chroma's."""
+"""What is understood of every model's."""
 
 
 def scheduler_config_from_diffusers(attributes: Mapping[str, object]) -> SchedulerConfig:
@@ -49,17 +45,10 @@ def scheduler_config_from_diffusers(attributes: Mapping[str, object]) -> Schedul
         UserError: naming every attribute that is not understood, or has an unsupported value.
     """
     read: dict[str, Any] = read_attributes(attributes, SCHEDULER)
+    chosen = [name for name in RESPACINGS if read[name]]
+    if len(chosen) > 1:
+        raise UserError(
+            f"The scheduler has {' and '.join(chosen)}, of which one alone can be true; correct its "
+            "scheduler_config.json."
+        )
     return SchedulerConfig(**read)
-
-
-def chroma_scheduler_from_diffusers(attributes: Mapping[str, object]) -> ChromaSchedulerConfig:
-    """Reads the configuration of Chroma's `FlowMatchEulerDiscreteScheduler`, which may respace its levels.
-
-    Args:
-        attributes: the contents of its `scheduler_config.json`.
-
-    Raises:
-        UserError: naming every attribute that is not understood, or has an unsupported value.
-    """
-    read: dict[str, Any] = read_attributes(attributes, CHROMA_SCHEDULER)
-    return ChromaSchedulerConfig(**read)

@@ -45,10 +45,11 @@ READERS = {
 """Folder -> what its configuration is read by."""
 
 
-def zimage_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
+def zimage_config(whose: str, home: Path, configs: list[Any], index_of_vae: Mapping[str, Any]) -> PipelineConfig:
     """Puts the configurations of a directory together.
 
     Args:
+        whose: the parts, for messages.
         home: the directory.
         configs: of the folders of `READERS`, in order.
         index_of_vae: the contents of the autoencoder's `config.json`, which tells the side of its training images: the
@@ -59,17 +60,15 @@ def zimage_config(home: Path, configs: list[Any], index_of_vae: Mapping[str, Any
     """
     transformer, encoder, vae, scheduler = configs
     misfits = [
-        f"{width} is {ours}, but {whose} is {theirs}"
-        for width, ours, whose, theirs in (
+        f"{width} is {ours}, but {other} is {theirs}"
+        for width, ours, other, theirs in (
             ("the transformer's cap_feat_dim", transformer.text_width - 1, "Qwen3's hidden_size", encoder.d_model - 1),
             ("the transformer's in_channels", transformer.in_channels // 4, "latent_channels", vae.latent_channels),
         )
         if ours != theirs
     ]
     if misfits:
-        raise UserError(
-            f"The parts of {home} do not fit one another: {'; '.join(misfits)}; take them from one release."
-        )
+        raise UserError(f"{whose} do not fit one another: {'; '.join(misfits)}; take them from one release.")
     if not isinstance(encoder, AbsentConfig):
         encoder = replace(encoder, padding_id=padding_id(home / "tokenizer"))
     size = index_of_vae.get("sample_size")

@@ -287,6 +287,17 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean `{matches[0]}`?" if matches else f"; known are {', '.join(f'`{key}`' for key in known)}."
 
 
+def told_together(problems: Sequence[str]) -> str:
+    """Joins problems that are told in one message, and closes it; one that ends in a question keeps its mark.
+
+    Example:
+        >>> told_together(["`cirkle`; did you mean `circle`?", "`steps` is missing."])
+        '`cirkle`; did you mean `circle`? `steps` is missing.'
+    """
+    told = " ".join(one if one.endswith("?") else f"{one.rstrip('.')};" for one in problems)
+    return f"{told[:-1]}." if told.endswith(";") else told
+
+
 def _override(values: dict[str, Any], override: str) -> None:
     """Applies one `a.b=c` to the nested dictionary `values`."""
     path, separator, text = override.partition("=")
@@ -330,8 +341,7 @@ def _sentence(cls: type[Settings], error: ValidationError) -> str:
             # pydantic says this before the words of a validator of ours.
             reason = item["msg"].removeprefix("Value error, ")
             problems.append(f"`{key}` was {item['input']!r}, but {_lower(reason)}")
-    told = "; ".join(problem.rstrip(".") for problem in problems)
-    return f"The settings are not valid ({cls.__name__}): {told}{'' if told.endswith('?') else '.'}"
+    return f"The settings are not valid ({cls.__name__}): {told_together(problems)}"
 
 
 def _lower(text: str) -> str:

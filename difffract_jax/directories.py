@@ -9,16 +9,17 @@
 """
 
 from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from converters.alone import refuse_alone
 from converters.configurations import (
     check_architecture,
     check_base,
     is_diffusers_directory,
     pipeline_config,
     read_json,
-    whole_beside,
 )
 from converters.contents import transformer_files, transformer_of
 from converters.kinds import FLUX1, FOLDERS, KINDS, TRANSFORMERS
@@ -275,13 +276,14 @@ def _pipeline_here(path: Path) -> Path:
     if path.name == "transformer" and path.is_dir() and is_diffusers_directory(path.parent):
         raise UserError(f"{path} is one part of the pipeline {path.parent}; give that directory.")
     if path.is_dir():
-        _refuse_whole(path, str(path))
+        refuse_alone(path, str(path))
     if path.is_file() or (path.is_dir() and is_transformer_directory(path)):
         raise UserError(_alone(str(path), str(path.parent) if is_diffusers_directory(path.parent) else "DIR"))
-    return _directory(path)
+    return _directory(path, EMBEDDED)
 
 
 def _embedded_or_path(model: str | Path) -> Path:
+    refuse_mistyped(model)
     return EMBEDDED.get(str(model), Path(model))
 
 
@@ -291,15 +293,6 @@ def _alone(transformer: str, base: str) -> str:
         f"{transformer} is a transformer alone; name a diffusers directory with the other parts: --base {base}, in "
         f"generate, trace and `difffract convert flux {transformer} OUT --base {base}`."
     )
-
-
-def _refuse_whole(path: Path, name: str) -> None:
-    """Refuses a directory with a transformer alone that nothing completes; `name` is what it was given as."""
-    whole = whole_beside(path)
-    if whole is not None:
-        raise UserError(
-            f"{name} is {whole[0].models}'s transformer alone, which --base cannot complete; give the whole pipeline."
-        )
 
 
 def fetch(place: Place, paths: Collection[str], *, quiet: bool = False, by_range: bool = False) -> Path:
@@ -342,7 +335,7 @@ def _named(path: str | Path, revision: str | None, subfolder: str | None) -> tup
     if place is not None:
         return place, Directory(Path())
     _refuse_beside(path, revision=revision)
-    return None, Directory(_directory(Path(path) / (subfolder or "")))
+    return None, Directory(_directory(Path(path) / (subfolder or ""), SHIPPED))
 
 
 def _own(repository: Place, kind: str, *, weights: bool = True) -> Directory:
@@ -359,7 +352,7 @@ def _own(repository: Place, kind: str, *, weights: bool = True) -> Directory:
     path = fetch(repository, ["config.json"], quiet=True)
     record = read_json(path / "config.json", "a directory of difffract")
     if record.get("_class_name") in TRANSFORMERS:
-        _refuse_whole(path, str(name))
+        refuse_alone(path, str(name))
         raise UserError(_alone(str(name), "DIR"))
     if "format_version" not in record or record.get("kind") != kind:
         held = record.get("kind") if "format_version" in record else "files of another tool"
@@ -375,9 +368,28 @@ def _refuse_beside(path: str | Path, **given: str | None) -> None:
         raise UserError(f"{path} does not lie on the hub, so it takes no {names[0]}; leave {names[0]} out.")
 
 
-def _directory(path: Path) -> Path:
+def refuse_mistyped(given: str | Path, embedded: Collection[str] = EMBEDDED) -> None:
+    """Refuses a word that is much like the name of something embedded; names of files and paths are left alone.
+
+    Args:
+        given: what stands where a directory could.
+        embedded: names; those of models if left out.
+
+    Raises:
+        UserError: with the name that was meant.
+    """
+    path = Path(given)
+    near = get_close_matches(str(path), embedded, n=1, cutoff=0.7)
+    known = str(path) in (*EMBEDDED, *SHIPPED)  # `evaluate` asks of transcoders whether they are a model
+    if near and not known and not path.exists() and not path.suffix:
+        raise UserError(f"{path} is not a directory, and nothing embedded has that name; did you mean `{near[0]}`?")
+
+
+def _directory(path: Path, embedded: Collection[str]) -> Path:
     if not path.is_dir():
+        refuse_mistyped(path, embedded)
         raise UserError(
-            f"{path} is not a directory; give one that difffract or diffusers wrote, or a repository as hf:OWNER/NAME."
+            f"{path} is not a directory; give one that difffract or diffusers wrote, a repository as hf:OWNER/NAME, or "
+            f"the name of what is embedded: {', '.join(embedded)}."
         )
     return path

@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.numpy import save_file
 
 from changed_copies import changed_copy
 from chroma import tiny_pipeline
+from converters.chroma import CHROMA_ORIGINAL, NUMBER
+from converters.mapping import save_tree
 from converters.pipelines import convert_pipeline
 from difffract_jax.config import UserError
 from difffract_jax.conversion import convert_model
+from difffract_jax.directories import ORGANISM
 from difffract_jax.loading import load_pipeline
 from difffract_jax.models.pipeline import encode, generate, plan_run
 from difffract_jax.models.presets import preset_config
@@ -130,7 +134,7 @@ def test_a_prompt_that_fills_the_text_has_nothing_to_hide(home):
         ("text_encoder/config.json", {"d_model": 64}, "joint_attention_dim is 24, but T5's d_model is 64"),
         ("text_encoder/config.json", {"pad_token_id": None}, "pad_token_id=None, but a whole number is needed"),
         ("transformer/config.json", {"guidance_embeds": True}, "guidance_embeds=True"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas=True"),
         ("scheduler/scheduler_config.json", {"_class_name": "UniPCMultistepScheduler"}, "UniPCMultistepScheduler"),
     ],
 )
@@ -140,27 +144,54 @@ def test_what_cannot_be_converted_is_one_sentence(home, tmp_path, file, values, 
     assert "\n" not in str(error.value)
 
 
-def test_a_part_that_is_missing_is_named_and_no_base_is_asked_for(home, tmp_path):
+def test_a_part_that_is_missing_is_named(home, tmp_path):
     copy = shutil.copytree(home, tmp_path / "copy", copy_function=shutil.copyfile)
     shutil.rmtree(copy / "text_encoder")
-    with pytest.raises(UserError, match="lacks text_encoder; copy these folders, .*lodestones/Chroma1-HD") as error:
+    with pytest.raises(UserError, match="lacks text_encoder; copy these folders, .*lodestones/Chroma1-HD.*--base"):
         load_pipeline(copy)
-    assert "--base" not in str(error.value)
-
-
-def test_what_is_not_there_yet_is_one_sentence(home, tmp_path):
-    alone = shutil.copytree(home / "transformer", tmp_path / "alone")
-    with pytest.raises(UserError, match="is Chroma's transformer alone, which --base cannot complete"):
-        load_pipeline(alone)
-    with pytest.raises(UserError, match="a transformer of Chroma, which --base cannot complete"):
-        load_pipeline(home / "transformer", base="organism")
-    file = shutil.copyfile(next(alone.glob("*.safetensors")), tmp_path / "chroma.safetensors")
-    with pytest.raises(
-        UserError, match="is a Chroma transformer in one file, but Chroma is read from diffusers' whole dir"
-    ):
-        load_pipeline(file)
     pipe = load_pipeline(home)
     assert repr(pipe).startswith("Chroma pipeline") and "T5 encoder" in repr(pipe)
+
+
+@pytest.fixture(scope="module")
+def single_file(home, tmp_path_factory):
+    """The transformer in the original release's layout, beside a base with neither its weights nor a scheduler."""
+    folder = tmp_path_factory.mktemp("single")
+    shutil.copytree(home, folder / "base", ignore=shutil.ignore_patterns("scheduler", "diffusion_pytorch_model*"))
+    shutil.copytree(home / "vae", folder / "base" / "vae", dirs_exist_ok=True)
+    tensors = save_tree(load_pipeline(home).transformer, CHROMA_ORIGINAL)
+    tensors = {f"model.diffusion_model.{key}": value for key, value in tensors if not key.endswith(NUMBER)}
+    save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / "chroma.safetensors")
+    return folder / "chroma.safetensors"
+
+
+def test_a_single_file_and_a_base_are_the_pipeline(home, single_file, tmp_path):
+    whole, base = load_pipeline(home), single_file.parent / "base"
+    for given in (single_file, home / "transformer"):
+        for weights in ("device", "disk"):
+            completed = load_pipeline(given, base=base, weights=weights)
+            assert completed.source == whole.source and completed.config == whole.config
+    made = convert_model(single_file, tmp_path / "ours", base=base)
+    assert made.source == whole.source and load_pipeline(tmp_path / "ours").config == whole.config
+
+
+def test_a_single_file_is_converted_alone_too(home, single_file, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="heads of 16 dimensions, which the axes .* pass --base with a diffusers dir"):
+        convert_model(single_file, tmp_path / "alone")
+    monkeypatch.setattr("converters.alone.ROPE_AXES", load_pipeline(home).config.transformer.rope_axes)
+    made = convert_model(single_file, tmp_path / "alone")
+    assert made.config == load_pipeline(home).config.transformer and [*made.parameters] == ["transformer"]
+
+
+def test_a_transformer_alone_is_said_to_need_a_base_of_its_own_kind(home, single_file, tmp_path):
+    alone = shutil.copytree(home / "transformer", tmp_path / "alone")
+    for given in (alone, single_file):
+        with pytest.raises(UserError, match="is a transformer alone; name a diffusers directory with .*--base DIR"):
+            load_pipeline(given)
+        with pytest.raises(UserError, match="a transformer of Chroma, but the base .* is a pipeline of FLUX.1; "):
+            load_pipeline(given, base="organism")
+    with pytest.raises(UserError, match="a transformer of FLUX.1, but the base .* is a pipeline of Chroma; give"):
+        load_pipeline(ORGANISM / "transformer", base=home)
 
 
 def test_the_preset_has_the_published_sizes():

@@ -59,6 +59,7 @@ def test_settings_are_frozen() -> None:
     ("options", "sets", "told"),
     [
         ({"max_node": 3}, (), "`max_node` is not a setting; did you mean `max_nodes`?"),
+        ({"max_node": 3, "max_score": 3}, (), "did you mean `max_nodes`? `max_score` is not a setting; did"),
         ({"zzzz": 3}, (), "`zzzz` is not a setting; known are `lora`, `model`, `weights`,"),
         ({"step": -1}, (), "`step` was '-1', but string should match pattern"),
         ({"seed": -1}, (), "`seed` was -1, but input should be greater than or equal to 0"),

@@ -14,7 +14,7 @@ from converters.flux import FLUX_SINGLE_FILE
 from converters.mapping import save_tree
 from difffract_jax.config import UserError
 from difffract_jax.conversion import convert_flux
-from difffract_jax.directories import Directory
+from difffract_jax.directories import Directory, is_whole_pipeline
 from difffract_jax.loading import (
     load_pipeline,
     load_transcoders,
@@ -143,7 +143,11 @@ def test_a_single_file_alone_is_a_transformer_and_says_so(pipe, tmp_path, monkey
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nowhere/at/all", "is not a directory"),
+        ("nowhere/at/all", "nowhere/at/all is not a directory; give one that difffract or diffusers wrote, a repo"),
+        ("nowhere", r"nowhere is not a directory; .* embedded: organism, organism-sd3, organism-flux2\.$"),
+        ("organsim", r"organsim is not a directory, and nothing embedded has that name; did you mean `organism`\?$"),
+        ("organism-sd4", r"did you mean `organism-sd3`\?$"),
+        ("organism-flux", r"did you mean `organism-flux2`\?$"),
         (TRANSCODERS, "holds no config.json"),
         (PIPELINE / "vae", "names no format_version"),
     ],
@@ -151,6 +155,18 @@ def test_a_single_file_alone_is_a_transformer_and_says_so(pipe, tmp_path, monkey
 def test_what_is_no_model_is_refused(model, message):
     with pytest.raises(UserError, match=message):
         load_pipeline(model)
+
+
+def test_a_mistyped_name_is_told_wherever_something_embedded_is_taken(tmp_path):
+    with pytest.raises(UserError, match="did you mean `organism-saes`"):
+        load_transcoders("organism-sae")
+    with pytest.raises(UserError, match="did you mean `organism`"):
+        load_pipeline(PIPELINE / "transformer", base="organsim")
+    with pytest.raises(UserError, match="did you mean `organism`"):
+        convert_flux("organsim", tmp_path / "out")
+    assert not is_whole_pipeline("organism-saes")  # as `evaluate organism-saes organism` asks first
+    with pytest.raises(UserError, match=r"organsim\.safetensors does not exist"):
+        convert_flux("organsim.safetensors", tmp_path / "out")
 
 
 def test_the_embedded_model_is_known_as_base_and_as_whole():

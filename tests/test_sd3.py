@@ -142,11 +142,12 @@ def test_a_repository_and_a_single_file_in_it_are_what_they_are_here(hub, home, 
     same(load_pipeline(f"hf:{REPOSITORY}/sd3.5_medium_incl_clips.safetensors", base=f"hf:{REPOSITORY}"), pipe)
 
 
+@pytest.mark.parametrize("options", [{"shift": 3.0}, {"shift": 3.0, "use_beta_sigmas": True}], ids=["as it is", "beta"])
 @pytest.mark.parametrize("steps", [4, 28])
-def test_the_schedule_is_diffusers(steps):
-    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+def test_the_schedule_is_diffusers(steps, options):
+    theirs = FlowMatchEulerDiscreteScheduler(**options)
     theirs.set_timesteps(steps)
-    assert np.allclose(sigmas(Sd3SchedulerConfig(shift=3.0), steps, 36), theirs.sigmas.numpy(), rtol=1e-6)
+    assert np.allclose(sigmas(Sd3SchedulerConfig(**options), steps, 36), theirs.sigmas.numpy(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_the_schedule_is_diffusers(steps):
         ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "CLIPTextModel instead of CLIPTextM"),
         ("text_encoder_3/config.json", {"d_model": 64}, "joint_attention_dim is 48, but T5's d_model is 64"),
         ("text_encoder/config.json", {"projection_dim": 12}, "pooled_projection_dim is 24, but both CLIPs' is 26"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas=True"),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(home, tmp_path, file, values, message):

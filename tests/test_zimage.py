@@ -106,7 +106,7 @@ def test_what_a_run_cannot_have_is_one_sentence(home):
         ("text_encoder/config.json", {"hidden_size": 64}, "cap_feat_dim is 16, but Qwen3's hidden_size is 64"),
         ("text_encoder/config.json", {"num_hidden_layers": 1}, "must have more than 1"),
         ("transformer/config.json", {"qk_norm": False}, "qk_norm=False"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        ("scheduler/scheduler_config.json", {"invert_sigmas": True}, "invert_sigmas=True"),
     ],
 )
 def test_what_cannot_be_converted_is_one_sentence(home, tmp_path, file, values, message):

@@ -132,6 +132,8 @@ def make_exact(
     return Exact(pipe, tcs, trace, prepare_step(trace, tcs))
 
 
+EXPLAINED = {"seed": 5, "img": (0, 2), "txt": (0, 1, 2), "joint": (0, 1), "skip": True, "output": True}
+"""Of `make_exact`: what attention and the pooled path are explained of, with a gap, a skip, all groups, an output."""
 VARIANTS = {
     "padding replaced, a gap, guidance, through to the velocity": {
         "include_padding": True,

@@ -1,10 +1,13 @@
 """What a command prints on stdout, for people and for machines, and which files it tells that it has replaced.
 
 1. `emit` prints a result, a dictionary of JSON values, as a table of its plain values and one table per list of rows.
-2. Commands replace files that are there already, and `replacing` says so.
+2. A terminal that is too narrow for all columns of a list gets several tables, each with the first column. A file or
+   a pipe, which has no width, gets lines as long as they come.
+3. Commands replace files that are there already, and `replacing` says so.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,6 +27,12 @@ EXPLAINED = {
     "frozen pooled path": "what the prompt's one vector adds, held fixed, without nodes unless --pooled explained",
 }
 """Words of tables that a newcomer asks for; the others are in docs/glossary.md."""
+LONG = 10_000
+"""Width in characters of what has none."""
+FOLDED = 24
+"""Characters up to which a cell is not folded."""
+AROUND = 3
+"""Characters that a table adds to each column."""
 
 
 def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
@@ -32,13 +41,15 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
         sys.stdout.write(spelled(json.dumps(result, indent=2)) + "\n")
         return
     console = Console(soft_wrap=True, markup=False, emoji=False)  # names and prompts may hold [brackets] and :colons:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = LONG
     plain = Table(show_header=False, box=None, pad_edge=False)
     plain.add_column()
     plain.add_column(overflow="fold")  # an address or a path is wrapped, not cut
     tables = []
     for name, value in result.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            tables.append(_rows(name, value))
+            tables += _rows(name, value, console.width)
         else:
             plain.add_row(name, _text(value))
     console.print(plain, *tables, *_explained(result), sep="\n")
@@ -84,13 +95,32 @@ def _stamp(path: Path) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
-def _rows(title: str, rows: list[Mapping[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for name in rows[0]:
-        table.add_column(name, overflow="fold")  # a mesh is wrapped, not cut
-    for row in rows:
-        table.add_row(*map(_text, row.values()))
-    return table
+def _rows(title: str, rows: list[Mapping[str, Any]], width: int) -> list[Table]:
+    """Returns a table of rows, or as many as it takes for its columns to be readable in a width of characters."""
+    columns = {name: [_text(row.get(name)) for row in rows] for name in rows[0]}
+    narrowest = {name: min(FOLDED, max(map(len, (name, *texts)))) for name, texts in columns.items()}
+    tables = []
+    for names in _parts(narrowest, width):
+        table = Table(title=title if not tables else f"{title}, further columns", title_justify="left")
+        for name in names:
+            table.add_column(name, overflow="fold", min_width=narrowest[name])  # a mesh is wrapped, not cut
+        for texts in zip(*(columns[name] for name in names), strict=True):
+            table.add_row(*texts)
+        tables.append(table)
+    return tables
+
+
+def _parts(needed: Mapping[str, int], width: int) -> list[list[str]]:
+    """Divides columns into tables of a width; the first column, which names the rows, comes in each."""
+    first, *others = needed
+    parts, used = [[first]], needed[first] + AROUND + 1
+    for name in others:
+        used += needed[name] + AROUND
+        if used > width and len(parts[-1]) > 1:
+            parts.append([first])
+            used = needed[first] + needed[name] + 2 * AROUND + 1
+        parts[-1].append(name)
+    return parts
 
 
 def _text(value: object) -> str:

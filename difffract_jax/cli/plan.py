@@ -160,6 +160,8 @@ def plan(
     if compiled:
         compile_for = _compiled_trace if command == "trace" else _compiled_training
         shown |= compile_for(file, model, compiled, mesh, sets, json)
+    lacking = _lacking_encoders(command, file, model, sets, compiled=bool(compiled))
+    shown |= {} if lacking is None else {"text_encoders" if json else "text encoders": lacking}
     emit(shown, as_json=json)
 
 
@@ -247,6 +249,7 @@ def _counted(
     command: str, file: Path | None, model: str | None, devices: Sequence[str], sets: Sequence[str], json: bool
 ) -> dict[str, Any]:
     """Counts a command for every device, with the weights resident and streamed."""
+    from difffract_jax.cli.plan_tables import counted_json, counted_tables
     from difffract_jax.estimate.counts import COMMANDS, count
     from difffract_jax.estimate.places import read_place
 
@@ -256,7 +259,6 @@ def _counted(
             "and train."
         )
     places, found = [read_place(name) for name in devices], []
-    lacking = _lacking_encoders(command, file, model, sets)
     for place in places:
         if command == "train":
             found += _counted_training(_training(file, model, sets), place)
@@ -272,12 +274,21 @@ def _counted(
             streams = command not in RESIDENT_ALONE and count(work._replace(streamed=True)).needed <= place.usable
             less = taken if least <= place.usable else [BY_DISK if streams else NOTHING]
             found.append((place, way, count(work), less))
-    about = {} if lacking is None else {"text_encoders" if json else "text encoders": lacking}
-    return (_as_json if json else _as_tables)(command, found) | about
+    return (counted_json if json else counted_tables)(command, found)
 
 
-def _lacking_encoders(command: str, file: Path | None, model: str | None, sets: Sequence[str]) -> str | None:
-    """Says that a model has no text encoders that could be counted; None where it has, or where none is wanted."""
+def _lacking_encoders(
+    command: str, file: Path | None, model: str | None, sets: Sequence[str], *, compiled: bool
+) -> str | None:
+    """Says that a model has no text encoders that could be counted; None where it has, or where none is wanted.
+
+    Args:
+        command: its name.
+        file: of its settings.
+        model: its model, if it is named.
+        sets: settings by name, of `trace` itself where it is compiled from a file.
+        compiled: whether it was.
+    """
     from difffract_jax.loading import described_pipeline
     from difffract_jax.models.absent import AbsentConfig
 
@@ -289,7 +300,7 @@ def _lacking_encoders(command: str, file: Path | None, model: str | None, sets: 
             return None
         name, given = str(settings.model), {}
     else:
-        asked = _asked(file, model, sets)
+        asked = _traced(file, model, sets) if compiled and file is not None else _asked(file, model, sets)
         if asked.embeddings:
             return None
         name, given = asked.model, {"base": asked.base, "variant": asked.variant}
@@ -322,42 +333,6 @@ def _counted_training(settings: TrainConfig, place: Any) -> list[tuple[Any, str,
     fitting = {way: one.needed <= place.usable for way, one in counted.items()}
     less = {way: [] if fits else [BY_DISK if fitting.get(STREAMED) else NOTHING] for way, fits in fitting.items()}
     return [(place, way, one, less[way]) for way, one in counted.items()]
-
-
-def _as_json(command: str, found: Sequence[Any]) -> dict[str, Any]:
-    return {
-        "command": command,
-        "counted": [
-            {"device": place.name, "kind": place.kind, "usable": place.usable, "weights": way, "compiled": False}
-            | {"needed": one.needed, "held": one.held, "fits": one.needed <= place.usable, "takes_less": less}
-            | {"phases": [phase._asdict() | {"needed": phase.needed} for phase in one.phases]}
-            for place, way, one, less in found
-        ],
-    }
-
-
-def _as_tables(command: str, found: Sequence[Any]) -> dict[str, Any]:
-    """Returns a row per device and way, and the phases of each way."""
-    from difffract_jax.memory import text_of_bytes
-
-    rows = [
-        {"device": place.name, "a command may use": text_of_bytes(place.usable), "weights": way}
-        | {"needed": text_of_bytes(one.needed), "most to": one.largest.name}
-        | {"fits": "yes" if one.needed <= place.usable else "no", "fits with": ", ".join(less) or "-"}
-        for place, way, one, less in found
-    ]
-    parts = []
-    for way in dict.fromkeys(way for _, way, _, _ in found):
-        estimate = next(one for _, mine, one, _ in found if mine == way)
-        for phase in estimate.phases:
-            held = ", ".join(f"{name} {text_of_bytes(size)}" for name, size in phase.held.items() if size)
-            row = {"weights": way, "phase": phase.name, "held": held, "in between": text_of_bytes(phase.passing)}
-            parts.append(row | {"needed": text_of_bytes(phase.needed)})
-    about = (
-        "every figure, from shapes, not compiled: what is held is exact, what is needed in between an estimate from "
-        "above, to which in a streamed trace the decoder rows of all features that can be active belong"
-    )
-    return {"planned": command, "counted": about, "devices": rows, "phases": parts}
 
 
 def _asked_trace(settings: TraceConfig) -> Any:

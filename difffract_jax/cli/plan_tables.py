@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from difffract_jax.memory import text_of_bytes
+
 
 def planned(plans: Sequence[Any], smallest: Any) -> dict[str, Any]:
     """Returns a table of plans for people, one column each, and the smallest that fits.
@@ -61,6 +63,46 @@ def planned_trace(plans: Sequence[Any]) -> dict[str, Any]:
         **{f"{plan.topology}: s per node at peak": f"{plan.seconds_per_node:.3g}" for plan in plans},
         **{f"{plan.topology}: programs": table(plan) for plan in plans},
     }
+
+
+def counted_json(command: str, found: Sequence[Any]) -> dict[str, Any]:
+    """Returns what was counted of a command, for programs to read.
+
+    Args:
+        command: its name.
+        found: device, way, estimate, and what would take less, of each device and way.
+    """
+    return {
+        "command": command,
+        "counted": [
+            {"device": place.name, "kind": place.kind, "usable": place.usable, "weights": way, "compiled": False}
+            | {"needed": one.needed, "held": one.held, "fits": one.needed <= place.usable, "takes_less": less}
+            | {"phases": [phase._asdict() | {"needed": phase.needed} for phase in one.phases]}
+            for place, way, one, less in found
+        ],
+    }
+
+
+def counted_tables(command: str, found: Sequence[Any]) -> dict[str, Any]:
+    """Returns a row per device and way, and the phases of each way; arguments as for `counted_json`."""
+    rows = [
+        {"device": place.name, "a command may use": text_of_bytes(place.usable), "weights": way}
+        | {"needed": text_of_bytes(one.needed), "most to": one.largest.name}
+        | {"fits": "yes" if one.needed <= place.usable else "no", "fits with": ", ".join(less) or "-"}
+        for place, way, one, less in found
+    ]
+    parts = []
+    for way in dict.fromkeys(way for _, way, _, _ in found):
+        estimate = next(one for _, mine, one, _ in found if mine == way)
+        for phase in estimate.phases:
+            held = ", ".join(f"{name} {text_of_bytes(size)}" for name, size in phase.held.items() if size)
+            row = {"weights": way, "phase": phase.name, "held": held, "in between": text_of_bytes(phase.passing)}
+            parts.append(row | {"needed": text_of_bytes(phase.needed)})
+    about = (
+        "every figure, from shapes, not compiled: what is held is exact, what is needed in between an estimate from "
+        "above, to which in a streamed trace the decoder rows of all features that can be active belong"
+    )
+    return {"planned": command, "counted": about, "devices": rows, "phases": parts}
 
 
 def _over(value: float | None, unit: float) -> str:

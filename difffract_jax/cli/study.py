@@ -86,8 +86,10 @@ def _check(settings: StudyConfig) -> None:
 
 def _check_sibling(settings: StudyConfig) -> None:
     """Refuses a pipeline whose images the organism's scorer cannot read, and studies that siblings do not take."""
+    from difffract_jax.directories import refuse_mistyped
     from difffract_jax.organism.vocabulary import is_of_the_world
 
+    refuse_mistyped(settings.model)
     if not is_of_the_world(settings.model):
         raise UserError(
             f"`{settings.name}` reads what images show with the organism's scorer, and {settings.model} has none; only "

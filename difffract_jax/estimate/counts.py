@@ -292,12 +292,32 @@ def _explain(work: Work, encode: Phase) -> Phase:
 
 
 def _explain_pooled(work: Work, before: Phase) -> Phase:
-    """Counts the live model backwards: the streams entering every block, and one block's activations three times."""
+    """Counts the live model's runs along the lines between pooled embeddings, and what evaluations hold meanwhile.
+
+    Backwards a run holds the streams entering every block, twice, and one block's activations three times; between two
+    points what every MLP reads, of both runs and of their difference. Over several steps each exchange of a modulation
+    alone moves latents of its own: those entering a step, and a velocity from each of its branches.
+    """
     config = work.shapes["transformer"]
-    streams = sum(stack.depth for stack in config.layout.stacks) * work.seq * config.d_model * WIDE
-    pattern = config.heads * work.seq**2 * WIDE
-    passing = _layer(work, "transformer") + 3 * (_activations(work, WIDE) + pattern)
-    return Phase("explain the pooled path", {**before.held, "streams entering blocks": streams}, passing)
+    stream, modulations = work.seq * config.d_model * WIDE, _modulations(work)
+    streams = sum(stack.depth for stack in config.layout.stacks) * stream
+    block = _activations(work, WIDE) + config.heads * work.seq**2 * WIDE
+    passing = _layer(work, "transformer") + max(3 * block + streams, block + 2 * streams)
+    end = stream + (modulations + 3) * config.d_model * WIDE + work.seq * config.head_dim * WIDE
+    held = {**before.held, "streams entering blocks": streams, "ends of lines": work.steps * end}
+    if work.steps > work.branches:
+        moved = modulations * prod(work.grid) * WIDE
+        latents = moved * (config.in_channels + work.branches * config.out_channels)
+        held["latents of exchanges"] = latents
+        passing = max(passing, latents)  # a step forward: every velocity by its weight, and their sum
+    return Phase("explain the pooled path", held, passing)
+
+
+def _modulations(work: Work) -> int:
+    """Returns how many shifts, scales and gates an evaluation has, the last norm's included."""
+    layout = work.shapes["transformer"].layout
+    each = (len(group.modulations) * len(layout.blocks_of(number)) for number, group in enumerate(layout.groups))
+    return sum(each) + 2
 
 
 def _again(work: Work) -> list[Phase]:

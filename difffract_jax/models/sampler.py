@@ -27,7 +27,9 @@ from difffract_jax.seeds import random_key
 PATCH = 2
 """Side of the patch of latents that becomes one token."""
 BETA = 0.6
-"""Both parameters of the beta distribution in Chroma's schedule, as in diffusers."""
+"""Both parameters of the beta distribution of beta sigmas, as in diffusers."""
+RHO = 7.0
+"""Exponent of Karras sigmas (Karras et al. 2022, equation 5)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,9 @@ class SchedulerConfig:
         base_image_seq_len: image tokens of the first point.
         max_image_seq_len: image tokens of the second point.
         num_train_timesteps: noise levels in training; the time fed to the model is in [0, 1] whatever it is.
+        use_beta_sigmas: put the levels, once shifted, between their ends as a beta distribution's quantiles lie.
+        use_karras_sigmas: the same, evenly in their `RHO`th root.
+        use_exponential_sigmas: the same, evenly in their logarithm. At most one of the three may be set.
     """
 
     shift: float = 1.0
@@ -51,6 +56,9 @@ class SchedulerConfig:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     num_train_timesteps: int = 1000
+    use_beta_sigmas: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
 
     def levels(self, steps: int) -> Float64[np.ndarray, "step"]:
         """Returns the noise level entering every step, before it is shifted."""
@@ -68,7 +76,14 @@ class SchedulerConfig:
         return self.base_shift + slope * (image_tokens - self.base_image_seq_len)
 
     def respaced(self, levels: Float64[np.ndarray, "step"]) -> Float64[np.ndarray, "step"]:
-        """Returns the noise level entering every step, from those that are shifted: these."""
+        """Returns the noise level entering every step, from those that are shifted, as diffusers respaces them."""
+        high, low, places = levels[0], levels[-1], np.linspace(0, 1, levels.size)
+        if self.use_beta_sigmas:
+            return low + betaincinv(BETA, BETA, 1 - places) * (high - low)
+        if self.use_karras_sigmas:
+            return (high ** (1 / RHO) + places * (low ** (1 / RHO) - high ** (1 / RHO))) ** RHO
+        if self.use_exponential_sigmas:
+            return np.exp(np.linspace(np.log(high), np.log(low), levels.size))
         return levels
 
 
@@ -116,22 +131,13 @@ class Sd3SchedulerConfig(SchedulerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ChromaSchedulerConfig(SchedulerConfig):
-    """Chroma's schedule: FLUX.1's, whose levels may lie between their ends as a beta distribution's quantiles do.
+    """Chroma's schedule: FLUX.1's.
 
     Attributes:
-        use_beta_sigmas: whether they do; else they are as they were shifted.
         family: what `config.json` of a directory tells this schedule by.
     """
 
-    use_beta_sigmas: bool = False
     family: Literal["chroma"] = "chroma"
-
-    def respaced(self, levels: Float64[np.ndarray, "step"]) -> Float64[np.ndarray, "step"]:
-        """Returns the noise level entering every step, from those that are shifted."""
-        if not self.use_beta_sigmas:
-            return levels
-        places = betaincinv(BETA, BETA, 1 - np.linspace(0, 1, levels.size))
-        return levels[-1] + places * (levels[0] - levels[-1])
 
 
 def sigmas(config: SchedulerConfig, steps: int, image_tokens: int) -> Float32[np.ndarray, "step_and_end"]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from difffract_jax.config import UserError, nearest
+from difffract_jax.config import UserError, nearest, told_together
 from difffract_jax.models.chat_prompts import chat_prompt
 from difffract_jax.models.file_tokenizers import TextTokenizer
 from difffract_jax.models.tokenizer_files import is_clip, is_qwen, is_t5, load_clip, load_qwen, load_t5
@@ -253,6 +253,6 @@ def _known_words(t5: TextTokenizer, prompt: str) -> str:
     known = sorted(piece[1:] for piece in t5.get_vocab() if piece[0] in (SPACE, BYTE_SPACE) and len(piece) > 1)
     unknown = [word for word in dict.fromkeys(words) if word not in known]
     if unknown:
-        problems = "; ".join(f"`{word}`{nearest(word, known)}".rstrip(".") for word in unknown)
-        raise UserError(f"The model's vocabulary of {len(known)} words lacks {problems}.")
+        problems = told_together([f"`{word}`{nearest(word, known)}" for word in unknown])
+        raise UserError(f"The model's vocabulary of {len(known)} words lacks {problems}")
     return " ".join(words)

@@ -6,6 +6,7 @@ repair      taking away what speaks for a mistake: what the studies of mistakes 
 removing    features taken away, and what becomes of the object they act on
 cases       prompts, what they should show instead, and where edits may act
 choices     which features to edit, by circuit, contrast, activation or at random; and the edits
+evaluations how many evaluations a step may have, where studies read it place by place
 outcomes    many edited images at once, what the scorer reads, intervals and paired differences
 results     tables, figures and raw numbers, written to a directory
 metrics     what an edit did: success, collateral, distances inside and outside a region, effect per size of the edit

@@ -20,6 +20,7 @@ from difffract_jax.organism.captions import parse
 from difffract_jax.organism.evaluate import held_out
 from difffract_jax.studies import choices
 from difffract_jax.studies.cases import Case, Material, draw_cases, recoloured
+from difffract_jax.studies.evaluations import refuse_branches
 from difffract_jax.studies.outcomes import Outcomes, outcomes, paired_difference, summary_row
 from difffract_jax.studies.precision import colour_target
 from difffract_jax.studies.removing import effects_on, place_effects
@@ -120,7 +121,11 @@ def by_block(
         found: total effects of a run.
         phrase: text tokens that count.
         inside: image tokens that count.
+
+    Raises:
+        UserError: if the run has two evaluations a step.
     """
+    refuse_branches(found.branches)
     layout, counted = found.layout, {"img": inside, "txt": phrase}
     total = np.zeros((found.features[0].shape[0], layout.depth))
     for number, (group, effects) in enumerate(zip(layout.groups, found.features, strict=True)):

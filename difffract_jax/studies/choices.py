@@ -29,6 +29,7 @@ from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.graphs.graph import FEATURE, Graph
 from difffract_jax.models.pipeline import Pipeline, encode, initial_noise
 from difffract_jax.studies.cases import Material
+from difffract_jax.studies.evaluations import plain_run, refuse_branches
 from difffract_jax.transcoders.codes import reduced_codes, repeat_steps
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -117,8 +118,11 @@ def mean_codes(
         material: the cases.
         prompts: of the runs, one per case.
         progress: called with (runs done, runs in all).
+
+    Raises:
+        UserError: if the pipeline's guidance makes two evaluations a step.
     """
-    run, rows = pipe.plan(), len(prompts)
+    run, rows = plain_run(pipe), len(prompts)
     encoded = {text: encode(pipe, text, run.text_tokens) for text in dict.fromkeys(prompts)}
     found = []
     for first in range(0, rows, AT_ONCE):
@@ -164,7 +168,11 @@ def circuit_effects(
         places: of the transcoders.
         inside: image tokens that count.
         phrase: text tokens that count.
+
+    Raises:
+        UserError: if the graph has two evaluations a step.
     """
+    refuse_branches(int(graph.node_branch.max(initial=0)) + 1)
     layout = graph.provenance.layout
     counts = np.zeros(max(inside.size, phrase.size), bool), np.zeros(max(inside.size, phrase.size), bool)
     counts[0][: inside.size], counts[1][: phrase.size] = inside, phrase

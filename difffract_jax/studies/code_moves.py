@@ -24,6 +24,7 @@ from difffract_jax.models.batch import pixels
 from difffract_jax.models.pipeline import Pipeline, encode, initial_noise
 from difffract_jax.studies.cases import Case
 from difffract_jax.studies.choices import SIDES
+from difffract_jax.studies.evaluations import plain_run
 from difffract_jax.transcoders.codes import reduced_codes
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -47,8 +48,11 @@ def run_codes(
         cases: that say the noise.
         prompts: of the runs, one per case.
         progress: called with (runs done, runs in all).
+
+    Raises:
+        UserError: if the pipeline's guidance makes two evaluations a step.
     """
-    run, found = pipe.plan(), []
+    run, found = plain_run(pipe), []
     encoded = {text: encode(pipe, text, run.text_tokens) for text in dict.fromkeys(prompts)}
     for first in range(0, len(cases), AT_ONCE):
         at = np.arange(first, first + AT_ONCE) % len(cases)
@@ -203,8 +207,11 @@ def steer_codes(
 
     Returns:
         Pixels, and the size of each image's edits.
+
+    Raises:
+        UserError: as `run_codes`.
     """
-    run, model = pipe.plan(), pipe.transformer
+    run, model = plain_run(pipe), pipe.transformer
     encoded = {prompt: encode(pipe, prompt, run.text_tokens) for prompt in dict.fromkeys(prompts)}
     layers = []
     for number, slots in enumerate(tcs.sites.slots(model.config.layout)):

@@ -15,6 +15,7 @@ from difffract_jax.models.batch import pixels, sample_batch
 from difffract_jax.models.mmdit import Inputs
 from difffract_jax.models.pipeline import Pipeline, encode, initial_noise
 from difffract_jax.models.stacks import depth_of, sequences, slice_layer, streams
+from difffract_jax.studies.evaluations import plain_run
 
 
 def with_patterns_of(
@@ -27,8 +28,11 @@ def with_patterns_of(
         prompts: one per image: what attention passes on.
         others: likewise: where it goes.
         seeds: of the starting noise, alike.
+
+    Raises:
+        UserError: if the pipeline's guidance makes two evaluations a step.
     """
-    run = pipe.plan()
+    run = plain_run(pipe)
     encoded = {text: encode(pipe, text, run.text_tokens) for text in {*prompts, *others}}
     text, pooled = (
         jnp.stack(

@@ -32,6 +32,7 @@ from difffract_jax.organism.scorer import SeenScenes
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies.cases import Case, Material, draw_cases
 from difffract_jax.studies.choices import FeaturePlaces, first, removals
+from difffract_jax.studies.evaluations import plain_run, refuse_branches
 from difffract_jax.studies.metrics import SAME_PLACE, distances
 from difffract_jax.studies.outcomes import mean_with_interval
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -110,7 +111,11 @@ def effects_on(
         seed: of its noise.
         targets: the outputs.
         last: their step; the run's last if left out.
+
+    Raises:
+        UserError: if the pipeline's guidance makes two evaluations a step.
     """
+    plain_run(pipe)
     span, outputs = explained(pipe, tcs, prompt, seed, targets, last=last)
     return [total_effects(span, tcs, output) for output in outputs]
 
@@ -130,7 +135,11 @@ def place_effects(
         inside: image tokens that count.
         phrase: text tokens that count.
         steps: of the places; as many as were run if left out. Later ones have no effect.
+
+    Raises:
+        UserError: if the run has two evaluations a step.
     """
+    refuse_branches(found.branches)
     columns = []
     slots = tcs.sites.slots(found.layout)
     for group, side in found.layout.sides:

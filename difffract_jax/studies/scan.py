@@ -37,6 +37,7 @@ from difffract_jax.organism.scorer import judge
 from difffract_jax.organism.text import encode_all, tokenise
 from difffract_jax.organism.world import Scenes, concatenate, scenes
 from difffract_jax.storage.files import atomic_file
+from difffract_jax.studies.evaluations import plain_run
 from difffract_jax.studies.truth import KINDS, image_truth, text_truth
 from difffract_jax.transcoders.codes import reduced_codes
 from difffract_jax.transcoders.transcoder import TranscoderSet, check_fit
@@ -84,13 +85,14 @@ def scan(
         What `circuits.notation.labels` describes, without the record of how it was made.
 
     Raises:
-        UserError: if the transcoders do not fit, or there are too few captions.
+        UserError: if the transcoders do not fit, there are too few captions, or the pipeline's guidance makes two
+            evaluations a step.
     """
     check_fit(tcs, pipe.config.transformer)
     if captions < 2 * AT_ONCE or captions % AT_ONCE:
         raise UserError(f"A scan takes a multiple of {AT_ONCE} captions, at least {2 * AT_ONCE}, but got {captions}.")
     asked = _captions(captions)
-    grid, parts, right, truths = pipe.plan().grid, [], [], []
+    grid, parts, right, truths = plain_run(pipe).grid, [], [], []
     for first in range(0, captions, AT_ONCE):
         rows = np.arange(first, first + AT_ONCE)
         mine = asked.take(rows)

@@ -20,6 +20,7 @@ from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import FeaturePlaces, all_places, first, mean_codes
+from difffract_jax.studies.evaluations import refuse_branches
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
 from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -79,7 +80,11 @@ def shares(found: TotalEffects) -> Shares:
 
     Args:
         found: its total effects.
+
+    Raises:
+        UserError: if the run has two evaluations a step.
     """
+    refuse_branches(found.branches)
     every = {"img": np.ones(found.noise.shape[0], bool), "txt": np.ones(found.text.shape[0], bool)}
     parts = []
     for kind in (found.features, found.errors):

@@ -137,6 +137,7 @@ POOLED = (*EXPLAINED[:-2], "--pooled", "explained")
         (("generate", "m", "p", "--steps", "0"), "`steps` was 0, but input should be greater than or equal to 1"),
         (("generate", "m", "p", "--set", "step=1"), "`step` is not a setting; did you mean `steps`?"),
         (("generate", "m", "p", "--config", "no.yaml"), "no.yaml: No such file or directory."),
+        (("generate", "organism-flux", "p"), "nothing embedded has that name; did you mean `organism-flux2`?"),
         (("trace", "m", "t", "p", "--target", "img/2/f3", "--out", "g.json"), "must end in .npz, but got g.json"),
         ((*EXPLAINED, "--export-json", "g.json"), "leave --export-json out, or --attention explained."),
         ((*POOLED, "--export-json", "g.json"), "no modulations as nodes; leave --export-json out, or --pooled"),

@@ -58,6 +58,24 @@ def test_a_long_value_is_wrapped_and_not_cut(capsys):
     assert address in "".join(capsys.readouterr().out.split())
 
 
+def test_a_narrow_terminal_gets_columns_that_can_be_read_in_several_tables(capsys, monkeypatch):
+    names = ("success", "collateral", "precision", "recall")
+    row = {"way": "circuit"} | {f"share of {name}": 0.123456 for name in names}
+    monkeypatch.setenv("COLUMNS", "40")
+    emit({"result": [row, row | {"way": "SAE"}]})
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 40
+    assert out.count("0.1235") == 8 and out.count("circuit") == out.count("further columns") + 1 > 1
+    assert all(name in out for name in names)
+
+
+def test_a_file_gets_each_row_in_one_line(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    emit({"result": [{f"column {number}": f"cell{number} of many" for number in range(30)}]})
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cell0" in line]
+    assert line.index("cell0 of many") < line.index("cell29 of many")
+
+
 def test_progress_goes_to_the_error_stream(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")  # a bar is drawn on terminals alone
     with progress("Working") as advance:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from commands import Run, run_command
 
+from difffract_jax.circuits.attribution.plan import TracePlan
 from difffract_jax.cli.plan import RESIDENT_ALONE
 from difffract_jax.estimate.counts import COMMANDS
+from difffract_jax.transcoders.plan import TrainingPlan
 from tolerances import REFERENCE
 
 SIZE = ("--set", "height=512", "--set", "width=512", "--set", "text_tokens=512")
@@ -55,11 +57,17 @@ def test_a_plan_says_that_it_is_counted_and_what_would_fit(
     assert "--transcoder-dtype bf16" in " ".join(run.out.split()) and "copies of recorded blocks" in run.out
 
 
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's directory that lacks its text encoders."""
+    bare = tmp_path_factory.mktemp("plan") / "bare"
+    return shutil.copytree(REFERENCE / "pipeline", bare, ignore=shutil.ignore_patterns("text_encoder*"))
+
+
 def test_text_encoders_that_are_not_there_are_said_to_be_uncounted(
-    difffract: Callable[..., Run], tmp_path: Path
+    difffract: Callable[..., Run], tmp_path: Path, bare: Path
 ) -> None:
-    full, bare, given = REFERENCE / "pipeline", tmp_path / "bare", tmp_path / "generate.yaml"
-    shutil.copytree(full, bare, ignore=shutil.ignore_patterns("text_encoder*"))
+    full, given = REFERENCE / "pipeline", tmp_path / "generate.yaml"
     given.write_text(f"model: {bare}\nembeddings: prompts.npz\n", encoding="utf-8")
     size = ("--device", "24GB", "--set", "height=32", "--set", "width=32", "--set", "text_tokens=16")
 
@@ -74,6 +82,38 @@ def test_text_encoders_that_are_not_there_are_said_to_be_uncounted(
     for command, sentence in (("encode", told("encode", bare, *size)), ("train", told(*training))):
         assert f"{bare} lacks its text encoders, without which `{command}` does not run" in sentence
     assert told("convert", bare, "--device", "24GB") is None
+
+
+def test_what_is_compiled_says_so_of_text_encoders_too(
+    difffract: Callable[..., Run], tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the words of what is counted; the compiler's own part, which takes libtpu, is left out."""
+    trace = TracePlan("v5e:2x2", {}, 2**30, 1, 1, 1, 1, 1, (), True, 1.0)
+    step = TrainingPlan("v5e:2x2", 4, {"data": 4}, 1, 1, 0, 0, 1, 1, 1, 1, 1, 2**30, True, 1.0, 1.0, {}, 1.0, {})
+    monkeypatch.setattr("difffract_jax.transcoders.plan.open_topology", lambda name: name)
+    monkeypatch.setattr("difffract_jax.circuits.attribution.plan.plan_trace", lambda *_: trace)
+    monkeypatch.setattr("difffract_jax.transcoders.plan.plan", lambda *_: step)
+    file = tmp_path / "trace.yaml"
+    size = "height: 32\nwidth: 32\ntext_tokens: 16\nmax_nodes: 5\nplan: {sites: [img/0]}\n"
+    run = "transcoders: planned\nprompt: a red fox\ntarget: img/0/f0\n"
+
+    def told(*arguments: object) -> str | None:
+        run = difffract("plan", *arguments, "--topology", "v5e:2x2", "--json")
+        assert run.status == 0 and json.loads(run.out)["plans"][0]["fits"], run.err
+        return json.loads(run.out).get("text_encoders")
+
+    sets = [word for name in ("height=32", "width=32", "text_tokens=16") for word in ("--set", name)]
+    for model, more in ((bare, ""), (bare, "embeddings: prompts.npz\n"), (REFERENCE / "pipeline", "")):
+        file.write_text(f"model: {model}\n{size}{run}{more}", encoding="utf-8")
+        lacking = told("--trace", file, "--set", "min_attribution=0.1", "--mesh", "feature=4")
+        if model != bare or more:
+            assert lacking is None
+        else:
+            counted = difffract("plan", "trace", bare, "--device", "24GB", *sets, "--json")
+            assert lacking is not None and lacking == json.loads(counted.out)["text_encoders"]
+    assert "so that none is counted" in str(told("trace", bare, *sets))
+    training = ("configs/train-organism.yaml", "--set", f"model={bare}")
+    assert "without which `train` does not run" in str(told(*training))
 
 
 def test_a_training_is_counted_phase_by_phase(difffract: Callable[..., Run]) -> None:

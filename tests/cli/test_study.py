@@ -28,6 +28,7 @@ from difffract_jax.studies.settings import QUESTIONS
         ),
         (["flow", "--attention", "explained"], "Only `binding` explains attention; leave out --attention for `flow`."),
         (["binding", "--prompts", "FILE"], "only `flow` takes --prompts"),
+        (["flow", "--model", "organism-sd4"], "nothing embedded has that name; did you mean `organism-sd3`?"),
         (["flow", "--model", "elsewhere"], "only `flow` runs on other pipelines, with --prompts"),
     ],
 )

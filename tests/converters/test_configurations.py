@@ -24,6 +24,14 @@ def test_the_scheduler_s_configuration_is_read():
     assert (config.shift, config.use_dynamic_shifting, config.max_shift) == (3.0, True, 1.2)
     with pytest.raises(UserError, match="time_shift_type='linear'"):
         scheduler_config_from_diffusers({"time_shift_type": "linear"})
+    with pytest.raises(UserError, match="use_beta_sigmas='yes'"):
+        scheduler_config_from_diffusers({"use_beta_sigmas": "yes"})
+
+
+def test_levels_are_respaced_in_one_way_alone():
+    assert scheduler_config_from_diffusers({"use_karras_sigmas": True}).use_karras_sigmas
+    with pytest.raises(UserError, match="has use_beta_sigmas and use_karras_sigmas, of which one alone can be true"):
+        scheduler_config_from_diffusers({"use_beta_sigmas": True, "use_karras_sigmas": True})
 
 
 @pytest.mark.parametrize("entry", ["AutoencoderKL", {"class": "AutoencoderKL"}, [], [None, None]])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from converters.chroma import CHROMA_OF_DIFFUSERS, CHROMA_RELEASE
 from converters.contents import (
     check_autoencoder,
     check_weights,
@@ -28,10 +29,15 @@ KEYS = {
         *("x_embedder.weight", "double_stream_modulation_img.linear.weight"),
         "transformer_blocks.0.attn.to_q.weight",
     ],
+    CHROMA_RELEASE: ["img_in.weight", "distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"],
+    CHROMA_OF_DIFFUSERS: [
+        *("x_embedder.weight", "distilled_guidance_layer.in_proj.weight"),
+        "transformer_blocks.0.attn.to_q.weight",
+    ],
     SD3_ORIGINAL: ["x_embedder.proj.weight", "pos_embed", "joint_blocks.0.x_block.attn.qkv.weight"],
     SD3_OF_DIFFUSERS: ["pos_embed.proj.weight", "context_embedder.weight", "transformer_blocks.0.attn.to_q.weight"],
 }
-NAMES = ["original", "diffusers", "flux2 original", "flux2 diffusers", "sd3 original", "sd3 diffusers"]
+NAMES = [f"{model} {layout}" for model in ("flux1", "flux2", "chroma", "sd3") for layout in ("original", "diffusers")]
 
 
 @pytest.fixture
@@ -79,7 +85,6 @@ def test_two_transformers_in_one_file_are_refused_but_averages_are_left_aside(so
         (["double_blocks.0.img_attn.qkv.lora_B.weight", "img_in.lora_A.weight"], "is a LoRA"),
         (["lycoris_blocks_0.lokr_w1"], "is a LoRA"),
         ([*KEYS[DIFFUSERS], "controlnet_blocks.0.weight", "controlnet_x_embedder.weight"], "is a ControlNet"),
-        ([*KEYS[ORIGINAL], "distilled_guidance_layer.in_proj.weight"], "is a Chroma transformer"),
         (["redux_up.weight"], "is an image adapter"),
         (["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"], "is a part of a Stable Diffusion 3 tran"),
         ([*KEYS[SD3_OF_DIFFUSERS], "controlnet_blocks.0.weight"], "is a ControlNet"),

@@ -123,14 +123,14 @@ def test_a_directory_that_is_no_pipeline_is_refused(tmp_path):
 def test_the_problems_of_all_configurations_are_told_together(copy):
     edit(copy / "transformer" / "config.json", patch_size=2)
     edit(copy / "text_encoder_2" / "config.json", feed_forward_proj="gated-silu")
-    edit(copy / "scheduler" / "scheduler_config.json", use_karras_sigmas=True, new_option=1)
+    edit(copy / "scheduler" / "scheduler_config.json", invert_sigmas=True, new_option=1)
     (copy / "vae" / "config.json").unlink()
     with pytest.raises(UserError) as caught:
         convert_pipeline(copy)
     for part in (
         "patch_size=2",
         "gated-silu",
-        "use_karras_sigmas=True",
+        "invert_sigmas=True",
         "new_option",
         "vae/config.json does not exist",
     ):

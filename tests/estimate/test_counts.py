@@ -1,14 +1,20 @@
 """Bytes that are counted from shapes, held against arrays, recorded runs and what the compiler says."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from converters.transcoders import stacked_transcoders
+from difffract_jax.circuits.attribution.engine import make_engine
+from difffract_jax.circuits.attribution.outputs import parse_target, resolve_target
+from difffract_jax.circuits.attribution.pooled_runs import moved_alone, moved_between, slopes_at
+from difffract_jax.circuits.attribution.pooled_steps import Walk, evaluations_of, prompts_of
+from difffract_jax.circuits.attribution.selection import strongest_feature, target_row
 from difffract_jax.circuits.frozen.replacement import prepare
-from difffract_jax.circuits.trace.capture import capture
+from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.estimate.counts import COMMANDS, KEEPING, PROGRAM, count, decoder_rows, remedies
 from difffract_jax.estimate.weights import (
     Transcoders,
@@ -83,9 +89,61 @@ def test_an_explained_pooled_path_keeps_the_model_and_runs_it_backwards() -> Non
     assert [phase.name for phase in without.phases] == [phase.name for phase in with_it.phases[:-1]]
     last = with_it.phases[-1]
     assert last.held["streams entering blocks"] == 57 * 1536 * 3072 * 4 and last.held["model"] > 20e9
+    assert "latents of exchanges" not in last.held
     assert last.passing > 9 * 24 * 1536**2 and without.needed < with_it.needed
     changes = [("--pooled frozen", lambda work: work._replace(pooled=False))]
     assert remedies(traced(pooled=True), without.needed, changes)[0] == ["--pooled frozen"]
+
+
+def test_an_explained_pooled_path_over_steps_holds_latents_of_every_exchange() -> None:
+    one, two = (
+        count(traced(pooled=True, recorded=(0, 57), steps=2 * branches, branches=branches)).phases[-1]
+        for branches in (1, 2)
+    )
+    each = 344 * 1024 * 64 * 4  # 90 MB at 512 px, 361 at 1024
+    assert (one.held["latents of exchanges"], two.held["latents of exchanges"]) == (2 * each, 3 * each)
+    assert two.held["ends of lines"] == 2 * one.held["ends of lines"]
+    assert one.passing >= 2 * each and two.passing >= 3 * each
+
+
+def pooled_over_steps(pipe: pipeline.Pipeline, size: int, text: int) -> tuple[Walk, Work]:
+    """The evaluations of two steps and of a step's feature, and their count."""
+    config = pipe.config.transformer
+    tcs = random_transcoders(config, features=64, sites={"img": (0, 1), "txt": (0, 1)})
+    span = capture_steps(pipe, tcs, "a red fox", last=1, run=pipe.plan(height=size, width=size, text_tokens=text))
+    engine = make_engine(span, tcs, (resolve_target(pipe, span, parse_target("velocity:")),))
+    feature = target_row(engine, strongest_feature(span, tcs, "img", 1))
+    walk = evaluations_of(engine, np.array([engine.sources, feature]), pipe, prompts_of(engine, pipe))
+    work = Work("trace", shapes_of(pipe), jnp.float32, walk[0].info.grid, text, Transcoders(tcs.config, tcs.sites, 4))
+    return walk, work._replace(recorded=(0, config.layout.depth), steps=2, pooled=True)
+
+
+def test_what_a_pooled_path_over_steps_holds_is_what_is_there() -> None:
+    pipe = random_pipeline()
+    walk, work = pooled_over_steps(pipe, 32, 16)
+    held, one = count(work).phases[-1].held, walk[0]
+    assert held["ends of lines"] == bytes_of([each.ends for each in walk])
+    latents = jax.ShapeDtypeStruct((one.modulations, *one.step.record.latents.shape), jnp.float32)
+    given = one.model, one.step.record, one.ends, one.readings, jnp.arange(one.modulations), latents
+    velocities = jax.eval_shape(partial(moved_alone, blocks=one.blocks), *given)[1]
+    assert held["latents of exchanges"] == bytes_of([latents, velocities])
+
+
+@pytest.mark.slow
+def test_what_a_pooled_path_needs_in_between_bounds_the_compilers() -> None:
+    walk, work = pooled_over_steps(middle(), 128, 64)
+    one, last = walk[-1], count(work).phases[-1]
+    latents = jnp.zeros((one.modulations, *one.step.record.latents.shape))
+    given, every = (one.model, one.step.record), jnp.arange(one.modulations)
+    line = *given, one.line, one.ends, one.readings
+    programs = (
+        slopes_at.lower(*line, jnp.asarray(0.5), latents[0], **one.sizes),
+        moved_between.lower(*line, jnp.arange(2.0), latents[:2], **one.sizes),
+        moved_alone.lower(*given, one.ends, one.readings, every, latents, blocks=one.blocks),
+    )
+    needed = [program.compile().memory_analysis().temp_size_in_bytes for program in programs]
+    counted = last.passing + last.held["streams entering blocks"]
+    assert max(needed) <= counted <= 3 * max(needed), needed
 
 
 def test_weights_are_those_of_the_arrays() -> None:

@@ -22,8 +22,15 @@ def golden():
 @pytest.mark.parametrize("tokens", [36, 256, 1024, 4096])
 @pytest.mark.parametrize(
     "config",
-    [SchedulerConfig(), SchedulerConfig(shift=3.0), SchedulerConfig(use_dynamic_shifting=True, shift=3.0)],
-    ids=["schnell", "shifted", "dev"],
+    [
+        SchedulerConfig(),
+        SchedulerConfig(shift=3.0),
+        SchedulerConfig(use_dynamic_shifting=True, shift=3.0),
+        SchedulerConfig(use_beta_sigmas=True, shift=3.0),
+        SchedulerConfig(use_dynamic_shifting=True, use_karras_sigmas=True),
+        SchedulerConfig(use_exponential_sigmas=True),
+    ],
+    ids=["schnell", "shifted", "dev", "beta", "karras", "exponential"],
 )
 def test_noise_levels_are_diffusers(config, steps, tokens):
     theirs = FlowMatchEulerDiscreteScheduler.from_config(vars(config))

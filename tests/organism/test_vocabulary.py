@@ -1,6 +1,7 @@
 """Tokenizers of one token per word: closed, reproducible byte by byte, and long enough for every caption."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -99,6 +100,7 @@ def test_ids_are_those_of_the_words_closed_and_filled_up(tokenizers):
         ("a violet Squares and a lemon", "lacks `violet`"),
         ("a violet Squares and a lemon", "`squares`; did you mean `square`?"),
         ("a lemon2", "lacks `lemon2`; did you mean `lemon`?"),
+        ("a cirle and a lemon2", "`cirle`; did you mean `circle`? `lemon2`; did you mean `lemon`?"),
     ],
 )
 def test_unknown_words_are_refused_by_name_with_the_nearest_known_one(tokenizers, prompt, told):
@@ -106,6 +108,7 @@ def test_unknown_words_are_refused_by_name_with_the_nearest_known_one(tokenizers
         encode_prompt(tokenizers, prompt, TEXT_TOKENS)
     assert told in str(caught.value)
     assert str(caught.value).count("\n") == 0 and str(caught.value)[-1] in ".?"
+    assert not re.search(r"[.;?]{2}", str(caught.value))
     assert "`lemon`;" not in str(caught.value)
 
 

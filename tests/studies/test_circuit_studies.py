@@ -1,5 +1,7 @@
 """The studies of circuits: shares add up, nothing taken away changes nothing, masks part all tokens, choices part."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,11 +16,14 @@ from difffract_jax.loading import load_labels, load_pipeline, load_transcoders
 from difffract_jax.organism.captions import COLOUR_NAMES
 from difffract_jax.organism.evaluate import contradicting
 from difffract_jax.organism.world import from_caption
-from difffract_jax.studies import flow, removing, steps, suppressor
+from difffract_jax.studies import choices, code_moves, flow, removing, steps, suppressor
+from difffract_jax.studies.binding import by_block
 from difffract_jax.studies.cases import Case, Material
 from difffract_jax.studies.choices import all_places, first
 from difffract_jax.studies.concept_context import context_of
+from difffract_jax.studies.patterns import with_patterns_of
 from difffract_jax.studies.results import quiet
+from difffract_jax.studies.scan import scan
 from random_graphs import random_output_graph
 from tolerances import TOL
 
@@ -172,6 +177,56 @@ def test_frequent_features_are_counted_once_per_case(made):
     shares = suppressor.where(places, [same, same[:1], np.array([0])])
     assert shares[0]["all"] == pytest.approx(1.0) and shares[1]["all"] == 0
     assert shares[0]["step 0"] == pytest.approx(3 / 6) and shares[0]["step 3"] == pytest.approx(1 / 6)
+
+
+@pytest.fixture(scope="module")
+def guided():
+    """The sibling of Stable Diffusion 3's shape, guided by two branches unless something else is said."""
+    pipe = load_pipeline("organism-sd3")
+    defaults = replace(pipe.config.defaults, guidance=3.0)
+    return pipe._replace(config=replace(pipe.config, defaults=defaults)), load_transcoders("organism-sd3")
+
+
+NOTHING = Material(
+    (),
+    0,
+    np.zeros((0, 48, 48, 3), np.uint8),
+    np.zeros((0, 36), bool),
+    np.zeros((0, 48, 48), bool),
+    np.zeros((0, 41), bool),
+)
+READ_BY_RUNNING = {
+    "codes of places": lambda pipe, tcs: choices.mean_codes(pipe, tcs, NOTHING, []),
+    "all codes": lambda pipe, tcs: code_moves.run_codes(pipe, tcs, [], []),
+    "edits of codes": lambda pipe, tcs: code_moves.steer_codes(pipe, tcs, [], [], lambda row: ()),
+    "total effects": lambda pipe, tcs: removing.effects_on(pipe, tcs, "a red circle", 0, ["pixels:color=red"]),
+    "patterns": lambda pipe, tcs: with_patterns_of(pipe, [], [], []),
+    "labels": lambda pipe, tcs: scan(pipe, tcs, 200),
+}
+
+
+@pytest.mark.parametrize("read", READ_BY_RUNNING)
+def test_a_run_with_two_evaluations_a_step_is_refused_where_places_are_features_at_a_step(guided, read):
+    pipe, tcs = guided
+    assert pipe.plan().branches == 2
+    with pytest.raises(UserError, match="reads one evaluation of the model at each step, but here are 2") as error:
+        READ_BY_RUNNING[read](pipe, tcs)
+    assert "\n" not in str(error.value)
+
+
+def test_effects_and_graphs_of_two_branches_are_refused_where_they_are_divided_among_places(made):
+    _, tcs, material, effects = made
+    both, tokens = effects._replace(negative_text=effects.text), (material.inside[0], material.phrase[0])
+    graph = random_output_graph(0).with_provenance(shared=KnownRun(layout=flux_layout(2, 2)))
+    branch = (np.arange(graph.node_kind.size) % 2).astype(np.uint8)
+    for read in (
+        lambda: removing.place_effects(both, tcs, *tokens),
+        lambda: steps.shares(both),
+        lambda: by_block(both, *tokens[::-1]),
+        lambda: choices.circuit_effects(replace(graph, node_branch=branch), all_places(tcs, 4), *tokens),
+    ):
+        with pytest.raises(UserError, match="give a pipeline whose default guidance scale is 1"):
+            read()
 
 
 def test_flow_needs_a_prompt(made):

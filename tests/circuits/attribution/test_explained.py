@@ -10,7 +10,6 @@ from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.checks.rerun import capture_again
 from difffract_jax.circuits.checks.validation import validate
 from difffract_jax.circuits.effects.heads import target_node
-from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
 from difffract_jax.dashboards.page_data import graph_bytes
@@ -28,32 +27,19 @@ from difffract_jax.graphs.names import find_nodes, node_names
 from difffract_jax.graphs.pruning import prune
 from difffract_jax.graphs.scoring import scores
 from tolerances import TOL
-from traces import make_exact, velocity_and_feature
+from traces import velocity_and_feature
 
-MADE = {"seed": 5, "img": (0, 2), "txt": (0, 1, 2), "joint": (0, 1), "skip": True, "output": True}
 SETTINGS = {"max_nodes": 12, "expansion_batch": 4, "min_attribution": 1e-6}
 ALONE = SETTINGS | {"max_nodes": 1}
 
 
 @pytest.fixture(scope="module")
-def exact():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        return make_exact(**MADE)
-
-
-@pytest.fixture(scope="module")
-def prepared(exact):
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        return prepare(exact.trace, exact.tcs)
-
-
-@pytest.fixture(scope="module")
-def graphs(exact, prepared):
+def graphs(traced, prepared):
     """The graph of the velocity and of a feature, with attention explained, and frozen."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        targets = velocity_and_feature(exact, prepared)
+        targets = velocity_and_feature(traced, prepared)
         return [
-            attribute(prepared, exact.tcs, target=targets, attention=attention, max_scores=15, **SETTINGS)
+            attribute(prepared, traced.tcs, target=targets, attention=attention, max_scores=15, **SETTINGS)
             for attention in ("explained", "frozen")
         ]
 
@@ -91,7 +77,7 @@ def test_features_that_act_through_scores_are_sources_of_them_and_remainders_are
     assert np.all(graph.node_block[graph.edge_source[out]] <= graph.node_block[graph.edge_target[out]])
 
 
-def test_without_its_scores_it_is_the_frozen_graph(exact, prepared, graphs):
+def test_without_its_scores_it_is_the_frozen_graph(traced, prepared, graphs):
     graph, frozen = graphs
     plain = without_scores(graph)
     assert not np.any(plain.node_kind == SCORE) and plain.provenance.attention == ()
@@ -103,10 +89,10 @@ def test_without_its_scores_it_is_the_frozen_graph(exact, prepared, graphs):
         without_scores(average([graph]))
 
 
-def test_with_no_scores_of_their_own_all_are_the_rest_of_their_blocks(exact, prepared, graphs):
+def test_with_no_scores_of_their_own_all_are_the_rest_of_their_blocks(traced, prepared, graphs):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        velocity = resolve_target(exact.pipe, exact.trace, parse_target("velocity:"))
-        graph = attribute(prepared, exact.tcs, target=velocity, attention="explained", max_scores=0, **ALONE)
+        velocity = resolve_target(traced.pipe, traced.trace, parse_target("velocity:"))
+        graph = attribute(prepared, traced.tcs, target=velocity, attention="explained", max_scores=0, **ALONE)
     rest = np.flatnonzero(graph.node_kind == SCORE)
     assert np.all(graph.node_head[rest] == -1) and [node_names(graph)[node] for node in rest] == [
         *("other scores double/0", "other scores double/1", "other scores double/2"),
@@ -179,10 +165,10 @@ def test_the_viewers_document_holds_scores_and_is_read_back(graphs, by_position)
         graph_of(document)
 
 
-def test_the_references_format_has_no_scores(exact, prepared):
+def test_the_references_format_has_no_scores(traced, prepared):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        feature = strongest_feature(prepared, exact.tcs, "img", 2)
-        graph = attribute(prepared, exact.tcs, target=feature, attention="explained", max_scores=3, **ALONE)
+        feature = strongest_feature(prepared, traced.tcs, "img", 2)
+        graph = attribute(prepared, traced.tcs, target=feature, attention="explained", max_scores=3, **ALONE)
     keep = np.isin(graph.node_kind, (FEATURE, ERROR, SCORE))
     with pytest.raises(UserError, match="no attention scores as nodes"):
         reference_json.to_document(subgraph(graph, keep, np.ones(graph.edge_source.size, bool)))
@@ -192,16 +178,16 @@ def test_the_references_format_has_no_scores(exact, prepared):
 
 
 @pytest.mark.slow
-def test_the_frozen_part_is_validated(exact, graphs):
+def test_the_frozen_part_is_validated(traced, graphs):
     graph, _ = graphs
     with jax.enable_x64(True):
-        again = capture_again(exact.pipe, exact.tcs, graph)
+        again = capture_again(traced.pipe, traced.tcs, graph)
         found = validate(again, graph, edges=50, ablations=2, draws=1, readings=("propagated",))
     assert all(row["holds"] for row in found["exactness"])
 
 
-def test_what_attention_is_not_explained_of_is_refused(exact, prepared):
+def test_what_attention_is_not_explained_of_is_refused(traced, prepared):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        feature = strongest_feature(prepared, exact.tcs, "img", 2)
+        feature = strongest_feature(prepared, traced.tcs, "img", 2)
         with pytest.raises(UserError, match="max_scores must be 0 or more, but got -1"):
-            attribute(prepared, exact.tcs, target=feature, attention="explained", max_scores=-1)
+            attribute(prepared, traced.tcs, target=feature, attention="explained", max_scores=-1)

@@ -11,7 +11,6 @@ from difffract_jax.circuits.attribution.outputs import parse_target, resolve_tar
 from difffract_jax.circuits.attribution.selection import strongest_feature
 from difffract_jax.circuits.checks.rerun import capture_again
 from difffract_jax.circuits.checks.validation import validate
-from difffract_jax.circuits.frozen.replacement import prepare
 from difffract_jax.cli.graph_tables import graph_summary
 from difffract_jax.config import UserError, ViewerOptions
 from difffract_jax.dashboards.account import account
@@ -32,31 +31,18 @@ from difffract_jax.graphs.pruning import prune
 from difffract_jax.models.embeddings import Embeddings
 from difffract_jax.models.pipeline import encode
 from tolerances import TOL
-from traces import make_exact, velocity_and_feature
+from traces import velocity_and_feature
 
-MADE = {"seed": 5, "img": (0, 2), "txt": (0, 1, 2), "joint": (0, 1), "skip": True, "output": True}
 SETTINGS = {"max_nodes": 6, "expansion_batch": 4, "min_attribution": 1e-6}
 
 
 @pytest.fixture(scope="module")
-def exact():
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        return make_exact(**MADE)
-
-
-@pytest.fixture(scope="module")
-def prepared(exact):
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        return prepare(exact.trace, exact.tcs)
-
-
-@pytest.fixture(scope="module")
-def graphs(exact, prepared):
+def graphs(traced, prepared):
     """The graph of the velocity and of a feature, with the pooled path explained, and frozen."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        targets = velocity_and_feature(exact, prepared)
+        targets = velocity_and_feature(traced, prepared)
         return [
-            attribute(prepared, exact.tcs, target=targets, pooled=pooled, pipe=exact.pipe, **SETTINGS)
+            attribute(prepared, traced.tcs, target=targets, pooled=pooled, pipe=traced.pipe, **SETTINGS)
             for pooled in ("explained", "frozen")
         ]
 
@@ -167,23 +153,23 @@ def test_the_references_format_has_no_modulations(graphs):
 
 
 @pytest.mark.slow
-def test_the_frozen_part_is_validated(exact, graphs):
+def test_the_frozen_part_is_validated(traced, graphs):
     graph, _ = graphs
     with jax.enable_x64(True):
-        again = capture_again(exact.pipe, exact.tcs, graph)
+        again = capture_again(traced.pipe, traced.tcs, graph)
         found = validate(again, graph, edges=50, ablations=2, draws=1, readings=("propagated",))
     assert all(row["holds"] for row in found["exactness"])
 
 
-def test_without_clip_there_are_modulations_without_words(exact, prepared, graphs):
+def test_without_clip_there_are_modulations_without_words(traced, prepared, graphs):
     """Embeddings from a file do not tell which words made them."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        info = exact.trace.info
-        known = {prompt: encode(exact.pipe, prompt, info.text_tokens) for prompt in (info.prompt, "")}
-        pipe = exact.pipe._replace(known=Embeddings("e.npz", exact.pipe.source, known))
-        velocity = resolve_target(pipe, exact.trace, parse_target("velocity:"))
+        info = traced.trace.info
+        known = {prompt: encode(traced.pipe, prompt, info.text_tokens) for prompt in (info.prompt, "")}
+        pipe = traced.pipe._replace(known=Embeddings("e.npz", traced.pipe.source, known))
+        velocity = resolve_target(pipe, traced.trace, parse_target("velocity:"))
         one = attribute(
-            prepared, exact.tcs, target=velocity, pooled="explained", pipe=pipe, **SETTINGS | {"max_nodes": 1}
+            prepared, traced.tcs, target=velocity, pooled="explained", pipe=pipe, **SETTINGS | {"max_nodes": 1}
         )
     assert of_kind(one, MODULATION).size and not of_kind(one, WORD).size and one.provenance.words == ()
     assert one.target_node.tolist() == [0] and one.provenance.pooled[0].unspoken is None
@@ -191,9 +177,9 @@ def test_without_clip_there_are_modulations_without_words(exact, prepared, graph
     assert "without CLIP" in graph_summary(one)["no word's"]
 
 
-def test_what_the_pooled_path_is_not_explained_of_is_refused(x64, exact, prepared):
-    feature = strongest_feature(prepared, exact.tcs, "img", 2)
-    trace, pipe = exact.trace, exact.pipe
+def test_what_the_pooled_path_is_not_explained_of_is_refused(x64, traced, prepared):
+    feature = strongest_feature(prepared, traced.tcs, "img", 2)
+    trace, pipe = traced.trace, traced.pipe
     shape = replace(pipe.config.transformer, pooled_width=0)
     unread = pipe._replace(config=replace(pipe.config, transformer=shape))
     imported = trace._replace(record=trace.record._replace(unpooled=None))
@@ -204,7 +190,7 @@ def test_what_the_pooled_path_is_not_explained_of_is_refused(x64, exact, prepare
         (trace, {"pipe": pipe._replace(source="another")}, "but the pipeline given is another"),
     ):
         with pytest.raises(UserError, match=sentence):
-            attribute(given, exact.tcs, target=feature, **{"pooled": "explained", "pipe": pipe} | more)
+            attribute(given, traced.tcs, target=feature, **{"pooled": "explained", "pipe": pipe} | more)
 
 
 def test_names_of_modulations_without_a_layout_are_numbers(graphs):

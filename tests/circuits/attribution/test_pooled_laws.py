@@ -13,39 +13,31 @@ from difffract_jax.circuits.attribution.selection import strongest_feature, targ
 from difffract_jax.models.pipeline import encode, plan_run, step_inputs
 from difffract_jax.models.tokenizers import encode_prompt
 from tolerances import TOL, relative_error
-from traces import make_exact
-
-MADE = {"seed": 5, "img": (0, 2), "txt": (0, 1, 2), "joint": (0, 1), "skip": True, "output": True}
+from traces import EXPLAINED, make_exact
 
 
 @pytest.fixture(scope="module")
-def exact():
+def engine(traced):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        return make_exact(**MADE)
+        return make_engine(traced.trace, traced.tcs, (velocity_of(traced),))
 
 
 @pytest.fixture(scope="module")
-def engine(exact):
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        return make_engine(exact.trace, exact.tcs, (velocity_of(exact),))
-
-
-@pytest.fixture(scope="module")
-def rows(exact, engine):
+def rows(traced, engine):
     """The velocity and a feature."""
     with jax.enable_x64(True):
-        return np.array([engine.sources, target_row(engine, strongest_feature(exact.trace, exact.tcs, "img", 2))])
+        return np.array([engine.sources, target_row(engine, strongest_feature(traced.trace, traced.tcs, "img", 2))])
 
 
 @pytest.fixture(scope="module")
-def by_parts(exact, engine, rows):
+def by_parts(traced, engine, rows):
     """The effects with one, two and four parts of the line."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        return {parts: integrate(engine, rows, exact.pipe, parts) for parts in (1, 2, 4)}
+        return {parts: integrate(engine, rows, traced.pipe, parts) for parts in (1, 2, 4)}
 
 
-def velocity_of(exact):
-    return resolve_target(exact.pipe, exact.trace, parse_target("velocity:"))
+def velocity_of(traced):
+    return resolve_target(traced.pipe, traced.trace, parse_target("velocity:"))
 
 
 def test_modulations_add_up_to_the_exchange_and_the_error_falls_with_the_number_of_points(by_parts):
@@ -61,12 +53,12 @@ def test_modulations_add_up_to_the_exchange_and_the_error_falls_with_the_number_
 
 
 @pytest.mark.slow
-def test_a_modulations_edge_is_the_integral_of_its_slope_by_finite_differences(x64, exact, engine, by_parts):
+def test_a_modulations_edge_is_the_integral_of_its_slope_by_finite_differences(x64, traced, engine, by_parts):
     """The last norm's scale is taken at other points of the line than all else, in a run of the model's own blocks."""
-    model, info, found = exact.pipe.transformer, exact.trace.info, by_parts[4]
-    run = plan_run(exact.pipe.config, steps=len(info.sigmas) - 1, height=24, width=32, text_tokens=info.text_tokens)
-    one, other = (encode(exact.pipe, prompt, info.text_tokens) for prompt in (info.prompt, ""))
-    inputs = step_inputs(run, one, exact.trace.record.latents, info.step)
+    model, info, found = traced.pipe.transformer, traced.trace.info, by_parts[4]
+    run = plan_run(traced.pipe.config, steps=len(info.sigmas) - 1, height=24, width=32, text_tokens=info.text_tokens)
+    one, other = (encode(traced.pipe, prompt, info.text_tokens) for prompt in (info.prompt, ""))
+    inputs = step_inputs(run, one, traced.trace.record.latents, info.step)
     direction = engine.outputs[0].velocity
 
     def conditioned(at):
@@ -109,12 +101,12 @@ def test_a_modulations_edge_is_the_integral_of_its_slope_by_finite_differences(x
     assert found.alone[0, with_shift] == pytest.approx(found.edges[0, with_shift], rel=1e-9)
 
 
-def test_a_modulation_alone_is_an_intervention_on_the_model(x64, exact, engine, by_parts):
+def test_a_modulation_alone_is_an_intervention_on_the_model(x64, traced, engine, by_parts):
     """A block's gate, exchanged in its weights' place: the bias of its projection makes up the difference."""
-    model, info, found = exact.pipe.transformer, exact.trace.info, by_parts[1]
-    run = plan_run(exact.pipe.config, steps=len(info.sigmas) - 1, height=24, width=32, text_tokens=info.text_tokens)
-    one, other = (encode(exact.pipe, prompt, info.text_tokens) for prompt in (info.prompt, ""))
-    inputs = step_inputs(run, one, exact.trace.record.latents, info.step)
+    model, info, found = traced.pipe.transformer, traced.trace.info, by_parts[1]
+    run = plan_run(traced.pipe.config, steps=len(info.sigmas) - 1, height=24, width=32, text_tokens=info.text_tokens)
+    one, other = (encode(traced.pipe, prompt, info.text_tokens) for prompt in (info.prompt, ""))
+    inputs = step_inputs(run, one, traced.trace.record.latents, info.step)
     conds = [model.embed(inputs._replace(pooled=each.pooled), info.grid)[1] for each in (one, other)]
     mods = [jax.vmap(lambda block, cond=cond: block.modulations(cond)[0])(model.single) for cond in conds]
     before, number, row = float(value_of(model, inputs, info, engine)), 1, 2
@@ -140,22 +132,22 @@ def value_of(model, inputs, info, engine):
     return jnp.sum(engine.outputs[0].velocity * velocity(model, inputs))
 
 
-def test_words_and_what_clip_misses_add_up_to_each_modulation(exact, by_parts):
-    found, info = by_parts[4], exact.trace.info
+def test_words_and_what_clip_misses_add_up_to_each_modulation(traced, by_parts):
+    found, info = by_parts[4], traced.trace.info
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        words = word_parts(exact.pipe, info.prompt, info.text_tokens, found.weights[0], found.exchanged[0])
+        words = word_parts(traced.pipe, info.prompt, info.text_tokens, found.weights[0], found.exchanged[0])
     scale = np.abs(words.edges).sum(axis=1) + np.abs(words.missed)
     apart = words.edges.sum(axis=1) + words.missed - found.edges[0]
     assert np.all(np.abs(apart) <= TOL.conservation_x64 * scale)
     assert words.place.size == len(words.text) and words.place[0] > 0 and np.abs(words.edges).max() > 0
 
 
-def test_a_words_part_is_the_mean_slope_of_its_embedding_between_the_prompts(exact, by_parts):
-    info, weights = exact.trace.info, by_parts[1].weights[0]
+def test_a_words_part_is_the_mean_slope_of_its_embedding_between_the_prompts(traced, by_parts):
+    info, weights = traced.trace.info, by_parts[1].weights[0]
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        words = word_parts(exact.pipe, info.prompt, info.text_tokens, weights, by_parts[1].exchanged[0])
-        clip, small = exact.pipe.clip, 1e-6
-        ids, empty = (tokens(exact.pipe, prompt, info) for prompt in (info.prompt, ""))
+        words = word_parts(traced.pipe, info.prompt, info.text_tokens, weights, by_parts[1].exchanged[0])
+        clip, small = traced.pipe.clip, 1e-6
+        ids, empty = (tokens(traced.pipe, prompt, info) for prompt in (info.prompt, ""))
         at, before = clip.embedded(ids), clip.embedded(empty)
         word = int(words.place[1])
 
@@ -181,7 +173,7 @@ def tokens(pipe, prompt, info):
 
 @pytest.mark.slow
 def test_in_float32_they_add_up_too():
-    exact = make_exact(**MADE, dtype=jnp.float32)
+    exact = make_exact(**EXPLAINED, dtype=jnp.float32)
     engine = make_engine(exact.trace, exact.tcs, (velocity_of(exact),))
     found = integrate(engine, np.array([engine.sources]), exact.pipe, 2)
     size = np.abs(found.edges).sum()

@@ -20,15 +20,14 @@ from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE
 from difffract_jax.models.stacks import group_slices, sequences, slice_layer, streams
 from tolerances import TOL, relative_error
-from traces import make_exact
+from traces import EXPLAINED, make_exact
 
-MADE = {"seed": 5, "img": (0, 2), "txt": (0, 1, 2), "joint": (0, 1), "skip": True, "output": True}
 KINDS = ("double", "single", "velocity:")
 
 
 @pytest.fixture
-def exact(x64):
-    return make_exact(**MADE)
+def exact(x64, traced):
+    return traced
 
 
 def engine_of(exact, kind):
@@ -135,7 +134,7 @@ def test_a_blocks_edges_add_up_to_what_scaled_queries_do(exact, kind):
 
 @pytest.mark.slow
 def test_in_float32_edges_and_sides_add_up_too():
-    exact = make_exact(**MADE, dtype=jnp.float32)
+    exact = make_exact(**EXPLAINED, dtype=jnp.float32)
     engine, row = engine_of(exact, "velocity:")
     ours, forward, whole, _ = sums_and_forward(engine, row)
     assert np.max(np.abs(ours - forward)) <= TOL.conservation_f32 * whole

@@ -32,9 +32,8 @@ from difffract_jax.graphs.graph import SCORE
 from difffract_jax.graphs.names import find_nodes, node_names
 from difffract_jax.models.stacks import group_slices, slice_layer
 from tolerances import TOL, relative_error
-from traces import make_exact
+from traces import EXPLAINED, make_exact
 
-MADE = {"seed": 5, "img": (0, 2), "txt": (0, 1, 2), "joint": (0, 1), "skip": True, "output": True}
 SETTINGS = {"max_nodes": 12, "expansion_batch": 4, "min_attribution": 1e-6, "attention": "explained"}
 EARLY, LATE = ScorePlace(1, 0, ("img", 5), ("txt", 1)), ScorePlace(3, 1, ("txt", 0), ("img", 7), 1)
 
@@ -49,7 +48,7 @@ def spanned(exact):
 def made():
     """An engine over two steps, with the velocity and the strongest feature of its last step as targets."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        exact = make_exact(**MADE)
+        exact = make_exact(**EXPLAINED)
         span = spanned(exact)
         engine = make_engine(span, exact.tcs, (resolve_target(exact.pipe, span, parse_target("velocity:")),))
         feature = strongest_feature(span, exact.tcs, "img", 2)
@@ -200,7 +199,7 @@ def test_both_sides_of_a_later_steps_score_add_up_and_are_shares_of_the_way(made
 
 
 def test_in_float32_too():
-    exact = make_exact(**MADE, dtype=jnp.float32)
+    exact = make_exact(**EXPLAINED, dtype=jnp.float32)
     span = spanned(exact)
     target = resolve_target(exact.pipe, span, parse_target("velocity:"))
     graph = attribute(span, exact.tcs, target=target, max_scores=20, **SETTINGS)

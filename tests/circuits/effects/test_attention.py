@@ -12,12 +12,12 @@ from difffract_jax.circuits.trace.capture import capture_steps
 from difffract_jax.config import UserError
 from difffract_jax.graphs.graph import FEATURE
 from tolerances import TOL, relative_error
-from traces import make_exact
+from traces import EXPLAINED, make_exact
 
 
 @pytest.fixture
 def exact(x64):
-    return make_exact(seed=5, img=(0, 2), txt=(0, 1, 2), joint=(0, 1), skip=True, output=True)
+    return make_exact(**EXPLAINED)
 
 
 def top_feature(engine, *, single):
