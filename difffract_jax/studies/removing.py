@@ -31,7 +31,7 @@ from difffract_jax.organism.evaluate import held_out, see
 from difffract_jax.organism.scorer import SeenScenes
 from difffract_jax.organism.world import from_caption
 from difffract_jax.studies.cases import Case, Material, draw_cases
-from difffract_jax.studies.choices import FeaturePlaces, first, removals
+from difffract_jax.studies.choices import SIDES, FeaturePlaces, first, removals
 from difffract_jax.studies.evaluations import plain_run, refuse_branches
 from difffract_jax.studies.metrics import SAME_PLACE, distances
 from difffract_jax.studies.outcomes import mean_with_interval
@@ -140,13 +140,17 @@ def place_effects(
         UserError: if the run has two evaluations a step.
     """
     refuse_branches(found.branches)
-    columns = []
-    slots = tcs.sites.slots(found.layout)
-    for group, side in found.layout.sides:
-        layers = [block - found.layout.blocks_of(group).start for block in slots[group]]
-        if layers:
-            counted = counted_rows(found.layout, group, side, inside, phrase)
-            total = summed(found, group, layers, counted, tcs.config.features)
+    columns, layout = [], found.layout
+    slots = tcs.sites.slots(layout)
+    for kind, side in SIDES:
+        sites = []  # of one name, in one stack or several, as the image's in Stable Diffusion 3
+        for number, group in enumerate(layout.groups):
+            layers = [block - layout.blocks_of(number).start for block in slots[number]]
+            if group.name == kind.name and layers:
+                counted = counted_rows(layout, number, side, inside, phrase)
+                sites.append(summed(found, number, layers, counted, tcs.config.features))
+        if sites:
+            total = np.concatenate(sites, axis=1)
             columns.append(np.pad(total, ((0, (steps or len(total)) - len(total)), (0, 0), (0, 0))).ravel())
     return np.concatenate(columns)
 

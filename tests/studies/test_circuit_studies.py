@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from difffract_jax.address import TXT, flux_layout
+from difffract_jax.address import STREAMS, TXT, flux_layout
 from difffract_jax.circuits.attribution.outputs import GREY, colour_of, parse_target
+from difffract_jax.circuits.effects.effect_tables import side_sums
+from difffract_jax.circuits.effects.total_effects import TotalEffects
 from difffract_jax.circuits.notation.region import box_mask
 from difffract_jax.config import UserError
 from difffract_jax.graphs.provenance import KnownRun
@@ -71,6 +73,50 @@ def test_concept_and_context_part_all_tokens_and_effects(made):
     summed = sum(float(np.asarray(group, np.float64).sum()) for group in effects.features)
     assert whole.sum() == pytest.approx(summed, rel=1e-6)  # padding has no features
     assert len(whole) == all_places(tcs, 4).feature.size
+
+
+@pytest.mark.parametrize("model", ["organism", "organism-sd3"])
+def test_places_and_tables_name_the_feature_that_has_the_effect(model):
+    """Stable Diffusion 3 has sites of one label in two stacks."""
+    layout, tcs, rng = load_pipeline(model).config.transformer.layout, load_transcoders(model), np.random.default_rng(0)
+    tokens = {"img": 3, "txt": 4}
+    shapes = [
+        (2, len(layout.blocks_of(number)), sum(tokens[stream] for stream in group.streams), 2)
+        for number, group in enumerate(layout.groups)
+    ]
+    features, index = (
+        [draw(shape) for shape in shapes]
+        for draw in (rng.standard_normal, lambda shape: rng.integers(0, tcs.config.features, shape))
+    )
+    effects = TotalEffects(
+        tuple(features), tuple(index), tuple(np.ones(shape[:3]) for shape in shapes), np.zeros(4), np.zeros(3), layout
+    )
+    inside, phrase = np.array([True, False, True]), np.array([False, True, True, False])
+    expected, sums = {}, {}
+    for number, group in enumerate(layout.groups):
+        rows = [(stream, token) for stream in group.streams for token in range(tokens[stream])]
+        for (step, layer, row, at), value in np.ndenumerate(features[number]):
+            side, token = rows[row]
+            label, site = layout.site_number(layout.blocks_of(number)[layer], STREAMS.index(side))
+            if group.mlp and {"img": inside, "txt": phrase}[side][token]:
+                key = label, side, step, site, index[number][step, layer, row, at]
+                expected[key] = expected.get(key, 0) + value
+            if side == "txt" or inside[token]:
+                sums[step, label, side] = sums.get((step, label, side), 0) + value
+    places = all_places(tcs, 2)
+    made = removing.place_effects(effects, tcs, inside, phrase)
+    columns = zip(*(getattr(places, name).tolist() for name in ("group", "step", "block", "feature")), strict=True)
+    sides = [(group.label, side) for group, side in choices.SIDES]
+    told = {
+        (*sides[group], step, block, feature): value
+        for (group, step, block, feature), value in zip(columns, made, strict=True)
+        if value
+    }
+    assert told.keys() == expected.keys() and all(told[key] == pytest.approx(expected[key]) for key in told)
+    rows = side_sums(effects, inside)
+    assert len(rows) == len(sums) and all(
+        one.features == pytest.approx(sums[one.step, one.stream, one.side]) for one in rows
+    )
 
 
 def test_effects_stand_at_their_places(made):

@@ -143,7 +143,8 @@ def side_sums(found: TotalEffects, inside: Bool[np.ndarray, "img"], first: int =
         first: the first step traced.
     """
     text = np.ones(found.text.shape[0], bool)
-    rows, branches = [], found.branches
+    rows: dict[tuple[int, str | None, str, str], SideSums] = {}
+    branches = found.branches
     for number in range(found.features[0].shape[0]):
         step, branch = divmod(number, branches)
         for group, side in found.layout.sides:
@@ -151,5 +152,8 @@ def side_sums(found: TotalEffects, inside: Bool[np.ndarray, "img"], first: int =
             features, errors = (np.asarray(one[group][number], np.float64) for one in (found.features, found.errors))
             sums = float(features.sum(axis=-1)[:, mask].sum()), float(errors[:, mask].sum())
             of = BRANCHES[branch] if branches > 1 else None
-            rows.append(SideSums(first + step, of, found.layout.groups[group].label, side, *sums))
-    return rows
+            key = first + step, of, found.layout.groups[group].label, side
+            # Sites of one label may lie in several stacks.
+            before = rows.get(key, SideSums(*key, 0.0, 0.0))
+            rows[key] = SideSums(*key, before.features + sums[0], before.errors + sums[1])
+    return list(rows.values())
