@@ -16,7 +16,7 @@ from converters.configurations import (
     sd3_attributes_beside,
     sd3_parts,
     sd3_sample_size,
-    whole_beside,
+    tabled_beside,
 )
 from converters.contents import check_weights, describe, find_transformer, transformer_files, transformer_of
 from converters.flux import Layout, flux_config_from_shapes
@@ -26,7 +26,7 @@ from converters.flux2 import (
     flux2_config_from_diffusers,
     flux2_config_from_shapes,
 )
-from converters.kinds import FLUX1, KLEIN, SD3, WHOLE
+from converters.kinds import FLUX1, KLEIN, SD3, TABLED
 from converters.klein import READERS, klein_config
 from converters.mapping import Rule
 from converters.pipeline_kind import PipelineKind
@@ -106,8 +106,8 @@ def sd3_transformer(
     return part, layout, sd3_config_from_diffusers(attributes)
 
 
-class WholeTransformer(NamedTuple):
-    """A transformer of a kind with `PipelineKind.whole`.
+class TabledTransformer(NamedTuple):
+    """A transformer of a kind with `PipelineKind.tables`.
 
     Attributes:
         kind: the kind.
@@ -122,10 +122,10 @@ class WholeTransformer(NamedTuple):
     shape: Any
 
 
-def whole_transformer(
+def tabled_transformer(
     path: Path, variant: str | None, *, rope_axes: tuple[int, ...] | None = None, quiet: bool = False
-) -> WholeTransformer | None:
-    """Finds a transformer of a kind with `PipelineKind.whole`; None for another kind's.
+) -> TabledTransformer | None:
+    """Finds a transformer of a kind with `PipelineKind.tables`; None for another kind's.
 
     Args:
         path: its file, or its directory.
@@ -134,28 +134,28 @@ def whole_transformer(
             FLUX.1's release if left out.
         quiet: whether the log says nothing of what is left aside.
     """
-    place = _whole_part(path, variant, quiet)
+    place = _tabled_part(path, variant, quiet)
     if place is None:
         return None
     kind, part, layout = place
-    whole, beside = kind.whole, whole_beside(path)
-    assert whole is not None
+    tables, beside = kind.tables, tabled_beside(path)
+    assert tables is not None
     if beside is not None:
-        shape = whole.readers["transformer"](beside[1])
+        shape = tables.readers["transformer"](beside[1])
     else:
-        assert whole.sizes is not None
-        shape = whole.sizes(part.shapes(), rope_axes or ROPE_AXES)
-    return WholeTransformer(kind, *whole.part(part, shape, layout), shape)
+        assert tables.sizes is not None
+        shape = tables.sizes(part.shapes(), rope_axes or ROPE_AXES)
+    return TabledTransformer(kind, *tables.part(part, shape, layout), shape)
 
 
-def _whole_part(path: Path, variant: str | None, quiet: bool) -> tuple[PipelineKind, Source, Layout | None] | None:
-    """Returns the kind of a checkpoint's transformer, its part and its layout; None where its kind is not whole.
+def _tabled_part(path: Path, variant: str | None, quiet: bool) -> tuple[PipelineKind, Source, Layout | None] | None:
+    """Returns the kind of a checkpoint's transformer, its part and its layout; None where its kind has no `tables`.
 
     A transformer of a kind without layouts is known by the configuration beside it.
     """
-    beside = whole_beside(path)
-    for kind in WHOLE.values():
-        layouts, known = kind.whole.layouts if kind.whole else (), beside is not None and beside[0] is kind
+    beside = tabled_beside(path)
+    for kind in TABLED.values():
+        layouts, known = kind.tables.layouts if kind.tables else (), beside is not None and beside[0] is kind
         if layouts:
             place = _part_and_layout(path, variant, layouts, layouts[-1], known, quiet)
             if place is not None:
@@ -204,16 +204,16 @@ def completed_config(source: str | Path, base: str | Path, *, variant: str | Non
     """
     source, base = Path(source), Path(base)
     kind, path = check_base(base), transformer_path(source)
-    place = _whole_part(path, variant, quiet=True)
-    whole = None if place is None else place[0]
-    if whole is not None and not whole.completed:
+    place = _tabled_part(path, variant, quiet=True)
+    tabled = None if place is None else place[0]
+    if tabled is not None and not tabled.completed:
         raise UserError(
-            f"{source} is, or holds, a transformer of {whole.models}, which --base cannot complete; give the "
+            f"{source} is, or holds, a transformer of {tabled.models}, which --base cannot complete; give the "
             "whole pipeline, without --base."
         )
-    sd3 = None if whole is not None else sd3_transformer(path, variant, head_dim=head_dim_of(base), quiet=True)
-    flux2 = None if whole is not None or sd3 is not None else flux2_transformer(path, variant, quiet=True)
-    own = whole if whole is not None else SD3 if sd3 is not None else KLEIN if flux2 is not None else FLUX1
+    sd3 = None if tabled is not None else sd3_transformer(path, variant, head_dim=head_dim_of(base), quiet=True)
+    flux2 = None if tabled is not None or sd3 is not None else flux2_transformer(path, variant, quiet=True)
+    own = tabled if tabled is not None else SD3 if sd3 is not None else KLEIN if flux2 is not None else FLUX1
     if own is FLUX1:
         transformer_of(Source(path, variant=variant), quiet=True)  # which refuses what is none at all
     if own is not kind:
@@ -221,8 +221,8 @@ def completed_config(source: str | Path, base: str | Path, *, variant: str | Non
             f"{source} is, or holds, a transformer of {own.models}, but the base {base} is a pipeline of "
             f"{kind.models}; give a base of {own.models}."
         )
-    if whole is not None:
-        return _completed_whole(source, base, path, variant)
+    if tabled is not None:
+        return _completed_tabled(source, base, path, variant)
     if sd3 is not None:
         return _completed_sd3(source, base, sd3[2])
     return _completed_flux1(source, base, path, variant) if flux2 is None else _completed_klein(source, base, flux2[2])
@@ -238,7 +238,7 @@ def refuse_alone(path: Path, name: str) -> None:
     Raises:
         UserError: if it is one.
     """
-    beside = whole_beside(path)
+    beside = tabled_beside(path)
     if beside is not None and not beside[0].completed:
         raise UserError(
             f"{name} is {beside[0].models}'s transformer alone, which --base cannot complete; give the whole pipeline."
@@ -252,21 +252,21 @@ def head_dim_of(base: Path) -> int | None:
     return None if attributes is None else sd3_config_from_diffusers(attributes).head_dim
 
 
-def _whole_axes(base: Path) -> tuple[int, ...] | None:
-    """Returns the axes of position by the base's own transformer, of a kind with `whole`; None if it has none."""
-    beside = whole_beside(base / "transformer")
-    whole = None if beside is None else beside[0].whole
-    return None if beside is None or whole is None else whole.readers["transformer"](beside[1]).rope_axes
+def _tabled_axes(base: Path) -> tuple[int, ...] | None:
+    """Returns the axes of position by the base's own transformer, of a kind with `tables`; None if it has none."""
+    beside = tabled_beside(base / "transformer")
+    tables = None if beside is None else beside[0].tables
+    return None if beside is None or tables is None else tables.readers["transformer"](beside[1]).rope_axes
 
 
-def _completed_whole(source: Path, base: Path, path: Path, variant: str | None) -> PipelineConfig:
-    found = whole_transformer(path, variant, rope_axes=_whole_axes(base), quiet=True)
-    assert found is not None and found.kind.whole is not None
-    whole = found.kind.whole
-    others = [part for part in whole.readers if part not in ("transformer", "scheduler")]
-    read = [found.shape, *read_configs(base, others, whole.readers), scheduler_of((source, base), found.shape)]
+def _completed_tabled(source: Path, base: Path, path: Path, variant: str | None) -> PipelineConfig:
+    found = tabled_transformer(path, variant, rope_axes=_tabled_axes(base), quiet=True)
+    assert found is not None and found.kind.tables is not None
+    tables = found.kind.tables
+    others = [part for part in tables.readers if part not in ("transformer", "scheduler")]
+    read = [found.shape, *read_configs(base, others, tables.readers), scheduler_of((source, base), found.shape)]
     index_of_vae = read_json(base / "vae" / "config.json", "an autoencoder")
-    return whole.config(f"{source} and {base}", base, read, index_of_vae)
+    return tables.config(f"{source} and {base}", base, read, index_of_vae)
 
 
 def _completed_sd3(source: Path, base: Path, shape: Sd3Config) -> PipelineConfig:

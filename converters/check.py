@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.configurations import is_diffusers_directory, pipeline_config
-from converters.kinds import whole_of
-from converters.pipeline_kind import WholeCheck
+from converters.kinds import tables_of
+from converters.pipeline_kind import ModelCheck
 from converters.pipelines import Opened, abstract_module, sliced, stacks_of
 from converters.torch_files import (
     BlockRecord,
@@ -197,14 +197,14 @@ def _recorder(config: FluxConfig) -> Callable[[Path, TransformerInputs], Transfo
     """Returns what runs PyTorch's transformer."""
     if isinstance(config, Sd3Config):
         return record_sd3
-    whole = _check_of(config)
-    return record_transformer if whole is None else whole.record
+    model_check = _check_of(config)
+    return record_transformer if model_check is None else model_check.record
 
 
-def _check_of(config: FluxConfig) -> WholeCheck | None:
-    """Returns how a model is compared that is read as a whole; None for others."""
-    whole = whole_of(config)
-    return None if whole is None else whole.check
+def _check_of(config: FluxConfig) -> ModelCheck | None:
+    """Returns how a model of a kind with `PipelineKind.tables` is compared; None for others."""
+    tables = tables_of(config)
+    return None if tables is None else tables.check
 
 
 def _words(config: FluxConfig) -> int:
@@ -219,11 +219,11 @@ def _text_encoders(
     config: Any = opened.config
     if isinstance(config.clip, TwoClipsConfig):
         return (yield from _two_clips(directory, opened, parts))
-    whole = _check_of(config.transformer)
-    if whole is not None:
+    model_check = _check_of(config.transformer)
+    if model_check is not None:
         ids = encode_prompt(opened.tokenizers, PADDED_PROMPT, _words(config.transformer))
-        states = whole.text(directory, ids, config)
-        yield whole.encoder, parts["t5"].streamed()(ids.t5_ids), states, whole.tolerances
+        states = model_check.text(directory, ids, config)
+        yield model_check.encoder, parts["t5"].streamed()(ids.t5_ids), states, model_check.tolerances
         return states, np.zeros(0, np.float32)
     ids = encode_prompt(opened.tokenizers, PROMPT, TEXT_TOKENS)
     if isinstance(config.t5, Qwen3Config):
@@ -280,10 +280,10 @@ def _transformer(part: _Part, config: FluxConfig, given: TransformerInputs, reco
     h, cond = jax.jit(lambda model, inputs: model.embed(inputs, given.grid))(model, inputs)
     first = record.blocks[0]
     # Of tokens that attention does not see the text has zeros, and what becomes of them is of no matter.
-    whole = _check_of(config)
-    seen = slice(None) if whole is None else np.any(given.text != 0, axis=-1)
-    own, theirs = _conditions(cond, record) if whole is None else whole.conditions(cond, record)
-    with_theirs = _given_theirs if whole is None else whole.given
+    model_check = _check_of(config)
+    seen = slice(None) if model_check is None else np.any(given.text != 0, axis=-1)
+    own, theirs = _conditions(cond, record) if model_check is None else model_check.conditions(cond, record)
+    with_theirs = _given_theirs if model_check is None else model_check.given
     yield "embeddings", (_seen(h, seen), own), (_seen(Streams(first.img, first.txt), seen), theirs), 1
     run = jax.jit(_block)
     places = [(stack.name, number) for stack in config.layout.stacks for number in range(stack.depth)]

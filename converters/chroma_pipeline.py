@@ -18,7 +18,7 @@ from converters.chroma import (
     chroma_config_to_diffusers,
 )
 from converters.described import SCHEDULER, t5_described
-from converters.pipeline_kind import PipelineKind, WholeModel
+from converters.pipeline_kind import ModelTables, PipelineKind
 from converters.schedules import CLASS as SCHEDULER_CLASS
 from converters.schedules import scheduler_config_from_diffusers
 from converters.text_encoders import T5_TRANSFORMERS, t5_config_from_transformers, t5_tables
@@ -107,14 +107,14 @@ KIND = PipelineKind(
     "huggingface.co/lodestones/Chroma1-HD",
     "Chroma",
     "Chroma1-HD",
-    whole=WholeModel(
+    tables=ModelTables(
         readers=READERS,
         config=chroma_config,
         shape=ChromaConfig,
         module=ChromaMMDiT,
         rules=CHROMA_DIFFUSERS,
         encoder=lambda t5: (t5_tables([] if t5.config.gated else ["shared.weight", ".DenseReluDense.wi."]).rules, {}),
-        tables={ChromaMMDiT: (CHROMA_DIFFUSERS, CHROMA_ORIGINAL), ChromaT5Encoder: (T5_TRANSFORMERS,)},
+        lora_tables={ChromaMMDiT: (CHROMA_DIFFUSERS, CHROMA_ORIGINAL), ChromaT5Encoder: (T5_TRANSFORMERS,)},
         index={
             "_class_name": "ChromaPipeline",
             "feature_extractor": [None, None],

@@ -159,14 +159,14 @@ def pipeline_config(home: Path) -> PipelineConfig:
     if is_diffusers_directory(home) and kind_of(home) is SD3:
         configs = sd3_parts(home, (*sd3_pipeline.READERS, "scheduler"))
         return sd3_pipeline.sd3_config(f"The parts of {home}", configs, sd3_sample_size(home))
-    if is_diffusers_directory(home) and (kind := kind_of(home)).whole is not None:
-        lacking, whole = kind.lacks_encoders(home), kind.whole
-        parts = [part for part in whole.readers if not (lacking and part in kind.encoders)]
-        read = read_configs(home, parts, whole.readers)
+    if is_diffusers_directory(home) and (kind := kind_of(home)).tables is not None:
+        lacking, tables = kind.lacks_encoders(home), kind.tables
+        parts = [part for part in tables.readers if not (lacking and part in kind.encoders)]
+        read = read_configs(home, parts, tables.readers)
         if lacking:
             read.insert(1, AbsentConfig(d_model=read[0].text_width))
         index_of_vae = read_json(home / "vae" / "config.json", "an autoencoder")
-        return whole.config(f"The parts of {home}", home, read, index_of_vae)
+        return tables.config(f"The parts of {home}", home, read, index_of_vae)
     if FLUX1.lacks_encoders(home):
         transformer, vae, scheduler = read_configs(home, ("transformer", "vae", "scheduler"))
         t5, clip = AbsentConfig(d_model=transformer.text_width), AbsentConfig(d_model=transformer.pooled_width)
@@ -300,13 +300,13 @@ def sd3_attributes_beside(path: Path) -> dict[str, Any] | None:
     return _attributes_beside(path, SD3)
 
 
-def whole_beside(path: Path) -> tuple[PipelineKind, dict[str, Any]] | None:
-    """Returns the configuration beside a transformer's weights, and its kind, if that is one with `whole`.
+def tabled_beside(path: Path) -> tuple[PipelineKind, dict[str, Any]] | None:
+    """Returns the configuration beside a transformer's weights, and its kind, if that is one with `tables`.
 
     Args:
         path: file of the weights, or their directory.
     """
-    found = ((kind, _attributes_beside(path, kind)) for kind in KINDS.values() if kind.whole is not None)
+    found = ((kind, _attributes_beside(path, kind)) for kind in KINDS.values() if kind.tables is not None)
     return next(((kind, attributes) for kind, attributes in found if attributes is not None), None)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from converters.flux import LAYOUTS, Layout
 from converters.flux2 import FLUX2_LAYOUTS
-from converters.kinds import WHOLE
+from converters.kinds import TABLED
 from converters.quantised import BF16_FILES, kind_of
 from converters.sd3 import SD3_LAYOUTS
 from converters.source import Source
@@ -37,16 +37,16 @@ _SIMILAR = (
     (re.compile(r"(^|\.)(controlnet_|control_model\.|input_hint_block)"), "a ControlNet, which steers a model"),
     *(
         (
-            re.compile(rf"(^|\.){kind.whole.anchor}\.(weight|bias)$"),  # and no LoRA's change of it
+            re.compile(rf"(^|\.){kind.tables.anchor}\.(weight|bias)$"),  # and no LoRA's change of it
             f"a {kind.models} transformer in one file, but {kind.models} is read from diffusers' whole directory",
         )
-        for kind in WHOLE.values()
-        if kind.whole and not kind.completed
+        for kind in TABLED.values()
+        if kind.tables and not kind.completed
     ),
 )
 """Patterns of keys that stand beside those of a transformer, and what a file with such a key is."""
-_WHOLE = tuple(layout for kind in WHOLE.values() if kind.whole for layout in kind.whole.layouts)
-KNOWN = (*LAYOUTS, *FLUX2_LAYOUTS, *_WHOLE, *SD3_LAYOUTS)
+_TABLED_LAYOUTS = tuple(layout for kind in TABLED.values() if kind.tables for layout in kind.tables.layouts)
+KNOWN = (*LAYOUTS, *FLUX2_LAYOUTS, *_TABLED_LAYOUTS, *SD3_LAYOUTS)
 """All layouts that transformers are published in."""
 _OTHERS = (
     (

@@ -9,7 +9,7 @@ from typing import Any
 from converters.described import SCHEDULER, clip_described, qwen3_described, t5_described
 from converters.flux import flux_config_to_diffusers
 from converters.flux2 import flux2_config_to_diffusers
-from converters.kinds import whole_of
+from converters.kinds import tables_of
 from converters.sd3 import sd3_config_to_diffusers
 from difffract_jax.models.autoencoder import AutoencoderConfig, Flux2AutoencoderConfig
 from difffract_jax.models.flux2 import Flux2Config
@@ -73,11 +73,11 @@ def descriptions(config: PipelineConfig) -> dict[str, dict[str, Any]]:
             "text_encoder/config.json": qwen3_described(config.t5),
             "model_index.json": KLEIN_INDEX | {"is_distilled": not config.defaults.two_branches},
         }
-    whole = whole_of(shape)
-    if whole is not None:
-        transformer, encoder = whole.described(config)
+    tables = tables_of(shape)
+    if tables is not None:
+        transformer, encoder = tables.described(config)
         described = {"transformer/config.json": transformer, "text_encoder/config.json": encoder}
-        return parts | described | {"model_index.json": dict(whole.index)}
+        return parts | described | {"model_index.json": dict(tables.index)}
     return parts | {
         "transformer/config.json": flux_config_to_diffusers(shape),
         "text_encoder/config.json": clip_described(config.clip),

@@ -21,7 +21,7 @@ from converters.autoencoder import AUTOENCODER_DIFFUSERS, AUTOENCODER_FLUX2
 from converters.descriptions import descriptions
 from converters.flux import FLUX_DIFFUSERS
 from converters.flux2 import FLUX2_DIFFUSERS
-from converters.kinds import KINDS, whole_of
+from converters.kinds import KINDS, tables_of
 from converters.mapping import Labels, Rule, save_tree, source_shapes
 from converters.qwen3 import QWEN3_TRANSFORMERS, behind_last
 from converters.sd3 import SD3_DIFFUSERS, sd3_labels
@@ -75,7 +75,7 @@ def export_pipeline(pipe: Pipeline, out: str | Path, *, overwrite: bool = False)
     Raises:
         UserError: if it is one of another model, or has no text encoders.
     """
-    if type(pipe.transformer) not in (MMDiT, Flux2MMDiT, Sd3MMDiT) and whole_of(pipe.config.transformer) is None:
+    if type(pipe.transformer) not in (MMDiT, Flux2MMDiT, Sd3MMDiT) and tables_of(pipe.config.transformer) is None:
         *first, last = (kind.models for kind in KINDS.values())
         raise UserError(
             f"Pipelines of {', '.join(first)} and {last} can be saved as a diffusers directory, but this is of another "
@@ -112,11 +112,11 @@ def _parts(pipe: Pipeline) -> list[_Part]:
             _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_FLUX2, more={COUNTER: np.zeros((), np.int64)}),
             _Part("text_encoder", TRANSFORMERS, pipe.t5, QWEN3_TRANSFORMERS, more=behind_last(pipe.t5)),
         ]
-    whole = whole_of(pipe.config.transformer)
-    if whole is not None:
-        rules, more = whole.encoder(pipe.t5)
+    tables = tables_of(pipe.config.transformer)
+    if tables is not None:
+        rules, more = tables.encoder(pipe.t5)
         return [
-            _Part("transformer", DIFFUSERS, pipe.transformer, whole.rules, ours=whole.added),
+            _Part("transformer", DIFFUSERS, pipe.transformer, tables.rules, ours=tables.added),
             _Part("vae", DIFFUSERS, pipe.vae, AUTOENCODER_DIFFUSERS),
             _Part("text_encoder", TRANSFORMERS, pipe.t5, rules, more=more),
         ]

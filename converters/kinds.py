@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters import chroma_pipeline, klein, sd3_pipeline, zimage_pipeline
-from converters.pipeline_kind import PipelineKind, WholeModel
+from converters.pipeline_kind import ModelTables, PipelineKind
 
 CLASSES: Mapping[str, tuple[str, ...]] = {
     "transformer": ("FluxTransformer2DModel",),
@@ -54,17 +54,19 @@ KINDS = {kind.name: kind for kind in (FLUX1, KLEIN, SD3, chroma_pipeline.KIND, z
 """Class of a pipeline -> what is known of it."""
 TRANSFORMERS = tuple(name for kind in KINDS.values() for name in kind.classes["transformer"])
 """Classes of transformers."""
-WHOLE = {kind.whole.shape: kind for kind in KINDS.values() if kind.whole is not None}
-"""Class of a transformer's shape -> its kind, for those that are read as a whole."""
-TABLES = {part: tables for kind in WHOLE.values() if kind.whole for part, tables in kind.whole.tables.items()}
+TABLED = {kind.tables.shape: kind for kind in KINDS.values() if kind.tables is not None}
+"""Class of a transformer's shape -> its kind, for those with `PipelineKind.tables`."""
+LORA_TABLES = {
+    part: rules for kind in TABLED.values() if kind.tables for part, rules in kind.tables.lora_tables.items()
+}
 """Class of a part of these -> the tables that modules of LoRAs are looked up in."""
 
 
-def whole_of(shape: Any) -> WholeModel | None:
-    """Returns how a pipeline is read that is read as a whole; None for other kinds.
+def tables_of(shape: Any) -> ModelTables | None:
+    """Returns how pipelines of a kind with `PipelineKind.tables` are read; None for other kinds.
 
     Args:
         shape: of its transformer.
     """
-    kind = WHOLE.get(type(shape))
-    return None if kind is None else kind.whole
+    kind = TABLED.get(type(shape))
+    return None if kind is None else kind.tables

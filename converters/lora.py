@@ -13,7 +13,7 @@ import numpy as np
 
 from converters.flux import LAYOUTS
 from converters.flux2 import FLUX2_LAYOUTS
-from converters.kinds import TABLES as WHOLE_TABLES
+from converters.kinds import LORA_TABLES
 from converters.lora_bases import model_of, other_base
 from converters.lora_files import Module, bare, clip_of, more
 from converters.mapping import Assignment, Rule, expand, tensor_shapes
@@ -36,7 +36,7 @@ TABLES: Mapping[type, tuple[tuple[Rule, ...], ...]] = {
     TwoClips: (two_clip_tables({"first": (), "second": ()}).rules,),
     CLIPTextEncoder: (CLIP_TRANSFORMERS,),
     T5Encoder: (T5_TRANSFORMERS,),
-    **WHOLE_TABLES,
+    **LORA_TABLES,
 }
 """Class of a part -> the tables that modules are looked up in; parts of other classes are not changed."""
 _ENDINGS = (".kernel", ".bias", ".scale")

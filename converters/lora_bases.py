@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from converters.kinds import WHOLE
+from converters.kinds import TABLED
 from converters.lora_files import Module, bare
 from difffract_jax.models.flux2 import Flux2MMDiT
 from difffract_jax.models.mmdit import MMDiT
@@ -18,7 +18,7 @@ from difffract_jax.models.sd3 import Sd3MMDiT
 SD3 = "Stable Diffusion 3"
 _NAMES = (
     (r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?[._]linear_(in|out)", "FLUX.2"),
-    *((kind.whole.names, kind.models) for kind in WHOLE.values() if kind.whole),
+    *((kind.tables.names, kind.models) for kind in TABLED.values() if kind.tables),
     (r"blocks[._]\d+[._](modulation[._]lin|(img|txt)_mod[._]lin)", "FLUX.1"),
     (r"single_transformer_blocks[._]\d+[._]norm[._]linear", "FLUX.1"),
     (r"blocks[._]\d+[._]proj_mlp", "FLUX.1 or Chroma"),
@@ -43,7 +43,7 @@ def model_of(transformer: Any) -> str:
         return "SD3.5-medium" if shape.depth_dual else "SD3.5-large" if shape.qk_norm else "SD3-medium"
     if isinstance(transformer, Flux2MMDiT):
         return "FLUX.2-klein"
-    kind = WHOLE.get(type(getattr(transformer, "config", None)))
+    kind = TABLED.get(type(getattr(transformer, "config", None)))
     if kind is not None:
         return kind.models
     return "FLUX.1" if type(transformer) is MMDiT else "this model"

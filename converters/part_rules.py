@@ -10,7 +10,7 @@ from converters.autoencoder import AUTOENCODER_DIFFUSERS, AUTOENCODER_FLUX2, FLU
 from converters.contents import check_autoencoder, check_weights, find_transformer, without_prefix
 from converters.flux import FLUX_DIFFUSERS
 from converters.flux2 import FLUX2_DIFFUSERS
-from converters.kinds import whole_of
+from converters.kinds import tables_of
 from converters.mapping import Ignored, Labels, Rule, Source
 from converters.qwen3 import qwen3_tables
 from converters.sd3 import SD3_DIFFUSERS, sd3_labels
@@ -60,11 +60,11 @@ def part_rules(name: str, config: PipelineConfig, source: Source, dtype: Any) ->
     check_weights(source)
     shape = getattr(config, name)
     abstract = abstract_module(module_of(shape), shape, dtype)
-    whole = whole_of(shape)
-    if whole is not None:
-        place = find_transformer(source) if whole.layouts else None
-        part, layout = place or (source, whole.layouts[-1] if whole.layouts else None)
-        own, rules = whole.part(part, shape, layout)
+    tables = tables_of(shape)
+    if tables is not None:
+        place = find_transformer(source) if tables.layouts else None
+        part, layout = place or (source, tables.layouts[-1] if tables.layouts else None)
+        own, rules = tables.part(part, shape, layout)
         return own, PartRules(abstract, rules)
     if isinstance(shape, Qwen3Config):
         source = without_prefix(source, "model.embed_tokens.weight")

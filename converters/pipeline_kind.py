@@ -1,10 +1,10 @@
-"""What is known of a kind of pipeline that diffusers saves: folders, classes and names, and how a whole one is read.
+"""What is known of a kind of pipeline that diffusers saves: folders, classes and names, and how they are read.
 
 1. `PipelineKind` is a kind: its folders, and what it is called.
-2. A kind with `whole` has one text encoder, in text_encoder/, and FLUX.1's kind of autoencoder. Every place that reads,
-   describes, saves, compares or changes a pipeline asks `WholeModel`, and knows of no model itself. Its transformer may
-   come as a single file that a base completes: `WholeModel.layouts`. Other kinds have functions of their own in these
-   places.
+2. A kind with `tables` has one text encoder, in text_encoder/, and FLUX.1's kind of autoencoder. Every place that
+   reads, describes, saves, compares or changes a pipeline asks `ModelTables`, and knows of no model itself. Its
+   transformer may come as a single file that a base completes: `ModelTables.layouts`. Other kinds have functions of
+   their own in these places.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,12 +25,12 @@ from difffract_jax.models.tokenizers import TokenIds
 Rules = tuple[Rule, ...]
 
 
-class WholeCheck(NamedTuple):
+class ModelCheck(NamedTuple):
     """How a model is compared with PyTorch's.
 
     Attributes:
         encoder: what its text encoder is called.
-        tolerances: that the text is allowed.
+        tolerances: how many tolerances the text is allowed.
         text: from the directory, a prompt's ids and the configuration to the text that PyTorch makes.
         record: runs PyTorch's transformer.
         conditions: what conditions the blocks, ours and PyTorch's.
@@ -45,7 +45,7 @@ class WholeCheck(NamedTuple):
     given: Callable[[Cond, TransformerRecord, BlockRecord], Cond]
 
 
-class WholeModel(NamedTuple):
+class ModelTables(NamedTuple):
     """How a model is read from diffusers' whole directory, from its transformer's folder, or from a single file.
 
     Attributes:
@@ -57,7 +57,7 @@ class WholeModel(NamedTuple):
         module: class of the transformer.
         rules: the transformer's table.
         encoder: from our text encoder to its table backwards, and tensors that its folder has besides.
-        tables: class of a part -> the tables that modules of LoRAs are looked up in.
+        lora_tables: class of a part -> the tables that modules of LoRAs are looked up in.
         index: the contents of `model_index.json`.
         described: from a configuration to the `config.json` of the transformer and of the text encoder.
         anchor: pattern of a module of the transformer that no other model has, by which a single file is told.
@@ -67,7 +67,7 @@ class WholeModel(NamedTuple):
             without `layouts`.
         added: what keys end with that `source` adds to a checkpoint's, and that are not written; None where it adds
             none.
-        layouts: of single files of the transformer, which a base completes; diffusers' own is the last. None where
+        layouts: of single files of the transformer, which a base completes; diffusers' own is the last. Empty where
             there are no such files, or no base completes them.
         sizes: from the shapes of such a file's tensors, and how a head's dimensions are divided among the axes of
             position, to the transformer's shape.
@@ -79,12 +79,12 @@ class WholeModel(NamedTuple):
     module: type[MMDiT]
     rules: Rules
     encoder: Callable[[Any], tuple[Rules, dict[str, np.ndarray]]]
-    tables: Mapping[type, tuple[Rules, ...]]
+    lora_tables: Mapping[type, tuple[Rules, ...]]
     index: Mapping[str, Any]
     described: Callable[[PipelineConfig], tuple[dict[str, Any], dict[str, Any]]]
     anchor: str
     names: str
-    check: WholeCheck
+    check: ModelCheck
     source: Callable[[Source, Any, Layout | None], Source] = lambda source, shape, layout: source
     added: str | None = None
     layouts: tuple[Layout, ...] = ()
@@ -113,7 +113,7 @@ class PipelineKind(NamedTuple):
         models: what it is called in messages.
         published: the models of its kind.
         optional: folders that it may lack.
-        whole: how it is read, of kinds that have no functions of their own.
+        tables: how it is read, described, saved and compared, of kinds that have no functions of their own.
     """
 
     name: str
@@ -124,7 +124,7 @@ class PipelineKind(NamedTuple):
     models: str
     published: str
     optional: tuple[str, ...] = ()
-    whole: WholeModel | None = None
+    tables: ModelTables | None = None
 
     def folders_in(self, home: Path) -> dict[str, str]:
         """Returns part -> folder, without those that a directory may lack and does, and without incomplete encoders."""
@@ -134,8 +134,8 @@ class PipelineKind(NamedTuple):
 
     @property
     def completed(self) -> bool:
-        """Whether a base completes a transformer of its alone."""
-        return self.whole is None or bool(self.whole.layouts)
+        """Whether a base completes a transformer of this kind alone."""
+        return self.tables is None or bool(self.tables.layouts)
 
     @property
     def encoders(self) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ from converters.alone import (
     flux2_transformer,
     head_dim_of,
     sd3_transformer,
+    tabled_transformer,
     transformer_path,
-    whole_transformer,
 )
 from converters.configurations import (
     check_architecture,
@@ -178,10 +178,10 @@ def _transformer(
         part, layout, size = sd3
         rules = PartRules(abstract_module(module_of(size), size, dtype), layout.rules, labels=sd3_labels(size))
         return use("transformer", part, rules), size
-    whole = whole_transformer(path, variant, rope_axes=rope_axes)
-    if whole is not None:
-        rules = PartRules(abstract_module(module_of(whole.shape), whole.shape, dtype), whole.rules)
-        return use("transformer", whole.source, rules), whole.shape
+    tabled = tabled_transformer(path, variant, rope_axes=rope_axes)
+    if tabled is not None:
+        rules = PartRules(abstract_module(module_of(tabled.shape), tabled.shape, dtype), tabled.rules)
+        return use("transformer", tabled.source, rules), tabled.shape
     flux2 = flux2_transformer(path, variant)
     if flux2 is not None:
         part, layout, shape = flux2

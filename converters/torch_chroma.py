@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
-from converters.pipeline_kind import WholeCheck
+from converters.pipeline_kind import ModelCheck
 from converters.torch_files import (
     BlockRecord,
     TransformerInputs,
@@ -100,7 +100,7 @@ def _modulations(ours: ChromaShared, record: TransformerRecord) -> ChromaShared:
     return ChromaShared(both, made[1].reshape(others.shape), *rest)
 
 
-CHECK = WholeCheck(
+CHECK = ModelCheck(
     encoder="t5",
     tolerances=1,
     text=lambda directory, ids, config: record_hidden_padding(directory, ids.t5_ids, ids.t5_mask),

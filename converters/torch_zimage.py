@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from converters.pipeline_kind import WholeCheck
+from converters.pipeline_kind import ModelCheck
 from converters.torch_files import BlockRecord, TransformerInputs, TransformerRecord, load_blockwise, load_module
 from converters.torch_text import record_states
 from difffract_jax.models.runs import PipelineConfig
@@ -80,7 +80,7 @@ def _text(directory: Path, ids: TokenIds, config: PipelineConfig) -> Float32[np.
     return np.asarray(filled_text(jnp.asarray(states), jnp.asarray(ids.t5_ids) != shape.padding_id))
 
 
-CHECK = WholeCheck(
+CHECK = ModelCheck(
     encoder="qwen3",
     tolerances=10,  # 35 layers, whose errors add up
     text=_text,

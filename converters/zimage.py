@@ -130,8 +130,8 @@ def zimage_config_from_diffusers(attributes: Mapping[str, object]) -> ZImageConf
     """
     read: dict[str, Any] = read_attributes(attributes, _ALLOWED)
     heads, width, axes = read["n_heads"], read["dim"], tuple(read["axes_dims"])
-    whole = len(axes) == 3 and not any(axis % 2 for axis in axes)
-    if not heads or width % heads or not whole or sum(axes) != width // heads:
+    three = len(axes) == 3 and not any(axis % 2 for axis in axes)
+    if not heads or width % heads or not three or sum(axes) != width // heads:
         raise UserError(
             f"The Z-Image transformer has dim={width}, n_heads={heads} and axes_dims={list(axes)}, which must be three "
             "even numbers that add up to dim over n_heads; correct its config.json."

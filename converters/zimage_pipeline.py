@@ -8,7 +8,7 @@ from typing import Any
 from converters.autoencoder import autoencoder_config_from_diffusers
 from converters.described import SCHEDULER, qwen3_described
 from converters.klein import padding_id
-from converters.pipeline_kind import PipelineKind, WholeModel
+from converters.pipeline_kind import ModelTables, PipelineKind
 from converters.qwen3 import QWEN3_TRANSFORMERS, behind_last, qwen3_config_from_transformers
 from converters.schedules import CLASS as SCHEDULER_CLASS
 from converters.schedules import scheduler_config_from_diffusers
@@ -104,14 +104,14 @@ KIND = PipelineKind(
     "huggingface.co/Tongyi-MAI/Z-Image-Turbo",
     "Z-Image",
     "Z-Image-Turbo",
-    whole=WholeModel(
+    tables=ModelTables(
         readers=READERS,
         config=zimage_config,
         shape=ZImageConfig,
         module=ZImageMMDiT,
         rules=ZIMAGE_DIFFUSERS,
         encoder=lambda encoder: (QWEN3_TRANSFORMERS, behind_last(encoder)),
-        tables={ZImageMMDiT: (ZIMAGE_DIFFUSERS, ZIMAGE_ORIGINAL)},
+        lora_tables={ZImageMMDiT: (ZIMAGE_DIFFUSERS, ZIMAGE_ORIGINAL)},
         index={
             "_class_name": "ZImagePipeline",
             "scheduler": SCHEDULER,
