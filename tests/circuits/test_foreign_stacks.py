@@ -4,7 +4,7 @@ Between the double- and the single-stream blocks stand blocks of the image strea
 norm and a gated MLP, whose up-projection has no bias.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import jax
@@ -110,7 +110,7 @@ SETTINGS = {"max_nodes": 20, "expansion_batch": 2 * sum(map(len, LAYERS.values()
 def make(dtype):
     """A pipeline around such a model, and transcoders at sites of every stack."""
     pipe = random_pipeline(dtype=dtype)
-    config = LensConfig(**{name: getattr(TINY, name) for name in TINY.__dataclass_fields__})
+    config = LensConfig(**{field.name: getattr(TINY, field.name) for field in fields(TINY)})
     abstract = jax.eval_shape(lambda: LensModel(config, rngs=nnx.Rngs(0), dtype=dtype))
     model = random_weights(abstract, 3)
     pipe = pipe._replace(transformer=model, config=replace(pipe.config, transformer=config))
