@@ -156,7 +156,8 @@ def _work(command: str, given: dict[str, Any], *, host: bool) -> Any:
     try:
         given = given | {"dtype": type_of(given)}
         names = {"model", "base", "variant", "transcoders", "sites", "height", "width", "text_tokens", "step", "steps"}
-        names |= {"dtype", "model_dtype", "transcoder_dtype", "batch", "expansion_batch", "output", "embeddings"}
+        names |= {"dtype", "model_dtype", "transcoder_dtype", "batch", "output", "embeddings"}
+        names |= {"expansion_batch", "max_nodes"}
         asked = asked_of(command, {"sites": ("*/*",)} | {name: given[name] for name in names & given.keys()})
         return workload(command, asked, host=host)
     except UserError:

@@ -109,9 +109,9 @@ def plan(
     """Say what a command needs, and on which devices it fits, without them: GPUs, hosts and TPUs.
 
     With --device memory is counted from shapes; --set gives sizes: height, width, text_tokens, dtype, sites, expansion,
-    active, transcoders, transcoder_dtype, step, steps, tokens_per_step, batch, expansion_batch, output, base, variant.
-    Each way is told: the weights resident, and streamed block by block. Of GPUs 92% count, which the commands let JAX
-    take.
+    active, transcoders, transcoder_dtype, step, steps, tokens_per_step, batch, expansion_batch, max_nodes, output,
+    base, variant. Each way is told: the weights resident, and streamed block by block. Of GPUs 92% count, which the
+    commands let JAX take.
 
     Training and traces on TPUs are compiled, which needs the extra `tpu`, but no TPU and no weights: chips are v5e, v5p
     and v6e, shapes such as v5e:8x8 or v5p:2x2x1. If neither `--mesh` nor the config's `mesh` says how to spread a
@@ -230,7 +230,8 @@ def _traced(file: Path | None, model: str | None, sets: Sequence[str]) -> TraceC
     if file is not None:
         return resolve(TraceConfig, {} if model is None else {"model": model}, file=file, sets=sets)
     asked = _asked(None, model, sets)
-    given = asked.model_dump(include={"height", "width", "text_tokens", "step", "transcoder_dtype", "expansion_batch"})
+    names = {"height", "width", "text_tokens", "step", "transcoder_dtype", "expansion_batch", "max_nodes"}
+    given = asked.model_dump(include=names)
     assumed = asked.model_dump(include={"sites", "expansion", "active"})
     target = "pixels:color=red" if asked.output else "img/0/f0"
     named = {"model": asked.model, "model_dtype": asked.dtype, "transcoders": "planned", "prompt": "", "target": target}
@@ -371,5 +372,6 @@ def _asked_trace(settings: TraceConfig) -> Any:
         raise UserError(f"A plan needs height and width, multiples of {unit}, and text_tokens; give them in its file.")
     grid = height // unit, width // unit
     mesh = parse_mesh(settings.mesh) if settings.mesh else {}
-    size = (grid, text_tokens, min(taken.active, features), settings.expansion_batch, mesh)
+    targets = min(settings.expansion_batch, settings.max_nodes)
+    size = (grid, text_tokens, min(taken.active, features), targets, mesh)
     return TraceWorkload(config, parts, tcs, blocks_for(config, tcs, output), *size, settings.precision)

@@ -222,6 +222,8 @@ class PlanConfig(Settings):
     """Images, or prompts, computed together."""
     expansion_batch: int = Field(50, ge=1)
     """Targets pulled back together."""
+    max_nodes: int = Field(1000, ge=1)
+    """Features expanded; no more targets are pulled back together."""
     embeddings: bool = False
     """Whether prompt embeddings come from a file, so that no text encoder is loaded."""
     output: bool = False

@@ -105,7 +105,7 @@ def workload(
     both = command in ("harvest", "evaluate") or (command in RECORDING and (steps > 1 or asked.output))
     steps *= run.branches if both else 1
     work = Work(command, shapes, dtype_named(asked.dtype), run.grid, run.text_tokens, host=host, streamed=streamed)
-    work = work._replace(batch=asked.batch, targets=asked.expansion_batch, steps=steps, room=room)
+    work = work._replace(batch=asked.batch, targets=min(asked.expansion_batch, asked.max_nodes), steps=steps, room=room)
     # Rows of both evaluations are made one after the other, images of both at once.
     work = work._replace(branches=1 if command == "harvest" else run.branches, scanned=run.evaluations)
     if command == "harvest":

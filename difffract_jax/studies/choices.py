@@ -150,8 +150,11 @@ def circuit_of(pipe: Pipeline, tcs: TranscoderSet, prompt: str, seed: int, targe
         prompt: of the run.
         seed: of its starting noise.
         target: as text, see `outputs`.
+
+    Raises:
+        UserError: if the pipeline's guidance makes two evaluations a step.
     """
-    span = capture_steps(pipe, tcs, prompt, first=0, last=pipe.plan().steps - 1, seed=seed)
+    span = capture_steps(pipe, tcs, prompt, first=0, last=plain_run(pipe).steps - 1, seed=seed)
     asked = parse_target(target)
     assert not isinstance(asked, Feature)
     output = resolve_target(pipe, span, asked)
@@ -172,7 +175,7 @@ def circuit_effects(
     Raises:
         UserError: if the graph has two evaluations a step.
     """
-    refuse_branches(int(graph.node_branch.max(initial=0)) + 1)
+    refuse_branches(np.unique(graph.node_branch).size)
     layout = graph.provenance.layout
     counts = np.zeros(max(inside.size, phrase.size), bool), np.zeros(max(inside.size, phrase.size), bool)
     counts[0][: inside.size], counts[1][: phrase.size] = inside, phrase

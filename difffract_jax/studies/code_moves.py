@@ -24,7 +24,7 @@ from difffract_jax.models.batch import pixels
 from difffract_jax.models.pipeline import Pipeline, encode, initial_noise
 from difffract_jax.studies.cases import Case
 from difffract_jax.studies.choices import SIDES
-from difffract_jax.studies.evaluations import plain_run
+from difffract_jax.studies.evaluations import plain_run, refuse_other_groups
 from difffract_jax.transcoders.codes import reduced_codes
 from difffract_jax.transcoders.transcoder import TranscoderSet
 
@@ -53,6 +53,7 @@ def run_codes(
         UserError: if the pipeline's guidance makes two evaluations a step.
     """
     run, found = plain_run(pipe), []
+    refuse_other_groups(pipe.config.transformer.layout)
     encoded = {text: encode(pipe, text, run.text_tokens) for text in dict.fromkeys(prompts)}
     for first in range(0, len(cases), AT_ONCE):
         at = np.arange(first, first + AT_ONCE) % len(cases)

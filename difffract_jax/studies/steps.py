@@ -20,7 +20,7 @@ from difffract_jax.models.pipeline import Pipeline
 from difffract_jax.studies import removing
 from difffract_jax.studies.cases import Material
 from difffract_jax.studies.choices import FeaturePlaces, all_places, first, mean_codes
-from difffract_jax.studies.evaluations import refuse_branches
+from difffract_jax.studies.evaluations import refuse_branches, refuse_other_groups
 from difffract_jax.studies.outcomes import mean_with_interval, paired_difference
 from difffract_jax.studies.results import Advance, Result, quiet
 from difffract_jax.transcoders.transcoder import TranscoderSet
@@ -82,9 +82,10 @@ def shares(found: TotalEffects) -> Shares:
         found: its total effects.
 
     Raises:
-        UserError: if the run has two evaluations a step.
+        UserError: if the run has two evaluations a step, or the model other groups of sites than FLUX.1.
     """
     refuse_branches(found.branches)
+    refuse_other_groups(found.layout)
     every = {"img": np.ones(found.noise.shape[0], bool), "txt": np.ones(found.text.shape[0], bool)}
     parts = []
     for kind in (found.features, found.errors):

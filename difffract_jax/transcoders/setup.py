@@ -119,9 +119,9 @@ def born(setup: Setup) -> Any:
     return _born(_birth_of(setup), structure, tuple(places))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _born(birth: "_Birth", structure: Any, places: tuple[NamedSharding, ...]) -> Any:
-    """Keeps the function, by which JAX knows what it has traced: another run of these constants traces nothing."""
+    """Returns the same function for the same constants, so that JAX does not trace it again."""
     return jax.jit(partial(_state_of, birth), out_shardings=jax.tree.unflatten(structure, places))
 
 
@@ -148,8 +148,10 @@ def _state_of(birth: _Birth, moments: Moments) -> TrainState:
     return init_state(params, optimizer(birth.recipe), moments, sparsity)
 
 
-@lru_cache(maxsize=8)
-def _shapes(birth: _Birth) -> TrainState:
+@lru_cache(maxsize=4)
+def _shapes(birth: _Birth, x64: bool) -> TrainState:
+    """Returns the shapes of the state, which depend on `x64` too: whether JAX makes numbers of 64 bits."""
+    del x64
     sites, float32 = len(birth.sparsity), jnp.float32
     widths = (sites, birth.shape.d_model), (sites, birth.shape.d_model_out), (sites,), (sites,)
     moments = Moments(*cast(Any, (jax.ShapeDtypeStruct(shape, float32) for shape in widths)))
@@ -165,7 +167,7 @@ def abstract_moments(setup: Setup) -> Moments:
 
 def abstract_state(setup: Setup) -> TrainState:
     """Returns shape, type and place of every array of the state, without making one."""
-    state = _shapes(_birth_of(setup))
+    state = _shapes(_birth_of(setup), bool(jax.config.jax_enable_x64))
     return jax.tree.map(_with_sharding, state, state_shardings(state, setup.mesh))
 
 

@@ -196,7 +196,7 @@ def export_transcoders(state: TrainState, *, dtype: Any = jnp.float32) -> tuple[
 def _exported(
     params: Transcoder, cutoff: Array, x_scale: Array, y_scale: Array, shape: TranscoderConfig, dtype: Any
 ) -> Transcoder:
-    """Returns the stack of transcoders for unscaled rows, by one program: taken one by one its products are many."""
+    """Returns transcoders for unscaled rows in one program: outside one, every product would be one of its own."""
     config = params.config
 
     def one(tc: Transcoder, cutoff: Array, x_scale: Array, y_scale: Array) -> Transcoder:

@@ -228,9 +228,9 @@ def jit_step(
     return _jit_step(recipe, mesh, in_place, structure, tuple(places))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _jit_step(recipe: Recipe, mesh: Mesh, in_place: bool, structure: Any, places: tuple[NamedSharding, ...]) -> Any:
-    """Keeps the function, by which JAX knows what it has traced: another run of these constants traces nothing."""
+    """Returns the same function for the same constants, so that JAX does not trace it again."""
     placed = jax.tree.unflatten(structure, places)
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(

@@ -62,7 +62,13 @@ def stages() -> Iterator[SimpleNamespace]:
     traces: Counter[str] = Counter()
 
     def remembered(init: Callable[[], Any]) -> Callable[[], Any]:
-        first = cache(lambda: jax.tree.map(np.asarray, init()))
+        @cache
+        def first() -> Any:
+            made = init()
+            # NumPy does not know weak types, with which a step would be traced twice.
+            assert not any(leaf.weak_type for leaf in jax.tree.leaves(made))
+            return jax.tree.map(np.asarray, made)
+
         return lambda: jax.tree.map(jnp.array, first())  # copies, which a step may be given
 
     made: dict[str, train.Stage] = {}

@@ -275,6 +275,17 @@ def test_effects_and_graphs_of_two_branches_are_refused_where_they_are_divided_a
             read()
 
 
+def test_other_groups_of_sites_are_refused_where_they_are_read_by_number(made):
+    *_, effects = made
+    pipe, tcs = load_pipeline("organism-sd3"), load_transcoders("organism-sd3")
+    for read in (
+        lambda: steps.shares(effects._replace(layout=pipe.config.transformer.layout)),
+        lambda: code_moves.run_codes(pipe, tcs, [], []),
+    ):
+        with pytest.raises(UserError, match="but the model has img, txt, img, txt, stack by stack; give a pipeline of"):
+            read()
+
+
 def test_flow_needs_a_prompt(made):
     with pytest.raises(UserError, match="at least one prompt, but got none"):
         flow.flow(*made[:2], prompts=[], advance=quiet)

@@ -164,11 +164,12 @@ def flat(tree):
 def test_steps_lower_the_error_keep_vectors_at_unit_norm_and_compile_once(kind):
     state, recipe, batches = make(kind)
     state, step = sharded(state, recipe, {})
+    before = step._cache_size()  # other tests have the same step
     state, history = run(state, step, batches[:1] * 40)
     assert np.all(history[-1].fvu < 0.7 * history[0].fvu)
     norms = jnp.linalg.norm(state.params.dec.kernel[...], axis=-1)
     assert np.max(np.abs(norms - 1)) <= 1e-6
-    assert step._cache_size() == 1
+    assert step._cache_size() <= before + 1
 
 
 def test_sites_do_not_see_each_other():

@@ -247,7 +247,8 @@ def batch_size(engine: Engine, targets: int, *, limited: bool = True) -> int:
 
     Args:
         engine: from `make_engine`.
-        targets: of an expansion, no more than the graph has: what only fills up is compiled and computed too.
+        targets: of an expansion; give no more than the graph can have, since places that only fill up a batch are
+            compiled and computed too.
         limited: whether `LARGEST_BATCH` and `LARGEST_ROWS` limit what a device gets.
     """
     row = engine.sources * engine.steps[0].record.boundary.img.dtype.itemsize

@@ -167,7 +167,7 @@ def affine_constants(
 
 def no_sources(prepared: Replacement) -> tuple[Sources, tuple[ReplacedSites, ...]]:
     """Returns zero sources, and sites with no places for features: those of value 0 need not be decoded."""
-    # On a mesh every array of zeros is split as what it stands for, which a program of all would not know.
+    # On a mesh every array of zeros is sharded like the array it replaces; one program for all would not know how.
     empty = _empty_at_once if mesh_of(prepared.sources) is None else _empty
     zeros, layers = empty(prepared.sources, tuple(s.layers for s in prepared.sites))
     pairs = zip(prepared.sites, layers, strict=True)

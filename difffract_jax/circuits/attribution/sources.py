@@ -12,7 +12,9 @@ vectors are taken whole. Features of single-stream blocks count to the stream of
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from difffract_jax.address import IMG, LATENT, PROMPT, TXT
 from difffract_jax.circuits.attribution.expansion import SourceTable
@@ -57,8 +59,8 @@ def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
     """Returns the features and errors of one evaluation, in the order of a row of edges."""
     parts, layout = [], info.layout
     places = [layout.sequence(group, info.tokens_of) for group in range(len(layout.groups))]
-    index = [np.asarray(one.layers.index) for one in prepared.sites]
-    value = [np.asarray(one) for one in prepared.sources.values]
+    index = [_on_host(one.layers.index) for one in prepared.sites]
+    value = [_on_host(one) for one in prepared.sources.values]
     for number in range(len(layout.stacks)):
         groups = layout.groups_of_stack(number)
         recorded = [block for block in info.recorded if block in layout.blocks_of_stack(number)]
@@ -67,6 +69,12 @@ def _step_rows(prepared: Replacement, info: TraceInfo) -> list[Columns]:
             for stream, position in (places[group] for group in groups):
                 parts.append(_vectors(ERROR, stream, block, position, info.step, info.branch))
     return parts
+
+
+def _on_host(array: Array) -> np.ndarray:
+    """Returns an array's values; of an accelerator's a copy that JAX does not keep beside it, as it else does."""
+    there = all(device.platform == "cpu" for device in array.devices())
+    return np.asarray(array if there else jnp.copy(array))
 
 
 def _features(

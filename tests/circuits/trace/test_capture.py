@@ -8,6 +8,7 @@ import pytest
 from difffract_jax.circuits.trace.capture import capture
 from difffract_jax.config import UserError
 from difffract_jax.loading import load_transcoders
+from difffract_jax.models.stacks import depth_of
 from difffract_jax.models.tiny import random_pipeline
 from difffract_jax.ops import attention_pattern
 from difffract_jax.transcoders.sites import sites_of
@@ -67,6 +68,14 @@ def test_padding_is_not_replaced_unless_asked_for(golden):
     own = np.flatnonzero(ids == 1)[0] + 1  # </s> closes the prompt
     assert np.array_equal(np.flatnonzero(usual[TEXT]), np.arange(own))
     assert own < 16 and usual[IMAGE].all() and all_of_it[TEXT].all()
+
+
+def test_a_whole_stack_is_recorded_without_a_copy(golden, record):
+    """At FLUX's size a copy would be the largest array of a trace."""
+    stack, recorded = golden.pipe.transformer.stacks[0], record.weights.stacks[0]
+    assert depth_of(stack) == depth_of(recorded)
+    for ours, taken in zip(jax.tree.leaves(stack), jax.tree.leaves(recorded), strict=True):
+        assert ours.unsafe_buffer_pointer() == taken.unsafe_buffer_pointer()
 
 
 def test_weights_in_bfloat16_are_kept_and_all_that_is_recorded_is_float32():
