@@ -52,7 +52,12 @@ def emit(result: Mapping[str, Any], *, as_json: bool = False) -> None:
             tables += _rows(name, value, console.width)
         else:
             plain.add_row(name, _text(value))
-    console.print(plain, *tables, *_explained(result), sep="\n")
+    if console.width < LONG:
+        console.print(plain, *tables, *_explained(result), sep="\n")
+        return
+    with console.capture() as printed:
+        console.print(plain, *tables, *_explained(result), sep="\n")
+    sys.stdout.write("".join(f"{line.rstrip()}\n" for line in printed.get().splitlines()))
 
 
 def _explained(result: Mapping[str, Any]) -> list[str]:

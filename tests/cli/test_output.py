@@ -71,8 +71,10 @@ def test_a_narrow_terminal_gets_columns_that_can_be_read_in_several_tables(capsy
 
 def test_a_file_gets_each_row_in_one_line(capsys, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
-    emit({"result": [{f"column {number}": f"cell{number} of many" for number in range(30)}]})
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "cell0" in line]
+    emit({"x": 1, "y": "z" * 200, "result": [{f"column {number}": f"cell{number} of many" for number in range(30)}]})
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(line.endswith(" ") for line in lines)
+    (line,) = [line for line in lines if "cell0" in line]
     assert line.index("cell0 of many") < line.index("cell29 of many")
 
 
