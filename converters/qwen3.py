@@ -151,10 +151,11 @@ def qwen3_config_from_transformers(
     layers = read["num_hidden_layers"]
     wanted = (max(layers - 1, 1),) if before_last else READ_LAYERS
     if layers <= wanted[-1]:
-        release = "the release" if before_last else "FLUX.2-klein"
+        release = "Z-Image" if before_last else "FLUX.2-klein"
+        numbers = ", ".join(map(str, wanted))
         raise UserError(
-            f"The Qwen3 text encoder has {layers} layers, but its states {wanted} are wanted, so that it must have "
-            f"more than {wanted[-1]}; give the text encoder of {release}."
+            f"The number of layers of the Qwen3 text encoder is {layers}, but its states after layers {numbers} are "
+            f"wanted, so that it must have more than {wanted[-1]}; give the text encoder of {release}."
         )
     return Qwen3Config(
         vocab=read["vocab_size"],

@@ -138,7 +138,11 @@ def test_the_shift_is_diffusers(steps, tokens):
             "is a Flux2KleinKVPipeline, .*did you mean `Flux2KleinPipeli",
         ),
         ("transformer/config.json", {"joint_attention_dim": 60}, "joint_attention_dim is 60, but 3 times Qwen3's"),
-        ("text_encoder/config.json", {"num_hidden_layers": 27}, "has 27 layers, but its states .9, 18, 27. are wanted"),
+        (
+            "text_encoder/config.json",
+            {"num_hidden_layers": 27},
+            "is 27, but its states after layers 9, 18, 27",
+        ),
         ("text_encoder/config.json", {"hidden_act": "gelu"}, "hidden_act='gelu' .supported: 'silu'"),
         ("vae/config.json", {"decoder_block_out_channels": [8, 8, 8]}, "decoder_block_out_channels=.8, 8, 8."),
         ("tokenizer/tokenizer_config.json", {"pad_token": None}, "does not say which token fills prompts up"),

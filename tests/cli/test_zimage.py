@@ -65,7 +65,6 @@ def test_transcoders_are_trained_and_measured(difffract, folder):
     assert shown["step"] == 2 and (folder / "run" / "transcoders").is_dir()
 
 
-@pytest.mark.slow
 def test_what_the_published_model_needs_is_counted_without_it(difffract):
     shown = difffract("plan", "generate", "z-image-turbo", "--device", "40GB", "--device", "8GB")
     fits = {(row["device"], row["weights"]): row["fits"] for row in shown["counted"]}
