@@ -24,14 +24,12 @@ from difffract_jax.config import UserError
 from difffract_jax.models.absent import AbsentConfig
 from difffract_jax.models.presets import ZIMAGE_RUN
 from difffract_jax.models.qwen3 import NoPooledConfig
-from difffract_jax.models.runs import PipelineConfig
+from difffract_jax.models.runs import PipelineConfig, smallest_side
 from difffract_jax.models.sampler import PATCH
 from difffract_jax.models.zimage import ZImageMMDiT
 from difffract_jax.models.zimage_blocks import ZImageConfig
 from difffract_jax.models.zimage_text import ZImageQwen3Config
 
-SIDE = 8
-"""Tokens of a side whose multiples on both sides make an image that the model can have: its square is two units."""
 HEADLESS = "Qwen3Model"
 """The class that the release's `model_index.json` names; its files may have the head, too."""
 
@@ -78,7 +76,7 @@ def zimage_config(whose: str, home: Path, configs: list[Any], index_of_vae: Mapp
     if not isinstance(encoder, AbsentConfig):
         encoder = replace(encoder, padding_id=padding_id(home / "tokenizer"))
     size = index_of_vae.get("sample_size")
-    unit = SIDE * PATCH * vae.factor
+    unit = smallest_side(transformer.image_unit) * PATCH * vae.factor
     side = -(-(size if isinstance(size, int) else ZIMAGE_RUN.height) // unit) * unit
     run = replace(ZIMAGE_RUN, height=side, width=side)
     return PipelineConfig(transformer, encoder, NoPooledConfig(), vae, scheduler, run)

@@ -43,7 +43,7 @@ from difffract_jax.models.blocks import (
     split,
     split_heads,
 )
-from difffract_jax.models.head_rows import head_of_row, rotated
+from difffract_jax.models.head_rows import OneAttention, head_of_row, rotated
 from difffract_jax.ops import attend, attention_pattern, film, layer_norm
 
 
@@ -152,7 +152,7 @@ class DoubleStream(nnx.Module):
         return mod[5]
 
 
-class DoubleBlock(nnx.Module):
+class DoubleBlock(OneAttention):
     """A double-stream block; see `blocks.Block` for its methods."""
 
     groups: ClassVar[tuple[Group, ...]] = (IMAGE, TEXT)
@@ -237,24 +237,6 @@ class DoubleBlock(nnx.Module):
         """Returns the function that pulls gradients at single rows of x back through the block; see the module."""
         mod = self._modulations(cond, frozen)
         return partial(_enter, self, frozen, mod)
-
-    @staticmethod
-    def attention_shape(frozen: Frozen) -> tuple[int, int, int]:
-        """Returns queries, heads and columns of a head."""
-        queries, heads, head_dim = frozen.q.shape[-3:]
-        return queries, heads, head_dim
-
-    @staticmethod
-    def queries_and_keys(
-        frozen: Frozen,
-    ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
-        """Returns the recorded queries and keys."""
-        return frozen.q, frozen.k
-
-    @staticmethod
-    def with_queries(frozen: Frozen, factor: Float[Array, ""]) -> Frozen:
-        """Returns the record with its queries multiplied by a factor."""
-        return frozen._replace(q=factor * frozen.q)
 
     def query_or_key(
         self,

@@ -1,11 +1,32 @@
-"""One head's query or key of a single row, and the rotation of all: what blocks of every kind do alike."""
+"""Queries and keys, recorded, of a single row, and rotated: what blocks of every kind do alike."""
 
 from typing import Any
 
+from flax import nnx
 from jaxtyping import Array, Float
 
 from difffract_jax.models.blocks import QKV, Cond, Number, project, split_heads
 from difffract_jax.ops import film, layer_norm, rotate
+
+
+class OneAttention(nnx.Module):
+    """What blocks with one attention have in common: their records hold its queries and keys as `q` and `k`."""
+
+    @staticmethod
+    def attention_shape(frozen: Any) -> tuple[int, int, int]:
+        """Returns queries, heads and columns of a head."""
+        queries, heads, head_dim = frozen.q.shape[-3:]
+        return queries, heads, head_dim
+
+    @staticmethod
+    def queries_and_keys(frozen: Any) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
+        """Returns the recorded queries and keys."""
+        return frozen.q, frozen.k
+
+    @staticmethod
+    def with_queries(frozen: Any, factor: Float[Array, ""]) -> Any:
+        """Returns the record with its queries multiplied by a factor."""
+        return frozen._replace(q=factor * frozen.q)
 
 
 def head_of_row(

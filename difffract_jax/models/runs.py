@@ -187,12 +187,16 @@ def _check_units(config: PipelineConfig, grid: tuple[int, int], text_tokens: int
         raise UserError(
             f"This model makes images of multiples of {shape.image_unit} tokens, of {side} x {side} pixels each, but "
             f"{columns * side} x {rows * side} pixels are {rows * columns}; the next width that fits is "
-            f"{wider * side} (multiples of {side * _half(shape.image_unit)} pixels on both sides always do)."
+            f"{wider * side} (multiples of {side * smallest_side(shape.image_unit)} pixels on both sides always do)."
         )
 
 
-def _half(unit: int) -> int:
-    """Returns the smallest side, in tokens, whose multiples on both sides make multiples of a unit."""
+def smallest_side(unit: int) -> int:
+    """Returns the smallest side, in tokens, whose multiples on both sides make multiples of a unit.
+
+    Args:
+        unit: the number of image tokens must be a multiple of it.
+    """
     return next(side for side in range(1, unit + 1) if not side * side % unit)
 
 

@@ -27,7 +27,7 @@ from difffract_jax.models.blocks import (
     project,
     split_heads,
 )
-from difffract_jax.models.head_rows import head_of_row
+from difffract_jax.models.head_rows import OneAttention, head_of_row
 from difffract_jax.ops import attend, film, layer_norm, rotate
 
 
@@ -47,7 +47,7 @@ class SingleFrozen(NamedTuple):
     mod: Float[Array, "3 d_model"] | None = None
 
 
-class SingleBlock(nnx.Module):
+class SingleBlock(OneAttention):
     """A single-stream block; `mod` gives shift, scale, gate, and `mlp_out` holds the bias of the fused output."""
 
     groups: ClassVar[tuple[Group, ...]] = (JOINT,)
@@ -128,24 +128,6 @@ class SingleBlock(nnx.Module):
             return (rows.at[jnp.arange(row.shape[0]), row].set(pull(gradients)[0], mode="drop"),)
 
         return enter
-
-    @staticmethod
-    def attention_shape(frozen: SingleFrozen) -> tuple[int, int, int]:
-        """Returns queries, heads and columns of a head."""
-        queries, heads, head_dim = frozen.q.shape[-3:]
-        return queries, heads, head_dim
-
-    @staticmethod
-    def queries_and_keys(
-        frozen: SingleFrozen,
-    ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
-        """Returns the recorded queries and keys."""
-        return frozen.q, frozen.k
-
-    @staticmethod
-    def with_queries(frozen: SingleFrozen, factor: Float[Array, ""]) -> SingleFrozen:
-        """Returns the record with its queries multiplied by a factor."""
-        return frozen._replace(q=factor * frozen.q)
 
     def query_or_key(
         self,

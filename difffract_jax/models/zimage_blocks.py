@@ -26,7 +26,7 @@ from difffract_jax.models.blocks import (
     split_heads,
 )
 from difffract_jax.models.flux2 import GatedMLP
-from difffract_jax.models.head_rows import head_of_input
+from difffract_jax.models.head_rows import OneAttention, head_of_input
 from difffract_jax.models.hidden_tokens import MASK_COLUMNS, sequence_with_mask, with_mask
 from difffract_jax.ops import attend, attention_pattern, rms_norm, root_norm, rotate
 
@@ -128,7 +128,7 @@ class ZImageFrozen(NamedTuple):
     mod: Float[Array, "4 d_model"]
 
 
-class ZImageBlock(nnx.Module):
+class ZImageBlock(OneAttention):
     """A block on both streams, text first; see the module, and `blocks.Block` for its methods.
 
     Attributes:
@@ -196,24 +196,6 @@ class ZImageBlock(nnx.Module):
     def entry(self, cond: Cond, frozen: ZImageFrozen) -> Entry:
         """Returns the function that pulls gradients at single rows of x back through the block; see `double`."""
         return partial(_enter, self, frozen, self._modulations(cond, frozen))
-
-    @staticmethod
-    def attention_shape(frozen: ZImageFrozen) -> tuple[int, int, int]:
-        """Returns queries, heads and columns of a head."""
-        queries, heads, head_dim = frozen.q.shape[-3:]
-        return queries, heads, head_dim
-
-    @staticmethod
-    def queries_and_keys(
-        frozen: ZImageFrozen,
-    ) -> tuple[Float[Array, "seq heads head_dim"], Float[Array, "seq heads head_dim"]]:
-        """Returns the recorded queries and keys."""
-        return frozen.q, frozen.k
-
-    @staticmethod
-    def with_queries(frozen: ZImageFrozen, factor: Float[Array, ""]) -> ZImageFrozen:
-        """Returns the record with its queries multiplied by a factor."""
-        return frozen._replace(q=factor * frozen.q)
 
     def query_or_key(
         self,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from placements import same_wherever_weights_lie
 
 from difffract_jax.address import TXT
 from difffract_jax.circuits.attribution.attribute import attribute
@@ -19,18 +20,13 @@ from difffract_jax.circuits.effects.readings import edited
 from difffract_jax.circuits.frozen.replacement import prepare_step, run_replacement
 from difffract_jax.circuits.trace.capture import capture, capture_steps
 from difffract_jax.graphs.graph import SCORE
-from difffract_jax.loading import load_pipeline, save_pipeline
 from difffract_jax.models.chroma import ChromaConfig, ChromaMMDiT, numbered
 from difffract_jax.models.chroma_text import ChromaT5Config, ChromaT5Encoder
-from difffract_jax.models.families import PARTS
-from difffract_jax.models.pipeline import generate
 from difffract_jax.models.qwen3 import NoPooled, NoPooledConfig
 from difffract_jax.models.shapes import abstract_module
 from difffract_jax.models.stacks import run_stacks, slice_layer
 from difffract_jax.models.tiny import random_pipeline, random_weights
 from difffract_jax.models.tokenizers import Tokenizers
-from difffract_jax.sharding import make_mesh, traced_pipeline
-from difffract_jax.storage.checkpoint import leaf_paths
 from laws import conservation, intervention_error
 from tolerances import TOL, relative_error
 from traces import make_transcoders
@@ -180,23 +176,4 @@ def test_in_float32_edges_add_up_and_are_interventions():
 @pytest.mark.slow
 def test_a_streamed_and_a_sharded_record_are_the_resident_one(tmp_path):
     pipe, tcs = make(jnp.float32)
-    save_pipeline(pipe, tmp_path / "model")
-    run = pipe.plan(**SIZE)
-    whole, place = load_pipeline(tmp_path / "model"), traced_pipeline(make_mesh({"feature": 2}, jax.devices()[:2]))
-    parts = {name: jax.device_put(getattr(whole, name), place(name, getattr(whole, name))) for name in PARTS}
-    pipes = {
-        "device": whole,
-        "disk": load_pipeline(tmp_path / "model", weights="disk"),
-        "mesh": whole._replace(**parts),
-    }
-    made, images = {}, {}
-    for name, one in pipes.items():
-        span = capture_steps(one, tcs, PROMPT, first=1, last=1, run=run)
-        made[name] = leaf_paths([trace.record._replace(weights=None) for trace in span.traces])
-        images[name] = generate(one, PROMPT, run=run).latents
-    for name in ("disk", "mesh"):
-        assert made[name].keys() == made["device"].keys()
-        for path, leaf in made[name].items():
-            expected = made["device"][path]
-            assert np.array_equal(leaf, expected) or relative_error(leaf, expected) <= TOL.f32_run, path
-        assert relative_error(images[name], images["device"]) <= TOL.f32_run
+    same_wherever_weights_lie(pipe, tcs, PROMPT, pipe.plan(**SIZE), tmp_path)
